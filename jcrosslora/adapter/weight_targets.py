@@ -12,7 +12,7 @@ from typing import Any
 
 from jcrosslora.adapter.names import ending
 
-# Those of its classes that have such modules beside the experts.
+# Those of its classes that have dense layers or shared experts.
 _TAKEN = frozenset(
     {
         *("cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hunyuan_v1_moe"),

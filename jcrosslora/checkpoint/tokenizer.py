@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, beside the tokenizer's own eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
-# What transformers reads beside tokenizer.json.
+# What transformers reads along with tokenizer.json.
 _BESIDE = (
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),

@@ -1,4 +1,4 @@
-"""The memory of a fit beside the weights of both bases."""
+"""The memory that a fit takes on top of the weights of both bases."""
 
 import math
 
@@ -24,7 +24,7 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
 
 
 def most_beside(target: BaseModel, settings: DistillSettings) -> int:
-    """Return the bytes that a fit may take beside the weights of both bases, with prompts of a usual length.
+    """Return the bytes that a fit may take on top of the weights of both bases, with prompts of a usual length.
 
     They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it
     fits, four times: in training, the best ones, and two moments.

@@ -1,4 +1,4 @@
-"""Arrays that are derived from the index and kept beside it, with a digest: changed ones count as missing."""
+"""Arrays that are derived from the index and kept next to it, with a digest: changed ones count as missing."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 _WORK = 20_000_000  # characters and items; conversations take thousands
-_VALUE, _RUN = 10, 100  # what a value costs beside its length, and a run of a loop or macro
+_VALUE, _RUN = 10, 100  # what a value costs on top of its length, and a run of a loop or macro
 _COUNTED = "counted value"  # no name that a template could write
 _POWER = 64
 

@@ -1,4 +1,4 @@
-"""Temporary folders and files beside outputs, locked while their process lives; those of killed ones are removed."""
+"""Temporary folders and files next to outputs, locked while their process lives; those of killed ones are removed."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ _ABANDONED_SECONDS = 86400.0
 
 @contextmanager
 def unfinished(out: Path, *, file: bool = False) -> Iterator[Path]:
-    """Make an empty temporary folder, or a file, beside an output; what is left of it at the end is removed.
+    """Make an empty temporary folder, or a file, next to an output; what is left of it at the end is removed.
 
     What killed processes left of the same output is removed first.
 
