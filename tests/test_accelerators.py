@@ -30,6 +30,7 @@ def export(program: Program) -> None:
     assert not only_here, f"custom calls of CPUs: {set(only_here)}"
 
 
+@pytest.mark.full
 def test_every_program_of_a_move_lowers_for_accelerators():
     failed, seen = {}, set()
     for program in programs():

@@ -129,6 +129,7 @@ def test_damaged_entries_are_computed_again_with_the_same_output(files, root, tm
     assert [found.verify(entry) for entry in found.entries()] == [None] * len(found.entries())
 
 
+@pytest.mark.full
 def test_factors_of_a_base_are_reused_in_another_pair(files, tmp_path):
     source, target, twin = (jcl.open_base(files / name) for name in ("source", "target", "twin"))
     plain = jcl.align(twin, target, RANK_12)
@@ -160,6 +161,7 @@ def test_only_missing_modules_are_decomposed(files, tmp_path):
     assert fresh == target.modules.keys() - kept
 
 
+@pytest.mark.full
 def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path):
     shutil.copytree(files / "source", tmp_path / "renamed")
     config = json.loads((tmp_path / "renamed" / "config.json").read_text())
@@ -180,6 +182,7 @@ def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path):
         assert_same(first, jcl.align(changed, target, RANK_12, cache=cache))
 
 
+@pytest.mark.full
 def test_activation_maps_and_depth_map_are_cached_per_texts(tmp_path, cache):
     folders = [
         write_base(tmp_path / "source", 60, seed=0, layers=3),

@@ -40,9 +40,8 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(
-    "how", ["gated", pytest.param(Router(rank=3), marks=pytest.mark.full)], ids=["gated", "router"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["gated", Router(rank=3)], ids=["gated", "router"])
 def test_a_gate_learns_to_predict_what_the_owner_predicts(llama, how):
     composed = llama.compose(how)
     trained = composed.fit(TEXTS, SETTINGS)

@@ -136,6 +136,7 @@ def test_gradient_of_a_loss_matches_finite_differences(model, remat):
     assert abs(gradient) > 1e-2
 
 
+@pytest.mark.full
 def test_log_probs_do_not_depend_on_the_chunk_size(model):
     _, settings, params = model
     states = hidden(settings, params, TOKENS)

@@ -80,6 +80,7 @@ def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
     assert ranks == [{6}, {3}]
 
 
+@pytest.mark.full
 def test_the_methods_of_the_page_on_methods_run_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter, source, target = write_move(tmp_path)

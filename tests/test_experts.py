@@ -118,6 +118,7 @@ def test_an_adapter_of_all_linear_modules_does_what_its_merged_weights_do(model)
     assert set(back.modules) == set(base.modules)
 
 
+@pytest.mark.full
 def test_what_experts_return_is_not_computed_again_for_gradients_unless_layers_are(model):
     base = model[1]
     settings, params, adapter = settings_of(base), load_params(base), stack_adapter(random_adapter(base), base)

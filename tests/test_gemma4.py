@@ -77,6 +77,7 @@ def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_p
     assert seen == set(wanted)
 
 
+@pytest.mark.full
 def test_streams_advanced_by_layer_equal_the_whole_pass(base):
     """Layers hand the keys on that others share, and the embeddings hold the rows of the occurring tokens alone."""
     settings, params = settings_of(base), load_params(base)

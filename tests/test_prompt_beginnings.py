@@ -131,6 +131,7 @@ def test_the_bar_advances_by_one_for_each_prompt(plain):
     assert bar.count == len(PROMPTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_except(["lfm2", "phi3-longrope"], ["lfm2"]))
 def test_recurrent_bases_and_rotations_that_lengths_switch_read_prompts_whole(name, tmp_path, monkeypatch):
     seen = reads_behind(monkeypatch)
@@ -145,6 +146,7 @@ def test_recurrent_bases_and_rotations_that_lengths_switch_read_prompts_whole(na
     assert not seen
 
 
+@pytest.mark.full
 def test_prompts_with_adapters_of_their_own_are_read_whole(tmp_path, monkeypatch):
     seen = reads_behind(monkeypatch)
     base = jcl.open_base(write_base(tmp_path, 60, layers=2))

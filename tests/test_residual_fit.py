@@ -80,6 +80,7 @@ def test_update_of_down_proj_alone_is_recovered(bases):
     assert left_over(source, wanted, found, UNSEEN).max() < 0.1
 
 
+@pytest.mark.full
 def test_changes_of_all_modules_are_fitted_as_far_as_down_proj_inputs_allow(bases):
     source, _ = bases
     adapter = small(source)
@@ -103,6 +104,7 @@ def test_changes_inside_the_mlp_are_fitted_better(bases):
     assert left_over(source, stack_adapter(adapter, source), found, UNSEEN).max() < 0.7  # measured: 0.67
 
 
+@pytest.mark.full
 def test_higher_rank_leaves_a_smaller_residual(bases):
     source, _ = bases
     adapter = small(source)
