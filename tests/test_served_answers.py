@@ -16,7 +16,7 @@ from jcrosslora.distill.sources.served.source import ServedSource
 from jcrosslora.errors import SourceError
 
 FIT = jcl.methods.Distill(completions=22, passes=1, fit_rank=2, answer_tokens=4, compared_tokens=300)
-DEEP = "[" * 5000 + "]" * 5000
+DEEP = "[" * 100_000 + "]" * 100_000  # the limit of newer versions of Python is above 5,000
 KEY = jax.random.key(0)
 
 
