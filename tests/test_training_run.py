@@ -181,8 +181,10 @@ def test_a_flipped_bit_in_a_state_is_noticed(base, states, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"not a readable checkpoint \(it was changed after writing\)"):
+    # Which of the two notices first, our digests or the decompressor of Orbax, is up to where the bit is.
+    with pytest.raises(CheckpointError, match="not a readable checkpoint") as caught:
         train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_in_place_of_the_checkpoint_folder_is_refused(base, tmp_path):
