@@ -37,6 +37,7 @@ def plan_text(adapters: Path, source: str, targets: list[str], method: str) -> s
 
 def main() -> None:
     """Parse the command line, write the plan, run it, and print the outcome of every job."""
+    jcl.show_progress()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", type=Path, help="a folder of adapters, all of one base")
     parser.add_argument("source", help="the base they were trained on")
@@ -49,7 +50,7 @@ def main() -> None:
     plan = arguments.out / "plan.toml"
     plan.write_text(plan_text(arguments.adapters, arguments.source, arguments.targets, arguments.method))
 
-    summary = jcl.run_batch(jcl.read_plan(plan), progress=True)
+    summary = jcl.run_batch(jcl.read_plan(plan))
     for outcome in summary.outcomes.values():
         print(f"{outcome.status:6} {outcome.name}: {outcome.text}")
 

@@ -13,6 +13,7 @@ import jcrosslora as jcl
 
 def main() -> None:
     """Parse the command line, move, and print what to expect."""
+    jcl.show_progress()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="the adapter to move")
     parser.add_argument("source", help="the base it was trained on")
@@ -31,7 +32,6 @@ def main() -> None:
         target,
         jcl.methods.Auto(completions=arguments.completions),
         prompts=arguments.prompts,
-        progress=True,
     )
     print(result.verdict.text)
     for text in result.texts[:3]:

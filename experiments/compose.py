@@ -69,7 +69,7 @@ def own_texts(chosen: Composed, tasks: list[list[str]], arguments: argparse.Name
     ]
     prompts, owners = [prompt for prompt, _ in asked], [owner for _, owner in asked]
     weights = one_hot(owners, len(tasks))
-    written = chosen.write(prompts, weights=weights, max_new_tokens=arguments.answer, progress=True)
+    written = chosen.write(prompts, weights=weights, max_new_tokens=arguments.answer)
     found: list[list[Completion]] = [[] for _ in tasks]
     for prompt, owner, one in zip(prompts, owners, written, strict=True):
         if one.text.strip():
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     shelf = jcl.Shelf(arguments.work / "shelf", base)
     names = [add(shelf, name, train, [adapter], arguments.work)[0] for name, train, _, adapter in tasks]
     order = [shelf.names.index(name) for name in names]
-    found = shelf.search(prompts, progress=True)
+    found = shelf.search(prompts)
     first = found.ranked()[:, 0]
     right = np.mean(np.array(order)[owners] == first)
     for owner, (name, *_) in enumerate(tasks):
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             composed = jcl.compose(base, adapters, way, seed=arguments.seed, **loaded)
             if composed.how.trained:
                 settings = TrainingSettings(steps=arguments.steps, rate=arguments.rate, seed=arguments.seed)
-                composed = composed.fit(texts, settings, progress=True)
+                composed = composed.fit(texts, settings)
         nll = -composed.score(examples, weights=weights)
         row = {"way": way, "rate": arguments.rate, "examples": len(examples), "seed": arguments.seed}
         for owner, (name, *_) in [*enumerate(tasks), (None, ("all",))]:
@@ -129,6 +129,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
+    jcl.show_progress()
     try:
         run(parse(), Console(width=None if sys.stdout.isatty() else 120))
     except (jcl.JCrossLoRAError, OSError) as error:

@@ -28,7 +28,6 @@ def train_dense(
     settings: TrainingSettings,
     *,
     checkpoints: Path | None = None,
-    progress: bool = False,
 ) -> Adapter:
     """Train the weights of `settings.modules` as `jcrosslora.training.train_lora` trains factors.
 
@@ -37,7 +36,6 @@ def train_dense(
         examples: see `train_lora`.
         settings: of the training; rank, alpha, dtype (always float32) and remat are not used.
         checkpoints: folder for the states of this run.
-        progress: whether to show a progress bar.
 
     Returns:
         The exact change of each weight as an adapter of full rank, which can be merged.
@@ -52,9 +50,7 @@ def train_dense(
     def gradient_of(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return _loss_and_gradient(model, params, weights, batch)
 
-    found = train(
-        base, examples, settings, start, gradient_of, checkpoints=checkpoints, every=_EVERY, progress=progress
-    )
+    found = train(base, examples, settings, start, gradient_of, checkpoints=checkpoints, every=_EVERY)
     modules = {}
     for role, weights in found.items():
         for layer, change in enumerate(np.asarray(weights) - np.asarray(params.weights[role])):

@@ -99,9 +99,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         generator = DecoderSource.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
         writer = choose_writer(generator, DecoderSource.of(target, params=params[1], tokenizer=tokenizers[1]))
         if given:
-            made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed, progress=True)
+            made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed)
         else:
-            made = write_completions(generator, writer, wanted, arguments.seed, progress=True)
+            made = write_completions(generator, writer, wanted, arguments.seed)
         arguments.work.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
     items = load_completions(path)
@@ -140,9 +140,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         teacher = Teacher(reader, tgt, method, symbols, arguments.known)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        found = fit(
-            teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed, progress=True
-        )
+        found = fit(teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed)
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
@@ -150,7 +148,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
             update = unstack_adapter(found.adapter, target)
-            wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1], progress=True)
+            wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1])
             figure = next(name for name in ("json", "exact") if name in wrote.figures)
             row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")
         table.add_row(*row)
@@ -159,6 +157,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
+    jcl.show_progress()
     try:
         run(parse(), Console(width=None if sys.stdout.isatty() else 120))
     except (jcl.JCrossLoRAError, OSError) as error:

@@ -72,7 +72,7 @@ def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Pa
         return
     base = jcl.open_base(ref)
     states, tokenizer = out.with_suffix(".states"), load_tokenizer(base)
-    adapter = train_lora(base, examples, settings, checkpoints=states, progress=True, tokenizer=tokenizer)
+    adapter = train_lora(base, examples, settings, checkpoints=states, tokenizer=tokenizer)
     save_trained(adapter, out, base, settings, {"examples": len(examples)}, chat_template=template_of(tokenizer))
 
 
@@ -97,7 +97,6 @@ def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: lis
         prompts=prompts or None,
         seed=seed,
         effect="never",
-        progress=True,
     )
     result.save(out)
 
@@ -148,9 +147,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 rows.append(("answers", count, out, timed(out, taught)))
             adapters = [oracle, *(out for _, _, out, _ in rows)]
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
-            found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)
+            found = answer(target, part, adapters, params=params, tokenizer=tokenizer)
             print_answers(found, console, show=3)
-            own = answer(jcl.open_base(arguments.source), part, [source], progress=True) if arguments.ceiling else None
+            own = answer(jcl.open_base(arguments.source), part, [source]) if arguments.ceiling else None
             for place, (method, count, _, seconds) in enumerate(rows, 2):
                 figures = {name: _figure(found, name, place, own) for name in found.figures}
                 line = ResultLine(
@@ -183,6 +182,7 @@ def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figur
 
 
 def main() -> None:
+    jcl.show_progress()
     try:
         run(parse(), Console(width=None if sys.stdout.isatty() else 120))
     except (jcl.JCrossLoRAError, OSError) as error:

@@ -221,6 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    jcl.show_progress()
     try:
         run(parse())
     except (jcl.JCrossLoRAError, OSError) as error:

@@ -7,7 +7,6 @@ the base, adapter and questions that it was made from, and is made anew when the
 import gc
 import hashlib
 import io
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -98,7 +97,6 @@ class Scorer:
             list(given.values()),
             params=self._params,
             tokenizer=self._tokenizer,
-            progress=sys.stderr.isatty(),
         )
         gc.collect()
         both = dict(zip((BASE, *given), scores.log_probs, strict=True))

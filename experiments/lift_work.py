@@ -18,7 +18,6 @@ import gc
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ class Work:
             probe_text=self._probe_text(task, row),
             **row.settings,
         )
-        result = transfer_files(settings, progress=sys.stderr.isatty())
+        result = transfer_files(settings)
         self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {result.verdict.text}")
         _forget()
         return out
@@ -173,7 +172,7 @@ class Work:
             return
         self._say(f"training {out.name}: {settings.steps} steps on {len(examples)} examples")
         base, checkpoints = jcl.open_base(ref), self.folder / "checkpoints" / out.name
-        adapter = train(base, examples, settings, checkpoints=checkpoints, progress=sys.stderr.isatty())
+        adapter = train(base, examples, settings, checkpoints=checkpoints)
         save_trained(adapter, out, base, settings, dict(facts))
         shutil.rmtree(checkpoints, ignore_errors=True)
         _forget()

@@ -21,6 +21,7 @@ from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
 from jcrosslora.shelf.sampling import SAMPLES, spread
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import message_entries
+from jcrosslora.utils.progress import show_progress
 
 WAYS = ("text", "tfidf", "certainty", "weights")
 
@@ -36,7 +37,7 @@ def add(shelf: Shelf, name: str, train: str, adapters: list[str], work: Path) ->
         lines.append({"prompt": prompt} if isinstance(prompt, str) else {"messages": message_entries(prompt)})
     file = work / f"{name}.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    found = shelf.add(adapters, samples=file, progress=True)
+    found = shelf.add(adapters, samples=file)
     if found.refused:
         msg = f"{found.refused[0].place}: {found.refused[0].reason}"
         raise SystemExit(msg)
@@ -53,6 +54,7 @@ def row(by: str, found: Accuracy, seconds: float) -> str:
 
 
 def main() -> None:
+    show_progress()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shelf", type=Path, help="a new folder")
     parser.add_argument("--base", required=True)
@@ -76,8 +78,8 @@ def main() -> None:
     for by in arguments.by:
         begun = time.monotonic()
         if by == "weights":
-            shelf.train_probes(ProbeSettings(steps=arguments.steps), progress=True)
-        found = accuracy(shelf.search(prompts, by, progress=True), wanted)
+            shelf.train_probes(ProbeSettings(steps=arguments.steps))
+        found = accuracy(shelf.search(prompts, by), wanted)
         print(row(by, found, time.monotonic() - begun), flush=True)
 
 

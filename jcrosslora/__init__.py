@@ -78,6 +78,7 @@ if _TYPE_CHECKING:
     from jcrosslora.training import fit_magnitudes as fit_magnitudes
     from jcrosslora.training import train_lora as train_lora
     from jcrosslora.utils.logs import log_to as log_to
+    from jcrosslora.utils.progress import show_progress as show_progress
 
     __version__: str
 
@@ -114,6 +115,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "relation.base_comparison": ("BaseComparison", "compare_bases"),
     "relation.pairing": ("Pairing",),
     "utils.logs": ("log_to",),
+    "utils.progress": ("show_progress",),
     "methods": ("MapMethod", "Method", "register_method"),
     "report.record": ("TransferReport",),
     "report.verdict": ("verdict",),

@@ -83,7 +83,8 @@ def nothing_is_timed(request, monkeypatch):
 
 @pytest.fixture
 def every_line(monkeypatch):
-    """Progress writes a line whenever something is done, not every 30 s."""
+    """Show progress, with a line whenever something is done, not every 30 s."""
     from jcrosslora.utils import progress
 
+    monkeypatch.setattr(progress.DISPLAY, "on", True)
     monkeypatch.setattr(progress.DISPLAY, "log_every", 0)

@@ -134,8 +134,9 @@ def transfer():
     method = jcl.methods.Distill(completions=20, fit_rank=2, passes=1, answer_tokens=4, compared_tokens=300)
     found, effects = [], []
     for divide in ("never", "always"):
-        options = {"prompts": CORPUS, "cache": False, "progress": divide == "always", "divide": divide}
-        found.append(jcl.transfer(adapter, source, target, method, **options))
+        options = {"prompts": CORPUS, "cache": False, "divide": divide}
+        with jcl.show_progress(divide == "always"):
+            found.append(jcl.transfer(adapter, source, target, method, **options))
         effect = found[-1].report.effect
         assert effect is not None
         effects.append([effect.source.kl, effect.target.kl])

@@ -95,7 +95,7 @@ def results(folder: Path) -> dict[str, bytes]:
 @pytest.mark.full
 def test_every_job_of_a_unit_shows_its_steps(house, tmp_path, every_line, hooks, capsys):
     hooks.append(lambda _: print("moved", file=sys.stderr))
-    run_batch(plan_in(house, tmp_path, HOOKED + 'adapters=["a0", "a1"]\n'), progress=True)
+    run_batch(plan_in(house, tmp_path, HOOKED + 'adapters=["a0", "a1"]\n'))
     lines = [line.removeprefix("jcrosslora: ") for line in capsys.readouterr().err.splitlines()]
     before = [lines[place - 1].rsplit(", ", 1)[0] for place, line in enumerate(lines) if line == "moved"]
     assert before == [f"batch, {done} of 2 jobs, step 2 of 2: finish" for done in range(2)]

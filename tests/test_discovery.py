@@ -302,7 +302,7 @@ def test_the_texts_that_are_counted_come_up_to_a_total_that_is_known_from_the_be
     names = [field.name for field in dataclasses.fields(DecoderSource)]
     source = kind(*(getattr(actor, name) for name in names))
     settings = DistillSettings(completions=60, discovery=search)
-    write_completions(source, source.alone(), settings, 0, progress=True)
+    write_completions(source, source.alone(), settings, 0)
     shown = re.findall(r"([\d,]+) of ([\d,]+) texts", capsys.readouterr().err)
     done, totals = (np.array([int(one.replace(",", "")) for one in side]) for side in zip(*shown, strict=True))
     assert len(done) > 4

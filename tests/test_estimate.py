@@ -219,7 +219,7 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
 
 
 def test_a_transfer_shows_its_steps(places, every_line, capsys):
-    jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False, progress=True)
+    jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False)
     lines = capsys.readouterr().err.splitlines()
     for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
@@ -227,14 +227,16 @@ def test_a_transfer_shows_its_steps(places, every_line, capsys):
 
 def test_a_shift_shows_the_steps_behind_the_maps(places, every_line, capsys):
     transport = jcl.align(*places[1:3], "residual-fit")
-    jcl.shift(transport, places[0], prompts=CORPUS, effect="always", progress=True)
+    jcl.shift(transport, places[0], prompts=CORPUS, effect="always")
     lines = capsys.readouterr().err.splitlines()
     for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
 
 
 def test_a_shift_of_maps_alone_has_no_steps(places, every_line, capsys):
-    jcl.shift(jcl.align(*places[1:3], "pad-truncate"), places[0], progress=True)
+    with jcl.show_progress(False):
+        transport = jcl.align(*places[1:3], "pad-truncate")
+    jcl.shift(transport, places[0])
     assert capsys.readouterr().err == ""
 
 

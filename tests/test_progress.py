@@ -128,7 +128,8 @@ def test_a_terminal_has_one_line_that_is_cleared_in_the_end(clock, monkeypatch):
 
 
 def test_nothing_is_shown_where_it_is_not_asked_for(display, clock, capsys):
-    with display.track(3, "x", show=False) as shown, display.steps({"a": 1}, show=False) as plan:
+    display.on = False
+    with display.track(3, "x") as shown, display.steps({"a": 1}) as plan:
         clock.now += 100
         plan.begin("a")
         shown.update()

@@ -68,7 +68,7 @@ def _is_short(question: Question) -> bool:
 def train(base: BaseModel, task: Path, settings: TrainingSettings, hub_id: str, out: Path, overwrite: bool) -> None:
     """Train an adapter and write it in bfloat16, with the training settings in the file's header."""
     found = examples(task)
-    trained = train_lora(base, found, settings, progress=sys.stderr.isatty())
+    trained = train_lora(base, found, settings)
     modules = {
         name: LoRAFactors(*(np.asarray(x).astype(ml_dtypes.bfloat16) for x in (item.a, item.b)), scale=item.scale)
         for name, item in trained.modules.items()
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    jcl.show_progress()
     try:
         run(parse_arguments())
     except jcl.JCrossLoRAError as error:

@@ -30,7 +30,8 @@ def plan(settings: jcl.TransferSettings) -> None:
 def move(settings: jcl.TransferSettings) -> None:
     """Move the adapter; write its page, its verdict, and its folder as a zip."""
     DISPLAY.log_every = 1
-    result = jcl.transfer_files(settings, progress=True)
+    jcl.show_progress()
+    result = jcl.transfer_files(settings)
     Path("report.html").write_text(result.html(), encoding="utf-8")
     Path("verdict.txt").write_text(result.verdict.text, encoding="utf-8")
     shutil.make_archive("moved", "zip", base_dir=settings.out)

@@ -81,7 +81,7 @@ class Batch:
     def _run(self, plan: "BatchPlan", shard: tuple[int, int]) -> "Summary":
         from jcrosslora.session.batch import run_batch, run_on_ray
 
-        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": True}
+        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite}
         if self.ray is None:
             return run_batch(plan, **shared, log=self.log)
         return run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)

@@ -76,10 +76,10 @@ class Evaluate:
             for sentence in left_out(adapter, RUN, "bases are run without it")
         ]
         if questions:
-            self._print_scores(score(base, questions[: self.limit], adapters, progress=True), notes, console)
+            self._print_scores(score(base, questions[: self.limit], adapters), notes, console)
             return
         given: Sequence[Example] = examples[: self.limit]
-        answers = answer(base, given, adapters, max_new_tokens=self.max_new_tokens, progress=True)
+        answers = answer(base, given, adapters, max_new_tokens=self.max_new_tokens)
         self._print_answers(answers, notes, console)
 
     def _check(self, *, written: bool) -> None:
@@ -110,7 +110,7 @@ class Evaluate:
 
         shelf = opened_shelf(folder, self.base, self.template)
         room = self.max_new_tokens
-        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=room, progress=True)
+        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=room)
         more = {"shelf": found.to_json()}
         if isinstance(found.figures, Answers):
             self._print_answers(found.figures, found.not_scored, console, more)

@@ -83,7 +83,6 @@ class Generate:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            progress=True,
         )
         if self.json:
             pairs = zip(prompts, found, strict=True)
@@ -124,7 +123,7 @@ class Generate:
             raise UsageError(msg + f"of them out, or compose by one of {', '.join(COMPOSITIONS)}")
         how = find_composition(self.compose)
         shelf = opened_shelf(cast("Path", self.shelf), self.base, self.template)
-        composed, weights = shelf.compose(prompts, how, top=self.top, seed=self.seed, progress=True)
+        composed, weights = shelf.compose(prompts, how, top=self.top, seed=self.seed)
         # An adapter reads prompts as it read its samples.
         spoken = [any(not isinstance(one, str) for one in shelf.entry(name).samples) for name in composed.names]
         template = composed.tokenizer.chat_template is not None

@@ -130,6 +130,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
     from jcrosslora.cli.flags import parse
     from jcrosslora.errors import JCrossLoRAError, LostHostError
     from jcrosslora.utils.memory import enough_memory
+    from jcrosslora.utils.progress import show_progress
     from jcrosslora.utils.terminal import SafeConsole
 
     # A table in a file has no reason to be cut at 80 columns.
@@ -141,7 +142,8 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
                 from jcrosslora.cache.place import keep_compiled
 
                 keep_compiled()
-            return parsed.run(console) or OK
+            with show_progress():
+                return parsed.run(console) or OK
     except LostHostError as error:
         _leave(fail(str(error), USER_ERROR))
     except JCrossLoRAError as error:

@@ -25,7 +25,7 @@ class Merge(MergeSettings):
 
     def run(self, console: Console) -> int:
         """Merge, then say what the checkpoint lacks."""
-        merged = merge(settings_of(self, MergeSettings), progress=True)
+        merged = merge(settings_of(self, MergeSettings))
         for sentence in merged.notes:
             say(console, sentence)
         left = ", without parts of the adapter, see above" if merged.lost else ""

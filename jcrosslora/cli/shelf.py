@@ -51,7 +51,7 @@ class Add:
             raise UsageError(msg)
         shelf = Shelf(self.folder, self.base, encoder=self.encoder)
         try:
-            found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+            found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift)
         except KeyboardInterrupt:
             return fail("interrupted; what was added stays, and the same command goes on from there", INTERRUPTED)
         for name in found.added:

@@ -44,7 +44,7 @@ class Search:
 
         given: list[Prompt] = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
         shelf = Shelf(self.folder, self.base)
-        found = shelf.search(given, self.by, progress=True).best(self.top)
+        found = shelf.search(given, self.by).best(self.top)
         if self.json:
             print_json(
                 [
@@ -79,7 +79,7 @@ class Train:
         from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
 
         settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
-        losses = Shelf(self.folder, self.base).train_probes(settings, progress=True)
+        losses = Shelf(self.folder, self.base).train_probes(settings)
         say(console, f"{self.folder}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
 
@@ -111,7 +111,7 @@ class Evaluate:
 
         prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
         shelf = Shelf(self.folder, self.base)
-        found = {by: accuracy(shelf.search(prompts, by, progress=True), wanted) for by in self.by or ("text", "tfidf")}
+        found = {by: accuracy(shelf.search(prompts, by), wanted) for by in self.by or ("text", "tfidf")}
         if self.json:
             print_json({"prompts": len(prompts), "by": {by: dataclasses.asdict(one) for by, one in found.items()}})
             return

@@ -54,9 +54,7 @@ class Train(TrainingSettings):
         tokenizer = load_tokenizer(base)
         shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
         with log_to(self.log, self.out.resolve().name, shown):
-            adapter = train_lora(
-                base, examples, settings, checkpoints=self.checkpoints, progress=True, tokenizer=tokenizer
-            )
+            adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, tokenizer=tokenizer)
         facts = {"task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None

@@ -20,6 +20,7 @@ from jcrosslora.report.hub.repository import Repository
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
 from jcrosslora.utils.logs import LogName, find_log, log_to
+from jcrosslora.utils.progress import show_progress, shows_progress
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class _Transfer:
 
         settings = self.settings()
         log = self.log if hosts.is_first() else None
-        with log_to(log, Path(settings.out).resolve().name, settings.published()):
-            report = transfer_files(settings, progress=hosts.is_first()).report
+        run = Path(settings.out).resolve().name
+        with log_to(log, run, settings.published()), show_progress(shows_progress() and hosts.is_first()):
+            report = transfer_files(settings).report
         if not hosts.is_first():
             return 0
         found = verdict(report)

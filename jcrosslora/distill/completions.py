@@ -95,7 +95,6 @@ def answer_given(
     settings: DistillSettings,
     seed: int,
     *,
-    progress: bool = False,
     shared: dict[Any, Any] | None = None,
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
@@ -110,7 +109,6 @@ def answer_given(
         prompts: at least one.
         settings: of the fit.
         seed: of the sampling.
-        progress: whether to show a progress bar.
         shared: prompts that the base wrote for other adapters, which are the same for this one; new ones are added.
 
     Raises:
@@ -133,7 +131,7 @@ def answer_given(
             bar.update(count)
         return list(kept[key])
 
-    with _bar(wanted + further, progress) as bar:
+    with _bar(wanted + further) as bar:
         tokens = settings.answer_tokens or _given_length(source, prompts, temperature, seed)
         asked = [Completion(prompt) for prompt in prompts[:wanted]]
         asked += similar(wanted - len(asked), seed, bar)
@@ -162,9 +160,7 @@ def answer_given(
     return Completions(found, description, more)
 
 
-def write_completions(
-    source: Source, writer: Writer, settings: DistillSettings, seed: int, *, progress: bool = False
-) -> Completions:
+def write_completions(source: Source, writer: Writer, settings: DistillSettings, seed: int) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`jcrosslora.distill.template_choice`); what it was
@@ -175,14 +171,13 @@ def write_completions(
         writer: writes the others, see `jcrosslora.distill.prompt_writer`.
         settings: of the fit.
         seed: of the sampling.
-        progress: whether to show a progress bar.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(source.tokenizer)
-    with _bar(completions_cost(settings, templates=len(templates)).texts, progress) as bar:
+    with _bar(completions_cost(settings, templates=len(templates)).texts) as bar:
         pilot = write_pilot(source, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
@@ -287,5 +282,5 @@ def _check_enough(found: list[Completion], source: Source) -> None:
     raise MethodError(msg + "give more prompts with --probe-text, or use another method")
 
 
-def _bar(texts: int, progress: bool) -> AbstractContextManager[Track]:
-    return track(texts, "write completions", "texts", show=progress)
+def _bar(texts: int) -> AbstractContextManager[Track]:
+    return track(texts, "write completions", "texts")

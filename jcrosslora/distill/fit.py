@@ -119,7 +119,6 @@ def fit(
     begun: float,
     checkpoints: Checkpoints | None = None,
     seed: int = 0,
-    progress: bool = False,
 ) -> Fitted:
     """Fit an update of the target to the teacher, until the completions or the time are used up.
 
@@ -137,13 +136,12 @@ def fit(
         begun: `time.monotonic()` at the beginning, which the budget counts from.
         checkpoints: where the state is saved behind each round; a fit continues from the newest one.
         seed: of the first factors, and of the order of batches.
-        progress: whether to show a progress bar.
     """
     run, stopped = _Run(teacher, held_out, settings, start, begun, seed), False
     if checkpoints is not None:
         run.restore(checkpoints)
     total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
-    with track(total, "fit", unit, show=progress) as bar:
+    with track(total, "fit", unit) as bar:
         try:
             while run.share() < 1:
                 own = run.adapter if run.rounds and run.share() >= 1 - settings.polish else None

@@ -53,9 +53,7 @@ def check_share(share: float) -> None:
         raise UsageError(msg)
 
 
-def interpolate_to_source(
-    source: BaseModel, target: BaseModel, share: float, *, rank: int, progress: bool = False
-) -> SourceInterpolation:
+def interpolate_to_source(source: BaseModel, target: BaseModel, share: float, *, rank: int) -> SourceInterpolation:
     """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
 
     Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
@@ -66,7 +64,6 @@ def interpolate_to_source(
         target: a base with the same modules, by name and shape.
         share: the interpolation weight, 0 (target) to 1 (source).
         rank: the highest rank.
-        progress: whether to show a progress bar.
 
     Raises:
         UsageError: the share is out of range.
@@ -81,7 +78,7 @@ def interpolate_to_source(
         raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
-    with track(len(target.modules), "interpolate", "modules", show=progress) as bar:
+    with track(len(target.modules), "interpolate", "modules") as bar:
         for names in bounded_groups(
             list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
         ):

@@ -68,7 +68,6 @@ def fit_residual(
     rank: int = 16,
     scale: float = 0.6,
     params: tuple[Params, Params] | None = None,
-    progress: bool = False,
 ) -> StackedAdapter:
     """Fit updates of the target's down_proj that change its residual stream as an adapter changes the source's.
 
@@ -88,7 +87,6 @@ def fit_residual(
         rank: R of each update.
         scale: factor of the source's change.
         params: weights of source and target, if they are loaded already.
-        progress: whether to show a progress bar.
 
     Returns:
         The updates without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero in
@@ -114,7 +112,7 @@ def fit_residual(
     layers = [feeder if layer in held else None for layer, feeder in enumerate(layers)]
     a, b = np.zeros((len(held), rank, inner), np.float32), np.zeros((len(held), hidden, rank), np.float32)
     last = max(layer for layer, feeder in enumerate(layers) if feeder is not None)
-    for layer in each(range(last + 1), "fit the residual stream", "layers", show=progress):
+    for layer in each(range(last + 1), "fit the residual stream", "layers"):
         plain.run_to(layer)
         feeder = layers[layer]
         if feeder is None:

@@ -77,7 +77,6 @@ def distill(
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
     states: Path | None = None,
-    progress: bool = False,
     loaded: LoadedBases | None = None,
     shared: dict[Any, Any] | None = None,
 ) -> Distilled:
@@ -96,7 +95,6 @@ def distill(
         settings: of the fit.
         seed: of all that is sampled.
         states: folder for the states of long fits.
-        progress: whether to show progress bars.
         loaded: gives the weights of both bases; None loads them for this fit.
         shared: what holds for all adapters of the pair; new findings are added.
 
@@ -110,7 +108,7 @@ def distill(
         tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
         load_tokenizer(target)  # refused before weights are read
         source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
-    given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states, "progress": progress}
+    given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states}
     return distill_from(source, target, start, **given, loaded=loaded, shared=shared)
 
 
@@ -123,7 +121,6 @@ def distill_from(
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
     states: Path | None = None,
-    progress: bool = False,
     loaded: LoadedBases | None = None,
     shared: dict[Any, Any] | None = None,
 ) -> Distilled:
@@ -146,7 +143,6 @@ def distill_from(
         settings: of the fit.
         seed: of all that is sampled.
         states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
-        progress: whether to show progress bars.
         loaded: gives the weights of the target; None loads them for this fit.
         shared: what holds for all adapters of the pair; new findings are added.
 
@@ -168,9 +164,9 @@ def distill_from(
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
         writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]), shared)
     if prompts:
-        completions = answer_given(source, writer, prompts, settings, seed, progress=progress, shared=shared)
+        completions = answer_given(source, writer, prompts, settings, seed, shared=shared)
     else:
-        completions = write_completions(source, writer, settings, seed, progress=progress)
+        completions = write_completions(source, writer, settings, seed)
     batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
     rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
@@ -202,7 +198,6 @@ def distill_from(
             begun=clock,
             checkpoints=checkpoints,
             seed=seed,
-            progress=progress,
         )
     devices = 1 if loaded.mesh is None else loaded.mesh.size
     return _distilled(fitted, batches, completions, tokenizers[1], symbols, target, devices)

@@ -31,7 +31,6 @@ def answer(
     max_new_tokens: int | None = None,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
-    progress: bool = False,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Answers:
@@ -52,7 +51,6 @@ def answer(
             512 at most.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once for the likelihoods, over all adapters.
-        progress: whether to show a progress bar.
         params: the weights, if they are loaded already; then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
 
@@ -79,8 +77,8 @@ def answer(
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
     names = (base.name, *(adapter.info.name for adapter in adapters))
-    sums, _ = log_prob_sums(models, names, items, batch_tokens, unit="examples", progress=progress)
-    written = _write(models, names, tokenizer, completions, room, progress)
+    sums, _ = log_prob_sums(models, names, items, batch_tokens, unit="examples")
+    written = _write(models, names, tokenizer, completions, room)
     return Answers(names, completions, written, -sums[:, :, 0], room)
 
 
@@ -90,11 +88,10 @@ def _write(
     tokenizer: Tokenizer,
     completions: Sequence[Completion],
     max_new_tokens: int,
-    progress: bool,
 ) -> tuple[tuple[Written, ...], ...]:
     """Answer all prompts under each model; adapters of one shape, the base's of zeros, share the compiled programs."""
     prompts, found = [one.prompt for one in completions], []
-    with track(models.count * len(prompts), "write answers", "answers", show=progress) as bar:
+    with track(models.count * len(prompts), "write answers", "answers") as bar:
         for place in range(models.count):
             adapter = jax.tree.map(lambda leaf, place=place: leaf[place], models.adapters)
             adapter_name = names[place] if place else None

@@ -31,7 +31,6 @@ def check_effect(
     written: Sequence[str] = (),
     loaded: LoadedBases | None = None,
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
-    progress: bool = False,
 ) -> Effect:
     """Measure the change by a moved adapter on the target, and by the original on the source.
 
@@ -48,7 +47,6 @@ def check_effect(
             none, `texts` is used for both.
         loaded: gives the weights of both bases; None loads them.
         tokenizers: tokenizers of source and target, if they are loaded already.
-        progress: whether to show a progress bar.
 
     Raises:
         UsageError: no text at all, or none of either kind with two positions at which tokens of both bases end.
@@ -62,7 +60,7 @@ def check_effect(
         msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
         raise UsageError(msg)
     src, tgt, loaded = [], [], loaded or LoadedBases()
-    with track(2 * len(batches), "measure the effect", "passes", show=progress) as bar:
+    with track(2 * len(batches), "measure the effect", "passes") as bar:
         for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
             model = settings_of(base), loaded.params(base)
             for kind in batches:
@@ -89,9 +87,7 @@ def effect_cost(*, written: bool) -> Cost:
     return read if written else read + writing_cost(TEXTS, LENGTH, prompt=1)
 
 
-def adapter_texts(
-    source: BaseModel, adapter: Adapter, *, seed: int = 0, params: Params | None = None, progress: bool = False
-) -> list[str]:
+def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, params: Params | None = None) -> list[str]:
     """Let a base write as many texts with an adapter as `check_effect` uses.
 
     Returns:
@@ -102,7 +98,7 @@ def adapter_texts(
         CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
     """
     try:
-        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, params=params, progress=progress)
+        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, params=params)
     except MethodError:
         return []
 

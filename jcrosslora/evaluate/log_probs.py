@@ -67,7 +67,7 @@ class TokenStates:
 
 
 def log_prob_sums(
-    models: Models, names: Sequence[str], items: Sequence[Tokens], batch_tokens: int, *, unit: str, progress: bool
+    models: Models, names: Sequence[str], items: Sequence[Tokens], batch_tokens: int, *, unit: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the log-probabilities of the scored tokens of each choice of n questions with C choices at most.
 
@@ -77,7 +77,6 @@ def log_prob_sums(
         items: the questions as tokens.
         batch_tokens: token positions in memory at once, over all models.
         unit: what is counted while it runs, in the plural.
-        progress: whether to show a progress bar.
 
     Returns:
         float64 (A, n, C), nats, NaN where a question has fewer choices; int64 (n, C), the scored tokens.
@@ -89,7 +88,7 @@ def log_prob_sums(
     # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((models.count + 1, len(items), max(len(one.tails) for one in items)))
     parts = models.batches(items, max(1, batch_tokens // models.count))
-    with track(len(items), "score", unit, show=progress) as bar:
+    with track(len(items), "score", unit) as bar:
         for places, values in _token_log_probs(models, parts, bar):
             for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
                 np.add.at(one, tuple(places.T), found)

@@ -24,7 +24,6 @@ def score(
     *,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
-    progress: bool = False,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Scores:
@@ -39,7 +38,6 @@ def score(
         adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once, over all adapters.
-        progress: whether to show a progress bar.
         params: the weights, if they are loaded already; then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
 
@@ -60,7 +58,7 @@ def score(
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
     names = (base.name, *(adapter.info.name for adapter in adapters))
-    log_probs, tokens = log_prob_sums(models, names, items, batch_tokens, unit="questions", progress=progress)
+    log_probs, tokens = log_prob_sums(models, names, items, batch_tokens, unit="questions")
     return Scores.of(names, questions, log_probs, tokens)
 
 

@@ -34,7 +34,6 @@ class Task:
         shared: results that hold for all adapters of the pair; a method may add its own.
         seed: for everything that is sampled.
         states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
-        progress: whether to show progress.
         loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
     """
 
@@ -49,7 +48,6 @@ class Task:
     shared: dict[Any, Any] = field(default_factory=dict)
     seed: int = 0
     states: Path | None = None
-    progress: bool = False
     loaded: LoadedBases | None = None
 
     @property

@@ -45,7 +45,6 @@ class Distill(DistillSettings, Method):
             settings=self,
             seed=task.seed,
             states=task.states,
-            progress=task.progress,
             loaded=task.loaded,
             shared=task.shared,
         )

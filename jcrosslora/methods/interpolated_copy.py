@@ -37,9 +37,7 @@ class InterpolatedCopy(Copy):
     def move(self, task: Task) -> Moved:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""
         if self not in task.shared:
-            task.shared[self] = interpolate_to_source(
-                task.base, task.target, self.interpolation, rank=task.rank, progress=task.progress
-            )
+            task.shared[self] = interpolate_to_source(task.base, task.target, self.interpolation, rank=task.rank)
         found = task.shared[self]
         return Moved(_sum(task.target, task.mapped, found), added=_sentence(found, self.interpolation))
 

@@ -40,7 +40,6 @@ class ResidualFit(Method):
             task.batches,
             task.layers,
             scale=self.residual_scale,
-            progress=task.progress,
         )
         what = f"{self.residual_scale:g} times the change of the source's residual stream"
         return Moved(unstack_adapter(fitted, task.target), fitted=f"fitted to {what}, on down_proj alone")

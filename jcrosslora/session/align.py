@@ -31,7 +31,6 @@ def align(
     sources: Collection[str] | None = None,
     probes: Probes | None = None,
     cache: Cache | None = None,
-    progress: bool = False,
 ) -> Transport:
     """Find the maps that carry adapters of `source` over to `target`.
 
@@ -47,7 +46,6 @@ def align(
         probes: text for the methods that run both bases; None lets the source base write it.
         cache: where factors and transports are kept and looked for, such as `jcrosslora.open_cache()`; None computes
             everything and keeps nothing. The numbers are the same.
-        progress: whether to show progress.
 
     Returns:
         The transport, on the default devices.
@@ -70,6 +68,6 @@ def align(
             wanted = make_chosen(choose_method(pair.source, pair.target, pair.structure).method, wanted)
         task = plan_alignment(pair, wanted, depth=depth, seed=seed, sources=sources)
         check_hosts(task)
-        task = with_text(task, probes, progress=progress)
-        groups = tuple(align_groups(task, progress=progress))
+        task = with_text(task, probes)
+        groups = tuple(align_groups(task))
         return task.transport(groups, [kernel for group in groups for kernel in group.kernels])

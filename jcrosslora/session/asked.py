@@ -62,7 +62,6 @@ def transfer_asked(
     *,
     probes: Probes | None = None,
     states: Path | None = None,
-    progress: bool = False,
 ) -> TransferResult:
     """Fit an update of a target to a source that can only be queried.
 
@@ -72,7 +71,6 @@ def transfer_asked(
         request: from `check_asked`.
         probes: the user's prompts, or None.
         states: folder for the states of long fits, or None.
-        progress: whether to show progress.
 
     Raises:
         UsageError, MemoryError: see `place_bases`.
@@ -81,7 +79,7 @@ def transfer_asked(
     from jcrosslora.decoder.loaded import LoadedBases
 
     placement = _placed(target, request.method, request.options)
-    placement.announce(show=progress)
+    placement.announce()
     before = Adapter({}, asked.adapter)
     task = Task(
         source=asked.source,
@@ -90,10 +88,9 @@ def transfer_asked(
         prompts=() if probes is None else (probes.prompts or probes.texts),
         seed=request.options.seed,
         states=states,
-        progress=progress,
         loaded=LoadedBases(mesh=placement.mesh),
     )
-    with steps(dict.fromkeys(_STEPS), show=progress):
+    with steps(dict.fromkeys(_STEPS)):
         update = request.method.move(task)
     update = dataclasses.replace(update, fitted=f"{update.fitted}; the source was {asked.how()}")
     request = dataclasses.replace(request, queried=asked.settings, rank=asked.rank)

@@ -30,7 +30,6 @@ def measure_effect(
     runs_bases: bool,
     probes: Sequence[str],
     completions: Sequence[str],
-    progress: bool,
     loaded: LoadedBases | None = None,
 ) -> tuple[Effect | None, tuple[str, ...]]:
     """Measure the effect if the options ask for it.
@@ -44,7 +43,6 @@ def measure_effect(
         probes: texts that both bases were run on.
         completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
             text of another kind, so these come first.
-        progress: whether to show progress.
         loaded: gives the weights of both bases; None loads one at a time, whole on the first device.
 
     Returns:
@@ -66,12 +64,10 @@ def measure_effect(
     texts, written = ((), completions) if completions else (probes, ())
     try:
         with enough_memory("leave out the check with --effect never"):
-            written = written or _texts(pair.source, original, options.seed, loaded, progress=progress)
+            written = written or _texts(pair.source, original, options.seed, loaded)
             if not texts and not written:
                 return None, ()
-            found = check_effect(
-                pair.source, pair.target, original, moved, texts, written=written, loaded=loaded, progress=progress
-            )
+            found = check_effect(pair.source, pair.target, original, moved, texts, written=written, loaded=loaded)
     # A finished transfer is not given up for a check that was not requested.
     except (UsageError, ShortMemoryError) as error:
         if options.effect == "always":
@@ -80,12 +76,10 @@ def measure_effect(
     return found, ()
 
 
-def _texts(
-    source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None, *, progress: bool
-) -> Sequence[str]:
+def _texts(source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None) -> Sequence[str]:
     """Let the source write with its adapter; its weights are dropped behind that unless `loaded` keeps them."""
     from jcrosslora.decoder import fast_dtype
     from jcrosslora.evaluate.effect_check import adapter_texts
 
     params = None if loaded is None else loaded.params(source, fast_dtype())
-    return adapter_texts(source, original, seed=seed, params=params, progress=progress)
+    return adapter_texts(source, original, seed=seed, params=params)

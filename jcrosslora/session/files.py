@@ -24,7 +24,7 @@ from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 
 
-def transfer_files(settings: TransferSettings, *, progress: bool = False) -> TransferResult:
+def transfer_files(settings: TransferSettings) -> TransferResult:
     """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
 
     If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
@@ -32,7 +32,6 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
 
     Args:
         settings: what to move, where to, and how.
-        progress: whether to show progress.
 
     Returns:
         The result; it is already written to `settings.out`.
@@ -42,14 +41,14 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
     """
     method = make_method(settings.method)
     if (model := asked_model(settings)) is not None:
-        return _ask_files(settings, model, progress=progress)
+        return _ask_files(settings, model)
     with hosts.together(), enough_memory(lighter(method)):
         if hosts.is_first():
             ensure_free(Path(settings.out), settings.overwrite)
         parse_depth(settings.depth)  # refused before anything is read
         span_rank(settings.profile, settings.out_rank)
         find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
-        session = open_session(settings, progress=progress)
+        session = open_session(settings)
         result = session.transfer(
             _load(settings, session),
             method,
@@ -96,7 +95,7 @@ def asked_model(settings: TransferSettings) -> AskedModel | None:
     return None
 
 
-def _ask_files(settings: TransferSettings, model: AskedModel, *, progress: bool) -> TransferResult:
+def _ask_files(settings: TransferSettings, model: AskedModel) -> TransferResult:
     with enough_memory("a shorter --answer-tokens"):
         ensure_free(Path(settings.out), settings.overwrite)
         target = _open_target(settings)
@@ -107,7 +106,7 @@ def _ask_files(settings: TransferSettings, model: AskedModel, *, progress: bool)
             target.digest(store.digests)
         asked = open_asked(model, settings.adapter or None, revision=settings.adapter_revision, store=store)
         states = None if store is None else store.root / "fits"
-        result = transfer_asked(asked, target, request, probes=probes, states=states, progress=progress)
+        result = transfer_asked(asked, target, request, probes=probes, states=states)
         save_as(result, settings)
     return result
 
@@ -170,9 +169,9 @@ def _load(settings: TransferSettings, session: PairSession) -> Adapter:
     )
 
 
-def open_session(settings: TransferSettings, *, progress: bool = False) -> PairSession:
+def open_session(settings: TransferSettings) -> PairSession:
     """Open both bases of a transfer, and the cache if it is to take part."""
-    session = PairSession(*_open_bases(settings), store=open_cache() if settings.cache else None, progress=progress)
+    session = PairSession(*_open_bases(settings), store=open_cache() if settings.cache else None)
     share_digests(session)
     return session
 

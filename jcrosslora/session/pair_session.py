@@ -36,7 +36,7 @@ from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils.memory import free_memory
-from jcrosslora.utils.progress import Steps, begin, steps
+from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
 
 if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
@@ -73,15 +73,11 @@ class PairSession:
 
     Attributes:
         pair: the two bases, with the facts that stages share.
-        progress: whether to show progress.
         loaded: keeps the weights of both bases for what runs them; None loads them anew each time.
     """
 
-    def __init__(
-        self, source: BaseModel, target: BaseModel, *, store: Cache | None = None, progress: bool = False
-    ) -> None:
+    def __init__(self, source: BaseModel, target: BaseModel, *, store: Cache | None = None) -> None:
         self.pair = BasePair(source, target, store)
-        self.progress = progress
         self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
@@ -105,7 +101,7 @@ class PairSession:
 
         bases = self.pair.source, self.pair.target
         placement = place_bases(bases, method, options)
-        placement.announce(show=self.progress)
+        placement.announce()
         if not keep:
             return LoadedBases(mesh=placement.mesh)
         numbers = [held_numbers(base, placement.devices) for base in bases]
@@ -195,12 +191,10 @@ class PairSession:
             from jcrosslora.evaluate.probes import written_probes
 
             source = self.pair.source
-            probes = written_probes(source, options.probe_count, seed=options.seed, progress=self.progress)
-        task = with_text(task, probes, progress=self.progress)
+            probes = written_probes(source, options.probe_count, seed=options.seed)
+        task = with_text(task, probes)
         if EvidenceKind.PROBE_TEXTS in task.method.requires and not task.batches:
-            probes, batches = batch_probes(
-                self.pair.source, self.pair.target, probes, seed=options.seed, progress=self.progress
-            )
+            probes, batches = batch_probes(self.pair.source, self.pair.target, probes, seed=options.seed)
             task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
         return task
 
@@ -218,7 +212,7 @@ class PairSession:
             The transport without its groups, which are dropped one by one.
         """
         kernels: list[str] = []
-        for group in align_groups(task, progress=self.progress) if groups is None else groups:
+        for group in align_groups(task) if groups is None else groups:
             add_to_all([move.shifter for move in moves], group)
             kernels += group.kernels
         return task.transport((), kernels)
@@ -249,7 +243,6 @@ class PairSession:
                 runs_bases=move.method.runs_bases,
                 probes=probes,
                 completions=tuple(item.text for item in update.completions),
-                progress=self.progress,
                 loaded=loaded,
             )
             if shifted.original.tokens and (move.method.runs_bases or effect is not None):
@@ -332,7 +325,7 @@ class PairSession:
             aligned: whether the maps are there already.
             timed: whether to estimate the seconds of the steps where the bases run, which takes minutes.
         """
-        if not self.progress:
+        if not shows_progress():
             return nullcontext(Steps(None, {}))
         # Imported here: methods that look at weights alone need no decoder.
         from jcrosslora.session.estimate import costs_of
@@ -343,7 +336,7 @@ class PairSession:
         found = costs_of(task, options, prompts, aligned=aligned)
         timing = timed and runs_bases
         seconds = Stopwatch().seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
-        return steps(seconds, show=bool(found))
+        return steps(seconds) if found else nullcontext(Steps(None, {}))
 
     def _task(self, shifted: Shifted, task: AlignmentTask, move: Move, loaded: LoadedBases | None) -> Task:
         given = task.probes is not None and task.probes.seed is None
@@ -359,7 +352,6 @@ class PairSession:
             shared=self._shared,
             seed=move.options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
-            progress=self.progress,
             loaded=loaded,
         )
 

@@ -18,7 +18,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.methods import Method
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.utils.memory import free_memory
-from jcrosslora.utils.progress import say
+from jcrosslora.utils.progress import say, shows_progress
 
 _CHECKED = 4  # bytes of a number in the check of the effect, which holds one base at a time
 
@@ -53,9 +53,9 @@ class Placement:
         """Whether several devices are there, and it is known what they hold, or asked to divide."""
         return self.devices > 1 or (self.there > 1 and self.free is not None)
 
-    def announce(self, *, show: bool) -> None:
-        """Say the choice on the display, where there was one."""
-        if show and self.was_chosen:
+    def announce(self) -> None:
+        """Write the choice, if there was one, where progress is shown."""
+        if shows_progress() and self.was_chosen:
             say(f"devices: {self.text()}")
 
     def record(self) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def transfer(
     *,
     prompts: Sequence[Any] | str | Path | None = None,
     cache: bool = True,
-    progress: bool = False,
     **options: Any,
 ) -> TransferResult:
     """Move an adapter from the base it was trained on to another base. Nothing is written.
@@ -50,7 +49,6 @@ def transfer(
             conversations, each a list of {"role", "content"}.
             Where an update is fitted, prompts of the adapter's own task recover more than what the source writes.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
-        progress: whether to show progress.
         options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 
     Returns:
@@ -61,11 +59,9 @@ def transfer(
     """
     wanted, chosen = make_method(method), TransferOptions(**options)
     if isinstance(source, ServedModel | TorchModel):
-        return _ask(adapter, source, target, wanted, chosen, prompts, cache=cache, progress=progress)
+        return _ask(adapter, source, target, wanted, chosen, prompts, cache=cache)
     with hosts.together(), enough_memory(lighter(wanted)):
-        session = PairSession(
-            open_base(source), open_base(target), store=open_cache() if cache else None, progress=progress
-        )
+        session = PairSession(open_base(source), open_base(target), store=open_cache() if cache else None)
         share_digests(session)
         loaded = load_adapter(adapter, session.pair.source)
         return session.transfer(loaded, wanted, with_one_writer(chosen), probes=given_probes(prompts))
@@ -80,7 +76,6 @@ def _ask(
     prompts: Sequence[Any] | str | Path | None,
     *,
     cache: bool,
-    progress: bool,
 ) -> TransferResult:
     """Move an adapter from a source that is asked."""
     from jcrosslora.session.asked import check_asked, transfer_asked
@@ -91,7 +86,7 @@ def _ask(
         request = check_asked(opened, method, options)
         asked = open_asked(source, adapter, store=store)
         states = None if store is None else store.root / "fits"
-        return transfer_asked(asked, opened, request, probes=probes, states=states, progress=progress)
+        return transfer_asked(asked, opened, request, probes=probes, states=states)
 
 
 def shift(
@@ -99,7 +94,6 @@ def shift(
     adapter: Adapter | str | Path | Any,
     *,
     prompts: Any = None,
-    progress: bool = False,
     **options: Any,
 ) -> TransferResult:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run the stages after the maps.
@@ -108,7 +102,6 @@ def shift(
         transport: from `align`.
         adapter: an adapter of the transport's source: a path, a hub id, or an adapter in memory.
         prompts: text for a method that fits an update, see `transfer`.
-        progress: whether to show progress.
         options: fields of `TransferOptions` except depth, which the transport determines.
 
     Returns:
@@ -124,7 +117,7 @@ def shift(
         raise MethodError(msg)
     chosen = TransferOptions(**({"effect": "never", "seed": transport.recipe.seed} | options))
     with hosts.together(), enough_memory(lighter(transport.method)):
-        session = PairSession(*transport.bases, progress=progress)
+        session = PairSession(*transport.bases)
         move = session.start(load_adapter(adapter, session.pair.source), transport.method, chosen)
         return session.finish_aligned(move, transport, given_probes(prompts))
 

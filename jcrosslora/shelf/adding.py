@@ -69,8 +69,6 @@ def add_found(
     known: Mapping[str, ShelfEntry],
     encode: Callable[[Sequence[Sample]], np.ndarray],
     write: Callable[[Fresh], None],
-    *,
-    progress: bool,
 ) -> Added:
     """Read adapters and write them down every few seconds, and when the work ends or is stopped.
 
@@ -80,7 +78,6 @@ def add_found(
         known: the entries on the shelf by name.
         encode: makes vectors (m, D) of m samples.
         write: puts entries with the vectors of their samples on the shelf.
-        progress: whether to show progress.
     """
     known = dict(known)
     added: list[str] = []
@@ -97,7 +94,7 @@ def add_found(
     with ExitStack() as stack:
         stack.callback(put)  # what was read before a stop is written on the way out
         last = time.monotonic()
-        with track(len(found), "add adapters", "adapters", show=progress) as bar:
+        with track(len(found), "add adapters", "adapters") as bar:
             for one in found:
                 try:
                     entry = reader.entry(one, known)

@@ -74,7 +74,6 @@ def judge(
     top: int = 1,
     by: str | None = None,
     max_new_tokens: int | None = None,
-    progress: bool = False,
 ) -> Judged:
     """Answer the examples of a task with what a shelf finds for each, and with the base and named adapters alone.
 
@@ -89,7 +88,6 @@ def judge(
         top: at most so many adapters for an example.
         by: see `Shelf.search`.
         max_new_tokens: see `jcrosslora.answer`.
-        progress: whether to show progress.
 
     Raises:
         UsageError: see `Shelf.compose`, `jcrosslora.answer` and `jcrosslora.score`.
@@ -100,16 +98,16 @@ def judge(
     questions = [one for one in examples if isinstance(one, Question)]
     prompts = [as_completion(one).prompt for one in examples]
     loaded: dict[str, Any] = {"params": load_params(base, jnp.float32), "tokenizer": load_tokenizer(base)}
-    composed, weights = shelf.compose(prompts, how, top=top, by=by, progress=progress, **loaded)
+    composed, weights = shelf.compose(prompts, how, top=top, by=by, **loaded)
     name = f"shelf ({how.name})"
     figures: Answers | Scores
     if questions:
-        scores = score(base, questions, own, progress=progress, **loaded)
+        scores = score(base, questions, own, **loaded)
         figures = with_scores(scores, questions, composed, weights, name)
         values = figures.by_question(FIGURE)
     else:
-        answers = answer(base, examples, own, max_new_tokens=max_new_tokens, progress=progress, **loaded)
-        figures = with_answers(answers, composed, weights, name, progress=progress)
+        answers = answer(base, examples, own, max_new_tokens=max_new_tokens, **loaded)
+        figures = with_answers(answers, composed, weights, name)
         values = figures.by_example(FIGURE)
     used = Counter(name for row in weights for name, weight in zip(composed.names, row, strict=True) if weight)
     alone = int((~weights.any(axis=1)).sum())

@@ -40,7 +40,7 @@ class Searching:
     load: Callable[[str], Adapter]
     encoder: Callable[[], Encoder]
 
-    def retriever(self, by: str | None, *, progress: bool) -> Retriever:
+    def retriever(self, by: str | None) -> Retriever:
         """Open a way to search, see `Shelf.search`.
 
         Raises:
@@ -50,7 +50,7 @@ class Searching:
         makers: dict[str, Callable[[], Retriever]] = {
             "text": self._text_retriever,
             "tfidf": lambda: WordRetriever(self.index.entries),
-            "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load, progress=progress),
+            "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load),
             WEIGHTS: self._weight_retriever,
         }
         if by not in makers:
@@ -75,7 +75,7 @@ class Searching:
         keep_arrays(path, key, {name: getattr(fitted, name) for name in names})
         return fitted
 
-    def train(self, settings: ProbeSettings, *, progress: bool) -> list[float]:
+    def train(self, settings: ProbeSettings) -> list[float]:
         """Train the encoder of weights, see `Shelf.train_probes`."""
         self._check_encoder("weights")
         samples = [own for entries, vectors in self.index.blocks() for own in split_samples(vectors, entries)]
@@ -91,7 +91,6 @@ class Searching:
             self.means(),
             lambda place: self._weights_of(place, rank),
             settings,
-            progress=progress,
         )
         path = self.index.folder / _WEIGHTS_FILE
         keep_arrays(path, index_key(self.index.head), found.arrays())

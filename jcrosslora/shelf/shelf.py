@@ -175,7 +175,6 @@ class Shelf:
         name: str | None = None,
         samples: str | Path | None = None,
         lift: float | None = None,
-        progress: bool = False,
     ) -> Added:
         """Add adapters, or all below a folder. What is damaged or of another base is left out and listed.
 
@@ -187,7 +186,6 @@ class Shelf:
             samples: a file of prompts of the task, see `jcrosslora shelf add --help`; None takes those that the
                 source wrote when the adapter was moved.
             lift: of a single adapter, the share of a trained adapter's gain that it recovers, where it is known.
-            progress: whether to show progress.
 
         Raises:
             AdapterError: something that was named is not there, or has no adapter below it.
@@ -207,14 +205,14 @@ class Shelf:
         given = None if samples is None else given_samples(samples)
         reader = Reader(self.folder, self.base, self._describe(), given, lift)
         known = {entry.name: entry for entry in self._index.entries}
-        added = add_found(found, reader, known, self._encode, self._write, progress=progress)
+        added = add_found(found, reader, known, self._encode, self._write)
         if added.added:
             # For the next search; where another process has added more meanwhile, that one does it.
             with suppress(ChangedMeanwhileError):
                 self._searching().means()
         return added
 
-    def search(self, prompts: Asked | Sequence[Asked], by: str | None = None, *, progress: bool = False) -> Retrieved:
+    def search(self, prompts: Asked | Sequence[Asked], by: str | None = None) -> Retrieved:
         """Find the adapters whose task prompts are of.
 
         Args:
@@ -222,7 +220,6 @@ class Shelf:
             by: "text", by vectors of the samples; "tfidf", by their words; "certainty", by how much an adapter changes
                 the base's predictions on the prompt; "weights", by vectors of the adapters' weights, see
                 `train_probes`. None is "text", on a shelf without an encoder "tfidf".
-            progress: whether to show progress.
 
         Raises:
             UsageError: an unknown way, one that the shelf has no data for, or no prompt.
@@ -232,16 +229,16 @@ class Shelf:
         if not several:
             msg = f"{self.folder}: no prompt was given; give one or more"
             raise UsageError(msg)
-        found = self.retriever(by, progress=progress)
+        found = self.retriever(by)
         return Retrieved(self.names, found.scores(several), found.thresholds)
 
-    def retriever(self, by: str | None = None, *, progress: bool = False) -> Retriever:
+    def retriever(self, by: str | None = None) -> Retriever:
         """Open a way to search, for many searches; see `search`. What another process has changed is read first."""
         try:
-            return self._searching().retriever(by, progress=progress)
+            return self._searching().retriever(by)
         except ChangedMeanwhileError:
             self._index = Index.open(self.folder)
-            return self._searching().retriever(by, progress=progress)
+            return self._searching().retriever(by)
 
     def compose(
         self,
@@ -250,7 +247,6 @@ class Shelf:
         *,
         top: int = 1,
         by: str | None = None,
-        progress: bool = False,
         **settings: Any,
     ) -> tuple[Composed, np.ndarray]:
         """Compose the adapters that suit prompts, to run each prompt with its own.
@@ -263,7 +259,6 @@ class Shelf:
             how: see `jcrosslora.compose`.
             top: at most so many adapters for a prompt.
             by: see `search`.
-            progress: whether to show progress.
             settings: further arguments of `jcrosslora.compose`.
 
         Returns:
@@ -275,17 +270,16 @@ class Shelf:
             AdapterError: an adapter is missing, damaged, or cannot be composed.
             CheckpointError: the base or its tokenizer cannot be read.
         """
-        found = self.search(prompts, by, progress=progress)
+        found = self.search(prompts, by)
         return compose_found(found, self.load, self.base, how, top=top, **settings)
 
-    def train_probes(self, settings: ProbeSettings = ProbeSettings(), *, progress: bool = False) -> list[float]:  # noqa: B008
+    def train_probes(self, settings: ProbeSettings = ProbeSettings()) -> list[float]:  # noqa: B008
         """Train the encoder of adapters by their weights, for searches by "weights"; an old one is replaced.
 
         Every step loads the weights of some adapters, and at most 1 GB of them stays in memory.
 
         Args:
             settings: of the training.
-            progress: whether to show progress.
 
         Returns:
             The loss of each step.
@@ -295,7 +289,7 @@ class Shelf:
             AdapterError: an adapter cannot be read.
             OutputError: the shelf cannot be written to.
         """
-        return self._searching().train(settings, progress=progress)
+        return self._searching().train(settings)
 
     def _searching(self) -> Searching:
         return Searching(self._index, lambda: self.base, self.load, self._open_encoder)

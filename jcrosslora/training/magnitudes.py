@@ -90,7 +90,6 @@ def fit_magnitudes(
     adapter: Adapter,
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
     *,
-    progress: bool = False,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
@@ -104,7 +103,6 @@ def fit_magnitudes(
         examples: at least one, or the JSONL file of them (see `read_examples`).
         adapter: of this base, such as one that was moved to it.
         settings: of the training. Only updates of its `modules` are trained; its rank and alpha are not used.
-        progress: whether to show a progress bar with the loss and the time left.
         params: the weights in `settings.dtype`, if they are loaded already.
         tokenizer: of the base, if it is loaded already.
 
@@ -139,7 +137,6 @@ def fit_magnitudes(
         settings,
         jax.tree.map(jnp.ones_like, units),
         gradient_of,
-        progress=progress,
         tokenizer=tokenizer,
     )
     return _rescaled(adapter, base, {role: np.asarray(values) for role, values in shares.items()})

@@ -38,7 +38,6 @@ def train_lora(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
-    progress: bool = False,
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
@@ -56,7 +55,6 @@ def train_lora(
         settings: of the training.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
-        progress: whether to show a progress bar with the loss and the time left.
         params: the weights in `settings.dtype`, if they are loaded already.
         tokenizer: of the base, if it is loaded already.
 
@@ -88,7 +86,6 @@ def train_lora(
         gradient_of,
         checkpoints=checkpoints,
         every=every,
-        progress=progress,
         tokenizer=tokenizer,
     )
     return to_adapter(factors, settings, base)
@@ -130,7 +127,6 @@ def train(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
-    progress: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Trained:
     """Train arrays by their gradient; otherwise as `train_lora`.
@@ -143,7 +139,6 @@ def train(
         gradient_of: returns the loss of a batch, and its gradient with respect to the arrays.
         checkpoints: see `train_lora`.
         every: see `train_lora`.
-        progress: see `train_lora`.
         tokenizer: see `train_lora`.
 
     Returns:
@@ -165,7 +160,7 @@ def train(
         kept = Checkpoints(checkpoints, identity(settings, base.digest(), digest(encoded)))
     with nullcontext() if kept is None else closing(kept):
         state = state if kept is None else kept.restore(state)[0]
-        for state in _states(base, gradient_of, plan, settings, state, progress):  # noqa: B020
+        for state in _states(base, gradient_of, plan, settings, state):  # noqa: B020
             step = int(state.step)
             if kept is not None and (step % every == 0 or step == settings.steps):
                 kept.save(state)
@@ -178,11 +173,10 @@ def _states(
     plan: Plan,
     settings: TrainingSettings,
     state: TrainState,
-    progress: bool,
 ) -> Iterator[TrainState]:
     """Yield the state after each remaining step; it is used up when the next one is asked for."""
     start = int(state.step)
-    with track(settings.steps, "train", "steps", show=progress, done=start) as bar:
+    with track(settings.steps, "train", "steps", done=start) as bar:
         for step in range(start, settings.steps):
             loss, gradient = gradient_of(state.trained, plan.batch(step))
             if not math.isfinite(loss):

@@ -4,6 +4,8 @@ A piece of work reports itself by `track`, or by `each` while it goes through a 
 after the other names them by `steps`. What runs inside something else is shown on the same line:
 
     step 2 of 5: write completions, 120 of 300, about 3 min left
+
+Commands show it. From Python nothing is shown until `show_progress` asks for it.
 """
 
 import math
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Protocol, TextIO, TypeVar
 
 from jcrosslora.utils.texts import visible
@@ -48,7 +51,9 @@ class Track:
         note: shown behind the count, such as "loss 1.234".
     """
 
-    def __init__(self, display: "Display | None", total: int, description: str, unit: str, done: int) -> None:
+    def __init__(
+        self, display: "Display | None", total: int, description: str = "", unit: str = "", done: int = 0
+    ) -> None:
         """Start at `done` units; without a display nothing is shown."""
         self.total, self.done, self.note = total, done, ""
         self._display, self._description, self._unit = display, description, unit
@@ -169,6 +174,7 @@ class Display:
         tick: float | None = 1.0,
         log_every: float = 30.0,
         stream: TextIO | None = None,
+        on: bool = True,
     ) -> None:
         """Show nothing yet.
 
@@ -177,8 +183,9 @@ class Display:
             tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
             log_every: seconds between two log lines.
             stream: where to write; None is standard error.
+            on: whether to show the work that begins from now on.
         """
-        self.clock, self.log_every = clock, log_every
+        self.clock, self.log_every, self.on = clock, log_every, on
         self._tick_every, self._stream = tick, stream
         self._shown, self._lock = list[Track | Steps](), threading.Lock()
         self._begun = self._last = 0.0
@@ -186,27 +193,25 @@ class Display:
         self._ended = threading.Event()
 
     @contextmanager
-    def track(
-        self, total: int, description: str, unit: str = "", *, show: bool = True, done: int = 0
-    ) -> Iterator[Track]:
+    def track(self, total: int, description: str, unit: str = "", *, done: int = 0) -> Iterator[Track]:
         """Show a piece of work while the block runs.
 
         Args:
             total: its size in units.
             description: what it is, in the imperative.
             unit: the units in the plural, "B" for bytes, "" for units that the description names.
-            show: whether to show anything.
             done: units that were done before.
         """
-        if show:
+        on = self.on
+        if on:
             self.begin(description)
-        shown = Track(self if show else None, total, description, unit, done)
-        with self._during(shown, show):
+        shown = Track(self if on else None, total, description, unit, done)
+        with self._during(shown, on):
             yield shown
 
-    def each(self, items: Collection[T], description: str, unit: str = "", *, show: bool = True) -> Iterator[T]:
+    def each(self, items: Collection[T], description: str, unit: str = "") -> Iterator[T]:
         """Go through `items`, and show how many are done; for the arguments see `track`."""
-        with self.track(len(items), description, unit, show=show) as shown:
+        with self.track(len(items), description, unit) as shown:
             for item in items:
                 yield item
                 shown.update()
@@ -218,7 +223,6 @@ class Display:
         *,
         unpaced: Collection[str] = (),
         announce: Callable[[str], None] | None = None,
-        show: bool = True,
     ) -> Iterator[Steps]:
         """Number the steps of a command while the block runs.
 
@@ -228,10 +232,10 @@ class Display:
             seconds: what each step usually takes, by its name, in order; None where it is not known.
             unpaced: steps whose time says nothing about how fast this machine is, such as a download.
             announce: prints a line in front of each step, with the time that all steps have left.
-            show: whether to show anything.
         """
-        shown = Steps(self if show else None, seconds, unpaced, announce)
-        with self._during(shown, show):
+        on = self.on
+        shown = Steps(self if on else None, seconds, unpaced, announce)
+        with self._during(shown, on):
             yield shown
 
     def begin(self, name: str) -> None:
@@ -278,8 +282,8 @@ class Display:
         return ", ".join([*parts, ending])
 
     @contextmanager
-    def _during(self, shown: Track | Steps, show: bool) -> Iterator[None]:
-        if not show:
+    def _during(self, shown: Track | Steps, on: bool) -> Iterator[None]:
+        if not on:
             yield
             return
         self._push(shown)
@@ -344,6 +348,41 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-DISPLAY = Display()
+DISPLAY = Display(on=False)
 track, each, steps, begin, hidden = DISPLAY.track, DISPLAY.each, DISPLAY.steps, DISPLAY.begin, DISPLAY.hidden
 say = DISPLAY.say
+
+
+class _Switched:
+    """The state of the display before a switch, to which the end of a `with` block returns."""
+
+    def __init__(self, before: bool) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        DISPLAY.on = self._before
+
+
+def show_progress(show: bool = True) -> _Switched:
+    """Show the progress of everything that begins from now on, or while a `with` block runs.
+
+        jcl.show_progress()  # from now on, for example in a notebook
+
+        with jcl.show_progress():
+            jcl.transfer(adapter, source, target)
+
+    Args:
+        show: False shows nothing.
+    """
+    before, DISPLAY.on = DISPLAY.on, show
+    return _Switched(before)
+
+
+def shows_progress() -> bool:
+    """Check whether progress is shown."""
+    return DISPLAY.on

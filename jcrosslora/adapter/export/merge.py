@@ -77,7 +77,7 @@ class Merged:
     lost: bool
 
 
-def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
+def merge(settings: MergeSettings) -> Merged:
     """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
 
     A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
@@ -86,7 +86,6 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
 
     Args:
         settings: the inputs and the output folder.
-        progress: whether to show a progress bar.
 
     Raises:
         JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
@@ -117,7 +116,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     total = sum(piece.size for pieces in files.values() for piece in pieces)
     _check_space(out, total)
     with atomic_folder(out, settings.overwrite) as folder:
-        with track(total, "merge", "B", show=progress) as bar:
+        with track(total, "merge", "B") as bar:
             for name, pieces in files.items():
                 write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
         if list(files) != [SINGLE]:

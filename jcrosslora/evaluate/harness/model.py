@@ -19,7 +19,7 @@ from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token,
 from jcrosslora.evaluate.harness.requests import Pair, check_finite, generate, group_prompts, judge
 from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.evaluate.probes.writing import check_seed
-from jcrosslora.utils.progress import track
+from jcrosslora.utils.progress import show_progress, track
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -156,7 +156,7 @@ class JCrossLoRALM(TemplateLM):
         keys = jax.random.key(self.seed)
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
-        with track(len(requests), "write", "texts", show=not disable_tqdm) as bar:
+        with show_progress(not disable_tqdm), track(len(requests), "write", "texts") as bar:
             for number, (options, members) in enumerate(group_prompts(prompts, self.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
                 written = generate(self._generator, rows, options, jax.random.fold_in(keys, number))
@@ -212,7 +212,8 @@ class JCrossLoRALM(TemplateLM):
         return context[-(self.max_length + 1 - len(scored)) :], scored
 
     def _judge(self, pairs: Sequence[Pair], quiet: bool) -> list[tuple[float, bool]]:
-        found = judge(self._models, pairs, self.batch_tokens, progress=not quiet)
+        with show_progress(not quiet):
+            found = judge(self._models, pairs, self.batch_tokens)
         check_finite(found, self.base, self.adapter)
         return found
 

@@ -21,21 +21,20 @@ Pair = tuple[Sequence[int], Sequence[int]]
 _LOGITS_AT_ONCE = 128
 
 
-def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress: bool) -> list[tuple[float, bool]]:
+def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int) -> list[tuple[float, bool]]:
     """Score the continuation of each pair; a context that several pairs share is run once.
 
     Args:
         models: one model.
         pairs: token ids of a context and its continuation, neither empty.
         batch_tokens: token positions in memory at once.
-        progress: whether to show a progress bar.
 
     Returns:
         The log-probability of each continuation, in nats, and whether each of its tokens is the likeliest one.
     """
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    with track(len(pairs), "score", "continuations", show=progress) as bar:
+    with track(len(pairs), "score", "continuations") as bar:
         for part in models.batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
             states = token_states(models, part)
             found, likeliest = _judged(models, states.hidden[0], states.wanted)

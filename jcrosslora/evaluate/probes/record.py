@@ -77,7 +77,6 @@ def written_probes(
     temperature: float = 1.0,
     seed: int = 0,
     adapter: Adapter | None = None,
-    progress: bool = False,
 ) -> Probes:
     """Let a base write probe texts; arguments and errors are those of `write_texts`.
 
@@ -87,9 +86,7 @@ def written_probes(
     key = texts_key(base, count, length, temperature, seed, adapter)
     texts = find_texts(key)
     if texts is None:
-        texts = write_texts(
-            base, count, length=length, temperature=temperature, seed=seed, adapter=adapter, progress=progress
-        )
+        texts = write_texts(base, count, length=length, temperature=temperature, seed=seed, adapter=adapter)
         keep_texts(key, texts)
     writer = base.name if adapter is None else f"{base.name} with an adapter"
     return Probes(tuple(texts), f"written by {writer} at temperature {temperature:g}", seed)

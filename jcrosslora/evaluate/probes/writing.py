@@ -28,7 +28,6 @@ def write_texts(
     adapter: Adapter | None = None,
     batch: int = 48,
     params: Params | None = None,
-    progress: bool = False,
 ) -> list[str]:
     """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
@@ -45,7 +44,6 @@ def write_texts(
         adapter: applied to the base; None for the base alone.
         batch: maximum batch size; on a CPU batches of 32 take two thirds of the time of batches of 16.
         params: weights of the base if they are loaded already; None loads them in `fast_dtype()`.
-        progress: whether to show a progress bar.
 
     Raises:
         UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
@@ -62,7 +60,7 @@ def write_texts(
     words = start_words(_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
     keys = jax.random.key(seed)
     texts: list[str] = []
-    with track(count, "write", "texts", show=progress) as bar:
+    with track(count, "write", "texts") as bar:
         for number in range(rounds):
             prompts = [[*bos, word] for word in words[number]]
             written = generator.continue_tokens(prompts, length, temperature, jax.random.fold_in(keys, number))

@@ -42,13 +42,12 @@ _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
 _Stacks = tuple[jax.Array, jax.Array]
 
 
-def with_text(task: AlignmentTask, probes: Probes | None, *, progress: bool = False) -> AlignmentTask:
+def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
     """Return the task with the text that it is made from, and with the layers that the text pairs.
 
     Args:
         task: an alignment.
         probes: text that both bases are run on; None lets the source write it where the maps need any.
-        progress: whether to show progress.
 
     Raises:
         UsageError: no text has a position that matches.
@@ -57,7 +56,7 @@ def with_text(task: AlignmentTask, probes: Probes | None, *, progress: bool = Fa
     if not task.reads_probes:
         return dataclasses.replace(task, probes=probes)
     source, target = task.pair.source, task.pair.target
-    probes, batches = batch_probes(source, target, probes, seed=task.seed, progress=progress)
+    probes, batches = batch_probes(source, target, probes, seed=task.seed)
     task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
     if task.depth != SIMILAR:
         return task
@@ -65,17 +64,16 @@ def with_text(task: AlignmentTask, probes: Probes | None, *, progress: bool = Fa
     def find() -> Sequence[int | None]:
         from jcrosslora.maps.alignment.layer_similarity import layer_similarity, ordered_layers
 
-        return ordered_layers(layer_similarity(source, target, batches, progress=progress))
+        return ordered_layers(layer_similarity(source, target, batches))
 
     return task.with_layers(kept_layers(task.pair.cache, probes.digest(), find))
 
 
-def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[TransportGroup]:
+def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
     """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
 
     Args:
         task: an alignment, with its text if it needs any (see `with_text`).
-        progress: whether to show progress.
     """
     request = task.request
     providers = providers_of(request.kinds)
@@ -85,7 +83,7 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
 
     @lru_cache  # when the first group is met that is not kept
     def collected() -> list[AddEvidence]:
-        return [provider.collect(request, progress=progress) for provider in providers]
+        return [provider.collect(request) for provider in providers]
 
     chunks = list(task.chunks())
     if not chunks:
@@ -93,7 +91,7 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
     found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
     store = task.pair.store
     background = store.in_background() if store is not None else nullcontext()
-    with background, track(len(request.modules), ALIGN, "modules", show=progress) as bar:
+    with background, track(len(request.modules), ALIGN, "modules") as bar:
         for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
             if stacks is None:
                 group = _sent(pairs, group)

@@ -30,9 +30,7 @@ def similarity_cost(texts: int) -> Cost:
     return Cost(source=texts * PROBE_TOKENS, target=texts * PROBE_TOKENS, precise=True)
 
 
-def layer_similarity(
-    source: BaseModel, target: BaseModel, batches: Sequence[ProbeBatch], *, progress: bool = False
-) -> np.ndarray:
+def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[ProbeBatch]) -> np.ndarray:
     """Compute the linear CKA between the residual streams after every layer of two bases, at matched positions.
 
     CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY')). HSIC is estimated batch by batch without bias
@@ -48,7 +46,6 @@ def layer_similarity(
         source: the base that adapters come from.
         target: the base that they go to.
         batches: at least one, all of the same shape.
-        progress: whether to show a progress bar.
 
     Returns:
         float64 (L_src, L_tgt), 1 for streams that are equal up to rotation, scale and shift; about 0 for unrelated
@@ -61,7 +58,7 @@ def layer_similarity(
     run = partial(_batch_sums, (settings_of(source), settings_of(target)), (load_params(source), load_params(target)))
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")
     totals = [0.0, 0.0, 0.0]
-    for batch in each(batches, "compare layers", "batches", show=progress):
+    for batch in each(batches, "compare layers", "batches"):
         sums = run({name: jnp.asarray(getattr(batch, name)) for name in names})
         totals = [total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)]
     cross, own_src, own_tgt = (np.asarray(total) for total in totals)

@@ -29,7 +29,7 @@ _EIGEN = 0.4
 
 
 def batch_probes(
-    source: BaseModel, target: BaseModel, probes: Probes | None, *, seed: int = 0, progress: bool = False
+    source: BaseModel, target: BaseModel, probes: Probes | None, *, seed: int = 0
 ) -> tuple[Probes, list[ProbeBatch]]:
     """Tokenise probe texts for both bases.
 
@@ -38,7 +38,6 @@ def batch_probes(
         target: the base that they go to.
         probes: the texts; None lets the source base write them.
         seed: for sampling the texts that the source writes.
-        progress: whether to show a progress bar.
 
     Returns:
         The probes with the number of matched positions filled in, and their batches.
@@ -52,7 +51,7 @@ def batch_probes(
     from jcrosslora.evaluate.probes import count_positions, probe_batches, written_probes
 
     if probes is None:
-        probes = written_probes(source, seed=seed, progress=progress)
+        probes = written_probes(source, seed=seed)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = probe_batches(probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
     return dataclasses.replace(probes, positions=count_positions(batches)), batches
@@ -107,14 +106,14 @@ class ActivationProvider:
         texts = None if request.probes is None else request.probes.digest()
         return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, pairs_as_json(request.modules)
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Run both bases over the probe texts."""
         from jcrosslora.maps.evidence.moments import cross_moments
 
         source, target = request.pair.source, request.pair.target
         roles = {pair.role for pair in request.modules}
         grams = EvidenceKind.ACTIVATION_GRAMS in request.kinds
-        moments = cross_moments(source, target, request.batches, request.layers, roles, grams=grams, progress=progress)
+        moments = cross_moments(source, target, request.batches, request.layers, roles, grams=grams)
 
         def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
             layers = [target.modules[pair.target].layer for pair in stack.pairs]

@@ -45,9 +45,8 @@ class EmbeddingMapProvider:
         """Return all modules: the heads of a layer are matched together."""
         return pairs_as_json(request.modules)
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Solve for the map, and match the heads of every pair of layers."""
-        del progress
         pair = request.pair
         found = pair.vocabulary[0]
         assert found is not None

@@ -70,7 +70,6 @@ def cross_moments(
     roles: Collection[str],
     *,
     grams: bool = False,
-    progress: bool = False,
 ) -> CrossMoments:
     """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
 
@@ -86,7 +85,6 @@ def cross_moments(
         layers: for each target layer the source layer that feeds it, or None (its moments are meaningless).
         roles: the roles of the modules to collect.
         grams: whether to sum the second moments of each side as well.
-        progress: whether to show a progress bar.
 
     Raises:
         CheckpointError: weights that cannot be read, or a model that the decoder does not know.
@@ -104,7 +102,7 @@ def cross_moments(
         return jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
 
     totals = None
-    for batch in each(batches, "collect activations", "batches", show=progress):
+    for batch in each(batches, "collect activations", "batches"):
         totals = add(totals, batch)
     assert totals is not None
     return totals

@@ -43,7 +43,7 @@ class EvidenceProvider(Protocol):
         """Return what the evidence depends on besides the bases, the rank and the modules, as a JSON value."""
         ...
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> AddEvidence:
+    def collect(self, request: EvidenceRequest) -> AddEvidence:
         """Collect what all modules share, and return a function that adds the evidence of a stack of modules."""
         ...
 

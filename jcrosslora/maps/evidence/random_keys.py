@@ -34,9 +34,8 @@ class RandomKeyProvider:
         """Return the seed."""
         return request.seed
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Make the keys of all modules."""
-        del progress
         numbers = np.array([zlib.crc32(pair.target.encode()) for pair in request.modules], np.uint32)
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(numbers)
         data = np.asarray(jax.random.key_data(keys))

@@ -34,9 +34,8 @@ class SelectionProvider:
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return None: the selection depends on the weights alone."""
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Read the structure that the two bases share."""
-        del progress
         structure, target = request.pair.structure[0], request.pair.target
         assert structure is not None
 

@@ -34,9 +34,8 @@ class SingularVectorProvider:
         """Return whether single vectors matter."""
         return request.single_vectors
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Return a function that decomposes a stack; modules share nothing."""
-        del progress
         pair = request.pair
         caches = (None, None) if pair.cache is None else (pair.cache.source, pair.cache.target)
 

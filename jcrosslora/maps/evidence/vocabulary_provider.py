@@ -25,9 +25,8 @@ class SharedVocabularyProvider:
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return None: the evidence depends on weights and tokenizers alone."""
 
-    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+    def collect(self, request: EvidenceRequest) -> Any:
         """Collect the moments once for the pair."""
-        del progress
         vocabulary = request.pair.vocabulary[0] if request.pair.shared_tokens[0] else None
 
         def add(evidence: Evidence, stack: ModuleStack) -> Evidence:

@@ -34,7 +34,6 @@ def run_on_ray(
     gpus: float | None = None,
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
-    progress: bool = False,
 ) -> Summary:
     """Run all unfinished jobs of a plan on the workers of a Ray cluster; see `run_batch`.
 
@@ -50,7 +49,6 @@ def run_on_ray(
         gpus: GPUs for a unit; None takes all GPUs of the smallest machine with GPUs.
         shard: (i, n): only the i-th of n parts.
         overwrite: whether adapter folders that were made from other input may be replaced.
-        progress: whether to show a progress bar.
 
     Returns:
         The outcome of each job; also written as by `run_batch`.
@@ -66,7 +64,7 @@ def run_on_ray(
         units = cut(mine, slots)
         with (
             summarised(plan, units, shard) as summary,
-            track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
+            track(len(summary.outcomes), "batch", "jobs") as bar,
         ):
             task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env={"env_vars": _environment()})
             for outcome in _outcomes(ray, task, units, (plan.out, overwrite, os.getcwd())):

@@ -42,7 +42,6 @@ def run_batch(
     *,
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
-    progress: bool = False,
     log: LogName | None = None,
 ) -> Summary:
     """Run all unfinished jobs of a plan.
@@ -54,7 +53,6 @@ def run_batch(
         plan: see `read_plan`.
         shard: (i, n): only the i-th of n parts, for n parallel runs. Their results go to the same folder.
         overwrite: whether adapter folders that were made from other input may be replaced.
-        progress: whether to show progress bars.
         log: where each job has a run with its figures, see `log_to`; None for none.
 
     Returns:
@@ -74,9 +72,9 @@ def run_batch(
     units = share_of(units_of(plan.jobs), *shard)
     with (
         summarised(plan, units, shard) as summary,
-        track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
+        track(len(summary.outcomes), "batch", "jobs") as bar,
     ):
-        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress, log)
+        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, log)
         for unit in units:
             run.do(unit)
     return summary
@@ -108,8 +106,7 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
         overwrite: see `run_batch`.
     """
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
-    with track(len(unit.jobs), "batch", "jobs", show=False) as bar:
-        _Run(CompletionLog(out), summary, bar, overwrite, False).do(unit)
+    _Run(CompletionLog(out), summary, Track(None, len(unit.jobs)), overwrite).do(unit)
     return list(summary.outcomes.values())
 
 
@@ -141,11 +138,10 @@ class _Run:
         summary: Summary,
         bar: Track,
         overwrite: bool,
-        progress: bool,
         figures: LogName | None = None,
     ) -> None:
         self._log, self._summary, self._bar = log, summary, bar
-        self._overwrite, self.progress = overwrite, progress
+        self._overwrite = overwrite
         self._figures: LogName | None = figures
         self._since = time.monotonic()
 
@@ -214,7 +210,7 @@ class _UnitRun:
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit, self._settings = run, unit, unit.settings
-        self._session = open_session(unit.settings, progress=run.progress)
+        self._session = open_session(unit.settings)
         self._method = make_method(unit.settings.method)
         self._given = given_probes(unit.settings.probe_text)
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
@@ -289,7 +285,7 @@ class _UnitRun:
             groups = None
             if self._session.pair.store is None and len(chunks) > 1:
                 # Without a cache the groups stay in memory for all chunks.
-                groups = tuple(align_groups(task, progress=self._run.progress))
+                groups = tuple(align_groups(task))
             for chunk in chunks:
                 moves = [self._start(item.job, self._adapter(item)) for item in chunk]
                 steps.begin(ALIGN)

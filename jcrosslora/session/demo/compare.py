@@ -66,7 +66,6 @@ def compare(
     questions: Sequence[Question],
     *,
     written: int,
-    progress: bool = False,
 ) -> Comparison:
     """Score a base alone and with each adapter, and let all of them write answers.
 
@@ -75,13 +74,12 @@ def compare(
         adapters: name -> adapter of this base.
         questions: at least one.
         written: let the models answer so many of the questions in writing, by the likeliest token each time.
-        progress: whether to show progress bars.
     """
     params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
-    scores = score(base, questions, list(adapters.values()), params=params, tokenizer=tokenizer, progress=progress)
+    scores = score(base, questions, list(adapters.values()), params=params, tokenizer=tokenizer)
     models: dict[str, Adapter | None] = {"base": None, **adapters}
     prompts, lines = [question.prompt for question in questions[:written]], {}
-    for name, adapter in each(models.items(), "write answers", "models", show=progress):
+    for name, adapter in each(models.items(), "write answers", "models"):
         generator = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
         found = generator.continue_texts(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
         lines[name] = [_first_line(text) for text in found]

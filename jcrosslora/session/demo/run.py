@@ -79,7 +79,7 @@ def _compare(
     others = {RANDOM: "random", PAPER: "cross-lora"}
     adapters |= {name: move(path, bases, other).adapter for name, other in others.items() if other != method}
     steps.begin(_ANSWER)
-    return compare(target, adapters, demo_questions(), written=_WRITTEN, progress=True)
+    return compare(target, adapters, demo_questions(), written=_WRITTEN)
 
 
 def _moved_name(method: str) -> str:
@@ -110,4 +110,4 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
     if method != AUTO:
         chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
     # The demo scores the target's answers in place of the effect.
-    return transfer(adapter, *bases, chosen, effect="never", progress=True)
+    return transfer(adapter, *bases, chosen, effect="never")

@@ -91,7 +91,6 @@ class Composed:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
-        progress: bool = False,
     ) -> list[Written]:
         """Continue prompts; prompts with different weights share batches and compiled programs.
 
@@ -103,7 +102,6 @@ class Composed:
             max_new_tokens: the most tokens to write behind each prompt.
             temperature: of the sampling; 0 takes the likeliest token.
             seed: of the sampling.
-            progress: whether to show a progress bar.
 
         Raises:
             UsageError: weights that make no sense, a number out of range, or a conversation that the template refuses.
@@ -117,7 +115,7 @@ class Composed:
         asked = as_prompts(prompts)
         shares = shares_of(self.how, weights, asked, len(self.adapters))
         model = self.settings, self.params, self.tokenizer, self.updates, self.base.ref, " with ".join(self.names)
-        with track(len(asked), "write", "prompts", show=progress) as bar:
+        with track(len(asked), "write", "prompts") as bar:
             generator = ComposedGenerator(*model, shares)
             return generator.write(asked, max_new_tokens, temperature, jax.random.key(seed), bar=bar)
 
@@ -142,8 +140,6 @@ class Composed:
         self,
         examples: Sequence[Sequence[Example] | str | Path],
         settings: TrainingSettings = TrainingSettings(rate=RATE),  # noqa: B008
-        *,
-        progress: bool = False,
     ) -> Composed:
         """Train the gate, the router or the magnitudes on texts that belong to one adapter each.
 
@@ -155,7 +151,6 @@ class Composed:
             examples: for each adapter, in their order, examples or the JSONL file of them (see `read_examples`); an
                 empty list for an adapter without any.
             settings: of the training; rank, alpha and modules are not used. `RATE` is ten times that of a LoRA.
-            progress: whether to show a progress bar with the loss and the time left.
 
         Returns:
             The trained composition; this one does not change.
@@ -173,7 +168,7 @@ class Composed:
         texts = [_read(each) if isinstance(each, str | Path) else list(each) for each in examples]
         owned = [(one, place) for place, each in enumerate(texts) for one in each]
         model = self.base, self.settings, self.params, self.tokenizer
-        updates = fit_arrays(*model, self.updates, owned, settings, progress=progress)
+        updates = fit_arrays(*model, self.updates, owned, settings)
         return dataclasses.replace(self, updates=updates)
 
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:

@@ -33,8 +33,6 @@ def fit_arrays(
     updates: ComposedAdapter,
     examples: Sequence[Owned],
     training: TrainingSettings,
-    *,
-    progress: bool,
 ) -> ComposedAdapter:
     """Train the arrays of a composition.
 
@@ -46,7 +44,6 @@ def fit_arrays(
         updates: the adapters, with the arrays to start from.
         examples: each with the number of the adapter that owns it.
         training: its settings.
-        progress: whether to show a progress bar.
 
     Raises:
         UsageError: no example, settings out of range, or a loss that is not finite.
@@ -61,7 +58,7 @@ def fit_arrays(
     # Trained arrays are used up, and these belong to the composition that was given.
     start = {role: jax.tree.map(jnp.array, one.arrays) for role, one in updates.roles.items()}
     texts = [text for text, _ in examples]
-    return updates.with_arrays(train(base, texts, training, start, gradient_of, progress=progress, tokenizer=tokenizer))
+    return updates.with_arrays(train(base, texts, training, start, gradient_of, tokenizer=tokenizer))
 
 
 @partial(jax.jit, static_argnums=(0, 6))

@@ -48,7 +48,6 @@ def add_in_turn(
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
     *,
     rehearse: bool = True,
-    progress: bool = False,
 ) -> Additions:
     """Add adapters to a sum one after the other, after SD-LoRA: directions stay, all magnitudes are trained each time.
 
@@ -61,7 +60,6 @@ def add_in_turn(
         settings: of the training after each addition; the rate is a share of an update's own magnitude.
         rehearse: whether the texts of earlier adapters are used again; False uses those of the new one alone, as
             SD-LoRA does.
-        progress: whether to show progress bars.
 
     Raises:
         UsageError: another number of entries than of adapters, an empty one, or as `Composed.fit`.
@@ -77,7 +75,7 @@ def add_in_turn(
         grown = compose(base, own[:count], Stack(), **loaded)
         if count > 1:  # the first is the sum already, and Adam would make steps of its gradient's rounding errors
             used = [each if rehearse or place == count - 1 else [] for place, each in enumerate(texts[:count])]
-            grown = _continued(grown, composed).fit(used, settings, progress=progress)
+            grown = _continued(grown, composed).fit(used, settings)
         composed, model = grown, (grown.settings, grown.params, grown.tokenizer, grown.updates)
         kl.append([mean_divergence(*model, each, place) for place, each in enumerate(texts[:count])])
     rows = [[*row, *[np.nan] * (len(texts) - len(row))] for row in kl]

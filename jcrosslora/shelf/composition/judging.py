@@ -9,9 +9,7 @@ from jcrosslora.shelf.composition.composed import Composed
 from jcrosslora.text import Completion
 
 
-def with_answers(
-    found: Answers, composed: Composed, weights: np.ndarray, name: str, *, progress: bool = False
-) -> Answers:
+def with_answers(found: Answers, composed: Composed, weights: np.ndarray, name: str) -> Answers:
     """Add the answers of a composition behind those of the base.
 
     Args:
@@ -19,14 +17,13 @@ def with_answers(
         composed: of the same base.
         weights: float32 (n, N), of the composition's adapters for each example.
         name: of the composition.
-        progress: whether to show a progress bar.
 
     Raises:
         UsageError: see `Composed.write`.
         AdapterError: predictions are not finite.
     """
     prompts = [one.prompt for one in found.examples]
-    written = composed.write(prompts, weights=weights, max_new_tokens=found.max_new_tokens, progress=progress)
+    written = composed.write(prompts, weights=weights, max_new_tokens=found.max_new_tokens)
     nll = -composed.score(found.examples, weights=weights)
     return Answers(
         _second(found.names, name),

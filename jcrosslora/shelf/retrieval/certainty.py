@@ -37,26 +37,18 @@ class CertaintyRetriever:
 
     name: ClassVar[str] = NAME
 
-    def __init__(
-        self,
-        base: BaseModel,
-        entries: Sequence[ShelfEntry],
-        load: Callable[[str], Adapter],
-        *,
-        progress: bool = False,
-    ) -> None:
+    def __init__(self, base: BaseModel, entries: Sequence[ShelfEntry], load: Callable[[str], Adapter]) -> None:
         """Run every adapter on samples.
 
         Args:
             base: of all adapters.
             entries: of the shelf.
             load: loads an adapter by its name.
-            progress: whether to show progress.
 
         Raises:
             UsageError, AdapterError, CheckpointError: the base or an adapter cannot be read or run.
         """
-        self._base, self._entries, self._load, self._progress = base, entries, load, progress
+        self._base, self._entries, self._load = base, entries, load
         self._tokenizer, self._params = load_tokenizer(base), load_params(base, fast_dtype())
         samples = [(place, one) for place, entry in enumerate(entries) for one in entry.samples]
         background = spread(samples, _BACKGROUND)
@@ -79,7 +71,7 @@ class CertaintyRetriever:
         return found
 
     def _sources(self, description: str) -> Iterator[tuple[int, DecoderSource]]:
-        with track(len(self._entries), description, "adapters", show=self._progress) as bar:
+        with track(len(self._entries), description, "adapters") as bar:
             for place, entry in enumerate(self._entries):
                 adapter = self._load(entry.name)
                 tokenizer = with_own_template(self._tokenizer, adapter.info.chat_template)

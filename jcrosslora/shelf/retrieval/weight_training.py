@@ -67,12 +67,7 @@ def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, text
 
 
 def train_encoder(
-    parameters: Tree,
-    samples: Sequence[np.ndarray],
-    load: Callable[[int], Weights],
-    settings: ProbeSettings,
-    *,
-    progress: bool = False,
+    parameters: Tree, samples: Sequence[np.ndarray], load: Callable[[int], Weights], settings: ProbeSettings
 ) -> tuple[Tree, list[float]]:
     """Train on the samples of N adapters.
 
@@ -83,7 +78,6 @@ def train_encoder(
         samples: of each adapter vectors (m, D), at least one.
         load: loads the weights of an adapter by its place.
         settings: of the training.
-        progress: whether to show progress.
 
     Returns:
         The parameters, and the loss of each step.
@@ -111,7 +105,7 @@ def train_encoder(
             updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, loss  # pyright: ignore[reportReturnType]
 
-    with track(settings.steps, "train weight probes", "steps", show=progress) as bar:
+    with track(settings.steps, "train weight probes", "steps") as bar:
         for _ in range(settings.steps):
             chosen = sorted(rng.permutation(len(samples))[: settings.batch].tolist())
             texts = np.stack([samples[place][rng.integers(len(samples[place]))] for place in chosen])

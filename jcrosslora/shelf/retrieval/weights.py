@@ -119,8 +119,6 @@ def train_weights(
     means: MeanVectors,
     load: Callable[[int], Weights],
     settings: ProbeSettings,
-    *,
-    progress: bool = False,
 ) -> tuple[WeightVectors, list[float]]:
     """Train an encoder on the adapters of a shelf that have samples.
 
@@ -131,7 +129,6 @@ def train_weights(
         means: gives the whitening.
         load: loads the weights of an adapter by its place.
         settings: of the training.
-        progress: whether to show progress.
 
     Returns:
         The encoder with the vectors of all adapters, and the loss of each step.
@@ -147,7 +144,7 @@ def train_weights(
     parts = [np.arange(len(own)) % _HELD_OUT == _HELD_OUT - 1 for own in whitened]
     shown = [own[~held] for own, held in zip(whitened, parts, strict=True)]
     parameters = first_parameters(base, len(means.center), settings.seed)
-    parameters, losses = train_encoder(parameters, shown, lambda place: load(used[place]), settings, progress=progress)
+    parameters, losses = train_encoder(parameters, shown, lambda place: load(used[place]), settings)
     none = np.zeros((0, 32), np.uint8), np.zeros((0, parameters["out"].shape[1]), np.float32)
     found = WeightVectors(parameters, means.center, means.whiten, np.zeros(1, np.float32), *none)
     found = found.with_vectors(entries, load)
