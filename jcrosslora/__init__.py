@@ -138,7 +138,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> _Any:
     if name == "__version__":
-        from jcrosslora.utils.versions import version
+        from jcrosslora.utils import version
 
         value: _Any = version()
     elif name == "__all__":  # what `from jcrosslora import *` asks for

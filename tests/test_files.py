@@ -15,8 +15,7 @@ import pytest
 
 from jcrosslora.errors import OutputError
 from jcrosslora.utils.files import MARK, atomic_folder, ensure_free, write_whole
-from jcrosslora.utils.locks import try_lock
-from jcrosslora.utils.unfinished import remove_unfinished
+from jcrosslora.utils.unfinished import remove_unfinished, try_lock
 
 
 def everything(root: Path) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.texts import html_table
 
 
 class _Cells(HTMLParser):

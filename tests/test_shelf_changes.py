@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
 from jcrosslora.shelf.index import Index
 from jcrosslora.text import Message
-from jcrosslora.utils.locks import locked
+from jcrosslora.utils.unfinished import locked
 
 FOX = TASKS["fox"][0]
 

@@ -15,7 +15,7 @@ from jcrosslora.adapter.pytrees import Static, is_traced
 from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint.wrapped import TEXT
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.texts import html_table
 
 
 @dataclass(frozen=True)

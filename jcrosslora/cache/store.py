@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.cache.arrays import read_arrays, write_arrays
 from jcrosslora.cache.keys import FileDigests
-from jcrosslora.cache.manifest import (
+from jcrosslora.cache.entries import (
     MANIFEST,
     Damaged,
     Entry,
@@ -27,12 +26,15 @@ from jcrosslora.cache.manifest import (
     Manifest,
     check_files,
     measure_files,
+    read_arrays,
     read_entry,
     read_manifest,
+    write_arrays,
 )
 from jcrosslora.cache.place import cache_limit, cache_root
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.utils import version
 from jcrosslora.utils.unfinished import unfinished
-from jcrosslora.utils.versions import version
 
 _WORK = ".work"
 _LOG = logging.getLogger(__name__)
@@ -258,3 +260,9 @@ def open_cache() -> Cache | None:
 def _mark_used(folder: Path) -> None:
     with suppress(OSError):  # e.g. in the folder of another user
         os.utime(folder / MANIFEST)
+
+
+def base_digest(base: BaseModel) -> str:
+    """Return `BaseModel.digest`; files that have not changed since they were last read are not read again."""
+    store = open_cache()
+    return base.digest(None if store is None else store.digests)

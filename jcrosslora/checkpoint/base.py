@@ -29,7 +29,7 @@ from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
 from jcrosslora.errors import CheckpointError
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.texts import html_table
 
 
 class Digests(Protocol):

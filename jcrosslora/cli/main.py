@@ -114,7 +114,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
         print(_help())
         return OK
     if name == "--version":
-        from jcrosslora.utils.versions import version
+        from jcrosslora.utils import version
 
         print(f"jcrosslora {version()}")
         return OK

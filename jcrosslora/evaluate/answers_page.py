@@ -4,7 +4,7 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.answers_table import figure_rows, labels, marks, summary
 from jcrosslora.text.completion import prompt_text
-from jcrosslora.utils.html import html_table, html_text
+from jcrosslora.utils.texts import html_table, html_text
 
 # The system colours of `color-scheme` are light or dark as the reader has set it.
 _STYLE = """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import ModelCardData
 
 from jcrosslora.checkpoint.hub import is_on_hub
-from jcrosslora.utils.markdown import markdown_code, markdown_text
+from jcrosslora.utils.texts import markdown_code, markdown_text
 
 BaseRow = tuple[str | None, str | None, str | None]
 

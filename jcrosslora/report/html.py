@@ -10,7 +10,7 @@ from jcrosslora.report.public_names import replacements
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.report.table import role_rows
 from jcrosslora.report.verdict import verdict
-from jcrosslora.utils.html import html_table, html_text
+from jcrosslora.utils.texts import html_table, html_text
 
 _TEXTS = 5  # shown, evenly spread
 _GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"

@@ -13,7 +13,7 @@ from jcrosslora.evaluate.effect import Effect
 from jcrosslora.maps.alignment.transport import AlignRecipe
 from jcrosslora.maps.shifting.records import ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.methods import Method
-from jcrosslora.utils.versions import version
+from jcrosslora.utils import version
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2

@@ -27,7 +27,7 @@ from jcrosslora.report.page import Roles, contents_of, report_page
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
 from jcrosslora.text import Completion
-from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
+from jcrosslora.text.completion import COMPLETIONS, completion_lines
 
 
 @dataclass(frozen=True, eq=False)

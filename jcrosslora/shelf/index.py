@@ -29,8 +29,8 @@ from jcrosslora.shelf.index_files import (
     write_segment,
 )
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
-from jcrosslora.utils.locks import locked
-from jcrosslora.utils.versions import version
+from jcrosslora.utils import version
+from jcrosslora.utils.unfinished import locked
 
 SEGMENT = 256  # adapters; the last segment is written again with each change
 

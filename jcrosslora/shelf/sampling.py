@@ -9,8 +9,7 @@ from typing import TypeVar
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probes.text_files import read_prompts
 from jcrosslora.text import Prompt
-from jcrosslora.text.completion import prompt_text
-from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.text.completion import COMPLETIONS, prompt_text
 
 SAMPLES = 32  # of an adapter, kept on the shelf
 _LONGEST = 2000  # characters of a sample

@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
-from jcrosslora.cache.base_digest import base_digest
+from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.checkpoint.hub import public_name

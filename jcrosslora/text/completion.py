@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 
@@ -152,3 +152,25 @@ def _content(value: Any) -> Any:
         texts = [part.get("text") for part in value]
         return "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return value
+
+
+COMPLETIONS = "completions.jsonl"
+
+
+def completion_lines(completions: Iterable[Completion]) -> str:
+    """Write one JSON object a line: {"messages"} with the answer as the last one, or {"prompt", "completion"}.
+
+    The completion follows its prompt as it is, without a space between them. A line has "ended": false if the answer
+    was cut off.
+    """
+    return "".join(f"{json.dumps(_entry(one), ensure_ascii=False)}\n" for one in completions)
+
+
+def _entry(completion: Completion) -> dict[str, Any]:
+    cut_off = {} if completion.ended else {"ended": False}
+    if isinstance(completion.prompt, str):
+        return {"prompt": completion.prompt, "completion": completion.answer, **cut_off}
+    return {
+        "messages": [*message_entries(completion.prompt), {"role": "assistant", "content": completion.answer}],
+        **cut_off,
+    }

@@ -13,7 +13,7 @@ import jax
 
 from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.cache.base_digest import base_digest
+from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer

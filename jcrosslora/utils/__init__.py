@@ -1,1 +1,14 @@
-"""Atomic writing of files, errors of memory, and HTML tables."""
+"""Files, memory, progress, texts from others, logs; and the versions of packages."""
+
+import functools
+import importlib.metadata
+
+
+@functools.cache
+def version(package: str = "jcrosslora") -> str:
+    """Return the version of an installed package, whose metadata is read once: that takes a millisecond.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    return importlib.metadata.version(package)

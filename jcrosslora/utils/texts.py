@@ -1,7 +1,9 @@
-"""Texts of a bounded length, and texts that are shown."""
+"""Texts from others, made safe to show: on a terminal, on one line, in HTML and in Markdown."""
 
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
+from html import escape
 
 # Tokens, and what stands behind the address of an upload, which is signed.
 _SECRETS = (
@@ -46,3 +48,53 @@ def safe_line(text: object, limit: int = 200) -> str:
     for pattern, instead in _SECRETS:
         line = pattern.sub(instead, line)
     return line[:limit]
+
+
+# Only alignment and a border of the text's own colour: the notebook's light or dark theme decides the rest.
+_TABLE = "border-collapse:collapse;text-align:left"
+_CAPTION = "caption-side:top;text-align:left;font-weight:bold;padding:2px 8px 4px 0"
+_CELL = "text-align:left;padding:2px 12px 2px 0;border-bottom:1px solid rgba(128,128,128,0.35)"
+
+
+def html_text(text: object) -> str:
+    """Return a text of anybody's as HTML that shows it."""
+    return escape(visible(str(text)))
+
+
+def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
+    """Return an HTML table; every text in it is escaped.
+
+    Args:
+        rows: one mapping from column title to cell text for each row. The columns are those of all rows, in the order
+            of their first use; a row without a column gets an empty cell. A column titled "" has an empty heading, and
+            where all titles are "" there is no line of headings.
+        caption: a line above the table, omitted if empty.
+    """
+    columns = list(dict.fromkeys(title for row in rows for title in row))
+    lines = [_row("th", columns)] if any(columns) else []
+    lines += [_row("td", [row.get(title, "") for title in columns]) for row in rows]
+    title = f'<caption style="{_CAPTION}">{html_text(caption)}</caption>' if caption else ""
+    return f'<table style="{_TABLE}">{title}{"".join(lines)}</table>'
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f'<{tag} style="{_CELL}">{html_text(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+
+# An underscore inside a word means nothing.
+_SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[#>]")
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;"})
+
+
+def markdown_text(text: object) -> str:
+    """Return a text in one line, with all that Markdown would read in it escaped."""
+    return _SPECIAL.sub(r"\\\g<0>", _line(text)).translate(_HTML)
+
+
+def markdown_code(text: object) -> str:
+    """Return a text in one line as code, which nothing in it can end."""
+    return f"`{_line(text).replace('`', '')}`"
+
+
+def _line(text: object) -> str:
+    return visible(" ".join(str(text).split()))

@@ -22,9 +22,9 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.local_paths import local_names, publish
 from jcrosslora.errors import UsageError
-from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.text.completion import COMPLETIONS
+from jcrosslora.utils import version
 from jcrosslora.utils.files import ensure_free
-from jcrosslora.utils.versions import version
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
 _DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)

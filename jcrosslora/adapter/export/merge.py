@@ -29,9 +29,9 @@ from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
+from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
-from jcrosslora.utils.versions import version
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
 _REPORT = "merge_report.json"

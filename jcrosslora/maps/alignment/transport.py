@@ -92,7 +92,7 @@ class Transport:
 
     def _repr_html_(self) -> str:
         """A table of the modules by role, for notebooks."""
-        from jcrosslora.utils.html import html_table
+        from jcrosslora.utils.texts import html_table
 
         counts = Counter(pair.role for group in self.groups for pair in group.pairs)
         rows = [{"module": role, "pairs": str(count)} for role, count in counts.items()]

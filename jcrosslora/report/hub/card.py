@@ -6,7 +6,7 @@ from typing import Any
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.front_matter import join_card, split_card
 from jcrosslora.checkpoint.hub import is_on_hub
-from jcrosslora.utils.markdown import markdown_text
+from jcrosslora.utils.texts import markdown_text
 
 _LIBRARIES: Mapping[Form, str] = {"PEFT": "peft", "MLX": "mlx", "GGUF": "gguf"}
 _BASE_TAG = "base_model:"

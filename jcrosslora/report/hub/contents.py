@@ -13,7 +13,7 @@ from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.card import without_examples
 from jcrosslora.report.documents import PAGE, RECIPE, REPORT
 from jcrosslora.report.hub.card import card_base, card_for_hub, names_several
-from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils.reading import read_small_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
 from jcrosslora.report.record import cut
-from jcrosslora.utils.html import html_text
+from jcrosslora.utils.texts import html_text
 
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text

@@ -13,7 +13,7 @@ from jcrosslora.evaluate.output import answers_json, scores_json
 from jcrosslora.report.documents import REPORT
 from jcrosslora.report.page.evaluation import Evaluation, Roles, called, parse_evaluation
 from jcrosslora.report.page.moved import Moved, parse_moved
-from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils.reading import read_file
 
 _SHOWN = 10

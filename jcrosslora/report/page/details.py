@@ -10,7 +10,7 @@ from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.figures import FIGURES, Shown, present
 from jcrosslora.report.page.moved import Base, Moved
 from jcrosslora.report.record import cut
-from jcrosslora.utils.html import html_table, html_text
+from jcrosslora.utils.texts import html_table, html_text
 
 _ITS_OWN = (
     "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "

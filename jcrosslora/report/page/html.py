@@ -15,7 +15,7 @@ from jcrosslora.report.page.headline import headline
 from jcrosslora.report.page.missing import missing
 from jcrosslora.report.page.pictures import Picture, pictures
 from jcrosslora.report.page.style import POLICY, STYLE
-from jcrosslora.utils.html import html_text
+from jcrosslora.utils.texts import html_text
 
 
 def report_page(contents: Contents) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from jcrosslora.errors import UsageError
-from jcrosslora.utils.html import html_text
+from jcrosslora.utils.texts import html_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

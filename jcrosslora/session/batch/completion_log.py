@@ -14,8 +14,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError, OutputError
 from jcrosslora.methods import Method
 from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.utils import version
 from jcrosslora.utils.files import write_whole
-from jcrosslora.utils.versions import version
 
 FOLDER = ".batch"
 # Settings that do not change the result: locations of files, and cache and overwriting.

@@ -18,7 +18,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
-from jcrosslora.cache.base_digest import base_digest
+from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.hub import public_name

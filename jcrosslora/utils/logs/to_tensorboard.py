@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from jcrosslora.utils.logs.log import Settings
+from jcrosslora.utils.logs import Settings
 
 # protobuf makes the classes of these modules when they are imported, so type checkers do not know them.
 _EVENTS, _SUMMARIES, _TENSORS, _TYPES = (

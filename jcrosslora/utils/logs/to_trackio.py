@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 
 import trackio
 
-from jcrosslora.utils.logs.log import Settings
+from jcrosslora.utils.logs import Settings
 
 
 class TrackioLog:

@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from jcrosslora.utils.logs.log import Settings
+from jcrosslora.utils.logs import Settings
 
 # What wandb would tell of the machine and of the folder that it runs in.
 _UNTOLD: dict[str, Any] = {
