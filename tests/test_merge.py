@@ -21,7 +21,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.export.companions import write_companions
 from jcrosslora.adapter.export.merge import MergeSettings, merge
-from jcrosslora.checkpoint import streaming
+from jcrosslora.checkpoint import safetensors
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main
@@ -268,7 +268,7 @@ def test_a_failed_merge_writes_nothing_and_keeps_an_earlier_one(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_header", full)
+        patch.setattr(safetensors, "_header", full)
         with pytest.raises(OutputError, match="No space left"):
             merge(again)
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from transfers import move_files
 import jcrosslora as jcl
 from jcrosslora.checkpoint import SafetensorsFile, ShardedStore, open_base
 from jcrosslora.checkpoint.quantised import FORMATS, dequantised
-from jcrosslora.checkpoint.quantised.parts import scale_rows
+from jcrosslora.checkpoint.quantised.format import scale_rows
 from jcrosslora.decoder import load_params
 from jcrosslora.errors import CheckpointError
 

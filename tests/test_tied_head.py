@@ -11,7 +11,7 @@ from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, compare_bases, merge
-from jcrosslora.checkpoint.tied_head import NOTE
+from jcrosslora.checkpoint.opening import NOTE
 from jcrosslora.decoder import load_params, settings_of
 
 

@@ -12,8 +12,7 @@ from typing import Any, Literal, TypedDict
 from jcrosslora.adapter.front_matter import split_card
 from jcrosslora.adapter.read_gguf import is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
-from jcrosslora.checkpoint.hub import check_revision, is_hub_id, is_on_hub
-from jcrosslora.checkpoint.hub_errors import cause_of, failures
+from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import DTYPES, Entry
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
 _NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched against; real ones have less than 150

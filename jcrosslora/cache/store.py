@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.cache.keys import FileDigests
 from jcrosslora.cache.entries import (
     MANIFEST,
     Damaged,
@@ -31,6 +30,7 @@ from jcrosslora.cache.entries import (
     read_manifest,
     write_arrays,
 )
+from jcrosslora.cache.keys import FileDigests
 from jcrosslora.cache.place import cache_limit, cache_root
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.utils import version

@@ -10,13 +10,12 @@ from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
-from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.opening import open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, load_tokenizer, pad_right
-from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint.vocabulary import Vocabulary, shared_ids
 from jcrosslora.checkpoint.wrapped import class_module_name, text_module_name
 
 __all__ = [

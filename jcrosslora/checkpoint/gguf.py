@@ -17,7 +17,7 @@ from jcrosslora.checkpoint.gguf_names import block_names, hf_name, permutes_head
 from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
 from jcrosslora.checkpoint.gguf_tensors import find_sources
 from jcrosslora.checkpoint.layout import layer_of
-from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import CheckpointError
 
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

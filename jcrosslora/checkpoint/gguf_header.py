@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile, is_array_shape
+from jcrosslora.checkpoint.store import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
 _MAGIC = b"GGUF"

@@ -11,8 +11,8 @@ from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, TensorInfo
 from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
 from jcrosslora.checkpoint.gguf_tensors import Source
-from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.errors import CheckpointError
 

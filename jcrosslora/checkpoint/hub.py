@@ -1,14 +1,16 @@
-"""Fetch a hub model into the local cache: its JSON files and the shards of its tensors only."""
+"""Names on the hub, files from it, why a request failed, and names in place of this machine's paths."""
 
 import itertools
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
+from typing import Any, cast
 
 from jcrosslora.checkpoint.config import read_config
-from jcrosslora.checkpoint.hub_errors import cause_of, failures
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_of
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.texts import safe_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Files of a model except its weights and its card.
@@ -129,3 +131,45 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             "check the name, the network, HF_HUB_OFFLINE and your access to the model"
         )
         raise CheckpointError(msg) from error
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return the errors by which the hub's client says that a file cannot be had."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library, which differs between versions of
+    # huggingface_hub; together they cover refused, offline and broken connections.
+    return cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, EntryNotFoundError, ValueError))
+
+
+def cause_of(error: BaseException, limit: int = 200) -> str:
+    """Return the kind of an error and its message, as `safe_line` shortens it."""
+    return f"{type(error).__name__}: {safe_line(error, limit)}".removesuffix(": ")
+
+
+def local_names(*refs: str | None) -> dict[str, str]:
+    """Return the paths among references with their public names, for `publish`."""
+    found = {}
+    for ref in refs:
+        name = public_name(ref)
+        # A bare name reveals nothing, and replacing it could change unrelated text.
+        if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):
+            found[ref] = name
+            found[str(Path(ref).expanduser().absolute())] = name
+    return found
+
+
+def publish(value: Any, names: Mapping[str, str]) -> Any:
+    """Replace the paths in all texts of a JSON value, longer ones first."""
+    pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str) and names:
+            return pattern.sub(lambda match: names[match.group()], value)
+        if isinstance(value, Mapping):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [replaced(item) for item in value]
+        return value
+
+    return replaced(value)

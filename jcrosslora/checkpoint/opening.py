@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
-from jcrosslora.checkpoint.families import HEAD
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.gguf import open_gguf
 from jcrosslora.checkpoint.in_memory import (
     MemoryStore,
@@ -22,7 +24,6 @@ from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_mod
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
-from jcrosslora.checkpoint.tied_head import NOTE, has_own_head
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.utils.reading import read_small_text
 
@@ -184,3 +185,30 @@ def _build(
         wrapper=config.wrapper,
         notes=notes,
     )
+
+
+_ROWS = 4096  # compared at a time
+NOTE = (
+    "the configuration ties the output head to the embedding (tie_word_embeddings), but the weights hold another head, "
+    "which is used: set tie_word_embeddings to false in config.json, so that every engine uses it"
+)
+
+
+def has_own_head(family: Family, config: Mapping[str, object], store: TensorStore) -> bool:
+    """Whether the weights hold another head than the embedding, although the configuration ties the two.
+
+    transformers 5 runs such a model with the stored head (`PreTrainedModel.tie_weights`).
+    """
+    return family.is_tied(config) and {EMBEDDING, HEAD} <= set(store.names()) and not _equal(store)
+
+
+def _equal(store: TensorStore) -> bool:
+    shape = store.shape(EMBEDDING)
+    if len(shape) != 2 or store.shape(HEAD) != shape:
+        return False
+    for start in range(0, shape[0], _ROWS):
+        ids = np.arange(start, min(start + _ROWS, shape[0]))
+        if not np.array_equal(store.rows(EMBEDDING, ids), store.rows(HEAD, ids), equal_nan=True):
+            return False
+        store.release()
+    return True

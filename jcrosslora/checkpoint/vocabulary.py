@@ -1,14 +1,17 @@
 """Tokens as bytes, so that tokenizers that spell spaces in different ways can be compared.
 
 Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as one printable character; sentencepiece (Llama 2, Gemma,
-Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes.
+Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes. Two bases share the
+tokens that stand for the same bytes.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.errors import CheckpointError
@@ -170,3 +173,40 @@ def _writes_space(part: Mapping[str, Any]) -> bool:
     if part.get("type") == "Metaspace":
         return True
     return part.get("type") == "Replace" and _SPACE in (part.get("content"), (part.get("pattern") or {}).get("String"))
+
+
+# Correlations over fewer shared tokens than this are no better than guesses.
+FEWEST_TOKENS = 32
+
+
+class HasVocabulary(Protocol):
+    """A base, or a source that is asked."""
+
+    @property
+    def ref(self) -> str:
+        """What was opened, for messages."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Return its tokens."""
+        ...
+
+
+def shared_ids(source: HasVocabulary, target: HasVocabulary) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
+    """Match the tokens of two bases that stand for the same bytes.
+
+    Returns:
+        Their ids (V,) in source and target, in the order of the tokens' bytes, and ""; or None and the reason.
+    """
+    vocabulary_src, vocabulary_tgt = source.vocabulary(), target.vocabulary()
+    for base, vocabulary in ((source, vocabulary_src), (target, vocabulary_tgt)):
+        if vocabulary.tokens is None:
+            return None, f"{base.ref}: {vocabulary.reason}"
+    assert vocabulary_src.tokens is not None
+    assert vocabulary_tgt.tokens is not None
+    shared = sorted(vocabulary_src.tokens.keys() & vocabulary_tgt.tokens.keys())
+    if len(shared) < FEWEST_TOKENS:
+        return None, f"the two vocabularies share {len(shared)} tokens, fewer than {FEWEST_TOKENS}"
+    ids_src = np.array([vocabulary_src.tokens[token] for token in shared])
+    ids_tgt = np.array([vocabulary_tgt.tokens[token] for token in shared])
+    return (ids_src, ids_tgt), ""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint.shared_tokens import HasVocabulary, shared_ids
+from jcrosslora.checkpoint.vocabulary import HasVocabulary, shared_ids
 from jcrosslora.distill.batches import DistillationBatch, used_tokens
 from jcrosslora.distill.sources.reduced_base import NO_TOKEN
 from jcrosslora.errors import MethodError

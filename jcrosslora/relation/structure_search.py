@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.relation.in_place import has_other_parts, matched_layers, same_parts
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_heads
 from jcrosslora.relation.structure import LayerMap, Structure

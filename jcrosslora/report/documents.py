@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.local_paths import publish
+from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.report.card import model_card
 from jcrosslora.report.public_names import replacements, source_name
 from jcrosslora.report.record import TransferReport

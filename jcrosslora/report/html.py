@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.local_paths import publish
+from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.report.public_names import replacements
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.report.table import role_rows

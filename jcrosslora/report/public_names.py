@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jcrosslora.checkpoint.hub import is_hub_id, public_name
-from jcrosslora.checkpoint.local_paths import local_names
+from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name
 from jcrosslora.report.record import TransferReport
 
 

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
-from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.local_paths import local_names
+from jcrosslora.checkpoint.hub import local_names, public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.maps.shifting.records import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method

@@ -20,7 +20,7 @@ from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.local_paths import local_names, publish
+from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version

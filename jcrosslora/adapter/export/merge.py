@@ -22,12 +22,11 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
+from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.checkpoint.layout import expected_shapes
-from jcrosslora.checkpoint.local_paths import local_names, publish
 from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
-from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.safetensors import DTYPES, Piece, write_pieces
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
-from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method, no_obstacle
-from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts
+from jcrosslora.checkpoint.quantised.format import FLOATS, Format, Packed, Parts, Settings, claims_method, no_obstacle
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")

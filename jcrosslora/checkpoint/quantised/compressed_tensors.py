@@ -9,9 +9,20 @@ Source: https://github.com/vllm-project/compressed-tensors.
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method
+from jcrosslora.checkpoint.quantised.format import (
+    FLOATS,
+    WORD,
+    Format,
+    Packed,
+    Parts,
+    Settings,
+    checked_groups,
+    claims_method,
+    group_of_each,
+    scale_rows,
+    unpack,
+)
 from jcrosslora.checkpoint.quantised.fp8 import block_size
-from jcrosslora.checkpoint.quantised.parts import FLOATS, WORD, Parts, checked_groups, group_of_each, scale_rows, unpack
 
 METHOD = "compressed-tensors"
 _READ = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")

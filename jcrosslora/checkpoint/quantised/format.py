@@ -1,14 +1,75 @@
-"""The description of a format of quantised weights: how to recognise it, and how to open a weight."""
+"""A format of quantised weights: how to recognise it, and how to open a weight from its checked tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.parts import Parts
+from jcrosslora.checkpoint.store import TensorStore
+from jcrosslora.errors import CheckpointError
 
 Settings = Mapping[str, Any]  # the quantization_config of a config.json, {} if there is none
+
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+class Parts:
+    """The tensors of one module.
+
+    Args:
+        store: the tensors as stored.
+        names: their names.
+        module: e.g. "model.layers.0.self_attn.q_proj".
+        where: the folder or base, for errors.
+    """
+
+    def __init__(self, store: TensorStore, names: frozenset[str], module: str, where: str):
+        self._store, self._names = store, names
+        self.module, self.where = module, where
+
+    def __contains__(self, ending: str) -> bool:
+        return self.module + ending in self._names
+
+    def dtype(self, ending: str) -> str:
+        """Return the storage dtype of an existing part."""
+        return self._store.dtype(self.module + ending)
+
+    def array(self, ending: str, dtypes: tuple[str, ...], ndim: int | None = None) -> np.ndarray:
+        """Read a part.
+
+        Args:
+            ending: its suffix to the name of the module.
+            dtypes: accepted dtypes.
+            ndim: required number of dimensions, None for any.
+
+        Raises:
+            CheckpointError: it is missing, or has another dtype or number of dimensions.
+        """
+        name = self.module + ending
+        if name not in self._names:
+            self.refuse(f"tensor {name!r} is missing")
+        dtype, shape = self._store.dtype(name), self._store.shape(name)
+        if dtype not in dtypes:
+            self.refuse(f"tensor {name!r} has dtype {dtype}, wanted {' or '.join(dtypes)}")
+        if ndim is not None and len(shape) != ndim:
+            self.refuse(f"tensor {name!r} has shape {list(shape)}, wanted {ndim} dimensions")
+        return self._store.tensor(name)
+
+    def matrix(self, ending: str, *dtypes: str) -> np.ndarray:
+        """Read a part of two dimensions, see `array`."""
+        return self.array(ending, dtypes, 2)
+
+    def refuse(self, what: str) -> NoReturn:
+        """Refuse the weight.
+
+        Raises:
+            CheckpointError: always, with the reason `what`.
+        """
+        msg = f"{self.where}: the quantised weight of {self.module} cannot be read: {what}"
+        msg += "; download it again, or use the unquantised checkpoint"
+        raise CheckpointError(msg)
 
 
 @dataclass(frozen=True)
@@ -58,3 +119,84 @@ def claims_method(*methods: str) -> Callable[[Settings], bool]:
 
 def no_obstacle(_: Settings) -> None:
     """Report no obstacle: every variant of the format can be read."""
+
+
+def group_of_each(parts: Parts, inputs: int, groups: int) -> np.ndarray:
+    """Return the group of each input (I,), for groups of equal size in order.
+
+    Raises:
+        CheckpointError: the inputs do not split evenly.
+    """
+    if groups == 0 or inputs % groups:
+        parts.refuse(f"{inputs} inputs do not split into {groups} groups of scales")
+    return np.arange(inputs) // max(inputs // groups, 1)
+
+
+def checked_groups(parts: Parts, ending: str, inputs: int, groups: int) -> np.ndarray:
+    """Return the group of each input (I,) from the list in part `ending`.
+
+    Raises:
+        CheckpointError: not one entry per input, or a group that does not exist.
+    """
+    listed = parts.array(ending, ("I32", "I64"), 1)
+    if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
+        parts.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
+    return listed.astype(np.int64)
+
+
+WORD = 32  # bits
+
+
+def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack along the last axis; a number may span two words, as with 3 bits.
+
+    Args:
+        words: (..., W) integers of 32 bits, with W * 32 >= count * bits.
+        bits: bits of a number, 1 to 8.
+        count: number of numbers.
+
+    Returns:
+        (..., count) uint8.
+    """
+    words = np.ascontiguousarray(words).view(np.uint32)
+    if WORD % bits == 0:
+        shifts = np.arange(0, WORD, bits, dtype=np.uint32)
+        numbers = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+        return numbers.astype(np.uint8).reshape(*words.shape[:-1], -1)[..., :count]
+    first = np.arange(count) * bits
+    place, shift = first // WORD, (first % WORD).astype(np.uint64)
+    wide = np.concatenate([words, np.zeros_like(words[..., :1])], axis=-1).astype(np.uint64)
+    numbers = wide[..., place] >> shift | wide[..., place + 1] << (np.uint64(WORD) - shift)
+    return (numbers & np.uint64(2**bits - 1)).astype(np.uint8)
+
+
+Rows = Callable[[np.ndarray], np.ndarray]
+
+
+def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None = None) -> Rows | None:
+    """Return a function that gives the scales of rows.
+
+    Args:
+        values: one number, (O,), (O, 1), or (ceil(O / block rows), ceil(I / block columns)).
+        shape: (O, I) of the matrix.
+        block: rows and columns of a block; the default is the ratio of the shapes.
+
+    Returns:
+        A function (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
+    """
+    if values.size == 1:
+        return lambda _: values.reshape(1, 1).astype(np.float32)
+    if values.shape in ((shape[0],), (shape[0], 1)):
+        return lambda ids: values.reshape(-1, 1)[ids].astype(np.float32)
+    size = (block or _ratio(shape, values.shape)) if values.ndim == 2 else None
+    if size is None or values.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
+        return None
+    rows, columns = size[0], np.arange(shape[1]) // size[1]
+    # Converted on demand: float32 scales of small groups, kept for a whole model, take an eighth of a byte per number.
+    return lambda ids: values[ids // rows].astype(np.float32)[:, columns]
+
+
+def _ratio(shape: tuple[int, int], blocks: tuple[int, ...]) -> tuple[int, int] | None:
+    if any(count == 0 or n % count for n, count in zip(shape, blocks, strict=True)):
+        return None
+    return max(shape[0] // blocks[0], 1), max(shape[1] // blocks[1], 1)

@@ -1,15 +1,34 @@
-"""GPTQ: numbers of 2, 3, 4 or 8 bits packed along the inputs, with a scale and a zero point per group of inputs.
+"""GPTQ and AWQ: small integers packed into words, with a scale and a zero point per group of inputs.
+
+GPTQ: numbers of 2, 3, 4 or 8 bits packed along the inputs, in one word after the other.
 
     W[o, i] = scales[g, o] * (q[i, o] - zero[g, o]),  g = g_idx[i], else i // group_size
 
 qweight is (I * bits / 32, O), scales (groups, O), qzeros (groups, O * bits / 32). The first format stores zero - 1,
 "gptq_v2" stores zero. Source: the layouts of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
+
+AWQ in the "gemm" version of AutoAWQ: 4-bit numbers packed along the outputs in an interleaved order.
+
+    W[o, i] = scales[g, o] * (q[i, o] - zero[g, o]),  g = i // group size
+
+qweight is (I, O / 8), qzeros (groups, O / 8), scales (groups, O). A word holds eight outputs; output c = 0 to 7 is in
+nibble 0, 4, 1, 5, 2, 6, 3, 7. Source: https://github.com/casper-hansen/AutoAWQ.
 """
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method
-from jcrosslora.checkpoint.quantised.parts import FLOATS, WORD, Parts, checked_groups, group_of_each, unpack
+from jcrosslora.checkpoint.quantised.format import (
+    FLOATS,
+    WORD,
+    Format,
+    Packed,
+    Parts,
+    Settings,
+    checked_groups,
+    claims_method,
+    group_of_each,
+    unpack,
+)
 
 _BITS = (2, 3, 4, 8)
 _LAYOUTS = ("gptq", "gptq_v2", "", None)
@@ -97,4 +116,52 @@ GPTQ = Format(
     parts=(".qweight", ".qzeros", ".scales", ".g_idx"),
     marks=(),
     open=_open,
+)
+
+
+_NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+_IN_WORD = len(_NIBBLES)
+
+
+def _awq_obstacle(settings: Settings) -> str | None:
+    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
+    bits = settings.get("bits", settings.get("w_bit", 4))
+    if version != "gemm":
+        return f"its version is {version!r}, wanted gemm"
+    return None if bits == 4 else f"it has {bits!r} bits, wanted 4"
+
+
+def _open_awq(parts: Parts, _: Settings) -> Packed | None:
+    if ".qweight" not in parts:
+        return None
+    qweight, qzeros = parts.matrix(".qweight", "I32"), parts.matrix(".qzeros", "I32")
+    scales = parts.matrix(".scales", *FLOATS)
+    inputs, (groups, outputs) = qweight.shape[0], scales.shape
+    if (qweight.shape[1] * _IN_WORD, *qzeros.shape) != (outputs, groups, qweight.shape[1]):
+        shapes = [list(array.shape) for array in (qweight, qzeros, scales)]
+        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not fit together")
+    group_of = group_of_each(parts, inputs, groups)
+
+    def rows(ids: np.ndarray) -> np.ndarray:
+        numbers, zeros = _columns(qweight, ids), _columns(qzeros, ids)
+        values = (numbers - zeros[group_of]) * scales[:, ids].astype(np.float32)[group_of]
+        return np.ascontiguousarray(values.T)
+
+    return Packed((outputs, inputs), "AWQ 4-bit", rows)
+
+
+def _columns(packed: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Unpack the numbers of these outputs, float32 (rows, n)."""
+    shifts = (4 * _NIBBLES[ids % _IN_WORD]).astype(np.uint32)
+    return (packed.view(np.uint32)[:, ids // _IN_WORD] >> shifts & np.uint32(15)).astype(np.float32)
+
+
+AWQ = Format(
+    name="AWQ (gemm)",
+    claims=claims_method("awq"),
+    obstacle=_awq_obstacle,
+    holder=".qweight",
+    parts=(".qweight", ".qzeros", ".scales"),
+    marks=(),
+    open=_open_awq,
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence.records import Vocabulary

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jcrosslora.checkpoint.hub_errors import cause_of
+from jcrosslora.checkpoint.hub import cause_of
 from jcrosslora.errors import JCrossLoRAError, OutputError
 from jcrosslora.utils.texts import safe_line
 

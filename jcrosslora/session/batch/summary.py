@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Column, Table
 
-from jcrosslora.checkpoint.local_paths import publish
+from jcrosslora.checkpoint.hub import publish
 from jcrosslora.errors import OutputError
 from jcrosslora.session.batch.plan_file import Job
 from jcrosslora.utils.files import write_whole

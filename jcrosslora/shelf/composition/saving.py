@@ -23,8 +23,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.jsonfile import read_json_object
-from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.shelf.composition.composition import Composition
 from jcrosslora.shelf.composition.registry import COMPOSITIONS
