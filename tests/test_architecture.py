@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+import runpy
 from pathlib import Path
 
 import jcrosslora
@@ -58,3 +59,9 @@ def test_imports_point_down():
 def test_no_files_import_each_other_in_a_circle():
     graph = {name: imports(path) for name, path in FILES.items() if name != "jcrosslora"}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_pictures_of_the_page_are_those_of_today():
+    tool = runpy.run_path(str(PAGE.parent.parent / "tools" / "draw_architecture.py"))
+    for name, draw in tool["PICTURES"].items():
+        assert (PAGE.parent / "images" / name).read_text(encoding="utf-8") == draw(), "run tools/draw_architecture.py"
