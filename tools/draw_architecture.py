@@ -51,7 +51,7 @@ def imported(room: str) -> set[str]:
     found = set()
     for path in (PACKAGE / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jcrosslora."):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jcrosslora."):
                 found.add(node.module.split(".")[1])
     return found - {room, "errors"}
 
