@@ -31,9 +31,8 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.evaluate import lift_recovered, read_examples
 from jcrosslora.evaluate.examples import as_completion
-from jcrosslora.shelf.composition import Composed
-from jcrosslora.shelf.composition.composed import RATE
-from jcrosslora.shelf.sampling import spread
+from jcrosslora.shelf import spread
+from jcrosslora.shelf.composition import RATE, Composed
 from jcrosslora.text import Completion
 from jcrosslora.training import Example, TrainingSettings
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from jcrosslora import Shelf
 from jcrosslora.evaluate import read_examples
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.shelf.accuracy import Accuracy, accuracy
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
-from jcrosslora.shelf.sampling import SAMPLES, spread
+from jcrosslora.shelf import SAMPLES, Accuracy, ProbeSettings, accuracy, spread
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import message_entries
 from jcrosslora.utils.progress import show_progress

@@ -19,8 +19,7 @@ from jcrosslora.adapter import Adapter, ExpertUpdate
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.shelf.composition import COMPOSITIONS, compose, find_composition
-from jcrosslora.shelf.composition.updates import stack_for
+from jcrosslora.shelf.composition import COMPOSITIONS, compose, find_composition, stack_for
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (4, 9)).astype(np.int32)
 # One adapter, two of them, the base alone, all three.

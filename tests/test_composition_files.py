@@ -15,8 +15,7 @@ from test_composition import TOKENS, WEIGHTS, Case, drawn, run, run_shares
 import jcrosslora as jcl
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, OutputError, UsageError
-from jcrosslora.shelf.composition import Router, add_in_turn
-from jcrosslora.shelf.composition.fit import loss_and_gradient, mean_divergence
+from jcrosslora.shelf.composition import Router, add_in_turn, loss_and_gradient, mean_divergence
 from jcrosslora.text import Completion
 from jcrosslora.training import Plan, TrainingSettings, encode, make_batch
 

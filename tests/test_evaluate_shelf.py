@@ -10,7 +10,7 @@ from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf.judging import ALONE, judge
+from jcrosslora.shelf import ALONE, judge
 from jcrosslora.text import Completion
 
 FOX = [*TASKS["fox"][3:6], "Peter and Anna"]  # the last is of no adapter's task

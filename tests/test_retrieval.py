@@ -20,12 +20,11 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf.accuracy import accuracy
-from jcrosslora.shelf.encoders.hidden_states import HiddenStates
-from jcrosslora.shelf.encoders.opening import check_encoder, open_encoder
-from jcrosslora.shelf.retrieval.mean_vectors import fit_means
-from jcrosslora.shelf.retrieval.tfidf import WordRetriever
-from jcrosslora.shelf.retrieval.thresholds import similarity_to_others, thresholds_of
+from jcrosslora.shelf import accuracy
+from jcrosslora.shelf.controls import WordRetriever
+from jcrosslora.shelf.encoders import HiddenStates, check_encoder, open_encoder
+from jcrosslora.shelf.mean_vectors import fit_means
+from jcrosslora.shelf.retrieved import similarity_to_others, thresholds_of
 from jcrosslora.text import Message
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.text.reading import prompt_ids

@@ -12,11 +12,9 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.shelf import Index, ShelfBase, ShelfEntry, index_files
 from jcrosslora.shelf import adding as adding_module
 from jcrosslora.shelf import index as index_module
-from jcrosslora.shelf import index_files
-from jcrosslora.shelf.index import Index
-from jcrosslora.shelf.records import ShelfBase, ShelfEntry
 from jcrosslora.training import TrainingSettings, save_trained
 
 BASE = ShelfBase("tiny", "../base", "sha256:1", "llama")

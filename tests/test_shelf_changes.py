@@ -18,7 +18,7 @@ from test_shelf import BASE, entries, same
 
 import jcrosslora as jcl
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
-from jcrosslora.shelf.index import Index
+from jcrosslora.shelf import Index
 from jcrosslora.text import Message
 from jcrosslora.utils.unfinished import locked
 
@@ -49,7 +49,7 @@ TOGETHER = """
 import sys, time
 from pathlib import Path
 from jcrosslora.cli.main import main
-from jcrosslora.shelf.index import Index
+from jcrosslora.shelf import Index
 meeting, own, *arguments = sys.argv[1:]
 change = Index.change
 def together(*given):

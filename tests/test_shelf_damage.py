@@ -13,7 +13,7 @@ from shelf_adapters import NEW, TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
 from jcrosslora.errors import JCrossLoRAError, UsageError
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+from jcrosslora.shelf import ProbeSettings
 
 FILES = ("shelf.json", "segments/000001.json", "segments/000001.safetensors", "text.safetensors", "weights.safetensors")
 PROMPTS = [texts[0] for texts in NEW.values()]

@@ -14,9 +14,14 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, save_adapter
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf.retrieval import weight_encoder, weight_training
-from jcrosslora.shelf.retrieval.weight_encoder import adapter_weights, encode_texts, encode_weights, first_parameters
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings, contrastive_loss
+from jcrosslora.shelf import ProbeSettings, weight_probes
+from jcrosslora.shelf.weight_probes import (
+    adapter_weights,
+    contrastive_loss,
+    encode_texts,
+    encode_weights,
+    first_parameters,
+)
 from jcrosslora.text import COMPLETIONS, completion_lines
 
 
@@ -29,7 +34,7 @@ def base(tmp_path_factory):
 def two_roles():
     """Encode two of the seven roles, for less to compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_encoder, "dense_roles", lambda base: ["q_proj", "down_proj"])
+        patch.setattr(weight_probes, "dense_roles", lambda base: ["q_proj", "down_proj"])
         yield
 
 
@@ -48,8 +53,8 @@ def variant(base, task: int, seed: int) -> Adapter:
 def test_a_probe_is_normed_behind_the_update_and_neither_gauge_nor_size_nor_padding_matter(base, monkeypatch):
     adapter, parameters = variant(base, 0, 0), first_parameters(base, 8, 0)
     seen = []
-    real = weight_encoder._normed
-    monkeypatch.setattr(weight_encoder, "_normed", lambda x: seen.append(real(x)) or seen[-1])
+    real = weight_probes._normed
+    monkeypatch.setattr(weight_probes, "_normed", lambda x: seen.append(real(x)) or seen[-1])
     weights = adapter_weights(adapter, base, 2)
     encoded = encode_weights(parameters, weights)
     role = list(weights).index("down_proj")
@@ -118,9 +123,9 @@ def test_an_adapter_that_was_not_trained_on_and_has_no_samples_is_found_by_its_w
 
 def test_settings_out_of_range_and_too_few_adapters_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="wanted 1 step"):
-        weight_training.ProbeSettings(steps=0).check()
+        weight_probes.ProbeSettings(steps=0).check()
     with pytest.raises(UsageError, match="a rate above 0"):
-        weight_training.ProbeSettings(rate=float("nan")).check()
+        weight_probes.ProbeSettings(rate=float("nan")).check()
     save_adapter(variant(base, 0, 0), tmp_path / "one")
     shelf = jcl.Shelf(tmp_path / "shelf", base)
     shelf.add(tmp_path / "one")
@@ -134,10 +139,10 @@ def test_a_loss_that_is_not_finite_ends_the_training(monkeypatch):
     def lost(parameters, _weights, _texts):
         return jnp.sum(parameters["x"]) * jnp.float32(np.nan)
 
-    monkeypatch.setattr(weight_training, "contrastive_loss", lost)
+    monkeypatch.setattr(weight_probes, "contrastive_loss", lost)
     one = np.ones((1, 1, 1), np.float32)
     with pytest.raises(UsageError, match="loss of the weight probes is nan at step 1: lower the rate"):
-        weight_training.train_encoder(
+        weight_probes.train_encoder(
             {"x": jnp.ones(2)}, [one[0], one[0]], lambda _: {"role": (one, one)}, ProbeSettings(steps=3)
         )
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jcrosslora.shelf.derived import find_arrays, keep_arrays
+from jcrosslora.shelf import SAMPLES, ShelfBase, ShelfEntry
+from jcrosslora.shelf.controls import WordRetriever
 from jcrosslora.shelf.index import SEGMENT, Index
-from jcrosslora.shelf.records import ShelfBase, ShelfEntry
-from jcrosslora.shelf.retrieval.mean_vectors import MeanVectors, fit_means
-from jcrosslora.shelf.retrieval.tfidf import WordRetriever
-from jcrosslora.shelf.sampling import SAMPLES
+from jcrosslora.shelf.mean_vectors import MeanVectors, fit_means
+from jcrosslora.shelf.searching import find_arrays, keep_arrays
 
 WORDS = 5000
 

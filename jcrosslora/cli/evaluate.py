@@ -106,7 +106,7 @@ class Evaluate:
 
     def _judge_shelf(self, folder: Path, examples: "Sequence[Example]", refs: list[str], console: Console) -> None:
         from jcrosslora.evaluate import Answers
-        from jcrosslora.shelf.judging import judge
+        from jcrosslora.shelf import judge
 
         shelf = opened_shelf(folder, self.base, self.template)
         room = self.max_new_tokens

@@ -17,8 +17,7 @@ from jcrosslora.utils.texts import visible
 if TYPE_CHECKING:
     import numpy as np
 
-    from jcrosslora.shelf.composition import Composed
-    from jcrosslora.shelf.composition.weights import Weights
+    from jcrosslora.shelf.composition import Composed, Weights
     from jcrosslora.text import Prompt
 
 STDIN = "-"
@@ -111,8 +110,7 @@ class Generate:
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return what suits prompts, its weights, and whether each is asked as a message."""
-        from jcrosslora.shelf.composition import COMPOSITIONS
-        from jcrosslora.shelf.composition.registry import find_composition
+        from jcrosslora.shelf.composition import COMPOSITIONS, find_composition
 
         beside = "--adapter" if self.adapter else "--weights" if self.weights else None
         if beside is not None:

@@ -15,7 +15,7 @@ from jcrosslora.cli.shelf_search import Evaluate, Search, Train, sample_json
 from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
-    from jcrosslora.shelf.records import ShelfEntry
+    from jcrosslora.shelf import ShelfEntry
 
 
 @dataclass(frozen=True)

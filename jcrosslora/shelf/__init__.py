@@ -1,4 +1,26 @@
-"""A folder of adapters of one base with an index, from which those are found that suit a prompt."""
+"""A folder of adapters of one base with an index, in which the adapters that suit a prompt are found."""
 
-from jcrosslora.shelf.retrieval.retrieved import Retrieved as Retrieved
-from jcrosslora.shelf.shelf import Shelf as Shelf
+from jcrosslora.shelf.index import Index
+from jcrosslora.shelf.judging import ALONE, Accuracy, Judged, accuracy, judge
+from jcrosslora.shelf.records import ShelfBase, ShelfEntry
+from jcrosslora.shelf.retrieved import Retrieved
+from jcrosslora.shelf.samples import SAMPLES, labelled_prompts, spread
+from jcrosslora.shelf.shelf import Shelf
+from jcrosslora.shelf.weight_probes import ProbeSettings
+
+__all__ = [
+    "ALONE",
+    "SAMPLES",
+    "Accuracy",
+    "Index",
+    "Judged",
+    "ProbeSettings",
+    "Retrieved",
+    "Shelf",
+    "ShelfBase",
+    "ShelfEntry",
+    "accuracy",
+    "judge",
+    "labelled_prompts",
+    "spread",
+]

@@ -1,4 +1,4 @@
-"""Read the adapters that are to be put on a shelf, one after the other."""
+"""Read adapters one after the other, and put them on a shelf."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
-from jcrosslora.shelf.places import is_there, stored_place
 from jcrosslora.shelf.reading import Found, read_entry
-from jcrosslora.shelf.records import Added, Refused, Sample, ShelfEntry
-from jcrosslora.shelf.sampling import own_samples
+from jcrosslora.shelf.records import Added, Refused, Sample, ShelfEntry, is_there, stored_place
+from jcrosslora.shelf.samples import written_samples
 from jcrosslora.utils.progress import track
 
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
@@ -26,14 +25,14 @@ Fresh = list[tuple[ShelfEntry, np.ndarray]]
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Reads what a shelf is to say of adapters.
+    """Reads the entries of adapters.
 
     Attributes:
         folder: of the shelf.
         base: of the shelf.
-        info: the same base with its digest.
-        samples: those that the user gives for all adapters, with their origin; None takes what lies beside each.
-        lift: that the user states, or None.
+        info: of the base, with its digest.
+        samples: the user's samples for all adapters, with their origin; None takes those in each adapter's folder.
+        lift: as the user states it, or None.
     """
 
     folder: Path
@@ -43,10 +42,10 @@ class Reader:
     lift: float | None
 
     def entry(self, found: Found, known: Mapping[str, ShelfEntry]) -> ShelfEntry:
-        """Read an adapter; what the user has stated once of one that is known stays.
+        """Read an adapter; a known one keeps the samples and the lift that the user once gave.
 
         Raises:
-            AdapterError: it is damaged, of another base, or its name or place cannot be written down.
+            AdapterError: it is damaged, of another base, or its name or path cannot be displayed.
             UsageError: its name is that of another adapter on the shelf, or its samples cannot be read.
         """
         place = stored_place(self.folder, found.ref)
@@ -56,9 +55,9 @@ class Reader:
             msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
             raise UsageError(msg)
         entry, folder = read_entry(found, self.base, self.info, place)
-        samples, source = self.samples if self.samples is not None else own_samples(folder)
+        samples, source = self.samples if self.samples is not None else written_samples(folder)
         if old is not None and not samples:
-            samples, source = old.samples, old.samples_from  # that were given once
+            samples, source = old.samples, old.samples_from
         lift = self.lift if self.lift is not None or old is None else old.lift
         return dataclasses.replace(entry, samples=samples, samples_from=source, lift=lift)
 
@@ -70,13 +69,13 @@ def add_found(
     encode: Callable[[Sequence[Sample]], np.ndarray],
     write: Callable[[Fresh], None],
 ) -> Added:
-    """Read adapters and write them down every few seconds, and when the work ends or is stopped.
+    """Read adapters, and write their entries every few seconds and when the work ends or is stopped.
 
     Args:
         found: the adapters.
-        reader: reads each.
+        reader: reads their entries.
         known: the entries on the shelf by name.
-        encode: makes vectors (m, D) of m samples.
+        encode: makes vectors (m, D) of m samples, at least one.
         write: puts entries with the vectors of their samples on the shelf.
     """
     known = dict(known)
@@ -106,7 +105,8 @@ def add_found(
                     if known.get(one.name) == entry:
                         kept.append(one.name)
                     else:
-                        fresh.append((entry, encode(entry.samples)))
+                        vectors = encode(entry.samples) if entry.samples else np.zeros((0, 0), np.float32)
+                        fresh.append((entry, vectors))
                         added.append(one.name)
                         known[one.name] = entry
                 bar.update()
@@ -117,7 +117,7 @@ def add_found(
 
 
 def _check_text(name: str, place: str) -> None:
-    """Refuse what JSON or a terminal cannot show."""
+    """Raise AdapterError for a name or path that JSON or a terminal cannot show."""
     for what, text in (("name", name), ("path", place)):
         if not text or not text.isprintable():
             msg = f"the {what} {text!a} is empty, or has characters that cannot be shown: "

@@ -40,17 +40,11 @@ class ChangedMeanwhileError(UsageError):
 
 
 class Index:
-    """The index of one shelf.
-
-    Attributes:
-        folder: of the shelf.
-        head: its head.
-        parts: the entries of each segment.
-    """
+    """The index of one shelf: its head, and the entries of each segment as `parts`."""
 
     def __init__(self, folder: Path, head: Head, parts: Sequence[Sequence[ShelfEntry]]) -> None:
         self.folder, self.head, self.parts = folder, head, tuple(map(tuple, parts))
-        self._checked: set[int] = set()  # segments whose vectors were compared with their digest: they do not change
+        self._checked: set[int] = set()  # segments whose vectors were compared with their digest once
 
     @property
     def entries(self) -> tuple[ShelfEntry, ...]:
@@ -59,13 +53,13 @@ class Index:
 
     @classmethod
     def create(cls, folder: Path, base: ShelfBase, encoder: str) -> Index:
-        """Write an empty index, or open the one that another process has written meanwhile.
+        """Write an empty index, or open the one that another process has just written.
 
         Raises:
             OutputError: the folder holds something else, or cannot be written to.
         """
         try:
-            # Of a creation that was stopped the folder of segments is left, or a part of the head.
+            # A creation that was stopped leaves the folder of segments, or a part of the head.
             others = folder.exists() and any(
                 path.name not in (SEGMENTS, HEAD) and not path.name.startswith(f".{HEAD}.") for path in folder.iterdir()
             )
@@ -111,7 +105,7 @@ class Index:
                 yield part, self._vectors(number, part)
 
     def change(self, fresh: Sequence[tuple[ShelfEntry, np.ndarray]], removed: Collection[str] = ()) -> Index:
-        """Put entries on the shelf, and take others off. What other processes have changed meanwhile stays.
+        """Put entries on the shelf, and take others off; changes that other processes made are kept.
 
         Args:
             fresh: entries with the vectors (samples, D) of their samples; they replace those of equal names.
@@ -122,7 +116,7 @@ class Index:
 
         Raises:
             OutputError: the folder cannot be written to, or another process has put another adapter of one of these
-                names on the shelf, or another shelf in its place.
+                names on the shelf or has replaced the shelf.
             UsageError: the index is damaged.
         """
         try:
@@ -151,14 +145,14 @@ class Index:
                 kept.append((number, part))
                 continue
             split = split_samples(self._vectors(number, part), part)
-            items += [(one, own) for one, own in zip(part, split, strict=True) if one.name not in left_out]
+            items += [(one, vectors) for one, vectors in zip(part, split, strict=True) if one.name not in left_out]
         items += fresh
         new = max(self.head.segments, default=0)
         digests: dict[str, str] = {}
         for number, _ in kept:
             digests |= segment_digests(self.folder, number, self.head.digests)
         for start in range(0, max(len(items), 1), SEGMENT):
-            # A segment without entries, where all were taken off, keeps its number from being used again.
+            # If all entries are removed, an empty segment keeps its number from being used again.
             new += 1
             chunk = items[start : start + SEGMENT]
             digests |= write_segment(self.folder, new, chunk)

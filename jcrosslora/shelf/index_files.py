@@ -35,12 +35,12 @@ class Head:
     """The content of `shelf.json`.
 
     Attributes:
-        format: version of the form.
+        format: version of the format.
         version: of the package that wrote it.
         base: of all adapters.
-        encoder: what made the vectors of the samples.
+        encoder: name of what made the vectors of the samples.
         segments: numbers of the segments, in order.
-        digests: SHA-256 (hex) of the segments' files, by their names.
+        digests: SHA-256 (hex) of the segments' files, by file name.
     """
 
     format: int
@@ -122,8 +122,8 @@ def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, n
     Raises:
         OSError: the files cannot be written.
     """
-    width = max((own.shape[1] for _, own in items), default=0)
-    vectors = [np.zeros((0, width), np.float32), *(own for _, own in items if len(own))]
+    width = max((each.shape[1] for _, each in items), default=0)
+    vectors = [np.zeros((0, width), np.float32), *(each for _, each in items if len(each))]
     joined = np.concatenate(vectors).astype(np.float16)
     digests = {}
     for ending, content in (
@@ -137,7 +137,7 @@ def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, n
 
 
 def segment_digests(folder: Path, number: int, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the digests of a segment's files, those that are not known from the files.
+    """Return the digests of a segment's files; compute those that are not known.
 
     Raises:
         UsageError: a file cannot be read.
@@ -147,7 +147,7 @@ def segment_digests(folder: Path, number: int, known: Mapping[str, str]) -> dict
 
 
 def remove_others(folder: Path, numbers: Collection[int]) -> None:
-    """Remove all files of segments but those of some numbers; what cannot be removed is named by no head."""
+    """Remove the files of all segments except some; a file that cannot be removed stays, and no head names it."""
     used = {f"{number:06d}" for number in numbers}
     with suppress(OSError):
         for path in (folder / SEGMENTS).iterdir():

@@ -27,17 +27,17 @@ _LARGEST_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter that was found: its name on the shelf, and what `load_adapter` takes."""
+    """An adapter to add: its name on the shelf, and its path or hub id."""
 
     name: str
     ref: str
 
 
 def find_adapters(ref: str | Path) -> list[Found]:
-    """Find an adapter, or all below a folder, in the order of their names; hidden folders are passed over.
+    """Find an adapter, or all below a folder, in the order of their names; hidden folders are skipped.
 
     Raises:
-        AdapterError: there is nothing of this name, or no adapter below the folder.
+        AdapterError: nothing has this name, or there is no adapter below the folder.
     """
     path = Path(ref).expanduser()
     if is_adapter(path):
@@ -46,7 +46,7 @@ def find_adapters(ref: str | Path) -> list[Found]:
         if isinstance(ref, str) and is_hub_id(ref):
             return [Found(ref, ref)]
         find_adapter(ref)  # says what is wrong
-    found = [Found(place.relative_to(path).as_posix().removesuffix(".gguf"), str(place)) for place in _below(path)]
+    found = [Found(one.relative_to(path).as_posix().removesuffix(".gguf"), str(one)) for one in _below(path)]
     if not found:
         msg = f"{ref}: there is no adapter here or below: give adapters, or the folder that a batch wrote to"
         raise AdapterError(msg)
@@ -55,17 +55,17 @@ def find_adapters(ref: str | Path) -> list[Found]:
 
 def _below(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()  # links may lead back to a folder
-    for place, names, files in os.walk(folder, followlinks=True):
+    for current, names, files in os.walk(folder, followlinks=True):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        if (own := os.path.realpath(place)) in seen:
+        if (resolved := os.path.realpath(current)) in seen:
             names.clear()
             continue
-        seen.add(own)
-        if place != str(folder) and is_adapter(Path(place)):
+        seen.add(resolved)
+        if current != str(folder) and is_adapter(Path(current)):
             names.clear()
-            yield Path(place)
+            yield Path(current)
         else:
-            yield from (path for name in sorted(files) if is_adapter(path := Path(place) / name))
+            yield from (path for name in sorted(files) if is_adapter(path := Path(current) / name))
 
 
 def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path]:
@@ -74,17 +74,17 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
     Args:
         found: the adapter.
         base: of the shelf.
-        info: the same base with its digest.
-        place: where the adapter is, for the index.
+        info: of the base, with its digest.
+        place: of the adapter, as the index writes it.
 
     Returns:
         Its entry, without samples, and the folder of its files.
 
     Raises:
-        AdapterError: it is damaged, of another base by its own record, or does not fit the base.
+        AdapterError: it is damaged, its record names another base, or it does not fit the base.
     """
     files = find_adapter(found.ref)
-    record = read_record(files)
+    record = _read_record(files)
     stated = _digest(record.get("target"))
     if stated is not None and stated != info.digest:
         name = record["target"].get("name")
@@ -111,12 +111,12 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
 
 
 def largest_rank(adapter: Adapter) -> int:
-    """Return the largest rank of an adapter's modules; 0 where it has none."""
+    """Return the largest rank of an adapter's modules; 0 if it has none."""
     return max((factors.rank for factors in adapter.modules.values()), default=0)
 
 
 def config_digest(files: AdapterFiles) -> str:
-    """Return "sha256:" and hex of the configuration beside the weights; "" where there is none.
+    """Return "sha256:" and hex of the configuration next to the weights; "" without one.
 
     Raises:
         AdapterError: it cannot be read.
@@ -130,12 +130,11 @@ def config_digest(files: AdapterFiles) -> str:
         raise AdapterError(msg) from error
 
 
-def read_record(files: AdapterFiles) -> dict[str, Any]:
-    """Read the record of a transfer: the report beside an adapter, and what the header of its weights says of it.
+def _read_record(files: AdapterFiles) -> dict[str, Any]:
+    """Read the record of a transfer from the report in the adapter's folder and from the header of its weights.
 
-    The header comes first: a report may lie beside weights that it does not belong to.
+    The header overrides the report, which may belong to other weights.
     """
-    found: dict[str, Any] = {}
     try:
         found = _object(json.loads(read_small_text(files.weights.parent / REPORT)))
     except (OSError, ValueError, RecursionError):
@@ -158,7 +157,7 @@ def _metadata(path: Path) -> Mapping[str, str]:
             length = int.from_bytes(stream.read(_HEADER_LENGTH), "little")
             header = json.loads(stream.read(length)) if length <= _LARGEST_HEADER else {}
     except (OSError, ValueError, RecursionError):
-        return {}  # what is wrong with it is said where its tensors are read
+        return {}  # reading the tensors says what is wrong
     found = _object(_object(header).get("__metadata__"))
     return {key: value for key, value in found.items() if isinstance(value, str)}
 

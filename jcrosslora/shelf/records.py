@@ -1,10 +1,17 @@
-"""What the index of a shelf says of its base and of each adapter: plain data, read and written as JSON."""
+"""What the index of a shelf says of its base and of each adapter, and how it writes paths.
+
+A `place` is a hub id, or a path seen from the shelf's folder, so that a shelf can move together with its adapters.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from jcrosslora.adapter.folder import is_adapter
+from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.text import Message
 
 # Text, or the messages in front of an answer; `text.Prompt` spelt out, as it is read from JSON.
@@ -16,8 +23,6 @@ class ShelfBase:
     """The base of a shelf.
 
     Attributes:
-        name: of the base.
-        place: a hub id, or a path, from the shelf's folder if it is not absolute.
         digest: of its weights, "sha256:" and hex.
         family: its architecture.
         revision: hub commit, or None.
@@ -32,14 +37,7 @@ class ShelfBase:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a moved adapter was moved from, as its own record states it.
-
-    Attributes:
-        adapter: name of the source adapter.
-        base: name of the source base.
-        base_digest: of its weights.
-        method: of the transfer.
-    """
+    """What an adapter was moved from, as the record of its transfer states it: names, the base's digest, the method."""
 
     adapter: str | None = None
     base: str | None = None
@@ -53,19 +51,18 @@ class ShelfEntry:
 
     Attributes:
         name: unique on the shelf.
-        place: a hub id, or a path, from the shelf's folder if it is not absolute.
         digest: of its weights file.
-        verified: whether its own record names the base by digest. Otherwise only the shapes were compared.
-        kind: such as "LoRA".
+        verified: whether the record of its transfer names the base by digest; otherwise only shapes were compared.
+        kind: for example "LoRA".
         rank: the largest of its modules.
         modules: how many it updates.
         size: of its weights file in bytes.
-        origin: what it was moved from; None where it has no record of a transfer.
+        origin: what it was moved from; None without a record of a transfer.
         verdict: the level of the transfer's verdict, or None.
         effect: of the transfer, as in its report, or None.
         lift: the share of a trained adapter's gain that it recovers, as the user stated it, or None.
         licence: as its card states it, or None.
-        config_digest: of the configuration beside its weights, which decides their scale; "" where it is not known.
+        config_digest: of the configuration next to its weights, which decides their scale; "" if unknown.
         samples: prompts of its task.
         samples_from: "completions" that were written when it was moved, the name of the user's file, or "nothing".
     """
@@ -102,10 +99,45 @@ class Added:
 
     Attributes:
         added: names of the adapters that are new, or whose files or samples changed.
-        kept: names of those that were on the shelf as they are.
-        refused: those that are damaged or of another base.
+        kept: names of the adapters that were on the shelf already, unchanged.
+        refused: adapters that are damaged or of another base.
     """
 
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    refused: tuple[Refused, ...] = field(default=())
+    refused: tuple[Refused, ...] = ()
+
+
+def stored_place(folder: Path, place: str) -> str:
+    """Return what the index writes of a path or a hub id."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        return place  # a hub id
+    found = os.path.relpath(path.resolve(), folder.resolve())
+    # Inside the shelf's folder a path may look like a hub id.
+    return os.path.join(os.curdir, found) if is_hub_id(found) else found
+
+
+def opened_place(folder: Path, place: str) -> str:
+    """Return the path or hub id to open; undoes `stored_place`."""
+    path = folder.resolve() / place
+    return os.path.normpath(path) if path.exists() or not is_hub_id(place) else place
+
+
+def is_there(folder: Path, place: str) -> bool:
+    """Whether the files of an adapter are where the index says; True for any hub id."""
+    found = opened_place(folder, place)
+    return is_adapter(Path(found)) or (found == place and is_hub_id(place))
+
+
+def stored_encoder(folder: Path, name: str) -> str:
+    """Return what the index writes of an encoder, whose model may be in a folder."""
+    kind, colon, model = name.partition(":")
+    return f"{kind}:{stored_place(folder, model)}" if colon else name
+
+
+def opened_encoder(folder: Path, name: str) -> str:
+    """Return the name of an encoder to open; undoes `stored_encoder`."""
+    kind, colon, model = name.partition(":")
+    path = folder.resolve() / model
+    return f"{kind}:{os.path.normpath(path)}" if colon and path.exists() else name

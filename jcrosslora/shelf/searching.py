@@ -1,39 +1,39 @@
-"""Open the ways to search a shelf, and keep what they derive from the index beside it."""
+"""Open the ways to search a shelf, and keep the arrays that they derive from the index next to it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError, UsageError, suggestion
-from jcrosslora.shelf.derived import find_arrays, index_key, keep_arrays
-from jcrosslora.shelf.encoders.encoder import Encoder
-from jcrosslora.shelf.encoders.opening import NOTHING
+from jcrosslora.shelf.controls import CertaintyRetriever, WordRetriever
+from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Index, split_samples
-from jcrosslora.shelf.retrieval.certainty import CertaintyRetriever
-from jcrosslora.shelf.retrieval.mean_vectors import MeanVectors, TextRetriever, fit_means
-from jcrosslora.shelf.retrieval.retrieved import Retriever
-from jcrosslora.shelf.retrieval.tfidf import WordRetriever
-from jcrosslora.shelf.retrieval.weight_encoder import Weights, adapter_weights
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
-from jcrosslora.shelf.retrieval.weights import NAME as WEIGHTS
-from jcrosslora.shelf.retrieval.weights import WeightRetriever, WeightVectors, train_weights
+from jcrosslora.shelf.index_files import Head
+from jcrosslora.shelf.mean_vectors import MeanVectors, TextRetriever, fit_means
+from jcrosslora.shelf.retrieved import Retriever
+from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, adapter_weights
+from jcrosslora.shelf.weight_vectors import WeightRetriever, WeightVectors, train_weights
+from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.reading import regular_size
 
 _TEXT_FILE, _WEIGHTS_FILE = "text.safetensors", "weights.safetensors"
+_KEY, _SEAL = "index", "sha256"  # the metadata of these files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Searching:
-    """What searches of a shelf need; bases, adapters and encoders are opened when they are used.
-
-    Attributes:
-        index: of the shelf.
-        base: opens the base.
-        load: loads an adapter by its name.
-        encoder: opens the encoder.
-    """
+    """What searches of a shelf need: the index, and functions that open the base, an adapter by name, the encoder."""
 
     index: Index
     base: Callable[[], BaseModel]
@@ -51,7 +51,7 @@ class Searching:
             "text": self._text_retriever,
             "tfidf": lambda: WordRetriever(self.index.entries),
             "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load),
-            WEIGHTS: self._weight_retriever,
+            "weights": self._weight_retriever,
         }
         if by not in makers:
             msg = f"--by {by!r} is unknown{suggestion(by, makers)}; use one of {', '.join(makers)}"
@@ -59,14 +59,14 @@ class Searching:
         if not self.index.entries:
             msg = f"{self.index.folder}: holds no adapter; add some with `jcrosslora shelf add`"
             raise UsageError(msg)
-        if by != WEIGHTS and not any(entry.samples for entry in self.index.entries):
+        if by != "weights" and not any(entry.samples for entry in self.index.entries):
             msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --samples FILE`"
             raise UsageError(msg)
         return makers[by]()
 
     def means(self) -> MeanVectors:
-        """Return the vectors of the adapters, from beside the index or computed again."""
-        path, key = self.index.folder / _TEXT_FILE, index_key(self.index.head)
+        """Return the vectors of the adapters, as they were kept or computed again."""
+        path, key = self.index.folder / _TEXT_FILE, _index_key(self.index.head)
         found = find_arrays(path, key)
         names = [field.name for field in dataclasses.fields(MeanVectors)]
         if found is not None and found.keys() == set(names):
@@ -78,7 +78,7 @@ class Searching:
     def train(self, settings: ProbeSettings) -> list[float]:
         """Train the encoder of weights, see `Shelf.train_probes`."""
         self._check_encoder("weights")
-        samples = [own for entries, vectors in self.index.blocks() for own in split_samples(vectors, entries)]
+        samples = [each for entries, vectors in self.index.blocks() for each in split_samples(vectors, entries)]
         rank = max((entry.rank for entry in self.index.entries), default=0)
         for entry in self.index.entries:
             if entry.rank == rank:
@@ -89,12 +89,12 @@ class Searching:
             self.index.entries,
             samples,
             self.means(),
-            lambda place: self._weights_of(place, rank),
+            lambda number: self._weights_of(number, rank),
             settings,
         )
         path = self.index.folder / _WEIGHTS_FILE
-        keep_arrays(path, index_key(self.index.head), found.arrays())
-        if find_arrays(path, index_key(self.index.head)) is None:
+        keep_arrays(path, _index_key(self.index.head), found.arrays())
+        if find_arrays(path, _index_key(self.index.head)) is None:
             msg = f"{path}: cannot be written: make the folder writable, or free space"
             raise OutputError(msg)
         return losses
@@ -113,16 +113,52 @@ class Searching:
             came = f"{path}: is damaged, and" if path.exists() else f"{folder}:"
             msg = f"{came} has no trained weight probes: train them with `jcrosslora shelf train {folder}`"
             raise UsageError(msg)
-        # Adapters that were added since get their vectors from the same encoder.
-        found = trained.with_vectors(entries, lambda place: self._weights_of(place, entries[place].rank))
+        # Adapters that were added later get their vectors from the same encoder.
+        found = trained.with_vectors(entries, lambda number: self._weights_of(number, entries[number].rank))
         if found is not trained:
-            keep_arrays(path, index_key(self.index.head), found.arrays())
+            keep_arrays(path, _index_key(self.index.head), found.arrays())
         return WeightRetriever(self.encoder(), found, entries)
 
-    def _weights_of(self, place: int, rank: int) -> Weights:
-        return adapter_weights(self.load(self.index.entries[place].name), self.base(), rank)
+    def _weights_of(self, number: int, rank: int) -> Weights:
+        return adapter_weights(self.load(self.index.entries[number].name), self.base(), rank)
 
     def _check_encoder(self, by: str) -> None:
         if self.index.head.encoder == NOTHING:
             msg = f"{self.index.folder}: was made without an encoder, and has no vectors for --by {by}: use --by tfidf"
             raise UsageError(msg + ", or make another shelf")
+
+
+def _index_key(head: Head) -> str:
+    """Return a key that every change of the index changes, as numbers of segments are not used twice."""
+    return digest_of(head.base.digest, head.encoder, head.segments)
+
+
+def find_arrays(path: Path, key: str | None) -> dict[str, np.ndarray] | None:
+    """Read arrays; None if they are missing, damaged or of another key. A key of None accepts any."""
+    try:
+        regular_size(path)
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if key is not None and metadata.get(_KEY) != key:
+                return None
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    # Files of earlier versions have no digest.
+    return arrays if metadata.get(_SEAL) in (None, _digest(arrays)) else None
+
+
+def keep_arrays(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays with a digest; a shelf that cannot be written to is searched without them."""
+    # safetensors writes the bytes as they lie in memory, whatever the order of the array.
+    ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with suppress(OSError):
+        write_whole(path, save(ordered, metadata={_KEY: key, _SEAL: _digest(ordered)}))
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name!r} {array.dtype} {array.shape} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()

@@ -1,10 +1,11 @@
-"""`Shelf`: a folder of adapters of one base, to which adapters are added, and in which they are searched."""
+"""`Shelf`: a folder of adapters of one base; add adapters to it, search it, and run what is found."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,49 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf.adding import Fresh, Reader, add_found
-from jcrosslora.shelf.composing import compose_found
-from jcrosslora.shelf.composition import Composed, Composition
-from jcrosslora.shelf.encoders.encoder import Encoder
-from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
+from jcrosslora.shelf.composition import Composed, Composition, compose, find_composition
+from jcrosslora.shelf.encoders import HIDDEN, Encoder, check_encoder, open_encoder
 from jcrosslora.shelf.index import ChangedMeanwhileError, Index
 from jcrosslora.shelf.index_files import HEAD
-from jcrosslora.shelf.places import is_there, opened_encoder, opened_place, stored_encoder, stored_place
 from jcrosslora.shelf.reading import Found, config_digest, find_adapters, largest_rank
-from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry
-from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
-from jcrosslora.shelf.sampling import given_samples
+from jcrosslora.shelf.records import (
+    Added,
+    ShelfBase,
+    ShelfEntry,
+    is_there,
+    opened_encoder,
+    opened_place,
+    stored_encoder,
+    stored_place,
+)
+from jcrosslora.shelf.retrieved import Retrieved, Retriever
+from jcrosslora.shelf.samples import given_samples
 from jcrosslora.shelf.searching import Searching
-from jcrosslora.text import Prompt
+from jcrosslora.shelf.weight_probes import ProbeSettings
 from jcrosslora.text.completion import Asked, as_prompts
 
 
 class Shelf:
     """A folder of adapters of one base.
 
-    The adapters stay where they are; the folder holds what is known of them, and no weights.
+    The adapters stay where they are; the folder holds an index of them, and no weights.
     """
 
     def __init__(self, folder: str | Path, base: Any = None, *, encoder: str | None = None) -> None:
-        """Open a shelf, or make one.
+        """Open a shelf; create it if it is missing.
 
         Args:
-            folder: of the shelf. If it is missing or empty, a shelf is made there, for which `base` is needed.
-            base: the base of its adapters: a path, a hub id or an open base; None takes the place that the shelf has
-                written down.
-            encoder: of a new shelf, what makes vectors of samples: "hidden", states of the base itself, the default;
+            folder: of the shelf. If it is missing or empty, a shelf is created there, which needs `base`.
+            base: the base of its adapters: a path, a hub id or an open base; None opens the base that the index names.
+            encoder: for a new shelf, what makes vectors of samples: "hidden", states of the base itself, the default;
                 "sentences:MODEL", a model of sentence-transformers; or "none".
 
         Raises:
-            UsageError: no base for a new shelf, a base or an encoder that is not that of the shelf, or a damaged shelf.
+            UsageError: no base for a new shelf, another base or encoder than that of the shelf, or a damaged shelf.
             CheckpointError: the base cannot be read.
             OutputError: the shelf cannot be written.
         """
@@ -68,7 +73,7 @@ class Shelf:
             msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
             raise UsageError(msg)
         if self._base is not None:
-            self._check_base(self._base)
+            _check_base(self._base, self.folder, self.info)
 
     def __repr__(self) -> str:
         """Folder, base and number of adapters, on one line."""
@@ -80,46 +85,46 @@ class Shelf:
 
     @property
     def info(self) -> ShelfBase:
-        """Return what the index says of the base."""
+        """The index's entry of the base."""
         return self._index.head.base
 
     @property
     def encoder_name(self) -> str:
-        """Return the name of the encoder of the samples."""
+        """The name of the encoder of the samples."""
         return self._index.head.encoder
 
     @property
     def entries(self) -> tuple[ShelfEntry, ...]:
-        """Return what the index says of each adapter."""
+        """The index's entries of the adapters."""
         return self._index.entries
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the adapters, in the order of all arrays over them."""
+        """The names of the adapters, in the order of all arrays over them."""
         return tuple(entry.name for entry in self._index.entries)
 
     @property
     def base(self) -> BaseModel:
-        """Return the base, opened when it is first used.
+        """The base, opened when it is first used.
 
         Raises:
             CheckpointError: it is not where it was, or cannot be read.
-            UsageError: it is another one than that of the shelf.
+            UsageError: it is not the base of the shelf.
         """
         if self._base is None:
-            place = opened_place(self.folder, self.info.place)
-            if place != self.info.place and not Path(place).exists():
-                msg = f"{place}: the base of the shelf {self.folder} is not there: give its place with --base"
+            ref = opened_place(self.folder, self.info.place)
+            if ref != self.info.place and not Path(ref).exists():
+                msg = f"{ref}: the base of the shelf {self.folder} is not there: give its place with --base"
                 raise CheckpointError(msg)
-            self._base = open_base(place, revision=self.info.revision)
-            self._check_base(self._base)
+            self._base = open_base(ref, revision=self.info.revision)
+            _check_base(self._base, self.folder, self.info)
         return self._base
 
     def entry(self, name: str) -> ShelfEntry:
-        """Return what the index says of an adapter.
+        """Return the index's entry of an adapter.
 
         Raises:
-            UsageError: there is none of this name.
+            UsageError: no adapter has this name.
         """
         for entry in self._index.entries:
             if entry.name == name:
@@ -131,19 +136,19 @@ class Shelf:
         """Return the path or hub id of an adapter.
 
         Raises:
-            UsageError: there is none of this name.
+            UsageError: no adapter has this name.
         """
         return opened_place(self.folder, self.entry(name).place)
 
     def missing(self, entry: ShelfEntry) -> bool:
-        """Whether the files of an adapter are not where they were when it was added."""
+        """Whether the files of an adapter are no longer where they were when it was added."""
         return not is_there(self.folder, entry.place)
 
     def load(self, name: str) -> Adapter:
         """Load an adapter.
 
         Raises:
-            UsageError: there is none of this name, or its files have changed since it was added.
+            UsageError: no adapter has this name, or its files have changed since it was added.
             AdapterError: its files are missing or damaged.
         """
         entry, place = self.entry(name), self.place(name)
@@ -161,7 +166,7 @@ class Shelf:
         """Take adapters off the shelf; their files stay.
 
         Raises:
-            UsageError: there is none of one of these names; then all stay.
+            UsageError: no adapter has one of these names; then all stay on the shelf.
             OutputError: the shelf cannot be written to.
         """
         several = [names] if isinstance(names, str) else list(names)
@@ -176,19 +181,19 @@ class Shelf:
         samples: str | Path | None = None,
         lift: float | None = None,
     ) -> Added:
-        """Add adapters, or all below a folder. What is damaged or of another base is left out and listed.
+        """Add adapters, or all below a folder; those that are damaged or of another base are left out and listed.
 
-        What was added stays if the work is stopped, except for that of the last seconds; the same call goes on there.
+        If the work is stopped, all but the additions of the last seconds are kept; the same call continues there.
 
         Args:
             adapters: paths or hub ids of adapters, or folders with adapters below.
-            name: of a single adapter; else the name of its folder, below a folder with the path to it.
+            name: of a single adapter; None takes the name of its folder, or its path below the folder that was given.
             samples: a file of prompts of the task, see `jcrosslora shelf add --help`; None takes those that the
                 source wrote when the adapter was moved.
-            lift: of a single adapter, the share of a trained adapter's gain that it recovers, where it is known.
+            lift: of a single adapter, the share of a trained adapter's gain that it recovers, if known.
 
         Raises:
-            AdapterError: something that was named is not there, or has no adapter below it.
+            AdapterError: an adapter or folder is missing, or has no adapter below it.
             UsageError: `name` or `lift` for several adapters, a lift that is no number, or samples that cannot be read.
             CheckpointError: the base cannot be read.
             OutputError: the shelf cannot be written to.
@@ -203,26 +208,31 @@ class Shelf:
             raise UsageError(msg)
         found = [Found(name, one.ref) for one in found] if name is not None else found
         given = None if samples is None else given_samples(samples)
-        reader = Reader(self.folder, self.base, self._describe(), given, lift)
+        info = describe_base(self.base, digest=self.info.digest)
         known = {entry.name: entry for entry in self._index.entries}
-        added = add_found(found, reader, known, self._encode, self._write)
+
+        def write(fresh: Fresh) -> None:
+            self._index = self._index.change(fresh)
+
+        reader = Reader(self.folder, self.base, info, given, lift)
+        added = add_found(found, reader, known, lambda samples: self._open_encoder().encode(samples), write)
         if added.added:
-            # For the next search; where another process has added more meanwhile, that one does it.
+            # For the next search; if another process has added more in the meantime, it does this.
             with suppress(ChangedMeanwhileError):
                 self._searching().means()
         return added
 
     def search(self, prompts: Asked | Sequence[Asked], by: str | None = None) -> Retrieved:
-        """Find the adapters whose task prompts are of.
+        """Find the adapters whose task the prompts belong to.
 
         Args:
             prompts: a text or a conversation, or several.
             by: "text", by vectors of the samples; "tfidf", by their words; "certainty", by how much an adapter changes
                 the base's predictions on the prompt; "weights", by vectors of the adapters' weights, see
-                `train_probes`. None is "text", on a shelf without an encoder "tfidf".
+                `train_probes`. None is "text", or "tfidf" on a shelf without an encoder.
 
         Raises:
-            UsageError: an unknown way, one that the shelf has no data for, or no prompt.
+            UsageError: an unknown way to search, one that the shelf has no data for, or no prompt.
             CheckpointError: the base cannot be read.
         """
         several = as_prompts(prompts)
@@ -233,7 +243,7 @@ class Shelf:
         return Retrieved(self.names, found.scores(several), found.thresholds)
 
     def retriever(self, by: str | None = None) -> Retriever:
-        """Open a way to search, for many searches; see `search`. What another process has changed is read first."""
+        """Open a way to search, for many searches; see `search`. Reads an index again that another process changed."""
         try:
             return self._searching().retriever(by)
         except ChangedMeanwhileError:
@@ -249,7 +259,7 @@ class Shelf:
         by: str | None = None,
         **settings: Any,
     ) -> tuple[Composed, np.ndarray]:
-        """Compose the adapters that suit prompts, to run each prompt with its own.
+        """Compose the adapters that suit prompts, to run each prompt with those that suit it.
 
             composed, weights = shelf.compose(prompts)
             composed.generate(prompts, weights=weights)
@@ -262,7 +272,7 @@ class Shelf:
             settings: further arguments of `jcrosslora.compose`.
 
         Returns:
-            The adapters that were found for any prompt, composed; and float32 (P, N), their weights for each prompt. A
+            The adapters that were found for any prompt, composed; and their weights for each prompt, float32 (P, N). A
             prompt of no adapter's task has zeros, which is the base alone.
 
         Raises:
@@ -270,19 +280,23 @@ class Shelf:
             AdapterError: an adapter is missing, damaged, or cannot be composed.
             CheckpointError: the base or its tokenizer cannot be read.
         """
-        found = self.search(prompts, by)
-        return compose_found(found, self.load, self.base, how, top=top, **settings)
+        found, how = self.search(prompts, by), find_composition(how)
+        weights = found.weights(top)
+        used = np.flatnonzero(weights.any(axis=0))
+        if len(used):
+            return self._compose([found.names[number] for number in used], how, settings), weights[:, used]
+        # With weight 0 any adapter that can be composed gives the base alone.
+        *others, last = found.names
+        for name in others:
+            with suppress(AdapterError, UsageError):
+                return self._compose([name], how, settings), weights[:, :1]
+        return self._compose([last], how, settings), weights[:, :1]
 
     def train_probes(self, settings: ProbeSettings = ProbeSettings()) -> list[float]:  # noqa: B008
-        """Train the encoder of adapters by their weights, for searches by "weights"; an old one is replaced.
+        """Train the encoder of adapters by their weights, for searches by "weights", and return each step's loss.
 
-        Every step loads the weights of some adapters, and at most 1 GB of them stays in memory.
-
-        Args:
-            settings: of the training.
-
-        Returns:
-            The loss of each step.
+        An old encoder is replaced. Every step loads the weights of some adapters, and at most 1 GB of them stays in
+        memory.
 
         Raises:
             UsageError: fewer than two adapters with samples, no encoder, or a setting out of range.
@@ -294,31 +308,29 @@ class Shelf:
     def _searching(self) -> Searching:
         return Searching(self._index, lambda: self.base, self.load, self._open_encoder)
 
-    def _encode(self, samples: Sequence[Prompt]) -> np.ndarray:
-        if not samples:
-            return np.zeros((0, 0), np.float32)
-        return self._open_encoder().encode(samples)
+    def _compose(self, names: Sequence[str], how: Composition, settings: dict[str, Any]) -> Composed:
+        return compose(self.base, [named(self.load(name), name) for name in names], how, **settings)
 
     def _open_encoder(self) -> Encoder:
         if self._encoder is None:
             self._encoder = open_encoder(opened_encoder(self.folder, self.encoder_name), self.base)
         return self._encoder
 
-    def _write(self, fresh: Fresh) -> None:
-        self._index = self._index.change(fresh)
 
-    def _describe(self) -> BaseInfo:
-        return describe_base(self.base, digest=self.info.digest)
+def named(adapter: Adapter, name: str) -> Adapter:
+    """Give an adapter its name on the shelf."""
+    return replace(adapter, info=replace(adapter.info, name=name))
 
-    def _check_base(self, base: BaseModel) -> None:
-        digest = base_digest(base)
-        if digest != self.info.digest:
-            wanted = f"{self.info.name} ({self.info.digest[:19]}...)"
-            msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, {wanted}: "
-            raise UsageError(msg + "give that one, or make another shelf")
+
+def _check_base(base: BaseModel, folder: Path, info: ShelfBase) -> None:
+    digest = base_digest(base)
+    if digest != info.digest:
+        wanted = f"{info.name} ({info.digest[:19]}...)"
+        msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {folder}, {wanted}: "
+        raise UsageError(msg + "give that one, or make another shelf")
 
 
 def _shelf_base(folder: Path, base: BaseModel) -> ShelfBase:
-    place = str(base.path or base.ref) if base.revision is None else base.ref
+    ref = str(base.path or base.ref) if base.revision is None else base.ref
     name = public_name(base.name) or base.name
-    return ShelfBase(name, stored_place(folder, place), base_digest(base), base.family.name, base.revision)
+    return ShelfBase(name, stored_place(folder, ref), base_digest(base), base.family.name, base.revision)

@@ -1,21 +1,15 @@
 """Several adapters of one base at once: chosen by prompt, mixed, gated or routed by token."""
 
-from jcrosslora.shelf.composition.compose import compose, load_composition
-from jcrosslora.shelf.composition.composed import Composed
-from jcrosslora.shelf.composition.composition import Composition
-from jcrosslora.shelf.composition.fusion import Fusion
-from jcrosslora.shelf.composition.gated import Gated
-from jcrosslora.shelf.composition.in_turn import Additions, add_in_turn
-from jcrosslora.shelf.composition.mixture import Mixture
-from jcrosslora.shelf.composition.random_gate import RandomGate
-from jcrosslora.shelf.composition.registry import COMPOSITIONS, find_composition
-from jcrosslora.shelf.composition.router import Router
-from jcrosslora.shelf.composition.select import Select
-from jcrosslora.shelf.composition.stack import Stack
-from jcrosslora.shelf.composition.uniform import Uniform
+from jcrosslora.shelf.composition.compose import Additions, add_in_turn, compose, load_composition
+from jcrosslora.shelf.composition.composed import RATE, Composed, Weights
+from jcrosslora.shelf.composition.composition import Composition, stack_for
+from jcrosslora.shelf.composition.fit import loss_and_gradient, mean_divergence
+from jcrosslora.shelf.composition.gates import Gated, RandomGate, Router
+from jcrosslora.shelf.composition.ways import COMPOSITIONS, Fusion, Mixture, Select, Stack, Uniform, find_composition
 
 __all__ = [
     "COMPOSITIONS",
+    "RATE",
     "Additions",
     "Composed",
     "Composition",
@@ -27,8 +21,12 @@ __all__ = [
     "Select",
     "Stack",
     "Uniform",
+    "Weights",
     "add_in_turn",
     "compose",
     "find_composition",
     "load_composition",
+    "loss_and_gradient",
+    "mean_divergence",
+    "stack_for",
 ]

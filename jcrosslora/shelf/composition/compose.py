@@ -1,9 +1,11 @@
-"""Put adapters of one base together, from files or from a folder that holds a composition."""
+"""Put adapters of one base together: at once, one after the other, or from a folder that holds a composition."""
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
@@ -12,12 +14,14 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, fast_dtype, load_params, settings_of
 from jcrosslora.decoder.adapters import RUN
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.shelf.composition.composed import Composed
-from jcrosslora.shelf.composition.composition import Composition
-from jcrosslora.shelf.composition.registry import find_composition
+from jcrosslora.shelf.composition.composition import Composition, stack_for
+from jcrosslora.shelf.composition.fit import mean_divergence
 from jcrosslora.shelf.composition.saving import read_composition, with_read_arrays
-from jcrosslora.shelf.composition.updates import stack_for
+from jcrosslora.shelf.composition.ways import SHARE, Stack, find_composition
+from jcrosslora.training.settings import TrainingSettings
 
 _WHY = "adapters are composed in the linear modules alone"
 
@@ -41,8 +45,8 @@ def compose(
         base: the model, opened, or what `open_base` opens; it needs a tokenizer.
         adapters: at least one of this base, loaded, or what `load_adapter` loads.
         how: "select", "mixture", "fusion", "gated", "router", "stack", or the controls "uniform" and "random-gate"; or
-            one of these objects with settings of its own, such as `Router(rank=4)` of `jcrosslora.shelf.composition`.
-        seed: of what a composition draws before it is trained.
+            one of these objects with other settings, for example `Router(rank=4)` of `jcrosslora.shelf.composition`.
+        seed: of the arrays that a composition draws before it is trained.
         dtype: of the base's weights, float32 or bfloat16; None takes the faster one on this machine.
         params: the weights, if they are loaded already; then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
@@ -55,15 +59,15 @@ def compose(
     """
     how = find_composition(how)
     base = base if isinstance(base, BaseModel) else open_base(base)
-    own = tuple(_adapter(one, base) for one in adapters)
-    if not own:
+    opened = tuple(_open_adapter(one, base) for one in adapters)
+    if not opened:
         msg = f"no adapters to compose: give at least one of {base.ref}"
         raise AdapterError(msg)
-    how.check(own)
-    updates = stack_for(how, own, base, seed)
+    how.check(opened)
+    updates = stack_for(how, opened, base, seed)
     tokenizer = tokenizer or load_tokenizer(base)
     weights = load_params(base, dtype or fast_dtype()) if params is None else params
-    return Composed(base, own, how, updates, settings_of(base), weights, tokenizer)
+    return Composed(base, opened, how, updates, settings_of(base), weights, tokenizer)
 
 
 def load_composition(
@@ -84,7 +88,7 @@ def load_composition(
         tokenizer: see `compose`.
 
     Raises:
-        AdapterError: not such a folder, damaged, or of another base.
+        AdapterError: no composition, a damaged one, or one of another base.
         CheckpointError: the base or its tokenizer cannot be read.
     """
     base = base if isinstance(base, BaseModel) else open_base(base)
@@ -93,9 +97,85 @@ def load_composition(
     return dataclasses.replace(found, updates=with_read_arrays(found.updates, base, arrays, str(folder)))
 
 
-def _adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
+def _open_adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
     adapter = given if isinstance(given, Adapter) else load_adapter(given, base)
     if not adapter.modules and not adapter.experts:
         msg = f"{adapter.info.name}: has no update of a linear module of {base.ref}: leave it out"
         raise AdapterError(msg)
     return split_fused(restrict(adapter, RUN, _WHY), base.fused)
+
+
+@dataclass(frozen=True, eq=False)
+class Additions:
+    """N adapters that were added in turn.
+
+    Attributes:
+        composed: all of them, as the composition `stack`.
+        kl: float64 (N, N), row i after adapter i was added: how far the sum is from each adapter alone, the mean
+            KL(adapter alone || sum) over the tokens of the answers in its texts, nats; NaN for later adapters.
+    """
+
+    composed: Composed
+    kl: np.ndarray
+
+    def __str__(self) -> str:
+        """A table: a row for each addition, a column for the texts of each adapter."""
+        names = [Path(name).name for name in self.composed.names]
+        rows = [["KL on texts of", *names]]
+        for name, values in zip(names, self.kl, strict=True):
+            rows.append([f"+ {name}", *("" if np.isnan(value) else f"{value:.4f}" for value in values)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def add_in_turn(
+    base: BaseModel,
+    adapters: Sequence[Adapter | str | Path],
+    examples: Sequence[Sequence[Example] | str | Path],
+    settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
+    *,
+    rehearse: bool = True,
+) -> Additions:
+    """Add adapters to a sum one after the other, after SD-LoRA: directions stay, all magnitudes are trained each time.
+
+    After each addition the sum is trained to predict, on the texts of an adapter, what this adapter predicts alone.
+
+    Args:
+        base: the model.
+        adapters: at least one of it, in the order in which they are added.
+        examples: for each adapter at least one, or the JSONL file of them.
+        settings: of the training after each addition; the rate is a share of an update's magnitude.
+        rehearse: whether the texts of earlier adapters are used again; False uses only those of the new one, as SD-LoRA
+            does.
+
+    Raises:
+        UsageError: another number of entries than of adapters, an empty one, or as `Composed.fit`.
+        AdapterError, CheckpointError: see `compose`.
+    """
+    texts = [read_examples(each) if isinstance(each, str | Path) else list(each) for each in examples]
+    if len(texts) != len(adapters) or not all(texts):
+        msg = f"texts of {sum(map(bool, texts))} adapters for {len(adapters)}: give at least one of each, in order"
+        raise UsageError(msg)
+    composed = compose(base, adapters, Stack())
+    loaded, opened, kl = {"params": composed.params, "tokenizer": composed.tokenizer}, composed.adapters, []
+    for count in range(1, len(texts) + 1):
+        grown = compose(base, opened[:count], Stack(), **loaded)
+        if count > 1:  # the first is the sum already, and Adam would make steps of its gradient's rounding errors
+            used = [each if rehearse or number == count - 1 else [] for number, each in enumerate(texts[:count])]
+            grown = _continued(grown, composed).fit(used, settings)
+        composed, model = grown, (grown.settings, grown.params, grown.tokenizer, grown.updates)
+        kl.append([mean_divergence(*model, each, number) for number, each in enumerate(texts[:count])])
+    rows = [[*row, *[np.nan] * (len(texts) - len(row))] for row in kl]
+    return Additions(composed, np.array(rows))
+
+
+def _continued(grown: Composed, before: Composed) -> Composed:
+    """Start from the magnitudes that earlier adapters have by now."""
+    arrays = {}
+    for role, one in grown.updates.roles.items():
+        shares = one.arrays[SHARE]
+        if role in before.updates.roles:
+            old = before.updates.roles[role].arrays[SHARE]
+            shares = shares.at[:, : old.shape[1]].set(old)
+        arrays[role] = {SHARE: shares}
+    return dataclasses.replace(grown, updates=grown.updates.with_arrays(arrays))

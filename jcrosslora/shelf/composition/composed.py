@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.save import save_adapter
@@ -17,20 +18,21 @@ from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import DecoderSettings, Params, Written
+from jcrosslora.decoder import DecoderSettings, Generator, Params, Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
-from jcrosslora.shelf.composition.composition import Composition
-from jcrosslora.shelf.composition.fit import fit_arrays
-from jcrosslora.shelf.composition.generator import ComposedGenerator
+from jcrosslora.shelf.composition.composition import ComposedAdapter, Composition
+from jcrosslora.shelf.composition.fit import answer_log_probs, fit_arrays
 from jcrosslora.shelf.composition.saving import write_composition
-from jcrosslora.shelf.composition.scoring import answer_log_probs
-from jcrosslora.shelf.composition.updates import ComposedAdapter
-from jcrosslora.shelf.composition.weights import Weights, shares_of
+from jcrosslora.text import Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.utils.progress import track
+
+# (P, N) for P prompts and N adapters, or (N,) for all prompts; or a function of the prompts that returns one of them,
+# such as a retrieval. None is 1 for every adapter.
+Weights: TypeAlias = ArrayLike | Callable[[Sequence[Prompt]], ArrayLike] | None
 
 # Loss of the same batch of six adapters after 52 steps, gated and router: 0.31 and 0.18 nats; at 0.001 0.75 and 0.70.
 RATE = 0.01
@@ -41,17 +43,12 @@ class Composed:
     """A base with several adapters; made by `compose`.
 
     Every method takes `weights`: how much of each of the N adapters a prompt gets, numbers from 0 on, of shape (N,) for
-    all prompts or (P, N) with a row for each; or a function of the prompts that returns them. What they mean is up to
-    the composition. None is 1 for all. A prompt whose weights are all 0 gets the base alone.
+    all prompts or (P, N) with a row for each; or a function of the prompts that returns them. The composition decides
+    what they mean. None is 1 for all. A prompt whose weights are all 0 gets the base alone.
 
     Attributes:
-        base: the model.
-        adapters: N adapters of it, the updates of fused modules split.
-        how: the composition.
+        adapters: N adapters of the base, the updates of fused modules split.
         updates: the adapters as the decoder applies them.
-        settings: of the base.
-        params: its weights.
-        tokenizer: its tokenizer.
     """
 
     base: BaseModel
@@ -100,23 +97,22 @@ class Composed:
                 each are read.
             weights: see the class.
             max_new_tokens: the most tokens to write behind each prompt.
-            temperature: of the sampling; 0 takes the likeliest token.
+            temperature: 0 takes the likeliest token.
             seed: of the sampling.
 
         Raises:
-            UsageError: weights that make no sense, a number out of range, or a conversation that the template refuses.
+            UsageError: invalid weights, a number out of range, or a conversation that the template refuses.
             AdapterError: predictions are not finite.
         """
         if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
-            msg = (
-                f"max_new_tokens {max_new_tokens}, temperature {temperature} and seed {seed}: wanted 1 token or more, "
-            )
-            raise UsageError(msg + "a temperature from 0 on, and a seed from 0 to 2^32 - 1")
+            came = f"max_new_tokens {max_new_tokens}, temperature {temperature} and seed {seed}"
+            msg = f"{came}: wanted 1 token or more, a temperature from 0 on, and a seed from 0 to 2^32 - 1"
+            raise UsageError(msg)
         asked = as_prompts(prompts)
-        shares = shares_of(self.how, weights, asked, len(self.adapters))
+        shares = _shares_of(self.how, weights, asked, len(self.adapters))
         model = self.settings, self.params, self.tokenizer, self.updates, self.base.ref, " with ".join(self.names)
+        generator = _ComposedGenerator(*model, shares)
         with track(len(asked), "write", "prompts") as bar:
-            generator = ComposedGenerator(*model, shares)
             return generator.write(asked, max_new_tokens, temperature, jax.random.key(seed), bar=bar)
 
     def score(self, examples: Sequence[Example] | str | Path, *, weights: Weights = None) -> np.ndarray:
@@ -127,12 +123,12 @@ class Composed:
             weights: see the class.
 
         Raises:
-            UsageError: no example, an answer without a token of its own, or weights that make no sense.
+            UsageError: no example, an answer without any token, or invalid weights.
             AdapterError: log-probabilities are not finite.
         """
         found = _read(examples)
         prompts = [as_completion(one).prompt for one in found]
-        shares = shares_of(self.how, weights, prompts, len(self.adapters))
+        shares = _shares_of(self.how, weights, prompts, len(self.adapters))
         names = self.base.ref, " with ".join(self.names)
         return answer_log_probs(self.settings, self.params, self.tokenizer, self.updates, found, shares, names)
 
@@ -143,13 +139,13 @@ class Composed:
     ) -> Composed:
         """Train the gate, the router or the magnitudes on texts that belong to one adapter each.
 
-        Base and adapters do not change. With all adapters at hand, the predictions on the answer of a text are to be
+        Base and adapters do not change. With all adapters active, the predictions on the answer of a text should be
         those of the adapter that the text belongs to: the loss is the mean KL divergence from them. No labels are
         needed; the texts may be what each adapter writes itself (`generate` with weights 1 for it and 0 for others).
 
         Args:
-            examples: for each adapter, in their order, examples or the JSONL file of them (see `read_examples`); an
-                empty list for an adapter without any.
+            examples: for each adapter, in order, examples or the JSONL file of them (see `read_examples`); an empty
+                list for an adapter without any.
             settings: of the training; rank, alpha and modules are not used. `RATE` is ten times that of a LoRA.
 
         Returns:
@@ -166,9 +162,9 @@ class Composed:
             msg = f"examples of {len(examples)} adapters for {len(self.adapters)}: give one entry for each, in order"
             raise UsageError(msg)
         texts = [_read(each) if isinstance(each, str | Path) else list(each) for each in examples]
-        owned = [(one, place) for place, each in enumerate(texts) for one in each]
-        model = self.base, self.settings, self.params, self.tokenizer
-        updates = fit_arrays(*model, self.updates, owned, settings)
+        owned = [(one, owner) for owner, each in enumerate(texts) for one in each]
+        model = self.base, self.settings, self.params, self.tokenizer, self.updates
+        updates = fit_arrays(*model, owned, settings)
         return dataclasses.replace(self, updates=updates)
 
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
@@ -183,9 +179,9 @@ class Composed:
                 0.99, or "auto". `info.read_as` and `info.lost` say what that loses.
 
         Raises:
-            UsageError: weights or a rank that make no sense, or a composition that depends on the text.
+            UsageError: invalid weights or rank, or a composition that depends on the text.
         """
-        (shares,) = shares_of(self.how, weights, [""], len(self.adapters))
+        (shares,) = _shares_of(self.how, weights, [""], len(self.adapters))
         if not shares.any():
             msg = "all weights are 0, which is the base alone: give a weight above 0"
             raise UsageError(msg)
@@ -233,3 +229,46 @@ def _read(examples: Sequence[Example] | str | Path) -> list[Example]:
         msg = "no examples: give at least one"
         raise UsageError(msg)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _ComposedGenerator(Generator):
+    """Generates with composed adapters; `shares` (P, N) are those of the P prompts that `write` gets, in order."""
+
+    shares: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    def _for(self, places: Sequence[int], rows: int) -> Self:
+        assert isinstance(self.adapter, ComposedAdapter)
+        batch = np.zeros((rows, self.shares.shape[1]), np.float32)
+        batch[: len(places)] = self.shares[list(places)]
+        return dataclasses.replace(self, adapter=self.adapter.with_shares(batch))
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """False: a beginning that is read once has no shares, as each of its prompts has different ones."""
+        return False
+
+
+def _shares_of(how: Composition, weights: Weights, prompts: Sequence[Prompt], count: int) -> np.ndarray:
+    """Return the shares of N adapters for each of P prompts, float32 (P, N), see `Composition.shares`.
+
+    Raises:
+        UsageError: weights of another shape, one that is negative or not finite, or none if the composition needs them.
+    """
+    if weights is None and how.needs_weights and count > 1:
+        msg = f"{how.name} with {count} adapters and no weights: give a weight of each, such as 1 for the one to use "
+        raise UsageError(msg + "and 0 for the others")
+    given = weights(prompts) if callable(weights) else np.ones(count) if weights is None else weights
+    try:
+        found = np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        msg = f"weights are {str(given)[:60]!r}: wanted a number for each of {count} adapters"
+        raise UsageError(msg) from error
+    if found.shape not in ((count,), (len(prompts), count)):
+        msg = f"weights have shape {list(found.shape)}: wanted [{count}], one for each adapter, or "
+        raise UsageError(msg + f"[{len(prompts)}, {count}], with a row for each prompt")
+    if not np.isfinite(found).all() or (found < 0).any():
+        bad = found[~np.isfinite(found) | (found < 0)][0]
+        msg = f"a weight is {bad:g}: wanted numbers from 0 on; a row of zeros is the base alone"
+        raise UsageError(msg)
+    return how.shares(np.broadcast_to(found, (len(prompts), count)))

@@ -1,30 +1,37 @@
-"""What a way of composing adapters is: the weights of each prompt in, the outputs of modules out."""
+"""What a way of composing adapters is, and the adapters' stacked updates that it is applied to by the decoder."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.errors import UsageError
-from jcrosslora.shelf.composition.updates import Arrays, RoleSizes, Updates, add_weighted
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.decoder import stack_adapters
+from jcrosslora.decoder.ops import linear
+from jcrosslora.errors import AdapterError, UsageError
+
+Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Composition:
     """A way in which N adapters of one base act at once; its fields are its settings.
 
-    This class adds the mean of the adapters' outputs. A subclass changes what it does otherwise.
+    This class adds the mean of the adapters' outputs; subclasses change what they do differently.
 
     Attributes:
-        name: by which it is asked for.
-        reference: where it is published.
+        reference: the publication.
         trained: whether it has arrays that are trained.
-        needs_weights: whether it does nothing sensible with several adapters of equal weights.
+        needs_weights: whether several adapters with equal weights make no sense.
     """
 
     name: ClassVar[str]
@@ -33,11 +40,7 @@ class Composition:
     needs_weights: ClassVar[bool] = False
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        """Refuse adapters that cannot be composed in this way.
-
-        Raises:
-            AdapterError: they cannot.
-        """
+        """Raise AdapterError if the adapters cannot be composed in this way."""
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
         """Say how much of each adapter a prompt gets.
@@ -46,21 +49,21 @@ class Composition:
             weights: float32 (P, N) of P prompts, from 0 on, as a user or a retrieval gives them.
 
         Returns:
-            float32 (P, N), what `apply` takes; zeros where the row of a prompt is zeros, which gets the base alone.
+            float32 (P, N), what `apply` takes; a row of zeros stays one and is the base alone.
         """
         total = weights.sum(axis=1, keepdims=True)
         return weights / np.where(total > 0, total, 1)
 
     def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
-        """Make the arrays of a role that belong to the composition, as they are before they are trained.
+        """Make the composition's arrays for a role, as they are before training.
 
         Args:
             sizes: of the role.
-            count: N.
-            seed: of what is drawn.
+            count: the number of adapters, N.
+            seed: for random arrays.
 
         Returns:
-            By name, float32 with a first axis of the L layers; empty where there are none.
+            By name, float32 with a first axis of the L layers; empty if there are none.
         """
         del sizes, count, seed
         return {}
@@ -69,8 +72,8 @@ class Composition:
         """Return the output of a module with the adapters.
 
         Args:
-            x: (B, T, I), what the module reads.
-            out: float32 (B, T, O), what it returns without adapters.
+            x: (B, T, I), the module's input.
+            out: float32 (B, T, O), its output without adapters.
             updates: of one layer, without their axis L.
 
         Returns:
@@ -86,7 +89,7 @@ class Composition:
         Args:
             adapters: N of them.
             shares: of each.
-            arrays: of the composition, by module and name as in `ComposedAdapter.by_module`.
+            arrays: of the composition, with the names of `ComposedAdapter.by_module`.
 
         Raises:
             UsageError: there is none, because the composition depends on the text.
@@ -96,6 +99,108 @@ class Composition:
         raise UsageError(msg + "of select, mixture, uniform and fusion")
 
 
-def chosen(weights: np.ndarray) -> np.ndarray:
-    """Return 1 where a weight is positive, else 0: float32 of the same shape."""
-    return (weights > 0).astype(np.float32)
+@dataclass(frozen=True)
+class RoleSizes:
+    """The sizes of the modules of a role: layers L, out features O, in features I."""
+
+    layers: int
+    out: int
+    inputs: int
+
+
+@flax.struct.dataclass
+class Updates:
+    """What N adapters change in the modules of one role, for a batch of B prompts.
+
+    Attributes:
+        a: float32 (L, N, K, I), padded with zeros to the largest rank K.
+        b: float32 (L, O, N, K), multiplied by the scale.
+        shares: float32 (L, B, N), see `Composition.shares`; the same in all layers.
+        arrays: of the composition, (L, ...) each.
+        how: the composition.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    shares: jax.Array
+    arrays: Arrays
+    how: Composition = flax.struct.field(pytree_node=False)
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Return a module's output with the adapters, see `RoleUpdates`."""
+        return self.how.apply(x, out, self)
+
+    @property
+    def sizes(self) -> RoleSizes:
+        """Sizes of the role."""
+        return RoleSizes(self.a.shape[0], self.b.shape[1], self.a.shape[-1])
+
+
+@flax.struct.dataclass
+class ComposedAdapter:
+    """Several adapters as the decoder applies them at once: role -> updates, for the roles that any adapter updates."""
+
+    roles: dict[str, Updates]
+
+    def with_shares(self, shares: np.ndarray | jax.Array) -> ComposedAdapter:
+        """Set the shares of a batch of prompts, float32 (B, N)."""
+        roles = {}
+        for role, one in self.roles.items():
+            whole = jnp.broadcast_to(shares, (one.sizes.layers, *shares.shape))
+            roles[role] = dataclasses.replace(one, shares=whole)
+        return ComposedAdapter(roles)
+
+    def with_arrays(self, arrays: Mapping[str, Arrays]) -> ComposedAdapter:
+        """Replace the composition's arrays, by role."""
+        roles = {role: dataclasses.replace(one, arrays=dict(arrays[role])) for role, one in self.roles.items()}
+        return ComposedAdapter(roles)
+
+    def by_module(self, base: BaseModel) -> Arrays:
+        """Return the composition's arrays of each module, as "MODULE.NAME" -> array."""
+        return {
+            f"{module}.{name}": stack[row]
+            for role, one in self.roles.items()
+            for row, module in enumerate(module_names(base, role))
+            for name, stack in one.arrays.items()
+        }
+
+
+def module_names(base: BaseModel, role: str) -> list[str]:
+    """Return the names of the modules of a role, by layer."""
+    return [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
+
+
+def stack_for(how: Composition, adapters: Sequence[Adapter], base: BaseModel, seed: int) -> ComposedAdapter:
+    """Stack adapters for a composition, with its first arrays and without any prompt.
+
+    Raises:
+        AdapterError: there is no adapter, or one does not fit the base, changes experts or is an aLoRA.
+    """
+    for adapter in adapters:
+        if adapter.experts:
+            msg = f"{adapter.info.name}: updates experts ({adapter.experts[0].name}), and only linear modules can be "
+            raise AdapterError(msg + "composed: use this adapter alone")
+    roles = {}
+    for number, (role, one) in enumerate(stack_adapters(adapters, base).roles.items()):
+        a, b = one.a.swapaxes(0, 1), jnp.moveaxis(one.b, 0, 2)
+        sizes = RoleSizes(a.shape[0], b.shape[1], a.shape[-1])
+        shares = jnp.zeros((sizes.layers, 0, len(adapters)), jnp.float32)
+        roles[role] = Updates(a, b, shares, how.first_arrays(sizes, len(adapters), seed + number), how)
+    return ComposedAdapter(roles)
+
+
+def read_all(x: jax.Array, a: jax.Array) -> jax.Array:
+    """Return A_i x, float32 (B, T, N, K), of x (B, T, I) and a (N, K, I); products are of the dtype of x."""
+    count, rank, width = a.shape
+    return linear(x, a.reshape(count * rank, width).astype(x.dtype)).reshape(*x.shape[:-1], count, rank)
+
+
+def write_all(inner: jax.Array, b: jax.Array) -> jax.Array:
+    """Return sum_i B_i inner_i, float32 (B, T, O), of inner (B, T, N, K) and b (O, N, K), products in its dtype."""
+    return linear(inner.reshape(*inner.shape[:-2], -1), b.reshape(len(b), -1).astype(inner.dtype))
+
+
+def add_weighted(x: jax.Array, out: jax.Array, updates: Updates, shares: jax.Array) -> jax.Array:
+    """Return out + sum_i shares_i B_i A_i x, float32 (B, T, O), with shares that broadcast to (B, T, N)."""
+    inner = read_all(x, updates.a) * shares[..., None]
+    return out + write_all(inner.astype(x.dtype), updates.b)  # rounded as one adapter alone is, see `update`

@@ -1,7 +1,7 @@
-"""Train a gate or a router: with all adapters at hand it is to predict what the one that owns a text predicts."""
+"""Log-likelihoods of answers under composed adapters, and training of gates, routers and magnitudes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,19 +10,86 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import DecoderSettings, Params, forward
+from jcrosslora.decoder import DecoderSettings, Params, forward, target_log_probs
 from jcrosslora.decoder.log_probs import divergence
+from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
-from jcrosslora.shelf.composition.mixture import Mixture
-from jcrosslora.shelf.composition.scoring import sum_by_answer
-from jcrosslora.shelf.composition.updates import Arrays, ComposedAdapter, Rule
-from jcrosslora.training.batches import Batch
-from jcrosslora.training.examples import encode
+from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition
+from jcrosslora.shelf.composition.ways import Mixture
+from jcrosslora.training.batches import Batch, make_batch, rounded
+from jcrosslora.training.examples import Encoded, encode
 from jcrosslora.training.run import train
 from jcrosslora.training.settings import TrainingSettings
 
-Owned = tuple[Example, int]
+_ROWS = 8
+_LOGITS_AT_ONCE = 128
 Trained = dict[str, Arrays]
+
+
+def answer_log_probs(
+    settings: DecoderSettings,
+    params: Params,
+    tokenizer: Tokenizer,
+    updates: ComposedAdapter,
+    examples: Sequence[Example],
+    shares: np.ndarray,
+    names: tuple[str, str],
+) -> np.ndarray:
+    """Sum log p(token) over the tokens of each answer, the token that ends it included: float64 (P,), nats.
+
+    Args:
+        settings: of the base.
+        params: of the base.
+        tokenizer: of the base.
+        updates: N adapters.
+        examples: P of them.
+        shares: float32 (P, N).
+        names: of the base and of the adapters, for errors.
+
+    Raises:
+        UsageError: an answer without any token, or messages that the chat template refuses.
+        AdapterError: a sum is not finite.
+    """
+    encoded = [encode(tokenizer, one) for one in examples]
+
+    def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
+        return _log_probs(settings, params, updates.with_shares(shares[members]), batch)
+
+    found = _sum_by_answer(encoded, log_probs)
+    if not np.isfinite(found).all():
+        raise not_finite(*names, values="log-probabilities")
+    return found
+
+
+def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
+    """Sum values over the tokens of each of P answers: float64 (P,).
+
+    Args:
+        encoded: the examples.
+        values: a function of the numbers of B examples and their batch that returns float32 (S,), 0 in empty slots.
+    """
+    order = np.argsort([one.length for one in encoded], kind="stable")
+    slots = rounded(max(one.answer for one in encoded) * _ROWS)
+    found = np.zeros(len(encoded))
+    for start in range(0, len(order), _ROWS):
+        used = order[start : start + _ROWS]
+        # The last batch repeats an example, so that it has the shape of the others.
+        members = np.concatenate([used, np.repeat(used[-1:], _ROWS - len(used))])
+        width = rounded(max(encoded[index].length for index in members))
+        batch = make_batch(encoded, members, width, slots)
+        tokens = np.asarray(values(members, batch), np.float64)
+        sums = np.bincount(np.asarray(batch.picked) // width, tokens, minlength=_ROWS)
+        found[used] = sums[: len(used)]
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_probs(settings: DecoderSettings, params: Params, adapter: ComposedAdapter, batch: Batch) -> jax.Array:
+    """float32 (S,): log p of each wanted token, 0 in empty slots."""
+    hidden = forward(settings, params, batch.tokens, mask=batch.mask, adapter=adapter).hidden
+    states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
+    found = target_log_probs(settings, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
+    return found * batch.used
 
 
 def fit_arrays(
@@ -31,19 +98,19 @@ def fit_arrays(
     params: Params,
     tokenizer: Tokenizer,
     updates: ComposedAdapter,
-    examples: Sequence[Owned],
+    examples: Sequence[tuple[Example, int]],
     training: TrainingSettings,
 ) -> ComposedAdapter:
-    """Train the arrays of a composition.
+    """Train the arrays of a composition: with all adapters, predict what the one that owns a text predicts.
 
     Args:
-        base: the model.
+        base: the model; its `settings`, `params` and `tokenizer` follow.
         settings: of the base.
-        params: its weights.
-        tokenizer: its tokenizer.
+        params: of the base.
+        tokenizer: of the base.
         updates: the adapters, with the arrays to start from.
         examples: each with the number of the adapter that owns it.
-        training: its settings.
+        training: how to train.
 
     Raises:
         UsageError: no example, settings out of range, or a loss that is not finite.
@@ -52,10 +119,10 @@ def fit_arrays(
     owners = np.array([owner for _, owner in examples], np.int32)
 
     def gradient_of(arrays: Trained, batch: Batch) -> tuple[jax.Array, Trained]:
-        own = jnp.asarray(owners[np.asarray(batch.members)])
-        return loss_and_gradient(settings, params, updates, arrays, batch, own, training.remat)
+        of_batch = jnp.asarray(owners[np.asarray(batch.members)])
+        return loss_and_gradient(settings, params, updates, arrays, batch, of_batch, training.remat)
 
-    # Trained arrays are used up, and these belong to the composition that was given.
+    # Training donates the buffers of its arrays, and these belong to the composition that was given.
     start = {role: jax.tree.map(jnp.array, one.arrays) for role, one in updates.roles.items()}
     texts = [text for text, _ in examples]
     return updates.with_arrays(train(base, texts, training, start, gradient_of, tokenizer=tokenizer))
@@ -75,7 +142,7 @@ def loss_and_gradient(
 
     Args:
         settings: of the base.
-        params: its weights.
+        params: of the base.
         updates: N adapters.
         arrays: of the composition, by role.
         batch: B texts.
@@ -102,11 +169,11 @@ def mean_divergence(
 
     Args:
         settings: of the base.
-        params: its weights.
-        tokenizer: its tokenizer.
+        params: of the base.
+        tokenizer: of the base.
         updates: N adapters, all of which take part.
         examples: at least one.
-        owner: the adapter that they belong to.
+        owner: the number of the adapter that they belong to.
     """
     encoded = [encode(tokenizer, one) for one in examples]
 
@@ -114,7 +181,7 @@ def mean_divergence(
         owners = jnp.full(len(members), owner, jnp.int32)
         return _token_divergences(settings, params, updates, batch, owners)
 
-    return float(sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
+    return float(_sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
 
 
 def _token_divergence(
@@ -136,8 +203,8 @@ def _token_divergence(
 _token_divergences = jax.jit(_token_divergence, static_argnums=0)
 
 
-def _with(updates: ComposedAdapter, shares: jax.Array, how: Rule | None) -> ComposedAdapter:
-    """Give the updates shares, float32 (B, N), and another rule where one is given."""
+def _with(updates: ComposedAdapter, shares: jax.Array, how: Composition | None) -> ComposedAdapter:
+    """Set the shares, float32 (B, N), and the composition unless it is None."""
     found = updates.with_shares(shares)
     if how is None:
         return found

@@ -26,9 +26,8 @@ from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
-from jcrosslora.shelf.composition.composition import Composition
-from jcrosslora.shelf.composition.registry import COMPOSITIONS
-from jcrosslora.shelf.composition.updates import Arrays, ComposedAdapter, module_names
+from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, module_names
+from jcrosslora.shelf.composition.ways import COMPOSITIONS
 from jcrosslora.utils.files import atomic_folder, output_path
 
 FACTS, ARRAYS, ADAPTERS = "composition.json", "composition.safetensors", "adapters"
@@ -72,7 +71,7 @@ def read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[A
     """Read the composition, its adapters, and its arrays by the names in the file.
 
     Raises:
-        AdapterError: not a folder of a composition, damaged, of a form that is not known, or for another base.
+        AdapterError: no composition, a damaged one, one of an unknown form, or one of another base.
     """
     folder = Path(folder).expanduser()
     try:
@@ -102,7 +101,7 @@ def read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[A
 def with_read_arrays(
     updates: ComposedAdapter, base: BaseModel, arrays: Mapping[str, np.ndarray], folder: str
 ) -> ComposedAdapter:
-    """Put the arrays of a file in the place of first ones.
+    """Replace the composition's arrays by those of a file.
 
     Raises:
         AdapterError: one is missing, has another shape or dtype, or belongs to no module that an adapter updates.
@@ -137,7 +136,7 @@ def _composition(folder: Path, facts: Mapping[str, Any]) -> Composition:
 
 
 def _check_settings(folder: Path, how: Composition, arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuse a setting that is no size of any array, before arrays of it are made."""
+    """Raise AdapterError for a setting that is no size of any array, before arrays of that size are made."""
     sizes = {size for array in arrays.values() for size in array.shape}
     for name, value in dataclasses.asdict(how).items():
         if value not in sizes:

@@ -11,13 +11,13 @@ from jcrosslora.evaluate.probes.text_files import read_prompts
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import COMPLETIONS, prompt_text
 
-SAMPLES = 32  # of an adapter, kept on the shelf
+SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
 T = TypeVar("T")
 
 
 def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
-    """Read samples from a file of the user's, see `read_prompts`.
+    """Read samples from a user's file, see `read_prompts`.
 
     Returns:
         At most 32 different prompts, evenly spread over the file, and the file's name.
@@ -28,11 +28,11 @@ def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
     return spread_prompts(read_prompts(path)), Path(path).name
 
 
-def own_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
-    """Read samples from the completions beside an adapter.
+def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
+    """Read samples from the completions in an adapter's folder, which its transfer wrote.
 
     Returns:
-        The prompts, as from `given_samples`, and "completions"; none and "nothing" where there are no completions.
+        The prompts, as from `given_samples`, and "completions"; or none and "nothing" if there are no completions.
 
     Raises:
         UsageError: the file is damaged.
@@ -53,15 +53,15 @@ def labelled_prompts(
         limit: the most prompts of a file.
 
     Returns:
-        The prompts, and the names that belong to each, none to unrelated ones.
+        The prompts, and the adapters' names for each, none for unrelated ones.
 
     Raises:
         UsageError: a label without a name or a file, or a file that cannot be read.
     """
     prompts: list[Prompt] = []
     wanted: list[tuple[str, ...]] = []
-    parts = [(label.partition("="), label) for label in labelled]
-    for (names, _, file), label in parts:
+    for label in labelled:
+        names, _, file = label.partition("=")
         if not names or not file:
             msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
             raise UsageError(msg)
@@ -76,7 +76,7 @@ def labelled_prompts(
 
 
 def spread_prompts(prompts: Sequence[Prompt], count: int = SAMPLES) -> tuple[Prompt, ...]:
-    """Take at most `count` different prompts, evenly spread; of longer ones than 2,000 characters none if others do."""
+    """Take at most `count` different prompts, evenly spread; skip those over 2,000 characters unless all are."""
     different = list(dict.fromkeys(prompts))
     short = [one for one in different if len(prompt_text(one)) <= _LONGEST]
     return tuple(spread(short or different, count))
@@ -87,4 +87,4 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     if count < 1:
         msg = f"{count} samples were asked for; wanted 1 or more"
         raise UsageError(msg)
-    return [items[place * len(items) // count] for place in range(count)] if len(items) > count else list(items)
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)

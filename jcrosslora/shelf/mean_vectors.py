@@ -9,26 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
 
-from jcrosslora.shelf.encoders.encoder import Encoder
+from jcrosslora.shelf.encoders import Encoder
 from jcrosslora.shelf.records import ShelfEntry
-from jcrosslora.shelf.retrieval.thresholds import thresholds_of
+from jcrosslora.shelf.retrieved import thresholds_of
 from jcrosslora.text import Prompt
 
 Blocks = Callable[[], Iterable[tuple[Sequence[ShelfEntry], np.ndarray]]]
-Used = Callable[[np.ndarray], np.ndarray]  # of the places of an adapter's samples: which are used
-NAME = "text"
+Used = Callable[[np.ndarray], np.ndarray]  # tells from the numbers of an adapter's samples which ones are used
 _FOLDS = 4
 _MOST = 1 << 15  # samples whose covariance is taken, evenly spread over the adapters
 
 
 @dataclass(frozen=True, eq=False)
 class MeanVectors:
-    """What a shelf's vectors are reduced to; N adapters, D numbers of the encoder.
+    """The vectors of N adapters, whitened over the shelf; D numbers of the encoder.
 
     Attributes:
         center: (D,), the mean of the adapters' means.
@@ -55,8 +53,6 @@ class MeanVectors:
 class TextRetriever:
     """Searches by an encoder's vectors."""
 
-    name: ClassVar[str] = NAME
-
     def __init__(self, encoder: Encoder, fitted: MeanVectors) -> None:
         self._encoder, self._fitted = encoder, fitted
         self.thresholds = fitted.thresholds
@@ -67,28 +63,28 @@ class TextRetriever:
 
 
 def fit_means(blocks: Blocks) -> MeanVectors:
-    """Reduce the vectors of a shelf; memory is that of one block, of the means, and of two matrices (D, D).
+    """Fit means and whitening; the memory is that of one block, the means, and two matrices (D, D).
 
-    The thresholds come from samples that neither the means nor the whitening have seen, a quarter at a time. Within the
-    same samples the covariance makes them look more alike than new ones are.
+    The thresholds come from samples that neither the means nor the whitening have seen, a quarter at a time. The
+    samples that a covariance was fitted to look more alike under it than new ones are.
 
     Args:
-        blocks: gives the entries and vectors of each segment; called several times.
+        blocks: returns the entries and vectors of each segment; called several times.
     """
     total = sum(len(vectors) for _, vectors in blocks())
-    stride = -(-total // _MOST)  # every so manieth adapter takes part in the covariance
+    stride = -(-total // _MOST)  # the covariance is that of every stride-th adapter
     owners: list[np.ndarray] = []
     similarities: list[np.ndarray] = []
     for fold in range(_FOLDS):
-        fitted = _fit(blocks, lambda place, fold=fold: place % _FOLDS != fold, stride)
-        for part in _parts(blocks, lambda place, fold=fold: place % _FOLDS == fold):
+        fitted = _fit(blocks, lambda number, fold=fold: number % _FOLDS != fold, stride)
+        for part in _parts(blocks, lambda number, fold=fold: number % _FOLDS == fold):
             if not len(part.vectors):
                 continue
             means = fitted.means[part.owner]
-            known = means.any(axis=1)  # not so of an adapter whose only sample is held out
+            known = means.any(axis=1)  # False for an adapter whose only sample is held out
             owners.append(part.owner[known])
             similarities.append(np.einsum("sd,sd->s", unit_rows(fitted.whitened(part.vectors)), means)[known])
-    found = _fit(blocks, lambda place: place >= 0, stride)
+    found = _fit(blocks, lambda number: number >= 0, stride)
     owner, similarity = np.concatenate([np.zeros(0, int), *owners]), np.concatenate([np.zeros(0), *similarities])
     ends = np.cumsum(np.bincount(owner, minlength=len(found.means)))
     by_adapter = np.split(similarity[np.argsort(owner, kind="stable")], ends[:-1])
@@ -100,8 +96,8 @@ class _Part:
     """Some samples of a block of adapters.
 
     Attributes:
-        adapters: the places of the block's adapters on the shelf.
-        owner: int (S,), of each sample the place of its adapter, ascending.
+        adapters: the numbers of the block's adapters on the shelf.
+        owner: int (S,), the number of each sample's adapter, ascending.
         vectors: float32 (S, D).
     """
 
@@ -121,7 +117,7 @@ def _parts(blocks: Blocks, used: Used) -> Iterator[_Part]:
 
 
 def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
-    """Fit to some of each adapter's samples; without thresholds."""
+    """Fit means and whitening, without thresholds, to some of each adapter's samples."""
     means: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     scatter, freedom = np.zeros((0, 0)), 0
@@ -138,9 +134,9 @@ def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
             scatter = scatter + centred.T @ centred if len(scatter) else centred.T @ centred
             freedom += len(centred) - len(np.unique(part.owner[chosen]))
     width, known = len(scatter), np.concatenate(counts) > 0
-    # Without samples a block does not know the width.
+    # A block without samples does not know the width.
     whole = np.concatenate([each if each.shape[1] else np.zeros((len(each), width), np.float32) for each in means])
-    # A single mean less itself has no direction.
+    # A single mean minus itself has no direction.
     center = whole[known].mean(axis=0) if known.sum() > 1 else np.zeros(width, np.float32)
     whiten = np.ascontiguousarray(_inverse_root(scatter.astype(np.float64), freedom), np.float32)
     directions = np.where(known[:, None], unit_rows((whole - center) @ whiten.T), np.float32(0))
@@ -148,7 +144,7 @@ def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
 
 
 def _inverse_root(scatter: np.ndarray, freedom: int) -> np.ndarray:
-    """Return L^-1 for L L' = the covariance, shrunk the more, the fewer degrees of freedom there are for D numbers."""
+    """Return L^-1 for L L' = the covariance, shrunk more if there are fewer degrees of freedom for the D numbers."""
     width = len(scatter)
     size = np.trace(scatter) / max(1, freedom * width)
     if size <= 0:

@@ -1,15 +1,22 @@
-"""What a search found, and the interface of what searches."""
+"""What a search finds, what searches, and thresholds without labels.
+
+The threshold of an adapter is the score that 95% of its samples exceed; each sample is compared with the adapter as if
+it were not one of its samples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Prompt
+
+_MISSED = 0.05  # share of an adapter's samples below its threshold
+_ENOUGH = 8  # samples from which an adapter gets a threshold; with fewer it takes that of the whole shelf
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +25,8 @@ class Retrieved:
 
     Attributes:
         names: of all N adapters.
-        scores: float32 (P, N), how well each suits; -inf where nothing is known of an adapter.
-        thresholds: float32 (N,), the score from which on a prompt counts as one of the adapter's task.
+        scores: float32 (P, N), how well each suits; -inf if nothing is known of an adapter.
+        thresholds: float32 (N,), the least score of a prompt that counts as one of the adapter's task.
     """
 
     names: tuple[str, ...]
@@ -49,8 +56,8 @@ class Retrieved:
         """
         accepted = self.accepted
         return [
-            [(self.names[place], float(self.scores[row, place])) for place in places if accepted[row, place]]
-            for row, places in enumerate(_best(np.where(accepted, self.scores, -np.inf), count))
+            [(self.names[number], float(self.scores[row, number])) for number in numbers if accepted[row, number]]
+            for row, numbers in enumerate(_best(np.where(accepted, self.scores, -np.inf), count))
         ]
 
     def weights(self, count: int = 1) -> np.ndarray:
@@ -62,8 +69,8 @@ class Retrieved:
             UsageError: the count is below 1.
         """
         found, accepted = np.zeros(self.scores.shape, np.float32), self.accepted
-        places = _best(np.where(accepted, self.scores, -np.inf), count)
-        np.put_along_axis(found, places, np.float32(1), axis=1)
+        best = _best(np.where(accepted, self.scores, -np.inf), count)
+        np.put_along_axis(found, best, np.float32(1), axis=1)
         found *= accepted
         return found / np.maximum(found.sum(axis=1, keepdims=True), 1)
 
@@ -78,9 +85,37 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 class Retriever(Protocol):
     """Finds adapters for prompts."""
 
-    name: ClassVar[str]
     thresholds: np.ndarray  # float32 (N,), see `Retrieved`
 
     def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return float32 (P, N), see `Retrieved`."""
         ...
+
+
+def similarity_to_others(products: np.ndarray, squares: np.ndarray, total: np.ndarray | float) -> np.ndarray:
+    """Compute the cosine of each of m vectors with the sum of the m - 1 others, from products alone.
+
+    Args:
+        products: (m,), of each vector x with the sum M of all.
+        squares: (m,), x x.
+        total: M M.
+    """
+    products, squares = np.asarray(products, np.float64), np.asarray(squares, np.float64)
+    others = np.maximum(total - 2 * products + squares, 0)
+    size = np.sqrt(squares * others)
+    return np.divide(products - squares, size, out=np.zeros_like(size), where=size > 0)
+
+
+def thresholds_of(similarities: Sequence[np.ndarray]) -> np.ndarray:
+    """Choose the thresholds, float32 (N,).
+
+    Args:
+        similarities: of each adapter's samples; empty for an adapter with fewer than two.
+
+    Returns:
+        Infinity, which accepts nothing, for an adapter if neither it nor the shelf has enough samples.
+    """
+    pooled = np.concatenate([np.zeros(0), *similarities])
+    common = np.quantile(pooled, _MISSED) if len(pooled) else np.inf
+    found = [np.quantile(each, _MISSED) if len(each) >= _ENOUGH else common for each in similarities]
+    return np.array(found, np.float32)

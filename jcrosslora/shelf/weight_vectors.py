@@ -1,13 +1,12 @@
-"""Retrieval by weights: the vector of a prompt beside vectors that a trained encoder makes of the adapters' weights.
+"""Retrieval by weights: the cosine of a prompt's vector with vectors that a trained encoder makes of adapters' weights.
 
-It finds adapters without samples too, once it has been trained on others.
+Once it is trained on some adapters, it also finds others that have no samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,23 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf.encoders.encoder import Encoder
+from jcrosslora.shelf.encoders import Encoder
+from jcrosslora.shelf.mean_vectors import MeanVectors, unit_rows
 from jcrosslora.shelf.records import ShelfEntry
-from jcrosslora.shelf.retrieval.mean_vectors import MeanVectors, unit_rows
-from jcrosslora.shelf.retrieval.thresholds import thresholds_of
-from jcrosslora.shelf.retrieval.weight_encoder import (
+from jcrosslora.shelf.retrieved import thresholds_of
+from jcrosslora.shelf.weight_probes import (
+    ProbeSettings,
     Tree,
     Weights,
     encode_texts,
     encode_weights,
     first_parameters,
+    train_encoder,
 )
-from jcrosslora.shelf.retrieval.weight_training import ProbeSettings, train_encoder
 from jcrosslora.text import Prompt
 
-NAME = "weights"
 _PARAMETER = "parameter."
-_HELD_OUT = 4  # every fourth sample is not trained on, and sets the threshold
+_HELD_OUT = 4  # every fourth sample is left out of the training, and sets the threshold
 _encode = jax.jit(encode_weights)
 
 
@@ -56,34 +55,30 @@ class WeightVectors:
     vectors: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all of it as named arrays."""
+        """Return all fields as named arrays."""
         named = {name: getattr(self, name) for name in ("center", "whiten", "threshold", "digests", "vectors")}
         return named | {_PARAMETER + name: np.asarray(value) for name, value in self.parameters.items()}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors | None:
-        """Undo `arrays`; None where they are not of this form."""
-        inside = {
+        """Undo `arrays`; None if they are not of this form."""
+        parameters = {
             name.removeprefix(_PARAMETER): jnp.asarray(value)
             for name, value in arrays.items()
             if name.startswith(_PARAMETER)
         }
-        own = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
+        others = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
         wanted = {field.name for field in fields(cls)} - {"parameters"}
-        return cls(parameters=inside, **own) if inside and own.keys() == wanted else None
-
-    def lacking(self, entries: Sequence[ShelfEntry]) -> list[int]:
-        """Return the places of adapters that have no vector."""
-        known = {digest.tobytes() for digest in self.digests}
-        return [place for place, entry in enumerate(entries) if _bytes(entry) not in known]
+        return cls(parameters=parameters, **others) if parameters and others.keys() == wanted else None
 
     def with_vectors(self, entries: Sequence[ShelfEntry], load: Callable[[int], Weights]) -> WeightVectors:
         """Add the vectors of adapters that have none."""
-        places = self.lacking(entries)
-        if not places:
+        known = {digest.tobytes() for digest in self.digests}
+        lacking = [number for number, entry in enumerate(entries) if _bytes(entry) not in known]
+        if not lacking:
             return self
-        fresh = np.stack([np.asarray(_encode(self.parameters, load(place))) for place in places])
-        digests = np.stack([np.frombuffer(_bytes(entries[place]), np.uint8) for place in places])
+        fresh = np.stack([np.asarray(_encode(self.parameters, load(number))) for number in lacking])
+        digests = np.stack([np.frombuffer(_bytes(entries[number]), np.uint8) for number in lacking])
         return replace(
             self,
             digests=np.concatenate([self.digests, digests]),
@@ -98,8 +93,6 @@ class WeightVectors:
 
 class WeightRetriever:
     """Searches by vectors of weights."""
-
-    name: ClassVar[str] = NAME
 
     def __init__(self, encoder: Encoder, fitted: WeightVectors, entries: Sequence[ShelfEntry]) -> None:
         rows = {digest.tobytes(): row for row, digest in enumerate(fitted.digests)}
@@ -125,10 +118,10 @@ def train_weights(
     Args:
         base: of the shelf.
         entries: all N.
-        samples: of each adapter the vectors (m, D) of its samples.
-        means: gives the whitening.
-        load: loads the weights of an adapter by its place.
-        settings: of the training.
+        samples: the vectors (m, D) of each adapter's samples.
+        means: has the whitening.
+        load: loads the weights of an adapter by its number.
+        settings: how to train.
 
     Returns:
         The encoder with the vectors of all adapters, and the loss of each step.
@@ -136,23 +129,23 @@ def train_weights(
     Raises:
         UsageError: fewer than two adapters have samples, or a setting is out of range.
     """
-    used = [place for place, own in enumerate(samples) if len(own)]
+    used = [number for number, vectors in enumerate(samples) if len(vectors)]
     if len(used) < 2:
         msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --samples with `shelf add`"
         raise UsageError(msg)
-    whitened = [unit_rows(means.whitened(samples[place])).astype(np.float32) for place in used]
-    parts = [np.arange(len(own)) % _HELD_OUT == _HELD_OUT - 1 for own in whitened]
-    shown = [own[~held] for own, held in zip(whitened, parts, strict=True)]
+    whitened = [unit_rows(means.whitened(samples[number])).astype(np.float32) for number in used]
+    held_out = [np.arange(len(vectors)) % _HELD_OUT == _HELD_OUT - 1 for vectors in whitened]
+    shown = [vectors[~held] for vectors, held in zip(whitened, held_out, strict=True)]
     parameters = first_parameters(base, len(means.center), settings.seed)
-    parameters, losses = train_encoder(parameters, shown, lambda place: load(used[place]), settings)
+    parameters, losses = train_encoder(parameters, shown, lambda number: load(used[number]), settings)
     none = np.zeros((0, 32), np.uint8), np.zeros((0, parameters["out"].shape[1]), np.float32)
     found = WeightVectors(parameters, means.center, means.whiten, np.zeros(1, np.float32), *none)
     found = found.with_vectors(entries, load)
-    # Of very few samples none is held back; those of the training are better than no threshold.
-    judged = [own[held] if held.any() else own for own, held in zip(whitened, parts, strict=True)]
-    texts = [np.asarray(encode_texts(parameters, jnp.asarray(own))) for own in judged]
-    own = [each @ found.vectors[place] for each, place in zip(texts, used, strict=True)]
-    return replace(found, threshold=thresholds_of([np.concatenate(own)])), losses
+    # Very few samples have none left out; those of the training are better than no threshold.
+    judged = [vectors[held] if held.any() else vectors for vectors, held in zip(whitened, held_out, strict=True)]
+    texts = [np.asarray(encode_texts(parameters, jnp.asarray(vectors))) for vectors in judged]
+    scores = [each @ found.vectors[number] for each, number in zip(texts, used, strict=True)]
+    return replace(found, threshold=thresholds_of([np.concatenate(scores)])), losses
 
 
 def _bytes(entry: ShelfEntry) -> bytes:

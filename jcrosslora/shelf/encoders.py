@@ -1,0 +1,203 @@
+"""Encoders of prompts: the lower half of the base, a model of sentence-transformers, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer, pad_right
+from jcrosslora.decoder import DecoderSettings, fast_dtype, load_params, settings_of
+from jcrosslora.decoder.attention import KVCache, last_keys
+from jcrosslora.decoder.block import layer_forward
+from jcrosslora.decoder.forward import context_of, embed, positions_of
+from jcrosslora.decoder.layer import LayerWeights
+from jcrosslora.decoder.layer_stack import layer_at
+from jcrosslora.decoder.params import Params
+from jcrosslora.errors import UsageError, not_finite, suggestion
+from jcrosslora.text import Prompt
+from jcrosslora.text.completion import prompt_text
+
+HIDDEN, SENTENCES, NOTHING = "hidden", "sentences", "none"
+_DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_SAFE_MAJOR = 6  # first major version of sentence-transformers that runs no code of a model in a local folder
+_WIDTHS, _ROWS = (32, 64, 128), 8  # shapes (B, T): the fewer, the less to compile; further tokens are not read
+
+
+class Encoder(Protocol):
+    """Makes vectors of prompts."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Return float32 (P, D), each row with a root mean square of 1. Messages are read without a template."""
+        ...
+
+
+def check_encoder(name: str) -> str:
+    """Check a name, and return it in full: "hidden", "none", or "sentences:MODEL".
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    kind, _, model = name.partition(":")
+    if kind == SENTENCES:
+        return f"{SENTENCES}:{model or _DEFAULT_MODEL}"
+    if name not in (HIDDEN, NOTHING):
+        known = (HIDDEN, SENTENCES, NOTHING)
+        msg = f"encoder {name!r} is unknown{suggestion(kind, known)}; use {HIDDEN}, {SENTENCES}:MODEL or {NOTHING}"
+        raise UsageError(msg)
+    return name
+
+
+def open_encoder(name: str, base: BaseModel) -> Encoder:
+    """Load an encoder by its full name, see `check_encoder`.
+
+    Raises:
+        UsageError: sentence-transformers is not installed, or does not have the model.
+        CheckpointError: the base cannot be read, or is not supported by the decoder.
+    """
+    if name == NOTHING:
+        return NoEncoder()
+    if name == HIDDEN:
+        return HiddenStates.of(base)
+    return SentenceEncoder(name.partition(":")[2])
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """The mean of the base's residual stream after its middle layer, over the tokens of a prompt.
+
+    Attributes:
+        params: of the base, for the embedding.
+        layers: the arrays of each layer up to the middle one.
+        name: of the base, for messages.
+    """
+
+    settings: DecoderSettings
+    tokenizer: Tokenizer
+    params: Params
+    layers: tuple[LayerWeights, ...]
+    name: str
+
+    @classmethod
+    def of(cls, base: BaseModel) -> HiddenStates:
+        """Load a base.
+
+        Raises:
+            CheckpointError: the base or its tokenizer cannot be read, or the decoder does not support it.
+        """
+        settings, tokenizer = settings_of(base), load_tokenizer(base)
+        params = load_params(base, fast_dtype())
+        count = max(1, base.dims.layers // 2)
+        layers = tuple(layer_at(settings, params, None, layer) for layer in range(count))
+        return cls(settings, tokenizer, params, layers, base.ref)
+
+    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Encode prompts, float32 (P, H), each row with a root mean square of 1.
+
+        At most the first 128 tokens of a prompt are read, and the mean leaves out the first one: models keep large
+        numbers there that do not depend on the text.
+
+        Raises:
+            CheckpointError: the base's predictions are not finite.
+        """
+        rows = [self.tokenizer.encode(prompt_text(prompt)).ids[: _WIDTHS[-1]] for prompt in prompts]
+        found = np.zeros((len(rows), self.settings.hidden), np.float32)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        for first in range(0, len(order), _ROWS):
+            part = order[first : first + _ROWS]
+            width = next(width for width in _WIDTHS if len(rows[part[-1]]) <= width)
+            count = 1 if len(rows) == 1 else _ROWS
+            tokens, mask = pad_right([rows[row] for row in part], (count, width))
+            found[part] = self._means(tokens, mask)[: len(part)]
+        if not np.isfinite(found).all():
+            raise not_finite(self.name)
+        return _unit_rms(found)
+
+    def _means(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        seen = jnp.asarray(mask)
+        x, inputs = _embed(self.settings, self.params, jnp.asarray(tokens))
+        cache = last_keys(self.settings, x)
+        for layer in self.layers:
+            x, cache = _run_layer(self.settings, layer, seen, (x, cache), inputs)
+        return np.asarray(_mean(x, seen))
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return embed(settings, params, tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    mask: jax.Array,
+    before: tuple[jax.Array, KVCache | None],
+    inputs: jax.Array | None,
+) -> tuple[jax.Array, KVCache | None]:
+    context = context_of(settings, *positions_of(mask, mask), inputs=inputs)
+    return layer_forward(settings, layer, context, *before)[:2]
+
+
+@jax.jit
+def _mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean (B, H) of states (B, T, H) that are scaled to a root mean square of 1 first: some tokens have large ones."""
+    x = x.astype(jnp.float32)
+    x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-12)
+    several = mask.sum(axis=1, keepdims=True) > 1
+    used = (mask & ((jnp.arange(mask.shape[1])[None] > 0) | ~several)).astype(jnp.float32)
+    total = jnp.sum(x * used[..., None], axis=1)
+    return total / jnp.maximum(used.sum(axis=1, keepdims=True), 1.0)
+
+
+class SentenceEncoder:
+    """A model of sentence-transformers."""
+
+    def __init__(self, model: str) -> None:
+        """Load a model by its hub id or from its folder.
+
+        Raises:
+            UsageError: the package is missing or too old, or the model cannot be loaded or needs code of its files.
+        """
+        try:
+            from sentence_transformers import SentenceTransformer, __version__
+        except ImportError as error:
+            msg = f"encoder sentences:{model} needs {error.name}, which is not installed: install "
+            raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden") from error
+        if int(__version__.partition(".")[0]) < _SAFE_MAJOR:
+            msg = f"encoder sentences:{model}: sentence-transformers {__version__} would run the model's code: install "
+            raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden")
+        try:
+            self._model: Any = SentenceTransformer(model, trust_remote_code=False)
+        except Exception as error:  # whatever a model's own class raises
+            if "trust_remote_code" in str(error):  # what the package advises
+                msg = f"encoder sentences:{model}: needs code in the model's files, which is not run: choose another"
+                raise UsageError(msg) from error
+            msg = f"encoder sentences:{model}: cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
+            raise UsageError(msg) from error
+
+    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Encode prompts, float32 (P, D), each row with a root mean square of 1."""
+        texts = [prompt_text(prompt) for prompt in prompts]
+        return _unit_rms(np.asarray(self._model.encode(texts, show_progress_bar=False), np.float32))
+
+
+class NoEncoder:
+    """Makes empty vectors, for a shelf that is searched only by words or by certainty."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Return float32 (P, 0)."""
+        return np.zeros((len(prompts), 0), np.float32)
+
+
+def _unit_rms(vectors: np.ndarray) -> np.ndarray:
+    """Scale rows (P, D) to a root mean square of 1, as float32; rows of zeros stay."""
+    vectors = np.asarray(vectors, np.float32)
+    size = np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))
+    return vectors / np.where(size > 0, size, np.float32(1))

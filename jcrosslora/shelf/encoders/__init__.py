@@ -1,1 +1,0 @@
-"""What turns prompts into vectors, one encoder a file."""

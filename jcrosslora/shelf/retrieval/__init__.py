@@ -1,1 +1,0 @@
-"""Ways to find the adapter for a prompt behind one interface, one a file."""

@@ -1,0 +1,207 @@
+"""A trained encoder of adapters by their weights: learned probes that are sent through every update.
+
+The weight-probe encoder of AutoLoRA (arXiv 2508.02107): for each module probes x, e = LN(x A' B'), a linear map for
+each role, and a transformer over all modules whose [CLS] token becomes the vector. It is trained contrastively with the
+vectors of the adapters' samples. B adapters, L layers of a role, p probes of a module, d width of the transformer, E
+width of the vectors, D numbers of a prompt's vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import stack_adapter
+from jcrosslora.errors import UsageError
+from jcrosslora.utils.progress import track
+
+PROBES, WIDTH, VECTOR, HEADS = 2, 64, 64, 4
+_EPS = 1e-6
+_HIGHEST = jax.lax.Precision.HIGHEST
+_SHARPNESS = 10.0  # of the cosines, as published
+_HELD_BYTES = 1 << 30  # of weights that are kept in memory between steps
+
+Weights = dict[str, tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]]  # role -> a (L, K, I), b (L, O, K)
+Tree = dict[str, Any]
+
+
+def adapter_weights(adapter: Adapter, base: BaseModel, rank: int) -> Weights:
+    """Stack the factors of all roles of a base, with zeros up to `rank` and where there is no update.
+
+    Updates of experts are left out.
+
+    Raises:
+        AdapterError: the adapter does not fit the base.
+    """
+    stacked, found = stack_adapter(adapter, base).roles, {}
+    for role in dense_roles(base):
+        rows, columns = base.role_shape(role)
+        layers = len(base.layers_with(role))
+        a, b = np.zeros((layers, rank, columns), np.float32), np.zeros((layers, rows, rank), np.float32)
+        if role in stacked:
+            size = stacked[role].a.shape[-2]
+            a[:, :size], b[:, :, :size] = stacked[role].a, stacked[role].b
+        found[role] = a, b
+    return found
+
+
+def dense_roles(base: BaseModel) -> list[str]:
+    """Return the roles of modules that some layer has."""
+    return [role for role in base.family.roles if base.layers_with(role)]
+
+
+def first_parameters(base: BaseModel, width: int, seed: int) -> Tree:
+    """Draw the parameters for prompts' vectors of `width` D."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(*shape: int, size: float | None = None) -> jax.Array:
+        scale = size if size is not None else shape[-2] ** -0.5
+        return jnp.asarray((rng.standard_normal(shape) * scale).astype(np.float32))
+
+    found: Tree = {"cls": drawn(1, WIDTH, size=0.02), "text": drawn(width, VECTOR), "out": drawn(WIDTH, VECTOR)}
+    for role in dense_roles(base):
+        rows, columns = base.role_shape(role)
+        layers = len(base.layers_with(role))
+        found[f"probe.{role}"] = drawn(layers, PROBES, columns, size=columns**-0.5)
+        found[f"role.{role}"] = drawn(rows, WIDTH)
+        found[f"place.{role}"] = drawn(layers, 1, WIDTH, size=0.02)
+    for name in ("query", "key", "value", "mixed"):
+        found[name] = drawn(WIDTH, WIDTH)
+    return found | {"up": drawn(WIDTH, 4 * WIDTH), "down": drawn(4 * WIDTH, WIDTH)}
+
+
+def encode_weights(parameters: Mapping[str, jax.Array], weights: Weights) -> jax.Array:
+    """Encode one adapter, float32 (E,) of length 1."""
+    tokens = [parameters["cls"]]
+    for role, (a, b) in weights.items():
+        inner = jnp.einsum("lpi,lki->lpk", parameters[f"probe.{role}"], a, precision=_HIGHEST)
+        e = _normed(jnp.einsum("lpk,lok->lpo", inner, b, precision=_HIGHEST))
+        tokens.append((e @ parameters[f"role.{role}"] + parameters[f"place.{role}"]).reshape(-1, WIDTH))
+    x = jnp.concatenate(tokens)
+    x = x + _attend(parameters, _normed(x))
+    x = x + jax.nn.gelu(_normed(x) @ parameters["up"]) @ parameters["down"]
+    return _unit(_normed(x[0]) @ parameters["out"])
+
+
+def encode_texts(parameters: Mapping[str, jax.Array], vectors: jax.Array) -> jax.Array:
+    """Map the vectors (..., D) of prompts into the space of the adapters' vectors, (..., E) of length 1."""
+    return _unit(vectors @ parameters["text"])
+
+
+def _attend(parameters: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    q, k, v = ((x @ parameters[name]).reshape(len(x), HEADS, -1) for name in ("query", "key", "value"))
+    scores = jnp.einsum("qhd,khd->hqk", q, k) * (WIDTH // HEADS) ** -0.5
+    return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, -1), v).reshape(len(x), WIDTH) @ parameters["mixed"]
+
+
+def _normed(x: jax.Array) -> jax.Array:
+    """Apply layer norm without gain; an update of zeros stays zero."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    # Updates differ in size by orders of magnitude, so the guard is relative to the largest number.
+    size = jnp.maximum(jnp.abs(centred).max(axis=-1, keepdims=True), 1e-30)
+    scaled = centred / jax.lax.stop_gradient(size)
+    return scaled * jax.lax.rsqrt(jnp.mean(scaled**2, axis=-1, keepdims=True) + _EPS)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + _EPS)
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How the encoder of weights is trained, by AdamW.
+
+    Attributes:
+        batch: adapters of a step, with one sample each.
+        rate: the highest learning rate; it falls by half a cosine.
+    """
+
+    steps: int = 300
+    batch: int = 8
+    rate: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError if a setting is out of range."""
+        if self.steps < 1 or self.batch < 2 or not 0 < self.rate < float("inf"):
+            came = f"steps {self.steps}, batch {self.batch}, rate {self.rate}"
+            msg = f"{came}: wanted 1 step or more, 2 adapters or more in a batch, and a rate above 0"
+            raise UsageError(msg)
+
+
+def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, texts: jax.Array) -> jax.Array:
+    """Return the symmetric cross-entropy of 10 times the cosines of B adapters and B prompts, pair by pair.
+
+    Args:
+        parameters: of the encoder.
+        weights: stacked, with a first axis of B.
+        texts: (B, D), vectors of a prompt of each adapter.
+    """
+    adapters = jax.vmap(encode_weights, in_axes=(None, 0))(parameters, weights)
+    scores = _SHARPNESS * encode_texts(parameters, texts) @ adapters.T
+    pairs = jnp.arange(len(scores))
+    both = (jax.nn.log_softmax(each, axis=-1)[pairs, pairs].mean() for each in (scores, scores.T))
+    return -sum(both, start=jnp.float32(0)) / 2
+
+
+def train_encoder(
+    parameters: Tree, samples: Sequence[np.ndarray], load: Callable[[int], Weights], settings: ProbeSettings
+) -> tuple[Tree, list[float]]:
+    """Train on the samples of N adapters.
+
+    Adapters are loaded for each step, and at most 1 GB of their weights is kept.
+
+    Args:
+        parameters: to start from.
+        samples: vectors (m, D) of each adapter, at least one.
+        load: loads the weights of an adapter by its number.
+        settings: how to train.
+
+    Returns:
+        The parameters, and the loss of each step.
+
+    Raises:
+        UsageError: a setting is out of range, or a loss that is not finite.
+    """
+    settings.check()
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(settings.rate, settings.steps), weight_decay=settings.weight_decay
+    )
+    size = sum(array.nbytes for pair in load(0).values() for array in pair)
+    held = lru_cache(maxsize=max(settings.batch, _HELD_BYTES // size))(load)
+
+    @lru_cache(maxsize=1)  # on a small shelf every step has all adapters
+    def stacked(numbers: tuple[int, ...]) -> Weights:
+        return jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *map(held, numbers))
+
+    rng, state, losses = np.random.default_rng(settings.seed), optimizer.init(parameters), []
+
+    @jax.jit
+    def step(parameters: Tree, state: Any, weights: Weights, texts: jax.Array) -> tuple[Tree, Any, jax.Array]:
+        loss, gradient = jax.value_and_grad(contrastive_loss)(parameters, weights, texts)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state, loss  # pyright: ignore[reportReturnType]
+
+    with track(settings.steps, "train weight probes", "steps") as bar:
+        for _ in range(settings.steps):
+            chosen = sorted(rng.permutation(len(samples))[: settings.batch].tolist())
+            texts = np.stack([samples[number][rng.integers(len(samples[number]))] for number in chosen])
+            parameters, state, loss = step(parameters, state, stacked(tuple(chosen)), jnp.asarray(texts))
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                msg = f"the loss of the weight probes is {losses[-1]} at step {len(losses)}: lower the rate, which is "
+                raise UsageError(msg + f"{settings.rate:g}")
+            bar.update()
+    return parameters, losses
