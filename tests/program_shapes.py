@@ -60,7 +60,7 @@ from jcrosslora.training import step as training_step
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
 LAYERS, BATCH, LENGTH, PLACES, RANK = 2, 3, 7, 5, 4
 # Programs of a shelf and of several adapters at once are no part of a move.
-ELSEWHERE = ("jcrosslora.shelf", "jcrosslora.shelf.composition")
+ELSEWHERE = ("jcrosslora.shelf",)
 JITTED = type(jax.jit(lambda x: x))
 
 

@@ -1,45 +1,86 @@
-"""Read adapters one after the other, and put them on a shelf."""
+"""Find adapters below a folder, read what the index says of each, and put them on a shelf."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
-from jcrosslora.shelf.reading import Found, read_entry
-from jcrosslora.shelf.records import Added, Refused, Sample, ShelfEntry, is_there, stored_place
+from jcrosslora.report.documents import REPORT
+from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place
 from jcrosslora.shelf.samples import written_samples
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.reading import read_small, read_small_text
 
+_HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
+_LARGEST_HEADER = 100 << 20
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
 Fresh = list[tuple[ShelfEntry, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Found:
+    """An adapter to add: its name on the shelf, and its path or hub id."""
+
+    name: str
+    ref: str
+
+
+def find_adapters(ref: str | Path) -> list[Found]:
+    """Find an adapter, or all below a folder except hidden folders, in order; raise AdapterError if there is none."""
+    path = Path(ref).expanduser()
+    if is_adapter(path):
+        return [Found(path.resolve().stem if path.is_file() else path.resolve().name, str(path))]
+    if not path.exists():
+        if isinstance(ref, str) and is_hub_id(ref):
+            return [Found(ref, ref)]
+        find_adapter(ref)  # says what is wrong
+    found = [Found(one.relative_to(path).as_posix().removesuffix(".gguf"), str(one)) for one in _below(path)]
+    if not found:
+        msg = f"{ref}: there is no adapter here or below: give adapters, or the folder that a batch wrote to"
+        raise AdapterError(msg)
+    return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()  # links may lead back to a folder
+    for current, names, files in os.walk(folder, followlinks=True):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        if (resolved := os.path.realpath(current)) in seen:
+            names.clear()
+            continue
+        seen.add(resolved)
+        if current != str(folder) and is_adapter(Path(current)):
+            names.clear()
+            yield Path(current)
+        else:
+            yield from (path for name in sorted(files) if is_adapter(path := Path(current) / name))
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Reads the entries of adapters.
+    """Reads the entries of adapters."""
 
-    Attributes:
-        folder: of the shelf.
-        base: of the shelf.
-        info: of the base, with its digest.
-        samples: the user's samples for all adapters, with their origin; None takes those in each adapter's folder.
-        lift: as the user states it, or None.
-    """
-
-    folder: Path
+    folder: Path  # of the shelf
     base: BaseModel
-    info: BaseInfo
-    samples: tuple[tuple[Sample, ...], str] | None
-    lift: float | None
+    info: BaseInfo  # with the base's digest
+    samples: tuple[tuple[Sample, ...], str] | None  # the user's, with their origin; None takes those in the folders
+    lift: float | None  # as the user states it
 
     def entry(self, found: Found, known: Mapping[str, ShelfEntry]) -> ShelfEntry:
         """Read an adapter; a known one keeps the samples and the lift that the user once gave.
@@ -90,9 +131,8 @@ def add_found(
             fresh.clear()
             write(written)
 
-    with ExitStack() as stack:
-        stack.callback(put)  # what was read before a stop is written on the way out
-        last = time.monotonic()
+    last = time.monotonic()
+    try:
         with track(len(found), "add adapters", "adapters") as bar:
             for one in found:
                 try:
@@ -113,7 +153,113 @@ def add_found(
                 if time.monotonic() - last > _WRITE_AFTER:
                     put()
                     last = time.monotonic()
+    finally:
+        put()  # also what was read before a stop
     return Added(tuple(added), tuple(kept), tuple(refused))
+
+
+def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path]:
+    """Read and check an adapter; return its entry, without samples, and the folder of its files.
+
+    `info` has the digest of the base, and `place` is the adapter's path or hub id as the index writes it.
+
+    Raises:
+        AdapterError: it is damaged, its record names another base, or it does not fit the base.
+    """
+    files = find_adapter(found.ref)
+    record = _read_record(files)
+    stated = _digest(record.get("target"))
+    if stated is not None and stated != info.digest:
+        name = record["target"].get("name")
+        msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
+        raise AdapterError(msg + f"({info.digest[:19]}...)")
+    adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
+    fit_to_base(adapter, info)
+    entry = ShelfEntry(
+        name=found.name,
+        place=place,
+        digest=str(adapter.info.digest),
+        config_digest=config_digest(files),
+        verified=stated is not None,
+        kind=adapter.info.kind,
+        rank=largest_rank(adapter),
+        modules=len(adapter.modules),
+        size=files.weights.stat().st_size,
+        origin=_origin(record),
+        verdict=_text(_object(record.get("verdict")).get("level")),
+        effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
+        licence=stated_licences(files).get("licence"),
+    )
+    return entry, files.weights.parent
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """Return the largest rank of an adapter's modules; 0 if it has none."""
+    return max((factors.rank for factors in adapter.modules.values()), default=0)
+
+
+def config_digest(files: AdapterFiles) -> str:
+    """Return "sha256:" and hex of the configuration next to the weights; "" without one."""
+    if files.config is None:
+        return ""
+    try:
+        return f"sha256:{hashlib.sha256(read_small(files.config)).hexdigest()}"
+    except OSError as error:
+        msg = f"{files.config}: cannot be read ({error.strerror}): give the folder of a complete adapter"
+        raise AdapterError(msg) from error
+
+
+def _read_record(files: AdapterFiles) -> dict[str, Any]:
+    """Read the record of a transfer from the report in the adapter's folder and from the header of its weights.
+
+    The header overrides the report, which may belong to other weights.
+    """
+    try:
+        found = _object(json.loads(read_small_text(files.weights.parent / REPORT)))
+    except (OSError, ValueError, RecursionError):
+        found = {}
+    for key, value in _metadata(files.weights).items():
+        name = key.removeprefix("jcrosslora.")
+        if name != key and name != "version":
+            try:
+                found[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+    return found
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(_HEADER_LENGTH), "little")
+            header = json.loads(stream.read(length)) if length <= _LARGEST_HEADER else {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # reading the tensors says what is wrong
+    found = _object(_object(header).get("__metadata__"))
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _origin(record: Mapping[str, Any]) -> Origin | None:
+    if not isinstance(record.get("recipe"), dict):
+        return None
+    adapter, base = _object(record.get("adapter")), _object(record.get("source"))
+    method = _text(record["recipe"].get("method"))
+    return Origin(_text(adapter.get("name")), _text(base.get("name")), _digest(base), method)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _digest(value: Any) -> str | None:
+    found = _object(value).get("digest")
+    return found if isinstance(found, str) and found else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _check_text(name: str, place: str) -> None:

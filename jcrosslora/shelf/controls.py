@@ -98,16 +98,7 @@ class CertaintyRetriever:
     """
 
     def __init__(self, base: BaseModel, entries: Sequence[ShelfEntry], load: Callable[[str], Adapter]) -> None:
-        """Run every adapter on samples.
-
-        Args:
-            base: of all adapters.
-            entries: of the shelf.
-            load: loads an adapter by its name.
-
-        Raises:
-            UsageError, AdapterError, CheckpointError: the base or an adapter cannot be read or run.
-        """
+        """Run every adapter on samples; `load` loads one by its name."""
         self._base, self._entries, self._load = base, entries, load
         self._tokenizer, self._params = load_tokenizer(base), load_params(base, fast_dtype())
         samples = [(number, one) for number, entry in enumerate(entries) for one in entry.samples]

@@ -39,11 +39,7 @@ class Encoder(Protocol):
 
 
 def check_encoder(name: str) -> str:
-    """Check a name, and return it in full: "hidden", "none", or "sentences:MODEL".
-
-    Raises:
-        UsageError: the name is unknown.
-    """
+    """Return a name in full, "hidden", "none" or "sentences:MODEL"; raise UsageError if it is unknown."""
     kind, _, model = name.partition(":")
     if kind == SENTENCES:
         return f"{SENTENCES}:{model or _DEFAULT_MODEL}"
@@ -86,11 +82,7 @@ class HiddenStates:
 
     @classmethod
     def of(cls, base: BaseModel) -> HiddenStates:
-        """Load a base.
-
-        Raises:
-            CheckpointError: the base or its tokenizer cannot be read, or the decoder does not support it.
-        """
+        """Load a base; raise CheckpointError if it cannot be read or the decoder does not support it."""
         settings, tokenizer = settings_of(base), load_tokenizer(base)
         params = load_params(base, fast_dtype())
         count = max(1, base.dims.layers // 2)
@@ -128,9 +120,7 @@ class HiddenStates:
         return np.asarray(_mean(x, seen))
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    return embed(settings, params, tokens)
+_embed = jax.jit(embed, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -96,9 +96,7 @@ class Index:
     def blocks(self) -> Iterator[tuple[Sequence[ShelfEntry], np.ndarray]]:
         """Yield the entries of each segment with the vectors (S, D) of all their samples, in order, as float32.
 
-        Raises:
-            ChangedMeanwhileError: another process has changed the shelf.
-            UsageError: a file is missing or damaged.
+        Raises ChangedMeanwhileError or, for a missing or damaged file, UsageError.
         """
         for number, part in zip(self.head.segments, self.parts, strict=True):
             if part:
@@ -110,9 +108,6 @@ class Index:
         Args:
             fresh: entries with the vectors (samples, D) of their samples; they replace those of equal names.
             removed: names of entries to take off.
-
-        Returns:
-            The index as it is now.
 
         Raises:
             OutputError: the folder cannot be written to, or another process has put another adapter of one of these

@@ -35,10 +35,8 @@ class Head:
     """The content of `shelf.json`.
 
     Attributes:
-        format: version of the format.
         version: of the package that wrote it.
-        base: of all adapters.
-        encoder: name of what made the vectors of the samples.
+        encoder: of the samples.
         segments: numbers of the segments, in order.
         digests: SHA-256 (hex) of the segments' files, by file name.
     """
@@ -60,11 +58,7 @@ class _Stated:
 
 
 def read_head(folder: Path) -> Head:
-    """Read `shelf.json`.
-
-    Raises:
-        UsageError: it cannot be read, was changed after writing, or is of another format.
-    """
+    """Read `shelf.json`; raise UsageError if it cannot be read, was changed after writing, or has another format."""
     path = folder / HEAD
     content = _read(path)
     stated = _decode(path, content, _Stated)
@@ -79,32 +73,20 @@ def read_head(folder: Path) -> Head:
 
 
 def write_head(folder: Path, head: Head) -> None:
-    """Replace `shelf.json`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Replace `shelf.json`, or raise OSError."""
     record = msgspec.to_builtins(head)
     content = _encode(record | {_SEAL: _digest(_encode(record))})
     write_whole(folder / HEAD, msgspec.json.format(content, indent=1), sync=True)
 
 
 def read_entries(folder: Path, number: int, digests: Mapping[str, str]) -> tuple[ShelfEntry, ...]:
-    """Read the entries of a segment, and compare the file with its digest, if it has one.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """Read the entries of a segment; raise UsageError if the file is missing, damaged, or has another digest."""
     path = _path(folder, number, "json")
     return _decode(path, _intact(path, digests), tuple[ShelfEntry, ...])
 
 
 def read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry], digests: Mapping[str, str]) -> np.ndarray:
-    """Read the vectors (S, D) of all samples of a segment's entries, in order, as float32; see `read_entries`.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """Read the vectors (S, D) of all samples of a segment's entries, in order, as float32; see `read_entries`."""
     path = _path(folder, number, "safetensors")
     wanted = sum(len(entry.samples) for entry in entries)
     try:
@@ -117,11 +99,7 @@ def read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry], diges
 
 
 def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, np.ndarray]]) -> dict[str, str]:
-    """Write entries with the vectors (samples, D) of their samples, as float16; return the digests of the files.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
+    """Write entries with the vectors (samples, D) of their samples, as float16; return the digests of the files."""
     width = max((each.shape[1] for _, each in items), default=0)
     vectors = [np.zeros((0, width), np.float32), *(each for _, each in items if len(each))]
     joined = np.concatenate(vectors).astype(np.float16)
@@ -137,11 +115,7 @@ def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, n
 
 
 def segment_digests(folder: Path, number: int, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the digests of a segment's files; compute those that are not known.
-
-    Raises:
-        UsageError: a file cannot be read.
-    """
+    """Return the digests of a segment's files; compute those that are not known."""
     paths = [_path(folder, number, ending) for ending in ("safetensors", "json")]
     return {path.name: known.get(path.name) or _digest(_read(path)) for path in paths}
 

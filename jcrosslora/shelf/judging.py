@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -171,12 +171,11 @@ def _with_answers(found: Answers, composed: Composed, weights: np.ndarray, name:
     prompts = [one.prompt for one in found.examples]
     written = composed.write(prompts, weights=weights, max_new_tokens=found.max_new_tokens)
     nll = -composed.score(found.examples, weights=weights)
-    return Answers(
-        _second(found.names, name),
-        found.examples,
-        _second(found.written, tuple(written)),
-        np.insert(found.nll, 1, nll, axis=0),
-        found.max_new_tokens,
+    return replace(
+        found,
+        names=_second(found.names, name),
+        written=_second(found.written, tuple(written)),
+        nll=np.insert(found.nll, 1, nll, axis=0),
     )
 
 
@@ -192,13 +191,7 @@ def _with_scores(
     rows, columns, completions = zip(*choices, strict=True)
     log_probs = np.full(found.log_probs.shape[1:], np.nan)
     log_probs[list(rows), list(columns)] = composed.score(list(completions), weights=weights[list(rows)])
-    return Scores(
-        _second(found.names, name),
-        np.insert(found.log_probs, 1, log_probs, axis=0),
-        found.characters,
-        found.tokens,
-        found.answers,
-    )
+    return replace(found, names=_second(found.names, name), log_probs=np.insert(found.log_probs, 1, log_probs, axis=0))
 
 
 def _second(names: tuple, name: object) -> tuple:

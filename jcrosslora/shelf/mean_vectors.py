@@ -66,10 +66,8 @@ def fit_means(blocks: Blocks) -> MeanVectors:
     """Fit means and whitening; the memory is that of one block, the means, and two matrices (D, D).
 
     The thresholds come from samples that neither the means nor the whitening have seen, a quarter at a time. The
-    samples that a covariance was fitted to look more alike under it than new ones are.
-
-    Args:
-        blocks: returns the entries and vectors of each segment; called several times.
+    samples that a covariance was fitted to look more alike under it than new ones are. `blocks` is called several
+    times, and returns the entries and vectors of each segment.
     """
     total = sum(len(vectors) for _, vectors in blocks())
     stride = -(-total // _MOST)  # the covariance is that of every stride-th adapter
@@ -93,17 +91,11 @@ def fit_means(blocks: Blocks) -> MeanVectors:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Some samples of a block of adapters.
+    """Some samples of a block of adapters."""
 
-    Attributes:
-        adapters: the numbers of the block's adapters on the shelf.
-        owner: int (S,), the number of each sample's adapter, ascending.
-        vectors: float32 (S, D).
-    """
-
-    adapters: range
-    owner: np.ndarray
-    vectors: np.ndarray
+    adapters: range  # numbers of the block's adapters on the shelf
+    owner: np.ndarray  # int (S,), the number of each sample's adapter, ascending
+    vectors: np.ndarray  # float32 (S, D)
 
 
 def _parts(blocks: Blocks, used: Used) -> Iterator[_Part]:

@@ -21,7 +21,7 @@ _ENOUGH = 8  # samples from which an adapter gets a threshold; with fewer it tak
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """The adapters of a shelf for P prompts.
+    """The adapters of a shelf for P prompts; a `count` below 1 raises UsageError.
 
     Attributes:
         names: of all N adapters.
@@ -35,24 +35,17 @@ class Retrieved:
 
     @property
     def accepted(self) -> np.ndarray:
-        """Return bool (P, N): whether a prompt counts as one of an adapter's task."""
+        """Whether a prompt counts as one of an adapter's task, bool (P, N)."""
         return np.isfinite(self.scores) & (self.scores >= self.thresholds)
 
     def ranked(self, count: int = 1) -> np.ndarray:
-        """Return int (P, min(count, N)): the adapters with the best scores, the best first, accepted or not.
-
-        Raises:
-            UsageError: the count is below 1.
-        """
+        """Return int (P, min(count, N)): the adapters with the best scores, the best first, accepted or not."""
         return _best(self.scores, count)
 
     def best(self, count: int = 1) -> list[list[tuple[str, float]]]:
         """Return for each prompt the names and scores of at most `count` accepted adapters, the best first.
 
         A prompt of no adapter's task has none: the base alone should answer it.
-
-        Raises:
-            UsageError: the count is below 1.
         """
         accepted = self.accepted
         return [
@@ -64,9 +57,6 @@ class Retrieved:
         """Return float32 (P, N): equal weights, of sum 1, on the best `count` accepted adapters of each prompt.
 
         A row of zeros stands for the base alone.
-
-        Raises:
-            UsageError: the count is below 1.
         """
         found, accepted = np.zeros(self.scores.shape, np.float32), self.accepted
         best = _best(np.where(accepted, self.scores, -np.inf), count)
@@ -93,12 +83,9 @@ class Retriever(Protocol):
 
 
 def similarity_to_others(products: np.ndarray, squares: np.ndarray, total: np.ndarray | float) -> np.ndarray:
-    """Compute the cosine of each of m vectors with the sum of the m - 1 others, from products alone.
+    """Compute the cosine of each of m vectors x with the sum of the m - 1 others.
 
-    Args:
-        products: (m,), of each vector x with the sum M of all.
-        squares: (m,), x x.
-        total: M M.
+    The arguments are scalar products with the sum M of all: `products` (m,) x M, `squares` (m,) x x, `total` M M.
     """
     products, squares = np.asarray(products, np.float64), np.asarray(squares, np.float64)
     others = np.maximum(total - 2 * products + squares, 0)
@@ -107,13 +94,9 @@ def similarity_to_others(products: np.ndarray, squares: np.ndarray, total: np.nd
 
 
 def thresholds_of(similarities: Sequence[np.ndarray]) -> np.ndarray:
-    """Choose the thresholds, float32 (N,).
+    """Choose the thresholds, float32 (N,), by the similarities of each adapter's samples.
 
-    Args:
-        similarities: of each adapter's samples; empty for an adapter with fewer than two.
-
-    Returns:
-        Infinity, which accepts nothing, for an adapter if neither it nor the shelf has enough samples.
+    Infinity accepts nothing, and stands where neither the adapter nor the shelf has samples to tell from.
     """
     pooled = np.concatenate([np.zeros(0), *similarities])
     common = np.quantile(pooled, _MISSED) if len(pooled) else np.inf

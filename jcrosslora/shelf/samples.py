@@ -17,25 +17,14 @@ T = TypeVar("T")
 
 
 def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
-    """Read samples from a user's file, see `read_prompts`.
-
-    Returns:
-        At most 32 different prompts, evenly spread over the file, and the file's name.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no prompt.
-    """
+    """Read at most 32 different prompts, evenly spread over a user's file, and return them with the file's name."""
     return spread_prompts(read_prompts(path)), Path(path).name
 
 
 def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
-    """Read samples from the completions in an adapter's folder, which its transfer wrote.
+    """Read samples as `given_samples` does from the completions in an adapter's folder, which its transfer wrote.
 
-    Returns:
-        The prompts, as from `given_samples`, and "completions"; or none and "nothing" if there are no completions.
-
-    Raises:
-        UsageError: the file is damaged.
+    Their source is "completions", or "nothing" if there are none.
     """
     if not (folder / COMPLETIONS).is_file():
         return (), "nothing"
@@ -45,34 +34,28 @@ def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
 def labelled_prompts(
     labelled: Sequence[str], unrelated: str | Path | None, limit: int
 ) -> tuple[list[Prompt], list[tuple[str, ...]]]:
-    """Read prompts whose adapters are known.
+    """Read prompts and the names of each one's adapters, none for unrelated ones.
 
     Args:
         labelled: "NAME=FILE" or "NAME,NAME=FILE" each.
         unrelated: a file of prompts of no adapter's task, or None.
         limit: the most prompts of a file.
 
-    Returns:
-        The prompts, and the adapters' names for each, none for unrelated ones.
-
     Raises:
         UsageError: a label without a name or a file, or a file that cannot be read.
     """
-    prompts: list[Prompt] = []
-    wanted: list[tuple[str, ...]] = []
+    files: list[tuple[tuple[str, ...], str | Path]] = []
     for label in labelled:
         names, _, file = label.partition("=")
         if not names or not file:
             msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
             raise UsageError(msg)
-        found = spread(read_prompts(file), limit)
-        prompts += found
-        wanted += [tuple(names.split(","))] * len(found)
+        files.append((tuple(names.split(",")), file))
     if unrelated is not None:
-        found = spread(read_prompts(unrelated), limit)
-        prompts += found
-        wanted += [()] * len(found)
-    return prompts, wanted
+        files.append(((), unrelated))
+    read = [(spread(read_prompts(file), limit), names) for names, file in files]
+    prompts = [prompt for each, _ in read for prompt in each]
+    return prompts, [names for each, names in read for _ in each]
 
 
 def spread_prompts(prompts: Sequence[Prompt], count: int = SAMPLES) -> tuple[Prompt, ...]:

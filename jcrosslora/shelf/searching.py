@@ -41,11 +41,7 @@ class Searching:
     encoder: Callable[[], Encoder]
 
     def retriever(self, by: str | None) -> Retriever:
-        """Open a way to search, see `Shelf.search`.
-
-        Raises:
-            UsageError: the way is unknown, or the shelf has no data for it.
-        """
+        """Open a way to search; raise UsageError if it is unknown or the shelf has no data for it."""
         by = by or ("tfidf" if self.index.head.encoder == NOTHING else "text")
         makers: dict[str, Callable[[], Retriever]] = {
             "text": self._text_retriever,
@@ -84,14 +80,8 @@ class Searching:
             if entry.rank == rank:
                 self.load(entry.name)  # compares what the index claims with the file, before any array is that large
                 break
-        found, losses = train_weights(
-            self.base(),
-            self.index.entries,
-            samples,
-            self.means(),
-            lambda number: self._weights_of(number, rank),
-            settings,
-        )
+        of_shelf = self.base(), self.index.entries, samples, self.means()
+        found, losses = train_weights(*of_shelf, lambda number: self._weights_of(number, rank), settings)
         path = self.index.folder / _WEIGHTS_FILE
         keep_arrays(path, _index_key(self.index.head), found.arrays())
         if find_arrays(path, _index_key(self.index.head)) is None:

@@ -18,12 +18,11 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
-from jcrosslora.shelf.adding import Fresh, Reader, add_found
+from jcrosslora.shelf.adding import Found, Fresh, Reader, add_found, config_digest, find_adapters, largest_rank
 from jcrosslora.shelf.composition import Composed, Composition, compose, find_composition
 from jcrosslora.shelf.encoders import HIDDEN, Encoder, check_encoder, open_encoder
 from jcrosslora.shelf.index import ChangedMeanwhileError, Index
 from jcrosslora.shelf.index_files import HEAD
-from jcrosslora.shelf.reading import Found, config_digest, find_adapters, largest_rank
 from jcrosslora.shelf.records import (
     Added,
     ShelfBase,
@@ -133,11 +132,7 @@ class Shelf:
         raise UsageError(msg)
 
     def place(self, name: str) -> str:
-        """Return the path or hub id of an adapter.
-
-        Raises:
-            UsageError: no adapter has this name.
-        """
+        """Return the path or hub id of an adapter, see `entry`."""
         return opened_place(self.folder, self.entry(name).place)
 
     def missing(self, entry: ShelfEntry) -> bool:
@@ -259,7 +254,7 @@ class Shelf:
         by: str | None = None,
         **settings: Any,
     ) -> tuple[Composed, np.ndarray]:
-        """Compose the adapters that suit prompts, to run each prompt with those that suit it.
+        """Compose the adapters that suit prompts, to run each prompt with the right ones.
 
             composed, weights = shelf.compose(prompts)
             composed.generate(prompts, weights=weights)

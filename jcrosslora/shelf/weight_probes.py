@@ -36,13 +36,7 @@ Tree = dict[str, Any]
 
 
 def adapter_weights(adapter: Adapter, base: BaseModel, rank: int) -> Weights:
-    """Stack the factors of all roles of a base, with zeros up to `rank` and where there is no update.
-
-    Updates of experts are left out.
-
-    Raises:
-        AdapterError: the adapter does not fit the base.
-    """
+    """Stack the factors of all roles of a base, padded with zeros to `rank`; updates of experts are left out."""
     stacked, found = stack_adapter(adapter, base).roles, {}
     for role in dense_roles(base):
         rows, columns = base.role_shape(role)
@@ -143,10 +137,7 @@ class ProbeSettings:
 def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, texts: jax.Array) -> jax.Array:
     """Return the symmetric cross-entropy of 10 times the cosines of B adapters and B prompts, pair by pair.
 
-    Args:
-        parameters: of the encoder.
-        weights: stacked, with a first axis of B.
-        texts: (B, D), vectors of a prompt of each adapter.
+    The weights are stacked, with a first axis of B; `texts` (B, D) are the vectors of a prompt of each adapter.
     """
     adapters = jax.vmap(encode_weights, in_axes=(None, 0))(parameters, weights)
     scores = _SHARPNESS * encode_texts(parameters, texts) @ adapters.T
@@ -158,7 +149,7 @@ def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, text
 def train_encoder(
     parameters: Tree, samples: Sequence[np.ndarray], load: Callable[[int], Weights], settings: ProbeSettings
 ) -> tuple[Tree, list[float]]:
-    """Train on the samples of N adapters.
+    """Train on the samples of N adapters; return the parameters and the loss of each step.
 
     Adapters are loaded for each step, and at most 1 GB of their weights is kept.
 
@@ -167,9 +158,6 @@ def train_encoder(
         samples: vectors (m, D) of each adapter, at least one.
         load: loads the weights of an adapter by its number.
         settings: how to train.
-
-    Returns:
-        The parameters, and the loss of each step.
 
     Raises:
         UsageError: a setting is out of range, or a loss that is not finite.

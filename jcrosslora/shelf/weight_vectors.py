@@ -115,16 +115,8 @@ def train_weights(
 ) -> tuple[WeightVectors, list[float]]:
     """Train an encoder on the adapters of a shelf that have samples.
 
-    Args:
-        base: of the shelf.
-        entries: all N.
-        samples: the vectors (m, D) of each adapter's samples.
-        means: has the whitening.
-        load: loads the weights of an adapter by its number.
-        settings: how to train.
-
-    Returns:
-        The encoder with the vectors of all adapters, and the loss of each step.
+    Returns the encoder with the vectors of all N adapters, and the loss of each step. `samples` are the vectors (m, D)
+    of each adapter's samples, `means` has the whitening, and `load` loads the weights of an adapter by its number.
 
     Raises:
         UsageError: fewer than two adapters have samples, or a setting is out of range.

@@ -78,14 +78,7 @@ def load_composition(
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Composed:
-    """Read a composition that `Composed.save` wrote.
-
-    Args:
-        folder: of the composition.
-        base: the model that it was made for, opened, or what `open_base` opens.
-        dtype: see `compose`.
-        params: see `compose`.
-        tokenizer: see `compose`.
+    """Read a composition that `Composed.save` wrote, for the base that it was made for; see `compose`.
 
     Raises:
         AdapterError: no composition, a damaged one, or one of another base.

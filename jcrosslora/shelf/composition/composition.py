@@ -20,6 +20,7 @@ from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError, UsageError
 
 Arrays = dict[str, jax.Array]
+ModuleArrays = Mapping[str, np.ndarray]  # "MODULE.NAME" -> array, see `ComposedAdapter.by_module`
 
 
 @dataclass(frozen=True)
@@ -43,53 +44,33 @@ class Composition:
         """Raise AdapterError if the adapters cannot be composed in this way."""
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
-        """Say how much of each adapter a prompt gets.
+        """Turn weights of P prompts, float32 (P, N) from 0 on, as a user or a retrieval gives them, into shares.
 
-        Args:
-            weights: float32 (P, N) of P prompts, from 0 on, as a user or a retrieval gives them.
-
-        Returns:
-            float32 (P, N), what `apply` takes; a row of zeros stays one and is the base alone.
+        The shares, float32 (P, N), are what `apply` takes. A row of zeros stays one and is the base alone.
         """
         total = weights.sum(axis=1, keepdims=True)
         return weights / np.where(total > 0, total, 1)
 
     def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
-        """Make the composition's arrays for a role, as they are before training.
+        """Make the composition's arrays for a role of `count` adapters, as they are before training.
 
-        Args:
-            sizes: of the role.
-            count: the number of adapters, N.
-            seed: for random arrays.
-
-        Returns:
-            By name, float32 with a first axis of the L layers; empty if there are none.
+        By name, float32 with a first axis of the L layers; empty if there are none.
         """
         del sizes, count, seed
         return {}
 
     def apply(self, x: jax.Array, out: jax.Array, updates: Updates) -> jax.Array:
-        """Return the output of a module with the adapters.
+        """Return the output of a module with the adapters, float32 (B, T, O).
 
         Args:
             x: (B, T, I), the module's input.
             out: float32 (B, T, O), its output without adapters.
             updates: of one layer, without their axis L.
-
-        Returns:
-            float32 (B, T, O).
         """
         return add_weighted(x, out, updates, updates.shares[:, None, :])
 
-    def as_adapter(
-        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
-    ) -> Adapter:
+    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Make the one adapter that does the same as all adapters with these shares.
-
-        Args:
-            adapters: N of them.
-            shares: of each.
-            arrays: of the composition, with the names of `ComposedAdapter.by_module`.
 
         Raises:
             UsageError: there is none, because the composition depends on the text.
@@ -130,11 +111,6 @@ class Updates:
         """Return a module's output with the adapters, see `RoleUpdates`."""
         return self.how.apply(x, out, self)
 
-    @property
-    def sizes(self) -> RoleSizes:
-        """Sizes of the role."""
-        return RoleSizes(self.a.shape[0], self.b.shape[1], self.a.shape[-1])
-
 
 @flax.struct.dataclass
 class ComposedAdapter:
@@ -142,12 +118,12 @@ class ComposedAdapter:
 
     roles: dict[str, Updates]
 
-    def with_shares(self, shares: np.ndarray | jax.Array) -> ComposedAdapter:
-        """Set the shares of a batch of prompts, float32 (B, N)."""
+    def with_shares(self, shares: np.ndarray | jax.Array, how: Composition | None = None) -> ComposedAdapter:
+        """Set the shares of a batch of prompts, float32 (B, N), and the composition unless it is None."""
         roles = {}
         for role, one in self.roles.items():
-            whole = jnp.broadcast_to(shares, (one.sizes.layers, *shares.shape))
-            roles[role] = dataclasses.replace(one, shares=whole)
+            whole = jnp.broadcast_to(shares, (one.a.shape[0], *shares.shape))
+            roles[role] = dataclasses.replace(one, shares=whole, how=how or one.how)
         return ComposedAdapter(roles)
 
     def with_arrays(self, arrays: Mapping[str, Arrays]) -> ComposedAdapter:
@@ -173,8 +149,7 @@ def module_names(base: BaseModel, role: str) -> list[str]:
 def stack_for(how: Composition, adapters: Sequence[Adapter], base: BaseModel, seed: int) -> ComposedAdapter:
     """Stack adapters for a composition, with its first arrays and without any prompt.
 
-    Raises:
-        AdapterError: there is no adapter, or one does not fit the base, changes experts or is an aLoRA.
+    Raises AdapterError if there is no adapter, or one does not fit the base, changes experts or is an aLoRA.
     """
     for adapter in adapters:
         if adapter.experts:

@@ -1,6 +1,5 @@
 """Log-likelihoods of answers under composed adapters, and training of gates, routers and magnitudes."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,7 +13,7 @@ from jcrosslora.decoder import DecoderSettings, Params, forward, target_log_prob
 from jcrosslora.decoder.log_probs import divergence
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
-from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition
+from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
 from jcrosslora.training.batches import Batch, make_batch, rounded
 from jcrosslora.training.examples import Encoded, encode
@@ -37,14 +36,7 @@ def answer_log_probs(
 ) -> np.ndarray:
     """Sum log p(token) over the tokens of each answer, the token that ends it included: float64 (P,), nats.
 
-    Args:
-        settings: of the base.
-        params: of the base.
-        tokenizer: of the base.
-        updates: N adapters.
-        examples: P of them.
-        shares: float32 (P, N).
-        names: of the base and of the adapters, for errors.
+    `shares` are float32 (P, N) of N adapters for P examples; errors mention `names` of the base and the adapters.
 
     Raises:
         UsageError: an answer without any token, or messages that the chat template refuses.
@@ -64,9 +56,7 @@ def answer_log_probs(
 def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
     """Sum values over the tokens of each of P answers: float64 (P,).
 
-    Args:
-        encoded: the examples.
-        values: a function of the numbers of B examples and their batch that returns float32 (S,), 0 in empty slots.
+    `values` is called with the numbers of B examples and their batch, and returns float32 (S,), 0 in empty slots.
     """
     order = np.argsort([one.length for one in encoded], kind="stable")
     slots = rounded(max(one.answer for one in encoded) * _ROWS)
@@ -86,8 +76,7 @@ def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Bat
 @partial(jax.jit, static_argnums=0)
 def _log_probs(settings: DecoderSettings, params: Params, adapter: ComposedAdapter, batch: Batch) -> jax.Array:
     """float32 (S,): log p of each wanted token, 0 in empty slots."""
-    hidden = forward(settings, params, batch.tokens, mask=batch.mask, adapter=adapter).hidden
-    states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
+    states = _states(settings, params, adapter, batch)
     found = target_log_probs(settings, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
     return found * batch.used
 
@@ -103,14 +92,7 @@ def fit_arrays(
 ) -> ComposedAdapter:
     """Train the arrays of a composition: with all adapters, predict what the one that owns a text predicts.
 
-    Args:
-        base: the model; its `settings`, `params` and `tokenizer` follow.
-        settings: of the base.
-        params: of the base.
-        tokenizer: of the base.
-        updates: the adapters, with the arrays to start from.
-        examples: each with the number of the adapter that owns it.
-        training: how to train.
+    Training starts from the arrays in `updates`; each example comes with the number of the adapter that owns it.
 
     Raises:
         UsageError: no example, settings out of range, or a loss that is not finite.
@@ -140,14 +122,7 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Trained]:
     """Compute the mean KL(owner || composition) over the answers' tokens, nats, and its gradient by the arrays.
 
-    Args:
-        settings: of the base.
-        params: of the base.
-        updates: N adapters.
-        arrays: of the composition, by role.
-        batch: B texts.
-        owners: int32 (B,), the adapter of each text.
-        remat: recompute each layer in the backward pass.
+    `owners` are int32 (B,), the adapter of each text; `remat` recomputes each layer in the backward pass.
     """
 
     def loss(arrays: Trained) -> jax.Array:
@@ -165,16 +140,7 @@ def mean_divergence(
     examples: Sequence[Example],
     owner: int,
 ) -> float:
-    """Compute the mean KL(owner || composition) over the tokens of the examples' answers, nats.
-
-    Args:
-        settings: of the base.
-        params: of the base.
-        tokenizer: of the base.
-        updates: N adapters, all of which take part.
-        examples: at least one.
-        owner: the number of the adapter that they belong to.
-    """
+    """Compute the mean KL(owner || composition of all) over the tokens of an owner's examples' answers, nats."""
     encoded = [encode(tokenizer, one) for one in examples]
 
     def values(members: np.ndarray, batch: Batch) -> jax.Array:
@@ -195,20 +161,12 @@ def _token_divergence(
     """float32 (S,): KL(owner || composition) in front of each token of an answer, 0 in empty slots."""
     count = next(iter(updates.roles.values())).a.shape[1]
     alone = jax.nn.one_hot(owners, count, dtype=jnp.float32)
-    wanted = _states(settings, params, _with(updates, alone, Mixture()), batch)
-    states = _states(settings, params, _with(updates, jnp.ones_like(alone), None), batch, remat)
+    wanted = _states(settings, params, updates.with_shares(alone, Mixture()), batch)
+    states = _states(settings, params, updates.with_shares(jnp.ones_like(alone)), batch, remat)
     return divergence(settings, params, wanted, states, batch.wanted).kl * batch.used
 
 
 _token_divergences = jax.jit(_token_divergence, static_argnums=0)
-
-
-def _with(updates: ComposedAdapter, shares: jax.Array, how: Composition | None) -> ComposedAdapter:
-    """Set the shares, float32 (B, N), and the composition unless it is None."""
-    found = updates.with_shares(shares)
-    if how is None:
-        return found
-    return ComposedAdapter({role: dataclasses.replace(one, how=how) for role, one in found.roles.items()})
 
 
 def _states(

@@ -23,7 +23,18 @@ def chosen(weights: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Gated(Composition):
+class Learned(Composition):
+    """A composition whose trained arrays decide how much each adapter with a positive weight adds."""
+
+    trained: ClassVar[bool] = True
+
+    def shares(self, weights: np.ndarray) -> np.ndarray:
+        """Return 1 for adapters with a positive weight."""
+        return chosen(weights)
+
+
+@dataclass(frozen=True)
+class Gated(Learned):
     """AutoLoRA's gate: for each token, module and output number a factor on each adapter's output.
 
         g_i = sigmoid(LN(y_b) * w_b + LN(y_i) * w_l + LN(y_b) * LN(y_i) * w_c + b),   y = y_b + sum_i w_o * g_i * y_i
@@ -37,11 +48,6 @@ class Gated(Composition):
 
     name: ClassVar[str] = "gated"
     reference: ClassVar[str] = "AutoLoRA, arXiv 2508.02107"
-    trained: ClassVar[bool] = True
-
-    def shares(self, weights: np.ndarray) -> np.ndarray:
-        """Return 1 for adapters with a positive weight; the gate decides how much each adds."""
-        return chosen(weights)
 
     def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
         """Make a gate that is 1/2 everywhere."""
@@ -95,7 +101,7 @@ def _plain_norms(shape: tuple[int, int]) -> Arrays:
 
 
 @dataclass(frozen=True)
-class Router(Composition):
+class Router(Learned):
     """RAMoLE's router: for each token and module, attention over the adapters' outputs.
 
         alpha_i = softmax_i(q' v_i / sqrt(O)),   q = B_r A_r x,   v_i = s_i B_i A_i x,   y = y_b + sum_i alpha_i v_i
@@ -112,7 +118,6 @@ class Router(Composition):
 
     name: ClassVar[str] = "router"
     reference: ClassVar[str] = "RAMoLE, arXiv 2406.16989"
-    trained: ClassVar[bool] = True
 
     rank: int = 8
 
@@ -120,10 +125,6 @@ class Router(Composition):
         if self.rank < 1:
             msg = f"a router of rank {self.rank}: wanted 1 or more"
             raise UsageError(msg)
-
-    def shares(self, weights: np.ndarray) -> np.ndarray:
-        """Return 1 for adapters with a positive weight, among which the router chooses."""
-        return chosen(weights)
 
     def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
         """Draw A_r uniformly in +-1/sqrt(I) and set B_r to zero, as LoRA does."""

@@ -26,7 +26,7 @@ from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
-from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, module_names
+from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, ModuleArrays, module_names
 from jcrosslora.shelf.composition.ways import COMPOSITIONS
 from jcrosslora.utils.files import atomic_folder, output_path
 
@@ -37,11 +37,7 @@ _FORM = 1
 def write_composition(
     out: Path, how: Composition, updates: ComposedAdapter, adapters: Sequence[Adapter], base: BaseModel
 ) -> Path:
-    """Write a new folder, completely or not at all.
-
-    Raises:
-        OutputError: something exists there, or it cannot be written.
-    """
+    """Write a new folder, completely or not at all; raise OutputError if it exists or cannot be written."""
     out = output_path(out)
     if os.path.lexists(out):
         msg = f"{out}: exists already: choose another output for the composition, or remove it yourself"
@@ -98,9 +94,7 @@ def read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[A
     return how, adapters, arrays
 
 
-def with_read_arrays(
-    updates: ComposedAdapter, base: BaseModel, arrays: Mapping[str, np.ndarray], folder: str
-) -> ComposedAdapter:
+def with_read_arrays(updates: ComposedAdapter, base: BaseModel, arrays: ModuleArrays, folder: str) -> ComposedAdapter:
     """Replace the composition's arrays by those of a file.
 
     Raises:
@@ -135,7 +129,7 @@ def _composition(folder: Path, facts: Mapping[str, Any]) -> Composition:
     raise AdapterError(msg + "composition again, or update jcrosslora")
 
 
-def _check_settings(folder: Path, how: Composition, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_settings(folder: Path, how: Composition, arrays: ModuleArrays) -> None:
     """Raise AdapterError for a setting that is no size of any array, before arrays of that size are made."""
     sizes = {size for array in arrays.values() for size in array.shape}
     for name, value in dataclasses.asdict(how).items():

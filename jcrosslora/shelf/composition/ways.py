@@ -1,7 +1,7 @@
 """The ways of composing by name, and those whose shares do not depend on the token."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,13 +15,14 @@ from jcrosslora.errors import AdapterError, UsageError, suggestion
 from jcrosslora.shelf.composition.composition import (
     Arrays,
     Composition,
+    ModuleArrays,
     RoleSizes,
     Updates,
     add_weighted,
     read_all,
     write_all,
 )
-from jcrosslora.shelf.composition.gates import Gated, RandomGate, Router, chosen
+from jcrosslora.shelf.composition.gates import Gated, Learned, RandomGate, Router, chosen
 
 SHARE = "share"  # the array of `Stack`
 
@@ -42,9 +43,7 @@ class Select(Composition):
         found[rows, largest] = weights[rows, largest] > 0
         return found
 
-    def as_adapter(
-        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
-    ) -> Adapter:
+    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Return the chosen adapter as it is."""
         del arrays
         return adapters[int(np.argmax(shares))]
@@ -57,9 +56,7 @@ class Mixture(Composition):
     name: ClassVar[str] = "mixture"
     reference: ClassVar[str] = "LoraRetriever, arXiv 2402.09997"
 
-    def as_adapter(
-        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
-    ) -> Adapter:
+    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Put the factors of the adapters side by side; the ranks add up."""
         del arrays
         return _weighted_sum(adapters, shares, lambda _, number: shares[number])
@@ -105,9 +102,7 @@ class Fusion(Composition):
         inner = jnp.sum(read_all(x, updates.a) * shares, axis=-2, keepdims=True)
         return out + write_all((inner * shares).astype(x.dtype), updates.b)
 
-    def as_adapter(
-        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
-    ) -> Adapter:
+    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Average the factors; a module that an adapter does not update counts as zeros."""
         del arrays
         modules: dict[str, LoRAFactors] = {}
@@ -122,7 +117,7 @@ class Fusion(Composition):
 
 
 @dataclass(frozen=True)
-class Stack(Composition):
+class Stack(Learned):
     """SD-LoRA's sum: the directions of all adapters, with a trained magnitude for each module and adapter.
 
         y = y_b + sum_i a_i D_i x,   D_i = s_i B_i A_i / (|s_i| ||B_i|| ||A_i||)
@@ -133,11 +128,6 @@ class Stack(Composition):
 
     name: ClassVar[str] = "stack"
     reference: ClassVar[str] = "SD-LoRA, ICLR 2025 (openreview 5U1rlpX68A)"
-    trained: ClassVar[bool] = True
-
-    def shares(self, weights: np.ndarray) -> np.ndarray:
-        """Return 1 for adapters with a positive weight; the magnitudes decide how much each adds."""
-        return chosen(weights)
 
     def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
         """Keep the magnitude of every update."""
@@ -148,9 +138,7 @@ class Stack(Composition):
         """Add the adapters' outputs with their magnitudes."""
         return add_weighted(x, out, updates, updates.shares[:, None, :] * updates.arrays[SHARE])
 
-    def as_adapter(
-        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
-    ) -> Adapter:
+    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Put the factors side by side, with the trained magnitudes; the ranks add up."""
         return _weighted_sum(adapters, shares, lambda name, number: float(arrays[f"{name}.{SHARE}"][number]))
 
