@@ -37,8 +37,9 @@ from jcrosslora.distill.sources import reduced_base
 from jcrosslora.distill.sources.served import top_tokens
 from jcrosslora.evaluate import log_probs, predictions
 from jcrosslora.evaluate.harness import requests
+from jcrosslora.linalg import svd as choose
+from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.stacked import AXIS
-from jcrosslora.linalg.svd import choose, refine
 from jcrosslora.maps.alignment import groups, layer_similarity
 from jcrosslora.maps.evidence import (
     Activations,

@@ -19,11 +19,10 @@ from jcrosslora.linalg import (
     refine,
     subspace_svd,
 )
-from jcrosslora.linalg.svd import choose
-from jcrosslora.linalg.svd.choose import GUARD, KERNELS
-from jcrosslora.linalg.svd.dense import gram_matrix
-from jcrosslora.linalg.svd.host import gram_on_host
-from jcrosslora.linalg.svd.krylov import krylov_columns
+from jcrosslora.linalg import svd as choose
+from jcrosslora.linalg.svd import GUARD, KERNELS
+from jcrosslora.linalg.svd_float64 import gram_on_host
+from jcrosslora.linalg.svd_kernels import gram_matrix, krylov_columns
 
 ROUTES = [jax.jit(one, static_argnames=("rank", "vectors", "guard")) for one in (full_svd, gram_svd)]
 FULL, GRAM = ROUTES

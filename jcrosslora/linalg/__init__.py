@@ -3,7 +3,6 @@
 Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
 
-from jcrosslora.linalg.dot import dot as dot
 from jcrosslora.linalg.least_squares import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.least_squares import procrustes as procrustes
 from jcrosslora.linalg.least_squares import psd_power as psd_power
@@ -11,6 +10,7 @@ from jcrosslora.linalg.least_squares import reduced_rank_ridge as reduced_rank_r
 from jcrosslora.linalg.least_squares import ridge as ridge
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap
 from jcrosslora.linalg.low_rank import complement as complement
+from jcrosslora.linalg.low_rank import dot as dot
 from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import product_energy as product_energy
 from jcrosslora.linalg.low_rank import recompress as recompress
@@ -20,13 +20,13 @@ from jcrosslora.linalg.stacked import over_all_devices as over_all_devices
 from jcrosslora.linalg.stacked import over_layers as over_layers
 from jcrosslora.linalg.stacked import place as place
 from jcrosslora.linalg.stacked import spread as spread
-from jcrosslora.linalg.svd.choose import Kernel as Kernel
-from jcrosslora.linalg.svd.choose import choose_kernel as choose_kernel
-from jcrosslora.linalg.svd.choose import decompose as decompose
-from jcrosslora.linalg.svd.choose import describe_kernels as describe_kernels
-from jcrosslora.linalg.svd.dense import full_svd as full_svd
-from jcrosslora.linalg.svd.dense import gram_svd as gram_svd
-from jcrosslora.linalg.svd.krylov import krylov_svd as krylov_svd
-from jcrosslora.linalg.svd.krylov import subspace_svd as subspace_svd
-from jcrosslora.linalg.svd.record import TruncatedSVD as TruncatedSVD
-from jcrosslora.linalg.svd.refine import refine as refine
+from jcrosslora.linalg.svd import Kernel as Kernel
+from jcrosslora.linalg.svd import choose_kernel as choose_kernel
+from jcrosslora.linalg.svd import decompose as decompose
+from jcrosslora.linalg.svd import describe_kernels as describe_kernels
+from jcrosslora.linalg.svd_float64 import refine as refine
+from jcrosslora.linalg.svd_kernels import full_svd as full_svd
+from jcrosslora.linalg.svd_kernels import gram_svd as gram_svd
+from jcrosslora.linalg.svd_kernels import krylov_svd as krylov_svd
+from jcrosslora.linalg.svd_kernels import subspace_svd as subspace_svd
+from jcrosslora.linalg.svd_record import TruncatedSVD as TruncatedSVD

@@ -5,17 +5,13 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-from jcrosslora.linalg.dot import dot
-from jcrosslora.linalg.low_rank import LinearMap, low_rank
+from jcrosslora.linalg.low_rank import LinearMap, dot, low_rank
 
 
 def ridge(gram: jax.Array, cross: jax.Array, penalty: float) -> jax.Array:
-    """Find W (M, N) that minimises ||X W - Y||_F^2 + c ||W||_F^2, with c = penalty * mean(diag(X'X)).
+    """Find W (M, N) that minimises ||X W - Y||_F^2 + c ||W||_F^2, where c = penalty * mean(diag(X'X)) > 0.
 
-    Args:
-        gram: (M, M), X'X.
-        cross: (M, N), X'Y.
-        penalty: above 0.
+    `gram` is X'X (M, M) and `cross` is X'Y (M, N).
     """
     return cho_solve((_damped_root(gram, penalty), True), cross)
 
@@ -28,14 +24,8 @@ def reduced_rank_ridge(gram: jax.Array, cross: jax.Array, rank: int, penalty: fl
     L^-1 X'Y, and W = ridge(...) V V'. The Gram matrix squares the singular values: those below 3e-4 of the largest are
     lost in rounding, and with them 1e-7 of the explained sum of squares.
 
-    Args:
-        gram: (M, M), X'X.
-        cross: (M, N), X'Y.
-        rank: R, at most min(M, N).
-        penalty: above 0.
-
     Returns:
-        left (M, R) and right (N, R), orthonormal, with W = left right'.
+        left (M, R) and right (N, R), orthonormal, with W = left right' and R = `rank`, at most min(M, N).
     """
     chex.assert_rank([gram, cross], 2)
     root = _damped_root(gram, penalty)
@@ -53,15 +43,12 @@ def _damped_root(gram: jax.Array, penalty: float) -> jax.Array:
 
 
 def procrustes(cross: jax.Array) -> tuple[LinearMap, jax.Array]:
-    """Find the partial isometry P that best maps the rows of X to those of Y, from their cross-moment.
+    """Find the partial isometry P that best maps the rows of X to those of Y, from their cross-moment X'Y (M_src, M_tgt).
 
     P maximises tr(P X'Y), and for equal widths minimises ||X P' - Y||_F over orthogonal P (Schoenemann 1966): with
     X'Y = U S V', P = V U'. Directions that the moment does not determine are mapped to zero: those whose singular value
     is below float32 rounding, eps times the longer side times the largest. There are many of them when a few dimensions
     carry most of the energy, and their vectors are noise (on the one real pair measured, keeping them undid the gain).
-
-    Args:
-        cross: (M_src, M_tgt), X'Y.
 
     Returns:
         P (M_tgt, M_src), and the nuclear norm () of the moment, equal to tr(P X'Y).
@@ -73,14 +60,10 @@ def procrustes(cross: jax.Array) -> tuple[LinearMap, jax.Array]:
 
 
 def psd_power(matrix: jax.Array, power: float) -> tuple[jax.Array, jax.Array]:
-    """Compute matrix^power by eigenvectors, with eigenvalues raised to at least the level of float32 rounding.
+    """Compute a power of a matrix (M, M) by eigenvectors, with eigenvalues raised to the level of float32 rounding.
 
     An eigenvalue below eps times the side times the largest is noise and may be negative; its negative power would
     outweigh all others.
-
-    Args:
-        matrix: (M, M).
-        power: any real number.
 
     Returns:
         The power (M, M), and the eigenvalues (M,) after raising, ascending.

@@ -1,4 +1,7 @@
-"""Choose the SVD kernel for a shape, and decompose a stack of matrices to a tolerance."""
+"""Truncated SVD of a stack of matrices to a tolerance, with an error estimate for each.
+
+`decompose` chooses a kernel for the shape, and redoes the matrices whose estimated error is above the tolerance.
+"""
 
 import dataclasses
 from collections import Counter
@@ -13,15 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jcrosslora.linalg.stacked import mesh_of, over_layers
-from jcrosslora.linalg.svd.dense import full_svd, gram_svd
-from jcrosslora.linalg.svd.host import gram_on_host
-from jcrosslora.linalg.svd.krylov import DEPTH, krylov_columns, krylov_svd, subspace_svd
-from jcrosslora.linalg.svd.record import TruncatedSVD
-from jcrosslora.linalg.svd.refine import refine
+from jcrosslora.linalg.svd_float64 import gram_on_host, refine
+from jcrosslora.linalg.svd_kernels import DEPTH, full_svd, gram_svd, krylov_columns, krylov_svd, subspace_svd
+from jcrosslora.linalg.svd_record import TruncatedSVD
 
 Kernel = Literal["auto", "full", "gram", "krylov", "subspace"]
 
 _DEEPER = 6
+_IN_FLOAT64 = " in float64"
 KERNELS: dict[str, Callable[..., TruncatedSVD]] = {
     "full": full_svd,
     "gram": gram_svd,
@@ -51,10 +53,7 @@ def choose_kernel(shape: tuple[int, int], rank: int, platform: str) -> Kernel:
     else `gram`. `full` is never first: on a GPU or TPU an SVD costs many times an eigensolve, and on a CPU it is needed
     only if no other kernel resolves a matrix. The rule has not been timed on a GPU or TPU.
 
-    Args:
-        shape: (O, I).
-        rank: R.
-        platform: a name from `jax.default_backend()`.
+    `platform` is a name from `jax.default_backend()`.
     """
     short = min(shape)
     narrow = krylov_columns(rank, guard=GUARD) <= _NARROW * short
@@ -108,7 +107,7 @@ def _decompose_stack(
         better = []
         for place in missed:
             w, first = _row(stack, int(place)), jax.tree.map(lambda x, place=place: _row(x, int(place)), svd)
-            one, used[place] = _redo(w, first, kernel, kernel, rank, vectors, tolerance)
+            one, used[place] = _redo(w, first, kernel, rank, vectors, tolerance)
             better.append(jax.device_get(one))
         svd = _replace_rows(svd, jnp.asarray(missed), jax.tree.map(lambda *leaves: np.stack(leaves), *better))
     return _cut(svd, rank), tuple(used)
@@ -117,10 +116,10 @@ def _decompose_stack(
 def _decompose_in_threads(
     stack: jax.Array, kernel: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
-    rows, name = list(np.asarray(stack)), f"{kernel} in float64"
+    rows, name = list(np.asarray(stack)), kernel + _IN_FLOAT64
     svds, used = gram_on_host(rows, rank, vectors=vectors), [name] * len(rows)
     for place in _missed([svd.error for svd in svds], tolerance):
-        found, used[place] = _redo(jnp.asarray(rows[place]), svds[place], name, kernel, rank, vectors, tolerance)
+        found, used[place] = _redo(jnp.asarray(rows[place]), svds[place], name, rank, vectors, tolerance)
         svds[place] = jax.device_get(_cut(found, rank))
     return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), stack.sharding), *svds), tuple(used)
 
@@ -135,28 +134,22 @@ def describe_kernels(used: Iterable[str]) -> str:
 
 
 def _redo(
-    w: jax.Array, svd: TruncatedSVD, name: str, kernel: str, rank: int, vectors: bool, tolerance: float
+    w: jax.Array, svd: TruncatedSVD, name: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, str]:
     """Redo one matrix until it meets the tolerance; return the result of smallest error and the name of its kernel.
 
-    Args:
-        w: (O, I).
-        svd: the result so far.
-        name: how `svd` was made: `kernel`, or `kernel` in float64.
-        kernel: the kernel that made it.
-        rank: R.
-        vectors: as in `decompose`.
-        tolerance: as in `decompose`.
+    `name` says how `svd` was made: by a kernel, or by one in float64.
     """
+    kernel = name.removesuffix(_IN_FLOAT64)
 
     def attempts() -> Iterator[tuple[TruncatedSVD, str]]:
         if name == kernel:
-            yield refine(w, svd, rank, vectors=vectors), f"{kernel} in float64"
+            yield refine(w, svd, rank, vectors=vectors), kernel + _IN_FLOAT64
         for stronger in _STRONGER[kernel]:
             if _fits(stronger, w.shape, rank):
                 once = _run_one(w, stronger, rank, vectors)
                 yield once, stronger
-                yield refine(w, once, rank, vectors=vectors), f"{stronger} in float64"
+                yield refine(w, once, rank, vectors=vectors), stronger + _IN_FLOAT64
 
     best, label = svd, name
     for result, tried in attempts():
@@ -169,7 +162,7 @@ def _redo(
 
 
 def _fits(kernel: str, shape: tuple[int, ...], rank: int) -> bool:
-    """Whether a kernel applies to a shape: `krylov_svd` needs a subspace narrower than the short side."""
+    """Tell whether a kernel applies to a shape: `krylov_svd` needs a subspace narrower than the short side."""
     if not kernel.startswith("krylov"):
         return True
     depth = DEPTH if kernel == "krylov" else _DEEPER

@@ -1,5 +1,9 @@
-"""Individual vectors in float64 from a float32 subspace, for matrices with close singular values."""
+"""SVDs in float64, for close singular values: refined from a float32 subspace, or by LAPACK on the host."""
 
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import chex
@@ -7,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
+from threadpoolctl import threadpool_limits
 
-from jcrosslora.linalg.dot import dot
-from jcrosslora.linalg.svd.record import TruncatedSVD, judge, namespace
+from jcrosslora.linalg.low_rank import dot
+from jcrosslora.linalg.svd_record import Triplets, TruncatedSVD, namespace, truncate
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -20,14 +25,7 @@ def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) 
     that width and a small eigenproblem (Parlett 1998, chapter 11); the residual shows the part outside. If the
     triplets are more than half of all, the whole eigenproblem is solved, which costs no more.
 
-    Args:
-        w: (O, I), float32.
-        svd: of W, with K = R + guard triplets.
-        rank: R.
-        vectors: as in the kernels.
-
-    Returns:
-        The decomposition with K triplets, in float32.
+    `svd` is a decomposition of W (O, I) in float32 with K = R + guard triplets, and so is the result.
     """
     chex.assert_rank([w, svd.u], 2)
     with jax.enable_x64(True):
@@ -52,21 +50,17 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
     # The residual of the vectors as stored, in float64: squares of small numbers may underflow in float32.
     back = dot(single.T, long).astype(jnp.float64) - short.astype(jnp.float64) * s[:columns]
     residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds by construction
-    keep, judged = judge_refined(s, residual, jnp.sum(tall**2), w.shape, rank, vectors)
-    long, short = jnp.where(keep, long, 0), jnp.where(keep, short, 0)
     u, v = (long, short) if upright else (short, long)
-    return TruncatedSVD(u=u, v=v, **judged)
+    return _truncate_refined(Triplets(u, s, v, residual, jnp.sum(tall**2)), rank, vectors)
 
 
-def judge_refined(
-    s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, ...], rank: int, vectors: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Apply `judge` to singular values and residuals in float64; the fields are float32."""
-    keep, judged = judge(s, residual, total, (shape[0], shape[1]), rank=rank, vectors=vectors)
+def _truncate_refined(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
+    """Apply `truncate` to singular values and residuals in float64; the fields are float32."""
+    svd = truncate(found, rank, vectors)
+    leak = _leak(found.s, found.residual, svd.numerical_rank, rank, vectors, min(len(found.u), len(found.v)))
     # The vectors are stored in float32, which bounds their accuracy.
-    error = _leak(s, residual, judged["numerical_rank"], rank, vectors, min(shape)) + float(jnp.finfo(jnp.float32).eps)
-    judged = {**judged, "error": error}
-    return keep, {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in judged.items()}
+    svd = dataclasses.replace(svd, error=leak + float(jnp.finfo(jnp.float32).eps))
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, svd)
 
 
 def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -108,3 +102,58 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     turned = (xp.max(leak) * residual + float(xp.finfo(s.dtype).eps) * s[0]) / xp.maximum(gaps, tiny)
     worst = xp.max(xp.where(inside, leak + turned, 0))
     return xp.where(xp.isfinite(s[0]), worst, xp.nan)
+
+
+def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True) -> list[TruncatedSVD]:
+    """Compute the leading R triplets of each matrix from the Gram matrix of its short side, in float64.
+
+    Compiled by XLA, a CPU takes the matrices of a stack one by one, because LAPACK calls in several of XLA's threads
+    can deadlock. numpy releases the interpreter lock in LAPACK, so Python threads use all cores, and nothing is
+    compiled. On a CPU float64 costs less than redoing the matrices for which float32 is too coarse.
+
+    `rows` are float32 matrices (O, I) of one shape; the results are numpy arrays in float32. Vectors are accurate to
+    float32 unless their neighbours in the spectrum are too close for float64; singular values below 1e-7 of the largest
+    are lost. `error` shows both, and is NaN if W is not finite.
+    """
+    threads = min(_worker_count(), len(rows))
+    # BLAS gets one thread per call: its own threads would compete with these for the cores.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        solved = pool.map(partial(_solve, columns=rank), rows)
+        with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
+            return [_truncate_refined(found, rank, vectors) for found in solved]
+
+
+def _worker_count() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _solve(w: np.ndarray, *, columns: int) -> Triplets:
+    upright = w.shape[0] >= w.shape[1]
+    single = w if upright else w.T
+    tall = single.astype(np.float64)  # holds the squares of any float32
+    gram = tall.T @ tall
+    squares, short = _eigh(gram)
+    s = np.sqrt(np.maximum(squares, 0))
+    # The eigenvectors resolve close neighbours, so float32 is enough from here on.
+    short, kept = np.ascontiguousarray(short[:, :columns], np.float32), s[:columns]
+    long = single @ short
+    long /= np.where(kept > 0, kept, 1).astype(np.float32)
+    # The residual of the vectors as stored; W v = s u holds by construction.
+    back = single.T @ long
+    residual = np.linalg.norm(back - short * kept.astype(np.float32), axis=0) / 2**0.5
+    u, v = (long, short) if upright else (short, long)
+    return Triplets(u, s, v, residual.astype(np.float64), np.trace(gram))  # type: ignore[arg-type]
+
+
+def _eigh(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues, descending, and eigenvectors; NaN, and with it a NaN `error`, if they cannot be had."""
+    try:
+        if np.isfinite(gram).all():
+            squares, vectors = np.linalg.eigh(gram)
+            return squares[::-1], vectors[:, ::-1]
+    except np.linalg.LinAlgError:
+        pass  # no convergence: `decompose` tries a stronger kernel
+    return np.full(len(gram), np.nan), np.full_like(gram, np.nan)

@@ -1,6 +1,6 @@
 """The result of every SVD kernel, and the estimate of its error."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -41,7 +41,7 @@ class TruncatedSVD:
 
 
 def namespace(x: jax.Array) -> Any:
-    """Return numpy for an array on the host, which needs no compilation, else jax.numpy."""
+    """Return numpy for an array on the host, for which nothing is compiled, else jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -50,16 +50,25 @@ def noise_level(shape: tuple[int, ...]) -> float:
     return float(jnp.finfo(jnp.float32).eps) * max(shape)
 
 
-def truncate(
-    u: jax.Array,
-    s: jax.Array,
-    v: jax.Array,
-    residual: jax.Array,
-    total: jax.Array,
-    *,
-    rank: int,
-    vectors: bool,
-) -> TruncatedSVD:
+class Triplets(NamedTuple):
+    """Triplets of W (O, I) as a kernel found them, jax or numpy arrays.
+
+    Attributes:
+        u: (O, K), K >= R.
+        s: (S,), all known singular values, descending; S >= K.
+        v: (I, K).
+        residual: (K,), as in `TruncatedSVD`, but not divided by s_1.
+        total: (), ||W||_F^2.
+    """
+
+    u: jax.Array
+    s: jax.Array
+    v: jax.Array
+    residual: jax.Array
+    total: jax.Array
+
+
+def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
     """Build the record: zero the vectors below the noise, and estimate `error` from residuals and gaps.
 
     With [u; v] / sqrt(2) as an eigenvector of [0 W; W' 0], a triplet of residual r is rotated by at most r over its
@@ -67,32 +76,11 @@ def truncate(
     rounding of s_1, because the vectors are stored in float32.
 
     Args:
-        u: (O, K), K >= R.
-        s: (S,), all known singular values, descending; S >= K.
-        v: (I, K).
-        residual: (K,), as in the record, but not divided by s_1.
-        total: (), ||W||_F^2.
+        found: of W.
         rank: R.
         vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
     """
-    keep, judged = judge(s, residual, total, (u.shape[0], v.shape[0]), rank=rank, vectors=vectors)
-    return TruncatedSVD(u=jnp.where(keep, u, 0), v=jnp.where(keep, v, 0), **judged)
-
-
-def judge(
-    s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, int], *, rank: int, vectors: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return a mask (K,) of the triplets above the noise, and all fields of the record except the vectors.
-
-    Args:
-        s: as in `truncate`.
-        residual: as in `truncate`.
-        total: as in `truncate`.
-        shape: (O, I) of W.
-        rank: R.
-        vectors: as in `truncate`.
-    """
-    xp, columns, short = namespace(s), residual.shape[0], min(shape)
+    xp, s, columns, shape = namespace(found.s), found.s, found.residual.shape[0], (len(found.u), len(found.v))
     # `where` and not a product: LAPACK may leave NaN in vectors of zero singular values.
     keep = s[:columns] > noise_level(shape) * s[0]
     count = xp.sum(keep[:rank], dtype=xp.int32)
@@ -101,15 +89,18 @@ def judge(
     last, after = s[xp.maximum(count - 1, 0)], padded[count]
     safe_last = xp.where(last > 0, last, 1)
     safe_top = xp.where(s[0] > 0, s[0], 1)
-    return keep, {
-        "s": kept,
-        "residual": xp.where(keep, residual, 0) / safe_top,
-        "energy": xp.minimum(xp.sum(kept[:rank] ** 2) / xp.where(total > 0, total, 1), 1),
-        "gap": xp.where(last > 0, (last - xp.minimum(after, last)) / safe_last, 0),
-        "condition": xp.where(last > 0, s[0] / safe_last, 0),
-        "error": _turn(padded, xp.where(keep, residual, 0)[:rank], count, rank == short, vectors),
-        "numerical_rank": count,
-    }
+    total = xp.where(found.total > 0, found.total, 1)
+    return TruncatedSVD(
+        u=xp.where(keep, found.u, xp.zeros_like(found.u)),
+        s=kept,
+        v=xp.where(keep, found.v, xp.zeros_like(found.v)),
+        residual=xp.where(keep, found.residual, 0) / safe_top,
+        energy=xp.minimum(xp.sum(kept[:rank] ** 2) / total, 1),
+        gap=xp.where(last > 0, (last - xp.minimum(after, last)) / safe_last, 0),
+        condition=xp.where(last > 0, s[0] / safe_last, 0),
+        error=_turn(padded, xp.where(keep, found.residual, 0)[:rank], count, rank == min(shape), vectors),
+        numerical_rank=count,
+    )
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:

@@ -1,8 +1,11 @@
-"""SVD kernels for a few leading triplets: block Krylov, in a subspace a few times as wide as the rank.
+"""SVD kernels: `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one matrix in float32.
 
-Randomised subspace iteration, the usual method, is kept for comparison.
+`full_svd` is slow, with an error of float32 rounding only. `gram_svd` takes the eigenvectors of the Gram matrix of the
+short side: fast, but it squares the condition number. `krylov_svd` finds a few leading triplets in a subspace a few
+times as wide as the rank. `subspace_svd`, the usual randomised method, is kept for comparison.
 """
 
+import dataclasses
 import itertools
 
 import chex
@@ -10,16 +13,97 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.linalg.dot import dot
-from jcrosslora.linalg.svd.dense import from_eigenpairs, gram_matrix, gram_svd, scale_out
-from jcrosslora.linalg.svd.record import TruncatedSVD
+from jcrosslora.linalg.low_rank import dot
+from jcrosslora.linalg.svd_record import Triplets, TruncatedSVD, noise_level, truncate
 
+# From this width on, skipping the lower triangle saves more time than its copies take.
+_TRIANGLE_FROM = 1024
+_STRIPES = 4
 # The last blocks restart from random columns. A block Krylov space holds a repeated eigenvalue at most as often as a
 # block has columns; new random columns find the missing copies, whose residual then shows.
 _PROBE_BLOCKS = 2
 _FEWEST = 3
 _LOOPS = 4
 DEPTH, BLOCK = 4, 32
+
+
+def full_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
+    """Compute the leading triplets of W (O, I) by a full SVD (LAPACK's gesdd on a CPU) and truncation.
+
+    Args:
+        w: (O, I), float32.
+        rank: R, at most min(O, I).
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
+    """
+    chex.assert_rank(w, 2)
+    columns = min(rank + guard, *w.shape)
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    u, v = u[:, :columns], vt[:columns].T
+    sides = dot(w, v) - u * s[:columns], dot(w.T, u) - v * s[:columns]
+    residual = jnp.linalg.norm(jnp.concatenate(sides), axis=0) / 2**0.5
+    return truncate(Triplets(u, s, v, residual, jnp.sum(s**2)), rank, vectors)
+
+
+def scale_out(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divide W by its largest entry, so that squares stay in the range of float32; return both."""
+    size = jnp.maximum(jnp.max(jnp.abs(w)), jnp.finfo(w.dtype).tiny)
+    return w / size, size
+
+
+def gram_matrix(w: jax.Array) -> jax.Array:
+    """Return W'W or WW' (M, M), the smaller one, of a large W by the blocks on and above the diagonal."""
+    # Both orientations are written out: XLA copies a slice of a transpose, which takes longer than it saves.
+    wide, width = w.shape[0] < w.shape[1], min(w.shape)
+    if width < _TRIANGLE_FROM:
+        return dot(w, w.T) if wide else dot(w.T, w)
+    edges = [width * i // _STRIPES for i in range(_STRIPES + 1)]
+    stripes = [
+        jnp.pad(
+            dot(w[start:stop], w[start:].T) if wide else dot(w[:, start:stop].T, w[:, start:]), ((0, 0), (start, 0))
+        )
+        for start, stop in itertools.pairwise(edges)
+    ]
+    upper = jnp.triu(jnp.concatenate(stripes))
+    return upper + jnp.triu(upper, 1).T
+
+
+def from_eigenpairs(
+    w: jax.Array, eigenvalues: jax.Array, short: jax.Array, *, rank: int, vectors: bool, guard: int
+) -> TruncatedSVD:
+    """Compute triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `scale_out(w)`.
+
+    The long side is u = W v / s, so W v = s u holds by construction. The residual of the other equation is measured on
+    W and includes the rounding of the Gram matrix and of its eigenvectors.
+
+    `eigenvalues` (S,) ascend, and `short` (M, S) has orthonormal columns.
+    """
+    scaled, size = scale_out(w)
+    tall = scaled if w.shape[0] >= w.shape[1] else scaled.T
+    columns = min(rank + guard, *w.shape)
+    squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, -columns:][:, ::-1]
+    s = jnp.sqrt(squares)
+    long = dot(tall, short) / jnp.where(s[:columns] > 0, s[:columns], 1)
+    # W v = s u holds by construction.
+    residual = jnp.linalg.norm(dot(tall.T, long) - short * s[:columns], axis=0) / 2**0.5
+    u, v = (long, short) if w.shape[0] >= w.shape[1] else (short, long)
+    total = jnp.sum(jnp.sum(tall**2, axis=0))
+    svd = truncate(Triplets(u, s, v, residual, total), rank, vectors)
+    # The Gram matrix does not resolve squares below the noise, though W may hold these singular values: the error is
+    # unknown then. `~(a > b)` keeps a NaN error.
+    lost = ~(squares[rank - 1] > noise_level(w.shape) * squares[0]) & jnp.isfinite(squares[0])
+    return dataclasses.replace(svd, s=svd.s * size, error=jnp.where(lost, jnp.inf, svd.error))
+
+
+def gram_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
+    """Compute the leading triplets of W (O, I) from W'W or WW', the smaller one; arguments as in `full_svd`.
+
+    Vectors with close neighbours in the spectrum come out rotated, and singular values below 3e-4 of the largest are
+    lost; `error` shows both.
+    """
+    chex.assert_rank(w, 2)
+    eigenvalues, short = jnp.linalg.eigh(gram_matrix(scale_out(w)[0]))
+    return from_eigenpairs(w, eigenvalues, short, rank=rank, vectors=vectors, guard=guard)
 
 
 def krylov_columns(rank: int, *, guard: int = 0, depth: int = DEPTH, block: int = BLOCK) -> int:
@@ -41,14 +125,9 @@ def krylov_svd(
     the eigenvectors in the whole subspace. `error` does not assume convergence: it follows from `residual`, which is
     measured on W. If the subspace would be as wide as the matrix, `gram_svd` is used instead.
 
-    Args:
-        w: (O, I), float32.
-        rank: R, at most min(O, I).
-        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
-        guard: number of further triplets to return, if there are as many.
-        depth: columns of the subspace per triplet. With 3, vectors next to the cut do not converge on spectra that
-            decay as slowly as those of language models.
-        block: columns per block.
+    `depth` is the number of columns of the subspace per triplet, `block` that of a block; the other arguments are those
+    of `full_svd`. With a depth of 3, vectors next to the cut do not converge on spectra that decay as slowly as those
+    of language models.
     """
     chex.assert_rank(w, 2)
     columns = krylov_columns(rank, guard=guard, depth=depth, block=block)
@@ -104,13 +183,8 @@ def subspace_svd(
     Each iteration gains a factor of (s_{R+extra} / s_R)^2, which is close to 1 for the slowly decaying spectra of
     language models: the subspace converges, individual vectors near the cut do not. `error` shows this.
 
-    Args:
-        w: (O, I), float32.
-        rank: R, at most min(O, I).
-        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
-        guard: number of further triplets to return, if there are as many.
-        extra: columns beyond R; None is half of R.
-        iterations: products with the Gram matrix.
+    `extra` is the number of columns beyond R, half of R by default, and `iterations` that of the products with the Gram
+    matrix; the other arguments are those of `full_svd`.
     """
     chex.assert_rank(w, 2)
     gram = gram_matrix(scale_out(w)[0])
