@@ -47,9 +47,9 @@ from jcrosslora.maps.evidence import (
     Selection,
     Side,
     Vocabulary,
-    head_matching,
+    base_pair,
+    heads,
     moments,
-    shared_vocabulary,
 )
 from jcrosslora.maps.shifting import shift
 from jcrosslora.methods import METHODS, MapMethod
@@ -265,15 +265,15 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
 
 def evidence_programs(shapes: Shapes) -> Iterator[Program]:
     settings, params, _ = shapes.model
-    sums = jax.eval_shape(shared_vocabulary._add, None, of(9, 21), of(9, 23))
-    yield Program(shared_vocabulary._add, (None, of(9, 21), of(9, 23)))
-    yield Program(shared_vocabulary._add, (sums, of(9, 21), of(9, 23)), label="more")
-    yield Program(shared_vocabulary._finish, (sums, of(21), of(23)), {"count": 9})
+    sums = jax.eval_shape(base_pair._add, None, of(9, 21), of(9, 23))
+    yield Program(base_pair._add, (None, of(9, 21), of(9, 23)))
+    yield Program(base_pair._add, (sums, of(9, 21), of(9, 23)), label="more")
+    yield Program(base_pair._finish, (sums, of(21), of(23)), {"count": 9})
     yield Program(weight_stacks._widen, (of(LAYERS, 21, 23, dtype=jnp.bfloat16),))
-    sides = [head_matching.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
-    yield Program(head_matching.circuit_cosines, (*sides, of(21, 23)))
+    sides = [heads.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
+    yield Program(heads.circuit_cosines, (*sides, of(21, 23)))
     roles = tuple(params.weights)
-    given = params, *shapes.read, told(PLACES)
+    given = params, (shapes.tokens, shapes.mask), (shapes.at, told(PLACES))
     yield Program(moments._rows, (settings, roles, *given))
     rows = jax.eval_shape(partial(moments._rows, settings, roles), *given)
     totals = jax.eval_shape(partial(moments.zero_moments, grams=True), rows, rows)

@@ -11,8 +11,13 @@ import jcrosslora as jcl
 from jcrosslora import Evidence
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.evidence import HeadMatch, Side, Vocabulary
-from jcrosslora.maps.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, mean_over_groups
-from jcrosslora.maps.evidence.heads import embedding_map
+from jcrosslora.maps.evidence.heads import (
+    AttentionWeights,
+    best_match,
+    circuit_cosines,
+    embedding_map,
+    mean_over_groups,
+)
 from jcrosslora.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS, LAYERS, VOCAB = 4, 2, 6, 40, 56, 2, 96

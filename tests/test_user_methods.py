@@ -19,8 +19,8 @@ from user_methods import HalfCopy
 import jcrosslora as jcl
 from jcrosslora.cache import Cache
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
-from jcrosslora.maps.coordinates import padded_maps, resampled_maps
 from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
+from jcrosslora.methods.copy import padded_maps, resampled_maps
 from jcrosslora.session.batch import read_plan, run_batch
 
 PLAN = """

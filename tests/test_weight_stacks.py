@@ -10,7 +10,7 @@ from tiny_bases import write_llama
 import jcrosslora as jcl
 from jcrosslora.checkpoint.weight_stacks import load_stack
 from jcrosslora.errors import CheckpointError
-from jcrosslora.maps.evidence.shared_vocabulary import shared_vocabulary
+from jcrosslora.maps.evidence.base_pair import shared_vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 8, "layers": 1}

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from jcrosslora import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
-from jcrosslora.maps.coordinates import padded_maps
 from jcrosslora.methods import MapMethod, Moved, Task
+from jcrosslora.methods.copy import padded_maps
 from jcrosslora.utils import files
 
 # Called with the task of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).

@@ -43,7 +43,7 @@ def _damped_root(gram: jax.Array, penalty: float) -> jax.Array:
 
 
 def procrustes(cross: jax.Array) -> tuple[LinearMap, jax.Array]:
-    """Find the partial isometry P that best maps the rows of X to those of Y, from their cross-moment X'Y (M_src, M_tgt).
+    """Find the partial isometry P that best maps the rows of X to those of Y, from X'Y (M_src, M_tgt).
 
     P maximises tr(P X'Y), and for equal widths minimises ||X P' - Y||_F over orthogonal P (Schoenemann 1966): with
     X'Y = U S V', P = V U'. Directions that the moment does not determine are mapped to zero: those whose singular value

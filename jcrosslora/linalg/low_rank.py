@@ -73,13 +73,13 @@ def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Approximate B A, for b (O, K) and a (K, I), by the nearest product of at most `rank` in the Frobenius norm (Eckart-Young).
+    """Approximate b (O, K) times a (K, I) by the nearest product of at most `rank` in the Frobenius norm.
 
-    QR of both factors, then the SVD of the small core R_b R_a'; the singular values are split evenly between the
-    factors.
+    Eckart-Young: QR of both factors, then the SVD of the small core R_b R_a'; the singular values are split evenly
+    between the factors. `rank` is at most min(O, K, I).
 
     Returns:
-        b (O, rank), a (rank, I), where `rank` is at most min(O, K, I), and the share of the energy kept, in [0, 1] (1 for a zero product).
+        b (O, rank), a (rank, I), and the share of the energy kept, in [0, 1] (1 for a zero product).
     """
     chex.assert_equal(b.shape[1], a.shape[0])
     q_b, r_b = jnp.linalg.qr(b)

@@ -1,11 +1,19 @@
-"""Copy: the unchanged update."""
+"""Methods that keep coordinates: the source's rows and columns as they are, cut or padded, resampled, or selected.
+
+If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
+same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` and
+`IndexInterp` are baselines of a public repository with the models of the Cross-LoRA paper.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
+
 from jcrosslora.adapter import Carried
-from jcrosslora.maps.coordinates import padded_maps
-from jcrosslora.maps.evidence.records import Evidence, Maps
+from jcrosslora.linalg import LinearMap, select
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.maps.method import MapMethod, Measure
 
 
@@ -23,3 +31,82 @@ class Copy(MapMethod):
     def maps(self, evidence: Evidence) -> Maps:
         """Return identities."""
         return padded_maps(evidence)
+
+
+@dataclass(frozen=True)
+class PadTruncate(MapMethod):
+    """Rows and columns cut off or filled with zeros."""
+
+    name: ClassVar[str] = "pad-truncate"
+    summary: ClassVar[str] = "rows and columns cut off or filled with zeros"
+    reference: ClassVar[str] = "github.com/ootyzzz/PAW, lora_x_core.py"
+    measure: ClassVar[Measure] = "weight cosine"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return rectangular identities."""
+        return padded_maps(evidence)
+
+
+@dataclass(frozen=True)
+class IndexInterp(MapMethod):
+    """Rows and columns resampled at the nearest index."""
+
+    name: ClassVar[str] = "index-interp"
+    summary: ClassVar[str] = "rows and columns resampled at the nearest index"
+    reference: ClassVar[str] = "github.com/ootyzzz/PAW, interpo_core.py"
+    measure: ClassVar[Measure] = "weight cosine"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return maps that repeat or skip indices."""
+        return resampled_maps(evidence)
+
+
+@dataclass(frozen=True)
+class Select(MapMethod):
+    """Rows, columns and layers of the source that the target consists of."""
+
+    name: ClassVar[str] = "select"
+    summary: ClassVar[str] = "rows, columns and layers of the source that the target consists of, in its order"
+    reference: ClassVar[str] = "this package"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SELECTION})
+    measure: ClassVar[Measure] = "part cosine"
+    carries: ClassVar[Carried] = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return maps that select the rows of the evidence; rows without a counterpart become zero."""
+        chosen = evidence.selected_rows
+        (o_src, i_src), w_tgt = evidence.src.weight.shape, evidence.tgt.weight
+        p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
+        carried = p_in(p_out(evidence.src.weight).T).T
+        norms = jnp.linalg.norm(carried) * jnp.linalg.norm(w_tgt)
+        return Maps(((p_out, p_in),), weight_cosine=jnp.sum(carried * w_tgt) / jnp.where(norms > 0, norms, 1))
+
+
+def _choice(index: jax.Array, size: int) -> LinearMap:
+    return select(jnp.maximum(index, 0), (index >= 0).astype(jnp.float32), size)
+
+
+def padded_maps(evidence: Evidence) -> Maps:
+    """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros.
+
+    For equal shapes they copy the update.
+    """
+    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+    return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
+
+
+def resampled_maps(evidence: Evidence) -> Maps:
+    """Return maps that resample rows and columns at the nearest index."""
+    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+    return Maps(((_resampled(o_src, o_tgt), _resampled(i_src, i_tgt)),))
+
+
+def _padded(size_src: int, size_tgt: int) -> LinearMap:
+    place = jnp.arange(size_tgt)
+    return select(jnp.minimum(place, size_src - 1), (place < size_src).astype(jnp.float32), size_src)
+
+
+def _resampled(size_src: int, size_tgt: int) -> LinearMap:
+    # floor(i (m - 1) / (n - 1)) in integers: evenly spaced from the first index to the last.
+    place = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
+    return select(place, jnp.ones(size_tgt), size_src)

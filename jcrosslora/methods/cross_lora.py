@@ -14,7 +14,7 @@ U~_s' and dW_s do not fit. The only reading that fits all shapes applies the map
     dW_t = P_U dW_s P_V' = U_t (U_s' dW_s V_s) V_t'
 
 and sends the i-th singular pair of the source to the i-th of the target. Singular pairs are defined up to a joint
-sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; `sign_anchor`
+sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; `joint_signs`
 chooses them, by information from outside the two matrices.
 """
 
@@ -99,9 +99,9 @@ def _inverse_spread(vectors: jax.Array, gram: jax.Array) -> jax.Array:
 
 
 def _contrast(squared: jax.Array) -> jax.Array:
-    """Divide the mean of the diagonal by the mean of the entries at most NEIGHBOURS places beside it."""
-    place = jnp.arange(squared.shape[0])
-    apart = jnp.abs(place[:, None] - place[None, :])
-    beside = (apart > 0) & (apart <= NEIGHBOURS)
-    chance = jnp.sum(jnp.where(beside, squared, 0)) / jnp.maximum(jnp.sum(beside.astype(squared.dtype)), 1)
+    """Divide the mean of the diagonal by the mean of the entries at most NEIGHBOURS columns from it."""
+    index = jnp.arange(squared.shape[0])
+    apart = jnp.abs(index[:, None] - index[None, :])
+    near = (apart > 0) & (apart <= NEIGHBOURS)
+    chance = jnp.sum(jnp.where(near, squared, 0)) / jnp.maximum(jnp.sum(near.astype(squared.dtype)), 1)
     return jnp.where(chance > 0, jnp.mean(jnp.diagonal(squared)) / jnp.where(chance > 0, chance, 1), jnp.nan)

@@ -1,12 +1,16 @@
-"""Distillation: an update of the target fitted to the predictions of the adapted source (see `distill`)."""
+"""Distillation: an update of the target fitted to the predictions of the adapted source (see `distill`).
+
+The fit starts from nothing, from a copy of the update, or from the parts of the update that a pruned target has.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from jcrosslora.adapter import Carried
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.maps.evidence.records import EvidenceKind
-from jcrosslora.maps.method import Method
-from jcrosslora.maps.task import Moved, Sizes, Task
+from jcrosslora.maps.method import MapMethod, Method, Moved, Sizes, Task
+from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
 
 
@@ -56,3 +60,42 @@ class Distill(DistillSettings, Method):
             wrote_prompts=not task.prompts,
             chat_template=found.chat_template,
         )
+
+
+@dataclass(frozen=True)
+class DistilledCopy(Distill):
+    """The unchanged update, then factors of all modules fitted on top of it.
+
+    The teacher is the adapted source alone.
+    """
+
+    name: ClassVar[str] = "distilled-copy"
+    summary: ClassVar[str] = "the unchanged update, then one fitted on top of it to the adapted source's predictions"
+    requires: ClassVar[frozenset[EvidenceKind]] = Copy.requires | Distill.requires
+    carries: ClassVar[Carried] = Copy.carries | Distill.carries
+
+    teacher_weight: float = 1.0
+    """Share of the adapted source's own predictions in the teacher."""
+    contrast_weight: float = 0.0
+    """Weight of the change that the adapter makes in the source's log-probabilities, on top of that."""
+
+    @property
+    def start(self) -> MapMethod:
+        """Return the copy that the fit starts from."""
+        return Copy()
+
+
+@dataclass(frozen=True)
+class DistilledSelect(DistilledCopy):
+    """The update of the parts that the target has, then fitted as `distilled-copy` is."""
+
+    name: ClassVar[str] = "distilled-select"
+    summary: ClassVar[str] = (
+        "the update of the parts that the target has, then all modules fitted to the adapted source"
+    )
+    requires: ClassVar[frozenset[EvidenceKind]] = Select.requires | Distill.requires
+
+    @property
+    def start(self) -> MapMethod:
+        """Return the selection that the fit starts from."""
+        return Select()

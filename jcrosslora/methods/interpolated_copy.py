@@ -7,7 +7,7 @@ from jcrosslora.adapter import Adapter, fuse, split_fused
 from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distill.interpolation import SourceInterpolation, check_share, interpolate_to_source, interpolation_cost
-from jcrosslora.maps.task import Moved, Sizes, Task
+from jcrosslora.maps.method import Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy
 from jcrosslora.utils.cost import Cost
 

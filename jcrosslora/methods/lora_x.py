@@ -1,9 +1,20 @@
-"""LoRA-X (arXiv 2501.16559, Eq. 3): project into the target's leading singular subspaces. Equal shapes only."""
+"""LoRA-X and ProLoRA: project into leading singular subspaces. Equal shapes only.
+
+LoRA-X (arXiv 2501.16559, Eq. 3) projects into those of the target. ProLoRA (arXiv 2506.04244) moves range and null
+space separately: with the projectors P = U U' (range, rank r) and I - P (null space) of both bases on both sides,
+
+    dW_t = P_t^out (P_s^out dW_s P_s^in) P_t^in + (I - P_t^out) ((I - P_s^out) dW_s (I - P_s^in)) (I - P_t^in)
+
+The cross terms (range on one side, null space on the other) are dropped, as in the paper. The two terms double the rank
+of the update: 2 K. The paper pairs modules by subspace similarity; here the pairing is given.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.linalg import low_rank
+import jax
+
+from jcrosslora.linalg import LinearMap, complement, dot, low_rank
 from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
 
@@ -26,3 +37,30 @@ class LoRAX(MapMethod):
         """Return P_out = U_t U_t' and P_in = V_t V_t'."""
         svd = evidence.singular_vectors_tgt
         return Maps(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))
+
+
+@dataclass(frozen=True)
+class ProLoRA(MapMethod):
+    """Range and null space of source and target, moved separately, which doubles the rank."""
+
+    name: ClassVar[str] = "prolora"
+    summary: ClassVar[str] = "range and null space of source and target, moved separately; rank 2 K"
+    reference: ClassVar[str] = "arXiv 2506.04244"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure: ClassVar[Measure] = "subspace similarity"
+    equal_shapes: ClassVar[bool] = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return two terms: through both ranges, and through both complements."""
+        src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
+        within = (_both_projections(tgt.u, src.u), _both_projections(tgt.v, src.v))
+        outside = (complement(tgt.u, src.u), complement(tgt.v, src.v))
+        return Maps((within, outside))
+
+
+def _both_projections(first: jax.Array, second: jax.Array) -> LinearMap:
+    """Return F F' S S'."""
+    return low_rank(dot(first, dot(first.T, second)), second)

@@ -9,22 +9,15 @@ from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps.method import MapMethod, Method
-from jcrosslora.methods.copy import Copy
+from jcrosslora.methods.copy import Copy, IndexInterp, PadTruncate, Select
 from jcrosslora.methods.cross_lora import CrossLoRA
-from jcrosslora.methods.distill import Distill
-from jcrosslora.methods.distilled_copy import DistilledCopy
-from jcrosslora.methods.distilled_select import DistilledSelect
-from jcrosslora.methods.index_interp import IndexInterp
+from jcrosslora.methods.distill import Distill, DistilledCopy, DistilledSelect
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy
-from jcrosslora.methods.lora_x import LoRAX
+from jcrosslora.methods.lora_x import LoRAX, ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite
-from jcrosslora.methods.pad_truncate import PadTruncate
-from jcrosslora.methods.prolora import ProLoRA
 from jcrosslora.methods.random_map import Random
 from jcrosslora.methods.residual_fit import ResidualFit
-from jcrosslora.methods.scaled_procrustes import ScaledProcrustes
-from jcrosslora.methods.select import Select
-from jcrosslora.methods.theseus import Theseus
+from jcrosslora.methods.theseus import ScaledProcrustes, Theseus
 
 AUTO = "auto"
 M = TypeVar("M", bound=Method)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.maps.evidence.records import EvidenceKind
-from jcrosslora.maps.method import Method
-from jcrosslora.maps.task import Moved, Sizes, Task
+from jcrosslora.maps.method import Method, Moved, Sizes, Task
 from jcrosslora.utils.cost import Cost
 
 

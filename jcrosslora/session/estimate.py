@@ -17,7 +17,7 @@ from jcrosslora.maps.alignment.layer_similarity import similarity_cost
 from jcrosslora.maps.alignment.task import AlignmentTask
 from jcrosslora.maps.evidence.providers import evidence_cost
 from jcrosslora.maps.evidence.records import EvidenceKind
-from jcrosslora.maps.task import Sizes
+from jcrosslora.maps.method import Sizes
 from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.session.effect import EFFECT

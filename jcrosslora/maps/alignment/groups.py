@@ -26,9 +26,9 @@ from jcrosslora.maps.alignment.task import AlignmentTask, reads_stream
 from jcrosslora.maps.alignment.transport import TransportGroup
 from jcrosslora.maps.alignment.transport_cache import TransportCache, arrays_of, facts_of, group_of, kept_layers
 from jcrosslora.maps.evidence.activations import batch_probes
-from jcrosslora.maps.evidence.providers import AddEvidence, providers_of
+from jcrosslora.maps.evidence.providers import providers_of
 from jcrosslora.maps.evidence.records import Evidence, Maps, Side
-from jcrosslora.maps.evidence.request import ModuleStack
+from jcrosslora.maps.evidence.request import AddEvidence, ModuleStack
 from jcrosslora.maps.method import MapMethod
 from jcrosslora.relation.pairing import SIMILAR, Pair
 from jcrosslora.utils.progress import track

@@ -17,10 +17,9 @@ from jcrosslora.linalg import describe_kernels
 from jcrosslora.maps.alignment.transport import AlignRecipe, Transport, TransportGroup
 from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.maps.evidence.heads import head_counts
-from jcrosslora.maps.evidence.providers import providers_of
+from jcrosslora.maps.evidence.providers import providers_of, selected_layers
 from jcrosslora.maps.evidence.records import EvidenceKind
 from jcrosslora.maps.evidence.request import EvidenceRequest
-from jcrosslora.maps.evidence.selection import selected_layers
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.relation.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
 from jcrosslora.relation.token_names import compare_token_names

@@ -15,9 +15,9 @@ from jcrosslora.linalg import LinearMap, place
 from jcrosslora.maps.alignment.agreement import Agreement
 from jcrosslora.maps.alignment.transport import TransportGroup
 from jcrosslora.maps.evidence.base_pair import PairCache
-from jcrosslora.maps.evidence.factor_cache import describe
 from jcrosslora.maps.evidence.providers import providers_of
 from jcrosslora.maps.evidence.request import EvidenceRequest, pairs_as_json
+from jcrosslora.maps.evidence.singular_vectors import describe
 from jcrosslora.maps.method import MapMethod
 from jcrosslora.relation.pairing import Pair
 

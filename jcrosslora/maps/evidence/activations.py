@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES
 from jcrosslora.maps.evidence.records import Activations, Evidence, EvidenceKind
-from jcrosslora.maps.evidence.request import EvidenceRequest, ModuleStack, pairs_as_json
+from jcrosslora.maps.evidence.request import AddEvidence, EvidenceRequest, ModuleStack, pairs_as_json
 from jcrosslora.utils.cost import Cost
 
 if TYPE_CHECKING:
@@ -57,6 +57,45 @@ def batch_probes(
     return dataclasses.replace(probes, positions=count_positions(batches)), batches
 
 
+def collect_activations(request: EvidenceRequest) -> AddEvidence:
+    """Run both bases over the probe texts, and sum the moments of the activations."""
+    from jcrosslora.maps.evidence.moments import cross_moments
+
+    source, target = request.pair.source, request.pair.target
+    roles = {pair.role for pair in request.modules}
+    grams = EvidenceKind.ACTIVATION_GRAMS in request.kinds
+    moments = cross_moments(source, target, request.batches, request.layers, roles, grams=grams)
+
+    def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+        layers = [target.modules[pair.target].layer for pair in stack.pairs]
+        return dataclasses.replace(evidence, activations=_stack_activations(moments, stack, layers))
+
+    return add
+
+
+def activations_cost(request: EvidenceRequest, texts: int) -> Cost:
+    """Count the passes of both bases, the products, and the SVDs of the maps.
+
+    Of each pair of modules the moments of the outputs and of the inputs are decomposed, and with second moments those
+    of each side.
+    """
+    from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
+
+    tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in request.kinds
+    products = _MOMENTS + (_GRAMS if grams else 0)
+    svd = 0.0
+    for src, tgt in request.shapes:
+        svd += sum(one * two * min(one, two) for one, two in zip(src, tgt, strict=True))
+        svd += _EIGEN * sum(side**3 for side in (*src, *tgt)) if grams else 0
+    return Cost(source=tokens, target=(1 + products) * tokens, svd=svd, precise=True)
+
+
+def activations_key(request: EvidenceRequest) -> Any:
+    """Return the texts and all modules: one program sums for all modules, so each can change the last digits."""
+    texts = None if request.probes is None else request.probes.digest()
+    return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, pairs_as_json(request.modules)
+
+
 def _stack_activations(moments: CrossMoments, stack: ModuleStack, layers: Sequence[int]) -> Activations:
     """Stack the moments of the modules of a stack, which are in these target layers."""
     roles = [pair.role for pair in stack.pairs]
@@ -74,49 +113,3 @@ def _stack_activations(moments: CrossMoments, stack: ModuleStack, layers: Sequen
         None if moments.input_grams is None else stacked(moments.input_grams, sites),
         None if moments.output_grams is None else stacked(moments.output_grams, roles),
     )
-
-
-class ActivationProvider:
-    """Adds the moments of the activations, and on request the second moments of each side."""
-
-    is_costly = True
-    reads_tokenizers = True
-
-    def check(self, request: EvidenceRequest) -> None:
-        """Accept every request."""
-
-    def cost(self, request: EvidenceRequest, texts: int) -> Cost:
-        """Count the passes of both bases, the products, and the SVDs of the maps.
-
-        Of each pair of modules the moments of the outputs and of the inputs are decomposed, and with second moments
-        those of each side.
-        """
-        from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
-
-        tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in request.kinds
-        products = _MOMENTS + (_GRAMS if grams else 0)
-        svd = 0.0
-        for src, tgt in request.shapes:
-            svd += sum(one * two * min(one, two) for one, two in zip(src, tgt, strict=True))
-            svd += _EIGEN * sum(side**3 for side in (*src, *tgt)) if grams else 0
-        return Cost(source=tokens, target=(1 + products) * tokens, svd=svd, precise=True)
-
-    def cache_key(self, request: EvidenceRequest) -> Any:
-        """Return the texts and all modules: one program sums for all modules, so each can change the last digits."""
-        texts = None if request.probes is None else request.probes.digest()
-        return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, pairs_as_json(request.modules)
-
-    def collect(self, request: EvidenceRequest) -> Any:
-        """Run both bases over the probe texts."""
-        from jcrosslora.maps.evidence.moments import cross_moments
-
-        source, target = request.pair.source, request.pair.target
-        roles = {pair.role for pair in request.modules}
-        grams = EvidenceKind.ACTIVATION_GRAMS in request.kinds
-        moments = cross_moments(source, target, request.batches, request.layers, roles, grams=grams)
-
-        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
-            layers = [target.modules[pair.target].layer for pair in stack.pairs]
-            return dataclasses.replace(evidence, activations=_stack_activations(moments, stack, layers))
-
-        return add

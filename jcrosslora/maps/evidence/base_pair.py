@@ -1,19 +1,27 @@
-"""A pair of bases with the facts that several stages share, and the cache entries of the pair."""
+"""A pair of bases with the facts that several stages share: structure, shared vocabulary, cache entries."""
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.maps.evidence.factor_cache import FactorCache
+from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.errors import CheckpointError
+from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence.records import Vocabulary
-from jcrosslora.maps.evidence.shared_vocabulary import shared_vocabulary
 from jcrosslora.relation import Structure, find_structure
+
+_FIELDS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
+_TOKENS_AT_ONCE = 4096
+# Sums of the rows of both sides, and of their products.
+_Sums = tuple[jax.Array, ...]
 
 
 class BasePair:
@@ -59,16 +67,12 @@ class BasePair:
         return found, reason
 
 
-_MOMENTS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
-
-
 class PairCache:
-    """The entries of one pair of bases.
+    """The cache entries of one pair of bases.
 
     Attributes:
         store: the cache.
-        source: factors of the source.
-        target: factors of the target.
+        weights: digests of the weights of the source and of the target.
         names: the names of both bases, shown in listings.
     """
 
@@ -76,12 +80,8 @@ class PairCache:
         """Digest both bases; weight files are read unless their digests are remembered."""
         self.store, self._bases = store, (source, target)
         self.names = f"{public_name(source.name)} to {public_name(target.name)}"
-        self._weights = tuple(weights_key(base, store.digests) for base in self._bases)
+        self.weights = tuple(weights_key(base, store.digests) for base in self._bases)
         self._numerics = numerics_key()
-        self.source, self.target = (
-            FactorCache(store, public_name(base.name) or base.name, key)
-            for base, key in zip(self._bases, self._weights, strict=True)
-        )
 
     def key(self, *parts: object, tokenizers: bool) -> str:
         """Digest everything that an entry of the pair depends on.
@@ -90,7 +90,7 @@ class PairCache:
             parts: JSON values that identify the entry.
             tokenizers: whether the entry depends on the tokenizers as well as on the weights.
         """
-        return digest_of(self._with_tokenizers if tokenizers else self._weights, self._numerics, *parts)
+        return digest_of(self._with_tokenizers if tokenizers else self.weights, self._numerics, *parts)
 
     def shared_tokens(self) -> int | None:
         """Return the cached number of tokens that the vocabularies share, or None."""
@@ -102,15 +102,71 @@ class PairCache:
         loaded = self.store.load("vocabulary", self.key(tokenizers=True))
         if loaded is None:
             return None
-        return Vocabulary(count=loaded.facts["count"], **{name: jnp.asarray(loaded.arrays[name]) for name in _MOMENTS})
+        return Vocabulary(count=loaded.facts["count"], **{name: jnp.asarray(loaded.arrays[name]) for name in _FIELDS})
 
     def keep_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Store the moments of the shared vocabulary."""
-        arrays = {name: getattr(vocabulary, name) for name in _MOMENTS}
+        arrays = {name: getattr(vocabulary, name) for name in _FIELDS}
         what = f"{vocabulary.count} tokens, {self.names}"
         self.store.save("vocabulary", self.key(tokenizers=True), what, arrays, {"count": vocabulary.count})
 
     @cached_property
     def _with_tokenizers(self) -> tuple[str, ...]:
         """Return the keys of weights and tokenizers."""
-        return (*self._weights, *(tokenizer_key(base) for base in self._bases))
+        return (*self.weights, *(tokenizer_key(base) for base in self._bases))
+
+
+def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary | None, str]:
+    """Compute centred second moments of both embedding tables over the tokens that both bases have.
+
+    Only the rows of these tokens are read, a few thousand at a time.
+
+    Returns:
+        The moments, or None with the reason.
+    """
+    ids, reason = shared_ids(source, target)
+    return (None, reason) if ids is None else (_moments(source, target, *ids), "")
+
+
+def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:
+    sides = (source, ids_src), (target, ids_tgt)
+    parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
+    totals = None
+    with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
+        # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
+        centres = tuple(base.rows(base.embedding_name, ids[parts[0]]).mean(axis=0) for base, ids in sides)
+        for part in parts:
+            rows = (base.rows(base.embedding_name, ids[part]) for base, ids in sides)
+            totals = _add(totals, *map(_padded, rows, centres))
+    source.release()
+    target.release()
+    assert totals is not None
+    if not all(np.isfinite(total).all() for total in totals):
+        msg = f"the embedding table of {source.ref} or {target.ref} holds NaN, infinity or numbers whose squares are "
+        raise CheckpointError(msg + "beyond float32; download the file again")
+    return _finish(totals, *centres, len(ids_src))
+
+
+def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Centre rows, and pad them with zero rows, which add nothing, to the number that `_add` is compiled for."""
+    return np.pad(rows - centre, ((0, _TOKENS_AT_ONCE - len(rows)), (0, 0)))
+
+
+@jax.jit
+def _add(totals: _Sums | None, x: jax.Array, y: jax.Array) -> _Sums:
+    """Add the sums of the rows of X (N, D_src) and Y (N, D_tgt), and X'Y, X'X and Y'Y, to the totals."""
+    sums = x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
+    return sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+
+
+@partial(jax.jit, static_argnames="count")
+def _finish(totals: _Sums, centre_src: jax.Array, centre_tgt: jax.Array, count: int) -> Vocabulary:
+    mean_src, mean_tgt = totals[0] / count, totals[1] / count
+    return Vocabulary(
+        cross=totals[2] / count - jnp.outer(mean_src, mean_tgt),
+        gram_src=totals[3] / count - jnp.outer(mean_src, mean_src),
+        gram_tgt=totals[4] / count - jnp.outer(mean_tgt, mean_tgt),
+        count=count,
+        mean_src=centre_src + mean_src,
+        mean_tgt=centre_tgt + mean_tgt,
+    )

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
-Grams = dict[str, tuple[jax.Array, jax.Array]]
+_Two = tuple[jax.Array, jax.Array]
+Grams = dict[str, _Two]
 
 
 @flax.struct.dataclass
@@ -55,8 +56,8 @@ class CrossMoments:
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
-    input_squares: dict[str, tuple[jax.Array, jax.Array]]
-    output_squares: dict[str, tuple[jax.Array, jax.Array]]
+    input_squares: dict[str, _Two]
+    output_squares: dict[str, _Two]
     count: jax.Array
     input_grams: Grams | None = None
     output_grams: Grams | None = None
@@ -115,10 +116,10 @@ def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
     def products(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.zeros((layers, x.shape[-1], y.shape[-1]))
 
-    def squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def squares(x: jax.Array, y: jax.Array) -> _Two:
         return jnp.zeros((layers, x.shape[-1])), jnp.zeros((layers, y.shape[-1]))
 
-    def both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(x: jax.Array, y: jax.Array) -> _Two:
         return products(x, x), products(y, y)
 
     inputs, outputs = jax.tree.map(products, src, tgt)
@@ -145,11 +146,11 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
         def products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
             return total.at[layer].add(dot(x[layers[layer]].T, y[layer]))
 
-        def squares(x: jax.Array, y: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def squares(x: jax.Array, y: jax.Array, total: _Two) -> _Two:
             sums = jnp.sum(x[layers[layer]] ** 2, axis=0), jnp.sum(y[layer] ** 2, axis=0)
             return total[0].at[layer].add(sums[0]), total[1].at[layer].add(sums[1])
 
-        def both(x: jax.Array, y: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def both(x: jax.Array, y: jax.Array, total: _Two) -> _Two:
             x, y = x[layers[layer]], y[layer]
             return total[0].at[layer].add(dot(x.T, x)), total[1].at[layer].add(dot(y.T, y))
 
@@ -173,25 +174,19 @@ def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...
 
     def read(tokens: np.ndarray, mask: np.ndarray, at: np.ndarray, valid: np.ndarray) -> Rows:
         places = np.searchsorted(kept, tokens).astype(np.int32)
-        return _rows(settings, roles, params, *map(jnp.asarray, (places, mask, at, valid)))
+        text, matched = (jnp.asarray(places), jnp.asarray(mask)), (jnp.asarray(at), jnp.asarray(valid))
+        return _rows(settings, roles, params, text, matched)
 
     return read
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _rows(
-    settings: DecoderSettings,
-    roles: tuple[str, ...],
-    params: Params,
-    tokens: jax.Array,
-    mask: jax.Array,
-    at: jax.Array,
-    valid: jax.Array,
-) -> Rows:
+def _rows(settings: DecoderSettings, roles: tuple[str, ...], params: Params, text: _Two, matched: _Two) -> Rows:
+    (tokens, mask), (positions, valid) = text, matched
     keep = valid.astype(jnp.float32)[:, None]
 
     def take(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, x.shape[-1])[at].astype(jnp.float32) * keep
+        return x.reshape(-1, x.shape[-1])[positions].astype(jnp.float32) * keep
 
     def reduce(seen: LayerCapture) -> Rows:
         sites = sorted({INPUT_SITES[role] for role in roles})

@@ -1,16 +1,17 @@
-"""The request of an alignment to the evidence providers, and the stacks of weights that they add evidence to."""
+"""The request of an alignment for evidence, the stacks of weights that evidence is added to, and what a provider is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
 from jcrosslora.maps.evidence.base_pair import BasePair
-from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind
 from jcrosslora.relation.pairing import Pair
+from jcrosslora.utils.cost import Cost
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.probes import ProbeBatch, Probes
@@ -66,7 +67,7 @@ class ModuleStack:
         pairs: the L pairs.
         source: (L', O_src, I_src), float32; L' is L rounded up to a multiple of the device count, and the surplus
             repeats the last module.
-        target: (L', O_tgt, I_tgt), likewise.
+        target: (L', O_tgt, I_tgt), the same of the target.
         rank: R for these shapes.
         kernels: the kernel that decomposed each matrix, the source's first; filled by the provider of singular vectors.
     """
@@ -85,3 +86,29 @@ class ModuleStack:
     def filled(self, rows: list[T]) -> list[T]:
         """Extend L rows to L' by repeating the last one."""
         return rows + rows[-1:] * (self.count - len(rows))
+
+
+AddEvidence = Callable[[Evidence, ModuleStack], Evidence]
+"""Adds one kind of evidence for a stack of modules."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """How one kind of evidence is collected.
+
+    Attributes:
+        collect: collects what all modules share, and returns a function that adds the evidence of a stack of modules.
+        is_costly: whether maps made from it take longer to compute than to read from a cache.
+        reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
+        check: refuses a request that cannot be met, before anything is computed.
+        cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence;
+            None where it is not known.
+        cache_key: what the evidence depends on besides the bases, the rank and the modules, as a JSON value.
+    """
+
+    collect: Callable[[EvidenceRequest], AddEvidence]
+    is_costly: bool = False
+    reads_tokenizers: bool = False
+    check: Callable[[EvidenceRequest], None] = lambda _: None
+    cost: Callable[[EvidenceRequest, int], Cost | None] = lambda *_: Cost()
+    cache_key: Callable[[EvidenceRequest], Any] = lambda _: None
