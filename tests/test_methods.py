@@ -12,7 +12,7 @@ from user_methods import HalfCopy
 from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
-from jcrosslora.maps.alignment.agreement import measure
+from jcrosslora.maps.alignment.transport import measure
 from jcrosslora.maps.evidence import Activations, Selection, Side, Vocabulary
 from jcrosslora.maps.evidence.heads import embedding_map
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method

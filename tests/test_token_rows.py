@@ -23,7 +23,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Change, Effect
-from jcrosslora.maps.shifting.token_rows import token_places
+from jcrosslora.maps.shifting.other_changes import token_places
 
 peft = pytest.importorskip("peft")
 torch_files = pytest.importorskip("safetensors.torch")

@@ -13,13 +13,13 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
-from jcrosslora.relation.expert_matching import MATRICES
+from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method
 from jcrosslora.relation.relation import Relation, relation_of
 from jcrosslora.relation.structure import Part, count_parts
 from jcrosslora.relation.structure_search import find_structure
 from jcrosslora.relation.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
-from jcrosslora.relation.token_names import compare_token_names
+from jcrosslora.relation.weight_similarity import compare_token_names
 from jcrosslora.relation.wording import change_phrases, structure_phrases, unequal_phrase
 
 # Configuration keys whose values the parts show, or that say how the file is stored.

@@ -6,8 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.relation.absmax import HALF_PRECISION
-from jcrosslora.relation.rounding import Rounding
+from jcrosslora.relation.rounding import HALF_PRECISION, Rounding
 
 Side = Literal["source", "target"]
 

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.relation.absmax import BLOCKS, HALF_PRECISION, MIN_ON_GRID, absmax_intervals, find_absmax_block
-
+# Block lengths to try if a file does not state one; the whole row is tried as well.
+BLOCKS = (16, 32, 64, 128)
+# Relative rounding error of half precision, in which the scales of blocks are stored.
+HALF_PRECISION = 2.0**-11
+# Share of blocks that have to lie on a grid: a few hold equal numbers only, or were stored in half precision since.
+MIN_ON_GRID = 0.95
+_TOP = 127
+_TRIED = 8  # steps tried on both sides of the one that the largest number, which the float rounded too, says
 # Narrowest first: weights that all fit into one of these were rounded to it, whatever their stored dtype.
 _FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _STORED_FLOATS = frozenset({"F64", "F32", *_FLOATS})
@@ -25,6 +31,9 @@ _FP8 = {"F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3, "F8_E4M3FNUZ": 2.0**-4, "F8_E5M2
 _UNEVEN = frozenset({"FP4", "NF4", "MXFP4", "NVFP4"})
 # Types of ggml with one scale for 16 numbers; the others have one for 32.
 _BLOCKS_OF_16 = frozenset({"Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_S", "IQ2_XS", "NVFP4"})
+_LEVELS = 256  # of a grid at most: 8 bits
+# Allowed distance from a multiple of the step, in steps: half precision moves 4-bit levels by 0.02.
+_OFF_STEP = 0.1
 _GRID_ROWS = 8  # rows from which a grid is inferred
 
 
@@ -69,8 +78,8 @@ def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
     half, find = stored.high - rows, rows[:_GRID_ROWS]
-    if (block := find_absmax_block(find, half[:_GRID_ROWS])) is not None:
-        low, high = absmax_intervals(rows, half, block)
+    if (block := _find_absmax_block(find, half[:_GRID_ROWS])) is not None:
+        low, high = _absmax_intervals(rows, half, block)
     elif (block := find_block(find)) is not None:
         low, high = block_intervals(rows, block)
     else:
@@ -85,11 +94,6 @@ def float_rounding(rows: np.ndarray, dtype: str = "F32") -> Rounding:
     name = fits[0] if fits else dtype
     half = np.spacing(np.abs(rows).astype(_FLOATS.get(name, np.float32))).astype(np.float64) / 2
     return Rounding(rows - half, rows + half, name, coarse=False)
-
-
-_LEVELS = 256  # of a grid at most: 8 bits
-# Allowed distance from a multiple of the step, in steps: half precision moves 4-bit levels by 0.02.
-_OFF_STEP = 0.1
 
 
 def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -207,3 +211,45 @@ def _neighbours(values: np.ndarray, gaps: np.ndarray) -> tuple[np.ndarray, np.nd
         back = -1 - place
         above[:, back] = np.where(gaps[:, back + 1] > 0, gaps[:, back + 1], above[:, back + 1])
     return below, above
+
+
+def _find_absmax_block(rows: np.ndarray, half: np.ndarray) -> int | None:
+    """Return the length of the blocks of rows that are multiples of a 127th of their largest number; None without any.
+
+    Rows that were rounded to 8 bits may be stored as floats. A float moves the upper levels by up to a quarter step, so
+    that the gaps between numbers do not show the step.
+
+    Args:
+        rows: (n, I), whole rows.
+        half: (n, I), half the distance to the next number of the float format.
+    """
+    for block in (*BLOCKS, rows.shape[1]):
+        if block >= BLOCKS[0] and rows.shape[1] % block == 0 and rows.any():
+            steps = _steps(rows, half, block)
+            some = rows.reshape(-1, block).any(axis=1)  # zeros are multiples of anything
+            if np.mean(steps[some] > 0) >= MIN_ON_GRID:
+                return block
+    return None
+
+
+def _absmax_intervals(rows: np.ndarray, half: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the intervals of numbers that round to the levels of their block; see `block_intervals`."""
+    numbers = rows.astype(np.float64).reshape(-1, block)
+    # The rounding of its scale moves all levels of a block together.
+    step = _steps(rows, half, block)[:, None]
+    reach = np.where(step > 0, step / 2 + HALF_PRECISION * np.abs(numbers).max(axis=1, keepdims=True), 0)
+    return (numbers - reach).reshape(rows.shape), (numbers + reach).reshape(rows.shape)
+
+
+def _steps(rows: np.ndarray, half: np.ndarray, block: int) -> np.ndarray:
+    """Return the step of each of B blocks; 0 where not all numbers are multiples of one."""
+    numbers, half = (np.abs(x.astype(np.float64)).reshape(-1, block) for x in (rows, half))
+    largest = np.argmax(numbers, axis=1)[:, None]
+    top, off = (np.take_along_axis(x, largest, axis=1) for x in (numbers, half))
+    found = np.zeros_like(top)
+    for shift in range(-_TRIED, _TRIED + 1):
+        step = (top + off * shift / _TRIED) / _TOP
+        levels = numbers / np.where(step > 0, step, 1)
+        fits = np.abs(levels - np.round(levels)) * step <= half + off / _TRIED
+        found = np.where(fits.all(axis=1, keepdims=True) & (found == 0), step, found)
+    return found[:, 0]

@@ -3,6 +3,9 @@
 Rows of o_proj and down_proj are dimensions of the stream. A sample of them holds a few numbers of every head feature
 and of every neuron, by which these are matched in any order. Products of two such rows do not depend on the order at
 all, and show which layers correspond.
+
+Layers with other parts than attention and a dense MLP, as heads with a state, are matched whole; only their experts are
+searched.
 """
 
 from collections.abc import Iterator
@@ -12,9 +15,9 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.checkpoint.vocabulary import shared_ids
-from jcrosslora.relation.in_place import has_other_parts, matched_layers, same_parts
-from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_heads
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
 from jcrosslora.relation.weight_similarity import check_finite, cosine_similarity, evenly_spaced, module_rows
 
@@ -41,8 +44,8 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
-    others = [base.name for base in (source, target) if has_other_parts(base)]
-    if others and not same_parts(source, target):
+    others = [base.name for base in (source, target) if _has_other_parts(base)]
+    if others and not _same_parts(source, target):
         other = "layers of other parts than attention and a dense MLP"
         return (
             None,
@@ -72,7 +75,7 @@ def _whole_layers(source: BaseModel, target: BaseModel, stream: Structure) -> tu
     """Add the layers of bases with the same parts to what is known of the stream."""
     if not np.array_equal(stream.stream, np.arange(target.dims.hidden)):
         return None, "their residual streams are in different orders, in which layers of such parts are not compared"
-    layers = matched_layers(source, target)
+    layers = _matched_layers(source, target)
     if all(layer is None for layer in layers):
         return None, "no layer of one resembles a layer of the other with the same parts"
     return replace(stream, layers=layers), ""
@@ -190,3 +193,66 @@ def _row_products(base: BaseModel, dims: np.ndarray) -> np.ndarray:
         layers.append(np.concatenate(parts) / np.sqrt(2))
         base.release()
     return np.stack(layers)
+
+
+def _has_other_parts(base: BaseModel) -> bool:
+    """Whether a base has layers of other parts than attention and a dense MLP."""
+    return set(base.parts) != {LayerParts()}
+
+
+def _same_parts(source: BaseModel, target: BaseModel) -> bool:
+    """Whether two bases have modules of the same roles and shapes and experts of the same form, in any layers."""
+    shapes = [{module.role: module.shape for module in base.modules.values()} for base in (source, target)]
+    return shapes[0] == shapes[1] and same_form(source, target)
+
+
+def _matched_layers(source: BaseModel, target: BaseModel) -> tuple[LayerMap | None, ...]:
+    """Return the map of every layer, None for a layer that resembles none of the source with the same parts.
+
+    The layer of the same number is preferred.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to, with `_same_parts`.
+
+    Raises:
+        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
+    """
+    samples: dict[int, dict[str, np.ndarray]] = {}
+    found: list[LayerMap | None] = []
+    for layer in range(target.dims.layers):
+        rows = dict(_sampled_rows(target, layer))
+        candidates = [other for other, parts in enumerate(source.parts) if parts == target.parts[layer]]
+        candidates.sort(key=lambda other, layer=layer: other != layer)
+        best, most = None, MIN_MEAN_COSINE
+        for other in candidates:
+            if other not in samples:
+                samples[other] = dict(_sampled_rows(source, other))
+                source.release()
+            cosine = float(np.mean([cosine_similarity(samples[other][role], rows[role]) for role in rows]))
+            if cosine >= most:
+                best, most = other, cosine
+                if other == layer:
+                    break
+        found.append(None if best is None else _whole_layer(source, target, best, layer))
+        target.release()
+    return tuple(found)
+
+
+def _whole_layer(source: BaseModel, target: BaseModel, layer_src: int, layer_tgt: int) -> LayerMap:
+    dims = target.dims
+    shapes = {module.role: module.shape for module in target.modules.values() if module.layer == layer_tgt}
+    attends, dense = "o_proj" in shapes, "down_proj" in shapes
+    queries = np.arange(dims.heads * dims.head_dim if attends else 0)
+    keys = np.arange(dims.kv_heads * dims.head_dim if attends else 0)
+    neurons = np.arange(dims.intermediate if dense else 0)
+    has_experts = layer_tgt in target.layers_with("router")
+    experts = match_experts(source, target, layer_src, layer_tgt) if has_experts else None
+    return LayerMap(layer_src, queries, keys, keys, queries, neurons, experts, shapes)
+
+
+def _sampled_rows(base: BaseModel, layer: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the role of each module of a layer, and a few of its rows."""
+    for name, module in base.modules.items():
+        if module.layer == layer:
+            yield module.role, module_rows(base, name, evenly_spaced(module.shape[0], _CHECKED_ROWS))

@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.difference import Change, Difference, compare_rows
-from jcrosslora.relation.expert_matching import MATRICES, expert_rows
+from jcrosslora.relation.matching import MATRICES, expert_rows
 from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding
 from jcrosslora.relation.structure import Structure
 from jcrosslora.relation.weight_similarity import Sample, check_finite, counterpart_rows, evenly_spaced

@@ -1,4 +1,4 @@
-"""Measure how close the weights of two bases are, from a sample of rows.
+"""Measure how close the weights of two bases are, and whether their tokenizers agree, from a sample of rows.
 
 The rows are evenly spaced and the same on every run, so that most of a file is never read.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
+from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.structure import Structure
 
@@ -19,6 +20,7 @@ from jcrosslora.relation.structure import Structure
 # weights; the distance separates a copy from a scaled one.
 _NEAR_COSINE, _NEAR_DISTANCE = 0.8, 0.75
 _LAYERS, _ROWS = 4, 64  # sampled layers of each role, and rows of each module
+_TOKENS, _MIN_COSINE = 512, 0.7  # sampled rows of the embeddings, and the cosine of a row and its copy, see `matching`
 
 
 @dataclass(frozen=True)
@@ -172,3 +174,65 @@ def check_finite(base: BaseModel, name: str, array: np.ndarray) -> np.ndarray:
         msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
         raise CheckpointError(msg)
     return array
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """What two tokenizers call the ids of one embedding.
+
+    Attributes:
+        differ: number of ids that stand for other tokens.
+        both: number of ids that both tokenizers list.
+        moved: whether one of the tokens at these ids has another id in the target.
+    """
+
+    differ: int
+    both: int
+    moved: bool
+
+    @property
+    def contradict(self) -> bool:
+        """Whether the embeddings agree id by id, but most ids stand for other tokens: one tokenizer is not its own."""
+        return 2 * self.differ > self.both
+
+    @property
+    def sentence(self) -> str:
+        """The figures as a clause."""
+        return (
+            f"the embeddings agree id by id, but {self.differ:,} of {self.both:,} ids stand for other tokens in the "
+            "two tokenizers"
+        )
+
+
+def compare_token_names(source: BaseModel, target: BaseModel) -> TokenNames | None:
+    """Compare what the tokenizers of two bases call the ids that both list.
+
+    Returns:
+        The comparison; None if a tokenizer cannot be read, all names agree, or the embeddings do not agree at the ids
+        with other names, so that the ids are not the same tokens.
+
+    Raises:
+        CheckpointError: a sampled row holds NaN or infinity.
+    """
+    if source.dims.hidden != target.dims.hidden:
+        return None
+    names_src, names_tgt = _names(source.vocabulary()), _names(target.vocabulary())
+    both = names_src.keys() & names_tgt.keys()
+    differ = sorted(index for index in both if names_src[index] != names_tgt[index])
+    if not differ or not _rows_agree(source, target, np.array(differ)):
+        return None
+    known = set(names_tgt.values())
+    return TokenNames(len(differ), len(both), any(names_src[index] in known for index in differ))
+
+
+def _names(vocabulary: Vocabulary) -> dict[int, bytes]:
+    return {index: name for name, index in {**(vocabulary.tokens or {}), **vocabulary.special}.items()}
+
+
+def _rows_agree(source: BaseModel, target: BaseModel, ids: np.ndarray) -> bool:
+    some = ids[evenly_spaced(len(ids), _TOKENS)]
+    bases = source, target
+    src, tgt = (check_finite(base, "the embedding", base.rows(base.embedding_name, some)) for base in bases)
+    sizes = np.linalg.norm(src, axis=1) * np.linalg.norm(tgt, axis=1)
+    used = sizes > 0
+    return bool(used.any()) and float(np.mean(np.sum(src * tgt, axis=1)[used] / sizes[used])) >= _MIN_COSINE

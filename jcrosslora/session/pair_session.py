@@ -26,7 +26,7 @@ from jcrosslora.maps.evidence.activations import batch_probes
 from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.maps.evidence.records import FITTING, EvidenceKind
 from jcrosslora.maps.method import FINISH
-from jcrosslora.maps.shifting.invocation import with_invocation
+from jcrosslora.maps.shifting.other_changes import with_invocation
 from jcrosslora.maps.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.methods import Auto, Method, Task, make_chosen
 from jcrosslora.relation.method_selection import MENDED, Choice, choose_method, without_fit

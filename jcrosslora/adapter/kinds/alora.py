@@ -1,6 +1,6 @@
 """Activated LoRA: s B A, active only from the last occurrence of certain tokens on (arXiv 2504.12397).
 
-Its weights are those of a plain LoRA. `maps.shifting.invocation` translates the tokens to another tokenizer.
+Its weights are those of a plain LoRA. `maps.shifting.other_changes` translates the tokens to another tokenizer.
 """
 
 from jcrosslora.adapter.config import check_lora

@@ -21,9 +21,8 @@ from jcrosslora.checkpoint.weight_stacks import load_stack
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError
 from jcrosslora.linalg import mesh_of, over_layers, spread
-from jcrosslora.maps.alignment.agreement import Agreement, measure
 from jcrosslora.maps.alignment.task import AlignmentTask, reads_stream
-from jcrosslora.maps.alignment.transport import TransportGroup
+from jcrosslora.maps.alignment.transport import Agreement, TransportGroup, measure
 from jcrosslora.maps.alignment.transport_cache import TransportCache, arrays_of, facts_of, group_of, kept_layers
 from jcrosslora.maps.evidence.activations import batch_probes
 from jcrosslora.maps.evidence.providers import providers_of

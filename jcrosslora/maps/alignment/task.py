@@ -22,7 +22,7 @@ from jcrosslora.maps.evidence.records import EvidenceKind
 from jcrosslora.maps.evidence.request import EvidenceRequest
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.relation.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
-from jcrosslora.relation.token_names import compare_token_names
+from jcrosslora.relation.weight_similarity import compare_token_names
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.probes import ProbeBatch, Probes

@@ -12,8 +12,7 @@ import numpy as np
 
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.linalg import LinearMap, place
-from jcrosslora.maps.alignment.agreement import Agreement
-from jcrosslora.maps.alignment.transport import TransportGroup
+from jcrosslora.maps.alignment.transport import Agreement, TransportGroup
 from jcrosslora.maps.evidence.base_pair import PairCache
 from jcrosslora.maps.evidence.providers import providers_of
 from jcrosslora.maps.evidence.request import EvidenceRequest, pairs_as_json

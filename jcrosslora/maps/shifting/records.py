@@ -1,10 +1,11 @@
-"""The account of a shift: plain data, no arrays."""
+"""A moved adapter, with the account of what the maps made of it."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.ignored import describe_change
 
 Calibration = Literal["none", "frobenius"]
@@ -96,3 +97,30 @@ class TokenRow:
         """Return the figures in words, without a full stop."""
         what = describe_change(self.kind, self.modules, self.share)
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """An adapter behind the maps, with the account of what they made of it.
+
+    Attributes:
+        adapter: of the target, float32; without modules where the method has no maps.
+        original: the adapter before, with fused matrices split.
+        rows: one for each moved module, in the target's order.
+        tokens: changes of the embedding and the output head that were moved.
+        unmapped: source modules whose update is not moved.
+        energy: ||.||_F^2 of the whole update before.
+        calibration: "none" or "frobenius".
+        scale: what every moved update was multiplied by.
+        notes: what the user has to know, one sentence each.
+    """
+
+    adapter: Adapter
+    original: Adapter
+    rows: tuple[ModuleRow, ...]
+    tokens: tuple[TokenRow, ...]
+    unmapped: tuple[UnmappedSource, ...]
+    energy: float
+    calibration: Calibration
+    scale: float
+    notes: tuple[str, ...]

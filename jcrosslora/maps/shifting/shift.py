@@ -19,37 +19,9 @@ from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.maps.evidence.records import Terms
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.shifting.apply import ShiftedFactors, fit_to_base, rows_by_rank, shift_factors, terms_of
-from jcrosslora.maps.shifting.expert_updates import carry_experts
-from jcrosslora.maps.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource
-from jcrosslora.maps.shifting.token_rows import carry_tokens
+from jcrosslora.maps.shifting.other_changes import carry_experts, carry_tokens
+from jcrosslora.maps.shifting.records import Calibration, ModuleRow, Shifted, UnmappedSource
 from jcrosslora.relation.pairing import Pair
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Shifted:
-    """An adapter behind the maps, with the account of what they made of it.
-
-    Attributes:
-        adapter: of the target, float32; without modules where the method has no maps.
-        original: the adapter before, with fused matrices split.
-        rows: one for each moved module, in the target's order.
-        tokens: changes of the embedding and the output head that were moved.
-        unmapped: source modules whose update is not moved.
-        energy: ||.||_F^2 of the whole update before.
-        calibration: "none" or "frobenius".
-        scale: what every moved update was multiplied by.
-        notes: what the user has to know, one sentence each.
-    """
-
-    adapter: Adapter
-    original: Adapter
-    rows: tuple[ModuleRow, ...]
-    tokens: tuple[TokenRow, ...]
-    unmapped: tuple[UnmappedSource, ...]
-    energy: float
-    calibration: Calibration
-    scale: float
-    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +208,7 @@ def _check_translated(adapter: Adapter) -> None:
     if adapter.info.invocation is not None and adapter.info.invocation_target is None:
         msg = (
             f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "
-            "jcrosslora.maps.shifting.invocation.with_invocation(adapter, source, target)"
+            "jcrosslora.maps.shifting.other_changes.with_invocation(adapter, source, target)"
         )
         raise AdapterError(msg)
 

@@ -1,15 +1,19 @@
-"""Move an adapter's changes of the embedding and the output head to another base, row by row.
+"""Move what an adapter changes without going through the maps: token rows, experts, and tokens that invoke it.
 
-A row belongs to a token, and its numbers to dimensions of the residual stream. Rows therefore move only by methods that
-preserve the coordinates of the stream (or select among them), and only for tokens that both bases have, under any ids.
+A row of the embedding or the output head belongs to a token, and its numbers to dimensions of the residual stream. Rows
+therefore move only by methods that preserve the coordinates of the stream (or select among them), and only for tokens
+that both bases have, under any ids.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter.experts import expert_update
+from jcrosslora.adapter.ignored import describe_experts
 from jcrosslora.adapter.token_updates import (
     EMBEDDING,
     HEAD,
@@ -20,13 +24,15 @@ from jcrosslora.adapter.token_updates import (
     low_rank_rows,
 )
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.vocabulary import shared_ids
+from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import AdapterError
 from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.maps.evidence.records import EvidenceKind
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.shifting.records import TokenRow
-from jcrosslora.relation.token_names import compare_token_names
+from jcrosslora.relation.structure import LayerMap
+from jcrosslora.relation.weight_similarity import compare_token_names
 
 
 def carry_tokens(
@@ -159,3 +165,94 @@ def _rows(
 def _chosen(matrix: np.ndarray, stream: np.ndarray | None) -> np.ndarray:
     """Select the target's columns (m, D_tgt) of a matrix (m, D_src), with zeros in columns that the source lacks."""
     return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
+
+
+def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:
+    """Give each expert of the target the update of the source expert that it corresponds to, exactly.
+
+    Args:
+        adapter: of the source, with updates of experts.
+        pair: both bases.
+        method: one that selects layers takes them from other places; others only from the layer of the same number.
+
+    Returns:
+        The updates of the target, and what the user has to know, one sentence each.
+    """
+    structure, reason = pair.structure
+    selects = EvidenceKind.SELECTION in method.requires
+    found: list[ExpertUpdate] = []
+    used: set[str] = set()
+    for number, layer in enumerate(() if structure is None else structure.layers):
+        if layer is None or layer.experts is None or not (layer.experts >= 0).any():
+            continue
+        if selects or layer.layer == number:
+            own = [update for update in adapter.experts if update.layer == layer.layer]
+            found += [_carried(update, layer, pair.target, number) for update in own]
+            used |= {update.name for update in own}
+    left = [update for update in adapter.experts if update.name not in used]
+    notes = [f"moved too: {describe_experts(adapter.experts)}, to the same experts of the target."] if found else []
+    if left:
+        why = reason or "the target has no counterpart of these experts"
+        notes.append(f"not moved: {describe_experts(left)}: {why}.")
+    return tuple(found), tuple(notes)
+
+
+def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: int) -> ExpertUpdate:
+    assert layer.experts is not None
+    kept, places = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
+    a, b = (np.where(kept, each[places], np.float32(0)) for each in (update.a, update.b))
+    return expert_update(target, number, update.matrix, a, b, update.share)
+
+
+def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> Adapter:
+    """Return the adapter with its invocation in the tokens of the target.
+
+    Args:
+        adapter: an adapter of the source. Without an invocation, or with one for the target, it is returned unchanged.
+        source: the base whose tokens `adapter.info.invocation` holds.
+        target: the base that it moves to.
+
+    Returns:
+        The adapter with `info.invocation_target`.
+
+    Raises:
+        AdapterError: one of the tokenizers does not reproduce the text of the invocation.
+        CheckpointError: the tokenizer of a base cannot be read.
+    """
+    tokens = adapter.info.invocation
+    if tokens is None or adapter.info.invocation_target is not None:
+        return adapter
+    found = translate(tokens, load_tokenizer(source), load_tokenizer(target), adapter.info.name)
+    return dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation_target=found))
+
+
+def translate(tokens: Sequence[int], source: Tokenizer, target: Tokenizer, name: str) -> tuple[int, ...]:
+    """Translate tokens of one tokenizer into tokens of another through their text.
+
+    Args:
+        tokens: tokens of the source.
+        source: the tokenizer of the source.
+        target: the tokenizer of the target.
+        name: name of the adapter, for errors.
+
+    Raises:
+        AdapterError: the source does not encode the text to the same tokens, or the target not to the same text.
+    """
+    if max(tokens) >= source.vocab:
+        msg = f"{name}: its invocation has token {max(tokens)}, but the base {source.ref} has {source.vocab} tokens"
+        raise AdapterError(msg + ": give the base it was trained on")
+    text = _text(source, tokens)
+    again = source.encode(text, special=False).ids.tolist()
+    if again != list(tokens):
+        msg = f"{name}: its invocation {text!r} is {list(tokens)}, but {source.ref} encodes it as {again}"
+        raise AdapterError(msg + ": it would not be found in text")
+    found = target.encode(text, special=False).ids.tolist()
+    if not found or _text(target, found) != text:
+        msg = f"{name}: its invocation {text!r} becomes {_text(target, found)!r} in the tokens of {target.ref}"
+        raise AdapterError(msg + ": the adapter could not be called there")
+    return tuple(found)
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Decode tokens with special tokens, which invocations often consist of."""
+    return tokenizer.backend.decode(list(tokens), skip_special_tokens=False)
