@@ -30,8 +30,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.cli.main import main
-from jcrosslora.relation.base_comparison import compare_bases
-from jcrosslora.relation.relation import Relation
+from jcrosslora.relation import Relation, compare_bases
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)

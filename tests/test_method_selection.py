@@ -14,20 +14,26 @@ from tiny_bases import llama_tensors, write_llama
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.methods import METHODS
-from jcrosslora.relation import Choice, choose_method
-from jcrosslora.relation.base_comparison import compare_bases
+from jcrosslora.relation import (
+    Choice,
+    Finding,
+    Likeness,
+    WeightSimilarity,
+    choice_reason,
+    choose_method,
+    compare_bases,
+    compare_weights,
+    finding_phrase,
+    why_not_run,
+    without_fit,
+)
 from jcrosslora.relation.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
     MENDED,
     TRAINED_METHOD,
     WEIGHT_METHOD,
-    why_not_run,
-    without_fit,
 )
-from jcrosslora.relation.relation import Finding, Likeness
-from jcrosslora.relation.weight_similarity import WeightSimilarity, compare_weights
-from jcrosslora.relation.wording import choice_reason, finding_phrase
 
 
 def write(folder, **options):

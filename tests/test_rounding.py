@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from quantised_files import FP4, NF4
 
-from jcrosslora.relation.rounding import infer_rounding
+from jcrosslora.relation import infer_rounding
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
 

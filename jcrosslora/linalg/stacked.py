@@ -25,7 +25,7 @@ def place(array: np.ndarray) -> jax.Array:
 
 
 def over_all_devices() -> NamedSharding:
-    """Return the sharding of a first axis over the devices of all processes, those of each process side by side."""
+    """Return the sharding of a first axis over the devices of all processes, grouped by process."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 

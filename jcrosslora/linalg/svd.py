@@ -105,9 +105,9 @@ def _decompose_stack(
     missed = _missed(svd.error, tolerance)
     if len(missed):
         better = []
-        for place in missed:
-            w, first = _row(stack, int(place)), jax.tree.map(lambda x, place=place: _row(x, int(place)), svd)
-            one, used[place] = _redo(w, first, kernel, rank, vectors, tolerance)
+        for index in missed:
+            w, first = _row(stack, int(index)), jax.tree.map(lambda x, index=index: _row(x, int(index)), svd)
+            one, used[index] = _redo(w, first, kernel, rank, vectors, tolerance)
             better.append(jax.device_get(one))
         svd = _replace_rows(svd, jnp.asarray(missed), jax.tree.map(lambda *leaves: np.stack(leaves), *better))
     return _cut(svd, rank), tuple(used)
@@ -118,9 +118,9 @@ def _decompose_in_threads(
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
     rows, name = list(np.asarray(stack)), kernel + _IN_FLOAT64
     svds, used = gram_on_host(rows, rank, vectors=vectors), [name] * len(rows)
-    for place in _missed([svd.error for svd in svds], tolerance):
-        found, used[place] = _redo(jnp.asarray(rows[place]), svds[place], name, rank, vectors, tolerance)
-        svds[place] = jax.device_get(_cut(found, rank))
+    for index in _missed([svd.error for svd in svds], tolerance):
+        found, used[index] = _redo(jnp.asarray(rows[index]), svds[index], name, rank, vectors, tolerance)
+        svds[index] = jax.device_get(_cut(found, rank))
     return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), stack.sharding), *svds), tuple(used)
 
 

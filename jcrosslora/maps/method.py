@@ -108,7 +108,6 @@ class Moved:
     """An update of the target, with an account of how it came about.
 
     Attributes:
-        adapter: the update.
         fitted: description of a fit, one sentence without a full stop; None without a fit. A fitted update uses the
             whole source adapter, so no source module counts as unmapped.
         added: description of what was added to the mapped update, in the same form; None if nothing was.
@@ -154,11 +153,7 @@ class Method:
     carries: ClassVar[Carried] = Carried.LINEAR | Carried.EXPERTS
 
     def move(self, task: Task) -> Moved:
-        """Return the update of the target.
-
-        Args:
-            task: the bases, the adapter and its prompts; `task.start` is the adapter behind the maps of `self.start`.
-        """
+        """Return the update of the target."""
         raise NotImplementedError
 
     def check(self) -> None:

@@ -102,11 +102,11 @@ def resampled_maps(evidence: Evidence) -> Maps:
 
 
 def _padded(size_src: int, size_tgt: int) -> LinearMap:
-    place = jnp.arange(size_tgt)
-    return select(jnp.minimum(place, size_src - 1), (place < size_src).astype(jnp.float32), size_src)
+    index = jnp.arange(size_tgt)
+    return select(jnp.minimum(index, size_src - 1), (index < size_src).astype(jnp.float32), size_src)
 
 
 def _resampled(size_src: int, size_tgt: int) -> LinearMap:
     # floor(i (m - 1) / (n - 1)) in integers: evenly spaced from the first index to the last.
-    place = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
-    return select(place, jnp.ones(size_tgt), size_src)
+    index = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
+    return select(index, jnp.ones(size_tgt), size_src)

@@ -10,7 +10,7 @@ As P_out and P_in, the stream's side is W_h' everywhere. The other side is X_t W
 X_t W_h' pinv(X_s) in the MLP, where X is a weight with the stream as its columns. Heads are matched by the cosine of
 their circuits, [W_h' Q'K W_h, W_h' V'O' W_h] against [Q'K, V'O'], with the largest total (Hungarian method).
 
-- The equations have X_s' in place of the inverse: an attention update is scaled by the squared size of the weights.
+- The equations have X_s' instead of the inverse: an attention update is scaled by the squared size of the weights.
 - Keys and values that serve several query heads are repeated for each, as published. The update of a target's key or
   value head is the mean over its query heads, with zeros for heads without a match.
 - Norm gains and rotary positions are ignored.

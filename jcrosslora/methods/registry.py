@@ -146,9 +146,7 @@ def find_method(name: str) -> type[Method]:
 def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
     """Make a method object, or `Auto`, from a name, a class or an object.
 
-    Args:
-        method: a name, a class, or an object, to which `settings` are applied.
-        settings: hyper-parameters by name.
+    `settings` are hyper-parameters by name, which are also applied to an object.
 
     Raises:
         MethodError: the method is not registered.

@@ -10,8 +10,15 @@ from jcrosslora.relation.pairing import DEPTH_MAPS as DEPTH_MAPS
 from jcrosslora.relation.pairing import Pairing as Pairing
 from jcrosslora.relation.pairing import pair_modules as pair_modules
 from jcrosslora.relation.pairing import parse_depth as parse_depth
+from jcrosslora.relation.relation import Finding as Finding
+from jcrosslora.relation.relation import Likeness as Likeness
+from jcrosslora.relation.relation import Relation as Relation
+from jcrosslora.relation.rounding import infer_rounding as infer_rounding
 from jcrosslora.relation.structure import Part as Part
 from jcrosslora.relation.structure import Structure as Structure
 from jcrosslora.relation.structure_search import find_structure as find_structure
 from jcrosslora.relation.tensor_comparison import TensorComparison as TensorComparison
+from jcrosslora.relation.weight_similarity import WeightSimilarity as WeightSimilarity
 from jcrosslora.relation.weight_similarity import compare_weights as compare_weights
+from jcrosslora.relation.wording import choice_reason as choice_reason
+from jcrosslora.relation.wording import finding_phrase as finding_phrase

@@ -50,16 +50,13 @@ class Difference:
     """The difference of a target matrix from its counterpart in the source.
 
     Attributes:
-        change: the kind of difference.
-        cosine: of the sampled numbers.
         distance: ||W_tgt - W_src||_F / ||W_src||_F, with W_src scaled.
         scale: the factor on the source's numbers, 1 unless it explains most of the difference.
-        equal: share of equal numbers.
         explained: share of numbers that are equal or that rounding explains.
         rank: of a low-rank update, as far as the sample shows it; else None.
         grids: the number formats of the source and the target.
         rounded: the side that is a rounding of the other; None if neither is, or it cannot be told.
-        quantised: whether one side was quantised to 8 bits or fewer, alone or beside the change.
+        quantised: whether one side was quantised to 8 bits or fewer, alone or in addition to the change.
         hidden: relative size of changes that rounding may hide.
         zeroed: share of numbers that were set to zero in the target (unstructured pruning), if rounding does not
             explain it; all other figures are then of the rest.
@@ -87,11 +84,7 @@ class Difference:
 def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> Difference:
     """Compare rows of a weight with their counterparts, number by number.
 
-    Args:
-        src: (n, m), rows of the source.
-        tgt: (n, m), rows of the target.
-        from_src: the numbers that the source's may have been rounded from, of the same shape.
-        from_tgt: the numbers that the target's may have been rounded from.
+    `src` and `tgt` are (n, m); the roundings hold the numbers that they may have been rounded from.
     """
     src, tgt = src.astype(np.float64), tgt.astype(np.float64)
     norms = float(np.linalg.norm(src)), float(np.linalg.norm(tgt))

@@ -9,12 +9,12 @@ from jcrosslora.relation.weight_similarity import check_finite, cosine_similarit
 # Cosine from which a column is taken for a trained or rounded copy of another, see `weight_similarity`. Few rows reach
 # it by chance, so `_threshold` raises it for them.
 _MIN_COSINE = 0.7
-# Cosine with the column at the same place from which no other place is searched: heads of SmolLM2-135M that do nearly
+# Cosine with the column at the same index from which no other index is searched: heads of SmolLM2-135M that do nearly
 # the same have 0.8.
 _SURE_COSINE = 0.95
 # Allowed chance per pair of matrices that two unrelated columns reach the threshold.
 _FALSE_MATCHES = 1e-3
-# Mean cosine of columns at equal places from which the same order is assumed although single columns are too far apart
+# Mean cosine of columns at equal indices from which the same order is assumed although single columns are too far apart
 # to be matched. The mean over thousands of numbers of unrelated matrices stays below 0.02.
 MIN_MEAN_COSINE = 0.2
 # Share of the columns of the narrower matrix that has to be matched.
@@ -27,13 +27,11 @@ _CHECKED, _ROWS = 4, 8  # experts whose weights are looked at, and rows of each 
 def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> np.ndarray | None:
     """Find the source column of every target column.
 
-    Rows are normalised first, so that a few large ones do not dominate. Columns at the same place are preferred. The
+    Rows are normalised first, so that a few large ones do not dominate. Columns at the same index are preferred. The
     remaining ones are searched among the source columns that are not taken, then among all (repeated columns).
 
-    Args:
-        src: (R, M_src), values in R rows.
-        tgt: (R, M_tgt), values in the same rows.
-        search: whether to search other places than the same one; costs M_src x M_tgt x R.
+    `src` is (R, M_src) and `tgt` (R, M_tgt), in the same R rows. Without `search` only columns at the same index are
+    compared; the search costs M_src x M_tgt x R.
 
     Returns:
         int64 (M_tgt,), -1 for a column without a source column. None if fewer than 90% of the non-zero columns of the
@@ -54,7 +52,7 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
         _search(units_src, units_tgt, found, least)
     wanted = min(np.count_nonzero(nonzero_src), np.count_nonzero(nonzero_tgt))
     if wanted and np.count_nonzero(nonzero_tgt & (found >= 0)) >= _MIN_MATCHED * wanted:
-        # An unmatched column keeps its place if its cosine there is clear and nothing else is matched to that place.
+        # An unmatched column keeps its index if its cosine there is clear and nothing else is matched to it.
         stays = (found[:short] < 0) & (in_place >= MIN_MEAN_COSINE) & ~np.isin(np.arange(short), found)
         found[:short][stays] = np.flatnonzero(stays)
         return found
@@ -109,10 +107,8 @@ def match_heads(columns: np.ndarray, source: Dims, target: Dims) -> dict[str, np
     within a head, which rotary positions fix; rows of v follow the columns of o. A key-value head corresponds to the
     one that serves all of its query heads in the source; if there are several (averaged heads), to none.
 
-    Args:
-        columns: (N_tgt D,), the source column of every column of the target's o_proj, -1 for none.
-        source: sizes of the source.
-        target: sizes of the target, with the same D.
+    `columns` (N_tgt D,) holds the source column of every column of the target's o_proj, -1 for none; heads of both have
+    D features.
 
     Returns:
         "queries", "keys", "values" and "attended" of a `LayerMap`.
@@ -141,7 +137,7 @@ def _rows(heads: np.ndarray, within: np.ndarray, size: int) -> np.ndarray:
 
 
 def _heads(columns: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N_tgt,) the source head of each target head, and (N_tgt, D) the places of its columns in that head."""
+    """Return (N_tgt,) the source head of each target head, and (N_tgt, D) the indices of its columns in that head."""
     size = columns.shape[1]
     heads = np.full(len(columns), -1)
     orders = np.tile(np.arange(size), (len(columns), 1))
@@ -151,7 +147,7 @@ def _heads(columns: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
             continue
         heads[head] = votes.argmax()
         inside = own // size == heads[head]
-        # Unmatched columns fill the remaining places in order.
+        # Unmatched columns fill the remaining indices in order.
         free = np.setdiff1d(np.arange(size), own[inside] % size)
         if len(free) == size - np.count_nonzero(inside):
             orders[head, inside] = own[inside] % size
@@ -173,11 +169,7 @@ def same_form(source: BaseModel, target: BaseModel) -> bool:
 def match_experts(source: BaseModel, target: BaseModel, layer_src: int, layer_tgt: int) -> np.ndarray:
     """Find the source expert of every target expert of a layer.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to, with `same_form`.
-        layer_src: of the source.
-        layer_tgt: of the target.
+    Both bases have experts of the `same_form`.
 
     Returns:
         int64 (E_tgt,), -1 for an expert without a counterpart.

@@ -15,7 +15,7 @@ from jcrosslora.relation.wording import choice_reason, finding_phrase
 
 # For unlike bases: where both can be run on text, and where they cannot.
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
-# For near copies: those that differ by rounding at most, and those that were trained further.
+# For near copies: if they differ by rounding at most, and if one was trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
 # For bases of which one is made of the other's parts.
 PARTS_METHOD = "select"
@@ -33,7 +33,7 @@ _SUITED = {
     Likeness.FEWER_PARTS: MENDED[PARTS_METHOD],
     Likeness.NONE: ACTIVATION_METHOD,
 }
-# The method in the place of each that runs bases with the adapter. Theseus, which runs only the bases, lowered the
+# The methods that replace those which run bases with the adapter. Theseus, which runs only the bases, lowered the
 # target's scores on ARC-Easy (-0.72 and -0.38 of the lift, README). cross-lora has no effect between unlike bases, and
 # the report says so.
 _WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fitted in MENDED.items()}}
@@ -41,7 +41,7 @@ _WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fi
 # of about normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and
 # by 0.01 with 8. What a copy loses there: docs/compressed-bases.md.
 _COMPRESSED = 0.06
-_STRAY = 1.25  # ratio of distances up to which parts in another place are taken for strays of the match
+_STRAY = 1.25  # ratio of distances up to which parts at another index are taken for strays of the match
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ def choose_method(
     source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        found: the result of `find_structure` on the pair, if it is already known.
-        compared: the result of `compare_modules` on the pair, if it is already known.
+    `found` and `compared` are the results of `find_structure` and `compare_modules`, if they are already known.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -93,9 +89,7 @@ def choose_method(
 def without_fit(choice: Choice, reason: str) -> Choice:
     """Replace a method that runs bases with the adapter by one that looks at weights alone.
 
-    Args:
-        choice: for other adapters of the pair.
-        reason: why no update can be fitted to the adapter, as the end of a sentence.
+    `reason` says why no update can be fitted to the adapter, as the end of a sentence.
     """
     return _instead(choice, f"but {reason}") if choice.method in _WITHOUT_FIT else choice
 

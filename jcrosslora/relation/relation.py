@@ -52,7 +52,6 @@ class Finding:
     """What the choice of a method depends on.
 
     Attributes:
-        likeness: of the two bases.
         similarity: of the weights that correspond; None if the modules have different shapes.
         by_quantiser: whether what looks like further training may come from a quantiser.
         unmatched: number of target layers whose attention, MLP or experts have no counterpart.

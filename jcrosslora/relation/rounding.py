@@ -64,9 +64,7 @@ class Rounding:
 def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
     """Infer the rounding of rows of a weight from their stored dtype and, for floats, from the numbers.
 
-    Args:
-        rows: float32 (n, I), whole rows in their stored order.
-        dtype: as the file states it, e.g. "BF16" or "Q4_K".
+    `rows` are float32 (n, I), whole and in their stored order; `dtype` is as the file states it, e.g. "BF16" or "Q4_K".
     """
     if dtype in _FP8:
         half = np.abs(rows.astype(np.float64)) * _FP8[dtype]
@@ -103,10 +101,8 @@ def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple
     formats with uneven levels, the levels are the numbers that occur. The outermost numbers of a block may stand for
     numbers one step further out. A number in a block without a grid stands only for itself.
 
-    Args:
-        rows: (n, I), whole rows.
-        block: numbers that share a scale; divides I.
-        even: whether the levels of the format are evenly spaced.
+    `rows` are (n, I); `block` numbers share a scale, and `even` says whether the levels of the format are evenly
+    spaced.
 
     Returns:
         float64 low and high, (n, I).
@@ -155,7 +151,7 @@ class _Ranked:
     """The sorted numbers of B blocks of M numbers.
 
     Attributes:
-        order: (B, M), the place of each number in its block.
+        order: (B, M), the index of each number in its block.
         values: (B, M), the numbers.
         gaps: (B, M - 1), distances of neighbours, 0 where they are equal but for rounding.
         step: (B,), the common divisor of the gaps, or else the smallest gap; 0 if all gaps are 0.
@@ -205,10 +201,10 @@ def _refine(step: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 def _neighbours(values: np.ndarray, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the distances of sorted numbers to the next lower and the next higher level; 0 where there is none."""
     below, above = np.zeros_like(values), np.zeros_like(values)
-    for place in range(1, values.shape[1]):
-        changed = gaps[:, place - 1] > 0
-        below[:, place] = np.where(changed, gaps[:, place - 1], below[:, place - 1])
-        back = -1 - place
+    for column in range(1, values.shape[1]):
+        changed = gaps[:, column - 1] > 0
+        below[:, column] = np.where(changed, gaps[:, column - 1], below[:, column - 1])
+        back = -1 - column
         above[:, back] = np.where(gaps[:, back + 1] > 0, gaps[:, back + 1], above[:, back + 1])
     return below, above
 
@@ -219,9 +215,7 @@ def _find_absmax_block(rows: np.ndarray, half: np.ndarray) -> int | None:
     Rows that were rounded to 8 bits may be stored as floats. A float moves the upper levels by up to a quarter step, so
     that the gaps between numbers do not show the step.
 
-    Args:
-        rows: (n, I), whole rows.
-        half: (n, I), half the distance to the next number of the float format.
+    `rows` are (n, I), and `half` is half the distance to the next number of the float format.
     """
     for block in (*BLOCKS, rows.shape[1]):
         if block >= BLOCKS[0] and rows.shape[1] % block == 0 and rows.any():

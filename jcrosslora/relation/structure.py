@@ -36,14 +36,13 @@ class LayerMap:
     are empty.
 
     Attributes:
-        layer: the source layer.
         queries: (N_tgt D,), rows of q_proj.
         keys: (G_tgt D,), rows of k_proj.
         values: (G_tgt D,), rows of v_proj.
         attended: (N_tgt D,), columns of o_proj.
         neurons: (I_tgt,), rows of gate_proj and up_proj, columns of down_proj.
         experts: (E_tgt,), experts; None in a layer without.
-        in_place: role -> shape (O, I) of modules whose rows and columns correspond to those at the same place.
+        in_place: role -> shape (O, I) of modules whose rows and columns correspond index by index.
     """
 
     layer: int
@@ -103,12 +102,12 @@ class Structure:
         }
         return np.array_equal(self.stream, np.arange(len(self.stream))) and all(
             layer is not None
-            and layer.layer == place
+            and layer.layer == number
             and all(
                 not len(index) or np.array_equal(index, np.arange(size))
                 for index, size in ((getattr(layer, axis), size) for axis, size in axes.items() if axis != "stream")
             )
-            for place, layer in enumerate(self.layers)
+            for number, layer in enumerate(self.layers)
         )
 
     @property

@@ -211,10 +211,6 @@ def _matched_layers(source: BaseModel, target: BaseModel) -> tuple[LayerMap | No
 
     The layer of the same number is preferred.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to, with `_same_parts`.
-
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """

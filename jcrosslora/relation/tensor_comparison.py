@@ -32,7 +32,6 @@ class TensorComparison:
             the biases of experts), "mixer tensors" (that are no linear modules), "layer inputs" (what makes them).
         target: name of the target module, or which expert of which layer; for other tensors the role.
         source: name of the source module; for other tensors the role.
-        difference: how the two differ.
     """
 
     role: str
@@ -138,8 +137,8 @@ def _read_ranks(
             trained.setdefault(item.role, []).append(item)
     closer: dict[str, TensorComparison] = {}
     for items in trained.values():
-        for place in evenly_spaced(len(items), _MODULES_READ_FURTHER):
-            module = target.modules[items[place].target]
+        for index in evenly_spaced(len(items), _MODULES_READ_FURTHER):
+            module = target.modules[items[index].target]
             again = _compare_module(source, target, structure, module, _MORE_ROWS)
             assert again is not None
             closer[module.name] = again
@@ -180,17 +179,17 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
     """Yield the norm weights that both families have, in the dimensions that correspond."""
     matched = structure.stream >= 0
     norms_src, norms_tgt = (base.family.layer_norms(base.config) for base in (source, target))
-    places = [place for place in norms_tgt if place in norms_src and place not in _OF_HEADS]
+    shared = [norm for norm in norms_tgt if norm in norms_src and norm not in _OF_HEADS]
     names = [(f"{source.family.final_norm}.weight", f"{target.family.final_norm}.weight")]
     for number, layer in enumerate(structure.layers):
         if layer is not None:
             names += [
                 (
-                    f"model.layers.{layer.layer}.{norms_src[own]}.weight",
-                    f"model.layers.{number}.{norms_tgt[own]}.weight",
+                    f"model.layers.{layer.layer}.{norms_src[norm]}.weight",
+                    f"model.layers.{number}.{norms_tgt[norm]}.weight",
                 )
-                for own in places
-                if number in target.layers_with(own) and layer.layer in source.layers_with(own)
+                for norm in shared
+                if number in target.layers_with(norm) and layer.layer in source.layers_with(norm)
             ]
     # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
@@ -213,7 +212,7 @@ def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Itera
 
 
 def _routers(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield what experts have beside their matrices, of those with a counterpart."""
+    """Yield the tensors of matched experts that are not their matrices."""
     for number, layer in enumerate(structure.layers):
         if layer is None or layer.experts is None:
             continue
@@ -221,8 +220,8 @@ def _routers(source: BaseModel, target: BaseModel, structure: Structure) -> Iter
         own, others = ({*expert_tensors(base.family.experts)} for base in (target, source) if base.family.experts)
         for name in sorted((own & others) - set(MATRICES)):
             src, tgt = (
-                check_finite(base, f"{name} of layer {place}", base.expert_tensor(place, name).astype(np.float32))
-                for base, place in ((source, layer.layer), (target, number))
+                check_finite(base, f"{name} of layer {index}", base.expert_tensor(index, name).astype(np.float32))
+                for base, index in ((source, layer.layer), (target, number))
             )
             yield src[layer.experts[matched]].reshape(-1), tgt[matched].reshape(-1)
 
@@ -245,7 +244,7 @@ def _mixer_tensors(
 def _layer_inputs(
     source: BaseModel, target: BaseModel, structure: Structure
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a sample of what makes the inputs that layers have beside the stream, of bases with as many of them."""
+    """Yield a sample of the tensors that make further inputs of layers, if both bases have equally many of these."""
     features = [base.family.layer_inputs(base.config) * base.dims.layers for base in (source, target)]
     if not features[0] or features[0] != features[1]:
         return

@@ -30,7 +30,6 @@ class WeightSimilarity:
     Attributes:
         cosine: of the sampled weights W_src and W_tgt of a module.
         distance: ||W_tgt - W_src||_F / ||W_src||_F.
-        modules: number of sampled modules.
     """
 
     cosine: float
@@ -50,10 +49,7 @@ def compare_weights(
 
     The sample is the same on every run, and only its rows are read and dequantised.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        structure: which parts correspond; None pairs modules of the same name.
+    `structure` says which parts correspond; without it modules of the same name are compared.
 
     Returns:
         The similarity. None if names or shapes of the modules differ, or, with a structure, if no sampled module has a
@@ -90,7 +86,7 @@ def cosine_similarity(src: np.ndarray, tgt: np.ndarray) -> float:
 def _sampled_modules(base: BaseModel) -> Iterator[str]:
     for role in ROLES:
         names = [name for name, module in base.modules.items() if module.role == role]
-        yield from (names[place] for place in evenly_spaced(len(names), _LAYERS))
+        yield from (names[index] for index in evenly_spaced(len(names), _LAYERS))
 
 
 def _sample(base: BaseModel, name: str) -> np.ndarray:
@@ -114,15 +110,7 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
 
 
 def module_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
-    """Read rows of a linear module; in a fused matrix, ids count from the module's first row.
-
-    Args:
-        base: the base.
-        name: the module's name.
-        ids: (n,) integers, rows of the module.
-
-    Returns:
-        float32 (n, I).
+    """Read rows of a linear module as float32 (n, I); in a fused matrix, ids count from the module's first row.
 
     Raises:
         CheckpointError: a row does not exist, or holds NaN or infinity.
@@ -137,12 +125,7 @@ def counterpart_rows(
 ) -> tuple[Sample, Sample] | None:
     """Read rows of a target module and the source rows that they correspond to.
 
-    Args:
-        source: the source base.
-        target: the target base.
-        structure: which part of the source each part of the target is.
-        name: of the target module.
-        count: rows to read at most, evenly spaced over those with a counterpart.
+    At most `count` rows are read, evenly spaced over the rows with a counterpart.
 
     Returns:
         For the source and for the target: float32 (n, I) whole rows and (m,) the columns that correspond. None if the

@@ -44,9 +44,7 @@ _Stacks = tuple[jax.Array, jax.Array]
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
     """Return the task with the text that it is made from, and with the layers that the text pairs.
 
-    Args:
-        task: an alignment.
-        probes: text that both bases are run on; None lets the source write it where the maps need any.
+    `probes` is the text that both bases are run on; None lets the source write it where the maps need any.
 
     Raises:
         UsageError: no text has a position that matches.
@@ -71,8 +69,7 @@ def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
 def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
     """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
 
-    Args:
-        task: an alignment, with its text if it needs any (see `with_text`).
+    The task has its text if it needs any (see `with_text`).
     """
     request = task.request
     providers = providers_of(request.kinds)

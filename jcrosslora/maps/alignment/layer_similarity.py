@@ -42,11 +42,6 @@ def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[Pro
     Memory: the weights of both bases as float32, and for one batch of P positions the streams of all layers and a
     P x P matrix for each layer.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        batches: at least one, all of the same shape.
-
     Returns:
         float64 (L_src, L_tgt), 1 for streams that are equal up to rotation, scale and shift; about 0 for unrelated
         streams.
@@ -70,13 +65,10 @@ def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[Pro
 
 
 def ordered_layers(similarity: np.ndarray) -> tuple[int, ...]:
-    """Return the source layer of every target layer, in ascending order, with the largest total similarity.
+    """Return the source layer of every target layer, ascending, with the largest total similarity (L_src, L_tgt).
 
     All layers of the shallower base are used. Consecutive target layers have different source layers, as published;
     if the target is the deeper base (the published map then leaves target layers empty), they may share one.
-
-    Args:
-        similarity: (L_src, L_tgt).
     """
     layers_src, layers_tgt = similarity.shape
     repeats = layers_src < layers_tgt
@@ -121,11 +113,7 @@ def _batch_sums(
 
 
 def centred_gram(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """Centre the Gram matrix of rows so that the inner product of two of them is n (n - 3) times the unbiased HSIC.
-
-    Args:
-        x: (P, H).
-        valid: bool (P,); invalid rows are ignored.
+    """Centre the Gram matrix of n valid rows of x (P, H): two have the inner product n (n - 3) times the unbiased HSIC.
 
     Returns:
         (P, P), zero on the diagonal and in invalid rows and columns; every row and column sums to zero.

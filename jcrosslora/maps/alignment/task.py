@@ -33,13 +33,11 @@ class AlignmentTask:
     """An alignment of two bases by one method.
 
     Attributes:
-        pair: the two bases.
         method: of the transfer; its `start` chooses the maps, and there are none without one.
-        depth: the depth map that was asked for, as reports state it.
-        seed: of everything that is drawn.
+        depth: the requested depth map, as reports state it.
         sources: the source modules that adapters have; None is all.
-        pairing: which module feeds which, over all modules of the target. With the depth map "similar" it is that of
-            the shapes alone until both bases have run.
+        pairing: which module feeds which, over all modules of the target. With the depth map "similar" it
+            follows from the shapes alone until both bases have run.
         rank: R, the truncation rank.
         probes: text that both bases are run on; None where there is none yet.
         batches: the same text as both bases read it.
@@ -72,7 +70,7 @@ class AlignmentTask:
 
     @property
     def request(self) -> EvidenceRequest:
-        """What the evidence providers are asked for."""
+        """The evidence that the maps need."""
         start = self.method.start
         return EvidenceRequest(
             pair=self.pair,
@@ -104,9 +102,8 @@ class AlignmentTask:
     def transport(self, groups: tuple[TransportGroup, ...], kernels: list[str]) -> Transport:
         """Put groups together with the record of how they were made.
 
-        Args:
-            groups: all of them, or none where they have been used already.
-            kernels: what the matrices of all groups were decomposed by.
+        `groups` may be left out where they have been used already; `kernels` are what the matrices of all groups were
+        decomposed by.
         """
         return Transport(
             groups=groups,
@@ -176,12 +173,8 @@ def plan_alignment(
 ) -> AlignmentTask:
     """Check an alignment; nothing is computed but what decides whether it can be done.
 
-    Args:
-        pair: the two bases.
-        method: which chooses the maps.
-        depth: see `jcrosslora.relation.pairing.pair_modules`.
-        seed: of everything that is drawn.
-        sources: align only what these source modules feed (those an adapter has); None is all.
+    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `depth` is
+    explained at `jcrosslora.relation.pairing.pair_modules`.
 
     Raises:
         MethodError: the method cannot be used on these bases.

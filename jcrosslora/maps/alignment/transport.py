@@ -23,9 +23,7 @@ class AlignRecipe:
 
     Attributes:
         method: name of the method, "module:Class" for one of a user's own.
-        settings: its hyper-parameters.
         depth: name of the depth map, or the list as given.
-        seed: of everything that is drawn.
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
         shared_tokens: how many tokens the vocabularies share, 0 where they were not used.
         probes: the text that both bases were run on, "none" for methods that look at weights alone.

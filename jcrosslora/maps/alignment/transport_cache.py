@@ -34,7 +34,7 @@ class TransportCache:
         self._what = f"{method.name}, rank {request.rank}, {cache.names}"
 
     def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
-        """Yield the groups of these pairs, one after the other; None in the place of one that is not kept.
+        """Yield the groups of these pairs, one after the other; None for one that is not kept.
 
         While one is used the next is read: two are in memory.
         """
@@ -66,10 +66,7 @@ def kept_layers(
 ) -> tuple[int | None, ...]:
     """Return the layers that are alike on texts: for each target layer the source layer.
 
-    Args:
-        cache: of the pair; None computes them.
-        probes: digest of the texts.
-        find: finds the layers if they are not kept.
+    `probes` is the digest of the texts. `find` finds the layers if they are not kept, as without a cache.
     """
     key = "" if cache is None else cache.key(probes, tokenizers=True)
     facts = None if cache is None else cache.store.facts("depth", key)

@@ -33,11 +33,7 @@ def batch_probes(
 ) -> tuple[Probes, list[ProbeBatch]]:
     """Tokenise probe texts for both bases.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        probes: the texts; None lets the source base write them.
-        seed: for sampling the texts that the source writes.
+    Without `probes` the source base writes the texts.
 
     Returns:
         The probes with the number of matched positions filled in, and their batches.

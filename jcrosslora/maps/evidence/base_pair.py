@@ -86,9 +86,8 @@ class PairCache:
     def key(self, *parts: object, tokenizers: bool) -> str:
         """Digest everything that an entry of the pair depends on.
 
-        Args:
-            parts: JSON values that identify the entry.
-            tokenizers: whether the entry depends on the tokenizers as well as on the weights.
+        `parts` are JSON values that identify it; `tokenizers` says whether it depends on them as well as on the
+        weights.
         """
         return digest_of(self._with_tokenizers if tokenizers else self.weights, self._numerics, *parts)
 

@@ -91,11 +91,8 @@ def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], str
     The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time. A
     role is skipped that is also in layers without all four, such as o_proj where layers read the keys of others.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        pairs: the pairs of modules; those of the MLP are skipped.
-        stream: (H_src, H_tgt), maps rows of the source's residual stream to the target's.
+    `stream` (H_src, H_tgt) maps rows of the source's residual stream to those of the target. Pairs of the MLP are
+    skipped.
 
     Raises:
         CheckpointError: a weight that cannot be read.
@@ -151,10 +148,7 @@ def circuit_cosines(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Ar
     Key and value heads are repeated for the query heads that they serve. No H x H matrix is formed for a head:
     the inner product of Q_1'K_1 and Q_2'K_2 is the sum of (Q_1 Q_2') * (K_1 K_2').
 
-    Args:
-        src: the source's layer.
-        tgt: the target's layer.
-        stream: M (H_src, H_tgt), maps rows of the source's residual stream to the target's.
+    `stream` is M (H_src, H_tgt), which maps rows of the source's residual stream to those of the target.
 
     Returns:
         (N_src, N_tgt).

@@ -5,7 +5,7 @@ its rounding error is relative to these two (1e-7 of sqrt(sum x_i^2 sum y_j^2) o
 that is a thousand times larger does not affect the others. Dividing the dimensions by their sizes before the products
 gains nothing. Small dimensions are lost after the sums: an SVD or a solve in float32 has errors relative to the largest
 singular value, so the sums must be divided before it. `CrossMoments` holds the squares of each dimension for that.
-float32 sums do lose directions beside a much larger one that is spread over all dimensions, such as a mean: 0.5 % of a
+float32 sums do lose directions next to a much larger one that is spread over all dimensions, such as a mean: 0.5 % of a
 direction a thousand times smaller, and more with the square of that ratio. `tests/test_moments_float64.py` measures
 these figures.
 """
@@ -50,7 +50,7 @@ class CrossMoments:
         output_squares: role -> (L, O_src) and (L, O_tgt), the same of the outputs.
         count: N, scalar.
         input_grams: site -> (L, I_src, I_src) and (L, I_tgt, I_tgt), sums of x_src x_src' and of x_tgt x_tgt'; None
-            unless they were asked for.
+            unless required.
         output_grams: role -> (L, O_src, O_src) and (L, O_tgt, O_tgt), the same of the outputs.
     """
 
@@ -79,13 +79,8 @@ def cross_moments(
     little more than twice the memory of the moments (26 million numbers a layer). The embeddings are reduced to the
     rows of the tokens that occur and the output heads dropped; both are held whole only while a base is read.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        batches: at least one, all of the same shape.
-        layers: for each target layer the source layer that feeds it, or None (its moments are meaningless).
-        roles: the roles of the modules to collect.
-        grams: whether to sum the second moments of each side as well.
+    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless). With
+    `grams` the second moments of each side are summed as well.
 
     Raises:
         CheckpointError: weights that cannot be read, or a model that the decoder does not know.

@@ -76,9 +76,7 @@ def _collect_selection(request: EvidenceRequest) -> AddEvidence:
 def selected_layers(found: tuple[Structure | None, str], depth: Depth) -> tuple[int | None, ...]:
     """Return the source layer of every target layer from the structure that two bases share.
 
-    Args:
-        found: the result of `find_structure`.
-        depth: the requested depth map: the default, or the one that the structure gives.
+    `found` is the result of `find_structure`. The depth map is the default, or the one that the structure gives.
 
     Raises:
         MethodError: neither base consists of parts of the other.

@@ -33,7 +33,7 @@ class EvidenceKind(StrEnum):
 
 # Kinds that need both bases run on text.
 RUNNING = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
-# Kinds for which the source is run with its adapter: the method fits an update of its own.
+# Kinds for which the source is run with its adapter: the method fits an update.
 FITTING = frozenset({EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
 
 
@@ -51,7 +51,7 @@ class Vocabulary:
         count: V, static.
         mean_src: (H_src,), the mean row that was subtracted; None where no method asks for it.
         mean_tgt: (H_tgt,), the same.
-        stream: (H_src, H_tgt), least squares map of the embeddings; None unless asked for.
+        stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
     """
 
     cross: jax.Array
@@ -132,8 +132,6 @@ class Evidence:
     """All evidence on one pair of modules that a method may use.
 
     Attributes:
-        src: the source module.
-        tgt: the target module.
         vocabulary: moments over the shared tokens, the same for all modules; None where they are not available.
         activations: moments of both bases' activations on the same text; None for methods that do not ask for them.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
@@ -144,7 +142,7 @@ class Evidence:
         selection: for methods that choose rows; None for the others.
         method: static; name of the method that reads it, for errors.
 
-    What a method has asked for it reads through the properties, which are never None.
+    A method reads the evidence that it requires through the properties, which are never None.
     """
 
     src: Side

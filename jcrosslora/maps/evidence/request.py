@@ -24,12 +24,10 @@ class EvidenceRequest:
     """The evidence that a method needs for some pairs of modules.
 
     Attributes:
-        pair: the two bases.
         method: name of the method, for errors.
         kinds: the kinds of evidence that it needs.
-        modules: the pairs of modules.
         layers: for each target layer the source layer that feeds it, or None.
-        rank: R, the truncation rank asked for; a module uses at most its short side.
+        rank: R, the requested truncation rank; a module uses at most its short side.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
         seed: for everything that is drawn at random.
         probes: texts that both bases are run on; None before they are known, and where they are not needed.
@@ -64,7 +62,6 @@ class ModuleStack:
     """The weights of L pairs of modules of equal shapes, on the devices.
 
     Attributes:
-        pairs: the L pairs.
         source: (L', O_src, I_src), float32; L' is L rounded up to a multiple of the device count, and the surplus
             repeats the last module.
         target: (L', O_tgt, I_tgt), the same of the target.

@@ -70,12 +70,12 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
             found = jax.vmap(lambda terms, a, b: shift_factors(terms, a, b, start.keeps_norm))(
                 terms_of(group, rows), a, b
             )
-            for place, row in enumerate(rows):
-                moved[group.pairs[row].target] = LoRAFactors(a=found.a[place], b=found.b[place])
+            for index, row in enumerate(rows):
+                moved[group.pairs[row].target] = LoRAFactors(a=found.a[index], b=found.b[index])
     if not moved:
         msg = f"none of the {len(modules)} modules of the adapter feeds a module of the target; align for its modules"
         raise AdapterError(msg)
-    order = {name: place for place, name in enumerate(transport.target.shapes)}
+    order = {name: index for index, name in enumerate(transport.target.shapes)}
     return {name: moved[name] for name in sorted(moved, key=order.__getitem__)}
 
 

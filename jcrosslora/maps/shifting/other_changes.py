@@ -42,11 +42,6 @@ def carry_tokens(
 
     A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree.
 
-    Args:
-        adapter: an adapter of the source, read with it.
-        pair: the source and the target.
-        method: a method that preserves the basis of the residual stream.
-
     Returns:
         The changes for the target, one report row for each change of the adapter, and "" or why nothing is moved.
 
@@ -55,10 +50,10 @@ def carry_tokens(
         CheckpointError: a weight cannot be read.
     """
     source, target = pair.source, pair.target
-    places, reason = token_places(source, target)
+    ids_tgt, reason = target_ids(source, target)
     if target.family.own_embedding is not None and any(update.table != HEAD for update in adapter.tokens):
         return (), (), f"changes of the embedding of {target.family.name}, {target.family.embedding}, are not written"
-    if places is None:
+    if ids_tgt is None:
         return (), (), reason
     structure = pair.structure[0] if EvidenceKind.SELECTION in method.requires else None
     stream = None if structure is None else structure.stream
@@ -74,7 +69,7 @@ def carry_tokens(
         changed, count, kept = 0, 0, 0.0
         for part in _split(update, target):
             carry = _factors if part.rows is None else _rows
-            carried, changed, count, kept = carry(part, source, target, places, stream)
+            carried, changed, count, kept = carry(part, source, target, ids_tgt, stream)
             found += [carried] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
         rows.append(TokenRow(update.modules, update.kind, changed, count, update.share, share))
@@ -84,7 +79,7 @@ def carry_tokens(
     return moved, tuple(rows), ""
 
 
-def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:
+def target_ids(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:
     """Find the target's id of every token of the source.
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
@@ -105,12 +100,12 @@ def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | Non
     shared, reason = shared_ids(source, target)
     if shared is None:
         return None, reason
-    places = np.full(size, -1)
+    found = np.full(size, -1)
     for name in src.special.keys() & tgt.special.keys():
-        places[src.special[name]] = tgt.special[name]
+        found[src.special[name]] = tgt.special[name]
     ids_src, ids_tgt = shared
-    places[ids_src] = ids_tgt
-    return places, ""
+    found[ids_src] = ids_tgt
+    return found, ""
 
 
 def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
@@ -127,21 +122,21 @@ Carried = tuple[TokenUpdate, int, int, float]
 
 
 def _factors(
-    update: TokenUpdate, source: BaseModel, target: BaseModel, places: np.ndarray, stream: np.ndarray | None
+    update: TokenUpdate, source: BaseModel, target: BaseModel, ids_tgt: np.ndarray, stream: np.ndarray | None
 ) -> Carried:
     del source
     assert update.factors is not None
-    ids = places[update.ids]
+    ids = ids_tgt[update.ids]
     order = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
     factors = dataclasses.replace(
         update.factors, a=_chosen(np.asarray(update.factors.a), stream), b=np.asarray(update.factors.b)[order]
     )
-    carried = low_rank_rows(update.table, update.kind, target.dims.vocab, ids[order], factors)
-    return carried, len(ids), len(order), carried.energy
+    moved = low_rank_rows(update.table, update.kind, target.dims.vocab, ids[order], factors)
+    return moved, len(ids), len(order), moved.energy
 
 
 def _rows(
-    update: TokenUpdate, source: BaseModel, target: BaseModel, places: np.ndarray, stream: np.ndarray | None
+    update: TokenUpdate, source: BaseModel, target: BaseModel, ids_tgt: np.ndarray, stream: np.ndarray | None
 ) -> Carried:
     name = f"{update.modules[0]}.weight"
     ids, rows, changed, energy = [], [], 0, 0.0
@@ -150,12 +145,12 @@ def _rows(
         change = update.changed(old, part) - old
         changes = change.any(axis=1)
         changed += int(np.count_nonzero(changes))
-        place = places[update.ids[part]]
-        moves = changes & (place >= 0)
+        moved_ids = ids_tgt[update.ids[part]]
+        moves = changes & (moved_ids >= 0)
         change = _chosen(change[moves], stream)
         energy += float(np.sum(change**2))
-        ids.append(place[moves])
-        rows.append((target.rows(name, place[moves]) + change).astype(np.float32))
+        ids.append(moved_ids[moves])
+        rows.append((target.rows(name, moved_ids[moves]) + change).astype(np.float32))
     found = np.concatenate(ids)
     order = np.argsort(found)
     carried = changed_rows(update.table, update.kind, target, found[order], np.concatenate(rows)[order])
@@ -170,10 +165,7 @@ def _chosen(matrix: np.ndarray, stream: np.ndarray | None) -> np.ndarray:
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:
     """Give each expert of the target the update of the source expert that it corresponds to, exactly.
 
-    Args:
-        adapter: of the source, with updates of experts.
-        pair: both bases.
-        method: one that selects layers takes them from other places; others only from the layer of the same number.
+    A method that selects layers takes updates from any layer; others only from the layer of the same number.
 
     Returns:
         The updates of the target, and what the user has to know, one sentence each.
@@ -199,21 +191,15 @@ def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tup
 
 def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: int) -> ExpertUpdate:
     assert layer.experts is not None
-    kept, places = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
-    a, b = (np.where(kept, each[places], np.float32(0)) for each in (update.a, update.b))
+    kept, experts = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
+    a, b = (np.where(kept, each[experts], np.float32(0)) for each in (update.a, update.b))
     return expert_update(target, number, update.matrix, a, b, update.share)
 
 
 def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> Adapter:
     """Return the adapter with its invocation in the tokens of the target.
 
-    Args:
-        adapter: an adapter of the source. Without an invocation, or with one for the target, it is returned unchanged.
-        source: the base whose tokens `adapter.info.invocation` holds.
-        target: the base that it moves to.
-
-    Returns:
-        The adapter with `info.invocation_target`.
+    An adapter without an invocation, or with one for the target, is returned unchanged.
 
     Raises:
         AdapterError: one of the tokenizers does not reproduce the text of the invocation.
@@ -228,12 +214,6 @@ def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> A
 
 def translate(tokens: Sequence[int], source: Tokenizer, target: Tokenizer, name: str) -> tuple[int, ...]:
     """Translate tokens of one tokenizer into tokens of another through their text.
-
-    Args:
-        tokens: tokens of the source.
-        source: the tokenizer of the source.
-        target: the tokenizer of the target.
-        name: name of the adapter, for errors.
 
     Raises:
         AdapterError: the source does not encode the text to the same tokens, or the target not to the same text.

@@ -18,7 +18,6 @@ class ModuleRow:
     Attributes:
         target: module of the target base.
         source: module of the source base whose update it received; "" where it was fitted and received none.
-        role: its role, such as q_proj.
         energy: ||dW_src||_F^2.
         kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
             if a map repeats rows (index-interp).
@@ -52,11 +51,8 @@ class ModuleRow:
     def unmapped(cls, target: str, role: str, source: str = "", energy: float = 0.0) -> "ModuleRow":
         """Account for a module that no map leads to: of the source's update only the energy is known, if that.
 
-        Args:
-            target: module of the target base.
-            role: its role.
-            source: module of the source base that lies at its depth, "" without one.
-            energy: ||dW_src||_F^2 of that.
+        `source` is the module of the source base that lies at its depth, "" without one, and `energy` its
+        ||dW_src||_F^2.
         """
         figures = {field.name: math.nan for field in dataclasses.fields(cls) if field.type is float}
         figures |= {"energy": energy, "norm_after": 0.0}

@@ -85,9 +85,7 @@ class Shifter:
     def finish(self, transport: Transport, pair: BasePair) -> Shifted:
         """Put the modules in the target's order and close the account.
 
-        Args:
-            transport: it may have dropped its groups.
-            pair: both bases.
+        The transport may have dropped its groups.
 
         Raises:
             PairingError: no update of the adapter was moved.
@@ -105,7 +103,7 @@ class Shifter:
         elif not (self._modules or experts or (self._method.fits_update and self.adapter.experts)):
             msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
             raise PairingError("; ".join([msg, *notes, "choose another depth map or method"]))
-        order = {name: place for place, name in enumerate(transport.target.shapes)}
+        order = {name: index for index, name in enumerate(transport.target.shapes)}
         tokens, token_rows, reason = (), (), ""
         if self.adapter.tokens:
             tokens, token_rows, reason = carry_tokens(self.adapter, pair, self._method)
@@ -140,10 +138,10 @@ class Shifter:
 
     def take(self, pairs: Sequence[Pair], agreements: Sequence[dict[str, Any]], moved: ShiftedFactors) -> None:
         """Keep the moved factors of some pairs; `moved` has their leading axis."""
-        for place, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
-            b = moved.b[place] if self._scale == 1 else moved.b[place] * np.float32(self._scale)
-            self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=b)
-            self._rows.append(_row(pair, agreement, moved, place, self._scale))
+        for index, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
+            b = moved.b[index] if self._scale == 1 else moved.b[index] * np.float32(self._scale)
+            self._modules[pair.target] = LoRAFactors(a=moved.a[index], b=b)
+            self._rows.append(_row(pair, agreement, moved, index, self._scale))
 
 
 def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
@@ -159,9 +157,9 @@ def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
         moved = jax.tree.map(np.asarray, _shift_stack(terms_of(group, part.rows), a, b, scale, part.keep_norm))
         rows = np.array(part.rows)
         agreement = {key: np.asarray(x)[rows] for key, x in dataclasses.asdict(group.agreement).items()}
-        agreements = [{key: x[place].item() for key, x in agreement.items()} for place in range(len(pairs))]
-        for place, shifter in enumerate(some):
-            shifter.take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
+        agreements = [{key: x[index].item() for key, x in agreement.items()} for index in range(len(pairs))]
+        for index, shifter in enumerate(some):
+            shifter.take(pairs, agreements, jax.tree.map(lambda x, index=index: x[:, index], moved))
 
 
 @partial(jax.jit, static_argnames=("keep_norm",))
@@ -228,15 +226,15 @@ def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
     return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 
-def _row(pair: Pair, agreement: dict[str, Any], moved: ShiftedFactors, place: int, scale: float) -> ModuleRow:
-    before, mapped = float(moved.before[place]), float(moved.mapped[place])
+def _row(pair: Pair, agreement: dict[str, Any], moved: ShiftedFactors, index: int, scale: float) -> ModuleRow:
+    before, mapped = float(moved.before[index]), float(moved.mapped[index])
     return ModuleRow(
         target=pair.target,
         source=pair.source,
         role=pair.role,
         energy=before,
         kept=mapped / before if before > 0 else 1.0,
-        norm_before=float(np.sqrt(moved.before[place])),
-        norm_after=float(np.sqrt(moved.after[place])) * abs(scale),
+        norm_before=float(np.sqrt(moved.before[index])),
+        norm_after=float(np.sqrt(moved.after[index])) * abs(scale),
         **agreement,
     )
