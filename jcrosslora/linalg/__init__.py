@@ -10,6 +10,7 @@ from jcrosslora.linalg.least_squares import reduced_rank_ridge as reduced_rank_r
 from jcrosslora.linalg.least_squares import ridge as ridge
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap
 from jcrosslora.linalg.low_rank import complement as complement
+from jcrosslora.linalg.low_rank import cosine as cosine
 from jcrosslora.linalg.low_rank import dot as dot
 from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import product_energy as product_energy

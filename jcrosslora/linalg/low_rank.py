@@ -72,6 +72,12 @@ def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.sum(dot(b.T, b) * dot(a, a.T))
 
 
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the cosine of two matrices as vectors; 0 if one of them is zero."""
+    norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
+    return jnp.sum(x * y) / jnp.where(norms > 0, norms, 1)
+
+
 def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Approximate b (O, K) times a (K, I) by the nearest product of at most `rank` in the Frobenius norm.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.adapter import Carried
-from jcrosslora.linalg import LinearMap, select
+from jcrosslora.linalg import LinearMap, cosine, select
 from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.maps.method import MapMethod, Measure
 
@@ -75,11 +75,10 @@ class Select(MapMethod):
     def maps(self, evidence: Evidence) -> Maps:
         """Return maps that select the rows of the evidence; rows without a counterpart become zero."""
         chosen = evidence.selected_rows
-        (o_src, i_src), w_tgt = evidence.src.weight.shape, evidence.tgt.weight
+        o_src, i_src = evidence.src.weight.shape
         p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
         carried = p_in(p_out(evidence.src.weight).T).T
-        norms = jnp.linalg.norm(carried) * jnp.linalg.norm(w_tgt)
-        return Maps(((p_out, p_in),), weight_cosine=jnp.sum(carried * w_tgt) / jnp.where(norms > 0, norms, 1))
+        return Maps(((p_out, p_in),), weight_cosine=cosine(carried, evidence.tgt.weight))
 
 
 def _choice(index: jax.Array, size: int) -> LinearMap:

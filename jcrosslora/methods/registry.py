@@ -69,14 +69,10 @@ MethodLike = str | Method | type[Method] | Auto
 
 
 def register_method(method: type[M]) -> type[M]:
-    """Add a user's own method to the registry; may be used as a class decorator.
+    """Add a user's own method to the registry and return it, as a class decorator does.
 
-    Args:
-        method: a frozen dataclass with a name and a default for every field. It inherits from `MapMethod` and has
-            `maps`, or from `Method` and has `move`.
-
-    Returns:
-        The same class.
+    It is a frozen dataclass with a name and a default for every field. It inherits from `MapMethod` and has `maps`, or
+    from `Method` and has `move`.
 
     Raises:
         MethodError: the class does not meet these conditions, or another class has its name.
@@ -103,8 +99,8 @@ def register_method(method: type[M]) -> type[M]:
 def allow_module(name: str) -> None:
     """Import a module of the user's own, also from the current folder, so that its methods go by "module:Class".
 
-    Args:
-        name: "module" or "module:Class", as the user typed it. Never what a file says: it may be somebody else's.
+    The name, "module" or "module:Class", is always one that the user typed, never one from a file, which may be
+    somebody else's.
 
     Raises:
         MethodError: it does not exist, or cannot be imported.

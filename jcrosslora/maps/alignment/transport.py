@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
-from jcrosslora.linalg import TruncatedSVD, dot
+from jcrosslora.linalg import TruncatedSVD, cosine, dot
 from jcrosslora.maps.evidence.records import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method
 from jcrosslora.relation.pairing import Pair, Pairing
@@ -214,5 +214,4 @@ def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> jax.
             return jnp.full((), jnp.nan)
         ((p_out, p_in),) = maps.terms
         w_src = p_in(p_out(w_src).T).T
-    norms = jnp.linalg.norm(w_src) * jnp.linalg.norm(w_tgt)
-    return jnp.sum(w_src * w_tgt) / jnp.where(norms > 0, norms, 1)
+    return cosine(w_src, w_tgt)

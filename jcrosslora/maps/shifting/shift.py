@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,8 +24,7 @@ from jcrosslora.maps.shifting.records import Calibration, ModuleRow, Shifted, Un
 from jcrosslora.relation.pairing import Pair
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Rows of a group whose updates have one rank. Adapters that agree in it move together."""
 
     rows: tuple[int, ...]
@@ -36,8 +35,7 @@ class _Part:
 class Shifter:
     """Moves one adapter, group by group, so that the groups of a transport need not all be in memory.
 
-    Attributes:
-        adapter: the adapter to move, with fused matrices split.
+    `adapter` is the adapter to move, with fused matrices split.
     """
 
     def __init__(
