@@ -16,7 +16,7 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
 from jcrosslora.relation.weight_similarity import check_finite, cosine_similarity, evenly_spaced, module_rows

@@ -12,7 +12,7 @@ from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence.records import Vocabulary

@@ -24,8 +24,8 @@ from jcrosslora.adapter.token_updates import (
     low_rank_rows,
 )
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.errors import AdapterError
 from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.maps.evidence.records import EvidenceKind
