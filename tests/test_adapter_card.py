@@ -5,28 +5,34 @@ import tomllib
 
 import pytest
 
-from jcrosslora.report.card import model_card
-from jcrosslora.report.documents import _toml
+import jcrosslora as jcl
+from jcrosslora.report import Base, Recipe, Row, SourceAdapter, Unmapped, Verdict, complete, model_card
 
 
-def card(**changes) -> str:
-    return model_card(
+def report(base_name="google/gemma-3-270m", source_adapter="owner/lora", **changes) -> jcl.TransferReport:
+    figures = {"energy": 1.0, "norm_before": 1.0, "norm_after": 1.0}
+    return jcl.TransferReport(
         **{
-            "base_name": "google/gemma-3-270m",
-            "source_adapter": "owner/lora",
-            "method": "cross-lora",
-            "recipe": 'method = "cross-lora"\nrank = 320\n',
-            "bases": {
-                "source": ("owner/small", "v1", "sha256:aa"),
-                "target": ("google/gemma-3-270m", None, "sha256:bb"),
-            },
-            "verdict": "at chance level:\nexpect no effect",
-            "table": [{"module": "q_proj", "kept": "10 | 20"}, {"module": "all", "kept": "1 %"}],
-            "dropped": [("model.layers.29.self_attn.q_proj", "1.5%")],
-            "notes": ["Signs are not anchored."],
+            "version": "1",
+            "verdict": Verdict("chance", "at chance level:\nexpect no effect"),
+            "recipe_toml": 'method = "cross-lora"\nrank = 320\n',
+            "recipe": Recipe("cross-lora"),
+            "source": Base("owner/small", revision="v1", digest="sha256:aa"),
+            "target": Base(base_name, digest="sha256:bb"),
+            "adapter": SourceAdapter(source_adapter),
+            "layers": (0,),
+            "rows": (Row(target="q_proj", source="q_proj", role="q|k", kept=0.1, **figures),),
+            "unmapped_targets": (),
+            "unmapped_sources": (Unmapped("model.layers.29.self_attn.q_proj", 0.015),),
+            "energy": 1.0,
+            "warnings": ("Signs are not anchored.",),
             **changes,
         }
     )
+
+
+def card(**changes) -> str:
+    return model_card(report(**changes))
 
 
 def front_matter(text: str) -> dict:
@@ -37,7 +43,8 @@ def front_matter(text: str) -> dict:
 
 @pytest.mark.parametrize("value", ["a/b", 'quote " and \\', "tab\t \x00 \x1f \x7f", "Köln 日本 \U0001f600", 8, 1e-05])
 def test_recipe_values_survive_a_round_trip(value):
-    assert tomllib.loads(f"x = {_toml(value)}\n") == {"x": value}
+    found = complete(report(asked={"x": value}), jcl.methods.CrossLoRA())
+    assert tomllib.loads(found.recipe_toml)["x"] == value
 
 
 def test_front_matter_names_the_base():
@@ -68,19 +75,19 @@ def test_card_contains_all_given_facts():
     for part in ("owner/lora", "owner/small", "v1", "sha256:aa", "sha256:bb", "rank = 320", "`cross-lora`"):
         assert part in text
     assert "**What to expect:** at chance level: expect no effect" in text
-    assert "| q_proj | 10 \\| 20 |" in text
-    assert "model.layers.29.self_attn.q_proj | 1.5%" in text
+    assert "| q\\|k | 1 | 10.0% |" in text
+    assert "model.layers.29.self_attn.q_proj | 1.50%" in text
     assert "- Signs are not anchored." in text
     assert "licences of the source adapter, of the source base model and of the target base model" in text
 
 
 def test_empty_sections_are_left_out():
-    text = card(dropped=(), notes=(), table=())
+    text = card(unmapped_sources=(), warnings=(), rows=())
     assert "Not moved" not in text
     assert "Warnings" not in text
     assert "Diagnostics" not in text
 
 
 def test_special_characters_in_names_are_escaped():
-    matter = front_matter(card(base_name="owner/base-1.5_x", source_adapter="a`b\nc: {", recipe="x = 1"))
+    matter = front_matter(card(base_name="owner/base-1.5_x", source_adapter="a`b\nc: {", recipe_toml="x = 1"))
     assert matter["base_model"] == json.loads('"owner/base-1.5_x"')

@@ -111,11 +111,11 @@ def test_an_adapter_goes_with_its_experts_and_layers(case, tmp_path):
     (tmp_path / "fewer").mkdir()
     other = changed(case, tmp_path / "permuted", permuted)
     moved = jcl.transfer(case.adapter, case.base, other, cache=False, effect="never")
-    assert moved.report.method.name == "copy"
+    assert moved.report.recipe.method == "copy"
     np.testing.assert_allclose(run(other, TOKENS, moved.adapter), case.wanted, **CLOSE)
     fewer = changed(case, tmp_path / "fewer", same, (0, 2, 3))
     moved = jcl.transfer(case.adapter, case.base, fewer, cache=False, effect="never")
-    assert moved.report.method.name == "select"
+    assert moved.report.recipe.method == "select"
     kept = {update.name: update for update in case.adapter.experts}
     assert {update.layer for update in moved.adapter.experts} == set(fewer.layers_with("router"))
     for update in moved.adapter.experts:

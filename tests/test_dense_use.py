@@ -12,7 +12,7 @@ from tiny_models import torch, transformers
 import jcrosslora as jcl
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import UsageError
-from jcrosslora.report.table import print_report
+from jcrosslora.report import print_report
 from jcrosslora.training import TrainingSettings, first_factors
 
 peft = pytest.importorskip("peft")

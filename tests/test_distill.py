@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -61,9 +62,8 @@ from jcrosslora.distill.template_choice import judge_templates, known_templates
 from jcrosslora.distill.templates import in_template
 from jcrosslora.distill.writing import first_sentence
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.report.documents import card_text
-from jcrosslora.report.record import spread
-from jcrosslora.report.table import print_report
+from jcrosslora.methods import METHODS
+from jcrosslora.report import complete, cut, model_card, print_report, published, spread
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
@@ -642,9 +642,10 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     assert report["examples"] == []
     # The user's own prompts are not written beside the adapter.
     assert not (tmp_path / "out" / "completions.jsonl").exists()
-    written = dataclasses.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
+    written = msgspec.structs.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
+    written = complete(written, METHODS[written.recipe.method]())
     assert "--probe-text" in jcl.verdict(written).text
-    assert "\n- `Q: a b? A: c`\n" in card_text(written, "")
+    assert "\n- `Q: a b? A: c`\n" in model_card(published(written))
     console = Console(file=io.StringIO(), width=200)
     print_report(written, console)
     assert "written: Q: a `b`? A: c\n" in console.file.getvalue()
@@ -654,7 +655,7 @@ def test_examples_are_spread_and_short():
     assert spread([str(number) for number in range(101)], 3) == ("0", "50", "100")
     assert spread(["a", "b"], 10) == ("a", "b")
     assert spread([], 10) == ()
-    assert spread(["x" * 400], 1) == ("x" * 300 + " ...",)
+    assert cut("x" * 400) == "x" * 300 + " ..."
 
 
 @pytest.mark.full

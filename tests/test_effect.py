@@ -6,6 +6,7 @@ import json
 from functools import partial
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from probe_bases import CORPUS, write_base
@@ -21,9 +22,8 @@ from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.evaluate import Change, Effect, check_effect, effect_check
 from jcrosslora.evaluate.effect_check import adapter_texts
 from jcrosslora.evaluate.probes import match_positions
-from jcrosslora.methods import Random
-from jcrosslora.report.documents import REPORT, card_text, documents
-from jcrosslora.report.table import print_report
+from jcrosslora.methods import PadTruncate, Random
+from jcrosslora.report import REPORT, MeasuredEffect, complete, documents, model_card, print_report, published
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
 
@@ -129,7 +129,7 @@ def test_update_with_infinite_predictions_is_destructive_and_valid_json(pair):
     data = json.loads(json.dumps(effect.to_json(), allow_nan=False))
     assert data["target"]["kl"] is None
     assert data["outcome"] == "destructive"
-    assert "nan" not in effect.sentence + str(effect.rows())
+    assert "nan" not in effect.sentence + str(MeasuredEffect.of(effect).rows())
 
 
 def test_non_finite_original_is_refused(pair):
@@ -232,22 +232,24 @@ def report(pair):
 
 
 def test_report_without_an_effect_does_not_mention_it(report):
-    text = documents(report, out="out", profile="portable", dtype="float32")[REPORT]
-    assert json.loads(text)["effect"] is None
-    assert "Effect on text" not in card_text(report, "")
-    assert "chosen because" not in card_text(report, "")
+    shown = published(report)
+    assert json.loads(documents(shown, "portable")[REPORT])["effect"] is None
+    assert "Effect on text" not in model_card(shown)
+    assert "chosen because" not in model_card(shown)
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.01, "ineffective"), (9, "destructive"), (1, None)])
 def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
-    full = dataclasses.replace(report, effect=made(share, 0), choice="the bases differ")
+    effect = MeasuredEffect.of(made(share, 0))
+    full = complete(msgspec.structs.replace(report, effect=effect, choice="the bases differ"), PadTruncate())
     found = jcl.verdict(full)
     assert found.level == (level or jcl.verdict(report).level)
     assert found.text.endswith(full.effect.sentence)
-    data = json.loads(documents(full, out="out", profile="portable", dtype="float32")[REPORT])
+    shown = published(full)
+    data = json.loads(documents(shown, "portable")[REPORT])
     assert data["effect"]["outcome"] == full.effect.outcome
     assert data["choice"] == "the bases differ"
-    card = card_text(full, "")
+    card = model_card(shown)
     assert "## Effect on text" in card
     assert "`pad-truncate`, chosen because the bases differ." in card
     console = Console(file=io.StringIO(), width=200)
@@ -258,6 +260,6 @@ def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
 
 
 def test_random_control_keeps_its_verdict(pair, report):
-    recipe = dataclasses.replace(report.recipe, method="random")
-    full = dataclasses.replace(report, method=Random(), recipe=recipe, effect=made(0.01, 0))
-    assert jcl.verdict(full).level == "control"
+    recipe = msgspec.structs.replace(report.recipe, method="random")
+    full = msgspec.structs.replace(report, recipe=recipe, effect=MeasuredEffect.of(made(0.01, 0)))
+    assert jcl.verdict(complete(full, Random())).level == "control"

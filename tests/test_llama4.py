@@ -170,11 +170,11 @@ def test_an_adapter_of_experts_goes_with_its_experts_and_layers(sparse, tmp_path
     (tmp_path / "fewer").mkdir()
     other = changed(sparse, tmp_path / "permuted", permuted)
     moved = jcl.transfer(sparse.adapter, sparse.base, other, cache=False, effect="never")
-    assert moved.report.method.name == "copy"
+    assert moved.report.recipe.method == "copy"
     np.testing.assert_allclose(run(other, TOKENS, adapter=moved.adapter), sparse.wanted, **CLOSE)
     fewer = changed(sparse, tmp_path / "fewer", lambda _, x: x, (1, 2, 3))
     moved = jcl.transfer(sparse.adapter, sparse.base, fewer, cache=False, effect="never")
-    assert moved.report.method.name == "select"
+    assert moved.report.recipe.method == "select"
     kept = {update.name: update for update in sparse.adapter.experts}
     assert len(moved.adapter.experts) == 6
     for update in moved.adapter.experts:

@@ -6,6 +6,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from command_line import main
@@ -39,7 +40,7 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(bases):
     found = jcl.transfer(bases / "adapter", bases / "one", bases / "two", "pad-truncate", cache=False)
-    report = dataclasses.replace(found.report, examples=(SECRET,), fitted="fitted")
+    report = msgspec.structs.replace(found.report, examples=(SECRET,), fitted="fitted")
     return dataclasses.replace(found, report=report)
 
 
@@ -299,7 +300,8 @@ def damage_rank(folder):
         (damage_weights, "safetensors"),
         (damage_rank, "is not a whole adapter .*has rank"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors here"),
-        (lambda folder: (folder / "transfer_report.json").write_text("{"), r"transfer_report\.json: not valid JSON"),
+        (lambda folder: (folder / "transfer_report.json").write_text("{"), r"transfer_report\.json: is damaged"),
+        (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, wanted 2"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), r"README\.md: its metadata is not YAML"),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), r"README\.md: cannot be read \(not UTF-8\)"),
         (shutil.rmtree, "no such folder"),

@@ -15,11 +15,18 @@ import jcrosslora as jcl
 from jcrosslora.decoder import Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores, answers_json, scores_json
-from jcrosslora.report.page import Roles, find_contents, report_page
-from jcrosslora.report.page.answers import answers_section
-from jcrosslora.report.page.evaluation import parse_evaluation
-from jcrosslora.report.page.figures import gain_share
-from jcrosslora.report.page.headline import headline
+from jcrosslora.report.page import (
+    Roles,
+    answers_section,
+    find_contents,
+    gain_share,
+    headline,
+    left_shares,
+    parse_evaluation,
+    report_page,
+    source_shares,
+    target_shares,
+)
 from jcrosslora.text import Completion, Message
 
 pytest.importorskip("matplotlib")  # the extra plot
@@ -160,15 +167,15 @@ def test_layers_left_behind_are_on_the_map(moved, tmp_path):
     left = [{"source": "model.layers.7.mlp.up_proj", "share": 0.375}]
     folder = saved(tmp_path / "left", moved, unmapped_sources=left, fitted=None)
     contents = find_contents(folder)
-    assert contents.moved.left_behind() == {7: 0.375}
-    assert contents.moved.source_shares()[7] == 0.375
+    assert left_shares(contents.moved) == {7: 0.375}
+    assert source_shares(contents.moved)[7] == 0.375
     text = report_page(contents)
     assert "37.5% of the original update" in text
     assert "left behind" in text
-    assert sum(contents.moved.target_shares().values()) == pytest.approx(1)
+    assert sum(target_shares(contents.moved).values()) == pytest.approx(1)
     total = sum(row["norm_after"] ** 2 for row in rows if ".layers.0." in row["target"])
     whole = sum(row["norm_after"] ** 2 for row in rows)
-    assert contents.moved.target_shares()[0] == pytest.approx(total / whole)
+    assert target_shares(contents.moved)[0] == pytest.approx(total / whole)
 
 
 def evaluated(folder, shares, nll=(0.9, 0.3, 0.2, 0.9), **changes):

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
+import msgspec
+
 from jcrosslora.checkpoint.config import read_config
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_of
 from jcrosslora.errors import CheckpointError
@@ -160,7 +162,7 @@ def local_names(*refs: str | None) -> dict[str, str]:
 
 
 def publish(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace the paths in all texts of a JSON value, longer ones first."""
+    """Replace the paths in all texts of a JSON value or of a record of msgspec, longer ones first."""
     pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
 
     def replaced(value: Any) -> Any:
@@ -169,7 +171,9 @@ def publish(value: Any, names: Mapping[str, str]) -> Any:
         if isinstance(value, Mapping):
             return {key: replaced(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [replaced(item) for item in value]
+            return type(value)(map(replaced, value))
+        if isinstance(value, msgspec.Struct):
+            return type(value)(**{name: replaced(getattr(value, name)) for name in value.__struct_fields__})
         return value
 
     return replaced(value)

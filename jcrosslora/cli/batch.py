@@ -1,6 +1,5 @@
 """`jcrosslora batch`: many transfers by a plan."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -89,10 +88,12 @@ class Batch:
 
 def _levels(summary: "Summary") -> Iterator[str]:
     """Read the verdicts' levels from the reports beside the adapters, of this run and of earlier ones."""
+    from jcrosslora.report.record import REPORT, read_report
+
     for outcome in summary.outcomes.values():
-        report = Path(outcome.out) / "transfer_report.json"
-        if outcome.status in ("done", "kept") and report.is_file():
-            yield json.loads(report.read_text(encoding="utf-8"))["verdict"]["level"]
+        path = Path(outcome.out) / REPORT
+        if outcome.status in ("done", "kept") and path.is_file():
+            yield read_report(path).verdict.level
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from jcrosslora.cli.output import print_json, say
 
@@ -29,13 +30,16 @@ class Check:
         """Print one line for each engine."""
         from jcrosslora.adapter import check_engines
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.report.inspect import print_engines, reported_family
+        from jcrosslora.report.inspect import reported_family
 
         base = None if self.base is None else open_base(self.base)
         verdicts = check_engines(self.path, base_family=self.family or reported_family(self.path), base=base)
         if self.json:
             print_json([asdict(one) for one in verdicts])
         else:
-            print_engines(verdicts, console)
+            table = Table("engine", "reads it", "reasons and notes")
+            for one in verdicts:
+                table.add_row(one.engine, "yes" if one.reads else "no", "\n".join((*one.reasons, *one.notes)))
+            console.print(table, highlight=False, markup=False)
             if base is None:
                 say(console, "modules: not looked up in the base; name it with --base")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.table import Table
 
 from jcrosslora.cli.output import print_json
 
@@ -17,10 +18,13 @@ class Methods:
     def run(self, console: Console) -> None:
         """Print the registry."""
         from jcrosslora.methods import METHODS
-        from jcrosslora.report.inspect import print_methods
 
+        found = [kind() for kind in METHODS.values()]
         if self.json:
             keys = ("name", "summary", "needs", "reference")
-            print_json([{key: getattr(method(), key) for key in keys} for method in METHODS.values()])
-        else:
-            print_methods(console)
+            print_json([{key: getattr(method, key) for key in keys} for method in found])
+            return
+        table = Table("method", "what it does", "needs", "reference")
+        for method in found:
+            table.add_row(method.name, method.summary, method.needs, method.reference)
+        console.print(table, highlight=False, markup=False)

@@ -7,9 +7,8 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.output import print_json, say
-from jcrosslora.report.hub.contents import collect
-from jcrosslora.report.hub.push import Pushed, push_folder
-from jcrosslora.report.hub.repository import check_repo_id
+from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
+from jcrosslora.report.upload import collect
 
 
 @dataclass(frozen=True)

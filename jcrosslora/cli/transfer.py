@@ -15,8 +15,7 @@ from jcrosslora.cli.output import FailOn, exit_code, print_json, say
 from jcrosslora.cli.push import print_pushed
 from jcrosslora.errors import MethodError, OutputError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method
-from jcrosslora.report.hub.push import Pushed, push_folder
-from jcrosslora.report.hub.repository import Repository
+from jcrosslora.report.hub import Pushed, Repository, push_folder
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
 from jcrosslora.utils.logs import LogName, find_log, log_to
@@ -123,7 +122,6 @@ class _Transfer:
         from jcrosslora.distributed import hosts
         from jcrosslora.report.documents import published
         from jcrosslora.report.table import print_report
-        from jcrosslora.report.verdict import verdict
         from jcrosslora.session.files import transfer_files
 
         settings = self.settings()
@@ -133,17 +131,18 @@ class _Transfer:
             report = transfer_files(settings).report
         if not hosts.is_first():
             return 0
-        found = verdict(report)
         if self.json:
             pushed = {} if self.push_to is None else {"pushed": asdict(self._push(self.push_to))}
-            print_json({"out": settings.out, **pushed, "verdict": vars(found), **published(report)})
+            data = published(report).to_json()
+            del data["recipe_toml"]  # it is in the folder
+            print_json({"out": settings.out, **pushed, **data})
         else:
             if self.table != "none":
                 print_report(report, console, table=self.table)
             say(console, f"written: {settings.out}")
             if self.push_to is not None:
                 print_pushed(self._push(self.push_to), console)
-        return exit_code(self.fail_on, [found.level])
+        return exit_code(self.fail_on, [report.verdict.level])
 
     def _push(self, repo_id: str) -> Pushed:
         """Upload what was written; an error tells the command that goes on."""

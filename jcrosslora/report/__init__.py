@@ -1,1 +1,20 @@
-"""What is said of a transfer: records, tables, the verdict, the model card, and descriptions of what a path holds."""
+"""The report of a transfer. All that shows one reads the record `TransferReport`: tables, card, page and uploads."""
+
+from jcrosslora.report.card import model_card as model_card
+from jcrosslora.report.documents import complete as complete
+from jcrosslora.report.documents import documents as documents
+from jcrosslora.report.documents import published as published
+from jcrosslora.report.record import REPORT as REPORT
+from jcrosslora.report.record import Base as Base
+from jcrosslora.report.record import MeasuredEffect as MeasuredEffect
+from jcrosslora.report.record import Recipe as Recipe
+from jcrosslora.report.record import Row as Row
+from jcrosslora.report.record import SourceAdapter as SourceAdapter
+from jcrosslora.report.record import TransferReport as TransferReport
+from jcrosslora.report.record import Unmapped as Unmapped
+from jcrosslora.report.record import Verdict as Verdict
+from jcrosslora.report.record import cut as cut
+from jcrosslora.report.record import read_report as read_report
+from jcrosslora.report.record import spread as spread
+from jcrosslora.report.table import print_report as print_report
+from jcrosslora.report.verdict import verdict as verdict

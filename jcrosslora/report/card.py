@@ -1,98 +1,79 @@
 """The model card (README.md) of a moved adapter: its origin, how it was made, what to expect."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from huggingface_hub import ModelCardData
 
-from jcrosslora.checkpoint.hub import is_on_hub
+from jcrosslora.checkpoint.hub import is_on_hub, public_name
+from jcrosslora.report.record import SourceAdapter, TransferReport, spread
+from jcrosslora.report.table import role_rows
 from jcrosslora.utils.texts import markdown_code, markdown_text
 
-BaseRow = tuple[str | None, str | None, str | None]
-
+_LOOKS = 10  # points of a fit's curve that the card shows
 _EXAMPLES = "Some of the completions, prompts and answers written by the source with the original adapter:"
+_EFFECT = (
+    "What the original update changes on the source and the moved one on the target, over the same positions of "
+    "the same texts: the divergence from the base without it (mean and standard deviation over texts), and the "
+    "negative log-likelihood of the text, in nats."
+)
+_LICENCE = (
+    "The licences of the source adapter, of the source base model and of the target base model all apply to this "
+    "adapter."
+)
 
 
-def model_card(
-    *,
-    base_name: str | None,
-    library: str = "peft",
-    licence: str | None = None,
-    licence_name: str | None = None,
-    licence_link: str | None = None,
-    source_adapter: str,
-    method: str,
-    recipe: str,
-    bases: Mapping[str, BaseRow],
-    verdict: str,
-    table: Sequence[Mapping[str, str]],
-    dropped: Sequence[tuple[str, str]] = (),
-    notes: Sequence[str] = (),
-    tokens: Sequence[str] = (),
-    choice: str | None = None,
-    effect: Sequence[Mapping[str, str]] = (),
-    fitted: str | None = None,
-    curve: Sequence[tuple[int, float]] = (),
-    examples: Sequence[str] = (),
-    added: str | None = None,
-    ranks: str | None = None,
-    truncation: str | None = None,
-) -> str:
+def model_card(report: TransferReport, profile: str = "portable") -> str:
     """Return the text of the card, with the front matter that the hub reads.
 
     Args:
-        base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
-            appears in the text only.
-        library: the library whose format the files have, as the hub names it.
-        licence: the licence on the source adapter's own card; None if it states none.
-        licence_name: the name of one that the hub does not know, likewise.
-        licence_link: its address, likewise.
-        source_adapter: name of the adapter that was moved.
-        method: the transfer method.
-        recipe: the exact recipe, as TOML.
-        bases: "source" and "target" to (name, revision, digest), each of which may be None.
-        verdict: the sentence on what to expect.
-        table: rows of text with the same columns.
-        dropped: (source module, share of the update) for updates that were not moved.
-        notes: warnings, one sentence each.
-        tokens: what was moved of the embedding and the output head, one sentence without a full stop each.
-        choice: why this method was chosen, if it was not named by the user.
-        effect: rows of text on what the update changes on both bases, if that was measured.
-        fitted: what was fitted behind the maps, if anything was.
-        curve: completions used and the divergence on held-out ones, as the fit went.
-        examples: some of the completions of the fit.
-        added: what goes with the update that the maps do not make, if anything does.
-        ranks: what the ranks became, if that is worth saying.
-        truncation: to which ranks the updates were truncated, and what that left, if they were.
+        report: as `documents.published` returns it. A target that is a hub id goes into the front matter; a local name,
+            which the hub refuses there, appears in the text only.
+        profile: file format of the adapter.
     """
-    chosen = f", chosen because {markdown_text(choice)}" if choice else ""
+    name, base = public_name(report.adapter.name) or "adapter", report.target.name
+    library = "peft" if profile in ("portable", "peft") else profile
+    chosen = f", chosen because {markdown_text(report.choice)}" if report.choice else ""
     sections = [
-        _front_matter(base_name, library, licence, licence_name, licence_link),
-        f"# {markdown_code(source_adapter)} moved to {markdown_code(base_name or 'another base model')}",
+        _front_matter(base, library, report.adapter),
+        f"# {markdown_code(name)} moved to {markdown_code(base or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
-        f"the data that it was trained on, by the method {markdown_code(method)}{chosen}.",
-        f"**What to expect:** {markdown_text(verdict)}",
-        "## Base models\n\n" + _bases(bases),
-        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
-        "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`" + _module(method),
-        "## Diagnostics\n\n" + _markdown(table) if table else "",
-        f"## Fit\n\nThe update was {markdown_text(fitted)}." if fitted else "",
-        _markdown([{"completions used": f"{used:,}", "divergence": f"{found:.3f}"} for used, found in curve])
-        if curve
-        else "",
-        f"{_EXAMPLES}\n\n{_quoted(examples)}" if examples else "",
-        f"## Added\n\n{markdown_text(added[:1].upper() + added[1:])}." if added else "",
-        "## Rank\n\n" + " ".join(_sentences(ranks, truncation and f"the update was truncated to {truncation}"))
-        if ranks or truncation
-        else "",
-        "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
-        "## Effect on text\n\n" + _effect(effect) if effect else "",
-        "## Not moved\n\n" + _dropped(dropped) if dropped else "",
-        "## Warnings\n\n" + _listed(notes) if notes else "",
-        "## Licence\n\nThe licences of the source adapter, of the source base model and of the target base model all "
-        "apply to this adapter.",
+        f"the data that it was trained on, by the method {markdown_code(report.recipe.method)}{chosen}.",
+        f"**What to expect:** {markdown_text(report.verdict.text)}",
+        *(f"## {title}\n\n{text}" for title, text in _sections(report) if text),
+        f"## Licence\n\n{_LICENCE}",
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each section; one without text is left out."""
+    yield "Base models", _bases(report)
+    again = "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`"
+    recipe = f"```toml\n{report.recipe_toml.strip()}\n```"
+    yield "Recipe", f"{recipe}\n\n{again}{_module(report.recipe.method)}"
+    yield "Diagnostics", _markdown(role_rows(report)) if report.rows else ""
+    yield "Fit", "\n\n".join(_fit(report))
+    yield "Added", _sentence(report.added)
+    ranks = report.rank_sentence if report.fitted or report.added else None
+    truncation = report.truncation and f"the update was truncated to {report.truncation.sentence}"
+    yield "Rank", " ".join(filter(None, (_sentence(ranks), _sentence(truncation))))
+    yield "Embedding and output head", _listed([row.sentence for row in report.tokens])
+    yield "Effect on text", "" if report.effect is None else f"{_EFFECT}\n\n{_markdown(report.effect.rows())}"
+    yield "Not moved", _left(report)
+    yield "Warnings", _listed(report.warnings)
+
+
+def _fit(report: TransferReport) -> Iterator[str]:
+    """Yield what was fitted, the curve of the fit, and some of its completions."""
+    if report.fitted:
+        yield f"The update was {markdown_text(report.fitted)}."
+    if report.curve:
+        looks = spread(report.curve, _LOOKS)
+        rows = [(f"{used:,}", "-" if found is None else f"{found:.3f}") for used, found in looks]
+        yield _markdown([{"completions used": used, "divergence": found} for used, found in rows])
+    if report.examples:
+        yield f"{_EXAMPLES}\n\n" + "\n".join(f"- {markdown_code(text)}" for text in report.examples)
 
 
 def without_examples(card: str) -> str:
@@ -100,19 +81,17 @@ def without_examples(card: str) -> str:
     return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
-def _front_matter(
-    base_name: str | None, library: str, licence: str | None, licence_name: str | None, licence_link: str | None
-) -> str:
-    on_the_hub = is_on_hub(base_name)
+def _front_matter(base: str | None, library: str, adapter: SourceAdapter) -> str:
+    on_the_hub = is_on_hub(base)
     data = ModelCardData(
-        base_model=base_name if on_the_hub else None,
+        base_model=base if on_the_hub else None,
         base_model_relation="adapter" if on_the_hub else None,
         library_name=library,
-        license=licence,
-        license_name=licence_name,
-        license_link=licence_link,
+        license=adapter.licence,
+        license_name=adapter.licence_name,
+        license_link=adapter.licence_link,
         pipeline_tag="text-generation",
-        tags=[*([f"base_model:adapter:{base_name}"] if on_the_hub else []), "lora", "jcrosslora"],
+        tags=[*([f"base_model:adapter:{base}"] if on_the_hub else []), "lora", "jcrosslora"],
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -123,44 +102,34 @@ def _module(method: str) -> str:
     return f", and `--allow-module {module}` once you have looked at the code of that module." if own else "."
 
 
-def _bases(bases: Mapping[str, BaseRow]) -> str:
-    rows = [
-        {"": side, "name": name or "-", "revision": revision or "-", "digest": digest or "-"}
-        for side, (name, revision, digest) in bases.items()
-    ]
-    return _markdown(rows)
-
-
-def _dropped(dropped: Sequence[tuple[str, str]]) -> str:
-    rows = [{"source module": name, "share of the update's energy": share} for name, share in dropped]
-    return "These source modules feed no module of the target.\n\n" + _markdown(rows)
-
-
-def _effect(rows: Sequence[Mapping[str, str]]) -> str:
-    explained = (
-        "What the original update changes on the source and the moved one on the target, over the same positions of "
-        "the same texts: the divergence from the base without it (mean and standard deviation over texts), and the "
-        "negative log-likelihood of the text, in nats."
+def _bases(report: TransferReport) -> str:
+    return _markdown(
+        [
+            {"": side, "name": base.name or "-", "revision": base.revision or "-", "digest": base.digest or "-"}
+            for side, base in (("source", report.source), ("target", report.target))
+        ]
     )
-    return explained + "\n\n" + _markdown(rows)
+
+
+def _left(report: TransferReport) -> str:
+    left = report.unmapped_sources
+    rows = [{"source module": item.source, "share of the update's energy": f"{item.share:.2%}"} for item in left]
+    return "These source modules feed no module of the target.\n\n" + _markdown(rows) if rows else ""
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     if not rows:
-        return "-"
+        return ""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[column] for column in head] for row in rows)]
     return "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines)
-
-
-def _quoted(texts: Sequence[str]) -> str:
-    """Return texts as a list of code, which nothing in them can end."""
-    return "\n".join(f"- {markdown_code(text)}" for text in texts)
 
 
 def _listed(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {markdown_text(sentence)}" for sentence in sentences)
 
 
-def _sentences(*texts: str | None) -> list[str]:
-    return [f"{plain[:1].upper()}{plain[1:]}." for plain in map(markdown_text, filter(None, texts))]
+def _sentence(text: str | None) -> str:
+    """Return a text with a capital and a full stop; "" without one."""
+    plain = markdown_text(text) if text else ""
+    return f"{plain[:1].upper()}{plain[1:]}." if plain else ""

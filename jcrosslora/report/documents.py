@@ -1,25 +1,24 @@
-"""The files beside a moved adapter: its recipe, its report and its model card."""
+"""The files beside a moved adapter: its recipe, its report and its model card, without local paths."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.checkpoint.hub import public_name, publish
+from jcrosslora.checkpoint.hub import is_hub_id, public_name
+from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.methods import Method
 from jcrosslora.report.card import model_card
-from jcrosslora.report.public_names import replacements, source_name
-from jcrosslora.report.record import TransferReport
-from jcrosslora.report.table import changed_settings, role_rows
-from jcrosslora.report.verdict import verdict
+from jcrosslora.report.record import REPORT, Totals, TransferReport, defined
+from jcrosslora.report.verdict import judge
 
-_LOOKS = 10  # points of a fit's curve that the card shows
 SERVED = "source_model"  # the setting that says that a server was asked
-REPORT, RECIPE = "transfer_report.json", "recipe.toml"
+RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
 # Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
@@ -28,52 +27,95 @@ _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer -
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 
 
-def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> dict[str, str]:
-    """Return the files that go beside a moved adapter, by name. They contain no local path.
+def complete(report: TransferReport, method: Method) -> TransferReport:
+    """Fill in what follows from the other fields of a report and from the method: verdict, recipe and totals."""
+    totals = Totals(defined(report.kept), defined(report.left_behind))
+    recipe = "".join(f"{name} = {_toml(value)}\n" for name, value in _settings(report, method).items())
+    return msgspec.structs.replace(report, verdict=judge(report, method), recipe_toml=recipe, totals=totals)
+
+
+def published(report: TransferReport, **settings: str) -> TransferReport:
+    """Return a report without local paths.
 
     Args:
-        report: the report of the transfer.
-        out: name of the folder.
-        profile: file format of the adapter.
-        dtype: number format of the adapter.
+        report: as `complete` returns it.
+        settings: of the recipe, where they differ from those of a transfer in memory: out, profile, dtype.
     """
-    recipe = _recipe_of(report, out=out, profile=profile, dtype=dtype)
-    data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
+    shown = publish(report, replacements(report))
+    named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
+    named |= {name: f"{name} = {_toml(value)}\n" for name, value in settings.items()}
+    return msgspec.structs.replace(
+        shown,
+        recipe_toml="".join(named.values()),
+        source=msgspec.structs.replace(shown.source, name=source_name(report), ref=public_name(report.source.ref)),
+        target=msgspec.structs.replace(
+            shown.target, name=public_name(report.target.name), ref=public_name(report.target.ref)
+        ),
+    )
+
+
+def documents(report: TransferReport, profile: str) -> dict[str, str]:
+    """Return the files that go beside a moved adapter, by name.
+
+    Args:
+        report: as `published` returns it.
+        profile: file format of the adapter.
+    """
     head = _HEAD + (_OWN if ":" in report.recipe.method else "")
-    return {
-        CARD: card_text(report, recipe, profile),
-        REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n",
-        RECIPE: head + recipe,
-    }
+    return {CARD: model_card(report, profile), REPORT: report_text(report), RECIPE: head + report.recipe_toml}
 
 
-def published(report: TransferReport) -> dict[str, Any]:
-    """Return a report as JSON data without local paths."""
-    data = publish(report.to_json(), replacements(report))
-    for side, name in (("source", source_name(report)), ("target", public_name(report.target.name))):
-        data[side]["name"] = name
-        data[side]["ref"] = public_name(getattr(report, side).ref)
-    return data
+def report_text(report: TransferReport) -> str:
+    """Return the content of `transfer_report.json`."""
+    return json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
 
 
-def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
-    """Return the transfer as TOML for `jcrosslora transfer --recipe`; only what differs from the defaults."""
+def provenance(report: TransferReport) -> dict[str, str]:
+    """Return the origin of an adapter for the header of its safetensors file, which holds strings only.
+
+    Args:
+        report: as `published` returns it.
+    """
+    data = report.to_json()
+    parts = {f"jcrosslora.{name}": json.dumps(data[name]) for name in ("recipe", "source", "target", "adapter")}
+    return {"jcrosslora.version": report.version, **parts}
+
+
+def source_name(report: TransferReport) -> str | None:
+    """Return the name of the source base: the hub id that the adapter's own configuration states, else the file's.
+
+    The `general.name` of a GGUF file is set at training, and often differs from the name of the repository.
+    """
+    stated = report.adapter.base_name
+    return stated if stated and is_hub_id(stated) and not Path(stated).exists() else public_name(report.source.name)
+
+
+def replacements(report: TransferReport) -> dict[str, str]:
+    """Return the local paths in a report with their public names."""
+    ends = report.source, report.target
+    return local_names(
+        report.adapter.name, report.recipe.probe_text, *(end.ref for end in ends), *(end.name for end in ends)
+    )
+
+
+def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
+    """Return what `jcrosslora transfer --recipe` reads; only what differs from the defaults."""
     recipe = report.recipe
     settings = {
         "adapter": public_name(report.adapter.name),
         "source": public_name(report.source.ref),
         **report.asked,
         "target": public_name(report.target.ref),
-        "out": out,
+        "out": "moved",
         "method": recipe.method,
-        **changed_settings(report),
+        **_changed(recipe.settings, method),
         "depth": recipe.depth,
         "calibrate": report.calibration,
         "scale": None if report.scale == 1 else report.scale,
         "out_rank": report.out_rank,
         "adapter_rank": report.adapter.rank_limit,
-        "dtype": dtype,
-        "profile": profile,
+        "dtype": "float32",
+        "profile": "portable",
         "seed": recipe.seed,
         "probe_text": public_name(recipe.probe_text),
         "probe_count": recipe.probe_count,
@@ -84,46 +126,14 @@ def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) ->
     }
     if SERVED in settings:  # which has its own adapter
         settings |= {"adapter": None, "source": None}
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items() if value is not None)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def card_text(report: TransferReport, recipe: str, profile: str = "portable") -> str:
-    """Return the model card of a moved adapter, without local paths."""
-    stated = dict(
-        library="peft" if profile in ("portable", "peft") else profile,
-        licence=report.adapter.licence,
-        licence_name=report.adapter.licence_name,
-        licence_link=report.adapter.licence_link,
-        base_name=public_name(report.target.name),
-        source_adapter=public_name(report.adapter.name) or "adapter",
-        method=report.recipe.method,
-        recipe=recipe,
-        bases={
-            "source": (source_name(report), report.source.revision, report.source.digest),
-            "target": (public_name(report.target.name), report.target.revision, report.target.digest),
-        },
-        verdict=verdict(report).text,
-        table=role_rows(report),
-        dropped=[(item.source, f"{item.share:.2%}") for item in report.unmapped_sources],
-        notes=report.warnings,
-        tokens=[row.sentence for row in report.tokens],
-        choice=report.choice,
-        effect=() if report.effect is None else report.effect.rows(),
-        fitted=report.fitted,
-        curve=_spread(report.curve, _LOOKS),
-        examples=report.examples,
-        added=report.added,
-        ranks=report.rank_sentence if report.fitted or report.added else None,
-        truncation=None if report.truncation is None else report.truncation.sentence,
-    )
-    # Before anything is escaped, which would hide a path.
-    return model_card(**publish(stated, replacements(report)))
-
-
-def _spread(curve: Sequence[tuple[int, float]], count: int) -> list[tuple[int, float]]:
-    """Take at most `count` points of a curve, evenly spread, its ends among them."""
-    places = np.unique(np.linspace(0, len(curve) - 1, count).round().astype(int)) if curve else []
-    return [curve[place] for place in places]
+def _changed(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Return the hyper-parameters that differ from the defaults, and the truncation rank."""
+    default = type(method)().settings()
+    shown = {name: value for name, value in method.settings().items() if value != default[name]}
+    return shown | ({"svd_rank": settings["svd_rank"]} if "svd_rank" in settings else {})
 
 
 def _toml(value: Any) -> str:

@@ -1,23 +1,21 @@
-"""Describe the contents of a path, for `jcrosslora inspect`, and print engines and methods."""
+"""Describe the contents of a path, for `jcrosslora inspect`."""
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.adapter import Adapter, Carried, EngineVerdict, describe_adapter, load_adapter, update_norm
+from jcrosslora.adapter import Adapter, Carried, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.adapter.ignored import describe_change, restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
-from jcrosslora.utils.reading import read_small_text
+from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.utils.terminal import say
 
 
@@ -61,26 +59,9 @@ def reported_family(path: Path) -> str | None:
     """Return the family of a moved adapter's base, from its `transfer_report.json`; None for other adapters."""
     folder = path.parent if path.is_file() else path
     try:
-        report = json.loads(read_small_text(folder / "transfer_report.json"))
-        return str(report["target"]["family"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_report(folder / REPORT).target.family or None
+    except UsageError:
         return None
-
-
-def print_engines(verdicts: Sequence[EngineVerdict], console: Console) -> None:
-    """Print a row for each engine: whether it reads the folder, and why not."""
-    table = Table("engine", "reads it", "reasons and notes")
-    for item in verdicts:
-        table.add_row(item.engine, "yes" if item.reads else "no", "\n".join((*item.reasons, *item.notes)))
-    console.print(table, highlight=False, markup=False)
-
-
-def print_methods(console: Console) -> None:
-    """Print the registered methods as a table."""
-    table = Table("method", "what it does", "needs", "reference")
-    for method in (kind() for kind in METHODS.values()):
-        table.add_row(method.name, method.summary, method.needs, method.reference)
-    console.print(table, highlight=False, markup=False)
 
 
 def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | BaseModel:

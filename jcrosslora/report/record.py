@@ -1,31 +1,185 @@
-"""The report of a transfer: settings, diagnostics of every module, and warnings. Plain data, no arrays."""
+"""The report of a transfer: one record without arrays, whose JSON is `transfer_report.json`."""
 
-import dataclasses
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from jcrosslora.adapter.records import AdapterInfo
+import msgspec
+
 from jcrosslora.adapter.truncation import RankRule, Truncation
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.effect import Effect
-from jcrosslora.maps.alignment.transport import AlignRecipe
-from jcrosslora.maps.shifting.records import ModuleRow, TokenRow, UnmappedSource
-from jcrosslora.methods import Method
-from jcrosslora.utils import version
+from jcrosslora.maps.shifting.records import TokenRow
+from jcrosslora.utils.reading import read_file
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2
+REPORT = "transfer_report.json"
+AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 
+# What is read is bounded: a damaged number must not become a picture of a billion layers, or one that cannot be drawn.
+Layer = Annotated[int, msgspec.Meta(ge=0, le=999)]
+Size = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
+T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
-@dataclass(frozen=True, eq=False)
-class TransferReport:
-    """The full account of a transfer.
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What to expect of a moved adapter.
 
     Attributes:
-        method: the method that was used.
+        level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
+            nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
+            "ineffective" or "destructive" if the measured effect on text is so, whatever the alignment.
+        text: the sentence for the user.
+    """
+
+    level: str
+    text: str
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """The method with its settings, and what came of them; the fields are those of `AlignRecipe`."""
+
+    method: str
+    settings: dict[str, Any] = {}
+    depth: str = ""
+    seed: int = 0
+    signs: str = ""
+    shared_tokens: int = 0
+    probes: str = "none"
+    probe_text: str | None = None
+    probe_count: int | None = None
+    svd: str = "not needed"
+
+
+class Base(msgspec.Struct, frozen=True):
+    """A base model; the fields are those of `BaseInfo`."""
+
+    name: str | None = None
+    ref: str | None = None
+    revision: str | None = None
+    digest: str | None = None
+    family: str = ""
+    has_experts: bool = False
+
+
+class SourceAdapter(msgspec.Struct, frozen=True):
+    """The adapter that was moved; the fields are those of `AdapterInfo`."""
+
+    name: str | None = None
+    base_name: str | None = None
+    form: str | None = None
+    digest: str | None = None
+    revision: str | None = None
+    ignored: tuple[str, ...] = ()
+    kind: str = "LoRA"
+    read_as: str | None = None
+    lost: float | None = 0.0
+    licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+    rank_limit: int | None = None
+    invocation: tuple[int, ...] | None = None
+    invocation_target: tuple[int, ...] | None = None
+    stacked: tuple[SourceAdapter, ...] = ()
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """The update of one target module; the fields are those of `ModuleRow`."""
+
+    target: str
+    source: str
+    role: Role
+    energy: Size | None
+    kept: float | None = None
+    norm_before: Size | None
+    norm_after: Size | None
+    rank: int = 0
+    energy_src: float | None = None
+    energy_tgt: float | None = None
+    gap_src: float | None = None
+    gap_tgt: float | None = None
+    condition_src: float | None = None
+    condition_tgt: float | None = None
+    error_src: float | None = None
+    error_tgt: float | None = None
+    similarity_out: float | None = None
+    similarity_in: float | None = None
+    vector_ratio: float | None = None
+    activation_cosine: float | None = None
+    weight_cosine: float | None = None
+
+
+class Unmapped(msgspec.Struct, frozen=True):
+    """A source module whose update is not moved, and its share of the whole update's ||.||_F^2."""
+
+    source: str
+    share: Size
+
+
+class BaseChange(msgspec.Struct, frozen=True):
+    """The change that an adapter makes on one base; the fields are those of `evaluate.Change`."""
+
+    kl: float | None = None
+    kl_spread: float | None = None
+    nll: float | None = None
+    nll_adapted: float | None = None
+
+
+class MeasuredEffect(msgspec.Struct, frozen=True, kw_only=True):
+    """The effect of a moved adapter with its outcome; the fields are those of `evaluate.Effect`."""
+
+    source: BaseChange = BaseChange()
+    target: BaseChange = BaseChange()
+    excess: float | None = None
+    excess_error: float | None = None
+    texts: int = 0
+    positions: int = 0
+    written: bool = False
+    share: float | None = None
+    outcome: str
+    sentence: str
+
+    @classmethod
+    def of(cls, effect: Effect) -> MeasuredEffect:
+        """Take the figures of a measured effect."""
+        return msgspec.convert(effect.to_json(), cls)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Format a row for each base, for tables."""
+        return [
+            {
+                "base": name,
+                "KL (nats a position)": f"{_figure(one.kl)} ± {_figure(one.kl_spread)}",
+                "NLL without": _figure(one.nll),
+                "NLL with the adapter": _figure(one.nll_adapted),
+            }
+            for name, one in (("source", self.source), ("target", self.target))
+        ]
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """The shares of the whole update's energy that the maps kept, and that unmapped modules left behind."""
+
+    kept: float | None = None
+    left_behind: float | None = None
+
+
+class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The full account of a transfer. A figure that is not defined is None, and null in JSON.
+
+    Attributes:
+        verdict: what to expect.
+        recipe_toml: the transfer as `jcrosslora transfer --recipe` reads it; only what differs from the defaults.
+        schema: the version of this form.
+        version: the version of jcrosslora that made the report.
         recipe: the settings of the alignment.
         source: the base that the adapter came from.
         target: the base that it is now for.
@@ -40,8 +194,7 @@ class TransferReport:
         warnings: one sentence each.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
         choice: why `auto` took this method; None where the user named it.
-        effect: what the moved update changes on the target beside what the original changes on the source; None where
-            it was not measured.
+        effect: what the original changes on the source and the moved update on the target; None if not measured.
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
         added: what was added to the moved update, one sentence without a full stop; None where nothing was.
@@ -53,44 +206,56 @@ class TransferReport:
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
         asked: settings by which the source was asked, where its weights were not read.
+        totals: shares of the whole update's energy.
     """
 
-    method: Method
-    recipe: AlignRecipe
-    source: BaseInfo
-    target: BaseInfo
-    adapter: AdapterInfo
-    calibration: str
-    scale: float
-    layers: tuple[int | None, ...]
-    rows: tuple[ModuleRow, ...]
+    verdict: Verdict = Verdict("unknown", "")
+    recipe_toml: str = ""
+    schema: int = SCHEMA
+    version: str
+    recipe: Recipe
+    source: Base
+    target: Base
+    adapter: SourceAdapter
+    calibration: str = "none"
+    scale: float = 1.0
+    layers: tuple[Layer | None, ...]
+    rows: tuple[Row, ...]
     unmapped_targets: tuple[str, ...]
-    unmapped_sources: tuple[UnmappedSource, ...]
-    energy: float
+    unmapped_sources: tuple[Unmapped, ...]
+    energy: Size | None
     warnings: tuple[str, ...]
     out_rank: RankRule | None = None
     choice: str | None = None
-    effect: Effect | None = None
+    effect: MeasuredEffect | None = None
     fitted: str | None = None
-    curve: tuple[tuple[int, float], ...] = ()
+    curve: tuple[tuple[int, Number | None], ...] = ()
     added: str | None = None
     wrote_prompts: bool = False
     examples: tuple[str, ...] = ()
     truncation: Truncation | None = None
     rank_before: int | None = None
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = {}
     tokens: tuple[TokenRow, ...] = ()
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = {}
+    totals: Totals = Totals()
 
     @property
     def kept(self) -> float:
-        """Return the share of the energy of the moved updates that the maps kept."""
+        """Return the share of the energy of the moved updates that the maps kept; NaN if undefined."""
         return weighted(self.rows, "kept")
 
     @property
     def left_behind(self) -> float:
         """Return the share of the source update's energy in unmapped modules."""
         return sum(item.share for item in self.unmapped_sources)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return what a log shows of a transfer: the totals, and the divergences that the adapters bring about."""
+        ends = {} if self.effect is None else {"effect_source": self.effect.source, "effect_target": self.effect.target}
+        kl = {name: math.nan if one.kl is None else one.kl for name, one in ends.items()}
+        return {"kept": self.kept, "left_behind": self.left_behind} | kl
 
     @property
     def rank_sentence(self) -> str:
@@ -108,49 +273,86 @@ class TransferReport:
             sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
         return sentence
 
-    @property
-    def totals(self) -> dict[str, float]:
-        """Return the shares of the whole update's energy that were kept and left behind; NaN if undefined."""
-        return {"kept": self.kept, "left_behind": self.left_behind}
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Return what a log shows of a transfer: the totals, and the divergences that the adapters bring about."""
-        effect = self.effect
-        kl = {} if effect is None else {"effect_source": effect.source.kl, "effect_target": effect.target.kl}
-        return self.totals | kl
-
-    def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
+    def by_role(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""
         for role in dict.fromkeys(row.role for row in self.rows):
             yield role, tuple(row for row in self.rows if row.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data as docs/report.md describes it; figures that are not defined become null."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
-        data = {name: _plain(value) for name, value in fields.items()}
-        for side in ("source", "target"):
-            for layout in ("shapes", "fused", "heads", "prefix"):
-                data[side].pop(layout)
-        for name in ("config", "chat_template", "prefix"):
-            data["adapter"].pop(name)
-        data["effect"] = None if self.effect is None else self.effect.to_json()
-        data["totals"] = self.totals
-        return _without_nan({"schema": SCHEMA, "version": version(), **data})
+        """Return plain JSON data as docs/report.md describes it."""
+        return msgspec.json.decode(msgspec.json.encode(self, enc_hook=float))  # numpy's numbers are floats too
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return dict(value) if isinstance(value, Mapping) else value
+def parse_report(content: bytes, place: str) -> TransferReport:
+    """Read the content of a `transfer_report.json`.
+
+    Args:
+        content: of the file.
+        place: names the file in errors.
+
+    Raises:
+        UsageError: it is damaged, or of another schema.
+    """
+    try:
+        found = msgspec.json.decode(content)
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema == SCHEMA:
+            return msgspec.convert(found, TransferReport)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{place}: is damaged ({error}): {AGAIN}"
+        raise UsageError(msg) from error
+    msg = f"{place}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}"
+    raise UsageError(msg)
 
 
-def spread(texts: Sequence[str], count: int) -> tuple[str, ...]:
-    """Take at most `count` texts, evenly spread, each cut to 300 characters."""
-    places = sorted({round(place * (len(texts) - 1) / max(count - 1, 1)) for place in range(count)}) if texts else []
-    return tuple(cut(texts[at]) for at in places)
+def read_report(path: Path) -> TransferReport:
+    """Read a `transfer_report.json`.
+
+    Raises:
+        UsageError: the file cannot be read, is damaged, or is of another schema.
+    """
+    return parse_report(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file that a report is made from.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return read_file(path)
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
+        raise UsageError(msg) from error
+
+
+def taken(kind: type[S], given: Any) -> S:
+    """Take the fields of a part of the report from an object that has them, NaN as None."""
+    return kind(**{name: defined(getattr(given, name)) for name in kind.__struct_fields__})
+
+
+def defined(value: T) -> T | None:
+    """Return a value as the report has it: None in place of NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def weighted(rows: Sequence[Row], field: str) -> float:
+    """Return the mean of a field over rows, weighted by energy; NaN where no row has the figure."""
+    found = [row for row in rows if getattr(row, field) is not None]
+    values = [getattr(row, field) for row in found]
+    weights = [math.nan if row.energy is None else row.energy for row in found]
+    if not values:
+        return math.nan
+    if (total := sum(weights)) == 0:
+        return sum(values) / len(values)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+
+
+def spread(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """Take at most `count` items, evenly spread, the ends among them."""
+    places = {round(place * (len(items) - 1) / max(count - 1, 1)) for place in range(count)} if items else ()
+    return tuple(items[at] for at in sorted(places))
 
 
 def cut(text: str, most: int = _LONGEST) -> str:
@@ -158,20 +360,5 @@ def cut(text: str, most: int = _LONGEST) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:
-    """Return the mean of a field over rows, weighted by energy; NaN where no row has the figure."""
-    pairs = [(getattr(row, field), row.energy) for row in rows if not math.isnan(getattr(row, field))]
-    total = sum(weight for _, weight in pairs)
-    if not pairs:
-        return math.nan
-    if total == 0:
-        return sum(value for value, _ in pairs) / len(pairs)
-    return sum(value * weight for value, weight in pairs) / total
-
-
-def _without_nan(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,21 +1,25 @@
-"""The diagnostics of a transfer as rows of text and as a printed table."""
+"""The diagnostics of a transfer as rows of text, as a printed table, and in a notebook."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.maps.shifting.records import ModuleRow
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.relation.pairing import DEPTH_MAPS, SIMILAR
-from jcrosslora.report.record import TransferReport, weighted
-from jcrosslora.report.verdict import verdict
+from jcrosslora.report.record import Row, TransferReport, cut, spread, weighted
+from jcrosslora.utils.texts import html_table, html_text
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
 # Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.
 _DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
+_TEXTS = 5  # shown in a notebook, evenly spread
+_GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
+_COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
 
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
@@ -45,13 +49,47 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
     _print_table(report, rows, console)
     for line in _notes(report):
         say(console, line)
-    say(console, f"verdict: {verdict(report).text}", style="bold")
+    say(console, f"verdict: {report.verdict.text}", style="bold")
+
+
+def result_html(report: TransferReport, texts: Sequence[str]) -> str:
+    """Return the result of a transfer as inline HTML with all text escaped; local paths are in it.
+
+    Args:
+        report: the report of the transfer.
+        texts: the texts of the fit; a few are shown.
+    """
+    found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
+    colour = _COLOURS.get(found.level, _BAD)
+    sentences = [f"Method {report.recipe.method}" + (f", because {report.choice}" if report.choice else "") + "."]
+    sentences += [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
+    parts = [
+        f"<b>{html_text('{}: {} to {}'.format(*names))}</b>",
+        f'<div style="border-left:4px solid {colour};padding:2px 8px;margin:6px 0">'
+        f"<b>{html_text(found.level)}</b>: {html_text(found.text)}</div>",
+        *(f"<div>{html_text(sentence)}</div>" for sentence in sentences),
+        html_table(role_rows(report), "Diagnostics"),
+        html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
+        _listed("Warnings", report.warnings),
+        _listed("Text that it was made on", [cut(text) for text in spread(texts, _TEXTS)]),
+    ]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _listed(title: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    lines = "".join(f'<li style="white-space:pre-wrap">{html_text(item)}</li>' for item in items)
+    return f"<details><summary>{html_text(title)} ({len(items)})</summary><ul>{lines}</ul></details>"
 
 
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:
     recipe = report.recipe
-    settings = "".join(f", {name} {value}" for name, value in changed_settings(report).items())
-    table = Table(title=f"{recipe.method}{settings}, depth {_depth(report)}", title_justify="left")
+    # The recipe states the hyper-parameters that differ from the defaults.
+    stated = [name for name in re.findall(r"(?m)^(\w+) = ", report.recipe_toml) if name in recipe.settings]
+    settings = "".join(f", {name} {recipe.settings[name]}" for name in stated)
+    depth = recipe.depth if recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
+    table = Table(title=f"{recipe.method}{settings}, depth {depth}", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for row in rows[:-1]:
@@ -59,19 +97,6 @@ def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Co
     table.add_section()
     table.add_row(*rows[-1].values())
     console.print(table)
-
-
-def changed_settings(report: TransferReport) -> dict[str, object]:
-    """Return the hyper-parameters that differ from the defaults, and the truncation rank."""
-    default = type(report.method)().settings()
-    shown = {name: value for name, value in report.method.settings().items() if value != default[name]}
-    rank = {"svd_rank": report.recipe.settings["svd_rank"]} if report.method.truncates else {}
-    return shown | rank
-
-
-def _depth(report: TransferReport) -> str:
-    """Return the depth map in one word."""
-    return report.recipe.depth if report.recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
 
 
 def _notes(report: TransferReport) -> list[str]:
@@ -117,16 +142,14 @@ def _places_of_unmapped(report: TransferReport) -> str:
     return f"{', '.join(sorted(absent))} of {layers}" if absent else layers
 
 
-def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
-    rows = tuple(rows)
-
+def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
     # Of a source whose weights were not read no norm is known.
-    norms = [row.norm_before for row in rows if not math.isnan(row.norm_before)]
-    before = f"{math.sqrt(sum(norm**2 for norm in norms)):.3g}" if norms or not rows else "-"
-    after = math.sqrt(sum(row.norm_after**2 for row in rows))
+    norms = [row.norm_before for row in rows if row.norm_before is not None]
+    before = f"{math.hypot(*norms):.3g}" if norms or not rows else "-"
+    after = math.hypot(*(row.norm_after or 0.0 for row in rows))
     return {
         "module": label,
         "n": str(len(rows)),

@@ -1,14 +1,9 @@
 """Judge a moved adapter in one sentence, from the diagnostics and, if measured, its effect."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
-from jcrosslora.maps.shifting.records import ModuleRow
-from jcrosslora.methods import MapMethod
-from jcrosslora.report.record import TransferReport, weighted
-
-Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control", "ineffective", "destructive"]
+from jcrosslora.methods import MapMethod, Method
+from jcrosslora.report.record import Row, TransferReport, Verdict, weighted
 
 # Ratios to chance. Independently trained models measure 1.0 to 1.3; related ones measure in the tens and hundreds.
 CHANCE_RATIO, WEAK_RATIO = 1.5, 5.0
@@ -24,33 +19,22 @@ _SOME = "an effect is to be expected; measure it"
 _MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What to expect.
-
-    Attributes:
-        level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
-            nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
-            "ineffective" or "destructive" if the measured effect on text is so, whatever the alignment.
-        text: the sentence for the user.
-    """
-
-    level: Level
-    text: str
-
-
 def verdict(report: TransferReport) -> Verdict:
+    """Return what to expect of a moved adapter, by its alignment, the energy that is left of it, and its effect."""
+    return report.verdict
+
+
+def judge(report: TransferReport, method: Method) -> Verdict:
     """Judge a transfer by the diagnostic of its method, the energy that is left of the update, and its effect."""
-    found, effect = _by_diagnostics(report), report.effect
+    found, effect = _by_diagnostics(report, method), report.effect
     if effect is None:
         return found
     # A control is meant to be ineffective.
-    level = effect.outcome if effect.outcome in ("ineffective", "destructive") else found.level
-    return Verdict(found.level if found.level == "control" else level, f"{found.text}; {effect.sentence}")
+    measured = effect.outcome in ("ineffective", "destructive") and found.level != "control"
+    return Verdict(effect.outcome if measured else found.level, f"{found.text}; {effect.sentence}")
 
 
-def _by_diagnostics(report: TransferReport) -> Verdict:
-    method = report.method
+def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
     if report.fitted is not None:
         # Prompts that the source wrote may differ much from those that the adapter was trained on.
         more = _MORE if report.wrote_prompts else ""
@@ -61,16 +45,13 @@ def _by_diagnostics(report: TransferReport) -> Verdict:
     if method.is_control:
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < LOST:
-        return Verdict(
-            "lost",
-            f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}",
-        )
+        return Verdict("lost", f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}")
     if method.measure == "none":
         return Verdict("unknown", f"method {method.name} measures no agreement of the two bases: {_MEASURE}")
     return _by_alignment(method.measure, report.rows, report.recipe.signs)
 
 
-def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verdict:
+def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
     if measure == "head cosine":
         return _by_heads(cosine)
@@ -95,7 +76,7 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verd
     return _by_cosine(cosine)
 
 
-def _mean_similarity(rows: tuple[ModuleRow, ...]) -> float:
+def _mean_similarity(rows: tuple[Row, ...]) -> float:
     sides = [weighted(rows, "similarity_out"), weighted(rows, "similarity_in")]
     known = [side for side in sides if not math.isnan(side)]
     return sum(known) / len(known) if known else math.nan
@@ -123,10 +104,7 @@ def _by_heads(cosine: float) -> Verdict:
 def _by_cosine(cosine: float) -> Verdict:
     figure = f"weight cosine {cosine:.3f}"
     if cosine < CHANCE_COSINE:
-        return Verdict(
-            "chance",
-            f"the coordinates of the two bases are unrelated ({figure}): {_NOTHING}",
-        )
+        return Verdict("chance", f"the coordinates of the two bases are unrelated ({figure}): {_NOTHING}")
     if cosine < WEAK_COSINE:
         return Verdict("weak", f"the two bases are distant relatives ({figure}): {_LITTLE}")
     return Verdict("aligned", f"the two bases are related ({figure}): {_SOME}")

@@ -16,10 +16,24 @@ from jcrosslora.maps.alignment.transport import Transport
 from jcrosslora.maps.shifting.records import ModuleRow
 from jcrosslora.maps.shifting.shift import Shifted
 from jcrosslora.methods import Method, Moved
-from jcrosslora.report.record import TransferReport, spread
+from jcrosslora.report.documents import complete
+from jcrosslora.report.record import (
+    Base,
+    MeasuredEffect,
+    Recipe,
+    Row,
+    SourceAdapter,
+    TransferReport,
+    Unmapped,
+    cut,
+    defined,
+    spread,
+    taken,
+)
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils.logs import record
+from jcrosslora.utils import version
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.effect import Effect
@@ -81,38 +95,40 @@ def conclude(
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
     texts = tuple(item.text for item in update.completions)
+    rows = _rows(shifted, update, moved, target) if changed else shifted.rows
     report = TransferReport(
-        method=request.method,
-        recipe=transport.recipe,
-        source=transport.source,
-        target=transport.target,
-        adapter=shifted.original.info,
+        version=version(),
+        recipe=taken(Recipe, transport.recipe),
+        source=taken(Base, transport.source),
+        target=taken(Base, transport.target),
+        adapter=taken(SourceAdapter, shifted.original.info),
         calibration=shifted.calibration,
         scale=shifted.scale,
         layers=transport.pairing.layers,
-        rows=_rows(shifted, update, moved, target) if changed else shifted.rows,
+        rows=tuple(taken(Row, row) for row in rows),
         unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
         # A fit uses the whole adapter, so no source module is left out.
-        unmapped_sources=() if update.fitted else shifted.unmapped,
-        energy=shifted.energy,
+        unmapped_sources=() if update.fitted else tuple(taken(Unmapped, one) for one in shifted.unmapped),
+        energy=defined(shifted.energy),
         warnings=(*transport.warnings, *shifted.notes, *(() if frozen is None else (READERS,)), *warnings),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=request.reason,
-        effect=effect,
+        effect=None if effect is None else MeasuredEffect.of(effect),
         fitted=update.fitted,
         curve=tuple(update.curve),
         added=update.added,
         wrote_prompts=update.wrote_prompts,
-        examples=spread(texts, _EXAMPLES) if update.wrote_prompts else (),
+        examples=tuple(map(cut, spread(texts, _EXAMPLES))) if update.wrote_prompts else (),
         truncation=truncation,
         rank_before=max(_ranks(shifted.original).values(), default=request.rank),
         ranks=_ranks(moved),
         tokens=shifted.tokens,
-        asked=request.queried,
+        asked=dict(request.queried),
     )
+    report = complete(report, request.method)
     record(report.figures)
     kept = update.completions if update.wrote_prompts else ()
-    return TransferResult(moved, report, texts, frozen, update.chat_template, kept)
+    return TransferResult(moved, report, transport.target, texts, frozen, update.chat_template, kept)
 
 
 def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:

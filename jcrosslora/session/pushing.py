@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from jcrosslora.report.hub.push import Pushed, push_folder
+from jcrosslora.report.hub import Pushed, push_folder
 from jcrosslora.session.result import TransferResult
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
@@ -17,15 +17,15 @@ from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profile_ranks import Frozen
 from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.hub import publish
 from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.report.documents import REPORT, documents, published
-from jcrosslora.report.html import result_html
-from jcrosslora.report.hub.push import Pushed, push_folder
-from jcrosslora.report.hub.repository import check_repo_id
+from jcrosslora.report.documents import documents, provenance, published, replacements
+from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
 from jcrosslora.report.page import Roles, contents_of, report_page
-from jcrosslora.report.record import TransferReport
-from jcrosslora.report.verdict import Verdict, verdict
+from jcrosslora.report.record import TransferReport, Verdict
+from jcrosslora.report.table import result_html
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import COMPLETIONS, completion_lines
 
@@ -37,6 +37,7 @@ class TransferResult:
     Attributes:
         adapter: for the target, float32.
         report: the account of the transfer.
+        base: the target, without its weights.
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
         frozen: the frozen factors for profile lora-xs; None for other profiles.
         chat_template: Jinja source by which the target read conversations; None if the fit had none.
@@ -45,6 +46,7 @@ class TransferResult:
 
     adapter: Adapter
     report: TransferReport
+    base: BaseInfo
     texts: tuple[str, ...] = ()
     frozen: Frozen | None = None
     chat_template: str | None = None
@@ -53,7 +55,7 @@ class TransferResult:
     @property
     def verdict(self) -> Verdict:
         """Return what to expect of the adapter, in a sentence."""
-        return verdict(self.report)
+        return self.report.verdict
 
     def save(
         self,
@@ -78,9 +80,9 @@ class TransferResult:
             OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
         """
         adapter, report = self._held_by(profile)
-        name = public_name(report.target.name) or report.target.name
+        shown = published(report, out=Path(out).name, profile=profile, dtype=dtype)
         # It may have been given another name, and its revision is none of that.
-        target = dataclasses.replace(report.target, name=name, revision=None)
+        target = dataclasses.replace(self.base, name=shown.target.name or self.base.name, revision=None)
         return save_adapter(
             adapter,
             out,
@@ -89,8 +91,8 @@ class TransferResult:
             dtype=dtype,
             overwrite=overwrite,
             frozen=self.frozen,
-            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._companions(),
-            metadata=_metadata(published(report)),
+            documents=documents(shown, profile) | self._companions(),
+            metadata=provenance(shown),
         )
 
     def _companions(self) -> dict[str, str]:
@@ -112,9 +114,8 @@ class TransferResult:
         Raises:
             UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.
         """
-        files = documents(self.report, out="moved", profile="portable", dtype="float32")
         own = public_name(self.adapter.info.name) or ""
-        return report_page(contents_of(files[REPORT], answers, Roles(trained=trained, random=random), own))
+        return report_page(contents_of(published(self.report), answers, Roles(trained=trained, random=random), own))
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.
@@ -129,7 +130,7 @@ class TransferResult:
         Raises:
             AdapterError: the model is not the target, or a tensor was not loaded (named).
         """
-        return to_peft(self.adapter, model, adapter_name, fused=self.report.target.fused)
+        return to_peft(self.adapter, model, adapter_name, fused=self.base.fused)
 
     def to_pytree(self) -> dict[str, Any]:
         """Return the adapter as nested dictionaries of arrays, see `jcrosslora.adapter.to_pytree`."""
@@ -183,7 +184,7 @@ class TransferResult:
         return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
 
     def _repr_html_(self) -> str:
-        return result_html(self.report, self.texts)
+        return publish(result_html(self.report, self.texts), replacements(self.report))
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""
@@ -192,12 +193,5 @@ class TransferResult:
             return self.adapter, self.report
         left = [ignored_sentence(row.kind, row.modules, row.share, why) for row in self.report.tokens]
         warnings = (*self.report.warnings, *(f"not written: {text}" for text in left))
-        return dataclasses.replace(self.adapter, tokens=()), dataclasses.replace(
-            self.report, tokens=(), warnings=warnings
-        )
-
-
-def _metadata(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the provenance for the header of the safetensors file, which holds strings only."""
-    parts = {f"jcrosslora.{name}": json.dumps(report[name]) for name in ("recipe", "source", "target", "adapter")}
-    return {"jcrosslora.version": report["version"], **parts}
+        report = msgspec.structs.replace(self.report, tokens=(), warnings=warnings)
+        return dataclasses.replace(self.adapter, tokens=()), report

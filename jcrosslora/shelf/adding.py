@@ -21,7 +21,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
-from jcrosslora.report.documents import REPORT
+from jcrosslora.report.record import REPORT
 from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place
 from jcrosslora.shelf.samples import written_samples
 from jcrosslora.utils.progress import track

@@ -10,11 +10,10 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.evaluate.output import answers_json, scores_json
-from jcrosslora.report.documents import REPORT
 from jcrosslora.report.page.evaluation import Evaluation, Roles, called, parse_evaluation
-from jcrosslora.report.page.moved import Moved, parse_moved
+from jcrosslora.report.page.layers import outside_layers
+from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text.completion import COMPLETIONS
-from jcrosslora.utils.reading import read_file
 
 _SHOWN = 10
 
@@ -31,7 +30,7 @@ class Contents:
     """
 
     name: str
-    moved: Moved | None
+    moved: TransferReport | None
     evaluation: Evaluation | None
     texts: tuple[str, ...] = ()
 
@@ -52,9 +51,9 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None
         msg = f"{folder}: is no folder: give one that `jcrosslora transfer` wrote"
         raise UsageError(msg)
     report = folder / REPORT
-    moved = parse_moved(_read(report), str(report)) if report.exists() else None
+    moved = _checked(read_report(report), str(report)) if report.exists() else None
     path = answers or _only_evaluation(folder)
-    evaluation = None if path is None else parse_evaluation(_read(path), str(path))
+    evaluation = None if path is None else parse_evaluation(read_bytes(path), str(path))
     if moved is None and evaluation is None:
         msg = f"{folder}: holds neither {REPORT} nor the output of `jcrosslora evaluate --json` in a .json file: "
         msg += "give a folder that `jcrosslora transfer` wrote"
@@ -68,11 +67,11 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None
     return Contents(name, moved, evaluation, _texts(folder / COMPLETIONS) if moved is not None else ())
 
 
-def contents_of(report: str, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
+def contents_of(report: TransferReport, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
     """Take a transfer and an evaluation that are in memory.
 
     Args:
-        report: the content of `transfer_report.json`.
+        report: as `documents.published` returns it.
         answers: figures and answers of the target with adapters, or None.
         roles: which of these adapters is which.
         own: name of the moved adapter, if it is among them.
@@ -80,7 +79,6 @@ def contents_of(report: str, answers: Answers | Scores | None, roles: Roles, own
     Raises:
         UsageError: a role names no adapter.
     """
-    moved = parse_moved(report.encode(), REPORT)
     evaluation = None
     if answers is not None:
         # A name that no adapter has is refused with the other roles.
@@ -92,7 +90,14 @@ def contents_of(report: str, answers: Answers | Scores | None, roles: Roles, own
             data = scores_json(answers, trained=trained)
         evaluation = parse_evaluation(json.dumps(data).encode(), "the answers")
         evaluation = evaluation.with_parts(roles, own)
-    return Contents(moved.adapter.name or "adapter", moved, evaluation)
+    return Contents(report.adapter.name or "adapter", _checked(report, REPORT), evaluation)
+
+
+def _checked(report: TransferReport, place: str) -> TransferReport:
+    if (name := outside_layers(report)) is not None:
+        msg = f"{place}: is damaged (module {ascii(name)[:60]}, wanted model.layers.N and so on): {AGAIN}"
+        raise UsageError(msg)
+    return report
 
 
 def _only_evaluation(folder: Path) -> Path | None:
@@ -106,7 +111,7 @@ def _only_evaluation(folder: Path) -> Path | None:
 
 def _is_evaluation(path: Path) -> bool:
     try:
-        found = json.loads(_read(path))
+        found = json.loads(read_bytes(path))
     except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"models", "not_scored"} <= found.keys()
@@ -120,7 +125,7 @@ def _texts(path: Path) -> tuple[str, ...]:
     """
     if not path.exists():
         return ()
-    lines = [line for line in _read(path).split(b"\n") if line.strip()]
+    lines = [line for line in read_bytes(path).split(b"\n") if line.strip()]
     places = sorted({at * len(lines) // _SHOWN for at in range(_SHOWN)}) if lines else []
     return tuple(_text(lines[at], f"{path}:{at + 1}") for at in places)
 
@@ -133,12 +138,4 @@ def _text(line: bytes, place: str) -> str:
         return "".join((entry["prompt"], entry["completion"]))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         msg = f'{place}: is damaged, wanted {{"messages"}} or {{"prompt", "completion"}}: move the adapter again'
-        raise UsageError(msg) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return read_file(path)
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
         raise UsageError(msg) from error

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from jcrosslora.report.page.answers import answers_section
-from jcrosslora.report.page.captions import caption
 from jcrosslora.report.page.contents import Contents
-from jcrosslora.report.page.details import (
+from jcrosslora.report.page.headline import headline
+from jcrosslora.report.page.pictures import Picture, caption, pictures
+from jcrosslora.report.page.sections import (
+    answers_section,
     figures_section,
+    missing,
     recipe_section,
     text_section,
     warnings_section,
 )
-from jcrosslora.report.page.headline import headline
-from jcrosslora.report.page.missing import missing
-from jcrosslora.report.page.pictures import Picture, pictures
-from jcrosslora.report.page.style import POLICY, STYLE
+from jcrosslora.report.page.theme import POLICY, STYLE
 from jcrosslora.utils.texts import html_text
 
 

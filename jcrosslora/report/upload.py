@@ -1,4 +1,4 @@
-"""What of an adapter's folder is uploaded: its own files, checked to be whole, as the hub and its readers need them."""
+"""What of an adapter's folder is uploaded: its own files, checked to be whole, with a card that the hub accepts."""
 
 import json
 from collections.abc import Mapping
@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from jcrosslora.adapter.engines.facts import read_facts
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
+from jcrosslora.adapter.front_matter import join_card, split_card
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.card import without_examples
-from jcrosslora.report.documents import PAGE, RECIPE, REPORT
-from jcrosslora.report.hub.card import card_base, card_for_hub, names_several
+from jcrosslora.report.documents import PAGE, RECIPE, report_text
+from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.text.completion import COMPLETIONS
+from jcrosslora.utils.texts import markdown_text
 from jcrosslora.utils.reading import read_small_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
 _LICENCES = ("LICENSE", "NOTICE")  # how the names of such files begin
+_LIBRARIES: Mapping[Form, str] = {"PEFT": "peft", "MLX": "mlx", "GGUF": "gguf"}
+_BASE_TAG = "base_model:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +126,13 @@ def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str |
 
 
 def _report_for_hub(path: Path, *, with_completions: bool) -> Path | bytes:
-    report = read_config(path)
-    if with_completions or not report.get("examples"):
+    try:
+        report = read_report(path)
+    except UsageError as error:
+        raise AdapterError(str(error)) from error
+    if with_completions or not report.examples:
         return path
-    return json.dumps(report | {"examples": []}, indent=2).encode() + b"\n"
+    return report_text(msgspec.structs.replace(report, examples=())).encode()
 
 
 def _goes_along(name: str) -> bool:
@@ -148,3 +157,71 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}): mend or remove it"
         raise AdapterError(msg) from error
+
+
+def card_base(card: str) -> str | None:
+    """Return the hub id of the base that a card names; None where it names none, a local path or several.
+
+    Raises:
+        AdapterError: the metadata of the card is not a YAML mapping.
+    """
+    stated = split_card(card)[0].get("base_model")
+    if isinstance(stated, list) and len(stated) == 1:
+        stated = stated[0]
+    return stated if isinstance(stated, str) and is_on_hub(stated) else None
+
+
+def names_several(card: str) -> bool:
+    """Tell whether a card names several bases by their hub ids, as that of an adapter for all of them may.
+
+    Raises:
+        AdapterError: the metadata of the card is not a YAML mapping.
+    """
+    stated = split_card(card)[0].get("base_model")
+    return (
+        isinstance(stated, list) and len(stated) > 1 and all(isinstance(one, str) and is_on_hub(one) for one in stated)
+    )
+
+
+def card_for_hub(card: str | None, *, name: str, form: Form, base_model: str | None) -> str:
+    """Return the card to upload; one whose metadata is right already is not changed.
+
+    The base model and its relation are set or, as the hub refuses a local path there, removed; library and tags are
+    added where they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
+    if none is given.
+
+    Args:
+        card: the text of README.md; None writes a short one.
+        name: of the adapter, the title of a new card.
+        form: the format of the adapter.
+        base_model: the hub id of the base; None if it has none.
+
+    Raises:
+        AdapterError: the metadata of the card is not a YAML mapping.
+    """
+    data, body = split_card(f"\n# {markdown_text(name)}\n\n{_sentence(base_model)}\n" if card is None else card)
+    several = card is not None and base_model is None and names_several(card)
+    wanted = dict(data) if several else _with_base(data, base_model)
+    if not wanted.get("library_name"):
+        wanted["library_name"] = _LIBRARIES[form]
+    if not several:
+        wanted["tags"] = _tags(data.get("tags"), base_model)
+    return card if card is not None and wanted == data else join_card(wanted, body)
+
+
+def _with_base(data: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """Return the metadata with this base, in the place where the base was."""
+    base = {} if base_model is None else {"base_model": base_model, "base_model_relation": "adapter"}
+    rest = {key: value for key, value in data.items() if key not in ("base_model", "base_model_relation")}
+    return base | rest
+
+
+def _tags(stated: Any, base_model: str | None) -> list[str]:
+    tags = [stated] if isinstance(stated, str) else list(stated or ())
+    own = [] if base_model is None else [f"{_BASE_TAG}adapter:{base_model}"]
+    kept = [str(tag) for tag in tags if not str(tag).startswith(_BASE_TAG)]
+    return [*own, *kept, *(["lora"] if "lora" not in kept else [])]
+
+
+def _sentence(base_model: str | None) -> str:
+    return "A LoRA adapter." if base_model is None else f"A LoRA adapter of `{base_model}`."

@@ -1,4 +1,4 @@
-"""A repository of the hub that an adapter goes to: who writes, whether it may, and what is there already."""
+"""Upload an adapter to a repository of the hub: who writes, whether it may, what is there, and what a refusal means."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, PICKLE, WEIGHTS
 from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.hub import cause_of
 from jcrosslora.checkpoint.shards import INDEX, SINGLE
-from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.report.hub.refusal import refusals, status_of
+from jcrosslora.errors import JCrossLoRAError, OutputError, UsageError
+from jcrosslora.report.record import REPORT
+from jcrosslora.report.upload import collect
+from jcrosslora.utils.texts import safe_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,6 +25,63 @@ if TYPE_CHECKING:
 _BASE_FILES = {"config.json", SINGLE, INDEX}
 _ADAPTER_WEIGHTS = {WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, PICKLE}
 _TOKEN = re.compile(r"[!-~]+")
+_AGAIN = "repeat the upload: what was sent is not sent again"
+_ADVICE = {
+    400: "mend what it names, and repeat the upload",
+    401: "the token is not valid: log in with `hf auth login`, or set HF_TOKEN to a new one",
+    403: "the token may not write there: use one with write access to {owner}, or a name of your own",
+    404: "check the name, and that the token has access to {owner}",
+    409: f"something else changes the repository at the same time; {_AGAIN}",
+    412: f"something else changes the repository at the same time; {_AGAIN}",
+    429: f"these are too many requests; wait some minutes, and {_AGAIN}",
+}
+_FAULT = f"the hub has a fault; wait some minutes, and {_AGAIN}"
+_BROKEN = f"check the network and HF_HUB_OFFLINE, and {_AGAIN}"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An adapter on the hub.
+
+    Attributes:
+        url: address of the repository.
+        commit: its commit with the adapter.
+        files: names of the adapter's files there.
+        base_model: the base that the card names; None if it names none.
+        notes: what the user should know, one sentence each without a full stop.
+    """
+
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    base_model: str | None
+    notes: tuple[str, ...]
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    base_model: str | None = None,
+    with_completions: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Upload an adapter's folder as one commit, see `jcrosslora.push_to_hub`.
+
+    Raises:
+        JCrossLoRAError: the folder is not a whole adapter, or the hub refuses the upload or cannot be reached.
+    """
+    upload = collect(folder, base_model=base_model, with_completions=with_completions)
+    repository = Repository.of(repo_id, private=private, token=token)
+    found = repository.look()
+    if found is not None:
+        repository.check_weights(found, upload.weights)
+    what = "Adapter moved by jcrosslora" if REPORT in upload.files else "Adapter uploaded by jcrosslora"
+    url, commit = repository.send(upload.files, what, create=found is None)
+    stays = ("the repository was private and stays so; its settings page makes it public",)
+    notes = (*upload.notes, *(stays if found is not None and found.private and not private else ()))
+    return Pushed(url, commit, tuple(upload.files), upload.base_model, notes)
 
 
 @dataclass(frozen=True)
@@ -67,7 +127,7 @@ class Repository:
         from huggingface_hub import get_token
 
         check_repo_id(repo_id)
-        with refusals(repo_id):
+        with _refusals(repo_id):
             found = token or get_token()
         if not found:
             msg = f"{repo_id}: you are not logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that "
@@ -89,7 +149,7 @@ class Repository:
             try:
                 info = api.model_info(self.repo_id)
             except RepositoryNotFoundError as error:
-                if status_of(error) == 401:  # which also stands for a token that is not valid
+                if _status_of(error) == 401:  # which also stands for a token that is not valid
                     raise
                 return None
         if self.private and not info.private:
@@ -143,7 +203,7 @@ class Repository:
         """Provide the hub's client, with its errors as ours."""
         from huggingface_hub import HfApi
 
-        with _quiet(), refusals(self.repo_id):
+        with _quiet(), _refusals(self.repo_id):
             yield HfApi(token=self.token, library_name="jcrosslora")
 
 
@@ -188,3 +248,51 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             enable_progress_bars()
+
+
+@contextmanager
+def _refusals(repo_id: str) -> Iterator[None]:
+    """Turn every error of the hub's client in the block into one of ours.
+
+    Raises:
+        OutputError: the hub refuses a request, has a fault or cannot be reached.
+    """
+    try:
+        yield
+    except JCrossLoRAError:
+        raise
+    # The client raises errors of its own, of its HTTP library and of the compiled library that uploads, and wraps some
+    # of them in RuntimeError.
+    except Exception as error:
+        msg = f"{repo_id}: {_account(error, repo_id)}"
+        raise OutputError(msg) from error
+
+
+def _status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an error or one of its causes carries; None where no answer came."""
+    return next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
+
+
+def _account(error: Exception, repo_id: str) -> str:
+    status = _status_of(error)
+    if status is None:
+        return f"the upload broke off ({cause_of([*_causes(error)][-1], 300)}): {_BROKEN}"
+    answer = next((said for cause in _causes(error) if (said := getattr(cause, "server_message", None))), None)
+    outer = "" if _status(error) is not None else safe_line(error, 300)  # what the client makes of the answer
+    inner = safe_line(answer or ("" if outer else error), 300)
+    said = outer if inner in outer else f"{outer}: {inner}".removeprefix(": ")
+    advice = _FAULT if status >= 500 else _ADVICE.get(status, "check the name, the token and the files")
+    return f"the hub answers {status} ({said}): {advice.format(owner=repo_id.partition('/')[0])}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those below it, which say more than those that wrap them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
