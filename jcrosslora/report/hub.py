@@ -46,8 +46,8 @@ class Pushed:
     Attributes:
         url: address of the repository.
         commit: its commit with the adapter.
-        files: names of the adapter's files there.
-        base_model: the base that the card names; None if it names none.
+        files: names of the adapter's files.
+        base_model: the base that the card names, or None.
         notes: what the user should know, one sentence each without a full stop.
     """
 
@@ -86,12 +86,7 @@ def push_folder(
 
 @dataclass(frozen=True)
 class Found:
-    """A repository that is there already.
-
-    Attributes:
-        private: whether it is private.
-        files: names of its files.
-    """
+    """A repository that is there already, and the names of its files."""
 
     private: bool
     files: frozenset[str]
@@ -99,26 +94,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository to write to, with the token that does so.
-
-    Attributes:
-        repo_id: "owner/name".
-        private: whether it is to be private.
-        token: of the user; never shown.
-    """
+    """A repository to write to, private or not, with the token that does so."""
 
     repo_id: str
     private: bool
-    token: str = field(repr=False)
+    token: str = field(repr=False)  # never shown
 
     @classmethod
     def of(cls, repo_id: str, *, private: bool, token: str | None) -> Repository:
-        """Check the name, and find the token as the hub's client does. Nothing is sent.
-
-        Args:
-            repo_id: "owner/name".
-            private: whether it is to be private.
-            token: None takes that of the environment or of `hf auth login`.
+        """Check the name, and find the token, if none is given, as the hub's client does. Nothing is sent.
 
         Raises:
             UsageError: not a name of a repository, or a token with characters that no token has.
@@ -162,12 +146,7 @@ class Repository:
         return Found(bool(info.private), names)
 
     def send(self, files: Mapping[str, Path | bytes], message: str, *, create: bool) -> tuple[str, str]:
-        """Upload files as one commit. Other files in the repository stay, and equal ones are not sent again.
-
-        Args:
-            files: name to a file on disk or to its content.
-            message: of the commit.
-            create: whether to make the repository first.
+        """Upload files, by path or content, as one commit. Other files there stay, equal ones are not sent again.
 
         Returns:
             The address of the repository and the commit, which is the last one if all files were there already.
@@ -185,15 +164,7 @@ class Repository:
             return f"{api.endpoint}/{self.repo_id}", made.oid
 
     def check_weights(self, found: Found, weights: str) -> None:
-        """Check that no weights are there that the configuration of the adapter would not fit.
-
-        Args:
-            found: what is there.
-            weights: name of the adapter's own file of weights.
-
-        Raises:
-            OutputError: there are weights of another format.
-        """
+        """Refuse a repository with weights of another format, which the configuration of the adapter would not fit."""
         if others := sorted((_ADAPTER_WEIGHTS - {weights}) & found.files):
             msg = f"{self.repo_id}: holds {others[0]}, which does not go with {weights} of this adapter: remove it "
             raise OutputError(msg + "there, or choose another name")

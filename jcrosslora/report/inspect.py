@@ -20,12 +20,7 @@ from jcrosslora.utils.terminal import say
 
 
 def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
-    """Open an adapter (of PEFT, MLX or llama.cpp) or a base model.
-
-    Args:
-        ref: a path or a hub id.
-        revision: hub revision.
-        base: the base of an adapter, which some kinds need: a path or a hub id.
+    """Open an adapter (of PEFT, MLX or llama.cpp), with the base that some kinds need, or a base model.
 
     Raises:
         JCrossLoRAError: it is neither, or cannot be read.

@@ -176,22 +176,18 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
     """The full account of a transfer. A figure that is not defined is None, and null in JSON.
 
     Attributes:
-        verdict: what to expect.
         recipe_toml: the transfer as `jcrosslora transfer --recipe` reads it; only what differs from the defaults.
         schema: the version of this form.
         version: the version of jcrosslora that made the report.
         recipe: the settings of the alignment.
         source: the base that the adapter came from.
         target: the base that it is now for.
-        adapter: provenance of the adapter.
-        calibration: "none" or "frobenius".
         scale: factor of every moved update.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
         unmapped_targets: target modules that no source module feeds.
         unmapped_sources: source modules whose update was not moved.
         energy: ||.||_F^2 of the whole source update, moved or not.
-        warnings: one sentence each.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
         choice: why `auto` took this method; None where the user named it.
         effect: what the original changes on the source and the moved update on the target; None if not measured.
@@ -217,7 +213,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
     source: Base
     target: Base
     adapter: SourceAdapter
-    calibration: str = "none"
+    calibration: str = "none"  # or "frobenius"
     scale: float = 1.0
     layers: tuple[Layer | None, ...]
     rows: tuple[Row, ...]
@@ -284,11 +280,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_report(content: bytes, place: str) -> TransferReport:
-    """Read the content of a `transfer_report.json`.
-
-    Args:
-        content: of the file.
-        place: names the file in errors.
+    """Read the content of a `transfer_report.json`; `place` names the file in errors.
 
     Raises:
         UsageError: it is damaged, or of another schema.
@@ -315,11 +307,7 @@ def read_report(path: Path) -> TransferReport:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file that a report is made from.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """Read a file that a report is made from, or raise UsageError."""
     try:
         return read_file(path)
     except OSError as error:

@@ -32,18 +32,14 @@ class Upload:
 
     Attributes:
         files: name in the repository to a file on disk, or to what is sent in its place.
-        form: format of the adapter.
         weights: name of the file with its tensors.
         base_model: the hub id of its base; None if none is known.
-        left_out: files and folders beside the adapter that are not uploaded.
         notes: what the user should know, one sentence each without a full stop.
     """
 
     files: Mapping[str, Path | bytes]
-    form: Form
     weights: str
     base_model: str | None
-    left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -85,7 +81,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
     several = base is None and card is not None and names_several(card)
-    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left, several=several))
+    return Upload(sent, files.weights.name, base, _notes(base, stated, left, several=several))
 
 
 def _whole_adapter(folder: Path) -> AdapterFiles:

@@ -55,6 +55,7 @@ class Request:
         profile: the intended file format of the result.
         queried: settings by which the source was queried, where its weights were not read.
         rank: the rank of the source adapter, where its factors were not read; None if that is not known.
+        known: singular vectors of the target's weights that other adapters needed; new ones are added.
     """
 
     method: Method
@@ -63,6 +64,7 @@ class Request:
     profile: Profile = "peft"
     queried: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
+    known: Known = field(default_factory=dict)
 
 
 def conclude(
@@ -73,7 +75,6 @@ def conclude(
     target: BaseModel,
     *,
     check: Check | None = None,
-    known: Known | None = None,
 ) -> TransferResult:
     """Bring an update to the ranks of its format, check its effect, and report on it.
 
@@ -84,13 +85,12 @@ def conclude(
         update: what the method made of it.
         target: the base of the update.
         check: measures the effect; None leaves it unmeasured.
-        known: singular vectors of the target's weights that other adapters needed; new ones are added.
     """
     options = request.options
     moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
     norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
     moved, truncation, frozen = truncate_for_profile(
-        moved, target, request.profile, options.out_rank, norms, {} if known is None else known
+        moved, target, request.profile, options.out_rank, norms, request.known
     )
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None

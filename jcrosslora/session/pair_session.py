@@ -253,8 +253,9 @@ class PairSession:
                 warnings = (unread, *warnings)
             return effect, warnings
 
-        request = Request(move.method, move.choice and move.choice.reason, move.options, move.profile)
-        result = conclude(request, transport, shifted, update, self.pair.target, check=check, known=self._known)
+        reason = move.choice and move.choice.reason
+        request = Request(move.method, reason, move.options, move.profile, known=self._known)
+        result = conclude(request, transport, shifted, update, self.pair.target, check=check)
         return result if result.texts else dataclasses.replace(result, texts=tuple(probes))
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:

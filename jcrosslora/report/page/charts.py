@@ -57,13 +57,7 @@ def draw_bars(panels: list[Axes], evaluation: Evaluation) -> None:
 
 
 def draw_curve(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
-    """Draw the divergence at each look, in the order of the looks.
-
-    Args:
-        axes: to draw on.
-        curve: completions used, which stay the same from one look to the next where they are gone through again, and
-            the divergence on held-out ones in nats.
-    """
+    """Draw the divergence at each look in nats, over the completions used, which may be gone through again."""
     places, values = range(len(curve)), [divergence for _, divergence in curve]
     last = curve[-1][0]
     again = next(place for place, (used, _) in enumerate(curve) if used == last)
@@ -113,14 +107,10 @@ def draw_layer_map(axes: Axes, report: TransferReport) -> None:
 def _draw_shares(
     axes: Axes, row: tuple[int, float, float], shares: Mapping[int, float], colour: str, tallest: float = 0.0
 ) -> None:
-    """Draw the share of each layer as a bar on a row.
+    """Draw the share of each layer as a bar.
 
-    Args:
-        axes: to draw on.
-        row: the number of its layers, where it lies, and the height of its tallest bar, below 0 for bars downwards.
-        shares: layer to share.
-        colour: of the bars.
-        tallest: the share of the tallest bar; 0 is the largest share.
+    A row is the number of its layers, where it lies, and the height of a bar of share `tallest` (0 is the largest
+    share), below 0 for bars downwards.
     """
     count, start, height = row
     top = tallest or max(shares.values(), default=0.0) or 1.0

@@ -63,17 +63,11 @@ class _Output(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of adapters among those evaluated; None where it is not said.
+    """Names of adapters among those evaluated; None where it is not said."""
 
-    Attributes:
-        moved: the adapter that the page is about.
-        trained: one that was trained on the target.
-        random: one that was moved by method `random`.
-    """
-
-    moved: str | None = None
-    trained: str | None = None
-    random: str | None = None
+    moved: str | None = None  # the adapter that the page is about
+    trained: str | None = None  # on the target
+    random: str | None = None  # moved by method `random`
 
 
 @dataclass(frozen=True)
@@ -93,13 +87,7 @@ class Model:
     @property
     def title(self) -> str:
         """Name the model for a newcomer."""
-        titles = {
-            "base": "without adapter",
-            "moved": "moved adapter",
-            "trained": "trained adapter",
-            "random": "random adapter",
-        }
-        return titles.get(self.part, self.name)
+        return {"base": "without adapter", "other": self.name}.get(self.part, f"{self.part} adapter")
 
     def without_lift(self) -> Model:
         """Return the model without shares of a gain, which are of another adapter than the page is about."""
@@ -151,12 +139,9 @@ class Evaluation:
         """
         names = [model.name for model in self.models[1:]]
         parts: dict[str, Part] = {}
-        given: tuple[tuple[Part, str | None], ...] = (
-            ("moved", roles.moved),
-            ("trained", roles.trained),
-            ("random", roles.random),
-        )
-        for part, said in given:
+        named: tuple[Part, ...] = ("moved", "trained", "random")
+        for part in named:
+            said = getattr(roles, part)
             if said is None:
                 continue
             name = called(said, names)
@@ -187,11 +172,7 @@ def called(said: str, names: Sequence[str]) -> str | None:
 
 
 def parse_evaluation(content: bytes, place: str) -> Evaluation:
-    """Read the output of `jcrosslora evaluate --json`.
-
-    Args:
-        content: of the file.
-        place: names the file in errors.
+    """Read the output of `jcrosslora evaluate --json`; `place` names the file in errors.
 
     Raises:
         UsageError: it is damaged, or something else.

@@ -30,17 +30,11 @@ _EXPECTED: dict[str, tuple[Tone, str, str]] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the page shows it.
-
-    Attributes:
-        title: for a newcomer.
-        top: the largest value that it can have; None where there is none.
-        lower: whether a lower value is better.
-    """
+    """A figure as the page shows it, with a title for a newcomer."""
 
     title: str
-    top: float | None = 1.0
-    lower: bool = False
+    top: float | None = 1.0  # the largest value that it can have
+    lower: bool = False  # whether a lower value is better
 
     def text(self, value: float, sign: str = "") -> str:
         """Write a value of the figure."""
@@ -80,7 +74,7 @@ def main_figures(evaluation: Evaluation) -> list[str]:
     return [name for name in found if name in _MAIN and not (name == "exact" and "json" in found)]
 
 
-def job_figure(evaluation: Evaluation) -> str | None:
+def _job_figure(evaluation: Evaluation) -> str | None:
     """Name the figure of how well the task is done: the first that counts, of right answers or of their likeness.
 
     Exact answers say nothing of a task with many good ones, where even a trained adapter gives none, or none is exact.
@@ -96,12 +90,12 @@ def job_figure(evaluation: Evaluation) -> str | None:
     return next(filter(counts, found), found[0] if found else None)
 
 
-def is_count(name: str) -> bool:
+def _is_count(name: str) -> bool:
     """Tell whether a figure is a share of right answers."""
     return name in _RIGHT
 
 
-def likelihood_figure(evaluation: Evaluation) -> str | None:
+def _likelihood_figure(evaluation: Evaluation) -> str | None:
     """Name the figure of how likely the right answers are."""
     return next((name for name in _LIKELY if name in present(evaluation)), None)
 
@@ -119,16 +113,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
     return (base - own) / (base - full)
 
 
-def gain_text(evaluation: Evaluation, name: str) -> str:
-    """Write that share, with its interval where the evaluation has one; "" where there is none, or a loss."""
-    moved, share = evaluation.of_part("moved"), gain_share(evaluation, name)
-    if moved is None or share is None or moved.direction(name) is Direction.WORSE:
-        return ""
-    lift = moved.figures[name].lift
-    return _percent(share) + ("" if lift is None else f" [{_percent(lift.low)}, {_percent(lift.high)}]")
-
-
-def beyond_random(evaluation: Evaluation, name: str) -> bool:
+def _beyond_random(evaluation: Evaluation, name: str) -> bool:
     """Tell whether the moved adapter does better in a figure than a random one; True where none was evaluated.
 
     It does where the random one is not better than the base, or where their intervals do not overlap.
@@ -140,22 +125,11 @@ def beyond_random(evaluation: Evaluation, name: str) -> bool:
     return own.high < other.low if FIGURES[name].lower else own.low > other.high
 
 
-def _percent(share: float) -> str:
-    return f"{round(100 * share)}%"  # an integer, which has no -0
-
-
 @dataclass(frozen=True)
 class Headline:
-    """The verdict.
+    """The verdict in a word or two and in a sentence, and the figures behind it, a sentence each."""
 
-    Attributes:
-        tone: decides the colour.
-        word: the verdict in a word or two.
-        sentence: the verdict in a sentence.
-        reasons: the figures or the reasons behind it, one sentence each.
-    """
-
-    tone: Tone
+    tone: Tone  # decides the colour
     word: str
     sentence: str
     reasons: tuple[str, ...]
@@ -175,7 +149,7 @@ def headline(contents: Contents) -> Headline:
 
 
 def _measured(evaluation: Evaluation, model: Model) -> Headline:
-    job, likely = job_figure(evaluation), likelihood_figure(evaluation)
+    job, likely = _job_figure(evaluation), _likelihood_figure(evaluation)
     found = {name: model.direction(name) for name in (job, likely) if name is not None}
     reasons = tuple(filter(None, (_job(evaluation, model, job), _likelihood(evaluation, model, likely))))
     task = f"On this task, {evaluation.count:,} {'question' if evaluation.count == 1 else 'questions'},"
@@ -194,7 +168,7 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     if not helped:
         sentence = "no difference between the model with and without the moved adapter can be seen"
         return told("bad", "No effect seen", sentence)
-    if not beyond_random(evaluation, next((name for name in (job, likely) if name in helped), helped[0])):
+    if not _beyond_random(evaluation, next((name for name in (job, likely) if name in helped), helped[0])):
         sentence = "the model answers better with the moved adapter, but with a random one about as well"
         return told("bad", "No better than random", sentence)
     if job is not None and found[job] is Direction.BETTER:
@@ -206,7 +180,7 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     seen = "the right answers become more likely with the moved adapter"
     if likely is None or found[likely] is not Direction.BETTER:
         seen = "the answers come closer to the right ones"
-    better = "in how many are right" if job is None or is_count(job) else "in the answers themselves"
+    better = "in how many are right" if job is None or _is_count(job) else "in the answers themselves"
     return told("mixed", "It works in part", f"{seen}, but no clear gain {better} can be seen")
 
 
@@ -223,9 +197,9 @@ def _job(evaluation: Evaluation, model: Model, name: str | None) -> str:
 
     def told(one: Model) -> str:
         value = one.figures[name].value
-        return f"{round(value * count):,}" if is_count(name) else shown.text(value)
+        return f"{round(value * count):,}" if _is_count(name) else shown.text(value)
 
-    title = f"Right answers, of {count:,}" if is_count(name) else f"{shown.title[:1].upper()}{shown.title[1:]}"
+    title = f"Right answers, of {count:,}" if _is_count(name) else f"{shown.title[:1].upper()}{shown.title[1:]}"
     listed = ", ".join(f"{told(one)} {where}" for where, one in parts.items() if one is not None)
     return f"{title}: {listed}.{_share(evaluation, name)}"
 
@@ -240,5 +214,14 @@ def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
 
 
 def _share(evaluation: Evaluation, name: str) -> str:
-    share = gain_text(evaluation, name)
-    return f" The moved one brings {share} of what a trained adapter gains." if share else ""
+    """Write the share of a trained adapter's gain, with its interval if there is one; "" without one, or at a loss."""
+    moved, share = evaluation.of_part("moved"), gain_share(evaluation, name)
+    if moved is None or share is None or moved.direction(name) is Direction.WORSE:
+        return ""
+    lift = moved.figures[name].lift
+    interval = "" if lift is None else f" [{_percent(lift.low)}, {_percent(lift.high)}]"
+    return f" The moved one brings {_percent(share)}{interval} of what a trained adapter gains."
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%"  # an integer, which has no -0

@@ -1,20 +1,42 @@
-"""The page: one HTML file that needs nothing but itself."""
+"""The page: one HTML file that needs nothing but itself, section by section."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from jcrosslora.report.page.contents import Contents
-from jcrosslora.report.page.headline import headline
+from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
+from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.pictures import Picture, caption, pictures
-from jcrosslora.report.page.sections import (
-    answers_section,
-    figures_section,
-    missing,
-    recipe_section,
-    text_section,
-    warnings_section,
-)
 from jcrosslora.report.page.theme import POLICY, STYLE
+<<<<<<< HEAD
 from jcrosslora.utils.texts import html_text
+=======
+from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
+from jcrosslora.utils.html import html_table, html_text
+
+_SHOWN = 10
+_LONGEST = 4000  # characters of a text
+_ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
+# A random or another adapter answers a newcomer's question no better than the bars do.
+_PARTS = ("base", "moved", "trained")
+_TITLES = {"base": "before", "moved": "after"}
+_ITS_OWN = (
+    "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "
+    "they do not, give prompts of that job by --probe-text."
+)
+_SHARE = "share of the trained adapter's gain"
+_EVALUATE = "jcrosslora evaluate --base TARGET --task FILE.jsonl --adapter DIR --show 10 --json > answers.json"
+_REPORT = "jcrosslora report DIR --answers answers.json"
+_TRAINED = (
+    "How much of what training brings: jcrosslora train TARGET --data TRAIN.jsonl --out trained, "
+    "evaluate the moved one with --trained trained, and report."
+)
+_RANDOM = (
+    "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, evaluate it "
+    "beside the moved one, and report with --random random."
+)
+>>>>>>> a5b03a6 (report: fewer files, and docstrings that say something)
 
 
 def report_page(contents: Contents) -> str:
@@ -26,7 +48,7 @@ def report_page(contents: Contents) -> str:
         UsageError: matplotlib is not installed.
     """
     title = html_text(_title(contents))
-    drawn = {picture.name: _figure(picture, contents) for picture in pictures(contents)}
+    drawn = {picture.name: _drawn(picture, contents) for picture in pictures(contents)}
     evaluation, moved = contents.evaluation, contents.moved
     body = [
         f"<h1>{title}</h1>",
@@ -34,12 +56,12 @@ def report_page(contents: Contents) -> str:
         _verdict(contents),
         drawn.get("bars", ""),
         "" if evaluation is None else answers_section(evaluation),
-        _grid(text_section(contents), drawn.get("curve", "")),
+        _grid(_text_section(contents), drawn.get("curve", "")),
         _grid(drawn.get("layers", ""), drawn.get("heat", "")),
-        warnings_section(contents),
-        "" if evaluation is None else figures_section(evaluation),
-        "" if moved is None else recipe_section(moved),
-        _missing(contents),
+        _warnings_section(contents),
+        "" if evaluation is None else _figures_section(evaluation),
+        "" if moved is None else _recipe_section(moved),
+        _missing_section(contents),
     ]
     head = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -75,20 +97,176 @@ def _verdict(contents: Contents) -> str:
     return f'<div class="verdict {found.tone}"><p><b>{found.word}.</b> {html_text(found.sentence)}</p>{listed}</div>'
 
 
-def _figure(picture: Picture, contents: Contents) -> str:
+def _drawn(picture: Picture, contents: Contents) -> str:
     words, key = caption(picture.name, contents)
     entries = "".join(
         f'<div><span class="key" style="background:var(--{colour})"></span>{html_text(meaning)}</div>'
         for colour, meaning in key
     )
     below = f"<figcaption>{entries}<p>{html_text(words)}</p></figcaption>"
-    return f"<section><h2>{picture.title}</h2><figure>{picture.svg()}{below}</figure></section>"
+    return _section(picture.title, f"<figure>{picture.svg()}{below}</figure>")
 
 
 def _grid(*parts: str) -> str:
     return f'<div class="grid">{"".join(parts)}</div>' if any(parts) else ""
 
 
-def _missing(contents: Contents) -> str:
-    items = "".join(f"<li>{html_text(sentence)}</li>" for sentence in missing(contents))
-    return f'<section><h2>Not on this page</h2><ul class="muted">{items}</ul></section>' if items else ""
+def answers_section(evaluation: Evaluation) -> str:
+    """Return up to ten examples, evenly spread over those that the evaluation holds; "" if it holds none."""
+    every = evaluation.examples
+    count = min(_SHOWN, len(every))
+    if not count:
+        return ""
+    chosen = [every[at * len(every) // count] for at in range(count)]
+    named = any(model.part == "moved" for model in evaluation.models)
+    columns = [place for place, model in enumerate(evaluation.models) if not named or model.part in _PARTS]
+    longest = min(_LONGEST, _ROOM // (count * (len(columns) + 2)))
+    cards = "".join(_card(evaluation, example, columns, longest) for example in chosen)
+    return _section(f"Before and after, {'one example' if count == 1 else f'{count} examples'}", cards)
+
+
+def _card(evaluation: Evaluation, example: Example, columns: list[int], longest: int) -> str:
+    parts = [_part("right answer", " or ".join(example.right), longest)]
+    parts += [_answer(evaluation.models[place], example.written[place], longest) for place in columns]
+    asked = _part("prompt", example.prompt, longest)
+    return f'<div class="example"><div class="texts">{asked}</div><div class="texts">{"".join(parts)}</div></div>'
+
+
+def _answer(model: Model, written: Written, longest: int) -> str:
+    marks = ['<span class="mark right">exact</span>'] if written.exact else []
+    marks += [] if written.ended else ['<span class="mark cut">not ended</span>']
+    return _part(_TITLES.get(model.part, model.title), written.text, longest, " ".join(marks))
+
+
+def _part(title: str, text: str, longest: int, marks: str = "") -> str:
+    shown = html_text(cut(text, longest)) or '<span class="muted">(nothing)</span>'
+    return f'<div><div class="muted">{html_text(title)} {marks}</div><div class="text">{shown}</div></div>'
+
+
+def _text_section(contents: Contents) -> str:
+    """Return what text the update was fitted on, or what the method looked at instead; "" without a transfer."""
+    moved = contents.moved
+    if moved is None:
+        return ""
+    lines = [f"Method {moved.recipe.method}" + (f", because {moved.choice}" if moved.choice else "") + "."]
+    lines += [f"The update was {moved.fitted}."] if moved.fitted else []
+    lines += [f"Added: {moved.added}."] if moved.added else []
+    if not moved.fitted:
+        lines.append("No update was fitted: the original one was carried over by formulas.")
+    if moved.wrote_prompts:
+        lines.append(_ITS_OWN)
+    elif moved.recipe.probes != "none":
+        lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
+    texts = moved.examples or map(cut, contents.texts)
+    shown = "".join(f'<li class="text">{html_text(text)}</li>' for text in texts)
+    return _section("What was it made from?", f"{_lines(lines)}{f'<ul>{shown}</ul>' if shown else ''}")
+
+
+def _warnings_section(contents: Contents) -> str:
+    """Return what to know before use; "" if there is nothing."""
+    moved, evaluation = contents.moved, contents.evaluation
+    lines = [] if moved is None else list(moved.warnings)
+    if moved is not None and moved.unmapped_targets:
+        lines.append(f"{len(moved.unmapped_targets):,} modules of the target got no update.")
+    if moved is not None and moved.effect is not None:
+        lines.append(f"Checked at the end of the move: {moved.effect.sentence}.")
+    if evaluation is not None:
+        lines += [f"Not part of the figures: {sentence}" for sentence in evaluation.not_scored]
+        if evaluation.guessed and (model := evaluation.of_part("moved")) is not None:
+            lines.append(f"The answers are those of the adapter {model.name}, the only one evaluated: is it this one?")
+        base = evaluation.models[0].name
+        if moved is not None and moved.target.name is not None and base != moved.target.name:
+            other = f"The answers are those of {base}, and the adapter was moved to {moved.target.name}"
+            lines.append(f"{other}: are they the same model?")
+    items = "".join(f"<li>{html_text(line)}</li>" for line in lines)
+    return _section("Good to know", f"<ul>{items}</ul>") if items else ""
+
+
+def _figures_section(evaluation: Evaluation) -> str:
+    """Return a table of every figure with its interval and its difference to the base, whose word says if it counts."""
+    rows = [_figure(model, name) for model in evaluation.models for name in present(evaluation)]
+    names = [f"{model.title}: {model.name}" for model in evaluation.models if model.title != model.name]
+    table = f'<div class="wide">{html_table(rows)}</div>'
+    return _section("All figures", f'{table}<p class="muted">{html_text("; ".join(names))}</p>')
+
+
+def _figure(model: Model, name: str) -> dict[str, str]:
+    shown, figure = FIGURES[name], model.figures[name]
+    change, lift = figure.minus_base, figure.lift
+    return {
+        "model": model.title,
+        "figure": shown.title,
+        "value [95% interval]": shown.interval(figure),
+        "minus the base": "" if change is None else shown.interval(change, "+"),
+        "": model.direction(name) or "",
+        **({} if lift is None else {_SHARE: f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"}),
+    }
+
+
+def _recipe_section(moved: TransferReport) -> str:
+    """Return the recipe, the bases and the version."""
+    ranks = sorted(set(moved.ranks.values()))
+    facts = [
+        ("adapter", _named(moved.adapter)),
+        ("source", _named(moved.source)),
+        ("target", _named(moved.target)),
+        ("method", moved.recipe.method),
+        ("rank", " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"),
+        ("jcrosslora", moved.version),
+    ]
+    listed = "".join(f"<dt>{title}</dt><dd>{html_text(text)}</dd>" for title, text in facts)
+    again = "<p>The same as recipe.toml; make the adapter again with jcrosslora transfer --recipe recipe.toml.</p>"
+    return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{html_text(moved.recipe_toml.strip())}</pre>{again}")
+
+
+def _named(base: Base | SourceAdapter) -> str:
+    parts = [base.name or "not named", f"revision {base.revision}" if base.revision else "", base.digest or ""]
+    return ", ".join(filter(None, parts))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{html_text(line)}</p>" for line in lines)
+
+
+def _missing_section(contents: Contents) -> str:
+    items = "".join(f"<li>{html_text(sentence)}</li>" for sentence in _missing(contents))
+    return _section("Not on this page", f'<ul class="muted">{items}</ul>') if items else ""
+
+
+def _missing(contents: Contents) -> Iterator[str]:
+    """Yield a sentence for each part that is left out: what it would show, and the command."""
+    if contents.evaluation is None:
+        yield f"Whether the adapter works, with answers before and after: {_EVALUATE}, then {_REPORT}."
+    else:
+        yield from _of_evaluation(contents.evaluation)
+    if contents.moved is None:
+        yield "How the adapter was made: jcrosslora report on the folder that jcrosslora transfer wrote."
+    else:
+        yield from _of_transfer(contents.moved)
+
+
+def _of_evaluation(evaluation: Evaluation) -> Iterator[str]:
+    if not evaluation.written:
+        yield "Answers before and after: evaluate a task that is answered in writing, see jcrosslora evaluate --help."
+    elif not evaluation.examples:
+        yield f"Answers before and after: {_EVALUATE}."
+    if len(evaluation.models) == 1:
+        yield f"Whether an adapter works: {_EVALUATE}."
+        return
+    if evaluation.of_part("moved") is None:
+        yield "Which of the adapters is the moved one: jcrosslora report with --moved NAME."
+    if evaluation.of_part("trained") is None:
+        yield _TRAINED
+    if evaluation.of_part("random") is None:
+        yield _RANDOM
+
+
+def _of_transfer(moved: TransferReport) -> Iterator[str]:
+    if len(moved.curve) < 2:
+        yield f"A curve of the fit: method {moved.recipe.method} records none; distill does."
+    if not any(layer is not None for layer in moved.layers):
+        yield "A map of the layers: the source was asked and not read, so its layers are not known."

@@ -47,19 +47,12 @@ _LINE, _TITLE = 0.2, 0.35  # inches
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture.
-
-    Attributes:
-        name: short, for identifiers.
-        title: the question that it answers.
-        heights: of its panels, in inches, one below the other.
-        draw: draws it on that many axes, within `theme.drawing`.
-    """
+    """A picture, by the question that it answers."""
 
     name: str
     title: str
-    heights: tuple[float, ...]
-    draw: Callable[[list[Axes]], None]
+    heights: tuple[float, ...]  # of its panels, in inches, one below the other
+    draw: Callable[[list[Axes]], None]  # on that many axes, within `theme.drawing`
 
     def figure(self) -> Figure:
         """Draw the picture alone; call it within `theme.drawing`."""
@@ -70,11 +63,7 @@ class Picture:
         return figure
 
     def svg(self) -> str:
-        """Return the picture as an element of the page.
-
-        Raises:
-            UsageError: matplotlib is not installed.
-        """
+        """Return the picture as an element of the page."""
         with drawing():
             return inline_svg(self.figure(), self.name, self.title)
 

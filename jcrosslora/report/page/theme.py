@@ -77,10 +77,10 @@ def new_figure(height: float) -> Figure:
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as an element of a page, in the colours of its style sheet.
+    """Return a figure as an element of a page, in the colours of its style sheet; call it within `drawing`.
 
     Args:
-        figure: drawn within `drawing`.
+        figure: what was drawn.
         name: of the picture, for identifiers that no other picture on the page has.
         label: what it shows, for those who do not see it.
     """
