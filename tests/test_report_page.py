@@ -1,6 +1,7 @@
 """The report page: its numbers are those of the files, it needs nothing else, and damaged input is one clear error."""
 
 import builtins
+import io
 import json
 import re
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from command_line import main
 from full_set import full_except
+from rich.console import Console
 from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.decoder import Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores, answers_json, scores_json
+from jcrosslora.report import REPORT, print_report, published, read_report
 from jcrosslora.report.page import (
     Roles,
     answers_section,
@@ -300,6 +303,24 @@ def test_a_result_in_memory_gives_the_same_page_as_its_files(result, tmp_path):
     alone = result.html()
     assert report_page(find_contents(result.save(tmp_path / "moved"))) == alone
     assert "Does it work?" not in alone
+
+
+def test_the_file_is_the_record_and_old_ones_may_lack_fields(result, tmp_path):
+    out = result.save(tmp_path / "moved")
+    found = read_report(out / REPORT)
+    assert found == published(result.report)
+    assert found.to_json() == json.loads((out / REPORT).read_text())
+    printed = []
+    for one in (found, published(result.report)):
+        console = Console(file=io.StringIO(), width=200)
+        print_report(one, console, table="module")
+        printed.append(console.file.getvalue())
+    assert printed[0] == printed[1]
+    older = found.to_json()
+    for later in ("asked", "tokens", "totals", "rank_before", "truncation"):
+        del older[later]
+    (out / REPORT).write_text(json.dumps(older))
+    assert read_report(out / REPORT).rows == found.rows
 
 
 # What is left out
