@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,8 +132,8 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
 
 def _changed(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
     """Return the hyper-parameters that differ from the defaults, and the truncation rank."""
-    default = type(method)().settings()
-    shown = {name: value for name, value in method.settings().items() if value != default[name]}
+    stated = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
+    shown = {name: value for name, (value, default) in stated.items() if value != default}
     return shown | ({"svd_rank": settings["svd_rank"]} if "svd_rank" in settings else {})
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from rich.console import Console
@@ -100,46 +100,42 @@ def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Co
 
 
 def _notes(report: TransferReport) -> list[str]:
-    lines = [] if report.choice is None else [f"method: {report.recipe.method}, because {report.choice}"]
-    if report.adapter.read_as is not None and not report.adapter.lost:
-        lines.append(f"adapter: {report.adapter.read_as}")
-    if report.fitted is not None:
-        lines.append(f"fit: {report.fitted}")
-    lines += [f"written: {' '.join(text.split())}" for text in report.examples]
-    if report.fitted is not None or report.added is not None:
-        lines.append(f"rank: {report.rank_sentence}")
-    if report.added is not None:
-        lines.append(f"added: {report.added}")
-    if report.truncation is not None:
-        lines.append(f"truncation: {report.truncation.sentence}")
-    if report.recipe.probes != "none":
-        lines.append(f"probes: {report.recipe.probes}")
-    if report.recipe.signs == "vocabulary":
-        lines.append(f"signs: fixed by the embeddings of {report.recipe.shared_tokens:,} shared tokens")
-    if report.recipe.svd != "not needed":
-        lines.append(f"SVDs: {report.recipe.svd}")
-    if report.unmapped_sources:
-        places = _places_of_unmapped(report)
-        lines.append(
-            f"not moved: {len(report.unmapped_sources)} source modules feed no target module ({places}); "
-            f"they held {report.left_behind:.1%} of the update's energy"
-        )
-    lines += [f"moved: {row.sentence}" for row in report.tokens]
-    if report.unmapped_targets:
-        lines.append(f"without an update: {len(report.unmapped_targets)} target modules")
-    if report.effect is not None:
-        lines += [
-            "effect: " + ", ".join(f"{name} {cell}" for name, cell in row.items()) for row in report.effect.rows()
-        ]
-    return lines + [f"warning: {sentence}" for sentence in report.warnings]
+    recipe, adapter, left = report.recipe, report.adapter, report.unmapped_sources
+    signs = f"fixed by the embeddings of {recipe.shared_tokens:,} shared tokens"
+    lines = [
+        ("method", report.choice and f"{recipe.method}, because {report.choice}"),
+        ("adapter", None if adapter.lost else adapter.read_as),
+        ("fit", report.fitted),
+        *(("written", " ".join(text.split())) for text in report.examples),
+        ("rank", report.rank_sentence if report.fitted or report.added else None),
+        ("added", report.added),
+        ("truncation", report.truncation and report.truncation.sentence),
+        ("probes", recipe.probes if recipe.probes != "none" else None),
+        ("signs", signs if recipe.signs == "vocabulary" else None),
+        ("SVDs", recipe.svd if recipe.svd != "not needed" else None),
+        ("not moved", left and _left(report)),
+        *(("moved", row.sentence) for row in report.tokens),
+        ("without an update", report.unmapped_targets and f"{len(report.unmapped_targets)} target modules"),
+        *(("effect", _row(row)) for row in (report.effect.rows() if report.effect else ())),
+        *(("warning", sentence) for sentence in report.warnings),
+    ]
+    return [f"{name}: {text}" for name, text in lines if text]
 
 
-def _places_of_unmapped(report: TransferReport) -> str:
+def _row(cells: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {cell}" for name, cell in cells.items())
+
+
+def _left(report: TransferReport) -> str:
     names = [item.source for item in report.unmapped_sources]
     layers = "layers " + ", ".join(map(str, sorted({int(name.split(".")[2]) for name in names})))
     # Kinds of modules that the target does not have, such as the gates of its MLPs.
     absent = {name.rpartition(".")[2] for name in names} - {row.role for row in report.rows}
-    return f"{', '.join(sorted(absent))} of {layers}" if absent else layers
+    places = f"{', '.join(sorted(absent))} of {layers}" if absent else layers
+    return (
+        f"{len(names)} source modules feed no target module ({places}); "
+        f"they held {report.left_behind:.1%} of the update's energy"
+    )
 
 
 def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:

@@ -67,21 +67,21 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     key = _BASE_KEYS.get(files.form, "")
     stated = config.get(key)
     stated = stated if isinstance(stated, str) and stated else None
-    base = base_model or (card_base(card) if card is not None else None) or (stated if is_on_hub(stated) else None)
+    named = _bases_of(card)
+    base = base_model or (named[0] if len(named) == 1 else None) or (stated if is_on_hub(stated) else None)
     sent: dict[str, Path | bytes] = {files.weights.name: files.weights}
     if files.config is not None:
         sent[CONFIG] = _config_for_hub(files.config, config, key, base_model or (None if is_on_hub(stated) else base))
     if card is not None and not with_completions:
         card = without_examples(card)
-    sent[CARD] = card_for_hub(card, name=folder.resolve().name, form=files.form, base_model=base).encode()
+    sent[CARD] = _card_for_hub(card, folder.resolve().name, files.form, base).encode()
     if (folder / REPORT).is_file():
         sent[REPORT] = _report_for_hub(folder / REPORT, with_completions=with_completions)
     sent |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)}
     if with_completions:  # the page shows some of them
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
-    several = base is None and card is not None and names_several(card)
-    return Upload(sent, files.weights.name, base, _notes(base, stated, left, several=several))
+    return Upload(sent, files.weights.name, base, _notes(base, stated, left, several=base is None and len(named) > 1))
 
 
 def _whole_adapter(folder: Path) -> AdapterFiles:
@@ -155,48 +155,23 @@ def _text(path: Path) -> str:
         raise AdapterError(msg) from error
 
 
-def card_base(card: str) -> str | None:
-    """Return the hub id of the base that a card names; None where it names none, a local path or several.
-
-    Raises:
-        AdapterError: the metadata of the card is not a YAML mapping.
-    """
-    stated = split_card(card)[0].get("base_model")
-    if isinstance(stated, list) and len(stated) == 1:
-        stated = stated[0]
-    return stated if isinstance(stated, str) and is_on_hub(stated) else None
+def _bases_of(card: str | None) -> list[str]:
+    """Return the hub ids of the bases that a card names, several for an adapter of all of them; else none."""
+    stated = None if card is None else split_card(card)[0].get("base_model")
+    named = stated if isinstance(stated, list) else [stated]
+    found = [one for one in named if isinstance(one, str) and is_on_hub(one)]
+    return found if len(found) == len(named) else []
 
 
-def names_several(card: str) -> bool:
-    """Tell whether a card names several bases by their hub ids, as that of an adapter for all of them may.
-
-    Raises:
-        AdapterError: the metadata of the card is not a YAML mapping.
-    """
-    stated = split_card(card)[0].get("base_model")
-    return (
-        isinstance(stated, list) and len(stated) > 1 and all(isinstance(one, str) and is_on_hub(one) for one in stated)
-    )
-
-
-def card_for_hub(card: str | None, *, name: str, form: Form, base_model: str | None) -> str:
-    """Return the card to upload; one whose metadata is right already is not changed.
+def _card_for_hub(card: str | None, name: str, form: Form, base_model: str | None) -> str:
+    """Return the card to upload, or a short one with this name; one whose metadata is right already is not changed.
 
     The base model and its relation are set or, as the hub refuses a local path there, removed; library and tags are
     added where they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
     if none is given.
-
-    Args:
-        card: the text of README.md; None writes a short one.
-        name: of the adapter, the title of a new card.
-        form: the format of the adapter.
-        base_model: the hub id of the base; None if it has none.
-
-    Raises:
-        AdapterError: the metadata of the card is not a YAML mapping.
     """
     data, body = split_card(f"\n# {markdown_text(name)}\n\n{_sentence(base_model)}\n" if card is None else card)
-    several = card is not None and base_model is None and names_several(card)
+    several = base_model is None and len(_bases_of(card)) > 1
     wanted = dict(data) if several else _with_base(data, base_model)
     if not wanted.get("library_name"):
         wanted["library_name"] = _LIBRARIES[form]
