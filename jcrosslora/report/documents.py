@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.checkpoint.hub import is_hub_id, public_name
-from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name, publish
 from jcrosslora.methods import Method
 from jcrosslora.report.card import model_card
 from jcrosslora.report.record import REPORT, Totals, TransferReport, defined

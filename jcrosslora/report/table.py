@@ -11,8 +11,8 @@ from rich.table import Table
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.relation.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import Row, TransferReport, cut, spread, weighted
-from jcrosslora.utils.texts import html_table, html_text
 from jcrosslora.utils.terminal import say
+from jcrosslora.utils.texts import html_table, html_text
 
 TableKind = Literal["role", "full", "module"]
 # Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.

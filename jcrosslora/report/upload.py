@@ -17,8 +17,8 @@ from jcrosslora.report.card import without_examples
 from jcrosslora.report.documents import PAGE, RECIPE, report_text
 from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.text.completion import COMPLETIONS
-from jcrosslora.utils.texts import markdown_text
 from jcrosslora.utils.reading import read_small_text
+from jcrosslora.utils.texts import markdown_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
 _LICENCES = ("LICENSE", "NOTICE")  # how the names of such files begin

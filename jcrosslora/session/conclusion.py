@@ -32,8 +32,8 @@ from jcrosslora.report.record import (
 )
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.utils.logs import record
 from jcrosslora.utils import version
+from jcrosslora.utils.logs import record
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.effect import Effect

@@ -18,8 +18,7 @@ from jcrosslora.adapter.profile_ranks import Frozen
 from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.base_info import BaseInfo
-from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.hub import publish
+from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.report.documents import documents, provenance, published, replacements
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder

@@ -9,11 +9,8 @@ from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Writte
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.pictures import Picture, caption, pictures
 from jcrosslora.report.page.theme import POLICY, STYLE
-<<<<<<< HEAD
-from jcrosslora.utils.texts import html_text
-=======
 from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
-from jcrosslora.utils.html import html_table, html_text
+from jcrosslora.utils.texts import html_table, html_text
 
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text
@@ -36,7 +33,6 @@ _RANDOM = (
     "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, evaluate it "
     "beside the moved one, and report with --random random."
 )
->>>>>>> a5b03a6 (report: fewer files, and docstrings that say something)
 
 
 def report_page(contents: Contents) -> str:
