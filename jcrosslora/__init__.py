@@ -17,10 +17,10 @@ if _TYPE_CHECKING:
     from jcrosslora.adapter import load_adapter as load_adapter
     from jcrosslora.adapter import stack_adapters as stack_adapters
     from jcrosslora.adapter import unstack_adapters as unstack_adapters
-    from jcrosslora.adapter.export.export import ExportSettings as ExportSettings
-    from jcrosslora.adapter.export.export import export_adapter as export_adapter
-    from jcrosslora.adapter.export.merge import MergeSettings as MergeSettings
-    from jcrosslora.adapter.export.merge import merge as merge
+    from jcrosslora.adapter.export import ExportSettings as ExportSettings
+    from jcrosslora.adapter.export import export_adapter as export_adapter
+    from jcrosslora.adapter.merge import MergeSettings as MergeSettings
+    from jcrosslora.adapter.merge import merge as merge
     from jcrosslora.cache import Cache as Cache
     from jcrosslora.cache import open_cache as open_cache
     from jcrosslora.checkpoint import BaseModel as BaseModel
@@ -110,8 +110,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "evaluate": ("answer", "score"),
     "evaluate.probes": ("Probes", "written_probes"),
     "maps.evidence.records": ("Evidence", "EvidenceKind", "Maps"),
-    "adapter.export.export": ("ExportSettings", "export_adapter"),
-    "adapter.export.merge": ("MergeSettings", "merge"),
+    "adapter.export": ("ExportSettings", "export_adapter"),
+    "adapter.merge": ("MergeSettings", "merge"),
     "relation.base_comparison": ("BaseComparison", "compare_bases"),
     "relation.pairing": ("Pairing",),
     "utils.logs": ("log_to",),

@@ -26,8 +26,7 @@ from jcrosslora.adapter import (
     to_pytree,
     unstack_adapters,
 )
-from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.replaced import ReplacedTensors
+from jcrosslora.adapter.changes import ExpertUpdate, ReplacedTensors
 from jcrosslora.errors import AdapterError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -391,15 +390,15 @@ def test_an_adapter_of_another_base_does_not_go_into_a_live_model():
 
 
 def test_a_tensor_that_peft_does_not_load_is_named(monkeypatch):
-    import jcrosslora.adapter.live_peft as live_peft
+    from jcrosslora.adapter import peft as peft_format
 
-    made = live_peft.peft_state
+    made = peft_format.peft_state
 
     def with_one_more(contents):
         found, config = made(contents)
         return found | {"base_model.model.model.layers.9.nowhere.lora_A.weight": np.ones((1, 1), np.float32)}, config
 
-    monkeypatch.setattr(live_peft, "peft_state", with_one_more)
+    monkeypatch.setattr(peft_format, "peft_state", with_one_more)
     with pytest.raises(AdapterError, match=r"layers\.9\.nowhere.* was not loaded"):
         to_peft(random_adapter({Q: 2}), tiny_model("llama"))
 

@@ -11,7 +11,7 @@ from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora.adapter import TokenUpdate
-from jcrosslora.adapter.token_updates import EMBEDDING
+from jcrosslora.adapter.changes import EMBEDDING
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.methods import Auto

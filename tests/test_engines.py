@@ -22,7 +22,7 @@ from tiny_models import save_tiny, tiny_model
 
 import jcrosslora as jcl
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
-from jcrosslora.adapter.engines import vllm
+from jcrosslora.adapter.engines.safetensors import VLLM_RANKS
 from jcrosslora.adapter.truncation import AUTO_RANKS
 from jcrosslora.errors import AdapterError
 
@@ -228,7 +228,7 @@ def test_vllm_rank_limits(tmp_path, rank, note):
 
 
 def test_automatic_ranks_are_sizes_that_vllm_reserves():
-    assert set(AUTO_RANKS) < set(vllm.RANKS)
+    assert set(AUTO_RANKS) < set(VLLM_RANKS)
 
 
 def test_names_without_the_prefix_are_not_found_by_peft(tmp_path):

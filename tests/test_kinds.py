@@ -12,8 +12,8 @@ from kind_cases import FULL, LORA, MADE, lora, make_adapter, peft
 from tiny_models import tiny_model, torch
 
 from jcrosslora.adapter import LoRAFactors, TokenUpdate, load_adapter, stack_tasks, update_norm
+from jcrosslora.adapter.kinds import KINDS
 from jcrosslora.adapter.kinds.dora import full_update
-from jcrosslora.adapter.kinds.registry import KINDS
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 

@@ -142,7 +142,7 @@ def test_the_size_of_redrawn_matrices_is_bounded(tmp_path, made, monkeypatch):
     count = config["r"] * sum(base.modules[Q].shape)
     folder = write_folder(tmp_path / "uni", config, weights)
     for most in (count, count - 1):
-        monkeypatch.setattr("jcrosslora.adapter.kinds.unilora.LARGEST", most)
+        monkeypatch.setattr("jcrosslora.adapter.kinds.shared.LARGEST", most)
         if most == count:
             load_adapter(folder, base)
             continue

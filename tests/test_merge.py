@@ -19,9 +19,11 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.export.companions import write_companions
-from jcrosslora.adapter.export.merge import MergeSettings, merge
+from jcrosslora.adapter.companions import write_companions
+from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint import safetensors
+from jcrosslora.adapter.companions import write_companions
+from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main
@@ -151,7 +153,7 @@ def test_missing_files_of_a_hub_model_are_downloaded(tmp_path, monkeypatch):
     def fetch(hub_id: str, revision: str) -> None:
         (base.path / "tokenizer.model").write_text(f"{hub_id} {revision}")
 
-    monkeypatch.setattr("jcrosslora.adapter.export.companions.fetch_companions", fetch)
+    monkeypatch.setattr("jcrosslora.adapter.companions.fetch_companions", fetch)
     (tmp_path / "out").mkdir()
     write_companions(base, tmp_path / "out", "keep", as_stored=True)
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"
@@ -243,8 +245,8 @@ def test_blocks_and_shards_do_not_change_the_values(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
-    monkeypatch.setattr("jcrosslora.adapter.export.row_updates._BLOCK", 7 * 64)
-    monkeypatch.setattr("jcrosslora.adapter.export.merge._SHARD", 40_000)
+    monkeypatch.setattr("jcrosslora.adapter.merge._BLOCK", 7 * 64)
+    monkeypatch.setattr("jcrosslora.adapter.merge._SHARD", 40_000)
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "many"), dtype="float32"))
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
@@ -272,7 +274,7 @@ def test_a_failed_merge_writes_nothing_and_keeps_an_earlier_one(tmp_path, monkey
         with pytest.raises(OutputError, match="No space left"):
             merge(again)
     with monkeypatch.context() as patch:
-        patch.setattr("jcrosslora.adapter.export.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        patch.setattr("jcrosslora.adapter.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
         with pytest.raises(OutputError, match="GB free"):
             merge(again)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -9,8 +9,8 @@ from kind_cases import peft
 from tiny_models import tiny_model, torch
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.kinds.config_tables import KNOWN_TYPES, why_refused
-from jcrosslora.adapter.kinds.registry import TYPES
+from jcrosslora.adapter.config import KNOWN_TYPES, why_refused
+from jcrosslora.adapter.kinds import TYPES
 from jcrosslora.errors import AdapterError
 
 pytestmark = [

@@ -1,18 +1,28 @@
-"""Combine adapters of one base: stacks, for `jax.vmap` over adapters, and exact sums, factors side by side."""
+"""Combine adapters of one base: stacks, for `jax.vmap` over adapters; exact sums; sequences of tasks (SD-LoRA).
+
+SD-LoRA: the earlier updates of a sequence of tasks are directions of unit size with magnitudes.
+
+    dW = sum over i < t of a_i B_i A_i / (||B_i||_F ||A_i||_F)  +  a_t s_t B_t A_t
+
+Its repository trains vision transformers and saves every task as a pickle, which is not read. The input here is one
+plain adapter for each task, and the magnitudes.
+
+Source: SD-LoRA (https://openreview.net/forum?id=5U1rlpX68A).
+"""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.ignored import Carried, check_always_active, restrict
-from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.errors import AdapterError
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, check_always_active, restrict
+from jcrosslora.errors import AdapterError, UsageError
 
-NO_SUM = "and has no sum with others: write it alone"
+_NO_SUM = "and has no sum with others: write it alone"
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
@@ -59,7 +69,7 @@ def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapt
         raise AdapterError(msg)
     count = counts.pop()
     infos = whole.info.stacked or (whole.info,) * count
-    parts = [jax.tree.map(lambda leaf, place=place: leaf[place], whole) for place in range(count)]
+    parts = [jax.tree.map(lambda leaf, index=index: leaf[index], whole) for index in range(count)]
     return [dataclasses.replace(part, info=info) for part, info in zip(parts, infos, strict=True)]
 
 
@@ -77,10 +87,9 @@ def _stack(arrays: Sequence) -> jnp.ndarray:
 
 def _check_alike(first: Adapter, other: Adapter) -> None:
     names = f"{first.info.name} and {other.info.name}"
-    if other.tokens or other.replaced or other.experts:
-        changed = [update.table for update in other.tokens] + [name for own in other.replaced for name in own.tensors]
-        changed = [*changed, *(update.name for update in other.experts)][0]
-        msg = f"{other.info.name} changes {changed}; only updates of linear modules can be stacked"
+    changed = [update.table for update in other.tokens] + [name for own in other.replaced for name in own.tensors]
+    if changed := [*changed, *(update.name for update in other.experts)]:
+        msg = f"{other.info.name} changes {changed[0]}; only updates of linear modules can be stacked"
         raise AdapterError(msg)
     if alone := first.modules.keys() ^ other.modules.keys():
         msg = f"module {min(alone)!r} has an update in one of {names} only; stack adapters of the same modules"
@@ -114,16 +123,11 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
     for adapter in adapters:
-        check_always_active(adapter, NO_SUM)
+        check_always_active(adapter, _NO_SUM)
     why = "a sum has no tensors that replace those of the base, and no updates of experts"
     adapters = [restrict(adapter, Carried.LINEAR | Carried.TOKENS, why) for adapter in adapters]
-    with_tokens = [adapter for adapter in adapters if adapter.tokens]
-    if len(with_tokens) > 1:
+    if len([adapter for adapter in adapters if adapter.tokens]) > 1:
         adapters = [restrict(one, Carried.LINEAR, "several adapters of the sum change them") for one in adapters]
-    found: dict[str, list[LoRAFactors]] = {}
-    for adapter in adapters:
-        for name, factors in adapter.modules.items():
-            found.setdefault(name, []).append(factors)
     info = AdapterInfo(
         name=" + ".join(adapter.info.name for adapter in adapters),
         base_name=adapters[0].info.base_name,
@@ -131,7 +135,15 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
-    return Adapter({name: add_factors(name, terms) for name, terms in found.items()}, info, tokens)
+    return Adapter(_sums([adapter.modules for adapter in adapters]), info, tokens)
+
+
+def _sums(parts: Sequence[Mapping[str, LoRAFactors]]) -> dict[str, LoRAFactors]:
+    found: dict[str, list[LoRAFactors]] = {}
+    for modules in parts:
+        for name, factors in modules.items():
+            found.setdefault(name, []).append(factors)
+    return {name: add_factors(name, terms) for name, terms in found.items()}
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -145,3 +157,47 @@ def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
     a = np.concatenate([np.asarray(factors.a).astype(np.float32) for factors in terms])
     b = [np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale) for factors in terms]
     return LoRAFactors(a=a, b=np.concatenate(b, axis=1))
+
+
+def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
+    """Combine the updates of a sequence of tasks into one adapter; the ranks of a module add up.
+
+    Args:
+        adapters: of one base, in the order in which they were trained.
+        magnitudes: a_i of each; the last one multiplies its update without normalisation.
+
+    Returns:
+        The adapter, float32 and scale 1. A module of some tasks only is the sum over these; changes of embedding and
+        head are listed in `info.ignored`.
+
+    Raises:
+        UsageError: no adapters, another number of magnitudes than of adapters, or one that is not finite.
+        AdapterError: updates of a module have different shapes, or an adapter is active only after certain tokens.
+    """
+    if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
+        msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}; give at least one adapter, and a number "
+        raise UsageError(msg + "for each")
+    for adapter in adapters:
+        check_always_active(adapter, _NO_SUM)
+    terms = [
+        {name: _task_term(item, magnitude, last=index == len(adapters)) for name, item in adapter.modules.items()}
+        for index, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True), 1)
+    ]
+    why = "tasks are combined in their linear modules alone"
+    info = AdapterInfo(
+        name=" + ".join(one.info.name for one in adapters),
+        base_name=adapters[-1].info.base_name,
+        ignored=tuple(sentence for one in adapters for sentence in restrict(one, Carried.LINEAR, why).info.ignored),
+    )
+    return Adapter(_sums(terms), info)
+
+
+def _task_term(factors: LoRAFactors, magnitude: float, *, last: bool) -> LoRAFactors:
+    a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
+    if last:
+        gain = magnitude * factors.scale
+    else:
+        size = float(np.linalg.norm(b) * np.linalg.norm(a))
+        # A task with a zero update has no direction.
+        gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
+    return LoRAFactors(a=a.astype(np.float32), b=(gain * b).astype(np.float32))

@@ -1,23 +1,169 @@
-"""Check an `adapter_config.json`: its kind of adapter, and the range of its numbers."""
+"""Check an `adapter_config.json`: its keys, its kind of adapter, and the range of its numbers.
+
+Tables: the keys that peft 0.21 writes for the kinds that are read; the settings that make a configuration of type LORA
+more than dW = scale B A on an unchanged base; and the kinds that cannot be read as an update of weight matrices.
+"""
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
-from jcrosslora.adapter.kinds.config_tables import KNOWN_KEYS, OLORA, PISSA, PLAIN_INITS, REFUSED, VARIANTS, why_refused
 from jcrosslora.adapter.patterns import is_matchable
 from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]
 
+# Other keys are reported by name.
+_KEYS_OF_LORA = (
+    *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias"),
+    *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform"),
+    *("loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size"),
+    *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type"),
+    *("trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config"),
+)
+_KEYS_OF_OTHERS = (
+    *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
+    *("d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout", "use_beamlora"),
+    *("init_logits_std", "init_vector_bank_bound", "num_vectors", "save_only_topk_weights", "topk"),
+    *("vblora_dropout", "vector_length", "decompose_both", "decompose_factor"),
+    *("alpha", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"),
+    *("init_theta_d_bound", "proj_seed", "save_indices", "theta_d_length", "unilora_dropout"),
+)
+_KNOWN_KEYS = frozenset(_KEYS_OF_LORA + _KEYS_OF_OTHERS)
+
+_CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
+_MERGE = (
+    "peft has no conversion to LoRA for it, so it cannot be moved: use it on its own base, or merged into that "
+    "(merge_and_unload() of peft), or train a plain LoRA adapter instead"
+)
+_RETRAIN = "no conversion exists; train a plain LoRA adapter instead"
+_MUTATES = "its training changed the base weights, and the change is not in the adapter"
+_SAVE_CONVERTED = (
+    "load what peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) saves, which needs the "
+    "adapter as it was before training; without that one, train anew"
+)
+
+
+class Variant(NamedTuple):
+    """A variant of LoRA: whether it applies to a configuration, and if it is refused why, and what the user can do."""
+
+    applies: Callable[[Config], bool]
+    refusal: tuple[str, str] | None = None
+
+
+def _set(key: str) -> Callable[[Config], bool]:
+    return lambda config: bool(config.get(key))
+
+
+def _initial(*values: str, starts: str | None = None) -> Callable[[Config], bool]:
+    def applies(config: Config) -> bool:
+        stated = str(config.get("init_lora_weights")).lower()
+        return stated in values or (starts is not None and stated.startswith(starts))
+
+    return applies
+
+
+def _parameters(config: Config) -> list[str]:
+    named = config.get("target_parameters") or []
+    return [f".{name}" for name in named] if isinstance(named, list) else [""]
+
+
+_READ_PARAMETERS = (".gate_up_proj", ".experts.up_proj", ".down_proj", ".weight")
+_ROUTERS = (".gate.weight", ".router.weight")
+
+
+def _of_parameters(config: Config) -> bool:
+    """Whether it is more than a LoRA of linear modules, which may be targeted by their weights."""
+    return any(not name.endswith(".weight") or name.endswith(_ROUTERS) for name in _parameters(config))
+
+
+def _of_other_parameters(config: Config) -> bool:
+    return not all(name.endswith(_READ_PARAMETERS) for name in _parameters(config))
+
+
+DORA = "DoRA (use_dora)"
+PISSA = "PiSSA (init_lora_weights)"
+RANDOM_PISSA = "PiSSA of a random SVD (init_lora_weights pissa_niter_N)"
+OLORA = "OLoRA (init_lora_weights)"
+ALORA = "aLoRA (alora_invocation_tokens)"
+PARAMETERS = "LoRA of parameters (target_parameters)"
+BEAM = "BeamLoRA (use_beamlora)"
+VARIANTS: Mapping[str, Variant] = {
+    DORA: Variant(_set("use_dora")),
+    PISSA: Variant(_initial("pissa")),
+    RANDOM_PISSA: Variant(
+        _initial(starts="pissa_niter_"), (f"{_MUTATES}: peft draws another random SVD on each load", _SAVE_CONVERTED)
+    ),
+    OLORA: Variant(_initial(starts="olora")),
+    "CorDA (init_lora_weights)": Variant(_initial(starts="corda"), (_MUTATES, _SAVE_CONVERTED)),
+    "LoftQ (init_lora_weights)": Variant(_initial(starts="loftq"), (_MUTATES, _RETRAIN)),
+    ALORA: Variant(lambda config: config.get("alora_invocation_tokens") is not None),
+    "QALoRA (use_qalora)": Variant(_set("use_qalora"), ("its A reads pooled groups of inputs", _RETRAIN)),
+    "BD-LoRA (use_bdlora)": Variant(_set("use_bdlora"), ("its factors are block-diagonal", _MERGE)),
+    "KaSA (kasa_config)": Variant(_set("kasa_config"), ("it truncates the base weights", _RETRAIN)),
+    "Arrow (arrow_config)": Variant(_set("arrow_config"), ("it routes between several adapters", _RETRAIN)),
+    "MonteCLoRA (monteclora_config)": Variant(
+        _set("monteclora_config"), ("its factors are random variables", _RETRAIN)
+    ),
+    PARAMETERS: Variant(_of_parameters),
+    "LoRA of parameters that are neither experts' nor weights of modules (target_parameters)": Variant(
+        _of_other_parameters, ("it updates parameters that are neither experts' nor weights of modules", _RETRAIN)
+    ),
+    "LoRA with biases (lora_bias)": Variant(_set("lora_bias")),
+    "layer replication (layer_replication)": Variant(
+        _set("layer_replication"), ("its layer numbers are not those of the base", _RETRAIN)
+    ),
+    BEAM: Variant(_set("use_beamlora")),
+}
+
+# Tensors that identify a refused kind whatever the configuration says.
+REFUSED_TENSORS: Mapping[str, str] = {"kasa": f"KaSA: it truncates the base weights; {_RETRAIN}"}
+
+# Initialisations of peft 0.21 that do not change the base weights.
+_PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+
+_TOKENS = "it adds trained vectors to the model's input and changes no weight matrix"
+_ROTATES = "it rotates weight matrices, a change of full rank"
+_ROUTES = "it routes between several adapters"
+_FORM = "its update is not stored as two factors"
+
+# peft type -> why its update cannot be read, and what the user can do; what peft 0.21 converts was tried.
+_REFUSED_TYPES: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), (_TOKENS, _RETRAIN)),
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT"), (_TOKENS, _RETRAIN)),
+    "LN_TUNING": ("it changes norms alone", _RETRAIN),
+    "BEFT": ("it changes biases alone", _RETRAIN),
+    "TRAINABLE_TOKENS": ("it changes rows of the embedding alone", _RETRAIN),
+    **dict.fromkeys(("LILY", "POLY", "XLORA"), (_ROUTES, _RETRAIN)),
+    "SHADOW": ("its change of the weights depends on the input", _RETRAIN),
+    "IA3": ("it rescales activations, a change of full rank", _MERGE),
+    "HIRA": ("it multiplies the weights entry by entry, a change of full rank", _MERGE),
+    **dict.fromkeys(("BOFT", "HRA", "OFT", "ROAD"), (_ROTATES, _MERGE)),
+    **dict.fromkeys(("ADAMSS", "DEFT", "FROD", "GLORA", "OSF", "PEANUT", "PVERA", "SHIRA"), (_FORM, _MERGE)),
+    "SUPERTUNING": (_FORM, _MERGE),
+    "PSOFT": (_ROTATES, _CONVERT),
+    "FOURIERFT": ("its frequencies are drawn by torch", _CONVERT),
+    **dict.fromkeys(("C3A", "DELORA", "GRALORA", "MISS", "RANDLORA", "TINYLORA", "WAVEFT"), (_FORM, _CONVERT)),
+}
+# Every peft_type of peft 0.21.
+KNOWN_TYPES = frozenset({*_REFUSED_TYPES, "ADALORA", "LOHA", "LOKR", "LORA", "UNILORA", "VBLORA", "VERA"})
+
+
+def is_variant(config: Config, variant: str) -> bool:
+    """Whether a configuration of type LORA is of a variant, a key of `VARIANTS`."""
+    return VARIANTS[variant].applies(config)
+
+
+def why_refused(peft_type: str) -> str:
+    """Say why an adapter of a `peft_type`, in capitals, is not read, and what to do about it."""
+    why, cure = _REFUSED_TYPES.get(peft_type, ("it is not known", f"if peft knows it, {_CONVERT}"))
+    return f"{why}; {cure}"
+
 
 def check_type(config: Config, where: str, types: Collection[str]) -> None:
-    """Refuse a kind of adapter that cannot be read.
-
-    Args:
-        config: the JSON object.
-        where: its path, for messages.
-        types: the `peft_type`s that are read.
+    """Refuse a configuration whose `peft_type` is not one of `types`; `where` is its path.
 
     Raises:
         AdapterError: another kind of adapter (named).
@@ -40,16 +186,20 @@ def check_lora(config: Config, where: str) -> None:
     Raises:
         AdapterError: a variant that is refused (named), or a missing or invalid value.
     """
-    for kind, (why, cure) in REFUSED.items():
-        if VARIANTS[kind](config):
-            msg = f"{where}: {kind} is not supported: {why}; {cure}"
+    for name, variant in VARIANTS.items():
+        if variant.refusal is not None and variant.applies(config):
+            why, cure = variant.refusal
+            msg = f"{where}: {name} is not supported: {why}; {cure}"
             raise AdapterError(msg)
-    _check_init(config, where)
+    init = config.get("init_lora_weights", True)
+    if str(init).lower() not in _PLAIN_INITS and not is_variant(config, PISSA) and not is_variant(config, OLORA):
+        msg = f"{where}: init_lora_weights {init!r} is not known: it may have changed the base weights; use a plain "
+        raise AdapterError(msg + "LoRA")
     check_numbers(config, where)
     check_targets(config, where)
 
 
-def config_notes(config: Config) -> list[str]:
+def config_notes(config: Config) -> tuple[str, ...]:
     """List settings that do not move with the factors, one sentence each."""
     notes = []
     if config.get("fan_in_fan_out"):
@@ -58,29 +208,13 @@ def config_notes(config: Config) -> list[str]:
         notes.append(
             "init_lora_weights is lora_ga: if training changed the base weights, that change is not in the adapter."
         )
-    unknown = [key for key, value in config.items() if key not in KNOWN_KEYS and value]
-    return notes + [f"config key {key} is not known and was ignored." for key in unknown]
-
-
-def _check_init(config: Config, where: str) -> None:
-    init = config.get("init_lora_weights", True)
-    read = VARIANTS[PISSA](config) or VARIANTS[OLORA](config)
-    if str(init).lower() not in PLAIN_INITS and not read:
-        msg = (
-            f"{where}: init_lora_weights {init!r} is not known: it may have changed the base weights; use a plain LoRA"
-        )
-        raise AdapterError(msg)
+    unknown = [key for key, value in config.items() if key not in _KNOWN_KEYS and value]
+    return (*notes, *(f"config key {key} is not known and was ignored." for key in unknown))
 
 
 def check_rank(config: Config, where: str) -> None:
-    """Refuse an invalid rank.
-
-    Raises:
-        AdapterError: `r` is missing or is not a whole number of 1 or more.
-    """
-    if not is_rank(config.get("r")):
-        msg = f"{where}: r is {shown(config, 'r')}, a whole number of 1 or more was wanted: correct the file"
-        raise AdapterError(msg)
+    """Refuse a configuration whose `r` is not a whole number of 1 or more."""
+    check_value(config, where, "r", is_rank, "a whole number of 1 or more")
 
 
 def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None:
@@ -95,16 +229,9 @@ def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None
         AdapterError: `r`, `alpha`, `use_rslora` or one of the patterns is missing or invalid.
     """
     check_rank(config, where)
-    if not is_alpha(config.get(alpha)):
-        msg = f"{where}: {alpha} is {shown(config, alpha)}, a number other than 0 was wanted: correct the file"
-        raise AdapterError(msg)
-    if not isinstance(config.get("use_rslora") or False, bool):
-        msg = f"{where}: use_rslora is {shown(config, 'use_rslora')}, true or false was wanted: correct the file"
-        raise AdapterError(msg)
-    _check_patterns(config, where)
-
-
-def _check_patterns(config: Config, where: str) -> None:
+    check_value(config, where, alpha, is_alpha, "a number other than 0")
+    if config.get("use_rslora"):
+        check_value(config, where, "use_rslora", lambda value: isinstance(value, bool), "true or false")
     for table, valid, wanted in (("rank_pattern", is_rank, "ranks"), ("alpha_pattern", is_alpha, "numbers")):
         values = config.get(table) or {}
         if not isinstance(values, dict):
@@ -117,16 +244,25 @@ def _check_patterns(config: Config, where: str) -> None:
 
 
 def check_targets(config: Config, where: str) -> None:
-    """Refuse `target_modules` that are not names.
-
-    Raises:
-        AdapterError: they are not.
-    """
+    """Refuse `target_modules` that are not names."""
     targets = config.get("target_modules")
     as_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if targets is not None and not isinstance(targets, str) and not as_list:
         msg = f"{where}: target_modules is {shown(config, 'target_modules')}, names were wanted: correct the file"
         raise AdapterError(msg)
+
+
+def check_value(config: Config, where: str, key: str, valid: Callable[[Any], bool], wanted: str) -> None:
+    """Refuse a configuration whose value for `key` is missing or not valid; `wanted` says what it has to be."""
+    if not valid(config.get(key)):
+        msg = f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file"
+        raise AdapterError(msg)
+
+
+def check_seed(config: Config, where: str, key: str) -> None:
+    """Refuse a seed that is given and is not a whole number of 0 or more."""
+    if key in config:
+        check_value(config, where, key, lambda value: type(value) is int and value >= 0, "a seed")
 
 
 def is_rank(value: Any) -> bool:

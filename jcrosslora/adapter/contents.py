@@ -1,4 +1,4 @@
-"""What an adapter file is to hold, whatever the format: factors of one dtype, with the scale inside B."""
+"""The contents of an adapter file, whatever its format: factors of one dtype, with the scale inside B."""
 
 import json
 import math
@@ -10,15 +10,14 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.replaced import ReplacedTensors
-from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
 from jcrosslora.errors import OutputError, UsageError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 def file_factors(
@@ -42,10 +41,11 @@ def file_factors(
         OutputError: the shapes do not fit together, or the values are not finite or do not fit the dtype.
         UsageError: an unknown dtype.
     """
-    if dtype not in get_args(FileDtype):
-        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
-        raise UsageError(msg)
-    _check_shapes(name, factors)
+    check_dtype(dtype)
+    a, b = np.shape(factors.a), np.shape(factors.b)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+        msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}; they must be (K, I) "
+        raise OutputError(msg + "and (O, K), without a 0")
     # float64 holds every product of a stored value and a scale without a second rounding.
     a = np.asarray(factors.a).astype(np.float64)
     with np.errstate(invalid="ignore"):  # Values that are not finite are refused below, with the module's name.
@@ -53,15 +53,16 @@ def file_factors(
     if dtype == "float16":
         a, b = _balanced(a, b)
     a, b = (file_matrix(name, matrix, dtype) for matrix in (a, b))
-    return _padded(a, b, rank or factors.rank)
+    extra = (rank or factors.rank) - a.shape[0]
+    # safetensors 0.8 writes the bytes of an array in memory order, whatever its strides.
+    return np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0)))), np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))))
 
 
-def _check_shapes(name: str, factors: LoRAFactors) -> None:
-    a, b = np.shape(factors.a), np.shape(factors.b)
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
-        msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}; they must be (K, I) "
-        msg += "and (O, K), without a 0"
-        raise OutputError(msg)
+def check_dtype(dtype: str) -> None:
+    """Refuse an unknown dtype of a file with a UsageError."""
+    if dtype not in get_args(FileDtype):
+        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
+        raise UsageError(msg)
 
 
 def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,12 +74,7 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
-    """Cast a matrix to the dtype of a file.
-
-    Args:
-        name: the module, for messages.
-        matrix: floats of any size.
-        dtype: of the result.
+    """Cast floats of any size to the dtype of a file; `name` is the module, for messages.
 
     Raises:
         OutputError: values that are not finite or do not fit the dtype.
@@ -87,20 +83,20 @@ def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
         msg = f"module {name!r} holds NaN or infinite values: nothing was written; check where they come from"
         raise OutputError(msg)
     with np.errstate(over="ignore", under="ignore"):
-        cast = matrix.astype(DTYPES[dtype])
+        cast = matrix.astype(_DTYPES[dtype])
         lost = np.linalg.norm(cast.astype(np.float64) - matrix)
     # Rounding loses 0.2 % at most; a larger loss is overflow, or values so small that float16 has few digits for them.
     if not lost <= 0.01 * np.linalg.norm(matrix):
         msg = f"module {name!r} has values up to {np.abs(matrix).max():.3g}, which do not fit {dtype}"
-        msg += ": write it in float32 or bfloat16"
-        raise OutputError(msg)
+        raise OutputError(msg + ": write it in float32 or bfloat16")
     return cast
 
 
-def _padded(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    extra = rank - a.shape[0]
-    # safetensors 0.8 writes the bytes of an array in memory order, whatever its strides.
-    return np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0)))), np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))))
+def exact_dtype(arrays: Sequence[np.ndarray], dtype: FileDtype) -> FileDtype:
+    """Return the dtype of a file if it holds the arrays exactly, else float32."""
+    with np.errstate(over="ignore", under="ignore"):
+        exact = all((array.astype(_DTYPES[dtype]).astype(array.dtype) == array).all() for array in arrays)
+    return dtype if exact else "float32"
 
 
 def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -117,42 +113,33 @@ class Contents:
     """An adapter to write.
 
     Attributes:
-        modules: updates by the names under which the base stores its modules (fused ones merged), in natural order.
+        adapter: its modules by the names under which the base stores them (fused ones merged), in natural order.
         dtype: number format of the file.
-        base_name: the base model that it is for, an id or a path.
-        base_revision: its revision.
+        base: the model that it is for, if it is known.
+        base_name: its id or path.
         prefix: of the names that the base's class gives to modules, see `class_module_name`.
-        by_weight: those of `modules` that peft adapts if their weights are named, see `weight_targets`.
+        by_weight: the modules that peft adapts if their weights are named, see `patterns.by_weight`.
         exclude: modules of the base that have the ending of one of the others, but no update.
-        family: the base's family ("llama", "qwen2", ...), if a format needs it.
-        heads: (query heads, key heads) of the base, likewise.
-        has_experts: whether a layer of the base has experts.
         metadata: provenance, pairs of strings.
-        invocation: token ids from which on it is active (aLoRA); None if it is always active.
-        frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
+        frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
-        tokens: changes of the embedding and the output head, for the one format that stores them.
-        replaced: tensors that replace those of the base, likewise.
-        experts: updates of experts, likewise.
     """
 
-    modules: Mapping[str, LoRAFactors]
+    adapter: Adapter
     dtype: FileDtype = "float32"
+    base: BaseInfo | None = None
     base_name: str | None = None
-    base_revision: str | None = None
     prefix: str = TEXT
     by_weight: frozenset[str] = frozenset()
     exclude: tuple[str, ...] = ()
-    family: str | None = None
-    heads: tuple[int, int] | None = None
-    has_experts: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
-    invocation: Sequence[int] | None = None
     frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
-    tokens: tuple[TokenUpdate, ...] = ()
-    replaced: tuple[ReplacedTensors, ...] = ()
-    experts: tuple[ExpertUpdate, ...] = ()
+
+    @property
+    def modules(self) -> Mapping[str, LoRAFactors]:
+        """The updates of linear modules."""
+        return self.adapter.modules
 
     def class_name(self, module: str) -> str:
         """Return the name that the base's class gives to a module."""

@@ -1,4 +1,4 @@
-"""LoRA of the parameters of experts, in the layouts of peft: one parameter of all experts, or one module an expert.
+"""LoRA of the parameters of experts, in the layouts of peft: one parameter of all experts, or one module per expert.
 
 The matrices of all experts are the rows of one tensor in peft's files (`target_parameters`); how its two factors hold
 the experts follows `ParamWrapper` of peft 0.21.
@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter.changes import ExpertUpdate
 from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
-from jcrosslora.adapter.expert_names import SINGLE
-from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.plain import pattern_name
-from jcrosslora.adapter.names import TensorName
-from jcrosslora.adapter.patterns import exact_pattern, module_rank, module_scale
+from jcrosslora.adapter.kinds.kind import AdapterFile
+from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName
+from jcrosslora.adapter.patterns import exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.experts import single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+# (expert, its part) -> A and B.
+_Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 
 
 def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
@@ -45,20 +45,20 @@ def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tupl
         raise AdapterError(msg)
     keys = {(text_module_name(tensor.module), tensor.kind): tensor.key for tensor in tensors}
     found: dict[tuple[int, str], ExpertUpdate] = {}
-    singles: dict[tuple[int, str], dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]] = {}
+    singles: dict[tuple[int, str], _Singles] = {}
     for module in dict.fromkeys(name for name, _ in keys):
         a, b = (_part(file, keys, module, side) for side in "AB")
-        if single := SINGLE.match(module):
+        if single := SINGLE_EXPERT.match(module):
             part = _PARTS[single[3]]
-            scale = module_scale(file.config, pattern_name(file.config, module), a.shape[0])
-            place = int(single[1]), "down" if part == "down" else "gate_up"
-            singles.setdefault(place, {})[int(single[2]), part] = a, b * np.float32(scale)
+            matrix = int(single[1]), "down" if part == "down" else "gate_up"
+            b = b * np.float32(file_scale(file.config, module, a.shape[0]))
+            singles.setdefault(matrix, {})[int(single[2]), part] = a, b
         else:
             update = _of_whole(file, base, module, a, b)
             found[update.layer, update.matrix] = update
     for (layer, matrix), parts in singles.items():
         found[layer, matrix] = _of_singles(file, base, layer, matrix, parts)
-    return tuple(found[place] for place in sorted(found)), ""
+    return tuple(found[matrix] for matrix in sorted(found)), ""
 
 
 def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
@@ -85,13 +85,13 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
 
 def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an `adapter_config.json` says of updates of experts: their names, ranks, and scale 1."""
-    if not contents.experts:
+    names = {contents.class_name(update.name): update.a.shape[1] for update in contents.adapter.experts}
+    if not names:
         return {}
-    names = {contents.class_name(update.name): update.a.shape[1] for update in contents.experts}
     # peft warns of patterns of parameters, and uses them all the same.
     patterns = {exact_pattern(name): rank for name, rank in names.items() if rank != config["r"]}
-    own = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
-    return {"target_parameters": [*config.get("target_parameters", ()), *names], **own}
+    merged = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
+    return {"target_parameters": [*config.get("target_parameters", ()), *names], **merged}
 
 
 def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, side: str) -> np.ndarray:
@@ -101,11 +101,7 @@ def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, s
     return file.read(keys[module, side]).astype(np.float32)
 
 
-def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
-    return {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
-
-
-def parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
+def _parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
     """Name the parameter of the class of a base that holds a matrix of all experts of a layer."""
     assert base.family.experts is not None
     return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
@@ -116,7 +112,7 @@ def expert_update(
 ) -> ExpertUpdate:
     """Make the update of a matrix of a base's experts, see `ExpertUpdate`."""
     assert base.family.experts is not None
-    name, a, b = parameter_name(base, layer, matrix), np.ascontiguousarray(a), np.ascontiguousarray(b)
+    name, a, b = _parameter_name(base, layer, matrix), np.ascontiguousarray(a), np.ascontiguousarray(b)
     return ExpertUpdate(name, layer, matrix, a, b, base.family.experts.turned, share)
 
 
@@ -124,7 +120,8 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     """Take the factors (E K, I) and (O, K E) of a parameter apart."""
     experts = base.family.experts
     assert experts is not None
-    count, layer, shapes = experts.sizes(base.config).number, int(module.split(".")[2]), _shapes(base)
+    count, layer = experts.sizes(base.config).number, int(module.split(".")[2])
+    shapes = {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
     came = b.shape[0], a.shape[1]
     # Early versions of peft took the axes of (E, O, I) for (E, I, O), and a class may yet say which of them it stores.
     usual = next((name for name, shape in shapes.items() if came == shape), None)
@@ -135,44 +132,37 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
         raise AdapterError(msg)
-    whole, rank = parameter_name(base, layer, name), a.shape[0] // count
-    known = pattern_name(file.config, whole)
-    if rank != module_rank(file.config, known):
-        msg = f"{file.path}: {whole!r} has rank {rank}, adapter_config.json says {module_rank(file.config, known)}"
+    whole, rank = _parameter_name(base, layer, name), a.shape[0] // count
+    if rank != (stated := module_rank(file.config, pattern_name(file.config, whole))):
+        msg = f"{file.path}: {whole!r} has rank {rank}, adapter_config.json says {stated}"
         raise AdapterError(msg + ": use the configuration that belongs to the file")
-    b = b * np.float32(module_scale(file.config, known, rank))
+    b = b * np.float32(file_scale(file.config, whole, rank))
     each_a, each_b = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
     if turned:
         each_a, each_b = each_b.swapaxes(1, 2), each_a.swapaxes(1, 2)
     return expert_update(base, layer, name, each_a, each_b)
 
 
-def _of_singles(
-    file: AdapterFile,
-    base: BaseModel,
-    layer: int,
-    matrix: str,
-    parts: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]],
-) -> ExpertUpdate:
+def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, parts: _Singles) -> ExpertUpdate:
     """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
     experts = base.family.experts
     assert experts is not None
-    count, (rows, columns) = experts.sizes(base.config).number, _shapes(base)[matrix]
+    count, (rows, columns) = experts.sizes(base.config).number, base.expert_shape(matrix)[1:]
     names = ("down",) if matrix == "down" else single_parts(experts)
     height = rows // len(names)
     rank = max(a.shape[0] for a, _ in parts.values())
     each_a = np.zeros((count, rank * len(names), columns), np.float32)
     each_b = np.zeros((count, rows, rank * len(names)), np.float32)
     for (expert, part), (a, b) in parts.items():
-        place = names.index(part) if part in names else -1
-        if place < 0 or expert >= count or b.shape[0] != height or a.shape[1] != columns or a.shape[0] != b.shape[1]:
+        index = names.index(part) if part in names else -1
+        if index < 0 or expert >= count or b.shape[0] != height or a.shape[1] != columns or a.shape[0] != b.shape[1]:
             msg = f"{file.path}: expert {expert} of layer {layer} has A of shape {list(a.shape)} and B of shape "
             msg += f"{list(b.shape)}, which do not fit the base {base.name}; give the base it was trained on"
             raise AdapterError(msg)
-        each_a[expert, rank * place : rank * place + len(a)] = a
+        ranks = slice(rank * index, rank * index + len(a))
         # Rows of gate and up take turns, or those of gate are first.
-        own = slice(place, None, len(names)) if experts.interleaved else slice(height * place, height * (place + 1))
-        each_b[expert, own, rank * place : rank * place + len(a)] = b
+        of_part = slice(index, None, len(names)) if experts.interleaved else slice(height * index, height * (index + 1))
+        each_a[expert, ranks], each_b[expert, of_part, ranks] = a, b
     if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)

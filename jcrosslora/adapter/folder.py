@@ -1,16 +1,16 @@
 """Find the files of an adapter and tell their format: a folder, a hub repository, or a file of llama.cpp.
 
-The licence of an adapter is the one that its model card states.
+The licence of an adapter is the one that its model card states, in the YAML in front of the text of a README.md.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from jcrosslora.adapter.front_matter import split_card
-from jcrosslora.adapter.read_gguf import is_gguf_adapter
+from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
@@ -24,7 +24,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
-GGUF_WEIGHTS = "adapter.gguf"
 GGUF_ENDING = ".gguf"
 Form = Literal["PEFT", "MLX", "GGUF"]
 _WEIGHTS = {"PEFT": WEIGHTS, "MLX": MLX_WEIGHTS}
@@ -61,7 +60,8 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
         msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
         raise AdapterError(msg) from error
     if is_there:
-        _check_revision(ref, folder, revision)
+        with _adapter_errors():
+            check_revision(ref, folder, revision)
     if is_folder:
         return _local_files(folder)
     if is_there and folder.suffix == GGUF_ENDING:
@@ -75,9 +75,10 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     raise AdapterError(msg)
 
 
-def _check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
+@contextmanager
+def _adapter_errors() -> Iterator[None]:
     try:
-        check_revision(ref, path, wanted)
+        yield
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
 
@@ -96,12 +97,10 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterError: the file cannot be read, is not JSON, holds something other than an object, or a number that is
             not finite.
     """
-    try:
+    with _adapter_errors():
         config = read_json_object(path)
         refuse_not_finite(config, path)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
-    return config
+        return config
 
 
 def open_weights(path: Path) -> SafetensorsFile:
@@ -110,10 +109,8 @@ def open_weights(path: Path) -> SafetensorsFile:
     Raises:
         AdapterError: missing, truncated, not a safetensors file, or absurdly long tensor names.
     """
-    try:
+    with _adapter_errors():
         file = SafetensorsFile(path)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
     check_names(path, file.entries)
     return file
 
@@ -175,7 +172,7 @@ _HUB = "https://huggingface.co"
 
 
 class Licences(TypedDict, total=False):
-    """What a card states of a licence, by the fields of `AdapterInfo`."""
+    """The licence that a card states, by the fields of `AdapterInfo`."""
 
     licence: str | None
     licence_name: str | None
@@ -185,7 +182,7 @@ class Licences(TypedDict, total=False):
 def stated_licences(files: AdapterFiles) -> Licences:
     """Return the licence that an adapter's card states, and name and address of one that the hub does not know.
 
-    An address within the adapter's own folder is made one of the hub, or left out: the file does not move along.
+    An address within the adapter's folder becomes one of the hub, or is left out: the file does not move along.
     """
     stated = _stated(files.weights.parent, "license", "license_name", "license_link")
     link = stated["license_link"]
@@ -210,3 +207,36 @@ def stated_template(folder: Path) -> str | None:
         text = read_small_text(path, _LONGEST)
         return text if text.strip() else None
     return None
+
+
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Split a card into its metadata, empty where it has none, and the text below.
+
+    Raises:
+        AdapterError: the metadata is not a YAML mapping.
+    """
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        return {}, text
+    import yaml  # it comes with huggingface_hub
+
+    try:
+        data = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        msg = "README.md: its metadata is not YAML: mend the lines between the two --- at its top"
+        raise AdapterError(msg) from error
+    if data is not None and not isinstance(data, dict):
+        msg = f"README.md: its metadata is a {type(data).__name__}, wanted lines of `name: value`: mend its top"
+        raise AdapterError(msg)
+    return data or {}, text[found.end() :]
+
+
+def join_card(data: Mapping[str, Any], body: str) -> str:
+    """Return a card with this metadata above the text."""
+    import yaml
+
+    matter = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1 << 20)
+    return f"---\n{matter}---\n{body}"

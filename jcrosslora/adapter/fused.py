@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.errors import AdapterError
 
 Layout = Mapping[str, Sequence[tuple[str, int, int]]]
+# Updates of the parts of a fused module, with their first and last (exclusive) row.
+Placed = Sequence[tuple[LoRAFactors, int, int]]
 
 
 def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
@@ -31,8 +33,7 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
         parts = _split(name, factors, fused[name]) if name in fused else {name: factors}
         if twice := parts.keys() & modules.keys():
             msg = f"{adapter.info.name}: module {min(twice)!r} has an update of its own and one in a fused module"
-            msg += ": keep one of them"
-            raise AdapterError(msg)
+            raise AdapterError(msg + ": keep one of them")
         modules |= parts
     return dataclasses.replace(adapter, modules=modules)
 
@@ -65,8 +66,7 @@ def _split(name: str, factors: LoRAFactors, parts: Sequence[tuple[str, int, int]
     total = max(stop for _, _, stop in parts)
     if factors.b.shape[0] != total:
         msg = f"module {name!r} has an update of {factors.b.shape[0]} rows, the base has {total}"
-        msg += ": the adapter belongs to another base"
-        raise AdapterError(msg)
+        raise AdapterError(msg + ": the adapter belongs to another base")
     return {part: LoRAFactors(a=factors.a, b=factors.b[start:stop], scale=factors.scale) for part, start, stop in parts}
 
 
@@ -75,21 +75,13 @@ def _fuse(name: str, modules: Mapping[str, LoRAFactors], parts: Sequence[tuple[s
     for factors, start, stop in present:
         if factors.b.shape[0] != stop - start or factors.a.shape[1] != present[0][0].a.shape[1]:
             msg = f"module {name!r}: an update of shape {factors.shape} does not fit rows {start} to {stop}"
-            msg += " of the base: the adapter belongs to another base"
-            raise AdapterError(msg)
-    present, scale = _with_one_scale(present)
+            raise AdapterError(msg + " of the base: the adapter belongs to another base")
+    scale = present[0][0].scale
+    if any(factors.scale != scale for factors, _, _ in present):
+        present, scale = [(_bake(factors), start, stop) for factors, start, stop in present], 1.0
     rows = max(stop for _, _, stop in parts)
     a, b = (_shared if _all_share_a(present) else _block_diagonal)(present, rows)
     return LoRAFactors(a=a, b=b, scale=scale)
-
-
-Placed = Sequence[tuple[LoRAFactors, int, int]]
-
-
-def _with_one_scale(present: Placed) -> tuple[Placed, float]:
-    if len({factors.scale for factors, _, _ in present}) == 1:
-        return present, present[0][0].scale
-    return [(_bake(factors), start, stop) for factors, start, stop in present], 1.0
 
 
 def _bake(factors: LoRAFactors) -> LoRAFactors:
@@ -132,32 +124,24 @@ def _common_dtype(arrays: Sequence) -> np.dtype:
 def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adapter:
     """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
 
-    Args:
-        adapter: a single one.
-        base: that it is for.
-        every: whether the base has to have all of its modules.
+    With `every` false the adapter may have modules that the base does not have.
 
     Raises:
         AdapterError: a stack of adapters, a module that the base does not have, or of another shape.
     """
     if any(factors.a.ndim != 2 for factors in adapter.modules.values()):
-        msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with "
-        msg += "jax.vmap(jcrosslora.apply, in_axes=(None, 0)), or take it apart with jcrosslora.unstack_adapters"
-        raise AdapterError(msg)
+        msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with jax.vmap(jcrosslora.apply, "
+        raise AdapterError(msg + "in_axes=(None, 0)), or take it apart with jcrosslora.unstack_adapters")
     adapter = split_fused(adapter, base.fused)
     unknown = [name for name in adapter.modules if name not in base.shapes]
     if unknown and every:
-        msg = (
-            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
-            f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
-        )
+        msg = f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
+        msg += f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
         raise AdapterError(msg)
     for name, factors in adapter.modules.items():
         came, want = factors.shape, base.shapes.get(name, factors.shape)
         if came != want:
-            msg = (
-                f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
-                f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
-            )
+            msg = f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
+            msg += f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
             raise AdapterError(msg)
     return adapter

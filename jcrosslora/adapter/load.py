@@ -1,16 +1,23 @@
 """Load an adapter of any kind from files, from the hub, from a live peft model or from arrays in memory.
 
-Arrays in memory are plain nested dicts, as `jax.tree.map`, optimisers and `nnx` states use them.
+Arrays in memory are plain nested dicts, as `jax.tree.map`, optimisers and `nnx` states use them. A DoRA can also be
+loaded in its stored form, to be written again for the base that it was trained on: as an update it is of full rank, and
+read as a fit of a lower rank (see `kinds.dora`); B, A and the magnitudes are exact.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.factors import Array, LoRAFactors
-from jcrosslora.adapter.live_peft import adapter_from_peft
-from jcrosslora.adapter.opening import open_adapter, open_state_dict
+import numpy as np
+
+from jcrosslora.adapter.changes import Array, LoRAFactors
+from jcrosslora.adapter.kinds.dora import DORA, read_stored
+from jcrosslora.adapter.opening import OpenedAdapter, open_adapter, open_state_dict
+from jcrosslora.adapter.peft import adapter_from_peft
 from jcrosslora.adapter.reading import read_adapter
-from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.adapter.weights import as_numpy
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import text_module_name
@@ -26,7 +33,7 @@ def load_adapter(
     config: Mapping[str, Any] | None = None,
     replaced: bool = False,
 ) -> Adapter:
-    """Load an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.registry` lists them).
+    """Load an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.KINDS` lists them).
 
     Args:
         ref: one of
@@ -77,10 +84,7 @@ def load_adapter(
     return read_adapter(open_adapter(ref, base, revision=revision, rank=rank), replaced=replaced)
 
 
-Leaves = dict[str, dict[str, Any]]
-
-
-def to_pytree(adapter: Adapter) -> Leaves:
+def to_pytree(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """Return {module: {"a": (K, I), "b": (O, K), "scale": float}}, all of them leaves.
 
     Changes of embedding and head, and the provenance, are not part of it.
@@ -97,7 +101,7 @@ def from_pytree(tree: Mapping[Any, Any], name: str = "memory") -> Adapter:
         name: for `info.name`.
 
     Raises:
-        AdapterError: no update in the tree, other keys beside "a" and "b", or arrays that do not fit together.
+        AdapterError: no update in the tree, keys other than "a", "b" and "scale", or arrays that do not fit together.
     """
     modules = {text_module_name(module): _factors(module, parts) for module, parts in _updates(tree, ())}
     if not modules:
@@ -135,5 +139,59 @@ def _value(leaf: Any) -> Any:
 
 def _array(leaf: Any) -> Array:
     value = _value(leaf)
-    # A tracer or a device array stays where it is.
+    # A tracer or a device array stays as it is.
     return value if hasattr(value, "ndim") and not hasattr(value, "detach") else as_numpy(value)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptDoRA:
+    """A DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
+
+    Attributes:
+        directions: s B A of each module, which alone is not its update.
+        magnitudes: m of each module, float32 (O,).
+    """
+
+    directions: Adapter
+    magnitudes: Mapping[str, np.ndarray]
+
+
+def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str | None = None) -> KeptDoRA:
+    """Read a DoRA without converting it to an update.
+
+    Args:
+        ref: a folder or a hub id, see `load_adapter`.
+        base: the model that it was trained on, to check its modules against. A DoRA that was initialised as PiSSA or
+            OLoRA needs it, because its B A was taken out of the weights.
+        revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        AdapterError: not a DoRA, damaged, or not of this base.
+    """
+    opened = open_adapter(ref, base, revision=revision)
+    if opened.kind is not DORA:
+        msg = f"{opened.origin.name}: a {opened.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
+        raise AdapterError(msg + ": leave out --keep-dora")
+    found = opened.by_text_name(read_stored(opened.file))
+    if base is not None:
+        for name, (factors, _) in found.items():
+            _check_module(opened, base, name, factors.shape)
+        base.release()
+    changes = {kind: [tensor.module for tensor in tensors] for kind, tensors in opened.file.extras.items()}
+    if opened.file.others:
+        changes["head"] = list(opened.file.others)
+    # Their share of the whole change is not known without the update.
+    why = "a DoRA is kept with its linear layers alone"
+    ignored = [ignored_sentence(kind, names, None, why) for kind, names in changes.items()]
+    opened.check_not_empty(found, ignored)
+    info = opened.info(ignored=(*opened.notes, *ignored))
+    directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
+    return KeptDoRA(directions, {name: magnitude for name, (_, magnitude) in found.items()})
+
+
+def _check_module(opened: OpenedAdapter, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
+    holder = next((whole for whole, parts in base.fused.items() if name in {part for part, _, _ in parts}), None)
+    if holder is not None:
+        msg = f"{opened.file.path}: module {name!r} is rows of {holder!r} in the base {base.name}, and a DoRA can only "
+        raise AdapterError(msg + "be kept for whole modules: give the base it was trained on")
+    opened.file.check_shape(name, shape, f"{DORA.name} is checked against its base")

@@ -1,9 +1,8 @@
-"""Read and write the format of MLX (mlx_lm): `adapters.safetensors` and an `adapter_config.json` of its own.
+"""Read and write the format of MLX (mlx_lm): `adapters.safetensors` and its own form of `adapter_config.json`.
 
 Its factors are the transposes of PEFT's: y = x W' + scale (x lora_a) lora_b, with lora_a (I, K) and lora_b (K, O). One
-rank and one scale hold for all modules. The magnitudes of a DoRA are `m` (O,), over norms of the rows as in PEFT.
-
-DoRA of MLX rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`, as that of PEFT does.
+rank and one scale hold for all modules. DoRA rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`
+(O,), as that of PEFT does.
 
 Source: mlx_lm/tuner/utils.py, lora.py and dora.py (mlx-lm 0.32).
 """
@@ -20,20 +19,24 @@ from jcrosslora.adapter.config import is_alpha, is_rank, shown
 from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
 from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.weights import PeftContents, TranslatedWeights
+from jcrosslora.adapter.weights import PeftContents, Weights
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, OutputError
 
 _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
+# PEFT's names of the tensors of a linear module, and of an embedding.
+_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+_EMBEDDING = "." + EMBEDDING.split(".")[-2]
 
 
 def write_mlx(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and scale 1.
 
-    In a layer without an update MLX adds LoRA modules of its own, whose B is zero. The multimodal classes of mlx_lm
-    hold their text model as `language_model`.
+    In a layer without an update MLX adds LoRA modules whose B is zero. The multimodal classes of mlx_lm hold their text
+    model as `language_model`.
 
     Raises:
         OutputError: a module that is not part of a layer, values that do not fit the dtype.
@@ -41,10 +44,10 @@ def write_mlx(contents: Contents, folder: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, contents.rank)
-        own = name if contents.prefix == TEXT else f"language_model.{name}"
-        tensors[f"{own}.lora_a"], tensors[f"{own}.lora_b"] = (np.ascontiguousarray(each.T) for each in (a, b))
+        stored = name if contents.prefix == TEXT else f"language_model.{name}"
+        tensors[f"{stored}.lora_a"], tensors[f"{stored}.lora_b"] = (np.ascontiguousarray(each.T) for each in (a, b))
         if contents.magnitudes is not None:  # in float32, as in PEFT's format
-            tensors[f"{own}.m"] = np.ascontiguousarray(contents.magnitudes[name])
+            tensors[f"{stored}.m"] = np.ascontiguousarray(contents.magnitudes[name])
     config = {
         "fine_tune_type": "lora" if contents.magnitudes is None else "dora",
         "model": contents.base_name,
@@ -69,15 +72,8 @@ def _key(module: str) -> str:
     return match[1]
 
 
-_LORA, _DORA = "lora", "dora"
-# PEFT's names of the tensors of a linear module, and of an embedding.
-_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
-_EMBEDDING = "." + EMBEDDING.split(".")[-2]
-
-
 def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> PeftContents:
-    """Translate an adapter: the factors are transposed.
+    """Translate an adapter into the form of PEFT: the factors are transposed.
 
     Args:
         config: its `adapter_config.json`.
@@ -87,52 +83,43 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
     Raises:
         AdapterError: a whole model instead of an adapter, a missing or invalid value, or an unknown tensor.
     """
-    kind = config.get("fine_tune_type", _LORA)
-    if kind not in (_LORA, _DORA):
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
         why = "whole weights of the model instead of an update" if kind == "full" else "not known"
         msg = f"{where}: fine_tune_type {str(kind)[:60]!r} is not supported: {why}; train it as lora or dora"
         raise AdapterError(msg)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
-        msg = (
-            f"{where}: lora_parameters is {shown(config, 'lora_parameters')}, an object with rank and scale was wanted"
-        )
-        raise AdapterError(msg + ": correct the file")
+        msg = f"{where}: lora_parameters is {shown(config, 'lora_parameters')}, an object with rank and scale was "
+        raise AdapterError(msg + "wanted: correct the file")
     for key, valid, wanted in (("rank", is_rank, "a whole number of 1 or more"), ("scale", is_alpha, "a number")):
         if not valid(parameters.get(key)):
-            msg = (
-                f"{where}: {key} of lora_parameters is {shown(parameters, key)}, {wanted} was wanted: correct the file"
-            )
-            raise AdapterError(msg)
+            msg = f"{where}: {key} of lora_parameters is {shown(parameters, key)}, {wanted} was wanted: correct the "
+            raise AdapterError(msg + "file")
     rank = int(parameters["rank"])
     peft = {
         "peft_type": "LORA",
         "base_model_name_or_path": config.get("model"),
         "r": rank,
         "lora_alpha": parameters["scale"] * rank,
-        "use_dora": kind == _DORA,
+        "use_dora": kind == "dora",
     }
+    stored = {_peft_name(name, file): name for name in file.entries}
+    entries = {name: _transposed(file.entries[old]) for name, old in stored.items()}
+    weights = Weights.of_file(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
     # mlx_lm's default settings had one until 2025; only its first releases, of early 2024, multiplied by it.
     notes = ("alpha of lora_parameters is ignored, as mlx_lm does.",) if "alpha" in parameters else ()
-    return PeftContents(peft, _translated(file), config, notes)
-
-
-def _translated(file: SafetensorsFile) -> TranslatedWeights:
-    stored = {_name(name, file): name for name in file.entries}
-    entries = {name: _transposed(file.entries[old]) for name, old in stored.items()}
-    return TranslatedWeights(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
+    return PeftContents(peft, weights, config, notes)
 
 
 def _transposed(entry: Entry) -> Entry:
     return Entry(entry.dtype, entry.shape[::-1], entry.start)
 
 
-def _name(name: str, file: SafetensorsFile) -> str:
+def _peft_name(name: str, file: SafetensorsFile) -> str:
     module, _, part = name.rpartition(".")
     parts = _PARTS | (_EMBEDDING_PARTS if f".{module}".endswith(_EMBEDDING) else {})
     if not module or part not in parts:
-        msg = (
-            f"{file.file.path}: tensor {name!r} is not a lora_a, lora_b or m of a module, as an adapter of MLX has them"
-        )
-        raise AdapterError(msg + ": use the adapter as mlx_lm saved it")
+        msg = f"{file.file.path}: tensor {name!r} is not a lora_a, lora_b or m of a module, as an adapter of MLX has "
+        raise AdapterError(msg + "them: use the adapter as mlx_lm saved it")
     return f"{PREFIX}{module}.{parts[part]}"

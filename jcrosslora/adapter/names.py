@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jcrosslora.checkpoint.wrapped import text_module_name
+
 PREFIX = "base_model.model."
 
 _PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -30,6 +32,12 @@ _OTHER = re.compile(
 )
 # Parts that all modules of such a kind share.
 _SHARED = re.compile(r"^base_model\.(vera_[AB]|vblora_vector_bank|unilora_theta_d)$")
+
+_BLOCK = r"^model\.layers\.(\d+)\.(?:(?:mlp|block_sparse_moe|feed_forward|mixer)\.)?"
+# peft nests the wrappers of two parameters of one module.
+_ALL_EXPERTS = re.compile(_BLOCK + r"experts(?:\.base_layer)*$")
+SINGLE_EXPERT = re.compile(_BLOCK + r"experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
+_ROUTER = re.compile(_BLOCK + r"(?:gate|gate\.wg|router|router\.(?:layer|proj))$")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,17 @@ def parse_tensor_name(key: str) -> TensorName:
         if match := pattern.match(name):
             return TensorName(key, kind, match[1])
     return TensorName(key, "full", name.removesuffix(".weight"))
+
+
+def is_of_experts(module: str) -> bool:
+    """Whether a module of an adapter's file holds factors of experts."""
+    name = text_module_name(module)
+    return _ALL_EXPERTS.match(name) is not None or SINGLE_EXPERT.match(name) is not None
+
+
+def is_router(module: str) -> bool:
+    """Whether a module of an adapter's file is the router of experts."""
+    return _ROUTER.match(text_module_name(module)) is not None
 
 
 def by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:

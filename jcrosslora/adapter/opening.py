@@ -1,36 +1,85 @@
-"""Open an adapter: find its files, tell its kind, and check what is known before its updates are read."""
+"""Open an adapter: find its files, group its tensors, tell its kind, and check it before its updates are read."""
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jcrosslora.adapter.config import check_type, config_notes
+from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
 from jcrosslora.adapter.folder import (
     AdapterFiles,
-    Form,
-    Licences,
     find_adapter,
     open_weights,
     read_config,
     stated_licences,
     stated_template,
 )
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.kind import Kind
-from jcrosslora.adapter.kinds.registry import TYPES, kind_of
+from jcrosslora.adapter.gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.kinds import TYPES, kind_of
+from jcrosslora.adapter.kinds.kind import AdapterFile, Kind
 from jcrosslora.adapter.mlx import translated_mlx
-from jcrosslora.adapter.names import parse_tensor_name
-from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.names import TensorName, is_of_experts, is_router, natural_key, parse_tensor_name
 from jcrosslora.adapter.records import AdapterInfo
-from jcrosslora.adapter.tensor_groups import TensorGroups, group_tensors
-from jcrosslora.adapter.weights import MemoryWeights, PeftContents, check_names
+from jcrosslora.adapter.weights import PeftContents, Weights, check_names
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.hub import cached_identity
-from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
+from jcrosslora.checkpoint.wrapped import TEXT, is_other_part, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError
 
 T = TypeVar("T")
+_EXTRAS = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
+
+
+def _grouped(contents: PeftContents, base: BaseModel | None, rank: int | None) -> AdapterFile:
+    """Group the tensors of a file by purpose.
+
+    Raises:
+        AdapterError: a tensor belongs to a kind of adapter that is refused (named).
+    """
+    weights = contents.weights
+    tensors = [parse_tensor_name(key) for key in weights.entries]
+    _refuse_tensors(tensors, weights.path)
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    heads: dict[str, dict[str, str]] = defaultdict(dict)
+    extras: dict[str, list[TensorName]] = defaultdict(list)
+    for tensor in tensors:
+        if is_other_part(tensor.module):
+            extras["other part"].append(tensor)
+        elif f"{text_module_name(tensor.module)}.weight" in (LAYER_EMBEDDING, LAYER_INPUT_PROJECTION):
+            extras["layer inputs"].append(tensor)
+        elif is_of_experts(tensor.module) or is_router(tensor.module):
+            extras["experts" if is_of_experts(tensor.module) else "router"].append(tensor)
+        elif tensor.kind in _EXTRAS:
+            extras[tensor.kind].append(tensor)
+        elif tensor.module and tensor.kind != "copy":
+            group = heads if text_module_name(tensor.module) == "lm_head" else modules
+            group[tensor.module][tensor.kind] = tensor.key
+    # The magnitudes of a DoRA of an embedding belong to the embedding.
+    for tensor in extras["embedding"]:
+        modules.pop(tensor.module, None)
+    return AdapterFile(
+        config=contents.config,
+        weights=weights,
+        modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
+        others=heads,
+        shared={tensor.kind: tensor.key for tensor in tensors if not tensor.module},
+        extras={kind: found for kind, found in extras.items() if found},
+        base=base,
+        rank=rank,
+    )
+
+
+def _refuse_tensors(tensors: Sequence[TensorName], path: Path) -> None:
+    for tensor in tensors:
+        if tensor.kind in REFUSED_TENSORS:
+            msg = f"{path}: tensor {tensor.key!r} is of a kind that is not supported, {REFUSED_TENSORS[tensor.kind]}"
+            raise AdapterError(msg)
+        if tensor.kind in ("A", "B") and tensor.module.endswith(".base_layer") and not is_of_experts(tensor.module):
+            msg = f"{path}: tensor {tensor.key!r} is a LoRA of parameters (target_parameters) that are not experts', "
+            raise AdapterError(msg + "which is not supported; train an adapter of linear layers instead")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,41 +87,24 @@ class OpenedAdapter:
     """An adapter whose kind is known and whose configuration was checked, but whose updates were not read yet.
 
     Attributes:
-        name: the path, hub id or name that it was asked for by.
-        form: the format of its files; None in memory.
-        revision: hub commit of the files, if they were asked for by a hub id.
-        licences: what the model card beside the files states of it, see `stated_licences`.
-        chat_template: as the file beside them states it, or None.
+        origin: what is known before its tensors are read.
         kind: of adapter.
         file: its configuration and tensors.
-        groups: the same tensors by purpose.
-        stated: the configuration in the files, in their own format.
         notes: settings that are not read, one sentence each.
     """
 
-    name: str
-    form: Form | None
-    revision: str | None
-    licences: Licences
-    chat_template: str | None
+    origin: AdapterInfo
     kind: Kind
     file: AdapterFile
-    groups: TensorGroups
-    stated: Mapping[str, Any]
     notes: tuple[str, ...]
 
     def info(self, **known: Any) -> AdapterInfo:
         """Return the provenance, with what else is known of the adapter."""
         base_name = self.file.config.get("base_model_name_or_path")
-        return AdapterInfo(
-            name=self.name,
+        return dataclasses.replace(
+            self.origin,
             base_name=base_name if isinstance(base_name, str) and base_name else None,
-            config=self.stated,
-            form=self.form,
-            digest=f"sha256:{self.file.file.file.sha256()}",
-            revision=self.revision,
-            **self.licences,
-            chat_template=self.chat_template,
+            digest=f"sha256:{self.file.weights.sha256()}",
             kind=self.kind.name,
             prefix=next((found for module in self.file.modules if (found := prefix_of(module)) != TEXT), TEXT),
             **known,
@@ -94,11 +126,7 @@ class OpenedAdapter:
         return named
 
     def check_not_empty(self, updates: Collection[object], ignored: Sequence[str]) -> None:
-        """Refuse an adapter without an update of a linear layer or of experts, or whatever else is of use.
-
-        Raises:
-            AdapterError: there are no updates; says what there is instead.
-        """
+        """Refuse an adapter without updates that are of use; the message says what there is instead."""
         if not updates:
             found = "; ".join(sentence.rstrip(".") for sentence in ignored) or "it is empty"
             msg = f"{self.file.path}: holds no {self.kind.name} of a linear layer ({found}): nothing can be moved"
@@ -117,14 +145,16 @@ def open_adapter(
     files = find_adapter(ref, revision)
     where, identity = str(files.config or files.weights), cached_identity(files.weights.parent)
     commit = identity[1] if identity is not None and identity[0] == files.name else None
-    origin = {
-        "name": files.name,
-        "form": files.form,
-        "revision": commit,
-        "licences": stated_licences(files),
-        "chat_template": stated_template(files.weights.parent),
-    }
-    return _opened(_peft_contents(files, base), where, base, rank, **origin)
+    contents = _peft_contents(files, base)
+    origin = AdapterInfo(
+        name=files.name,
+        config=contents.stated,
+        form=files.form,
+        revision=commit,
+        **stated_licences(files),
+        chat_template=stated_template(files.weights.parent),
+    )
+    return _opened(contents, where, base, rank, origin)
 
 
 def open_state_dict(
@@ -144,19 +174,18 @@ def open_state_dict(
     """
     check_type(config, name, TYPES)
     check_names(Path(name), tensors)
-    contents = PeftContents(config, MemoryWeights(name, tensors), config, tuple(config_notes(config)))
-    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licences={}, chat_template=None)
+    contents = PeftContents(config, Weights.of_memory(name, tensors), config, config_notes(config))
+    return _opened(contents, name, base, rank, AdapterInfo(name=name, config=config))
 
 
 def _opened(
-    contents: PeftContents, where: str, base: BaseModel | None, rank: int | None, **origin: Any
+    contents: PeftContents, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo
 ) -> OpenedAdapter:
-    config, weights = contents.config, contents.weights
-    groups = group_tensors([parse_tensor_name(key) for key in weights.entries], weights.file.path)
-    kind = kind_of(config, groups.parts, where)
-    kind.check(config, where)
-    file = AdapterFile(config, weights, groups.modules, groups.heads, groups.shared, base, rank)
-    return OpenedAdapter(kind=kind, file=file, groups=groups, stated=contents.stated, notes=contents.notes, **origin)
+    file = _grouped(contents, base, rank)
+    parts = {part for parts in (*file.modules.values(), *file.others.values(), file.shared) for part in parts}
+    kind = kind_of(contents.config, parts, where)
+    kind.check(contents.config, where)
+    return OpenedAdapter(origin, kind, file, contents.notes)
 
 
 def _peft_contents(files: AdapterFiles, base: BaseModel | None) -> PeftContents:
@@ -166,4 +195,5 @@ def _peft_contents(files: AdapterFiles, base: BaseModel | None) -> PeftContents:
     if files.form == "MLX":
         return translated_mlx(config, open_weights(files.weights), where)
     check_type(config, where, TYPES)
-    return PeftContents(config, open_weights(files.weights), config, tuple(config_notes(config)))
+    file = open_weights(files.weights)
+    return PeftContents(config, Weights.of_file(file.file, file.entries, file.array), config, config_notes(config))

@@ -6,23 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter.changes import HEAD, ExpertUpdate, ReplacedTensors, TokenUpdate, update_norm
 from jcrosslora.adapter.experts import read_experts
-from jcrosslora.adapter.factors import update_norm
-from jcrosslora.adapter.ignored import ignored_sentence
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.alora import invocation_of
-from jcrosslora.adapter.kinds.kind import Kind, Update
-from jcrosslora.adapter.kinds.plain import PLAIN, pattern_name, read_embedding_factors
-from jcrosslora.adapter.kinds.truncate import truncate_update
+from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
+from jcrosslora.adapter.kinds.plain import PLAIN, invocation_of, read_embedding_factors
 from jcrosslora.adapter.names import TensorName, by_module
 from jcrosslora.adapter.opening import OpenedAdapter
-from jcrosslora.adapter.patterns import module_rank, module_scale
-from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.replaced import ReplacedTensors
+from jcrosslora.adapter.patterns import file_scale
+from jcrosslora.adapter.records import Adapter, ignored_sentence
 from jcrosslora.adapter.replaced_files import read_replaced
 from jcrosslora.adapter.token_files import read_tokens
-from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
@@ -37,17 +30,16 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
         AdapterError: damaged, empty, or of a kind that the base is needed for.
     """
     kind, file = opened.kind, opened.file
-    updates = opened.by_text_name((name, truncate_update(update, file.rank)) for name, update in kind.read(file))
+    updates = opened.by_text_name((name, update.truncated(file.rank)) for name, update in kind.read(file))
     head = _head(opened, updates)
     linear = {name: update for name, update in updates.items() if name != HEAD}
-    experts, why_no_experts = read_experts(file, opened.groups.extras.get("experts", ()))
+    experts, why_no_experts = read_experts(file, file.extras.get("experts", ()))
     tokens, own, ignored = _other_changes(opened, linear, head, experts, why_no_experts, replaced=replaced)
-    experts = _shared(experts, linear, tokens)
+    experts = _with_shares(experts, linear, tokens)
     held = [*linear, *experts, *([*tokens, *own] if replaced else ())]
     unused = [ignored_sentence(update.kind, update.modules, update.share) for update in tokens]
     opened.check_not_empty(held, [*ignored, *unused])
-    read = list(linear.values())
-    read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
+    read = [*linear.values(), *(Update(one.factors, one.lost) for one in tokens if one.factors is not None)]
     info = opened.info(
         ignored=(*opened.notes, *ignored),
         read_as=_read_as(kind, read),
@@ -57,16 +49,10 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     )
     if file.base is not None:
         file.base.release()
-    return Adapter(
-        modules={name: update.factors for name, update in linear.items()},
-        info=info,
-        tokens=tokens,
-        replaced=own,
-        experts=experts,
-    )
+    return Adapter({name: update.factors for name, update in linear.items()}, info, tokens, own, experts)
 
 
-def _shared(
+def _with_shares(
     experts: Sequence[ExpertUpdate], linear: Mapping[str, Update], tokens: Sequence[TokenUpdate]
 ) -> tuple[ExpertUpdate, ...]:
     """Fill in which share of the adapter each update of experts is."""
@@ -76,11 +62,11 @@ def _shared(
 
 def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None:
     """Read the update of the output head; None if there is none, or none that can be read."""
-    groups = opened.groups
-    if not groups.heads:
+    file = opened.file
+    if not file.others:
         return updates.get(HEAD)  # Of a kind whose file does not name its modules.
     try:
-        found = list(opened.kind.read(dataclasses.replace(opened.file, modules=groups.heads, others=groups.modules)))
+        found = list(opened.kind.read(dataclasses.replace(file, modules=file.others, others=file.modules)))
     except AdapterError:
         return None
     return found[0][1] if len(found) == 1 else None
@@ -96,21 +82,21 @@ def _other_changes(
     replaced: bool,
 ) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
     """Read changes of embedding and head, and replaced tensors if asked for; say in sentences what else there is."""
-    groups = opened.groups
-    tokens, read, reasons = read_tokens(opened.kind, opened.file, groups.extras, head)
-    left = _without(groups.extras, read)
-    own, read_own, reasons_own = read_replaced(opened.kind, opened.file, left, linear) if replaced else ((), set(), {})
+    file = opened.file
+    tokens, read, reasons = read_tokens(opened.kind, file, head)
+    left = _without(file.extras, read)
+    own, read_own, reasons_own = read_replaced(opened.kind, file, left, linear) if replaced else ((), set(), {})
     kept = {
-        kind: change_energy(opened.file, kind, [one for one in tensors if one.key in read_own])
+        kind: _change_energy(file, kind, [one for one in tensors if one.key in read_own])
         for kind, tensors in left.items()
     }
     left, reasons = _without(left, read_own), reasons | reasons_own | {"experts": why_no_experts}
     if experts:
         left.pop("experts")
     names = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
-    energies = {kind: change_energy(opened.file, kind, left[kind]) for kind in names}
-    if (groups.heads or head is not None) and HEAD not in read:
-        names["head"] = list(groups.heads) or [HEAD]
+    energies = {kind: _change_energy(file, kind, left[kind]) for kind in names}
+    if (file.others or head is not None) and HEAD not in read:
+        names["head"] = list(file.others) or [HEAD]
         energies["head"] = None if head is None else _energy(head)
     total = math.fsum(map(_energy, linear.values())) + math.fsum(update.energy + update.lost for update in tokens)
     total += math.fsum(update.energy for update in experts)
@@ -150,17 +136,10 @@ def _read_as(kind: Kind, updates: Sequence[Update]) -> str | None:
     return f"{kind.name} ({kind.formula}), read {how}{f'; {kind.remark}' if kind.remark else ''}"
 
 
-def change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
-    """Compute the squared Frobenius norm of a change that does not move.
+def _change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
+    """Compute the squared Frobenius norm of a change that does not move; `kind` is a key of `records.CHANGES`.
 
-    Args:
-        file: the adapter.
-        kind: a key of `ignored.CHANGES`.
-        tensors: of this kind.
-
-    Returns:
-        The norm; None if it is not known: a tensor that replaces one of the base can only be compared with it if the
-        base is given.
+    None if it is not known: a tensor that replaces one of the base can only be compared with it if the base is given.
     """
     try:
         return _ENERGIES[kind](file, tensors) if kind in _ENERGIES else None
@@ -174,12 +153,8 @@ def _embedding(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
 
 
 def _lora_bias(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
-    total = 0.0
-    for tensor in tensors:
-        name = pattern_name(file.config, tensor.module)
-        scale = module_scale(file.config, name, module_rank(file.config, name))
-        total += _squared(scale * file.read(tensor.key, axes=1).astype(np.float64))
-    return total
+    scaled = (file_scale(file.config, one.module) * file.read(one.key, axes=1).astype(np.float64) for one in tensors)
+    return sum(map(_squared, scaled), 0.0)
 
 
 def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
@@ -188,7 +163,7 @@ def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
         return None
     total = 0.0
     for tensor in tensors:
-        new = file.read(tensor.key, axes=len(file.file.entries[tensor.key].shape))
+        new = file.read(tensor.key, axes=len(file.weights.entries[tensor.key].shape))
         old = file.base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
         total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
     return total

@@ -1,5 +1,10 @@
-"""A LoRA adapter in memory: one pair of factors for each module, as a pytree."""
+"""A LoRA adapter in memory, as a pytree; and the part of it that a method, a profile or a run carries.
 
+What is not carried is left out, and said in sentences.
+"""
+
+import dataclasses
+import enum
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +13,19 @@ from typing import Any
 
 import jax
 
-from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.factors import LoRAFactors, update_norm
+from jcrosslora.adapter.changes import (
+    ExpertUpdate,
+    LoRAFactors,
+    ReplacedTensors,
+    Static,
+    TokenUpdate,
+    is_traced,
+    update_norm,
+)
 from jcrosslora.adapter.names import ending, natural_key
-from jcrosslora.adapter.pytrees import Static, is_traced
-from jcrosslora.adapter.replaced import ReplacedTensors
-from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint.wrapped import TEXT
+from jcrosslora.utils.texts import html_table
+from jcrosslora.errors import AdapterError, JCrossLoRAError
 from jcrosslora.utils.texts import html_table
 
 
@@ -30,7 +41,7 @@ class AdapterInfo:
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
         prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
-        ignored: what the files hold beside LoRA factors and why it does not move, one sentence each.
+        ignored: what the files hold besides LoRA factors and why it does not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
@@ -38,7 +49,7 @@ class AdapterInfo:
         licence_name: the name of one that the hub does not know, whose `licence` is "other"; or None.
         licence_link: its address, or None.
         rank_limit: the largest rank that was asked for when it was read, or None.
-        chat_template: Jinja template that lies beside it, which it was probably trained in, or None.
+        chat_template: Jinja template in its folder, which it was probably trained in, or None.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.shifting.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
@@ -151,3 +162,89 @@ def _headline(adapter: Adapter) -> str:
     tokens = "".join(f", {len(update.ids)} rows of {update.table}" for update in adapter.tokens)
     modules = f"{len(adapter.modules)} modules, {rank}, {size:,} numbers"
     return f"{adapter.info.name}: {adapter.info.kind}, {modules}{tokens}{experts}"
+
+
+class Carried(enum.Flag):
+    """The kinds of change that a method, a profile or another user of an adapter takes; the others are left out."""
+
+    LINEAR = enum.auto()  # updates of linear modules, which everything carries
+    TOKENS = enum.auto()  # changes of the embedding and the output head
+    REPLACED = enum.auto()  # tensors that replace those of the base
+    EXPERTS = enum.auto()  # updates of experts
+    EVERYTHING = LINEAR | TOKENS | REPLACED | EXPERTS
+
+
+# Kind of change -> its name in a sentence.
+CHANGES = {
+    "embedding": "LoRA of an embedding",
+    "head": "an update of the output head",
+    "tokens": "trained tokens (trainable_token_indices)",
+    "bias": "trained biases",
+    "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
+    "experts": "LoRA of experts",
+    "router": "an update of the router of experts",
+    "layer inputs": "updates of what makes the inputs of layers",
+    "full": "whole tensors (modules_to_save)",
+    "other part": "updates of other parts than the text model",
+}
+_SHOWN = 3  # module names in a sentence
+
+
+def ignored_sentence(kind: str, names: Sequence[str], share: float | None, why: str = "") -> str:
+    """Say in one sentence what does not move, and why; arguments as for `describe_change`."""
+    return f"{describe_change(kind, names, share)}{f': {why}' if why else ''}."
+
+
+def describe_change(kind: str, names: Sequence[str], share: float | None) -> str:
+    """Name a change, its modules and its size, for a sentence.
+
+    Args:
+        kind: a key of `CHANGES`.
+        names: the modules.
+        share: of the whole adapter's squared Frobenius norm, or None if it is not known.
+    """
+    names = list(dict.fromkeys(names))
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    part = "" if share is None else f" ({share:.1%} of the whole change's squared norm)"
+    return f"{CHANGES[kind]}, {listed}{part}"
+
+
+def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
+    """Name updates of experts and their size together, for a sentence."""
+    known = [update.share for update in updates if update.share is not None]
+    share = sum(known) if len(known) == len(updates) else None
+    return describe_change("experts", [update.name for update in updates], share)
+
+
+def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
+    """Say of each change of an adapter that is not carried, in one sentence, that it does not move.
+
+    `why` is the reason, without a full stop, or "".
+    """
+    rows = () if Carried.TOKENS in carried else adapter.tokens
+    tensors = () if Carried.REPLACED in carried else adapter.replaced
+    left = [describe_change(change.kind, change.modules, change.share) for change in (*rows, *tensors)]
+    if adapter.experts and Carried.EXPERTS not in carried:
+        left.append(describe_experts(adapter.experts))
+    return tuple(f"{change}{why and f': {why}'}." for change in left)
+
+
+def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:
+    """Return the part of an adapter that is carried; the rest is listed in `info.ignored`, see `left_out`."""
+    left = left_out(adapter, carried, why)
+    if not left:
+        return adapter
+    return dataclasses.replace(
+        adapter,
+        tokens=adapter.tokens if Carried.TOKENS in carried else (),
+        replaced=adapter.replaced if Carried.REPLACED in carried else (),
+        experts=adapter.experts if Carried.EXPERTS in carried else (),
+        info=dataclasses.replace(adapter.info, ignored=adapter.info.ignored + left),
+    )
+
+
+def check_always_active(adapter: Adapter, why: str, error: type[JCrossLoRAError] = AdapterError) -> None:
+    """Refuse an adapter that acts only after its invocation tokens, with a message that ends in `why`."""
+    if adapter.info.invocation is not None:
+        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), {why}"
+        raise error(msg)

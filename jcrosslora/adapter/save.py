@@ -1,25 +1,107 @@
-"""Write a LoRA adapter in one of several profiles, atomically."""
+"""Write a LoRA adapter in one of several profiles, atomically; and say what each profile can hold."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents, FileDtype
-from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.contents import Contents, FileDtype, check_dtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
-from jcrosslora.adapter.ignored import Carried
+from jcrosslora.adapter.gguf import check_gguf, write_gguf
+from jcrosslora.adapter.lora_xs import LORA_XS, write_lora_xs
+from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.names import ending, natural_key
-from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile, for_profile
-from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.weight_targets import by_weight
+from jcrosslora.adapter.patterns import by_weight
+from jcrosslora.adapter.peft import write_peft, write_portable
+from jcrosslora.adapter.records import Adapter, Carried, check_always_active, restrict
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
+
+Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
+
+
+@dataclass(frozen=True)
+class ProfileFormat:
+    """One profile.
+
+    Attributes:
+        write: writes the files into a folder.
+        reader: of the files, for messages.
+        magnitudes: whether it holds the magnitudes of a DoRA.
+        invocation: whether it holds invocation tokens (aLoRA); otherwise an adapter would always be active.
+        carries: the kinds of change that it holds.
+    """
+
+    write: Callable[[Contents, Path], None]
+    reader: str
+    magnitudes: bool = False
+    invocation: bool = True
+    carries: Carried = Carried.LINEAR
+
+
+FORMATS: Mapping[str, ProfileFormat] = {
+    "portable": ProfileFormat(write_portable, "PEFT"),
+    "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, carries=Carried.EVERYTHING),
+    "mlx": ProfileFormat(write_mlx, "MLX", magnitudes=True, invocation=False),
+    "gguf": ProfileFormat(write_gguf, "llama.cpp"),
+    LORA_XS: ProfileFormat(write_lora_xs, "LoRA-XS", invocation=False),
+}
+
+
+def why_linear_alone(profile: str) -> str:
+    """Say why a profile holds updates of linear layers alone; "" if it holds more."""
+    alone = FORMATS[profile].carries == Carried.LINEAR
+    return f"profile {profile} does not hold it, profile peft does" if alone else ""
+
+
+def for_profile(adapter: Adapter, profile: str) -> Adapter:
+    """Return the part of an adapter that a profile holds; the rest is listed in `info.ignored`."""
+    return restrict(adapter, FORMATS[profile].carries, why_linear_alone(profile))
+
+
+def check_holds(profile: str, adapter: Adapter) -> None:
+    """Refuse with an OutputError a profile that cannot hold the invocation tokens of an adapter (aLoRA)."""
+    if not FORMATS[profile].invocation:
+        others = ", ".join(name for name, form in FORMATS.items() if form.invocation)
+        why = f"which {FORMATS[profile].reader} does not know: write it in one of the profiles {others}"
+        check_always_active(adapter, why, OutputError)
+
+
+def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:
+    """Refuse a profile that cannot be written for a base, before any work is done.
+
+    Args:
+        profile: see `save_adapter`.
+        family: of the base, None if it is not known.
+        heads: (query heads, key heads) of the base, None if they are not known.
+        dora: whether a DoRA is written with its magnitudes.
+
+    Raises:
+        UsageError: an unknown profile, or one that does not hold magnitudes.
+        OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
+            a base.
+    """
+    if profile not in FORMATS:
+        msg = f"profile {profile!r} is unknown; use one of {', '.join(FORMATS)}"
+        raise UsageError(msg)
+    if dora and not FORMATS[profile].magnitudes:
+        able = " or ".join(name for name, form in FORMATS.items() if form.magnitudes)
+        msg = f"profile {profile} does not hold the magnitudes of a DoRA; use {able}, or write a fit of a lower rank "
+        raise UsageError(msg + "(leave out --keep-dora)")
+    if profile == "gguf":
+        check_gguf(family, heads)
+    if profile == LORA_XS and family is None:
+        msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
+        raise OutputError(msg)
+
 
 TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
@@ -61,7 +143,7 @@ def save_adapter(
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
         frozen: the frozen factors of each module for profile lora-xs, from
-            `jcrosslora.adapter.profile_ranks.frozen_factors`.
+            `jcrosslora.adapter.lora_xs.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 
@@ -69,8 +151,8 @@ def save_adapter(
         `out` as a path.
 
     Raises:
-        OutputError: the adapter is empty, its values do not fit the dtype or its modules the profile, or the place
-            cannot be written to.
+        OutputError: the adapter is empty, its values do not fit the dtype or its modules the profile, or the folder
+            cannot be written.
         UsageError: an unknown profile or dtype, or a document or metadata entry that cannot be written.
     """
     out = output_path(out)
@@ -88,28 +170,21 @@ def save_adapter(
     if not modules and not any(changes and kind in FORMATS[profile].carries for kind, changes in held.items()):
         left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
-        msg += "one update that the profile holds"
-        raise OutputError(msg)
+        raise OutputError(msg + "one update that the profile holds")
     _check_magnitudes(modules, magnitudes)
     weights = by_weight(modules, family, adapter.info.config)
+    modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
     contents = Contents(
-        modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
+        dataclasses.replace(adapter, modules=modules),
         dtype=dtype,
+        base=base,
         base_name=public_name(base_name or (adapter.info.base_name if base is None else base.name)),
-        base_revision=None if base is None else base.revision,
         prefix=adapter.info.prefix if base is None else base.prefix,
         by_weight=weights,
         exclude=() if base is None else tuple(_without_update(modules, weights, base)),
-        family=family,
-        heads=heads,
-        has_experts=base is not None and base.has_experts,
         metadata=_target(base) | dict(metadata or {}),
-        invocation=adapter.info.invocation,
         frozen=frozen,
         magnitudes=magnitudes,
-        tokens=adapter.tokens,
-        replaced=adapter.replaced,
-        experts=adapter.experts,
     )
     with atomic_folder(out, overwrite) as folder:
         FORMATS[profile].write(contents, folder)
@@ -119,7 +194,7 @@ def save_adapter(
 
 
 def _target(base: BaseInfo | None) -> dict[str, str]:
-    """Return what the header says of the base: nothing where its weights were not read for a digest."""
+    """Return the header's entry on the base: nothing if its weights were not read for a digest."""
     if base is None or not base.digest:
         return {}
     return {TARGET: json.dumps({"name": public_name(base.name), "revision": base.revision, "digest": base.digest})}
@@ -142,9 +217,7 @@ def _check_magnitudes(modules: Mapping[str, LoRAFactors], magnitudes: Mapping[st
 
 
 def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-    if dtype not in get_args(FileDtype):
-        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
-        raise UsageError(msg)
+    check_dtype(dtype)
     for name in documents:
         if Path(name).name != name or name in _WRITTEN:
             msg = f"document {name!r} cannot be written; give a plain file name other than {', '.join(_WRITTEN)}"

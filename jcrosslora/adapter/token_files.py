@@ -14,44 +14,42 @@ the change is a small difference from the base's rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.contents import DTYPES, FileDtype, file_factors, file_matrix
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.config_tables import OLORA, PISSA, VARIANTS
-from jcrosslora.adapter.kinds.kind import Kind, Update
-from jcrosslora.adapter.kinds.plain import PLAIN, read_embedding_factors
-from jcrosslora.adapter.kinds.truncate import truncate_update
-from jcrosslora.adapter.names import TensorName, by_module, ending
-from jcrosslora.adapter.token_updates import (
+from jcrosslora.adapter.changes import (
     EMBEDDING,
     HEAD,
     MODULES,
     TIED,
+    LoRAFactors,
     TokenUpdate,
     changed_rows,
     complete_rows,
     low_rank_rows,
 )
+from jcrosslora.adapter.config import OLORA, PISSA, is_variant
+from jcrosslora.adapter.contents import FileDtype, exact_dtype, file_factors, file_matrix
+from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update, read_or_reason
+from jcrosslora.adapter.kinds.plain import PLAIN, read_embedding_factors
+from jcrosslora.adapter.names import TensorName, by_module, ending
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import text_module_name
-from jcrosslora.errors import AdapterError, JCrossLoRAError
+from jcrosslora.errors import AdapterError
 
 _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != TIED}
 
 
 def read_tokens(
-    kind: Kind, file: AdapterFile, extras: Mapping[str, Sequence[TensorName]], head: Update | None
+    kind: Kind, file: AdapterFile, head: Update | None
 ) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
     """Read the changes of embedding and head in an opened file.
 
     Args:
         kind: of the adapter.
         file: with its base, without which nothing is read.
-        extras: tensors that are not part of a linear layer's update, by kind.
         head: the update of the output head, if there is one.
 
     Returns:
@@ -61,18 +59,13 @@ def read_tokens(
     found: list[TokenUpdate] = []
     read: set[str] = set()
     reasons: dict[str, str] = {}
-    parts = [
-        (change, group) for change in ("embedding", "tokens", "full") for group in by_module(extras.get(change, ()))
-    ]
+    kinds = ("embedding", "tokens", "full")
+    parts = [(change, group) for change in kinds for group in by_module(file.extras.get(change, ()))]
     parts += [("head", [])] if head is not None else []
     for change, group in parts:
-        try:
-            with np.errstate(over="raise", invalid="raise"):
-                update = _read(kind, file, change, group, head)
-            _check_alone(update, found)
-        # A damaged change that cannot be read does not move; the rest of the adapter is still read.
-        except (JCrossLoRAError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            reasons[change] = str(error) if isinstance(error, JCrossLoRAError) else "the file is damaged"
+        update, why = read_or_reason(partial(_read, kind, file, change, group, head, found))
+        if update is None:  # the rest of the adapter is still read
+            reasons[change] = why
             continue
         read |= {tensor.key for tensor in group} or {HEAD}
         found += [update] if len(update.ids) else []
@@ -80,59 +73,67 @@ def read_tokens(
 
 
 def _read(
-    kind: Kind, file: AdapterFile, change: str, tensors: Sequence[TensorName], head: Update | None
+    kind: Kind,
+    file: AdapterFile,
+    change: str,
+    tensors: Sequence[TensorName],
+    head: Update | None,
+    found: Sequence[TokenUpdate],
 ) -> TokenUpdate:
-    base = file.base
-    if base is None:
+    if file.base is None:
         msg = "the base that it was trained on was not given"
         raise AdapterError(msg)
-    if change == "head":
-        assert head is not None
-        return _head(file, base, head)
-    name = text_module_name(tensors[0].module)
-    if name == base.family.own_embedding:
-        msg = f"{name} is the embedding of {base.family.name}, whose changes are not read under this name"
+    if head is not None and change == "head":
+        update = _head(file, file.base, head)
+    else:
+        update = _of_tensors(kind, file, file.base, change, tensors)
+    if any(set(update.modules) & set(other.modules) for other in found):
+        msg = f"{update.table} is changed in another way as well"
         raise AdapterError(msg)
-    table = _TABLES.get(name)
-    if table is None or (change == "embedding" and table != EMBEDDING):
-        msg = f"{tensors[0].module} is neither the embedding nor the output head"
-        raise AdapterError(msg)
-    if change == "embedding":
-        return _embedding(kind, file, base, tensors)
-    if len(tensors) != 1:
-        msg = f"{tensors[0].module} has {len(tensors)} tensors, one was wanted"
-        raise AdapterError(msg)
-    return _tokens(file, base, table, tensors[0]) if change == "tokens" else _full(file, base, table, tensors[0])
+    return update
 
 
 def _head(file: AdapterFile, base: BaseModel, head: Update) -> TokenUpdate:
-    if base.tied and (VARIANTS[PISSA](file.config) or VARIANTS[OLORA](file.config)):
+    if base.tied and (is_variant(file.config, PISSA) or is_variant(file.config, OLORA)):
         msg = "it starts from factors of the matrix that the head shares with the embedding"
         raise AdapterError(msg)
     return _low_rank(HEAD, "head", base, head, file.rank)
 
 
-def _embedding(kind: Kind, file: AdapterFile, base: BaseModel, tensors: Sequence[TensorName]) -> TokenUpdate:
-    if kind is not PLAIN:
-        msg = f"{kind.name} of an embedding is not read"
+def _of_tensors(
+    kind: Kind, file: AdapterFile, base: BaseModel, change: str, tensors: Sequence[TensorName]
+) -> TokenUpdate:
+    module = tensors[0].module
+    name = text_module_name(module)
+    if name == base.family.own_embedding:
+        msg = f"{name} is the embedding of {base.family.name}, whose changes are not read under this name"
         raise AdapterError(msg)
-    return _low_rank(EMBEDDING, "embedding", base, Update(read_embedding_factors(file, tensors)), file.rank)
-
-
-def _low_rank(table: str, change: str, base: BaseModel, update: Update, rank: int | None) -> TokenUpdate:
-    _check_shape(table, base, update.factors.shape)
-    update = truncate_update(update, rank)
-    return low_rank_rows(table, change, base.dims.vocab, np.arange(base.dims.vocab), update.factors, update.lost)
-
-
-def _full(file: AdapterFile, base: BaseModel, table: str, tensor: TensorName) -> TokenUpdate:
-    rows = file.read(tensor.key)
+    table = _TABLES.get(name)
+    if table is None or (change == "embedding" and table != EMBEDDING):
+        msg = f"{module} is neither the embedding nor the output head"
+        raise AdapterError(msg)
+    if change == "embedding":
+        if kind is not PLAIN:
+            msg = f"{kind.name} of an embedding is not read"
+            raise AdapterError(msg)
+        return _low_rank(table, change, base, Update(read_embedding_factors(file, tensors)), file.rank)
+    if len(tensors) != 1:
+        msg = f"{module} has {len(tensors)} tensors, one was wanted"
+        raise AdapterError(msg)
+    rows = file.read(tensors[0].key)
+    if change == "tokens":
+        return _single_rows(file, base, table, rows)
     _check_shape(table, base, rows.shape)
     return changed_rows(table, "full", base, np.arange(len(rows)), rows)
 
 
-def _tokens(file: AdapterFile, base: BaseModel, table: str, tensor: TensorName) -> TokenUpdate:
-    rows = file.read(tensor.key)
+def _low_rank(table: str, change: str, base: BaseModel, update: Update, rank: int | None) -> TokenUpdate:
+    _check_shape(table, base, update.factors.shape)
+    update = update.truncated(rank)
+    return low_rank_rows(table, change, base.dims.vocab, np.arange(base.dims.vocab), update.factors, update.lost)
+
+
+def _single_rows(file: AdapterFile, base: BaseModel, table: str, rows: np.ndarray) -> TokenUpdate:
     listed = file.config.get("trainable_token_indices")
     ids = _listed(listed, table)
     if (
@@ -162,12 +163,6 @@ def _check_shape(table: str, base: BaseModel, shape: tuple[int, ...]) -> None:
     wanted = base.dims.vocab, base.dims.hidden
     if shape != wanted:
         msg = f"{table} is {' x '.join(map(str, shape))}, in the base {base.name} it is {wanted[0]} x {wanted[1]}"
-        raise AdapterError(msg)
-
-
-def _check_alone(update: TokenUpdate, found: Sequence[TokenUpdate]) -> None:
-    if any(set(update.modules) & set(other.modules) for other in found):
-        msg = f"{update.table} is changed in another way as well"
         raise AdapterError(msg)
 
 
@@ -208,17 +203,10 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
                 yield f"{name}.lora_A.weight", a
                 yield f"{name}.lora_B.weight", b
         return
-    rows = _rows(update, dtype)
+    assert update.rows is not None
+    parts = [np.asarray(update.rows[part]) for part in update.parts()]
+    kept = exact_dtype(parts, dtype)
+    rows = np.concatenate([file_matrix(update.table, part.astype(np.float64), kept) for part in parts])
     # Single rows of a matrix that is embedding and head are written once: peft applies them to both.
     for name in update.modules if update.whole else update.modules[:1]:
         yield f"{name}.{'weight' if update.whole else 'token_adapter.trainable_tokens_delta'}", rows
-
-
-def _rows(update: TokenUpdate, dtype: FileDtype) -> np.ndarray:
-    """Cast the rows to the dtype of the file if it holds them exactly, else to float32."""
-    assert update.rows is not None
-    with np.errstate(over="ignore", under="ignore"):
-        parts = [np.asarray(update.rows[part]) for part in update.parts()]
-        exact = all((rows.astype(DTYPES[dtype]).astype(rows.dtype) == rows).all() for rows in parts)
-    kept = dtype if exact else "float32"
-    return np.concatenate([file_matrix(update.table, rows.astype(np.float64), kept) for rows in parts])

@@ -1,8 +1,8 @@
-"""The updates of an adapter at a lower rank."""
+"""Truncate the updates of an adapter to a lower rank."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.changes import LoRAFactors, update_norm
+from jcrosslora.adapter.fused import Layout, fuse, split_fused
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import recompress
@@ -47,14 +48,7 @@ class Truncation:
     def of(
         cls, rule: RankRule, ranks: Mapping[str, int], before: Mapping[str, float], after: Mapping[str, float]
     ) -> Self:
-        """Make the record from the energies of the modules.
-
-        Args:
-            rule: by which the ranks were chosen.
-            ranks: after truncation; at least one module.
-            before: ||dW||_F^2 of each module before truncation.
-            after: the same after truncation.
-        """
+        """Make the record from the energies ||dW||_F^2 of the modules, at least one, before and after truncation."""
         shares = {name: after[name] / before[name] if before[name] > 0 else 1.0 for name in before}
         least = min(shares, key=lambda name: shares[name])
         total = math.fsum(before.values())
@@ -74,24 +68,19 @@ class Truncation:
         return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
+AnyTruncation = TypeVar("AnyTruncation", bound=Truncation)
+
+
 def check_rule(rule: RankRule) -> None:
     """Refuse a rule that defines no rank.
 
     Raises:
         UsageError: not a whole number of 1 or more, not a share above 0 and up to 1, and not "auto".
     """
-    if isinstance(rule, bool) or not isinstance(rule, int | float | str):
-        valid = False
-    elif isinstance(rule, str):
-        valid = rule == AUTO
-    else:
-        valid = rule >= 1 if isinstance(rule, int) else 0 < rule <= 1
-    if not valid:
-        msg = (
-            f"out rank {rule!r} is out of range; it must be at least 1 (a rank), a share of the energy such as 0.99, "
-            f"or {AUTO}"
-        )
-        raise UsageError(msg)
+    number = not isinstance(rule, bool) and isinstance(rule, int | float)
+    if rule != AUTO and not (number and (rule >= 1 if isinstance(rule, int) else 0 < rule <= 1)):
+        msg = f"out rank {rule!r} is out of range; it must be at least 1 (a rank), a share of the energy such as 0.99, "
+        raise UsageError(msg + f"or {AUTO}")
 
 
 def truncate_to_rounding(adapter: A, rule: RankRule | None = None) -> A:
@@ -134,6 +123,43 @@ def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
     after = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
     record = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, before, after)
     return dataclasses.replace(adapter, modules=modules), record
+
+
+def truncate_fused(
+    adapter: Adapter, fused: Layout, rule: RankRule, norms: Mapping[str, float] | None = None
+) -> tuple[Adapter, Truncation]:
+    """Truncate the modules that a base stores, see `reduce_fused` and `truncate_by_rule`.
+
+    Args:
+        adapter: of the target, with fused matrices split.
+        fused: the target's fused matrices.
+        rule: the rank, or what chooses it.
+        norms: ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
+    """
+    adapter, account = reduce_fused(adapter, fused, lambda whole: truncate_by_rule(whole, rule))
+    if norms is None:
+        return adapter, account
+    modules = {name: _rescaled(item, norms.get(name)) for name, item in adapter.modules.items()}
+    return dataclasses.replace(adapter, modules=modules), account
+
+
+def reduce_fused(
+    adapter: Adapter, fused: Layout, reduce: Callable[[Adapter], tuple[Adapter, AnyTruncation]]
+) -> tuple[Adapter, AnyTruncation]:
+    """Apply `reduce` to an adapter of the modules that the base stores.
+
+    Parts of a fused matrix are written as one update of it: reduced on their own, they would have a rank for each.
+    """
+    whole, account = reduce(Adapter(fuse(adapter.modules, fused), adapter.info))
+    parts = split_fused(whole, fused).modules
+    return dataclasses.replace(adapter, modules={name: parts[name] for name in adapter.modules}), account
+
+
+def _rescaled(factors: LoRAFactors, norm: float | None) -> LoRAFactors:
+    """Give an update a norm; one that the maps did not make has none to keep."""
+    came = update_norm(factors)
+    factor = norm / came if came > 0 and norm is not None else 1.0
+    return LoRAFactors(a=factors.a, b=np.asarray(factors.b) * np.float32(factor))
 
 
 def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:

@@ -3,9 +3,8 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,99 +17,61 @@ _NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched a
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Storage(Protocol):
-    """Where tensors are stored."""
-
-    @property
-    def path(self) -> Path:
-        """The file; for tensors in memory a name for messages."""
-        ...
-
-    def sha256(self) -> str:
-        """Hex digest of the contents."""
-        ...
-
-
-class Weights(Protocol):
-    """Tensors by the names that PEFT gives them, read on demand; a safetensors file of PEFT satisfies this."""
-
-    @property
-    def file(self) -> Storage:
-        """Where they are stored."""
-        ...
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """Dtype and shape of each, as PEFT would store it."""
-        ...
-
-    def array(self, name: str, /) -> np.ndarray:
-        """Return the tensor as PEFT would store it.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        ...
-
-
 @dataclass(frozen=True, eq=False)
-class TranslatedWeights:
-    """Tensors of another format as PEFT would store them.
+class Weights:
+    """Tensors by the names that PEFT gives them, read on demand.
 
     Attributes:
-        file: where they are stored.
-        entries: what PEFT would have in its header.
-        array: reads the tensor of a name.
+        path: the file; for tensors in memory a name for messages.
+        entries: dtype and shape of each, as PEFT would store it.
+        array: returns the tensor of a name, as PEFT would store it; raises CheckpointError if it cannot be read.
+        sha256: returns the hex digest of the contents.
     """
 
-    file: MappedFile
+    path: Path
     entries: Mapping[str, Entry]
     array: Callable[[str], np.ndarray]
+    sha256: Callable[[], str]
 
+    @classmethod
+    def of_file(cls, file: MappedFile, entries: Mapping[str, Entry], array: Callable[[str], np.ndarray]) -> "Weights":
+        """Describe the tensors of a file."""
+        return cls(file.path, entries, array, file.sha256)
 
-class MemoryWeights:
-    """Tensors in memory, such as a state dict of PEFT.
+    @classmethod
+    def of_memory(cls, name: str, tensors: Mapping[str, Any]) -> "Weights":
+        """Take tensors in memory, such as a state dict of PEFT.
 
-    Args:
-        name: stands in messages in place of a path.
-        tensors: numpy, JAX or torch arrays by PEFT's names.
+        Args:
+            name: stands in messages in place of a path.
+            tensors: numpy, JAX or torch arrays by PEFT's names.
 
-    Raises:
-        AdapterError: a value is not an array of a known dtype.
-    """
-
-    def __init__(self, name: str, tensors: Mapping[str, Any]):
-        self.path = Path(name)
-        self._arrays = {key: as_numpy(value) for key, value in tensors.items()}
-        for key, array in self._arrays.items():
+        Raises:
+            AdapterError: a value is not an array of a known dtype.
+        """
+        arrays = {key: as_numpy(value) for key, value in tensors.items()}
+        for key, array in arrays.items():
             if array.dtype not in _DTYPE_NAMES:
                 msg = f"{name}: tensor {key!r} has dtype {array.dtype}; give arrays of numbers"
                 raise AdapterError(msg)
-        self.entries = {key: Entry(_DTYPE_NAMES[array.dtype], array.shape, 0) for key, array in self._arrays.items()}
+        entries = {key: Entry(_DTYPE_NAMES[array.dtype], array.shape, 0) for key, array in arrays.items()}
 
-    @property
-    def file(self) -> "MemoryWeights":
-        """The tensors themselves, which are their own storage."""
-        return self
+        def array_of(key: str) -> np.ndarray:
+            if key not in arrays:
+                msg = f"{name}: tensor {key!r} is missing; give the whole state dict"
+                raise CheckpointError(msg)
+            return arrays[key]
 
-    def array(self, name: str, /) -> np.ndarray:
-        """See `Weights`."""
-        if name not in self._arrays:
-            msg = f"{self.path}: tensor {name!r} is missing; give the whole state dict"
-            raise CheckpointError(msg)
-        return self._arrays[name]
+        return cls(Path(name), entries, array_of, lambda: _digest(arrays))
 
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for key, array in sorted(self._arrays.items()):
-            digest.update(f"{key} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
 
-    def sha256(self) -> str:
-        """Hex digest of all names, dtypes, shapes and values."""
-        return self._digest
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the hex digest of all names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

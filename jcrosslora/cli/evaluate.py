@@ -55,7 +55,7 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
-        from jcrosslora.adapter.ignored import left_out
+        from jcrosslora.adapter.records import left_out
         from jcrosslora.checkpoint.hub import public_names
         from jcrosslora.decoder.adapters import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score

@@ -7,7 +7,7 @@ from typing import ClassVar
 import tyro
 from rich.console import Console
 
-from jcrosslora.adapter.export.export import ExportSettings, export_adapter
+from jcrosslora.adapter.export import ExportSettings, export_adapter
 from jcrosslora.cli.flags import settings_of
 from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, say
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import tyro
 from rich.console import Console
 
-from jcrosslora.adapter.export.merge import MergeSettings, merge
+from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.cli.flags import settings_of
 from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, say
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
-from jcrosslora.adapter.ignored import Carried, check_always_active
+from jcrosslora.adapter.records import Carried, check_always_active
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder.ops import linear

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jcrosslora.adapter import Adapter, Carried, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.adapter.ignored import describe_change, restrict
+from jcrosslora.adapter.records import describe_change, restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError

@@ -10,7 +10,7 @@ import msgspec
 
 from jcrosslora.adapter.engines.facts import read_facts
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
-from jcrosslora.adapter.front_matter import join_card, split_card
+from jcrosslora.adapter.folder import join_card, split_card
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.card import without_examples

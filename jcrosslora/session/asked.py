@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jcrosslora.adapter.profile_ranks import span_rank
-from jcrosslora.adapter.profiles import Profile, check_profile
+from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.distill.sources.protocol import Source

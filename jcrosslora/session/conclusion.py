@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, update_norm
-from jcrosslora.adapter.profile_ranks import READERS, Known, truncate_for_profile
-from jcrosslora.adapter.profiles import Profile
+from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
+from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.maps.alignment.transport import Transport
 from jcrosslora.maps.shifting.records import ModuleRow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
-from jcrosslora.adapter.profile_ranks import span_rank
+from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources.served.model import ServedModel

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, Carried
-from jcrosslora.adapter.ignored import check_always_active
-from jcrosslora.adapter.profile_ranks import Known, span_rank
-from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.lora_xs import Known, span_rank
+from jcrosslora.adapter.records import check_always_active
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.profile_ranks import Frozen
-from jcrosslora.adapter.profiles import Profile
+from jcrosslora.adapter.lora_xs import Frozen
+from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
@@ -35,7 +35,7 @@ def save_adapter(
             `frozen`.
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
-        frozen: for profile lora-xs, from `jcrosslora.adapter.profile_ranks.frozen_factors`.
+        frozen: for profile lora-xs, from `jcrosslora.adapter.lora_xs.frozen_factors`.
 
     Returns:
         The folder.

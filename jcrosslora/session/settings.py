@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.profiles import Profile
+from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import local_names, public_name
 from jcrosslora.errors import UsageError

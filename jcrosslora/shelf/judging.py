@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.ignored import left_out
+from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params

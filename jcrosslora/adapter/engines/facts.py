@@ -1,17 +1,15 @@
 """Read what is known of an adapter of any kind and format without its tensors: configuration, names, shapes."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.config import check_numbers
+from jcrosslora.adapter.config import PARAMETERS, check_numbers, is_variant
 from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapter, form_of, open_weights, read_config
-from jcrosslora.adapter.kinds.config_tables import PARAMETERS, VARIANTS
+from jcrosslora.adapter.gguf import open_gguf_adapter, parse_gguf_name
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
-from jcrosslora.adapter.read_gguf import open_gguf_adapter, parse_gguf_name
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError
 
@@ -51,7 +49,7 @@ class AdapterFacts:
 
     def factors(self, side: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the A or B of each module; the first number of A is the rank."""
-        return {tensor.module: self.shapes[tensor.key] for tensor in self.tensors if tensor.kind == side}
+        return _factors(self.shapes, self.tensors, side)
 
     def scales(self) -> dict[str, float]:
         """Return the scale that PEFT gives to each module; only defined without faults."""
@@ -72,33 +70,35 @@ def read_facts(
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
     """
-    family, tied = (family, tied) if base is None else (base.family.name, base.tied)
+    known: dict[str, Any] = {"family": family, "tied": tied}
+    if base is not None:
+        known = {"family": base.family.name, "tied": base.tied, "base": base}
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
-            return AdapterFacts(config, pickle=True, family=family, tied=tied, faults=_number_faults(config))
+            return AdapterFacts(config, pickle=True, faults=_number_faults(config), **known)
     files = find_adapter(path)
     if files.config is None:
-        return dataclasses.replace(_gguf_facts(files.weights, family, tied), base=base)
+        header = open_gguf_adapter(files.weights).header
+        shapes = {name: info.shape for name, info in header.tensors.items()}
+        tensors = tuple(parse_gguf_name(name) for name in shapes)
+        faults = _pair_faults(shapes, tensors)
+        return AdapterFacts(header.metadata, shapes, tensors, form="GGUF", faults=faults, **known)
     config = read_config(files.config)
     shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
     if files.form == "MLX":
-        return AdapterFacts(config, shapes, form="MLX", family=family, tied=tied, base=base)
+        return AdapterFacts(config, shapes, form="MLX", **known)
     tensors = tuple(parse_tensor_name(key) for key in shapes)
     faults = _number_faults(config) or _tensor_faults(config, shapes, tensors)
-    return AdapterFacts(config, shapes, tensors, family=family, tied=tied, base=base, faults=faults)
-
-
-def _gguf_facts(path: Path, family: str | None, tied: bool | None) -> AdapterFacts:
-    header = open_gguf_adapter(path).header
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    tensors = tuple(parse_gguf_name(name) for name in shapes)
-    faults = _pair_faults(shapes, tensors)
-    return AdapterFacts(header.metadata, shapes, tensors, form="GGUF", family=family, tied=tied, faults=faults)
+    return AdapterFacts(config, shapes, tensors, faults=faults, **known)
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:
     return str(config.get("peft_type")).upper() == "LORA"
+
+
+def _factors(shapes: Shapes, tensors: tuple[TensorName, ...], side: str) -> dict[str, tuple[int, ...]]:
+    return {tensor.module: shapes[tensor.key] for tensor in tensors if tensor.kind == side}
 
 
 def _number_faults(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -111,12 +111,12 @@ def _number_faults(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tensor_faults(config: Mapping[str, Any], shapes: Shapes, tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
-    # The factors of expert parameters hold all experts at once, with axes of their own.
-    if not _is_lora(config) or VARIANTS[PARAMETERS](config):
+    # The factors of expert parameters hold all experts at once, with further axes.
+    if not _is_lora(config) or is_variant(config, PARAMETERS):
         return ()
     if faults := _pair_faults(shapes, tensors):
         return faults
-    ranks = {t.module: shapes[t.key][0] for t in tensors if t.kind == "A"}
+    ranks = {module: shape[0] for module, shape in _factors(shapes, tensors, "A").items()}
     wrong = sorted(module for module, rank in ranks.items() if rank != module_rank(config, module))
     if wrong:
         rank, wanted = ranks[wrong[0]], module_rank(config, wrong[0])
@@ -125,7 +125,7 @@ def _tensor_faults(config: Mapping[str, Any], shapes: Shapes, tensors: tuple[Ten
 
 
 def _pair_faults(shapes: Shapes, tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
-    a, b = ({t.module: shapes[t.key] for t in tensors if t.kind == side} for side in "AB")
+    a, b = (_factors(shapes, tensors, side) for side in "AB")
     alone = sorted(a.keys() ^ b.keys())
     differ = sorted(module for module in a.keys() & b.keys() if not _is_pair(a[module], b[module]))
     if alone:

@@ -1,1 +1,38 @@
-"""Kinds of adapter: one small file a kind turns its tensors into A and B; one table lists those that are refused."""
+"""Kinds of adapter: a kind turns the tensors of its files into A and B. `config` lists the kinds that are refused."""
+
+from collections.abc import Collection
+
+from jcrosslora.adapter.config import Config
+from jcrosslora.adapter.kinds.between import ADALORA, BEAM, LORA_XS
+from jcrosslora.adapter.kinds.dora import DORA, OLORA, PISSA
+from jcrosslora.adapter.kinds.kind import Kind
+from jcrosslora.adapter.kinds.lycoris import LOHA, LOKR
+from jcrosslora.adapter.kinds.plain import ALORA, PLAIN
+from jcrosslora.adapter.kinds.shared import UNILORA, VBLORA, VERA
+from jcrosslora.errors import AdapterError
+
+KINDS: tuple[Kind, ...] = (
+    *(DORA, PISSA, OLORA, ALORA, LORA_XS, BEAM, PLAIN),
+    *(ADALORA, VERA, VBLORA, LOHA, LOKR, UNILORA),
+)
+TYPES = frozenset(kind.peft_type for kind in KINDS)
+
+
+def kind_of(config: Config, parts: Collection[str], where: str) -> Kind:
+    """Find the kind of an adapter whose `peft_type` is one of `TYPES`.
+
+    Args:
+        config: its configuration.
+        parts: kinds of its tensors, see `parse_tensor_name`.
+        where: its path, for messages.
+
+    Raises:
+        AdapterError: it is of two kinds that cannot be combined.
+    """
+    peft_type = str(config["peft_type"]).upper()
+    found = [kind for kind in KINDS if kind.peft_type == peft_type and kind.applies(config, parts)]
+    first, others = found[0], [kind.name for kind in found[1:] if kind is not PLAIN]
+    if excluded := [name for name in others if name not in first.over]:
+        msg = f"{where}: {first.name} and {excluded[0]} in one adapter are not supported; train it as one of them"
+        raise AdapterError(msg)
+    return first

@@ -1,13 +1,176 @@
-"""The record of a kind of adapter: how it is recognised, and how its file becomes updates."""
+"""A kind of adapter: how it is recognised, the file that its reader gets, and the updates that it returns."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+import numpy as np
 
-Config = Mapping[str, Any]
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.config import Config
+from jcrosslora.adapter.names import TensorName
+from jcrosslora.adapter.weights import Weights
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
+
+T = TypeVar("T")
+FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("U8", "I16", "I32", "I64")
+LARGEST = 2**28  # numbers in the factors of one module: 2 GB in float64
+_HEAD = "lm_head"
+# Names in files of the parts that have other names here.
+_TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter with its tensors grouped.
+
+    `needs` is in several methods the first half of a sentence on what the base is needed for, such as "DoRA rescales
+    the rows of W + B A".
+
+    Attributes:
+        config: its `adapter_config.json`, or the equivalent of PEFT.
+        weights: its tensors, by PEFT's names.
+        modules: module, as the file spells it and in natural order, to part (see `parse_tensor_name`) to the tensor's
+            name in the file.
+        others: the same of the output head, which is not read with them but may determine what all modules share.
+        shared: parts that all modules share, to the tensor's name.
+        extras: tensors that are not part of the update of a linear layer of the text model, by kind, a key of
+            `records.CHANGES`.
+        base: the model that the adapter was trained on, or None.
+        rank: the largest rank to read an update at, or None.
+    """
+
+    config: Mapping[str, Any]
+    weights: Weights
+    modules: Mapping[str, Mapping[str, str]]
+    others: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, str]
+    extras: Mapping[str, Sequence[TensorName]]
+    base: BaseModel | None
+    rank: int | None
+
+    @property
+    def path(self) -> Path:
+        """The weights file, or its name in memory, for messages."""
+        return self.weights.path
+
+    def part(self, module: str, part: str, *, axes: int = 2) -> np.ndarray:
+        """Read a float tensor of a module, see `read`.
+
+        Raises:
+            AdapterError: the module lacks it, or `read` refuses it.
+        """
+        if part not in self.modules[module]:
+            msg = f"{self.path}: module {module!r} has no {_TENSORS.get(part, part)}: the file is incomplete; save or "
+            raise AdapterError(msg + "download it again")
+        return self.read(self.modules[module][part], axes=axes)
+
+    def common(self, part: str, *, axes: int = 2) -> np.ndarray:
+        """Read a float tensor that all modules share, see `read`.
+
+        Raises:
+            AdapterError: the file lacks it, or `read` refuses it.
+        """
+        if part not in self.shared:
+            msg = f"{self.path}: there is no {part}, which all modules share: save or download the adapter again"
+            raise AdapterError(msg)
+        return self.read(self.shared[part], axes=axes)
+
+    def read(self, key: str, *, axes: int = 2, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
+        """Copy a tensor of finite numbers into memory, C-contiguous.
+
+        Args:
+            key: its name in the file.
+            axes: how many axes it must have, none of them empty.
+            dtypes: accepted dtypes.
+
+        Raises:
+            AdapterError: another dtype or number of axes, values that are not finite, or a damaged file.
+        """
+        entry = self.weights.entries[key]
+        if entry.dtype not in dtypes:
+            msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, one of {', '.join(dtypes)} was wanted: "
+            raise AdapterError(msg + "convert it")
+        if len(entry.shape) != axes or 0 in entry.shape:
+            wanted = {1: "a vector", 2: "a matrix"}.get(axes, f"an array of {axes} axes")
+            msg = f"{self.path}: tensor {key!r} has shape {list(entry.shape)}, {wanted} was wanted"
+            raise AdapterError(msg + ": adapters of other layers than linear ones are not supported")
+        try:
+            array = np.array(self.weights.array(key), order="C")
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from error
+        if not np.isfinite(array).all():
+            msg = f"{self.path}: tensor {key!r} holds NaN or infinite values: the adapter is damaged, use another "
+            raise AdapterError(msg + "checkpoint")
+        return array
+
+    def check_size(self, module: str, numbers: int, *, whole: bool = False) -> None:
+        """Refuse factors that are far larger than the stored tensors, before they are computed.
+
+        Args:
+            module: as the file spells it.
+            numbers: elements of both factors.
+            whole: whether they are computed at full rank, whatever rank is asked for.
+
+        Raises:
+            AdapterError: they would take more than 2 GB.
+        """
+        if numbers > LARGEST:
+            lower = "" if whole else "read it at a lower rank (--adapter-rank), or "
+            msg = f"{self.path}: the factors of module {module!r} would hold {numbers:,} numbers: {lower}use another "
+            raise AdapterError(msg + "adapter if no base has such a module")
+
+    def known_base(self, needs: str) -> BaseModel:
+        """Return the base, or raise an AdapterError that says what it is needed for."""
+        if self.base is None:
+            msg = f"{self.path}: {needs}: the source base is needed; give the base that it was trained on "
+            raise AdapterError(msg + "(`inspect --base`, or the base argument of load_adapter)")
+        return self.base
+
+    def shape(self, module: str, needs: str) -> tuple[int, int]:
+        """Return (O, I) of a module of the base.
+
+        Raises:
+            AdapterError: there is no base, or it has no such module.
+        """
+        base, name = self.known_base(needs), text_module_name(module)
+        if name in base.modules:
+            return base.modules[name].shape
+        if name == _HEAD:
+            return base.dims.vocab, base.dims.hidden
+        if name in base.fused:
+            parts = base.fused[name]
+            return max(stop for _, _, stop in parts), base.modules[parts[0][0]].shape[1]
+        msg = f"{self.path}: module {name!r} is not one of the base {base.name}: give the base it was trained on"
+        raise AdapterError(msg)
+
+    def check_shape(self, module: str, shape: tuple[int, int], needs: str) -> None:
+        """Refuse an update of shape (O, I) that does not fit the base's module.
+
+        Raises:
+            AdapterError: there is no base, it has no such module, or one of another shape.
+        """
+        base, wanted = self.known_base(needs), self.shape(module, needs)
+        if wanted != shape:
+            msg = f"{self.path}: the update of {text_module_name(module)!r} is {shape[0]} x {shape[1]}, in the base "
+            msg += f"{base.name} it is {wanted[0]} x {wanted[1]}: give the base it was trained on"
+            raise AdapterError(msg)
+
+    def weight(self, module: str, shape: tuple[int, int], needs: str) -> np.ndarray:
+        """Return the base's weight of a module, float32 (O, I).
+
+        Raises:
+            AdapterError: see `check_shape`.
+        """
+        self.check_shape(module, shape, needs)
+        try:
+            return np.array(self.known_base(needs).stored_weight(text_module_name(module)), np.float32)
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +184,15 @@ class Update:
 
     factors: LoRAFactors
     lost: float = 0.0
+
+    def truncated(self, rank: int | None) -> "Update":
+        """Cut the update to a rank and add the loss to `lost`; None, or a rank that is not lower, changes nothing."""
+        factors = self.factors
+        if rank is None or factors.rank <= rank:
+            return self
+        a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
+        less = truncate_product(factors.scale * b, a, rank)
+        return Update(less.factors, self.lost + less.lost)
 
 
 @dataclass(frozen=True)
@@ -61,3 +233,55 @@ def each_module(
                 yield module, update
 
     return read_all
+
+
+def truncate_product(b: np.ndarray, a: np.ndarray, rank: int | None = None) -> Update:
+    """Factor b (O, K) @ a (K, I) anew without directions that are rounding of float32, truncated optimally to `rank`.
+
+    Singular values are split evenly over the two factors. In float64 on the host: if an update is the difference of
+    two nearly equal ones (PiSSA), float32 keeps few digits of the difference.
+
+    Returns:
+        Factors of float32 with scale 1 and at least rank 1, and what truncation loses.
+    """
+    u, s, vt = product_svd(b, a)
+    # Relative to the factors and not to the product: if these nearly cancel, their difference is rounding.
+    noise = np.finfo(np.float32).eps * np.linalg.norm(b) * np.linalg.norm(a)
+    full = max(1, int(np.count_nonzero(s > noise)))
+    kept = full if rank is None else min(rank, full)
+    root = np.sqrt(s[:kept])
+    factors = LoRAFactors(
+        a=np.ascontiguousarray(root[:, None] * vt[:kept], np.float32),
+        b=np.ascontiguousarray(u[:, :kept] * root, np.float32),
+    )
+    return Update(factors, float(np.sum(s[kept:full] ** 2)))
+
+
+def product_svd(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the SVD of b (O, K) @ a (K, I) in float64 by QR of both factors and the SVD of the small core.
+
+    Returns:
+        u (O, M), s (M,) descending and vt (M, I), with M the smallest of O, K and I.
+    """
+    q_b, r_b = np.linalg.qr(b.astype(np.float64))
+    q_a, r_a = np.linalg.qr(a.astype(np.float64).T)
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vt @ q_a.T
+
+
+def full_rank_factors(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Write a matrix (O, I) of full rank as b @ a, one of them the identity of its short side."""
+    rows, columns = matrix.shape
+    one = np.eye(min(rows, columns), dtype=matrix.dtype)
+    return (matrix, one) if columns <= rows else (one, matrix)
+
+
+def read_or_reason(read: Callable[[], T]) -> tuple[T | None, str]:
+    """Read a change that does not stop the reader if it is damaged: return it and "", or None and what is wrong."""
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            return read(), ""
+    except JCrossLoRAError as error:
+        return None, str(error)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None, "the file is damaged"

@@ -1,6 +1,4 @@
-"""The kinds of LyCORIS that are read: LoHa and LoKr.
-
-They share the settings `r`, `alpha` and patterns of both.
+"""The kinds of LyCORIS that are read, LoHa and LoKr, with the settings `r`, `alpha` and patterns of both.
 
 LoHa: dW = s (W1a W1b) * (W2a W2b), an elementwise product of rank r^2 at most.
 
@@ -19,60 +17,49 @@ Source: LyCORIS (arXiv 2309.14859); peft 0.21, tuners/lokr/layer.py.
 
 import numpy as np
 
-from jcrosslora.adapter.config import check_numbers, check_targets
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
-from jcrosslora.adapter.kinds.plain import pattern_name
-from jcrosslora.adapter.kinds.truncate import full_rank_factors, product_svd, truncate_product
-from jcrosslora.adapter.patterns import module_alpha, module_rank
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.config import Config, check_numbers, check_targets
+from jcrosslora.adapter.kinds.kind import (
+    AdapterFile,
+    Kind,
+    Update,
+    each_module,
+    full_rank_factors,
+    product_svd,
+    truncate_product,
+)
+from jcrosslora.adapter.kinds.plain import check_rank_of
+from jcrosslora.adapter.patterns import module_alpha, module_rank, pattern_name
 from jcrosslora.errors import AdapterError
 
 
-def check_lycoris(config: Config, where: str) -> None:
-    """Refuse invalid ranks and scales.
-
-    Raises:
-        AdapterError: `r`, `alpha` or one of the patterns is missing or invalid.
-    """
+def _check(config: Config, where: str) -> None:
     check_numbers(config, where, alpha="alpha")
     check_targets(config, where)
 
 
-def module_scale(file: AdapterFile, module: str, rank: int | None = None) -> float:
-    """Return alpha / r of a module.
-
-    Args:
-        file: the adapter.
-        module: as the file spells it.
-        rank: of its tensors, to compare with the configuration; None if they do not show it.
-
-    Raises:
-        AdapterError: the rank of the tensors is not that of the configuration.
-    """
+def _scale(file: AdapterFile, module: str) -> float:
     name = pattern_name(file.config, module)
-    stated = module_rank(file.config, name)
-    if rank is not None and rank != stated:
-        msg = f"{file.path}: module {module!r} has rank {rank}, adapter_config.json says {stated}"
-        msg += ": correct r or rank_pattern, or use the configuration that belongs to the file"
+    return module_alpha(file.config, name, default="alpha") / module_rank(file.config, name)
+
+
+def _refuse_convolution(file: AdapterFile, module: str, part: str) -> None:
+    if part in file.modules[module]:
+        msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
         raise AdapterError(msg)
-    return module_alpha(file.config, name, default="alpha") / stated
 
 
 def _read_loha(file: AdapterFile, module: str) -> Update:
-    if "hada_t1" in file.modules[module]:
-        msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
-        raise AdapterError(msg)
+    _refuse_convolution(file, module, "hada_t1")
     b1, a1, b2, a2 = (file.part(module, f"hada_{part}").astype(np.float64) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
     rank = a1.shape[0]
     if b1.shape != b2.shape or a1.shape != a2.shape or b1.shape[1] != rank:
         shapes = ", ".join(str(list(matrix.shape)) for matrix in (b1, a1, b2, a2))
-        msg = (
-            f"{file.path}: module {module!r} has factors of shapes {shapes}: two pairs [out, r] and [r, in] were wanted"
-        )
-        raise AdapterError(msg)
+        msg = f"{file.path}: module {module!r} has factors of shapes {shapes}: two pairs [out, r] and [r, in] were "
+        raise AdapterError(msg + "wanted")
+    check_rank_of(file, module, rank)
     rows, columns = b1.shape[0], a1.shape[1]
-    scale = module_scale(file, module, rank)
+    scale = _scale(file, module)
     file.check_size(module, min(rank**2, rows, columns) * (rows + columns), whole=True)
     if rank**2 < min(rows, columns):
         b = np.einsum("oi,oj->oij", b1, b2).reshape(rows, rank**2)
@@ -82,28 +69,14 @@ def _read_loha(file: AdapterFile, module: str) -> Update:
     return truncate_product(*full_rank_factors(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
 
 
-LOHA = Kind(
-    name="LoHa",
-    peft_type="LOHA",
-    formula="s (W1a W1b) * (W2a W2b)",
-    read=each_module(_read_loha),
-    check=check_lycoris,
-)
-
-
-Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 def _read_lokr(file: AdapterFile, module: str) -> Update:
-    if "lokr_t2" in file.modules[module]:
-        msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
-        raise AdapterError(msg)
+    _refuse_convolution(file, module, "lokr_t2")
     (u1, s1, vt1), (u2, s2, vt2) = (_triplets(file, module, f"lokr_{side}") for side in ("w1", "w2"))
     shape = u1.shape[0] * u2.shape[0], vt1.shape[1] * vt2.shape[1]
     rank = s1.size * s2.size if file.rank is None else min(file.rank, s1.size * s2.size)
     file.check_size(module, rank * sum(shape))
-    values = abs(module_scale(file, module)) * np.outer(s1, s2)
-    sign = np.sign(module_scale(file, module))
+    scale = _scale(file, module)
+    values = abs(scale) * np.outer(s1, s2)
     # In descending order, without values below the rounding error of the largest.
     order = np.argsort(-values, axis=None, kind="stable")
     noise = np.finfo(np.float32).eps * values.max()
@@ -111,22 +84,24 @@ def _read_lokr(file: AdapterFile, module: str) -> Update:
     kept = full if file.rank is None else min(file.rank, full)
     first, second = np.unravel_index(order[:kept], values.shape)
     root = np.sqrt(values[first, second])
-    b = (u1[:, None, first] * u2[None, :, second]).reshape(-1, kept) * (sign * root)
+    b = (u1[:, None, first] * u2[None, :, second]).reshape(-1, kept) * (np.sign(scale) * root)
     a = root[:, None] * (vt1[first][:, :, None] * vt2[second][:, None, :]).reshape(kept, -1)
     lost = float(np.sum(values.ravel()[order[kept:full]] ** 2))
     return Update(LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32)), lost)
 
 
-def _triplets(file: AdapterFile, module: str, part: str) -> Triplets:
+def _triplets(file: AdapterFile, module: str, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the SVD of one side of the Kronecker product."""
     if part in file.modules[module]:
         return np.linalg.svd(file.part(module, part).astype(np.float64), full_matrices=False)
     b, a = file.part(module, f"{part}_a"), file.part(module, f"{part}_b")
     if b.shape[1] != a.shape[0]:
         msg = f"{file.path}: module {module!r} has {part}_a of shape {list(b.shape)} and {part}_b of shape "
-        msg += f"{list(a.shape)}: [out, r] and [r, in] were wanted; the file is damaged"
-        raise AdapterError(msg)
+        raise AdapterError(msg + f"{list(a.shape)}: [out, r] and [r, in] were wanted; the file is damaged")
     return product_svd(b, a)
 
 
-LOKR = Kind(name="LoKr", peft_type="LOKR", formula="s kron(W1, W2)", read=each_module(_read_lokr), check=check_lycoris)
+LOHA = Kind(
+    name="LoHa", peft_type="LOHA", formula="s (W1a W1b) * (W2a W2b)", read=each_module(_read_loha), check=_check
+)
+LOKR = Kind(name="LoKr", peft_type="LOKR", formula="s kron(W1, W2)", read=each_module(_read_lokr), check=_check)

@@ -1,17 +1,19 @@
-"""Plain LoRA of any scale and initialisation: dW = s B A on an unchanged base."""
+"""Plain LoRA of any scale and initialisation: dW = s B A on an unchanged base; and activated LoRA.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+aLoRA (arXiv 2504.12397) has the weights of a plain LoRA and is active only from the last occurrence of certain tokens
+on. `maps.shifting.invocation` translates the tokens to another tokenizer.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.config import check_lora
-from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.config import ALORA as ALORA_VARIANT
+from jcrosslora.adapter.config import Config, check_lora, is_variant
+from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update, each_module
 from jcrosslora.adapter.names import TensorName
-from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale, target_name
-from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.adapter.patterns import file_scale, module_rank, pattern_name
 from jcrosslora.errors import AdapterError
 
 
@@ -22,9 +24,20 @@ def read_factors(file: AdapterFile, module: str) -> LoRAFactors:
         AdapterError: one of them is missing or damaged, or their rank is not the configuration's.
     """
     a, b = read_pair(file, module)
-    _check_rank(file, module, a, b)
-    scale = module_scale(file.config, pattern_name(file.config, module), a.shape[0])
-    return LoRAFactors(a=a, b=b, scale=scale)
+    if a.shape[0] != b.shape[1]:
+        msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}"
+        raise AdapterError(msg + ": A [r, in] and B [out, r] of one rank were wanted; the file is damaged")
+    check_rank_of(file, module, a.shape[0])
+    return LoRAFactors(a=a, b=b, scale=file_scale(file.config, module, a.shape[0]))
+
+
+def check_rank_of(file: AdapterFile, module: str, rank: int) -> int:
+    """Return the rank of a module, or raise an AdapterError if the configuration states another one."""
+    stated = module_rank(file.config, pattern_name(file.config, module))
+    if rank != stated:
+        msg = f"{file.path}: module {module!r} has rank {rank}, adapter_config.json says {stated}"
+        raise AdapterError(msg + ": correct r or rank_pattern, or use the configuration that belongs to the file")
+    return rank
 
 
 def read_pair(file: AdapterFile, module: str) -> tuple[np.ndarray, np.ndarray]:
@@ -58,26 +71,8 @@ def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> 
     if a.shape[0] != b.shape[1]:
         msg = f"its factors have ranks {a.shape[0]} and {b.shape[1]}"
         raise AdapterError(msg)
-    scale = module_scale(file.config, pattern_name(file.config, tensors[0].module), a.shape[0])
+    scale = file_scale(file.config, tensors[0].module, a.shape[0])
     return LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
-
-
-def pattern_name(config: Mapping[str, Any], module: str) -> str:
-    """Return the spelling of a module name that the patterns use: that of the file, else that of text models."""
-    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    return module if matching_key(patterns, target_name(config, module)) else text_module_name(module)
-
-
-def _check_rank(file: AdapterFile, module: str, a: np.ndarray, b: np.ndarray) -> None:
-    if a.shape[0] != b.shape[1]:
-        msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}"
-        msg += ": A [r, in] and B [out, r] of one rank were wanted; the file is damaged"
-        raise AdapterError(msg)
-    wanted = module_rank(file.config, pattern_name(file.config, module))
-    if a.shape[0] != wanted:
-        msg = f"{file.path}: module {module!r} has rank {a.shape[0]}, adapter_config.json says {wanted}"
-        msg += ": correct r or rank_pattern, or use the configuration that belongs to the file"
-        raise AdapterError(msg)
 
 
 PLAIN = Kind(
@@ -86,4 +81,28 @@ PLAIN = Kind(
     formula="s B A",
     read=each_module(lambda file, module: Update(read_factors(file, module))),
     check=check_lora,
+)
+
+
+def invocation_of(config: Config) -> tuple[int, ...] | None:
+    """Return the token ids from which on an adapter is active; None if it is always active."""
+    tokens = config.get("alora_invocation_tokens")
+    return None if tokens is None else tuple(tokens)
+
+
+def _check_alora(config: Config, where: str) -> None:
+    check_lora(config, where)
+    tokens = config["alora_invocation_tokens"]
+    if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        msg = f"{where}: alora_invocation_tokens is {str(tokens)[:60]}, a list of token ids was wanted: correct the "
+        raise AdapterError(msg + "file")
+
+
+ALORA = Kind(
+    name="aLoRA",
+    peft_type="LORA",
+    formula="s B A after its invocation tokens",
+    read=PLAIN.read,
+    check=_check_alora,
+    applies=lambda config, _: is_variant(config, ALORA_VARIANT),
 )

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.ignored import left_out
+from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.ignored import describe_change
+from jcrosslora.adapter.records import describe_change
+from jcrosslora.adapter.records import describe_change
 
 Calibration = Literal["none", "frobenius"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
-from jcrosslora.adapter.ignored import restrict
+from jcrosslora.adapter.records import restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, fast_dtype, load_params, settings_of

@@ -1,8 +1,14 @@
-"""Translate an adapter of llama.cpp into the form of PEFT; `write_gguf` describes the format.
+"""Read and write the format of llama.cpp: one GGUF file of type adapter.
+
+A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K), and the
+update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For Llama and families like it the base
+has rows of q and k reordered, and the rows of lora_b with them.
 
 Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
+import dataclasses
+import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, shown
+from jcrosslora.adapter.contents import Contents, file_factors
 from jcrosslora.adapter.names import PREFIX, TensorName, ending
 from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.weights import PeftContents, TranslatedWeights, check_names
+from jcrosslora.adapter.weights import PeftContents, Weights, check_names
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.gguf import open_header
@@ -27,15 +34,20 @@ from jcrosslora.checkpoint.gguf_tensors import unpermuted_rows
 from jcrosslora.checkpoint.safetensors import Entry
 from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.store import MappedFile
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 
+GGUF_WEIGHTS = "adapter.gguf"
 TYPE, ALPHA, INVOCATION = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
-_ADAPTER = "adapter"
 _NORM = "_norm.weight"  # llama.cpp ignores norms
 _GGUF_EMBEDDING = "token_embd.weight"
 # Kind of a tensor -> PEFT's name of that part of a module.
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
 # Reordered roles: index into (query heads, key heads), and the metadata key of the number of heads.
 _HEADS = {"q_proj": (0, "attention.head_count"), "k_proj": (1, "attention.head_count_kv")}
+# dtype -> ggml type of a tensor, and file type of a file that mostly holds it.
+_TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +81,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     kind = header.metadata.get("general.type", "model")
-    if kind != _ADAPTER:
+    if kind != "adapter":
         msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted"
         raise AdapterError(msg)
     check_names(path, header.tensors)
@@ -95,7 +107,7 @@ def parse_gguf_name(name: str) -> TensorName:
 
 
 def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContents:
-    """Translate an adapter: the rows of q and k get the order of Hugging Face.
+    """Translate an adapter into the form of PEFT: the rows of q and k get the order of Hugging Face.
 
     Args:
         adapter: its header.
@@ -115,12 +127,11 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContent
         raise AdapterError(msg + ", ".join(ARCHITECTURES))
     if base is not None and architecture(base.family.name, base.has_experts) != adapter.arch:
         msg = f"{path}: the adapter is for bases of architecture {adapter.arch!r}, {base.name} is of family "
-        msg += f"{base.family.name}: give the base it was trained on"
-        raise AdapterError(msg)
+        raise AdapterError(msg + f"{base.family.name}: give the base it was trained on")
     stored = {_name(name, adapter): name for name in adapter.header.tensors}
     entries = {name: _entry(name, old, adapter) for name, old in stored.items()}
     heads = _heads(adapter, base)
-    weights = TranslatedWeights(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
+    weights = Weights.of_file(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
     return PeftContents(_config(adapter, entries), weights, metadata)
 
 
@@ -129,10 +140,8 @@ def _name(stored: str, adapter: GGUFAdapter) -> str:
     parsed = parse_gguf_name(stored)
     name = hf_name(parsed.module, adapter.arch)
     if name is not None and name.startswith("model.layers.") and gguf_name(name, adapter.arch) != parsed.module:
-        msg = (
-            f"{adapter.file.path}: the rows or columns of {parsed.module!r} are not those of a module in architecture "
-        )
-        msg += f"{adapter.arch!r}: LoRA of it cannot be read; use the adapter in the format of PEFT"
+        msg = f"{adapter.file.path}: the rows or columns of {parsed.module!r} are not those of a module in "
+        msg += f"architecture {adapter.arch!r}: LoRA of it cannot be read; use the adapter in the format of PEFT"
         raise AdapterError(msg)
     layer = parsed.module.split(".")[1:2] if parsed.module.startswith("blk.") else []
     known = parsed.kind in _PEFT and all(part.isascii() and part.isdecimal() for part in layer)
@@ -173,8 +182,7 @@ def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | No
         return of_base
     if of_base is not None and stated != of_base:
         msg = f"{adapter.file.path}: the adapter is for a base of {str(stated)[:60]} query and key heads, this one has "
-        msg += f"{of_base}: give the base it was trained on"
-        raise AdapterError(msg)
+        raise AdapterError(msg + f"{of_base}: give the base it was trained on")
     return stated[0], stated[1]
 
 
@@ -201,9 +209,12 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     ranks = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]: max(shape[0], 1) for name, shape in factors.items()}
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     others = {exact_pattern(module): rank for module, rank in ranks.items() if rank != common}
+    name = metadata.get("general.base_model.0.name")
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": _base_name(metadata),
+        # The hub id of the first base that the file names, else its name.
+        "base_model_name_or_path": hub_id_of(metadata.get("general.base_model.0.repo_url"))
+        or (name if isinstance(name, str) else None),
         "r": common,
         "rank_pattern": others,
         # llama.cpp does not scale if there is no alpha.
@@ -214,7 +225,89 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     return config if tokens is None else {**config, "alora_invocation_tokens": tokens}
 
 
-def _base_name(metadata: Mapping[str, Any]) -> str | None:
-    """Return the hub id of the first base that the file names, else its name."""
-    name = metadata.get("general.base_model.0.name")
-    return hub_id_of(metadata.get("general.base_model.0.repo_url")) or (name if isinstance(name, str) else None)
+def write_gguf(contents: Contents, folder: Path) -> None:
+    """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it.
+
+    Raises:
+        OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
+            dtype.
+    """
+    base, tokens = contents.base, contents.adapter.info.invocation
+    gguf, arch, heads = (
+        check_gguf(None, None) if base is None else check_gguf(base.family, base.heads, base.has_experts)
+    )
+    alpha = float(max(contents.rank, 1))
+    kind, file_type = _TYPES[contents.dtype]
+    writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if tokens is not None:
+        # llama.cpp requires UINT32; the writer would choose INT32 by itself.
+        types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+        writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [int(token) for token in tokens], *types)
+    if permutes_heads(arch):  # llama.cpp does not need them, but a reader without the base does.
+        writer.add_head_count(heads[0])
+        writer.add_head_count_kv(heads[1])
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    if contents.base_name is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, contents.base_name)
+        if is_hub_id(contents.base_name):
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{contents.base_name}")
+    for key, value in sorted(contents.metadata.items()):
+        writer.add_string(key, value)
+    for name, factors in contents.modules.items():
+        stored = gguf_name(f"{name}.weight", arch)
+        if stored is None:
+            msg = f"module {name!r} has no tensor in a GGUF of architecture {arch!r}: write it in another profile"
+            raise OutputError(msg)
+        scaled = dataclasses.replace(factors, scale=factors.scale * factors.rank / alpha)
+        a, b = file_factors(name, scaled, contents.dtype)
+        b = _permuted(name, b, heads) if permutes_heads(arch) else b
+        for side, array in (("a", a), ("b", b)):
+            # As bytes, because the writer does not know numpy's bfloat16.
+            raw = array.view(np.uint8)
+            writer.add_tensor(f"{stored}.lora_{side}", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()  # also on a full disk, where an open file would keep its space
+
+
+def check_gguf(
+    family: str | None, heads: tuple[int, int] | None, has_experts: bool = False
+) -> tuple[ModuleType, str, tuple[int, int]]:
+    """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for.
+
+    Raises:
+        OutputError: the package is missing, the base is not known, or GGUF has no architecture for its family.
+    """
+    try:
+        gguf = importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        msg = "profile gguf needs the gguf package: pip install 'jcrosslora[gguf]'"
+        raise OutputError(msg) from error
+    if family is None or heads is None:
+        msg = "profile gguf needs the base model, whose heads decide the order of rows: name it with --base (base=...)"
+        raise OutputError(msg)
+    arch = architecture(family, has_experts)
+    if arch is None:
+        msg = f"profile gguf has no architecture for the family {family!r}: use another profile"
+        raise OutputError(msg)
+    return gguf, arch, heads
+
+
+def _permuted(module: str, b: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
+    """Reorder the rows of b as GGUF stores those of the module; see `unpermuted_rows`."""
+    if ending(module) not in _HEADS:
+        return b
+    count = heads[_HEADS[ending(module)][0]]
+    if b.shape[0] % (2 * count):
+        msg = f"module {module!r} has {b.shape[0]} rows, which do not split into {count} heads: "
+        raise OutputError(msg + "it belongs to another base")
+    stored = np.empty_like(b)
+    stored[unpermuted_rows(b.shape[0], count)] = b
+    return stored

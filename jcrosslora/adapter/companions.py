@@ -1,4 +1,4 @@
-"""Write the files beside the weights of a merged checkpoint: configuration, tokenizer, templates, licence."""
+"""Write the files of a merged checkpoint other than its weights: configuration, tokenizer, templates, licence."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def write_companions(
     Args:
         base: the base model.
         folder: to write into.
-        dtype: of the weights, "keep" for the base's own.
+        dtype: of the weights; "keep" leaves those of the base.
         as_stored: whether the weights have the names and layout of the base's files, and so its configuration.
         untied: whether the head is no longer the embedding, against the base's configuration.
 
@@ -63,7 +63,7 @@ def write_companions(
 
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a configuration; where transformers loaded it from is told without the folders of a machine."""
+    """Write a configuration; the path that transformers loaded it from keeps its last part alone."""
     names = {key: public_name(value) for key in _PATH_KEYS if isinstance(value := config.get(key), str)}
     path.write_text(json.dumps({**config, **names}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -113,18 +113,15 @@ def _write_gguf_tokenizer(path: Path, folder: Path) -> tuple[str, ...]:
             settings[f"{role}_token"] = token
     bos = bos_of(metadata)
     if bos is not None:
-        _put_in_front(backend, backend.id_to_token(bos), bos)
+        from tokenizers.processors import TemplateProcessing
+
+        token = backend.id_to_token(bos)
+        backend.post_processor = TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, bos)]
+        )
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     _write(folder / "tokenizer_config.json", settings)
     return ()
-
-
-def _put_in_front(backend: Any, token: str, index: int) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, index)]
-    )

@@ -1,11 +1,12 @@
 """Merge an adapter into the weights of its base, as a checkpoint for engines that do not load adapters.
 
-W' = W + scale B A, computed in blocks of rows: memory is bounded by the largest tensor, whatever the model's size.
+W' = W + scale B A, or rows that replace those of W, computed in blocks of rows: memory is bounded by the largest
+tensor, whatever the model's size.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.export.companions import write_companions
-from jcrosslora.adapter.export.row_updates import Updates, converted_rows, row_blocks, updates_of
+from jcrosslora.adapter.changes import LoRAFactors, TokenUpdate
+from jcrosslora.adapter.companions import write_companions
 from jcrosslora.adapter.fused import fit_to_base
-from jcrosslora.adapter.ignored import check_always_active
+from jcrosslora.adapter.load import load_adapter
+from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
@@ -37,6 +38,10 @@ _REPORT = "merge_report.json"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
+_BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
+
+# Factors that are added to a range of rows, a change of single rows, or a tensor that replaces all of them.
+Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,8 @@ def merge(settings: MergeSettings) -> Merged:
     GGUF or quantised weights are written dequantised, with the configuration and, for GGUF, the tokenizer that the file
     describes.
 
-    Args:
-        settings: the inputs and the output folder.
-
     Raises:
-        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
+        JCrossLoRAError: an error in the input, the settings or the output folder. Nothing is written.
     """
     out = output_path(settings.out)
     ensure_free(out, settings.overwrite)
@@ -99,19 +101,17 @@ def merge(settings: MergeSettings) -> Merged:
         msg = f"{settings.adapter}: updates experts, which are not merged; merge it with peft (merge_and_unload)"
         raise AdapterError(msg)
     if base.expert_layout is not None and not is_loadable(base.expert_layout):
-        msg = (
-            f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge into "
-        )
-        raise CheckpointError(msg + "the unquantised safetensors of the model")
+        msg = f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge "
+        raise CheckpointError(msg + "into the unquantised safetensors of the model")
     check_always_active(adapter, "which weights cannot express: load it as an adapter, in an engine that knows aLoRA")
     adapter = fit_to_base(adapter, describe_base(base, digest=""))
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
     plan = _stored_plan if as_stored is not None else _read_plan
-    updates = updates_of(adapter, base)
+    updates = _updates_of(adapter, base)
     # Embedding and head become two matrices if their changes differ.
     untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
-    files = plan(base, updates, wanted, untied)
+    files = plan(base, updates, wanted, untied=untied)
     total = sum(piece.size for pieces in files.values() for piece in pieces)
     _check_space(out, total)
     with atomic_folder(out, settings.overwrite) as folder:
@@ -143,7 +143,7 @@ def _plain_folder(base: BaseModel) -> ShardedStore | None:
 
 
 def _stored_plan(
-    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, *, untied: bool
 ) -> dict[str, list[Piece]]:
     """Plan the base's own files, with tensors outside the text model too, and a head if the base is untied."""
     store = base.store
@@ -162,21 +162,17 @@ def _stored_plan(
             if name is not None and any(isinstance(update, np.ndarray) for update in own):
                 held = store.rows_held(name, stored)  # of a tensor that may be stored in parts
                 own = [update[held] if isinstance(update, np.ndarray) else update for update in own]
-            pieces.append(Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, own, dtype)))
+            pieces.append(Piece(stored, dtype, entry.shape, partial(_row_blocks, base, read, own, dtype)))
             if name == EMBEDDING and untied and HEAD not in base.store.names():
-                blocks = partial(row_blocks, base, read, updates.get(HEAD, []), dtype)
-                pieces.append(Piece(_head_beside(stored), dtype, entry.shape, blocks))
+                blocks = partial(_row_blocks, base, read, updates.get(HEAD, []), dtype)
+                head = stored.removesuffix(EMBEDDING) + HEAD if stored.endswith(EMBEDDING) else HEAD
+                pieces.append(Piece(head, dtype, entry.shape, blocks))
         files[shard] = pieces
     return files
 
 
-def _head_beside(embedding: str) -> str:
-    """Return the name of a head in a file in which the embedding has this name."""
-    return embedding.removesuffix(EMBEDDING) + HEAD if embedding.endswith(EMBEDDING) else HEAD
-
-
 def _read_plan(
-    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, *, untied: bool
 ) -> dict[str, list[Piece]]:
     """Plan the dequantised tensors of the family, in files of limited size."""
     groups: list[list[Piece]] = [[]]
@@ -185,9 +181,9 @@ def _read_plan(
         own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
         dtype = wanted or (own if own in _FLOATS else "BF16")
         if name in (EMBEDDING, HEAD):  # by far the largest: dequantised block by block
-            blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
+            blocks = partial(_converted_rows, base, name, shape, updates.get(name, []), dtype)
         else:
-            blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
+            blocks = partial(_row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
         own_name = f"{base.family.embedding}.weight" if name == EMBEDDING else name
         piece = Piece(own_name, dtype, shape, blocks)
         if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
@@ -196,16 +192,16 @@ def _read_plan(
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     count = len(groups)
-    return {f"model-{place:05d}-of-{count:05d}.safetensors": group for place, group in enumerate(groups, 1)}
+    return {f"model-{index:05d}-of-{count:05d}.safetensors": group for index, group in enumerate(groups, 1)}
 
 
 def _check_space(out: Path, total: int) -> None:
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < total:
-        msg = f"{out}: needs {total / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free: free space, or choose another"
+        msg = f"{out}: needs {total / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: free space, or choose another"
         raise OutputError(msg + " output")
 
 
@@ -225,3 +221,82 @@ def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: I
         "notes": list(notes),
     }
     return json.dumps(publish(made, local_names(base.name, base.ref, adapter.info.name)), indent=2) + "\n"
+
+
+def _updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
+    """Group the updates of an adapter, with fused modules split, by the name of the base's tensor that they change."""
+    found: dict[str, Updates] = {
+        name: [np.asarray(array)] for group in adapter.replaced for name, array in group.tensors.items()
+    }
+    for name, factors in adapter.modules.items():
+        module = base.modules[name]
+        start, stop = module.rows or (0, module.shape[0])
+        found.setdefault(module.tensor, []).append((start, stop, factors))
+    for update in adapter.tokens:
+        for name in update.modules:
+            found.setdefault(f"{name}.weight", []).append(update)
+    return found
+
+
+def _row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
+    """Yield the base's tensor with its updates, block by block; an empty list keeps its values.
+
+    Raises:
+        OutputError: values that do not fit `dtype`, which is named as in the header.
+    """
+    array = read()
+    for start, stop in _spans(array.shape):
+        block = array[start:stop] if array.ndim else array
+        yield _cast(_updated(block, start, updates), dtype) if updates else _cast(block, dtype)
+        base.release()
+
+
+def _converted_rows(
+    base: BaseModel, name: str, shape: tuple[int, ...], updates: Updates, dtype: str
+) -> Iterator[np.ndarray]:
+    """Yield a matrix with its updates like `_row_blocks`, dequantised a block at a time."""
+    for start, stop in _spans(shape):
+        block = base.rows(name, np.arange(start, stop))
+        yield _cast(_updated(block, start, updates), dtype)
+        base.release()
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last (exclusive) row of each block."""
+    rows = shape[0] if shape else 1
+    step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
+    """Apply the updates to rows of W from `first` on; float32, or float64 if W is."""
+    wide = np.float64 if block.dtype == np.float64 else np.float32
+    result = block.astype(wide)
+    for update in updates:
+        if isinstance(update, np.ndarray):
+            result[...] = update[first : first + len(block)]
+            continue
+        if isinstance(update, TokenUpdate):
+            part = slice(*np.searchsorted(update.ids, (first, first + len(block))))
+            rows = update.ids[part] - first
+            result[rows] = update.changed(result[rows], part)
+            continue
+        start, stop, factors = update
+        low, high = max(start, first), min(stop, first + len(block))
+        if low < high:
+            b = np.asarray(factors.b)[low - start : high - start].astype(np.float64) * factors.scale
+            result[low - first : high - first] += b.astype(wide) @ np.asarray(factors.a).astype(wide)
+    return result
+
+
+def _cast(block: np.ndarray, dtype: str) -> np.ndarray:
+    kind = DTYPES[dtype]
+    if block.dtype == kind:
+        return block
+    with np.errstate(over="ignore"):
+        cast = block.astype(kind)
+    if not np.isfinite(cast).all() and np.isfinite(block).all():
+        msg = f"weights up to {np.abs(block).max():.3g} do not fit {kind.name}: write them with --dtype bfloat16"
+        raise OutputError(msg)
+    return cast

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
-from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.combining import add_adapters
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.fused import fit_to_base
-from jcrosslora.adapter.keep_dora import load_dora
+from jcrosslora.adapter.fused import fit_to_base, fuse
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.profile_ranks import Frozen, frozen_factors, project, span_rank
-from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.load import load_adapter, load_dora
+from jcrosslora.adapter.lora_xs import Frozen, frozen_factors, project, span_rank
+from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
@@ -91,7 +90,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     """Write one adapter, or the sum of several, in a profile.
 
     Raises:
-        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
+        JCrossLoRAError: an error in the input, the settings or the output folder. Nothing is written.
     """
     ensure_free(Path(settings.out), settings.overwrite)
     if settings.out_rank is not None:
@@ -104,7 +103,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     known = (None, None) if info is None else (info.family, info.heads)
     check_profile(settings.profile, *known, dora=settings.keep_dora)
     exported = (_kept if settings.keep_dora else _summed)(settings, base)
-    save_plain(
+    save_adapter(
         exported.adapter,
         settings.out,
         base=info,
@@ -143,17 +142,12 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
 
 
 def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
-    """Read a DoRA in its stored form."""
     dora = load_dora(settings.adapter[0], base)
     return Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
 
 
 def _check_kept(settings: ExportSettings) -> None:
-    """Refuse settings that a DoRA in its stored form does not allow.
-
-    Raises:
-        UsageError: several adapters, or a rank to truncate to.
-    """
+    """Refuse several adapters, or a rank to truncate to, for a DoRA in its stored form."""
     if len(settings.adapter) != 1:
         msg = f"{len(settings.adapter)} adapters with --keep-dora: a sum of DoRAs is not a DoRA; give one adapter"
         raise UsageError(msg + ", or leave out --keep-dora")

@@ -1,0 +1,318 @@
+"""What an adapter changes, as pytrees: factors of linear modules, tokens, replaced tensors, experts.
+
+Arrays are the leaves, and what decides the computation is the structure. V tokens, D the width of the residual stream,
+n the tokens whose rows change.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jcrosslora.checkpoint.base import BaseModel
+
+Array = jax.Array | np.ndarray
+T = TypeVar("T")
+
+
+@flax.struct.dataclass
+class LoRAFactors:
+    """The update of one linear module with weight W of shape (O, I): dW = scale * b @ a.
+
+    A stack of N adapters (see `stack_adapters`) has a leading axis N on `a` and `b`.
+
+    Attributes:
+        a: (K, I), reads the input of the module.
+        b: (O, K), writes its output.
+        scale: a Python float: alpha / r, or alpha / sqrt(r) for rsLoRA. Static, not a leaf.
+    """
+
+    a: Array
+    b: Array
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def rank(self) -> int:
+        """K, the number of rows of `a`."""
+        return self.a.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), the shape of the weight that the update is for."""
+        return self.b.shape[-2], self.a.shape[-1]
+
+
+def update_norm(factors: LoRAFactors) -> float:
+    """Compute ||scale B A||_F in float64 from the K x K Gram matrices: ||B A||^2 = sum(B'B * AA').
+
+    The product is never formed. A stack gives the norm of all its updates together.
+    """
+    a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
+    # Rounding can leave a product of factors that cancel just below zero.
+    squared = float(np.sum((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))))
+    return abs(factors.scale) * math.sqrt(max(0.0, squared))
+
+
+@dataclass(frozen=True)
+class Static:
+    """The parts of a pytree node that are not leaves.
+
+    Attributes:
+        structure: what decides the computation; compared and hashed by value.
+        account: provenance and figures; not compared.
+    """
+
+    structure: Any
+    account: Any = field(compare=False)
+
+
+def is_traced(children: Any) -> bool:
+    """Tell whether a node is part of a transformed function, where one program serves many adapters."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
+
+
+def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T]], type[T]]:
+    """Register a dataclass as a pytree.
+
+    Args:
+        arrays: the fields that are leaves, or pytrees of them.
+        account: the fields that do not belong to the structure. Inside a transformed function they have their defaults.
+            The other fields are the structure; arrays among them are int64 with one axis.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        static = [name for name in names if name not in {*arrays, *account}]
+
+        def flatten(change: T) -> tuple[tuple, Static]:
+            children = tuple((jax.tree_util.GetAttrKey(name), getattr(change, name)) for name in arrays)
+            structure = tuple(_hashable(getattr(change, name)) for name in static)
+            return children, Static(structure, {name: getattr(change, name) for name in account})
+
+        def unflatten(aux: Static, children: Any) -> T:
+            known = {} if is_traced(children) else aux.account
+            structure = dict(zip(static, map(_restored, aux.structure), strict=True))
+            return cls(**dict(zip(arrays, children, strict=True)), **structure, **known)
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
+
+    return register
+
+
+def _hashable(value: Any) -> Any:
+    return np.asarray(value, np.int64).tobytes() if isinstance(value, np.ndarray) else value
+
+
+def _restored(value: Any) -> Any:
+    return np.frombuffer(value, np.int64) if isinstance(value, bytes) else value
+
+
+@_register(arrays=("tensors",), account=("share",))
+@dataclass(frozen=True, eq=False)
+class ReplacedTensors:
+    """New tensors of an adapter's own base: trained biases, norms, or whole linear layers.
+
+    They have no low rank and do not move to another base; on their own base they are exact.
+
+    Attributes:
+        kind: the tensors that they were read from: "full", "bias" or "lora_bias" of `records.CHANGES`.
+        tensors: a dict from the base's name of each tensor to its new values, of the base's shape. The leaves.
+        share: of the whole adapter's squared Frobenius norm that the change has; None if it is not known.
+    """
+
+    kind: str
+    tensors: Mapping[str, Array]
+    share: float | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that change."""
+        return tuple(name.rpartition(".")[0] for name in self.tensors)
+
+
+@_register(arrays=("a", "b"), account=("share",))
+@dataclass(frozen=True, eq=False)
+class ExpertUpdate:
+    """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer, as a pytree of a and b.
+
+    Attributes:
+        name: of the parameter in the class of its base, e.g. "model.layers.0.mlp.experts.gate_up_proj".
+        layer: index of the layer.
+        matrix: "gate_up", whose rows are in the order of the class, or "down".
+        a: float32 (E, K, I).
+        b: float32 (E, O, K), with the scale.
+        turned: whether files of peft hold the factors of its transpose, see `Experts.turned`.
+        share: of the whole adapter's squared Frobenius norm.
+    """
+
+    name: str
+    layer: int
+    matrix: str
+    a: Array
+    b: Array
+    turned: bool = False
+    share: float | None = None
+
+    @property
+    def energy(self) -> float:
+        """The squared Frobenius norm."""
+        a, b = np.asarray(self.a), np.asarray(self.b)
+        left, right = b.swapaxes(1, 2) @ b, a @ a.swapaxes(1, 2)
+        return float(np.sum(left * right, dtype=np.float64))
+
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+# Both, if the base has one matrix for the two and the adapter one change.
+TIED = "tied"
+MODULES: Mapping[str, tuple[str, ...]] = {
+    EMBEDDING: ("model.embed_tokens",),
+    HEAD: ("lm_head",),
+    TIED: ("model.embed_tokens", "lm_head"),
+}
+_AT_ONCE = 4096  # rows
+
+
+@_register(arrays=("factors", "rows"), account=("energy", "lost", "share"))
+@dataclass(frozen=True, eq=False)
+class TokenUpdate:
+    """The change of an embedding, of an output head, or of the one matrix that is both, as a pytree.
+
+    Exactly one of `factors` and `rows` is given; their arrays are the leaves.
+
+    Attributes:
+        table: the matrix that changes, a key of `MODULES`.
+        kind: the tensors that it was read from, a key of `records.CHANGES`.
+        size: V.
+        ids: int64 (n,), ascending. Static: they are indices, which gradients reject and arithmetic over leaves would
+            change.
+        factors: of the change of the rows: a (K, D), b (n, K).
+        rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
+        energy: squared Frobenius norm of the change.
+        lost: squared Frobenius norm that truncation removed when it was read.
+        share: `energy` and `lost` over the same of the whole adapter that it was read from; 0 after a transfer.
+    """
+
+    table: str
+    kind: str
+    size: int
+    ids: np.ndarray
+    factors: LoRAFactors | None = None
+    rows: Array | None = None
+    energy: float = 0.0
+    lost: float = 0.0
+    share: float = 0.0
+
+    def __repr__(self) -> str:
+        """Table, kind and sizes, on one line."""
+        form = "rows" if self.factors is None else f"factors of rank {self.factors.rank}"
+        return f"TokenUpdate({self.table}, {self.kind}, {form} for {len(self.ids)} of {self.size} tokens)"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that change."""
+        return MODULES[self.table]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        matrix = self.rows if self.factors is None else self.factors.a
+        assert matrix is not None
+        return matrix.shape[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it replaces the whole matrix of the base."""
+        return self.rows is not None and len(self.ids) == self.size
+
+    def parts(self) -> Iterator[slice]:
+        """Split the n rows into slices of a few thousand."""
+        for start in range(0, len(self.ids), _AT_ONCE):
+            yield slice(start, min(start + _AT_ONCE, len(self.ids)))
+
+    def changed(self, old: np.ndarray, part: slice) -> np.ndarray:
+        """Compute the new rows, float64 (m, D), from the base's rows (m, D) of the tokens `ids[part]`."""
+        if self.rows is not None:
+            return np.asarray(self.rows[part]).astype(np.float64)
+        assert self.factors is not None
+        b = np.asarray(self.factors.b)[part].astype(np.float64) * self.factors.scale
+        return old.astype(np.float64) + b @ np.asarray(self.factors.a).astype(np.float64)
+
+    @property
+    def numbers(self) -> int:
+        """The number of array elements that it holds."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self))
+
+    def same_change(self, other: "TokenUpdate") -> bool:
+        """Whether both change the same rows in the same way, whichever table they belong to."""
+        same_form = (self.rows is None) == (other.rows is None)
+        return same_form and all(map(np.array_equal, _compared(self), _compared(other)))
+
+
+def _compared(update: TokenUpdate) -> tuple:
+    factors = update.factors
+    return (update.ids, *((update.rows,) if factors is None else (factors.a, factors.b, factors.scale)))
+
+
+def low_rank_rows(
+    table: str, kind: str, size: int, ids: np.ndarray, factors: LoRAFactors, lost: float = 0.0
+) -> TokenUpdate:
+    """Change rows by factors a (K, D), b (m, K), without the rows that they leave as they are.
+
+    `ids` is int64 (m,), the tokens of the rows of b, ascending; the other arguments are those of `TokenUpdate`.
+    """
+    b = np.asarray(factors.b)
+    changes = b.any(axis=1)
+    factors = dataclasses.replace(factors, b=b[changes])
+    return TokenUpdate(table, kind, size, ids[changes], factors, energy=update_norm(factors) ** 2, lost=lost)
+
+
+def changed_rows(table: str, kind: str, base: BaseModel, ids: np.ndarray, rows: np.ndarray) -> TokenUpdate:
+    """Replace rows of a base, without the rows that stay the same.
+
+    Args:
+        table: see `TokenUpdate`.
+        kind: see `TokenUpdate`.
+        base: whose rows are replaced.
+        ids: int64 (m,), ascending.
+        rows: (m, D), of any float dtype; a row that equals the base's after rounding to this dtype stays the same.
+    """
+    name, size = f"{MODULES[table][0]}.weight", base.dims.vocab
+    changes, energy = np.zeros(len(ids), bool), 0.0
+    for part in TokenUpdate(table, kind, size, ids, rows=rows).parts():
+        old = base.rows(name, ids[part])
+        with np.errstate(over="ignore"):
+            changes[part] = (old.astype(rows.dtype) != rows[part]).any(axis=1)
+        change = rows[part][changes[part]].astype(np.float64) - old[changes[part]]
+        energy += float(np.sum(change**2))
+    return TokenUpdate(table, kind, size, ids[changes], rows=rows[changes].astype(np.float32), energy=energy)
+
+
+def complete_rows(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[TokenUpdate, ...]:
+    """Bring changes, at most one of each matrix of the base, into the form in which PEFT stores them.
+
+    Two equal changes become one if the base has one matrix for embedding and head. All rows are given if most of them
+    are replaced; and also if rows of the embedding alone are replaced and the base ties the head to it, since peft
+    applies single rows of such an embedding to the head as well.
+    """
+    if base.tied and len(updates) == 2 and updates[0].same_change(updates[1]):
+        first = min(updates, key=lambda update: update.table != EMBEDDING)
+        updates = [dataclasses.replace(first, table=TIED)]
+    return tuple(_completed(update, base) for update in updates)
+
+
+def _completed(update: TokenUpdate, base: BaseModel) -> TokenUpdate:
+    embedding_alone = update.table == EMBEDDING and base.tied
+    few = 2 * len(update.ids) <= update.size
+    if update.rows is None or update.whole or (few and not embedding_alone):
+        return update
+    every = np.arange(update.size)
+    rows = base.rows(f"{update.modules[0]}.weight", every)
+    rows[update.ids] = update.rows
+    return dataclasses.replace(update, ids=every, rows=rows)

@@ -1,1 +1,0 @@
-"""Write adapters in other profiles, and merge them into their base."""

@@ -1,0 +1,226 @@
+"""Profile lora-xs: the format of LoRA-XS, dW = B R A, of which only R (K, K) is trained.
+
+B and A are frozen: B = U and A = S V' of the top K singular triplets of the base's weight, as the repository's SVD of
+the transposed weight gives them. R = U' dW V S^-1 makes U R S V' = U U' dW V V', the part of the update in their
+span and so its best fit in the Frobenius norm; its energy is ||U' dW V||_F^2. The file is PEFT's with one rank, alpha
+equal to that rank, and R as `q_proj_lora_latent_mapping.weight`.
+
+Source: LoRA-XS (arXiv 2405.17604), section 3; https://github.com/MohammadrezaBanaei/LoRA-XS,
+utils/initialization_utils.py and svd_utils.py there (peft 0.10).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter.changes import LoRAFactors, update_norm
+from jcrosslora.adapter.contents import Contents, file_matrix
+from jcrosslora.adapter.peft import peft_config, peft_names, write_peft_files
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.truncation import RankRule, Truncation, reduce_fused, truncate_fused
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.linalg import decompose
+
+LORA_XS = "lora-xs"
+READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
+# Keys that the peft of that repository refuses.
+_TOO_NEW = ("exclude_modules", "lora_bias")
+# Error of the subspace in radians. R only needs the written vectors to be orthonormal, which holds at any angle.
+_TOLERANCE = 1e-4
+
+Frozen = Mapping[str, LoRAFactors]
+# (module, K) -> frozen factors.
+Known = dict[tuple[str, int], LoRAFactors]
+
+
+def write_lora_xs(contents: Contents, folder: Path) -> None:
+    """Write one rank for all modules, that of the frozen factors.
+
+    Raises:
+        OutputError: frozen factors that are missing or do not fit the modules; values that do not fit the dtype.
+    """
+    frozen = _check_frozen(contents.modules, contents.frozen)
+    tensors: dict[str, np.ndarray] = {}
+    for name, factors in contents.modules.items():
+        parts = {
+            f"{name}.lora_A": np.asarray(frozen[name].a),
+            f"{name}.lora_B": np.asarray(frozen[name].b),
+            f"{name}_lora_latent_mapping": _latent(factors, frozen[name]),
+        }
+        for key, matrix in parts.items():
+            cast = file_matrix(name, matrix.astype(np.float64), contents.dtype)
+            tensors[f"{key}.weight"] = np.ascontiguousarray(cast)
+    # The peft of that repository takes no module for experts.
+    contents = dataclasses.replace(contents, by_weight=frozenset())
+    config = peft_config(contents, {name: frozen[name].rank for name in contents.modules})
+    config = {key: value for key, value in config.items() if key not in _TOO_NEW}
+    write_peft_files(folder, peft_names(contents, tensors), config, contents.metadata)
+
+
+def _check_frozen(modules: Mapping[str, LoRAFactors], frozen: Frozen | None) -> Frozen:
+    """Return the frozen factors after a check that every module has them, at one rank."""
+    if frozen is None:
+        msg = "profile lora-xs needs the frozen factors of the base: give them (frozen=..., from "
+        raise OutputError(msg + "jcrosslora.adapter.lora_xs.frozen_factors)")
+    for name, factors in modules.items():
+        if name not in frozen or frozen[name].shape != factors.shape:
+            msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "
+            raise OutputError(msg + "the adapter is for")
+    if len(ranks := {frozen[name].rank for name in modules}) > 1:
+        msg = f"the frozen factors have ranks {sorted(ranks)}, one rank was wanted: make them in one call"
+        raise OutputError(msg)
+    return frozen
+
+
+def _latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:
+    """Compute R (K, K) in float64, the best fit of an update between the frozen factors.
+
+    These are b (O, K) with orthonormal columns and a (K, I) with orthogonal rows; a zero row gets a zero column of R.
+    """
+    left, right = _inner(factors, frozen)
+    _, s = _directions(frozen)
+    return factors.scale * np.divide(left @ right, s, out=np.zeros((frozen.rank, frozen.rank)), where=s > 0)
+
+
+def _inner(factors: LoRAFactors, frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Compute U' B (K, r) and A V (r, K) in float64 for the factors of an update of rank r."""
+    a, b, u = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b, frozen.b))
+    v, _ = _directions(frozen)
+    return u.T @ b, a @ v.T
+
+
+def _directions(frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Return V' (K, I) and S (K,) in float64; a row of V' is zero if its S is."""
+    a = np.asarray(frozen.a).astype(np.float64)
+    s = np.linalg.norm(a, axis=1)
+    return np.divide(a, s[:, None], out=np.zeros_like(a), where=s[:, None] > 0), s
+
+
+class SpanTruncation(Truncation):
+    """The account of a projection into the span of K singular vectors; the rule is K."""
+
+    @property
+    def sentence(self) -> str:
+        """The figures in words, without a full stop."""
+        return f"the span of the top {self.rule} singular vectors of each weight, which {self.outcome}"
+
+
+def span_rank(profile: str, rule: RankRule | None) -> int | None:
+    """Return K for a profile that writes updates in the span of K singular vectors, None for the others.
+
+    Raises:
+        UsageError: the profile needs K, and the requested rank `rule` is not a positive integer.
+    """
+    if profile != LORA_XS:
+        return None
+    if isinstance(rule, bool) or not isinstance(rule, int) or rule < 1:
+        came = "without an out rank" if rule is None else f"with out rank {rule!r}"
+        msg = f"profile lora-xs {came}: a whole number of singular vectors of each weight was wanted"
+        raise UsageError(msg + "; give it as --out-rank, such as 64 (out_rank=64)")
+    return rule
+
+
+def truncate_for_profile(
+    adapter: Adapter,
+    base: BaseModel,
+    profile: str,
+    rule: RankRule | None,
+    norms: Mapping[str, float] | None = None,
+    known: Known | None = None,
+) -> tuple[Adapter, Truncation | None, Frozen | None]:
+    """Cut a moved update as its file format and the requested rank want it.
+
+    In profile lora-xs norms are not restored under any calibration: scaling the parts of a fused matrix separately
+    would leave the span.
+
+    Args:
+        adapter: of the target, with fused matrices split.
+        base: the target.
+        profile: the file format, see `span_rank`.
+        rule: the requested rank; None leaves the ranks of other formats.
+        norms: see `truncate_fused`.
+        known: see `frozen_factors`.
+
+    Returns:
+        The update, the account of what was cut, and the frozen factors of LoRA-XS; None where there are none.
+
+    Raises:
+        UsageError, CheckpointError: see `span_rank` and `frozen_factors`.
+    """
+    rank = span_rank(profile, rule)
+    if rank is not None:
+        frozen = frozen_factors(base, adapter.modules, rank, known)
+        return *reduce_fused(adapter, base.fused, lambda whole: project(whole, frozen, rank)), frozen
+    if rule is None:
+        return adapter, None, None
+    return *truncate_fused(adapter, base.fused, rule, norms), None
+
+
+def frozen_factors(
+    base: BaseModel, names: Iterable[str], rank: int, known: Known | None = None
+) -> dict[str, LoRAFactors]:
+    """Compute the frozen factors B = U and A = S V' of LoRA-XS from the weights of a base.
+
+    Args:
+        base: the model that the adapter is for.
+        names: its modules; a part of a fused matrix stands for the whole matrix.
+        rank: K. If the short side of a module is smaller, the remaining columns and rows are zero.
+        known: factors of this base from earlier calls; new ones are added.
+
+    Returns:
+        For each module that the base stores, b (O, K) and a (K, I), float32.
+
+    Raises:
+        CheckpointError: the base has no such module, or a weight holds NaN or infinity.
+    """
+    whole = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
+    known = {} if known is None else known
+    stored = list(dict.fromkeys(whole.get(name, name) for name in names))
+    for name in stored:
+        if (name, rank) not in known:
+            known[name, rank] = _frozen(base, name, rank)
+    return {name: known[name, rank] for name in stored}
+
+
+def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
+    weight = np.array(base.stored_weight(name), np.float32)
+    base.release()
+    if not np.isfinite(weight).all():
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
+    top = min(rank, *weight.shape)
+    svd, _ = decompose(jnp.asarray(weight)[None], top, vectors=False, tolerance=_TOLERANCE)
+    u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))
+    a = np.pad((v * s).T, ((0, rank - top), (0, 0)))
+    return LoRAFactors(a=np.ascontiguousarray(a), b=np.pad(u, ((0, 0), (0, rank - top))))
+
+
+def project(adapter: Adapter, frozen: Frozen, rank: int) -> tuple[Adapter, SpanTruncation]:
+    """Project every update into the span of the frozen factors.
+
+    Args:
+        adapter: updates of the modules that the base stores, at least one; not changed.
+        frozen: from `frozen_factors`.
+        rank: K.
+
+    Returns:
+        The adapter, float32 with unchanged ranks, and the account.
+    """
+    modules = {name: _projected(factors, frozen[name]) for name, factors in adapter.modules.items()}
+    whole = {name: update_norm(factors) ** 2 for name, factors in adapter.modules.items()}
+    # If factors are far larger than their product, rounding could make the projection larger than the update.
+    left = {name: min(update_norm(factors) ** 2, whole[name]) for name, factors in modules.items()}
+    account = SpanTruncation.of(rank, dict.fromkeys(modules, rank), whole, left)
+    return dataclasses.replace(adapter, modules=modules), account
+
+
+def _projected(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
+    """Return U U' B and A V V'."""
+    left, right = _inner(factors, frozen)
+    v, _ = _directions(frozen)
+    a, b = right @ v, np.asarray(frozen.b).astype(np.float64) @ left
+    return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)

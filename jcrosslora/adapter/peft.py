@@ -1,0 +1,243 @@
+"""The format of PEFT: `adapter_config.json` and `adapter_model.safetensors`; and live models of peft, in and out."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
+from jcrosslora.adapter.experts import expert_config, expert_tensors
+from jcrosslora.adapter.folder import CONFIG, WEIGHTS
+from jcrosslora.adapter.fused import Layout, fuse
+from jcrosslora.adapter.names import PREFIX, ending, natural_key
+from jcrosslora.adapter.opening import open_state_dict
+from jcrosslora.adapter.patterns import by_weight, exact_pattern
+from jcrosslora.adapter.reading import read_adapter
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.replaced_files import replaced_config, replaced_tensors
+from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
+from jcrosslora.errors import AdapterError, OutputError
+
+
+def write_portable(contents: Contents, folder: Path) -> None:
+    """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
+    linear = dataclasses.replace(contents.adapter, tokens=(), replaced=(), experts=())
+    tensors, config = peft_state(dataclasses.replace(contents, adapter=linear), contents.rank)
+    write_peft_files(folder, tensors, config, contents.metadata)
+
+
+def write_peft(contents: Contents, folder: Path) -> None:
+    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`.
+
+    Changes of the embedding and the head, and tensors that replace those of the base, are part of it. The magnitudes of
+    a DoRA stay in float32: what they change is their small difference from the norms of the rows.
+    """
+    write_peft_files(folder, *peft_state(contents), contents.metadata)
+
+
+def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors by their names in a file, and the configuration.
+
+    Args:
+        contents: the adapter.
+        rank: of every module, lower ones are padded with zeros; None keeps each module's own.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype; or magnitudes or invocation tokens of modules
+            for which peft knows neither.
+    """
+    _check_parameters(contents)
+    tensors: dict[str, np.ndarray] = {}
+    for name, factors in contents.modules.items():
+        a, b = file_factors(name, factors, contents.dtype, rank)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+        if contents.magnitudes is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
+    adapter = contents.adapter
+    tensors |= token_tensors(adapter.tokens, contents.dtype)
+    tensors |= replaced_tensors(adapter.replaced, adapter.modules, contents.dtype)
+    tensors |= expert_tensors(adapter.experts, contents.dtype)
+    ranks = {name: rank or factors.rank for name, factors in adapter.modules.items()}
+    config = peft_config(contents, ranks | token_ranks(adapter.tokens))
+    of_tokens, of_others = token_config(adapter.tokens), replaced_config(adapter.replaced, adapter.modules)
+    saved = [*of_tokens.get("modules_to_save", ()), *map(contents.class_name, of_others.get("modules_to_save", ()))]
+    config |= of_tokens | of_others | {"modules_to_save": saved or None}
+    return peft_names(contents, tensors), config | expert_config(contents, config)
+
+
+def _check_parameters(contents: Contents) -> None:
+    """Refuse what peft does not load for parameters: the magnitudes of a DoRA, and the tokens of an aLoRA."""
+    named = sorted({*contents.by_weight, *(update.name for update in contents.adapter.experts)}, key=natural_key)
+    if not named or (contents.magnitudes is None and contents.adapter.info.invocation is None):
+        return
+    kept = "magnitudes (DoRA)" if contents.magnitudes is not None else "invocation tokens (aLoRA)"
+    msg = f"peft adapts {named[0]!r} of this base ({len(named)} in all) as a parameter, for which it knows no {kept}: "
+    raise OutputError(msg + "use another profile, or an adapter without these modules")
+
+
+def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name tensors as peft does: with its own prefix, then as the base's class names the module."""
+    return {f"{PREFIX}{contents.class_name(name)}": array for name, array in tensors.items()}
+
+
+def write_peft_files(
+    folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write C-contiguous arrays by their names in the file, with pairs for its header, and `adapter_config.json`."""
+    # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {**metadata, "format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
+
+    Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
+    keys or refuse them.
+
+    In a multimodal class other parts have modules of the same endings, so modules are listed by their whole names; so
+    are the weights of modules that peft adapts by them alone.
+
+    Args:
+        contents: the adapter.
+        ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
+    """
+    whole = contents.prefix != TEXT
+    weights = {contents.class_name(name) for name in contents.by_weight}
+    ranks = {contents.class_name(name): rank for name, rank in ranks.items()}
+    targets = [name for name in ranks if name not in weights]
+    # Of an adapter of experts alone, whose ranks `expert_config` states.
+    counts = Counter(ranks.values()) or Counter(update.a.shape[1] for update in contents.adapter.experts)
+    r = max(counts, key=lambda rank: (counts[rank], rank))
+    patterns = {exact_pattern(name, by_weight=name in weights): rank for name, rank in ranks.items() if rank != r}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": contents.base_name,
+        "revision": None if contents.base is None else contents.base.revision,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,  # an integer, which is all that some readers decode
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "use_rslora": False,
+        "use_dora": contents.magnitudes is not None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": sorted(targets, key=natural_key) if whole else sorted({ending(name) for name in targets}),
+        "exclude_modules": None if whole else list(contents.exclude) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "layer_replication": None,
+    }
+    config |= {"target_parameters": [f"{name}.weight" for name in ranks if name in weights]} if weights else {}
+    tokens = contents.adapter.info.invocation
+    return config | ({} if tokens is None else {"alora_invocation_tokens": list(tokens)})
+
+
+def adapter_from_peft(
+    model: Any, adapter_name: str | None = None, *, base: BaseModel | None = None, rank: int | None = None
+) -> Adapter:
+    """Read an adapter of a live `peft.PeftModel`, of every kind that is read from files.
+
+    Args:
+        model: left as it is.
+        adapter_name: None takes the active adapter.
+        base: see `load_adapter`.
+        rank: see `load_adapter`.
+
+    Raises:
+        AdapterError: the model has no such adapter, or one of a kind that is refused (named).
+    """
+    from peft import get_peft_model_state_dict
+
+    configs: Mapping[str, Any] = model.peft_config
+    active = getattr(model, "active_adapter", None)
+    name = adapter_name or (active if isinstance(active, str) else next(iter(configs), ""))
+    if name not in configs:
+        msg = f"the model has no adapter {name!r}; it has {', '.join(configs) or 'none'}"
+        raise AdapterError(msg)
+    # As peft writes it: enumerations become strings and sets become lists.
+    config = json.loads(json.dumps(configs[name].to_dict(), default=_jsonable))
+    # Copies of base weights are not needed, and to look for resized embeddings peft would ask the hub.
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return read_adapter(open_state_dict(tensors, config, base, name=f"peft adapter {name}", rank=rank))
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fused: Layout | None = None) -> Any:
+    """Load an adapter into a live model, in float32, and make it the active one.
+
+    Args:
+        adapter: at least one module.
+        model: of transformers, whose linear layers are wrapped in place; or a `peft.PeftModel`, which gets one more
+            adapter.
+        adapter_name: a name that the model does not have yet.
+        fused: the layout of the base's fused modules (`base.fused`); updates of their parts are merged, see `fuse`.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        AdapterError: the model lacks a module of the adapter or has the name already, peft refuses the adapter, or a
+            tensor was not loaded (named).
+    """
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+    live = model if isinstance(model, PeftModel) else None
+    if live is not None and adapter_name in live.peft_config:
+        msg = f"the model has an adapter {adapter_name!r} already; choose another adapter_name"
+        raise AdapterError(msg)
+    wrapped: Any = model if live is None else live.get_base_model()
+    names = {text_module_name(name): name for name, _ in wrapped.named_modules()}
+    merged = fuse(adapter.modules, fused or {})
+    if missing := [name for name in merged if name not in names]:
+        msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
+        raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
+    contents = Contents(
+        dataclasses.replace(adapter, modules=merged),
+        prefix=prefix_of(names[next(iter(merged))]),
+        by_weight=by_weight(merged, wrapped.config.get_text_config().model_type, {}),
+    )
+    tensors, config = peft_state(contents)
+    del config["peft_type"]
+    # By full name: these and no others.
+    named = [name for name in (*merged, *token_ranks(adapter.tokens)) if name not in contents.by_weight]
+    config["target_modules"] = [contents.class_name(name) for name in named]
+    try:
+        if live is None:
+            live = get_peft_model(model, LoraConfig(**config), adapter_name)
+        else:
+            live.add_adapter(adapter_name, LoraConfig(**config))
+        state = {key: torch.from_numpy(array) for key, array in tensors.items()}
+        result = set_peft_model_state_dict(live, state, adapter_name)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"{adapter.info.name}: peft cannot load the adapter into this model: {' '.join(str(error).split())[:200]}"
+        raise AdapterError(msg) from error
+    _check_loaded(adapter.info.name, live, adapter_name, result)
+    live.set_adapter(adapter_name)
+    return live
+
+
+def _check_loaded(name: str, live: Any, adapter_name: str, result: Any) -> None:
+    stored = {key: value.data_ptr() for key, value in live.state_dict().items() if f".{adapter_name}." in f"{key}."}
+    # By address, because a head that is tied to the embedding shares its trained rows under a second name.
+    loaded = {address for key, address in stored.items() if key not in set(result.missing_keys)}
+    unloaded = [*result.unexpected_keys, *(key for key, address in stored.items() if address not in loaded)]
+    if unloaded:
+        msg = f"{name}: tensor {unloaded[0]!r} was not loaded into the model ({len(unloaded)} in all)"
+        raise AdapterError(msg + "; give the base that the adapter is for")
