@@ -32,8 +32,7 @@ from safetensors import SafetensorError, safe_open
 from written_task import written_example
 
 import jcrosslora as jcl
-from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.evaluate import read_task
 from jcrosslora.evaluate.probes.text_files import save_texts
 from jcrosslora.session.files import transfer_files

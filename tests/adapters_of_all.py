@@ -3,8 +3,7 @@
 import numpy as np
 
 import jcrosslora as jcl
-from jcrosslora.adapter import LoRAFactors
-from jcrosslora.adapter.experts import expert_update
+from jcrosslora.adapter import LoRAFactors, expert_update
 
 
 def adapter_of_all(base, seed: int = 0, *, experts: bool = True):

@@ -16,7 +16,9 @@ import jcrosslora as jcl
 from jcrosslora.adapter import (
     Adapter,
     AdapterInfo,
+    ExpertUpdate,
     LoRAFactors,
+    ReplacedTensors,
     TokenUpdate,
     adapter_from_peft,
     from_pytree,
@@ -26,7 +28,6 @@ from jcrosslora.adapter import (
     to_pytree,
     unstack_adapters,
 )
-from jcrosslora.adapter.changes import ExpertUpdate, ReplacedTensors
 from jcrosslora.errors import AdapterError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

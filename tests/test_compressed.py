@@ -11,7 +11,6 @@ from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora.adapter import TokenUpdate
-from jcrosslora.adapter.changes import EMBEDDING
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.methods import Auto
@@ -139,7 +138,7 @@ def test_what_cannot_be_fitted_is_copied_with_the_reason(source, rounded, adapte
 
 def test_changes_of_the_embedding_are_copied_with_the_reason(source, rounded, adapter):
     """The fit would compare predictions without them."""
-    rows = TokenUpdate(EMBEDDING, "full", 288, np.array([1]), rows=np.ones((1, HIDDEN), np.float32))
+    rows = TokenUpdate("embed_tokens", "full", 288, np.array([1]), rows=np.ones((1, HIDDEN), np.float32))
     changed = dataclasses.replace(adapter, tokens=(rows,))
     method, choice = PairSession(source, rounded).resolve(Auto(), changed, TransferOptions())
     assert method.name == "copy"

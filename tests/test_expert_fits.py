@@ -10,7 +10,7 @@ from probe_bases import CORPUS, save_tokenizer, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.adapter.experts import expert_update
+from jcrosslora.adapter import expert_update
 from jcrosslora.decoder import load_params
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill

@@ -15,8 +15,7 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
-from jcrosslora.adapter.lora_xs import frozen_factors
+from jcrosslora.adapter import Adapter, LoRAFactors, frozen_factors, fuse, save_adapter, update_norm
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.session.batch import read_plan, run_batch

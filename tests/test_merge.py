@@ -18,12 +18,10 @@ from tiny_bases import delta, random_adapter
 from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora import MergeSettings, merge
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.companions import write_companions
-from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint import safetensors
-from jcrosslora.adapter.companions import write_companions
-from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main

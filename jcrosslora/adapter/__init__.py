@@ -2,6 +2,7 @@
 
 from jcrosslora.adapter.changes import ExpertUpdate as ExpertUpdate
 from jcrosslora.adapter.changes import LoRAFactors as LoRAFactors
+from jcrosslora.adapter.changes import ReplacedTensors as ReplacedTensors
 from jcrosslora.adapter.changes import TokenUpdate as TokenUpdate
 from jcrosslora.adapter.changes import update_norm as update_norm
 from jcrosslora.adapter.combining import add_adapters as add_adapters
@@ -10,6 +11,8 @@ from jcrosslora.adapter.combining import stack_tasks as stack_tasks
 from jcrosslora.adapter.combining import unstack_adapters as unstack_adapters
 from jcrosslora.adapter.engines import EngineVerdict as EngineVerdict
 from jcrosslora.adapter.engines import check_engines as check_engines
+from jcrosslora.adapter.experts import expert_update as expert_update
+from jcrosslora.adapter.folder import find_adapter as find_adapter
 from jcrosslora.adapter.folder import split_card as split_card
 from jcrosslora.adapter.fused import fuse as fuse
 from jcrosslora.adapter.fused import split_fused as split_fused
@@ -18,6 +21,7 @@ from jcrosslora.adapter.load import from_pytree as from_pytree
 from jcrosslora.adapter.load import load_adapter as load_adapter
 from jcrosslora.adapter.load import load_dora as load_dora
 from jcrosslora.adapter.load import to_pytree as to_pytree
+from jcrosslora.adapter.lora_xs import frozen_factors as frozen_factors
 from jcrosslora.adapter.peft import adapter_from_peft as adapter_from_peft
 from jcrosslora.adapter.peft import to_peft as to_peft
 from jcrosslora.adapter.records import Adapter as Adapter

@@ -31,10 +31,8 @@ from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, hub_id_of
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name, hf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float
 from jcrosslora.checkpoint.gguf_tensors import unpermuted_rows
-from jcrosslora.checkpoint.safetensors import Entry
-from jcrosslora.checkpoint.store import MappedFile
-from jcrosslora.errors import AdapterError, CheckpointError
 from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.safetensors import Entry
 from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 

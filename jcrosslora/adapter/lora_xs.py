@@ -65,7 +65,7 @@ def _check_frozen(modules: Mapping[str, LoRAFactors], frozen: Frozen | None) -> 
     """Return the frozen factors after a check that every module has them, at one rank."""
     if frozen is None:
         msg = "profile lora-xs needs the frozen factors of the base: give them (frozen=..., from "
-        raise OutputError(msg + "jcrosslora.adapter.lora_xs.frozen_factors)")
+        raise OutputError(msg + "jcrosslora.adapter.frozen_factors)")
     for name, factors in modules.items():
         if name not in frozen or frozen[name].shape != factors.shape:
             msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "

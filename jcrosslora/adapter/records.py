@@ -24,7 +24,6 @@ from jcrosslora.adapter.changes import (
 )
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.checkpoint.wrapped import TEXT
-from jcrosslora.utils.texts import html_table
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 from jcrosslora.utils.texts import html_table
 

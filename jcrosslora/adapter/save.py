@@ -143,7 +143,7 @@ def save_adapter(
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
         frozen: the frozen factors of each module for profile lora-xs, from
-            `jcrosslora.adapter.lora_xs.frozen_factors`.
+            `jcrosslora.adapter.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 

@@ -9,8 +9,17 @@ from typing import Any
 import msgspec
 
 from jcrosslora.adapter.engines.facts import read_facts
-from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
-from jcrosslora.adapter.folder import join_card, split_card
+from jcrosslora.adapter.folder import (
+    CARD,
+    CHAT_TEMPLATE,
+    CONFIG,
+    AdapterFiles,
+    Form,
+    find_adapter,
+    join_card,
+    read_config,
+    split_card,
+)
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.card import without_examples

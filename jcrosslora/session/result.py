@@ -13,16 +13,11 @@ import msgspec
 from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.adapter.records import ignored_sentence
-from jcrosslora.adapter.lora_xs import Frozen
-from jcrosslora.adapter.save import Profile, why_linear_alone
-from jcrosslora.adapter.save import save_adapter
-from jcrosslora.checkpoint.base_info import BaseInfo
-from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
 from jcrosslora.adapter.save import Profile, save_adapter, why_linear_alone
-from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.report.documents import documents, provenance, published, replacements
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder

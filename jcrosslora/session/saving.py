@@ -35,7 +35,7 @@ def save_adapter(
             `frozen`.
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
-        frozen: for profile lora-xs, from `jcrosslora.adapter.lora_xs.frozen_factors`.
+        frozen: for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
 
     Returns:
         The folder.

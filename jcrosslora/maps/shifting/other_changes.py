@@ -11,10 +11,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.changes import ExpertUpdate
+from jcrosslora.adapter.changes import (
+    EMBEDDING,
+    HEAD,
+    TIED,
+    ExpertUpdate,
+    TokenUpdate,
+    changed_rows,
+    complete_rows,
+    low_rank_rows,
+)
 from jcrosslora.adapter.experts import expert_update
 from jcrosslora.adapter.records import describe_experts
-from jcrosslora.adapter.changes import EMBEDDING, HEAD, TIED, TokenUpdate, changed_rows, complete_rows, low_rank_rows
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.checkpoint.vocabulary import shared_ids

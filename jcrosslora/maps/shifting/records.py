@@ -7,7 +7,6 @@ from typing import Literal
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.records import describe_change
-from jcrosslora.adapter.records import describe_change
 
 Calibration = Literal["none", "frobenius"]
 
