@@ -92,7 +92,7 @@ def test_merge_and_export_hold_what_peft_loads(tmp_path, bases, name, capsys):
     assert left.value.code == 3
     assert "profile portable does not hold it, profile peft does" in capsys.readouterr().out
     with safetensors.safe_open(tmp_path / "p" / "adapter_model.safetensors", "np") as file:
-        account = json.loads(file.metadata()["jcrosslora.adapter.export.export"])
+        account = json.loads(file.metadata()["jcrosslora.export"])
     assert account["not_written"]
     assert load_adapter(tmp_path / "p", base, replaced=True).replaced == ()
 

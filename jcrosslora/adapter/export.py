@@ -111,7 +111,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         dtype=settings.dtype,
         overwrite=settings.overwrite,
         documents=_documents(settings.adapter),
-        metadata={"jcrosslora.version": version(), "jcrosslora.adapter.export.export": _account(exported, base)},
+        metadata={"jcrosslora.version": version(), "jcrosslora.export": _account(exported, base)},
         magnitudes=exported.magnitudes,
         frozen=exported.frozen,
     )
