@@ -1,15 +1,21 @@
-"""`jcrosslora export`: write an adapter again in another form."""
+"""`jcrosslora export`, `merge` and `push`: write an adapter in another form, into its base, or to the hub."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import tyro
 from rich.console import Console
 
 from jcrosslora.adapter.export import ExportSettings, export_adapter
+from jcrosslora.adapter.export import ExportSettings, export_adapter
+from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, print_json, print_pushed, say
+from jcrosslora.report.upload import collect
+from jcrosslora.report.hub import push_folder
+from jcrosslora.report.hub import check_repo_id
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,81 @@ class Export(ExportSettings):
         lost = bool(exported.losses or exported.adapter.info.ignored)
         say(console, f"written: {self.out}{' (without parts of the adapter, see above)' if lost else ''}")
         return ASKED_FOR if self.fail_on == "loss" and lost else 0
+
+
+@dataclass(frozen=True)
+class Merge(MergeSettings):
+    """Merge an adapter into its base: a checkpoint of its own, for engines that take no adapters."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("dtype", "base_revision", "adapter_revision")}
+
+    base: tyro.conf.Positional[str]
+    adapter: tyro.conf.Positional[str]
+    fail_on: FailOnLoss = "never"
+    """loss: exit with code 3 if something of the adapter is not merged; the rest is written all the same."""
+
+    def run(self, console: Console) -> int:
+        """Merge, then say what the checkpoint lacks."""
+        merged = merge(settings_of(self, MergeSettings))
+        for sentence in merged.notes:
+            say(console, sentence)
+        left = ", without parts of the adapter, see above" if merged.lost else ""
+        say(console, f"written: {merged.folder} ({merged.modules} modules changed{left})")
+        return ASKED_FOR if self.fail_on == "loss" and merged.lost else 0
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload an adapter's folder to the hub: weights, model card, report and recipe. The folder is not changed.
+
+    The token is that of HF_TOKEN or of `hf auth login`. After a failure the same command goes on.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """The adapter: a folder of PEFT or MLX, or with adapter.gguf, such as `jcrosslora transfer` writes."""
+    repo_id: tyro.conf.Positional[str]
+    """Where to: OWNER/NAME. The repository is made if it is not there."""
+    public: bool = False
+    """Make the repository public, or allow that it is; else it is private."""
+    base_model: str | None = None
+    """Hub id of the base, for card and configuration, where they name none: the base was a local file."""
+    with_completions: bool = False
+    """Keep the completions that the source wrote in report and card; they may hold what is private."""
+    dry_run: bool = False
+    """Only check the folder, and show what would be uploaded; the hub is not asked."""
+    json: bool = False
+    """Print what was uploaded as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Upload, or show what would be uploaded."""
+        if self.dry_run:
+            self._show(console)
+            return
+        pushed = push_folder(
+            self.folder,
+            self.repo_id,
+            private=not self.public,
+            base_model=self.base_model,
+            with_completions=self.with_completions,
+        )
+        if self.json:
+            print_json(asdict(pushed))
+            return
+        print_pushed(pushed, console)
+
+    def _show(self, console: Console) -> None:
+        check_repo_id(self.repo_id)
+        upload = collect(self.folder, base_model=self.base_model, with_completions=self.with_completions)
+        sizes = {name: _size(sent) for name, sent in upload.files.items()}
+        if self.json:
+            print_json({"files": sizes, "base_model": upload.base_model, "notes": upload.notes})
+            return
+        for note in upload.notes:
+            say(console, f"note: {note}")
+        say(console, f"base model: {upload.base_model or 'none'}")
+        for name, size in sizes.items():
+            say(console, f"would upload: {name} ({size:,} bytes)")
+
+
+def _size(sent: Path | bytes) -> int:
+    return len(sent) if isinstance(sent, bytes) else sent.stat().st_size

@@ -1,7 +1,5 @@
 """Flags from dataclasses: help from the strings below the fields, groups, defaults shown as values.
 
-The flags of `jcrosslora transfer` are derived: from the settings of a transfer, and from the fields of the methods.
-
 A command may have
 
     GROUPS: ClassVar = {"expert": ("seed", ...)}    fields that stand in a box of their own, "expert options"
@@ -11,7 +9,6 @@ A command may have
 """
 
 import ast
-import dataclasses
 import inspect
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -24,8 +21,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tyro
 
 from jcrosslora.errors import UsageError
-from jcrosslora.methods import METHODS, hyper_types, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
 
 
 @cache
@@ -153,44 +148,3 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool) or default in (None, ()) or default is MISSING:
         return ""
     return f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-
-
-Flag = tuple[str, Any, Any]
-
-
-def setting_flags(*, served: bool = False) -> list[Flag]:
-    """Return the settings of a transfer as dataclass fields; those without a default are required.
-
-    Args:
-        served: whether a server is asked, which has the source and the adapter.
-    """
-    kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
-    kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
-    defaults = {name: field.default for name, field in OWN_FIELDS.items()}
-    if served:
-        defaults |= {"adapter": "", "source": ""}
-    return [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()]
-
-
-def method_flags() -> list[Flag]:
-    """Return the hyper-parameters of all methods as optional dataclass fields; None leaves a method's default."""
-    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in hyper_types().items()]
-
-
-def flag_docs() -> dict[str, str]:
-    """Return the help of all these flags; a hyper-parameter's ends with the default of each method."""
-    docs = dict(attribute_docs(TransferSettings))
-    docs["method"] = "How to move it: a method's name, MODULE:CLASS of your own, or auto, which looks at both bases."
-    docs["cache"] = "Neither look for factors and transports in the user's cache folder nor keep them there."
-    for name, by_method in setting_fields().items():
-        text = next(attribute_docs(METHODS[method]).get(name, "") for method in by_method)
-        defaults: dict[str, list[str]] = {}
-        for method, each in by_method.items():
-            defaults.setdefault(_shown_default(each.default), []).append(method)
-        stated = "; ".join(f"{', '.join(names)}: {value}" for value, names in defaults.items())
-        docs[name] = f"{text} ({stated})"
-    return docs
-
-
-def _shown_default(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

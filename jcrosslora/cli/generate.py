@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.opened import opened_base, opened_shelf
-from jcrosslora.cli.output import one_line, print_json, say
+from jcrosslora.cli.output import one_line, opened_base, opened_shelf, print_json, say
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.texts import visible
 

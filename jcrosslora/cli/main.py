@@ -4,7 +4,10 @@ Everything that a command does can be done from Python as well.
 """
 
 import os
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,6 +20,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130  # 130 = 128 + SIGINT, as shells report it
 _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 _SHELLS = ("bash", "zsh", "fish")
+_ANSWERED = threading.Event()
+_ANSWERED.set()  # nobody listens yet
+_MOST_SECONDS = 1.0  # that a line on stderr takes
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,16 @@ COMMANDS = {
     "batch": Command("jcrosslora.cli.batch:Batch", "Make many transfers by a plan, and resume after any stop."),
     "evaluate": Command("jcrosslora.cli.evaluate:Evaluate", "Judge a base with and without adapters by a task."),
     "shelf": Command("jcrosslora.cli.shelf:ShelfCommand", "Keep adapters of one base, and find those for a prompt."),
-    "report": Command("jcrosslora.cli.report:Report", "Write a page on a moved adapter.", computes=False),
+    "report": Command("jcrosslora.cli.evaluate:Report", "Write a page on a moved adapter.", computes=False),
     "generate": Command("jcrosslora.cli.generate:Generate", "Write with an adapter, or with several at once."),
     "inspect": Command("jcrosslora.cli.inspect:Inspect", "Show what an adapter or a base model is."),
-    "compare": Command("jcrosslora.cli.compare:Compare", "Say how two base models are related, from their weights."),
-    "check": Command("jcrosslora.cli.check:Check", "Say which engines will read an adapter.", computes=False),
+    "compare": Command("jcrosslora.cli.inspect:Compare", "Say how two base models are related, from their weights."),
+    "check": Command("jcrosslora.cli.inspect:Check", "Say which engines will read an adapter.", computes=False),
     "export": Command("jcrosslora.cli.export:Export", "Write an adapter again: for another engine, rank, or as a sum."),
-    "merge": Command("jcrosslora.cli.merge:Merge", "Merge an adapter into its base model."),
-    "push": Command("jcrosslora.cli.push:Push", "Upload an adapter's folder to the hub.", computes=False),
+    "merge": Command("jcrosslora.cli.export:Merge", "Merge an adapter into its base model."),
+    "push": Command("jcrosslora.cli.export:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("jcrosslora.cli.train:Train", "Train a LoRA adapter of a base model on examples."),
-    "methods": Command("jcrosslora.cli.methods:Methods", "List the transfer methods.", computes=False),
+    "methods": Command("jcrosslora.cli.inspect:Methods", "List the transfer methods.", computes=False),
     "cache": Command(
         "jcrosslora.cli.cache:CacheCommand", "List, verify or clear the files kept on disk.", computes=False
     ),
@@ -76,9 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None
     if own_process:
-        from jcrosslora.cli.interrupt import answer_interrupts
-
-        answer_interrupts(INTERRUPTED)
+        _answer_interrupts(INTERRUPTED)
     try:
         code = _run(arguments, own_process)
     except KeyboardInterrupt:
@@ -98,11 +102,48 @@ def main(args: Sequence[str] | None = None) -> None:
 def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and give the exit code back."""
     if code == INTERRUPTED:
-        from jcrosslora.cli.interrupt import wait_for_answer
-
-        wait_for_answer()
+        _wait_for_answer()
     sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code
+
+
+def _answer_interrupts(code: int) -> None:
+    """Say "stopping" at the first Ctrl-C, and end the process at the second.
+
+    Python hears of Ctrl-C only when what it has called, such as XLA's compiler, returns. Its handler writes the signal
+    to a socket at once, and a thread that reads there answers; the main thread raises the exception as ever.
+
+    Nothing changes where Ctrl-C does not raise `KeyboardInterrupt`, as in a shell's background jobs, which ignore it.
+
+    Args:
+        code: the exit code of a process that is ended.
+    """
+    from jcrosslora.utils.progress import DISPLAY
+
+    first = threading.current_thread() is threading.main_thread()  # only that may ask for signals
+    if not first or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    _ANSWERED.clear()
+    heard, written = socket.socketpair()
+    written.setblocking(False)
+    signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+
+    def answer() -> None:
+        while signal.SIGINT not in heard.recv(1):
+            pass
+        DISPLAY.stop("stopping... (Ctrl-C again ends at once)")
+        _ANSWERED.set()
+        while signal.SIGINT not in heard.recv(1):
+            pass
+        written.close()  # which keeps it open until here
+        os._exit(code)
+
+    threading.Thread(target=answer, daemon=True).start()
+
+
+def _wait_for_answer() -> None:
+    """Wait until the first Ctrl-C is answered: what the main thread says of its end comes behind that."""
+    _ANSWERED.wait(_MOST_SECONDS)
 
 
 def _run(arguments: list[str], own_process: bool) -> int:
@@ -152,8 +193,6 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
 
 def _leave(code: int) -> NoReturn:
     """End the process at once: an ordinary end could wait for XLA's threads, or for other processes."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line has been printed; a second Ctrl-C changes nothing
     sys.stdout.flush()
     sys.stderr.flush()

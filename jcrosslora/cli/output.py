@@ -1,15 +1,22 @@
-"""What commands print: lines that nothing reformats, JSON, and the exit codes that `--fail-on` asks for."""
+"""What commands share: opening bases and shelves, printing, and the exit codes that `--fail-on` asks for."""
 
 import json
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jcrosslora.errors import OutputError
+from rich.console import Console
+
+from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.terminal import say as say
 from jcrosslora.utils.texts import shortened
+
+if TYPE_CHECKING:
+    from jcrosslora.checkpoint import BaseModel
+    from jcrosslora.report.hub import Pushed
+    from jcrosslora.shelf import Shelf
 
 PAGE = (".html", ".htm")  # endings of a page
 
@@ -23,6 +30,13 @@ def print_json(data: Any) -> None:
     """Print data as JSON on stdout, with nothing else beside it."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     print()
+
+
+def print_pushed(pushed: "Pushed", console: Console) -> None:
+    """Print the notes on an upload, and where it is."""
+    for note in pushed.notes:
+        say(console, f"note: {note}")
+    say(console, f"uploaded: {pushed.url} (commit {pushed.commit[:12]}, {len(pushed.files)} files)")
 
 
 def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
@@ -61,3 +75,33 @@ _LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
 def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
     """Give 3 if `fail_on` is "no-effect" and one of the verdicts' levels expects no effect; else 0."""
     return ASKED_FOR if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0
+
+
+def opened_base(base: str | None, template: Path | None) -> "BaseModel":
+    """Open a base, with a chat template in place of its own where one is given.
+
+    Raises:
+        UsageError: no base was given, or the template cannot be read.
+        CheckpointError: the base cannot be read.
+    """
+    from jcrosslora.checkpoint import open_base
+
+    if base is None:
+        msg = "no base was given: give one with --base, or a shelf, which knows its own, with --shelf"
+        raise UsageError(msg)
+    return open_base(base, chat_template=template)
+
+
+def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shelf":
+    """Open a shelf, and its base with a chat template where one is given.
+
+    Raises:
+        UsageError: a template without the base, another base, or no shelf.
+        CheckpointError: the base cannot be read.
+    """
+    from jcrosslora.shelf import Shelf
+
+    if base is None and template is not None:
+        msg = f"the template {template} was given and no base: give the shelf's base with --base"
+        raise UsageError(msg)
+    return Shelf(folder, None if base is None else opened_base(base, template))

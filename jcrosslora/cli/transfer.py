@@ -1,4 +1,7 @@
-"""`jcrosslora transfer`: move one adapter from file to file."""
+"""`jcrosslora transfer`: move one adapter from file to file.
+
+Its flags are derived: from the settings of a transfer, and from the fields of the methods.
+"""
 
 import dataclasses
 import itertools
@@ -10,12 +13,14 @@ from typing import Any, ClassVar, Literal
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
-from jcrosslora.cli.output import FailOn, exit_code, print_json, say
-from jcrosslora.cli.push import print_pushed
+from jcrosslora.cli.flags import attribute_docs
+from jcrosslora.cli.output import FailOn, exit_code, print_json, print_pushed, say
 from jcrosslora.errors import MethodError, OutputError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method
 from jcrosslora.report.hub import Pushed, Repository, push_folder
+from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
+from jcrosslora.report.hub import Pushed, push_folder
+from jcrosslora.report.hub import Repository
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
 from jcrosslora.utils.logs import LogName, find_log, log_to
@@ -184,17 +189,58 @@ def transfer_command(arguments: Sequence[str]) -> type:
         find_method(named)
     recipe = _Transfer.defaults(arguments)
     served = (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None
-    flags = method_flags()
+    flags = _method_flags()
     names = tuple(name for name, _, _ in flags)
     groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *names)}
     return dataclasses.make_dataclass(
         "Transfer",
-        [*setting_flags(served=served), *flags],
+        [*_setting_flags(served=served), *flags],
         bases=(_Transfer,),
-        namespace={"GROUPS": groups, "DOCS": flag_docs(), "METHOD_FLAGS": names, "__doc__": _Transfer.__doc__},
+        namespace={"GROUPS": groups, "DOCS": _flag_docs(), "METHOD_FLAGS": names, "__doc__": _Transfer.__doc__},
         frozen=True,
         kw_only=True,
     )
+
+
+Flag = tuple[str, Any, Any]
+
+
+def _setting_flags(*, served: bool = False) -> list[Flag]:
+    """Return the settings of a transfer as dataclass fields; those without a default are required.
+
+    Args:
+        served: whether a server is asked, which has the source and the adapter.
+    """
+    kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
+    kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
+    defaults = {name: field.default for name, field in OWN_FIELDS.items()}
+    if served:
+        defaults |= {"adapter": "", "source": ""}
+    return [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()]
+
+
+def _method_flags() -> list[Flag]:
+    """Return the hyper-parameters of all methods as optional dataclass fields; None leaves a method's default."""
+    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in hyper_types().items()]
+
+
+def _flag_docs() -> dict[str, str]:
+    """Return the help of all these flags; a hyper-parameter's ends with the default of each method."""
+    docs = dict(attribute_docs(TransferSettings))
+    docs["method"] = "How to move it: a method's name, MODULE:CLASS of your own, or auto, which looks at both bases."
+    docs["cache"] = "Neither look for factors and transports in the user's cache folder nor keep them there."
+    for name, by_method in setting_fields().items():
+        text = next(attribute_docs(METHODS[method]).get(name, "") for method in by_method)
+        defaults: dict[str, list[str]] = {}
+        for method, each in by_method.items():
+            defaults.setdefault(_shown_default(each.default), []).append(method)
+        stated = "; ".join(f"{', '.join(names)}: {value}" for value, names in defaults.items())
+        docs[name] = f"{text} ({stated})"
+    return docs
+
+
+def _shown_default(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
