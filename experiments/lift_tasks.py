@@ -13,8 +13,7 @@ from written_task import written_example
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.methods import make_method
-from jcrosslora.session.settings import OWN_FIELDS, setting_types
-from jcrosslora.session.toml_file import read_table
+from jcrosslora.session.settings import OWN_FIELDS, read_table, setting_types
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, if there are enough

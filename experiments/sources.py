@@ -32,8 +32,7 @@ from jcrosslora.distill.sources.protocol import Source
 from jcrosslora.distill.sources.served.source import ServedSource
 from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.methods import Distill
-from jcrosslora.session.demo.compare import compare
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
+from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, compare, demo_questions, shipped
 
 TOKENS = 12  # of a greedy answer
 

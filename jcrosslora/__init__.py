@@ -57,16 +57,16 @@ if _TYPE_CHECKING:
     from jcrosslora.relation.pairing import Pairing as Pairing
     from jcrosslora.report.record import TransferReport as TransferReport
     from jcrosslora.report.verdict import verdict as verdict
-    from jcrosslora.session.align import align as align
     from jcrosslora.session.batch import read_plan as read_plan
     from jcrosslora.session.batch import run_batch as run_batch
     from jcrosslora.session.estimate import Estimate as Estimate
     from jcrosslora.session.files import estimate_files as estimate_files
     from jcrosslora.session.files import transfer_files as transfer_files
-    from jcrosslora.session.pushing import push_to_hub as push_to_hub
     from jcrosslora.session.result import TransferResult as TransferResult
+    from jcrosslora.session.saving import push_to_hub as push_to_hub
     from jcrosslora.session.saving import save_adapter as save_adapter
     from jcrosslora.session.settings import TransferSettings as TransferSettings
+    from jcrosslora.session.transfer import align as align
     from jcrosslora.session.transfer import shift as shift
     from jcrosslora.session.transfer import transfer as transfer
     from jcrosslora.shelf import Retrieved as Retrieved
@@ -86,7 +86,6 @@ if _TYPE_CHECKING:
 # a test compares the two.
 _MODULES: dict[str, tuple[str, ...]] = {
     "adapter": ("Adapter", "LoRAFactors", "check_engines", "load_adapter", "stack_adapters", "unstack_adapters"),
-    "session.align": ("align",),
     "maps.alignment.transport": ("Transport",),
     "session.batch": ("read_plan", "run_batch"),
     "cache": ("Cache", "open_cache"),
@@ -121,11 +120,10 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "report.verdict": ("verdict",),
     "session.estimate": ("Estimate",),
     "session.files": ("estimate_files", "transfer_files"),
-    "session.pushing": ("push_to_hub",),
     "session.result": ("TransferResult",),
-    "session.saving": ("save_adapter",),
+    "session.saving": ("push_to_hub", "save_adapter"),
     "session.settings": ("TransferSettings",),
-    "session.transfer": ("shift", "transfer"),
+    "session.transfer": ("align", "shift", "transfer"),
     "shelf": ("Retrieved", "Shelf"),
     "maps.shifting.apply": ("apply",),
     "distill.sources.served.model": ("ServedModel",),

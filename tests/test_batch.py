@@ -31,9 +31,8 @@ from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import CrossLoRA, Distill
 from jcrosslora.session.batch import print_estimates, read_plan, run_batch
-from jcrosslora.session.batch.completion_log import stamp_of
-from jcrosslora.session.batch.plan_file import Job
-from jcrosslora.session.batch.units import Unit, share_of, units_of
+from jcrosslora.session.batch.outcomes import stamp_of
+from jcrosslora.session.batch.plan import Job, Unit, share_of, units_of
 from jcrosslora.session.files import transfer_files
 
 PLAN = """

@@ -20,9 +20,18 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import Question, Scores
 from jcrosslora.session.demo import demo_questions, fetch, run, shipped
-from jcrosslora.session.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.session.demo.fetch import PackagedModel, fetch_models
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, in_json, is_json_answer, json_answer
+from jcrosslora.session.demo.job import (
+    SOURCE_ADAPTER,
+    TARGET_ADAPTER,
+    Comparison,
+    compare,
+    in_json,
+    is_json_answer,
+    json_answer,
+    print_answers,
+    print_figures,
+)
 
 ROLES = ("q_proj", "v_proj")
 

@@ -17,9 +17,8 @@ import jcrosslora as jcl
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import allow_module
 from jcrosslora.session.batch import Outcome, read_plan, run_batch, run_on_ray
-from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.session.batch.plan import Job, Unit
 from jcrosslora.session.batch.ray_run import _division, _outcomes, _reach
-from jcrosslora.session.batch.units import Unit
 
 PLAN = """
 out = "OUT"

@@ -14,8 +14,7 @@ import jcrosslora as jcl
 from jcrosslora import ExportSettings, export_adapter
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, truncate_by_rule, update_norm
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.session.settings import setting_types
-from jcrosslora.session.toml_file import read_table
+from jcrosslora.session.settings import read_table, setting_types
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 

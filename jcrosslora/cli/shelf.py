@@ -14,12 +14,9 @@ from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from jcrosslora.shelf import ShelfEntry
-=======
     from jcrosslora.evaluate.bootstrap import Interval
     from jcrosslora.shelf.records import ShelfEntry
->>>>>>> 3b97a2d (cli: 15 files instead of 23, and commands that start without jax)
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ class Train:
     def run(self, console: Console) -> None:
         """Train, and print the loss at the beginning and the end."""
         from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+        from jcrosslora.shelf.weight_probes import ProbeSettings
 
         settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
         losses = Shelf(self.folder, self.base).train_probes(settings)
@@ -263,8 +260,8 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Print a row for each way to search."""
         from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.accuracy import accuracy
-        from jcrosslora.shelf.sampling import labelled_prompts
+        from jcrosslora.shelf.judging import accuracy
+        from jcrosslora.shelf.samples import labelled_prompts
 
         prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
         shelf = Shelf(self.folder, self.base)

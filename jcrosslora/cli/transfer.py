@@ -22,7 +22,10 @@ from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_t
 from jcrosslora.report.hub import Pushed, push_folder
 from jcrosslora.report.hub import Repository
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
-from jcrosslora.session.toml_file import read_table, read_toml
+from jcrosslora.session.settings import read_table, read_toml
+from jcrosslora.report.hub import Pushed, push_folder
+from jcrosslora.report.hub import Repository
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import show_progress, shows_progress
 

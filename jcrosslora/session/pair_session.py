@@ -14,9 +14,15 @@ from jcrosslora.adapter import Adapter, Carried
 from jcrosslora.adapter.lora_xs import Known, span_rank
 from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter import Adapter, Carried, load_adapter
+from jcrosslora.adapter.records import check_always_active
+from jcrosslora.adapter.lora_xs import Known, span_rank
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
@@ -34,7 +40,7 @@ from jcrosslora.relation.pairing import parse_depth
 from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.settings import TransferOptions, TransferSettings
 from jcrosslora.utils.memory import free_memory
 from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
 
@@ -42,26 +48,20 @@ if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evaluate.effect import Effect
     from jcrosslora.evaluate.probes import Probes
+    from jcrosslora.session.estimate import Estimate
+    from jcrosslora.session.timing import Stopwatch
 
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
 
-@dataclass(frozen=True, eq=False)
-class Move:
-    """The state of one adapter's transfer.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Request):
+    """A checked request to move one adapter.
 
     Attributes:
-        method: the method of the transfer.
-        choice: why `auto` chose it; None if the user named it.
-        options: the options of the transfer.
-        profile: the intended file format of the result.
         shifter: collects the shifted updates.
     """
 
-    method: Method
-    choice: Choice | None
-    options: TransferOptions
-    profile: Profile
     shifter: Shifter
 
 
@@ -81,6 +81,10 @@ class PairSession:
         self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
+
+    def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
+        """Load an adapter of the source, see `load_adapter`."""
+        return load_adapter(adapter, self.pair.source, revision=revision, rank=rank)
 
     def keep_bases(self, method: Method, options: TransferOptions) -> None:
         """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
@@ -118,7 +122,7 @@ class PairSession:
 
     def resolve(
         self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None
-    ) -> tuple[Method, Choice | None]:
+    ) -> tuple[Method, str | None]:
         """Return the method to use, and the reason if `auto` chose it.
 
         Args:
@@ -131,7 +135,7 @@ class PairSession:
         choice = self._choice
         if adapter is not None and (reason := _why_no_fit(adapter, options, mends=choice.method in MENDED.values())):
             choice = without_fit(choice, reason)
-        return make_chosen(choice.method, method), choice
+        return make_chosen(choice.method, method), choice.reason
 
     def start(
         self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
@@ -152,7 +156,7 @@ class PairSession:
         """
         span_rank(profile, options.out_rank)
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
-        chosen, choice = self.resolve(method, adapter, options)
+        chosen, reason = self.resolve(method, adapter, options)
         target = self.pair.target
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
@@ -164,7 +168,7 @@ class PairSession:
         if Carried.TOKENS in chosen.carries:
             adapter = for_profile(adapter, profile)
         shifter = Shifter(adapter, self.source_info, chosen, calibrate=options.calibrate, scale=options.scale)
-        return Move(chosen, choice, options, profile, shifter)
+        return Move(chosen, reason, options, profile, known=self._known, shifter=shifter)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
         """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""
@@ -253,9 +257,7 @@ class PairSession:
                 warnings = (unread, *warnings)
             return effect, warnings
 
-        reason = move.choice and move.choice.reason
-        request = Request(move.method, reason, move.options, move.profile, known=self._known)
-        result = conclude(request, transport, shifted, update, self.pair.target, check=check)
+        result = conclude(move, transport, shifted, update, self.pair.target, check=check)
         return result if result.texts else dataclasses.replace(result, texts=tuple(probes))
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
@@ -308,6 +310,32 @@ class PairSession:
             transport = self.carry([move], task)
             return self.finish(move, task, transport, probes)
 
+    def estimate(
+        self,
+        adapter: Adapter | None,
+        method: Method | Auto,
+        settings: TransferSettings,
+        prompts: int,
+        stopwatch: Stopwatch,
+    ) -> Estimate:
+        """Estimate the transfer of an adapter; nothing is computed.
+
+        Args:
+            adapter: an adapter of the source; None for one with all of its modules.
+            method: the requested method.
+            settings: of the transfer.
+            prompts: how many texts the user gave.
+            stopwatch: times parts of the work on this machine.
+        """
+        from jcrosslora.session.estimate import estimate
+
+        if adapter is None:
+            (chosen, reason), sources = self.resolve(method), None
+        else:
+            move = self.start(adapter, method, settings, settings.profile)
+            chosen, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
+        return estimate(self.plan(chosen, settings, sources), settings, prompts, stopwatch, reason)
+
     def steps(
         self,
         task: AlignmentTask,
@@ -357,8 +385,10 @@ class PairSession:
         )
 
 
-def lighter(method: Method | Auto) -> str:
-    """Return the advice for out-of-memory errors: a lighter method, or "" if the method does not run the bases."""
+def lighter(method: Method | Auto, source: Any = None) -> str:
+    """Return the advice for out-of-memory errors, "" if the method does not run the bases."""
+    if isinstance(source, ServedModel | TorchModel):
+        return "a shorter --answer-tokens"
     if isinstance(method, Method) and not method.runs_bases:
         return ""
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"

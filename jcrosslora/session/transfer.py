@@ -1,21 +1,25 @@
-"""`jcrosslora.transfer` and `jcrosslora.shift`: transfers in memory."""
+"""`jcrosslora.transfer`, `align` and `shift`: transfers in memory, at once and in two steps (arXiv 2508.05232)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.cache import open_cache
+from jcrosslora.adapter import Adapter
+from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources.served.model import ServedModel
 from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
+from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
+from jcrosslora.maps.alignment.task import plan_alignment
 from jcrosslora.maps.alignment.transport import Transport
-from jcrosslora.methods import AUTO, Auto, Method, MethodLike, make_method
+from jcrosslora.methods import AUTO, MethodLike, make_method
+from jcrosslora.relation.pairing import Depth
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
+from jcrosslora.session.queried import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.text import Message, Prompt
@@ -40,9 +44,9 @@ def transfer(
 
     Args:
         adapter: a path, a hub id, or an adapter in memory, see `load_adapter`; None for a served source.
-        source: the base it was trained on: a path, a hub id, or a base in memory, see `open_base`; or a source that is
-            asked: a `ServedModel`, or a `TorchModel` for classes that only transformers knows.
-        target: the base it shall work on, likewise.
+        source: the base it was trained on: a path, a hub id, or a base in memory, see `open_base`; or a source that can
+            only be queried: a `ServedModel`, or a `TorchModel` for classes that only transformers knows.
+        target: the base to move it to: a path, a hub id, or a base in memory.
         method: a name ("auto", "distill", "cross-lora"), or a method object with its hyper-parameters, such as
             `methods.Distill(completions=600)`.
         prompts: text that both bases are run on, as a file (see `--probe-text`) or as a list of texts and of
@@ -58,35 +62,60 @@ def transfer(
         JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
     wanted, chosen = make_method(method), TransferOptions(**options)
-    if isinstance(source, ServedModel | TorchModel):
-        return _ask(adapter, source, target, wanted, chosen, prompts, cache=cache)
-    with hosts.together(), enough_memory(lighter(wanted)):
-        session = PairSession(open_base(source), open_base(target), store=open_cache() if cache else None)
-        share_digests(session)
-        loaded = load_adapter(adapter, session.pair.source)
+    with hosts.together(), enough_memory(lighter(wanted, source)):
+        session = open_session(source, target, open_cache() if cache else None)
+        loaded = session.load(adapter)
         return session.transfer(loaded, wanted, with_one_writer(chosen), probes=given_probes(prompts))
 
 
-def _ask(
-    adapter: Any,
-    source: ServedModel | TorchModel,
+def align(
+    source: BaseModel | str | Path,
     target: BaseModel | str | Path,
-    method: Method | Auto,
-    options: TransferOptions,
-    prompts: Sequence[Any] | str | Path | None,
+    method: MethodLike = AUTO,
     *,
-    cache: bool,
-) -> TransferResult:
-    """Move an adapter from a source that is asked."""
-    from jcrosslora.session.asked import check_asked, transfer_asked
-    from jcrosslora.session.asked_opening import open_asked
+    depth: Depth = "proportional",
+    seed: int = 0,
+    sources: Collection[str] | None = None,
+    probes: Probes | None = None,
+    cache: Cache | None = None,
+) -> Transport:
+    """Find the maps that carry adapters of `source` over to `target`.
 
-    with enough_memory("a shorter answer_tokens"):
-        opened, store, probes = open_base(target), open_cache() if cache else None, given_probes(prompts)
-        request = check_asked(opened, method, options)
-        asked = open_asked(source, adapter, store=store)
-        states = None if store is None else store.root / "fits"
-        return transfer_asked(asked, opened, request, probes=probes, states=states)
+    Args:
+        source: the base that adapters come from, opened, or what `open_base` opens.
+        target: the base that they go to.
+        method: a name, or a method object with its hyper-parameters, such as `methods.CrossLoRA(svd_rank=64)`; "auto"
+            chooses by the weights of both bases. A method that fits an update has no maps: its fit is run by `shift`,
+            adapter by adapter.
+        depth: which source layer feeds which target layer, see `jcrosslora.relation.pairing.pair_modules`.
+        seed: of everything that is drawn.
+        sources: align only what these source modules feed (those an adapter has); None is all.
+        probes: text for the methods that run both bases; None lets the source base write it.
+        cache: where factors and transports are kept and looked for, such as `jcrosslora.open_cache()`; None computes
+            everything and keeps nothing. The numbers are the same.
+
+    Returns:
+        The transport, on the default devices.
+
+    Where `jax.distributed` has been initialised, all processes have to call this alike: each reads and decomposes its
+    part of the modules, and all of them get the whole transport.
+
+    Raises:
+        MethodError: an unknown method, one that cannot be used on these bases, or one that several processes cannot do
+            together.
+        PairingError: the modules cannot be paired as asked.
+        UsageError: a setting of the method, or a seed, that is out of range.
+        CheckpointError: weights that cannot be read or are not finite.
+        HostError: another process failed.
+    """
+    with hosts.together():
+        session = PairSession(open_base(source), open_base(target), store=cache)
+        wanted, _ = session.resolve(make_method(method))
+        task = plan_alignment(session.pair, wanted, depth=depth, seed=seed, sources=sources)
+        check_hosts(task)
+        task = with_text(task, probes)
+        groups = tuple(align_groups(task))
+        return task.transport(groups, [kernel for group in groups for kernel in group.kernels])
 
 
 def shift(
@@ -118,7 +147,7 @@ def shift(
     chosen = TransferOptions(**({"effect": "never", "seed": transport.recipe.seed} | options))
     with hosts.together(), enough_memory(lighter(transport.method)):
         session = PairSession(*transport.bases)
-        move = session.start(load_adapter(adapter, session.pair.source), transport.method, chosen)
+        move = session.start(session.load(adapter), transport.method, chosen)
         return session.finish_aligned(move, transport, given_probes(prompts))
 
 
@@ -146,10 +175,21 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     return Probes.given([parsed(number, prompt) for number, prompt in enumerate(prompts)], "given")
 
 
-def share_digests(session: PairSession) -> None:
-    """Digest both bases with the digests that the cache of any process remembers, so that files are not read again."""
-    store = session.pair.store
+def open_session(
+    source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
+) -> PairSession | QueriedSession:
+    """Open what moves adapters of a base, or of a source that can only be queried, to a target.
+
+    All processes take the digests of the weights that the cache of any of them remembers, so that files are not read
+    again.
+    """
     digests = hosts.shared(None if store is None else store.digests)
-    if digests is not None:
-        for base in (session.pair.source, session.pair.target):
-            base.digest(digests)
+    if isinstance(source, ServedModel | TorchModel):
+        opened = [open_base(target)]
+        session = QueriedSession(source, opened[-1], store=store)
+    else:
+        opened = [open_base(source), open_base(target)]
+        session = PairSession(*opened, store=store)
+    for base in opened if digests is not None else ():
+        base.digest(digests)
+    return session

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jcrosslora.adapter import AdapterInfo
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
@@ -157,4 +158,28 @@ class Source(Writer, Protocol):
             columns: int32, ids of the predicted tokens; the last `ends` of them are one column together.
             ends: tokens that end a text.
         """
+        ...
+
+
+class QueriedSource(Source, Protocol):
+    """A source that can only be queried, such as a served model, with what reports say of it.
+
+    Attributes:
+        adapter: what is known of its adapter.
+        rank: of the adapter, None if it is not known.
+    """
+
+    @property
+    def adapter(self) -> AdapterInfo: ...  # noqa: D102
+
+    @property
+    def rank(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def how(self) -> str:
+        """Say how it was queried, the end of a sentence."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that query it again, by name; no addresses and no paths of this machine."""
         ...

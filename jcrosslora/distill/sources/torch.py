@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.folder import AdapterFiles, stated_template
+from jcrosslora.adapter import AdapterInfo
+from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences, stated_template
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.opening import read_template
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
@@ -164,17 +166,21 @@ class TorchSource(TorchWriter):
     Attributes:
         ref: the path or hub id of the base.
         adapter_name: the path or hub id of the adapter.
-        files: the adapter's.
-        digest: of its weights, "sha256:" and hex.
+        adapter: what its files say of it.
+        rank: of the adapter, None if its files do not say it.
+        how: how it is queried, the end of a sentence.
     """
 
+    how = "run by transformers and PEFT"
+
     def __init__(
-        self, model: _Model, tokenizer: Tokenizer, vocabulary: Vocabulary, revision: str | None, files: AdapterFiles
+        self, model: _Model, tokenizer: Tokenizer, vocabulary: Vocabulary, source: TorchModel, adapter: AdapterInfo
     ) -> None:
         super().__init__(model, tokenizer, model.base_name, adapter=True)
-        self.ref, self.adapter_name, self.files = model.base_name, model.adapter_name, files
-        self.digest = f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}"
-        self._vocabulary, self._revision = vocabulary, revision
+        self.ref, self.adapter_name, self.adapter = model.base_name, model.adapter_name, adapter
+        rank = adapter.config.get("r")
+        self.rank = rank if type(rank) is int else None
+        self._vocabulary, self._source = vocabulary, source
 
     @classmethod
     def open(cls, source: TorchModel, adapter: str | Path, *, revision: str | None = None) -> TorchSource:
@@ -189,6 +195,7 @@ class TorchSource(TorchWriter):
             UsageError, CheckpointError, AdapterError: see `load_model`; or the adapter changes nothing.
         """
         files = find_peft_adapter(adapter, revision)
+        digest = f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}"
         model, device = load_model(source, files)
         vocab = int(model.get_input_embeddings().weight.shape[0])
         tokenizer, vocabulary = open_tokenizer(source.tokenizer or source.ref, revision=source.revision, vocab=vocab)
@@ -197,7 +204,7 @@ class TorchSource(TorchWriter):
             template = read_template(Path(source.chat_template))
         tokenizer = with_own_template(tokenizer, template)
         loaded = _Model(model, device, str(source.ref), str(adapter))
-        found = cls(loaded, tokenizer, vocabulary, source.revision, files)
+        found = cls(loaded, tokenizer, vocabulary, source, _describe(files, digest, revision))
         found._check_acts()
         return found
 
@@ -207,7 +214,15 @@ class TorchSource(TorchWriter):
 
     def identity(self) -> Any:
         """Return the names of the base and a digest of the adapter."""
-        return ["torch", self.ref, self._revision, self.digest]
+        return ["torch", self.ref, self._source.revision, self.adapter.digest]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that query it again, by name."""
+        tokenizer = self._source.tokenizer
+        return {
+            "source_backend": "torch",
+            "source_tokenizer": public_name(None if tokenizer is None else str(tokenizer)),
+        }
 
     def alone(self) -> TorchWriter:
         """Return the base without its adapter."""
@@ -276,6 +291,22 @@ class TorchReader:
             end = torch.logsumexp(scores[:, -self._ends :], -1, keepdim=True)
             scores = torch.cat([scores[:, : -self._ends], end], -1)
         return jnp.asarray(torch.log_softmax(scores, -1).cpu().numpy())
+
+
+def _describe(files: AdapterFiles, digest: str, revision: str | None) -> AdapterInfo:
+    """Read what an adapter's configuration and card say of it."""
+    config = {} if files.config is None else read_config(files.config)
+    base = config.get("base_model_name_or_path")
+    return AdapterInfo(
+        name=files.name,
+        base_name=base if isinstance(base, str) else None,
+        config=config,
+        form=files.form,
+        digest=digest,
+        revision=revision,
+        kind=str(config.get("peft_type", "LoRA")),
+        **stated_licences(files),
+    )
 
 
 def _length(row: np.ndarray, stops: Sequence[int]) -> int:

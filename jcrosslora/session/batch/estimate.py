@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError
-from jcrosslora.session.batch.plan_file import BatchPlan
+from jcrosslora.session.batch.plan import BatchPlan, Unit, share_of, units_of
 from jcrosslora.session.batch.run import CHUNK_BYTES
-from jcrosslora.session.batch.units import Unit, share_of, units_of
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.files import estimate_pair
 from jcrosslora.session.settings import flat_method

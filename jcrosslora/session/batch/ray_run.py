@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.errors import UsageError
-from jcrosslora.session.batch.plan_file import BatchPlan
+from jcrosslora.session.batch.outcomes import Outcome, Summary
+from jcrosslora.session.batch.plan import BatchPlan, Unit, cut, share_of, units_of
 from jcrosslora.session.batch.run import do_unit, summarised
-from jcrosslora.session.batch.summary import Outcome, Summary
-from jcrosslora.session.batch.units import Unit, cut, share_of, units_of
 from jcrosslora.utils.progress import track
 
 LOCAL = "local"

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.maps.alignment.groups import ALIGN, align_groups
 from jcrosslora.maps.alignment.task import AlignmentTask
 from jcrosslora.methods import Method, make_method
-from jcrosslora.session.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of, stamp_of
-from jcrosslora.session.batch.plan_file import BatchPlan, Job
-from jcrosslora.session.batch.summary import Outcome, Status, Summary
-from jcrosslora.session.batch.units import Unit, share_of, units_of
-from jcrosslora.session.files import open_session, save_as
-from jcrosslora.session.pair_session import Move, lighter
+from jcrosslora.session.batch.outcomes import (
+    CompletionLog,
+    Outcome,
+    Status,
+    Summary,
+    base_fingerprint,
+    fingerprint_of,
+    stamp_of,
+)
+from jcrosslora.session.batch.plan import BatchPlan, Job, Unit, share_of, units_of
+from jcrosslora.session.files import save_as, session_of
+from jcrosslora.session.pair_session import Move, PairSession, lighter
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.transfer import given_probes
@@ -210,7 +216,9 @@ class _UnitRun:
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit, self._settings = run, unit, unit.settings
-        self._session = open_session(unit.settings)
+        session = session_of(unit.settings)
+        assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
+        self._session = session
         self._method = make_method(unit.settings.method)
         self._given = given_probes(unit.settings.probe_text)
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
@@ -304,8 +312,7 @@ class _UnitRun:
         return self._load(item.job.settings) if held is None else held
 
     def _load(self, settings: TransferSettings) -> Adapter:
-        source = self._session.pair.source
-        return load_adapter(settings.adapter, source, revision=settings.adapter_revision, rank=settings.adapter_rank)
+        return self._session.load(settings.adapter, revision=settings.adapter_revision, rank=settings.adapter_rank)
 
     def _close_kept(self, items: Sequence[_Checked]) -> None:
         for item in items:

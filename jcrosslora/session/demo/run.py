@@ -10,9 +10,17 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.methods import AUTO, Auto, find_method, make_method
 from jcrosslora.report.table import print_report
-from jcrosslora.session.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.session.demo.fetch import GEMMA3, fetch_models
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
+from jcrosslora.session.demo.job import (
+    SOURCE_ADAPTER,
+    TARGET_ADAPTER,
+    Comparison,
+    compare,
+    demo_questions,
+    print_answers,
+    print_figures,
+    shipped,
+)
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import transfer
 from jcrosslora.utils import progress

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.adapter import AdapterInfo
 from jcrosslora.cache.keys import sha256
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
@@ -103,13 +105,17 @@ class ServedSource(ServedWriter):
     Attributes:
         ref: the server's name of the base.
         adapter_name: its name of the base with the adapter.
+        adapter: that name alone, as a server says no more of an adapter.
+        rank: None, as a server does not say it.
     """
+
+    rank = None
 
     def __init__(
         self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
     ) -> None:
         super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
-        self.ref, self.adapter_name = self.name, served.model
+        self.ref, self.adapter_name, self.adapter = self.name, served.model, AdapterInfo(name=served.model)
         self._served, self._vocabulary = served, vocabulary
 
     @classmethod
@@ -148,6 +154,23 @@ class ServedSource(ServedWriter):
         served = self._served
         tokenizer = sha256(self.tokenizer.backend.to_str().encode())
         return ["served", served.url, served.model, self.name, served.top_logprobs, tokenizer]
+
+    @property
+    def how(self) -> str:
+        """Say how it was queried, the end of a sentence."""
+        how = f"asked as {self.adapter_name} over the OpenAI API, for the {self.told} at each position"
+        return f"{how}, beside {self.name}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that query it again, by name; the address is not among them."""
+        served = self._served
+        settings: dict[str, Any] = {
+            "source_model": public_name(served.model),
+            "source_base_model": public_name(served.base_model),
+            "source_tokenizer": public_name(str(served.tokenizer)),
+        }
+        most = {} if served.top_logprobs == ServedModel.top_logprobs else {"source_top_logprobs": served.top_logprobs}
+        return settings | most
 
     def alone(self) -> ServedWriter:
         """Return the base without its adapter."""

@@ -1,21 +1,96 @@
-"""The completion log of a batch: one small file for each finished job, with a fingerprint of its inputs."""
+"""What became of the jobs of a batch: the summary of a run, and the log by which finished jobs are known again."""
+
+from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Column, Table
 
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.cache.keys import digest_of, file_state, is_settled, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.hub import publish
 from jcrosslora.errors import AdapterError, OutputError
 from jcrosslora.methods import Method
-from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils import version
+from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils.files import write_whole
+
+Status = Literal["done", "kept", "failed", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one job.
+
+    Attributes:
+        name: name of the job.
+        out: its folder.
+        status: "done" in this run, "kept" from an earlier run, "failed", or "open" (not reached).
+        text: the verdict on the moved adapter, or the error.
+        seconds: time since the end of the previous job; for the first job of a unit this includes the shared work.
+    """
+
+    name: str
+    out: str
+    status: Status = "open"
+    text: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Summary:
+    """The outcomes of all jobs of a run, by name, in the order of the plan; jobs not reached are open."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def count(self, status: Status) -> int:
+        """Count the jobs with a status."""
+        return sum(outcome.status == status for outcome in self.outcomes.values())
+
+    def to_json(self) -> str:
+        """Return the counts and every outcome as JSON."""
+        counts = {status: self.count(status) for status in ("done", "kept", "failed", "open")}
+        return json.dumps({**counts, "jobs": [asdict(one) for one in self.outcomes.values()]}, indent=2) + "\n"
+
+    def save(self, path: Path, jobs: Iterable[Job]) -> None:
+        """Write `to_json` to a file, atomically and without local paths.
+
+        Args:
+            path: of the file.
+            jobs: of the outcomes.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, self._public(jobs).to_json().encode())
+        except OSError as error:
+            msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
+            raise OutputError(msg) from error
+
+    def _public(self, jobs: Iterable[Job]) -> Summary:
+        paths = {job.name: job.settings.paths() for job in jobs if job.name in self.outcomes}
+        return Summary({name: Outcome(**publish(asdict(self.outcomes[name]), own)) for name, own in paths.items()})
+
+    def print_to(self, console: Console) -> None:
+        """Print a table of all jobs."""
+        table = Table(Column("job", overflow="fold"), "status", "s", Column(overflow="fold"), title_justify="left")
+        for one in self.outcomes.values():
+            table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
+        console.print(table, markup=False)  # print brackets in names and reasons literally
+
 
 FOLDER = ".batch"
 # Settings that do not change the result: locations of files, and cache and overwriting.
