@@ -33,7 +33,7 @@ from jcrosslora.methods import CrossLoRA, Distill
 from jcrosslora.session.batch import print_estimates, read_plan, run_batch
 from jcrosslora.session.batch.outcomes import stamp_of
 from jcrosslora.session.batch.plan import Job, Unit, share_of, units_of
-from jcrosslora.session.files import transfer_files
+from jcrosslora.session.pair_session import PairSession
 
 PLAN = """
 out = "moved"
@@ -227,7 +227,7 @@ def test_batch_equals_single_transfers(house, tmp_path):
     summary = run_batch(plan)
     assert summary.count("done") == len(plan.jobs) == 10
     for job in plan.jobs:
-        single = transfer_files(dataclasses.replace(job.settings, out=str(tmp_path / "one" / job.name)))
+        single = jcl.transfer_files(dataclasses.replace(job.settings, out=str(tmp_path / "one" / job.name)))
         moved = jcl.load_adapter(job.settings.out)
         for name, factors in single.adapter.modules.items():
             np.testing.assert_allclose(delta(moved.modules[name]), delta(factors), atol=1e-5)
@@ -316,7 +316,7 @@ def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_pa
     monkeypatch.setattr(cache_keys, "_TICK_NS", -1)  # files of this moment are as good as old ones
     assert run_batch(plan).count("done") == 2
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_adapter", lambda *_, **__: pytest.fail("an adapter is read"))
+        patch.setattr(PairSession, "load", lambda *_, **__: pytest.fail("an adapter is read"))
         assert run_batch(plan).count("kept") == 2
     weights = tmp_path / "adapters" / "a2" / "adapter_model.safetensors"
     whole = weights.read_bytes()

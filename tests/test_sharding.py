@@ -19,8 +19,8 @@ from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.distill.memory import most_beside
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import Distill
-from jcrosslora.session import placement
-from jcrosslora.session.placement import choose_placement
+from jcrosslora.session import estimate
+from jcrosslora.session.estimate import choose_placement
 from jcrosslora.session.settings import TransferOptions
 
 GB = 10**9
@@ -155,7 +155,7 @@ def needed(places, count):
 def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, capsys):
     there = jax.local_device_count()
     beside = most_beside(jcl.open_base(places[2]), Distill())
-    monkeypatch.setattr(placement, "free_of_each", lambda: needed(places, 1) + beside - 1)
+    monkeypatch.setattr(estimate, "free_of_each", lambda: needed(places, 1) + beside - 1)
     command(places, tmp_path, "--method", "distill", "--dry-run", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["placement"] == {
@@ -174,7 +174,7 @@ def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, cap
 def test_weights_that_fit_nowhere_are_refused_with_what_they_take_and_what_is_there(
     places, tmp_path, monkeypatch, capsys, more
 ):
-    monkeypatch.setattr(placement, "free_of_each", lambda: 1000)
+    monkeypatch.setattr(estimate, "free_of_each", lambda: 1000)
     with pytest.raises(SystemExit) as left:
         command(places, tmp_path, "--method", "distill", *more)
     assert left.value.code == 2

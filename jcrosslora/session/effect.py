@@ -1,4 +1,4 @@
-"""The check at the end of a transfer: the effect of the moved adapter beside that of the original."""
+"""The check at the end of a transfer: the effect of the moved adapter next to that of the original."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
-from jcrosslora.maps.evidence.base_pair import BasePair
+from jcrosslora.methods import Task
 from jcrosslora.relation.method_selection import why_not_run
-from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.conclusion import Request
 from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import begin
 
@@ -22,28 +22,17 @@ EFFECT = "measure the effect"  # the step of a transfer, as it names itself on t
 
 
 def measure_effect(
-    pair: BasePair,
-    original: Adapter,
-    moved: Adapter,
-    options: TransferOptions,
-    *,
-    runs_bases: bool,
-    probes: Sequence[str],
-    completions: Sequence[str],
-    loaded: LoadedBases | None = None,
+    task: Task, moved: Adapter, request: Request, texts: Sequence[str], written: Sequence[str]
 ) -> tuple[Effect | None, tuple[str, ...]]:
     """Measure the effect if the options ask for it.
 
     Args:
-        pair: both bases.
-        original: the adapter of the source, with fused matrices split.
+        task: both bases, with the original adapter; it loads one base at a time where it has no loaded bases.
         moved: the adapter of the target.
-        options: the options of the transfer.
-        runs_bases: whether the method runs both bases anyway.
-        probes: texts that both bases were run on.
-        completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
-            text of another kind, so these come first.
-        loaded: gives the weights of both bases; None loads one at a time, whole on the first device.
+        request: the method and the options.
+        texts: that both bases were run on.
+        written: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in text of
+            another kind, so these come first.
 
     Returns:
         The effect, or None if it is not requested or cannot be measured, and warnings.
@@ -52,22 +41,24 @@ def measure_effect(
         UsageError: the effect is requested "always", and there is no text to measure it on.
         CheckpointError: it is requested "always", and a base cannot be run.
     """
+    options, runs_bases = request.options, request.method.runs_bases
+    source, target, original, loaded = task.base, task.target, task.adapter, task.loaded
     if not options.checks_effect(runs_bases=runs_bases):
         return None, ()
     begin(EFFECT)
     # A method that runs the bases has already shown that they can be run.
-    if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
+    if not runs_bases and (obstacle := why_not_run(source, target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
     from jcrosslora.evaluate.effect_check import check_effect
 
-    texts, written = ((), completions) if completions else (probes, ())
+    texts = () if written else texts
     try:
         with enough_memory("leave out the check with --effect never"):
-            written = written or _texts(pair.source, original, options.seed, loaded)
+            written = written or _texts(source, original, options.seed, loaded)
             if not texts and not written:
                 return None, ()
-            found = check_effect(pair.source, pair.target, original, moved, texts, written=written, loaded=loaded)
+            found = check_effect(source, target, original, moved, texts, written=written, loaded=loaded)
     # A finished transfer is not given up for a check that was not requested.
     except (UsageError, ShortMemoryError) as error:
         if options.effect == "always":
@@ -77,7 +68,7 @@ def measure_effect(
 
 
 def _texts(source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None) -> Sequence[str]:
-    """Let the source write with its adapter; its weights are dropped behind that unless `loaded` keeps them."""
+    """Let the source write with its adapter; its weights are dropped afterwards unless `loaded` keeps them."""
     from jcrosslora.decoder import fast_dtype
     from jcrosslora.evaluate.effect_check import adapter_texts
 

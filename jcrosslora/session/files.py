@@ -28,9 +28,6 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
     If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
     only the first checks the effect, if requested, and writes.
 
-    Args:
-        settings: what to move, where to, and how.
-
     Returns:
         The result; it is already written to `settings.out`.
 
@@ -61,10 +58,6 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
 def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = None) -> Estimate:
     """Check a transfer as `transfer_files` does, and estimate what it takes; nothing is computed or written.
 
-    Args:
-        settings: what to move, where to, and how.
-        stopwatch: times parts of the work on this machine.
-
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid.
     """
@@ -75,10 +68,7 @@ def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = Non
 def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adapter: bool = False) -> Estimate:
     """Estimate transfers between two bases. Of their weights only those are read that `auto` looks at.
 
-    Args:
-        settings: of a transfer.
-        stopwatch: times parts of the work on this machine.
-        read_adapter: whether to read the adapter for its modules; else it may have all that the source has.
+    Without `read_adapter` the adapter is taken to have all modules of the source.
 
     Raises:
         JCrossLoRAError: a file cannot be opened, or the bases, the adapter and the settings do not fit.

@@ -101,7 +101,7 @@ class PairSession:
         # Imported here: methods that look at weights alone need no decoder.
         from jcrosslora.decoder.loaded import LoadedBases, loaded_within
         from jcrosslora.decoder.weight_sizes import held_numbers
-        from jcrosslora.session.placement import place_bases
+        from jcrosslora.session.estimate import place_bases
 
         bases = self.pair.source, self.pair.target
         placement = place_bases(bases, method, options)
@@ -123,13 +123,7 @@ class PairSession:
     def resolve(
         self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None
     ) -> tuple[Method, str | None]:
-        """Return the method to use, and the reason if `auto` chose it.
-
-        Args:
-            method: the requested method.
-            adapter: the adapter to move; None for one that can be run.
-            options: the options of the transfer; None for the default ones.
-        """
+        """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it."""
         if not isinstance(method, Auto):
             return method, None
         choice = self._choice
@@ -141,12 +135,6 @@ class PairSession:
         self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
     ) -> Move:
         """Check an adapter for every error that later stages could raise.
-
-        Args:
-            adapter: an adapter of the source, read with it.
-            method: the requested method.
-            options: the options of the transfer.
-            profile: the intended file format of the result; the default can hold everything.
 
         Raises:
             AdapterError: the adapter does not fit the source base.
@@ -180,24 +168,17 @@ class PairSession:
         return task
 
     def collect_text(self, task: AlignmentTask, options: TransferOptions, given: Probes | None) -> AlignmentTask:
-        """Return the task with the text that it needs: the user's, or text that the source writes.
-
-        Args:
-            task: the alignment.
-            options: the options of the transfer.
-            given: the user's text, or None.
-        """
+        """Return the task with the text that it needs: the user's, or text that the source writes."""
         if not task.runs_bases:
             return task
-        probes = given
+        probes, reads = given, EvidenceKind.PROBE_TEXTS in task.method.requires
         # Completions are generated later, with the adapter.
-        if probes is None and (task.reads_probes or EvidenceKind.PROBE_TEXTS in task.method.requires):
+        if probes is None and (task.reads_probes or reads):
             from jcrosslora.evaluate.probes import written_probes
 
-            source = self.pair.source
-            probes = written_probes(source, options.probe_count, seed=options.seed)
+            probes = written_probes(self.pair.source, options.probe_count, seed=options.seed)
         task = with_text(task, probes)
-        if EvidenceKind.PROBE_TEXTS in task.method.requires and not task.batches:
+        if reads and not task.batches:
             probes, batches = batch_probes(self.pair.source, self.pair.target, probes, seed=options.seed)
             task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
         return task
@@ -224,31 +205,15 @@ class PairSession:
     def finish(
         self, move: Move, task: AlignmentTask, transport: Transport, given: Probes | None = None
     ) -> TransferResult:
-        """Run what follows the maps: the method's own stage, truncation, and the check of the effect.
-
-        Args:
-            move: an adapter that has been carried through all groups.
-            task: the alignment.
-            transport: from `carry`.
-            given: the user's text, or None.
-        """
+        """Run what follows the maps: the method's own stage, truncation, and the check of the effect."""
         shifted = move.shifter.finish(transport, self.pair)
         begin(FINISH)
-        loaded = self.loaded or self._bases(move.method, move.options)
-        update = move.method.move(self._task(shifted, task, move, loaded))
+        own = self._task(shifted, task, move)
+        update = move.method.move(own)
         probes = () if task.probes is None else task.probes.texts
 
         def check(moved: Adapter) -> tuple[Effect | None, tuple[str, ...]]:
-            effect, warnings = measure_effect(
-                self.pair,
-                shifted.original,
-                moved,
-                move.options,
-                runs_bases=move.method.runs_bases,
-                probes=probes,
-                completions=tuple(item.text for item in update.completions),
-                loaded=loaded,
-            )
+            effect, warnings = measure_effect(own, moved, move, probes, [item.text for item in update.completions])
             if shifted.original.tokens and (move.method.runs_bases or effect is not None):
                 warnings += (_WITHOUT_TOKENS,)
             if given is not None and task.probes is None:
@@ -261,13 +226,7 @@ class PairSession:
         return result if result.texts else dataclasses.replace(result, texts=tuple(probes))
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
-        """Shift an adapter through an existing transport, and finish it.
-
-        Args:
-            move: an adapter, from `start`.
-            transport: with its groups and its bases.
-            given: the user's text, or None.
-        """
+        """Shift an adapter through an existing transport with its groups, and finish it."""
         task = AlignmentTask(
             pair=self.pair,
             method=transport.method,
@@ -293,15 +252,7 @@ class PairSession:
         probes: Probes | None = None,
         profile: Profile = "peft",
     ) -> TransferResult:
-        """Move one adapter.
-
-        Args:
-            adapter: an adapter of the source, read with it.
-            method: the requested method.
-            options: the options of the transfer.
-            probes: the user's text, or None.
-            profile: the intended file format of the result; the default can hold everything.
-        """
+        """Move one adapter."""
         move = self.start(adapter, method, options, profile)
         task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
         # After everything has been checked: writing texts takes a minute.
@@ -318,15 +269,7 @@ class PairSession:
         prompts: int,
         stopwatch: Stopwatch,
     ) -> Estimate:
-        """Estimate the transfer of an adapter; nothing is computed.
-
-        Args:
-            adapter: an adapter of the source; None for one with all of its modules.
-            method: the requested method.
-            settings: of the transfer.
-            prompts: how many texts the user gave.
-            stopwatch: times parts of the work on this machine.
-        """
+        """Estimate the transfer of an adapter; None is one that has all modules of the source."""
         from jcrosslora.session.estimate import estimate
 
         if adapter is None:
@@ -347,12 +290,8 @@ class PairSession:
     ) -> AbstractContextManager[Steps]:
         """Number the steps of a transfer on the display while the block runs.
 
-        Args:
-            task: the alignment.
-            options: the options of the transfer.
-            given: the user's text, or None.
-            aligned: whether the maps are there already.
-            timed: whether to estimate the seconds of the steps where the bases run, which takes minutes.
+        With `aligned` the maps are there already; without `timed` the seconds of the steps are not estimated, which
+        takes a while.
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))
@@ -367,7 +306,8 @@ class PairSession:
         seconds = Stopwatch().seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
 
-    def _task(self, shifted: Shifted, task: AlignmentTask, move: Move, loaded: LoadedBases | None) -> Task:
+    def _task(self, shifted: Shifted, task: AlignmentTask, move: Move) -> Task:
+        """Return what the method moves: the adapter behind the maps, with the prompts and the loaded bases."""
         given = task.probes is not None and task.probes.seed is None
         return Task(
             source=self.pair.source,
@@ -381,7 +321,7 @@ class PairSession:
             shared=self._shared,
             seed=move.options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
-            loaded=loaded,
+            loaded=self.loaded or self._bases(move.method, move.options),
         )
 
 
@@ -402,10 +342,7 @@ def with_one_writer(options: TransferOptions) -> TransferOptions:
 def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: bool) -> str | None:
     """Return why no update can be fitted to an adapter, or None.
 
-    Args:
-        adapter: the adapter.
-        options: of the transfer.
-        mends: whether a moved update is only mended by the fit, so that what the fit cannot do is done without it.
+    With `mends` the fit only mends a moved update, so that what the fit cannot do is done without it.
     """
     if adapter.info.invocation is not None:
         return "no base can be run with an adapter that acts only after its invocation tokens"

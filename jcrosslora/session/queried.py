@@ -85,7 +85,7 @@ class QueriedSession:
     ) -> TransferResult:
         """Fit an update of the target to the source that `opening` (from `load`) opens, see `PairSession.transfer`."""
         from jcrosslora.decoder.loaded import LoadedBases
-        from jcrosslora.session.placement import place_bases
+        from jcrosslora.session.estimate import place_bases
 
         request = self._check(method, options, profile)
         source: QueriedSource = opening()
@@ -120,8 +120,7 @@ class QueriedSession:
     ) -> Estimate:
         """Estimate the memory of the target; how long a source takes shows when it is queried. A server is reached."""
         del prompts, stopwatch
-        from jcrosslora.session.estimate import Estimate, fitted_modules
-        from jcrosslora.session.placement import place_bases
+        from jcrosslora.session.estimate import Estimate, fitted_modules, place_bases
 
         request = self._check(method, settings, settings.profile)
         if opening is not None and isinstance(self._model, ServedModel):

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import starmap
 from math import prod
 from typing import Any
 
@@ -40,11 +41,7 @@ _PERIOD = 4093  # of the numbers in weights, a prime
 
 
 class Stopwatch:
-    """Measures seconds, and keeps them for the next estimate of the same sizes.
-
-    Args:
-        clock: seconds from any point in time on.
-    """
+    """Measures seconds by `clock`, and keeps them for the next estimate of the same sizes."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._known = clock, dict[Any, float]()
@@ -74,13 +71,13 @@ class Stopwatch:
             total += _CACHED * layers * self.layer(pair.source, _WRITTEN, fast_dtype())
         if cost.stepped and isinstance(method, DistillSettings):
             layers = pair.target.dims.layers * cost.stepped
-            total += layers / prod(_READ) * self.gradient(pair.target, _READ, fast_dtype(), method)
-        total += sum(self.decomposition(shape, rank, vectors=vectors) for shape, rank, vectors in cost.decomposed)
+            total += layers / prod(_READ) * self._gradient(pair.target, method)
+        total += sum(starmap(self._decomposition, cost.decomposed))
         if cost.svd:  # those of activations would take minutes
-            total += cost.svd / _SVD_SIDE**3 * self.full_svd()
+            total += cost.svd / _SVD_SIDE**3 * self._full_svd()
         return total + (_COMPILING if cost.runs_bases else 0)
 
-    def decomposition(self, shape: tuple[int, int], rank: int, *, vectors: bool) -> float:
+    def _decomposition(self, shape: tuple[int, int], rank: int, vectors: bool) -> float:
         """Time the truncated SVD of a matrix (O, I); `vectors` says whether single singular vectors matter."""
 
         def make() -> Callable[[], Any]:
@@ -89,7 +86,7 @@ class Stopwatch:
 
         return self._fastest((shape, rank, vectors), make, 1)
 
-    def full_svd(self) -> float:
+    def _full_svd(self) -> float:
         """Time the full SVD of a square matrix with `_SVD_SIDE` rows."""
 
         def make() -> Callable[[], Any]:
@@ -99,11 +96,7 @@ class Stopwatch:
         return self._fastest("full SVD", make, _RUNS)
 
     def layer(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
-        """Time the forward pass of a layer of a base, of the parts of its last, on tokens (B, T).
-
-        Raises:
-            CheckpointError: the decoder does not support the base.
-        """
+        """Time the forward pass of a layer like the base's last on tokens (B, T)."""
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
@@ -111,24 +104,20 @@ class Stopwatch:
 
         return self._fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
-    def gradient(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, fit: DistillSettings) -> float:
-        """Time the pass of such a layer forward and back, for the factors of a fit.
-
-        Raises:
-            CheckpointError: the decoder does not support the base.
-        """
+    def _gradient(self, base: BaseModel, fit: DistillSettings) -> float:
+        """Time the pass of such a layer forward and back, for the factors of a fit."""
         # Imported here: methods that look at weights alone need no optimiser.
         from jcrosslora.distill.fit import first_state
 
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            params = _made_up_params(few, base, dtype)
+            params = _made_up_params(few, base, fast_dtype())
             factors = jax.eval_shape(lambda: first_state(params, fit).factors)
             factors = jax.tree.map(lambda one: jnp.asarray(_numbers(one.shape, one.dtype)), factors)
-            return partial(_gradient, few, params, factors, _tokens(shape))
+            return partial(_gradient, few, params, factors, _tokens(_READ))
 
-        key = few, shape, jnp.dtype(dtype).name, fit.roles, fit.fit_rank
+        key = few, fast_dtype().name, fit.roles, fit.fit_rank
         return self._fastest(key, make, _RUNS) / few.layers
 
     def _fastest(self, key: Any, make: Callable[[], Callable[[], Any]], runs: int) -> float:

@@ -25,7 +25,6 @@ class UnitEstimate:
     """What the jobs of a unit take, if their adapters have all modules; those with fewer take less.
 
     Attributes:
-        unit: of the plan.
         found: the estimate of one adapter, or why the jobs cannot be done.
     """
 

@@ -35,7 +35,6 @@ class Outcome:
 
     Attributes:
         name: name of the job.
-        out: its folder.
         status: "done" in this run, "kept" from an earlier run, "failed", or "open" (not reached).
         text: the verdict on the moved adapter, or the error.
         seconds: time since the end of the previous job; for the first job of a unit this includes the shared work.
@@ -65,10 +64,6 @@ class Summary:
 
     def save(self, path: Path, jobs: Iterable[Job]) -> None:
         """Write `to_json` to a file, atomically and without local paths.
-
-        Args:
-            path: of the file.
-            jobs: of the outcomes.
 
         Raises:
             OutputError: it cannot be written.

@@ -57,7 +57,6 @@ class BatchPlan:
 
     Attributes:
         out: the folder that all results are written into.
-        jobs: at least one.
     """
 
     out: Path

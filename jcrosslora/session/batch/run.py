@@ -104,13 +104,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
 
 
 def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
-    """Run one unit in this process and return the outcomes of its jobs.
-
-    Args:
-        unit: a unit of a plan.
-        out: the plan's folder.
-        overwrite: see `run_batch`.
-    """
+    """Run one unit in this process and return the outcomes of its jobs."""
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
     _Run(CompletionLog(out), summary, Track(None, len(unit.jobs)), overwrite).do(unit)
     return list(summary.outcomes.values())
@@ -121,8 +115,6 @@ class _Checked:
     """A checked job whose factors need not be in memory.
 
     Attributes:
-        job: the job of the plan.
-        method: the method of its transfer.
         fingerprint: digest of all its inputs.
         stamp: the same without reading the adapter, see `stamp_of`.
         sources: the modules of its adapter.
