@@ -87,7 +87,7 @@ class Batch:
 
 
 def _levels(summary: "Summary") -> Iterator[str]:
-    """Read the verdicts' levels from the reports beside the adapters, of this run and of earlier ones."""
+    """Read the verdicts' levels from the reports next to the adapters, of this run and of earlier ones."""
     from jcrosslora.report.record import REPORT, read_report
 
     for outcome in summary.outcomes.values():

@@ -76,11 +76,7 @@ class Generate:
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
         found = composed.write(
-            asked,
-            weights=weights,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
+            asked, weights=weights, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
         if self.json:
             pairs = zip(prompts, found, strict=True)

@@ -27,7 +27,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def print_json(data: Any) -> None:
-    """Print data as JSON on stdout, with nothing else beside it."""
+    """Print data as JSON on stdout."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     print()
 
@@ -78,7 +78,7 @@ def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
 
 
 def opened_base(base: str | None, template: Path | None) -> "BaseModel":
-    """Open a base, with a chat template in place of its own where one is given.
+    """Open a base, with a chat template that replaces its own where one is given.
 
     Raises:
         UsageError: no base was given, or the template cannot be read.

@@ -36,35 +36,17 @@ class _Transfer:
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "method": (
-            "allow_module",
-            "calibrate",
-            "depth",
-            "probe_text",
-            "probe_count",
-            "source_template",
-            "target_template",
+            *("allow_module", "calibrate", "depth", "probe_text", "probe_count"),
+            *("source_template", "target_template"),
         ),
         "output": (
-            "dry_run",
-            "json",
-            "table",
-            "fail_on",
-            "profile",
-            "dtype",
-            "out_rank",
-            "target_name",
-            "push_to",
-            "log",
+            *("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
+            *("push_to", "log"),
         ),
         "expert": ("scale", "adapter_rank", "seed", "effect", "divide", "cache"),
         "source": (
-            "source_backend",
-            "source_url",
-            "source_model",
-            "source_base_model",
-            "source_tokenizer",
-            "source_top_logprobs",
-            "source_requests",
+            *("source_backend", "source_url", "source_model", "source_base_model", "source_tokenizer"),
+            *("source_top_logprobs", "source_requests"),
         ),
         "hub": ("adapter_revision", "source_revision", "target_revision"),
         "cluster": ("coordinator", "processes", "process"),
@@ -212,7 +194,7 @@ def _setting_flags(*, served: bool = False) -> list[Flag]:
     """Return the settings of a transfer as dataclass fields; those without a default are required.
 
     Args:
-        served: whether a server is asked, which has the source and the adapter.
+        served: whether the source is behind a server, which has the adapter too.
     """
     kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
     kinds |= {"adapter": tyro.conf.Positional[str], "method": str}

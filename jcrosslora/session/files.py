@@ -85,15 +85,8 @@ def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adap
 def queried_model(settings: TransferSettings) -> QueriedModel | None:
     """Return the source if it can only be queried."""
     if settings.source_url is not None and settings.source_model and settings.source_tokenizer:
-        return ServedModel(
-            settings.source_url,
-            settings.source_model,
-            settings.source_tokenizer,
-            settings.source_base_model,
-            settings.source_template,
-            settings.source_top_logprobs,
-            settings.source_requests,
-        )
+        named = settings.source_url, settings.source_model, settings.source_tokenizer, settings.source_base_model
+        return ServedModel(*named, settings.source_template, settings.source_top_logprobs, settings.source_requests)
     if settings.source_backend == "torch":
         more = settings.source_revision, settings.source_tokenizer, settings.source_template
         return TorchModel(settings.source, *more)

@@ -69,8 +69,8 @@ def push_to_hub(
 ) -> Pushed:
     """Upload an adapter to the hub as one commit: weights, configuration, model card, report and recipe.
 
-    The folder is checked to be a whole adapter before anything is sent, and is not changed. Other files beside the
-    adapter are not uploaded, and other files in the repository stay. After a failure the same call goes on: what was
+    The folder is checked to be a whole adapter before anything is sent, and is not changed. Other files in the
+    folder are not uploaded, and other files in the repository stay. After a failure the same call goes on: what was
     uploaded is not sent again.
 
     Args:

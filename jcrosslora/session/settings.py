@@ -164,7 +164,7 @@ class TransferSettings(TransferOptions):
         return cls(**own)
 
     def flat(self) -> dict[str, Any]:
-        """Return the settings by flat names, the method by its name and its hyper-parameters beside it."""
+        """Return the settings by flat names, with the name of the method and its hyper-parameters."""
         values = {name: getattr(self, name) for name in OWN_FIELDS}
         return values | flat_method(self.method)
 

@@ -32,7 +32,7 @@ _READ, _WRITTEN = (8, 64), (48, 1)  # texts and tokens of a pass that is timed
 # SmolLM2-135M on one core (4.3 ms instead of 2.8 for 48 texts).
 _CACHED = 1.5
 _VOCABULARY = 512  # rows of the embedding of the layers that are timed
-# Layers that are timed together: what stands beside one alone takes a fifth of its time if it is small. Large ones
+# Layers that are timed together: what surrounds a single one takes a fifth of its time if it is small. Large ones
 # would take memory.
 _LAYERS, _MOST_WEIGHTS = 4, 1 << 26
 _SVD_SIDE = 512  # of the square matrix whose full SVD is timed

@@ -119,11 +119,7 @@ def align(
 
 
 def shift(
-    transport: Transport,
-    adapter: Adapter | str | Path | Any,
-    *,
-    prompts: Any = None,
-    **options: Any,
+    transport: Transport, adapter: Adapter | str | Path | Any, *, prompts: Any = None, **options: Any
 ) -> TransferResult:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run the stages after the maps.
 

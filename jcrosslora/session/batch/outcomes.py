@@ -93,11 +93,11 @@ _NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache", "divide"
 
 
 class CompletionLog:
-    """The log of a batch's finished jobs, in a hidden folder beside their results.
+    """The log of a batch's finished jobs, in a hidden folder next to their results.
 
     A job counts as done if its folder exists and the log has the fingerprint of the same inputs: settings, probe texts,
     bases (weights, configuration and tokenizer), adapter, and version of the package. Folders are written atomically,
-    so a batch that was killed at any point can be resumed. A stamp beside the fingerprint recognises a finished job
+    so a batch that was killed at any point can be resumed. A stamp next to the fingerprint recognises a finished job
     without reading its adapter, whose files have the size and the times that they had.
     """
 
@@ -169,12 +169,14 @@ def base_fingerprint(base: BaseModel) -> str:
 def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
     """Digest all inputs of a job, as a hex string.
 
+    Of the adapter the weights and the configuration count, which scales them; of the settings all but locations.
+
     Args:
-        job: the job; its settings count, except locations of files.
-        adapter: its adapter; the digest of the weights and the configuration, which scales them, count.
+        job: the job.
+        adapter: its adapter.
         source: fingerprint of the source, from `base_fingerprint`.
-        target: likewise of the target.
-        texts: digest of the texts of `probe_text`; "" if the settings name no such file.
+        target: fingerprint of the target.
+        texts: digest of the texts of `probe_text`; "" if the settings name no file.
     """
     return digest_of(*_asked(job), adapter.digest, adapter.config, source, target, texts)
 

@@ -61,10 +61,7 @@ def run_on_ray(
     with _cluster(address) as ray:
         takes, slots = _division([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
         units = cut(mine, slots)
-        with (
-            summarised(plan, units, shard) as summary,
-            track(len(summary.outcomes), "batch", "jobs") as bar,
-        ):
+        with summarised(plan, units, shard) as summary, track(len(summary.outcomes), "batch", "jobs") as bar:
             task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env={"env_vars": _environment()})
             for outcome in _outcomes(ray, task, units, (plan.out, overwrite, os.getcwd())):
                 summary.outcomes[outcome.name] = outcome

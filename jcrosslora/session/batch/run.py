@@ -44,11 +44,7 @@ SUMMARY = "batch_summary.json"
 
 
 def run_batch(
-    plan: BatchPlan,
-    *,
-    shard: tuple[int, int] = (1, 1),
-    overwrite: bool = False,
-    log: LogName | None = None,
+    plan: BatchPlan, *, shard: tuple[int, int] = (1, 1), overwrite: bool = False, log: LogName | None = None
 ) -> Summary:
     """Run all unfinished jobs of a plan.
 
@@ -76,10 +72,7 @@ def run_batch(
     if log is not None:
         find_log(log)
     units = share_of(units_of(plan.jobs), *shard)
-    with (
-        summarised(plan, units, shard) as summary,
-        track(len(summary.outcomes), "batch", "jobs") as bar,
-    ):
+    with summarised(plan, units, shard) as summary, track(len(summary.outcomes), "batch", "jobs") as bar:
         run = _Run(CompletionLog(plan.out), summary, bar, overwrite, log)
         for unit in units:
             run.do(unit)
@@ -131,12 +124,7 @@ class _Checked:
 
 class _Run:
     def __init__(
-        self,
-        log: CompletionLog,
-        summary: Summary,
-        bar: Track,
-        overwrite: bool,
-        figures: LogName | None = None,
+        self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, figures: LogName | None = None
     ) -> None:
         self._log, self._summary, self._bar = log, summary, bar
         self._overwrite = overwrite

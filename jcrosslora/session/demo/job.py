@@ -68,7 +68,7 @@ _ANSWER_TOKENS = 20
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Models of one base beside each other: the base itself, then the base with each adapter.
+    """Models of one base side by side: the base itself, then the base with each adapter.
 
     Attributes:
         questions: n questions, as they were scored.
@@ -106,11 +106,7 @@ class Comparison:
 
 
 def compare(
-    base: BaseModel,
-    adapters: Mapping[str, Adapter],
-    questions: Sequence[Question],
-    *,
-    written: int,
+    base: BaseModel, adapters: Mapping[str, Adapter], questions: Sequence[Question], *, written: int
 ) -> Comparison:
     """Score a base alone and with each adapter, and let all of them write answers.
 

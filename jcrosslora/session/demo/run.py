@@ -79,7 +79,7 @@ def run_demo(
 def _compare(
     bases: tuple[BaseModel, BaseModel], path: Path, moved: Adapter, method: str, steps: progress.Steps
 ) -> Comparison:
-    """Score the moved adapter beside one trained on the target, the random control and the paper's map."""
+    """Score the moved adapter, one trained on the target, the random control and the paper's map."""
     target = bases[1]
     with shipped(TARGET_ADAPTER) as trained:
         adapters = {_moved_name(method): moved, TRAINED: load_adapter(str(trained), target)}
