@@ -78,11 +78,10 @@ class Evaluate:
             for sentence in left_out(adapter, RUN, "bases are run without it")
         ]
         if questions:
-            self._print_scores(score(base, questions[: self.limit], adapters), notes, console)
-            return
-        given: Sequence[Example] = examples[: self.limit]
-        answers = answer(base, given, adapters, max_new_tokens=self.max_new_tokens)
-        self._print_answers(answers, notes, console)
+            found = score(base, questions[: self.limit], adapters)
+        else:
+            found = answer(base, examples[: self.limit], adapters, max_new_tokens=self.max_new_tokens)
+        self._print(found, notes, console)
 
     def _check(self, *, written: bool) -> None:
         """Refuse what cannot be done, before any work."""
@@ -107,67 +106,46 @@ class Evaluate:
             writable_file(self.html, PAGE)
 
     def _judge_shelf(self, folder: Path, examples: "Sequence[Example]", refs: list[str], console: Console) -> None:
-        from jcrosslora.evaluate import Answers
         from jcrosslora.shelf import judge
 
         shelf = opened_shelf(folder, self.base, self.template)
-        room = self.max_new_tokens
-        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=room)
-        more = {"shelf": found.to_json()}
-        if isinstance(found.figures, Answers):
-            self._print_answers(found.figures, found.not_scored, console, more)
-        else:
-            self._print_scores(found.figures, found.not_scored, console, more)
+        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=self.max_new_tokens)
+        self._print(found.figures, found.not_scored, console, {"shelf": found.to_json()})
         if not self.json:
             for line in found.lines():
                 say(console, line)
 
-    def _print_scores(
-        self, scores: "Scores", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
+    def _print(
+        self, found: "Scores | Answers", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
     ) -> None:
-        from jcrosslora.evaluate import print_scores
-        from jcrosslora.evaluate.output import scores_json
-
-        if self.json:
-            print_json(scores_json(scores, notes, trained=self._trained(scores)) | (more or {}))
-            return
-        _say_notes(notes, console)
-        print_scores(scores, console)
-        self._say_lifts(scores, console)
-
-    def _print_answers(
-        self, answers: "Answers", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
-    ) -> None:
-        from jcrosslora.evaluate import answers_page, print_answers
-        from jcrosslora.evaluate.output import answers_json
+        """Print the figures, as JSON with `more`, and write the page."""
+        from jcrosslora.evaluate import Answers, answers_page, print_answers, print_scores
+        from jcrosslora.evaluate.lifts import lift_lines
+        from jcrosslora.evaluate.output import answers_json, scores_json
         from jcrosslora.utils.files import write_output
 
-        if self.html is not None:
-            page = answers_page(answers).encode()
+        trained = None if self.trained is None else found.names[-1]
+        written = found if isinstance(found, Answers) else None
+        if self.html is not None and written is not None:
+            page = answers_page(written).encode()
             write_output(writable_file(self.html, PAGE), page, "free space, or choose another file")
         if self.json:
-            found = answers_json(answers, notes, show=self.show, trained=self._trained(answers))
-            print_json(found | (more or {}))
+            if isinstance(found, Answers):
+                data = answers_json(found, notes, show=self.show, trained=trained)
+            else:
+                data = scores_json(found, notes, trained=trained)
+            print_json(data | (more or {}))
             return
-        _say_notes(notes, console)
-        print_answers(answers, console, show=self.show)
-        self._say_lifts(answers, console)
-        if self.html is not None:
-            say(console, f"written: {self.html}")
-
-    def _trained(self, found: "Scores | Answers") -> str | None:
-        return None if self.trained is None else found.names[-1]
-
-    def _say_lifts(self, found: "Scores | Answers", console: Console) -> None:
-        from jcrosslora.evaluate.lifts import lift_lines
-
-        for line in [] if self.trained is None else lift_lines(found, len(found.names) - 1):
+        for note in notes:
+            say(console, f"not scored: {note}")
+        if isinstance(found, Answers):
+            print_answers(found, console, show=self.show)
+        else:
+            print_scores(found, console)
+        for line in [] if trained is None else lift_lines(found, len(found.names) - 1):
             say(console, line)
-
-
-def _say_notes(notes: Sequence[str], console: Console) -> None:
-    for note in notes:
-        say(console, f"not scored: {note}")
+        if self.html is not None and written is not None:
+            say(console, f"written: {self.html}")
 
 
 @dataclass(frozen=True)

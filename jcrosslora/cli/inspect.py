@@ -1,10 +1,11 @@
-"""`jcrosslora inspect`, `compare`, `check` and `methods`: what adapters, bases, engines and methods are."""
+"""`jcrosslora inspect`, `check` and `methods`: what adapters, bases, engines and methods are."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from jcrosslora.cli.output import print_json, say
 
@@ -34,35 +35,6 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Say how two base models are related, from their weights: same, quantised, trained, pruned, ..."""
-
-    source: tyro.conf.Positional[str]
-    """The base that an adapter comes from: a folder of safetensors, a GGUF file or a hub id."""
-    target: tyro.conf.Positional[str]
-    """The base that it would go to (same forms)."""
-    source_revision: str | None = None
-    """Hub revision of the source."""
-    target_revision: str | None = None
-    """Hub revision of the target."""
-    json: bool = False
-    """Print everything as JSON instead, tensor by tensor."""
-
-    def run(self, console: Console) -> None:
-        """Compare, and print the evidence and the relation."""
-        from jcrosslora.checkpoint import open_base
-        from jcrosslora.relation.base_comparison import compare_bases
-        from jcrosslora.report.base_comparison import print_comparison
-
-        source = open_base(self.source, revision=self.source_revision)
-        relation = compare_bases(source, open_base(self.target, revision=self.target_revision))
-        if self.json:
-            print_json(relation.to_json())
-        else:
-            print_comparison(relation, console)
-
-
-@dataclass(frozen=True)
 class Check:
     """Say which engines will read an adapter, and why others will not."""
 
@@ -82,14 +54,17 @@ class Check:
         """Print one line for each engine."""
         from jcrosslora.adapter import check_engines
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.report.inspect import print_engines, reported_family
+        from jcrosslora.report.inspect import reported_family
 
         base = None if self.base is None else open_base(self.base)
         verdicts = check_engines(self.path, base_family=self.family or reported_family(self.path), base=base)
         if self.json:
             print_json([asdict(one) for one in verdicts])
         else:
-            print_engines(verdicts, console)
+            table = Table("engine", "reads it", "reasons and notes")
+            for one in verdicts:
+                table.add_row(one.engine, "yes" if one.reads else "no", "\n".join((*one.reasons, *one.notes)))
+            console.print(table, highlight=False, markup=False)
             if base is None:
                 say(console, "modules: not looked up in the base; name it with --base")
 
@@ -104,10 +79,13 @@ class Methods:
     def run(self, console: Console) -> None:
         """Print the registry."""
         from jcrosslora.methods import METHODS
-        from jcrosslora.report.inspect import print_methods
 
+        found = [kind() for kind in METHODS.values()]
         if self.json:
             keys = ("name", "summary", "needs", "reference")
-            print_json([{key: getattr(method(), key) for key in keys} for method in METHODS.values()])
-        else:
-            print_methods(console)
+            print_json([{key: getattr(method, key) for key in keys} for method in found])
+            return
+        table = Table("method", "what it does", "needs", "reference")
+        for method in found:
+            table.add_row(method.name, method.summary, method.needs, method.reference)
+        console.print(table, highlight=False, markup=False)

@@ -58,7 +58,7 @@ COMMANDS = {
     "report": Command("jcrosslora.cli.evaluate:Report", "Write a page on a moved adapter.", computes=False),
     "generate": Command("jcrosslora.cli.generate:Generate", "Write with an adapter, or with several at once."),
     "inspect": Command("jcrosslora.cli.inspect:Inspect", "Show what an adapter or a base model is."),
-    "compare": Command("jcrosslora.cli.inspect:Compare", "Say how two base models are related, from their weights."),
+    "compare": Command("jcrosslora.cli.compare:Compare", "Say how two base models are related, from their weights."),
     "check": Command("jcrosslora.cli.inspect:Check", "Say which engines will read an adapter.", computes=False),
     "export": Command("jcrosslora.cli.export:Export", "Write an adapter again: for another engine, rank, or as a sum."),
     "merge": Command("jcrosslora.cli.export:Merge", "Merge an adapter into its base model."),
