@@ -1,7 +1,10 @@
 """`jcrosslora.save_adapter` and `push_to_hub`: write an adapter that is in memory, and upload one."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.contents import FileDtype
@@ -10,8 +13,10 @@ from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.report.hub import Pushed, push_folder
-from jcrosslora.session.result import TransferResult
+
+if TYPE_CHECKING:
+    from jcrosslora.report.hub import Pushed
+    from jcrosslora.session.result import TransferResult
 
 
 def save_adapter(
@@ -92,5 +97,8 @@ def push_to_hub(
         OutputError: not logged in, the repository is public where a private one is wanted or holds something else, the
             hub refuses the upload, or it cannot be reached.
     """
+    from jcrosslora.report.hub.push import push_folder
+    from jcrosslora.session.result import TransferResult
+
     push = adapter.push_to_hub if isinstance(adapter, TransferResult) else partial(push_folder, adapter)
     return push(repo_id, private=private, base_model=base_model, with_completions=with_completions, token=token)
