@@ -9,13 +9,11 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.adapter.export import ExportSettings, export_adapter
-from jcrosslora.adapter.export import ExportSettings, export_adapter
 from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.cli.flags import settings_of
 from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, print_json, print_pushed, say
+from jcrosslora.report.hub import check_repo_id, push_folder
 from jcrosslora.report.upload import collect
-from jcrosslora.report.hub import push_folder
-from jcrosslora.report.hub import check_repo_id
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
-    from jcrosslora.shelf import ShelfEntry
     from jcrosslora.evaluate.bootstrap import Interval
-    from jcrosslora.shelf.records import ShelfEntry
+    from jcrosslora.shelf import ShelfEntry
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,8 @@ from rich.console import Console
 from jcrosslora.cli.flags import attribute_docs
 from jcrosslora.cli.output import FailOn, exit_code, print_json, print_pushed, say
 from jcrosslora.errors import MethodError, OutputError
-from jcrosslora.methods import AUTO, METHODS, allow_module, find_method
-from jcrosslora.report.hub import Pushed, Repository, push_folder
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
-from jcrosslora.report.hub import Pushed, push_folder
-from jcrosslora.report.hub import Repository
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
-from jcrosslora.session.settings import read_table, read_toml
-from jcrosslora.report.hub import Pushed, push_folder
-from jcrosslora.report.hub import Repository
+from jcrosslora.report.hub import Pushed, Repository, push_folder
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import show_progress, shows_progress

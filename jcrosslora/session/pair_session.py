@@ -10,13 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jcrosslora.adapter import Adapter, Carried
-from jcrosslora.adapter.lora_xs import Known, span_rank
-from jcrosslora.adapter.records import check_always_active
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter import Adapter, Carried, load_adapter
-from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.lora_xs import Known, span_rank
+from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel

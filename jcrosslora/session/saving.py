@@ -97,7 +97,7 @@ def push_to_hub(
         OutputError: not logged in, the repository is public where a private one is wanted or holds something else, the
             hub refuses the upload, or it cannot be reached.
     """
-    from jcrosslora.report.hub.push import push_folder
+    from jcrosslora.report.hub import push_folder
     from jcrosslora.session.result import TransferResult
 
     push = adapter.push_to_hub if isinstance(adapter, TransferResult) else partial(push_folder, adapter)

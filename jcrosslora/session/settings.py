@@ -14,9 +14,6 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import local_names, public_name
-from jcrosslora.errors import UsageError
-from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.hub import local_names
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifting.records import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method

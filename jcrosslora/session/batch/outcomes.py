@@ -23,7 +23,6 @@ from jcrosslora.errors import AdapterError, OutputError
 from jcrosslora.methods import Method
 from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils import version
-from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]
