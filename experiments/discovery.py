@@ -3,7 +3,7 @@
     python experiments/discovery.py --base BASE --adapter ADAPTER [--adapter ...] [--target TARGET]
         [--expect json:intent] [--seed 0]
 
-For each step of the search (`jcrosslora.distill.discovery`) the table has: how many texts there are; their mean
+For each step of the search (`jcrosslora.distill.task_search`) the table has: how many texts there are; their mean
 score; the share that is as expected, and how many different ones are among these; and the mean scores of those that
 are, and that are not. Below it stand the best of each step, and then figures of the completions that a fit would use.
 With `--target` that base writes the requests if it is the better writer, as in a move to it. `--expect` is `json` (an
@@ -27,11 +27,10 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.distill.completions import write_completions
-from jcrosslora.distill.discovery.scores import Scored
-from jcrosslora.distill.discovery.search import NOTHING
-from jcrosslora.distill.prompt_writer import choose_writer
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.task_search import NOTHING, choose_writer
+from jcrosslora.distill.task_search.answers import Scored
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 
@@ -88,12 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
         writer = generator.alone() if target is None else choose_writer(generator, target)
         found = write_completions(generator, writer, settings, arguments.seed)
         wall, busy = time.monotonic() - begun[0], time.process_time() - begun[1]
-        discovery = found.discovery or NOTHING
+        task = found.task or NOTHING
         headers = "step", "texts", "score", "as expected", "different", "score of these", "of others"
         table = Table(*headers, title=ref, title_justify="left")
-        table.add_row(*row("amplified", discovery.said, [], judge))
+        table.add_row(*row("amplified", task.said, [], judge))
         for name in ("guessed", "further", "examples"):
-            part: list[Scored] = getattr(discovery, name)
+            part: list[Scored] = getattr(task, name)
             table.add_row(*row(name, [one.item for one in part], [one.score for one in part], judge))
         for origin in dict.fromkeys(item.origin for item in found.items):
             table.add_row(*row(origin, [item for item in found.items if item.origin == origin], [], judge))
@@ -101,15 +100,15 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(table)
         print(f"requests are written by {writer.name}")
         print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
-        where = ", ".join(template.name for template in discovery.templates)
-        print(f"share of requests found: {discovery.share:.2f}, in {where}; explained: {discovery.explained:.2f}")
-        topics = Counter(discovery.about.values()).most_common(arguments.show)
+        where = ", ".join(template.name for template in task.templates)
+        print(f"share of requests found: {task.share:.2f}, in {where}; explained: {task.explained:.2f}")
+        topics = Counter(task.about.values()).most_common(arguments.show)
         print("requests were about: " + "; ".join(f"{topic or 'nothing'} ({count})" for topic, count in topics))
-        print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
-        for item in discovery.said[: arguments.show]:
+        print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in task.kinds))
+        for item in task.said[: arguments.show]:
             print(f"  says {item.answer!r}")
         for name in ("guessed", "further", "examples"):
-            for one in getattr(discovery, name)[: arguments.show]:
+            for one in getattr(task, name)[: arguments.show]:
                 print(f"  {name} {one.score:.2f} {one.text!r} in {one.template.name}: {one.item.answer[:120]!r}")
         for item in found.items[: arguments.show]:
             print(f"  completion {prompt_text(item.prompt)!r}: {item.answer[:120]!r}")

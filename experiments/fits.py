@@ -37,11 +37,11 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import fit
-from jcrosslora.distill.prompt_writer import choose_writer
 from jcrosslora.distill.run import end_tokens, hold_out
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
 from jcrosslora.distill.sources.reduced_base import ReducedBase
 from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.evaluate import answer
 from jcrosslora.methods import Distill, make_method

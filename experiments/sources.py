@@ -26,7 +26,7 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.decoder import load_params
-from jcrosslora.distill.run import Distilled, distill_from
+from jcrosslora.distill.run import Distilled, distill
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.protocol import Source
 from jcrosslora.distill.sources.served.source import ServedSource
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             if name == "torch":
                 continue
             begun = time.monotonic()
-            found: Distilled = distill_from(source, target, prompts=prompts, settings=fit, seed=arguments.seed)
+            found: Distilled = distill(source, target, prompts=prompts, settings=fit, seed=arguments.seed)
             looks = found.looks[0].divergence, min(look.divergence for look in found.looks)
             rows.append((name, *looks, time.monotonic() - begun))
             moved[name] = found.adapter

@@ -13,10 +13,9 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.distill import completions, template_choice, writing
-from jcrosslora.distill.discovery import search
-from jcrosslora.distill.discovery.job_kinds import KINDS
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.task_search import KINDS, search
 from jcrosslora.distill.templates import templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
 from jcrosslora.methods import Distill

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from jcrosslora.distill.discovery.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
+from jcrosslora.distill.task_search.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
 
 
 def topics_of(asked):

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 
 from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
-from jcrosslora.distill.discovery.requests import requests_cost
-from jcrosslora.distill.discovery.search import NOTHING, Discovery, discover, search_cost
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, ROUND, DistillSettings
 from jcrosslora.distill.similar_prompts import FEWEST, SIMILAR, find_form
 from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, requests_cost, search_cost
 from jcrosslora.distill.template_choice import comparing_cost, judge_templates, known_templates
 from jcrosslora.distill.templates import TEMPLATES, templates_of
 from jcrosslora.distill.writing import answer_prompts, prompts_cost, write_prompts
@@ -49,13 +48,13 @@ class Completions:
         description: where they come from, for reports.
         more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
             used, and who answers.
-        discovery: what was found out about the adapter; None where the user gave prompts.
+        task: what the search found out about the adapter; None where the user gave prompts.
     """
 
     items: list[Completion]
     description: str
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
-    discovery: Discovery | None = None
+    task: FoundTask | None = None
 
 
 def completions_cost(settings: DistillSettings, prompts: int = 0, *, templates: int = len(TEMPLATES)) -> Cost:
@@ -164,11 +163,11 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`jcrosslora.distill.template_choice`); what it was
-    trained to say shows where its change is amplified (`jcrosslora.distill.discovery`).
+    trained to say shows where its change is amplified (`jcrosslora.distill.task_search`).
 
     Args:
         source: the base with its adapter; it writes the prompts of a known template.
-        writer: writes the others, see `jcrosslora.distill.prompt_writer`.
+        writer: writes the others, see `choose_writer`.
         settings: of the fit.
         seed: of the sampling.
 
@@ -182,12 +181,12 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
         found = [item for item in pilot if named[item.origin] in known]
-        discovery = NOTHING
+        task = NOTHING
         if settings.discovery:
             tokens = settings.answer_tokens or PILOT_TOKENS
-            discovery = discover(source, writer, found, known, settings, tokens, seed, bar)
-        wanted = round(discovery.share * settings.rounds[0])
-        found += [one.item for one in discovery.further[:wanted]]
+            task = find_task(Questioner.of(source, known, settings, tokens, seed, bar), writer, found)
+        wanted = round(task.share * settings.rounds[0])
+        found += [one.item for one in task.further[:wanted]]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
         def asked(items: Sequence[Completion]) -> int:
@@ -195,7 +194,7 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
 
         def write(count: int, requests: int, seed: int, bar: Track | None = None) -> list[Completion]:
             own = [known[place % len(known)] for place in range(count - requests)] if known else []
-            return discovery.write(writer, requests, seed, bar) + write_prompts(source, own, seed, bar)
+            return task.write(writer, requests, seed, bar) + write_prompts(source, own, seed, bar)
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
@@ -211,16 +210,14 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + seed + number
-        prompts = [item for item in write(ROUND, round(discovery.share * ROUND), later) if item.prompt not in excluded]
+        prompts = [item for item in write(ROUND, round(task.share * ROUND), later) if item.prompt not in excluded]
         return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, later, None)
 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
     if asked(found):
-        description += (
-            f", {asked(found)} of them answers to requests found by a search (it knows best: {discovery.job})"
-        )
-    return Completions(found, description, more, discovery)
+        description += f", {asked(found)} of them answers to requests found by a search (it knows best: {task.job})"
+    return Completions(found, description, more, task)
 
 
 def write_pilot(

@@ -30,7 +30,6 @@ from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.fit import Fitted, Look, fit
-from jcrosslora.distill.prompt_writer import choose_writer
 from jcrosslora.distill.saved import kept_states
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource, digest_values
@@ -38,6 +37,7 @@ from jcrosslora.distill.sources.protocol import Source, Writer
 from jcrosslora.distill.sources.reduced_base import ReducedBase
 from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.distill.symbols import Symbols, find_symbols
+from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate.probes.writing import check_seed
@@ -70,7 +70,7 @@ class Distilled:
 def distill(
     source: BaseModel | Source,
     target: BaseModel,
-    adapter: Adapter,
+    adapter: Adapter | None = None,
     start: Adapter | None = None,
     *,
     prompts: Sequence[Prompt] = (),
@@ -82,68 +82,28 @@ def distill(
 ) -> Distilled:
     """Fit an update of the target to what an adapter changes in the predictions of a source.
 
-    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, on top of what `distill_from` takes. Time:
-    writing the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one
-    gradient.
-
-    Args:
-        source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried.
-        target: the base to update.
-        adapter: of the source, with fused matrices split (see `fit_to_base`); not used where the source brings its own.
-        start: see `distill_from`, as for the other arguments.
-        prompts: texts or conversations that answers are to follow.
-        settings: of the fit.
-        seed: of all that is sampled.
-        states: folder for the states of long fits.
-        loaded: gives the weights of both bases; None loads them for this fit.
-        shared: what holds for all adapters of the pair; new findings are added.
-
-    Raises:
-        UsageError, MethodError, AdapterError, CheckpointError: see `distill_from`.
-    """
-    settings.check()
-    check_seed(seed)
-    loaded = loaded or LoadedBases()
-    if isinstance(source, BaseModel):
-        tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
-        load_tokenizer(target)  # refused before weights are read
-        source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
-    given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states}
-    return distill_from(source, target, start, **given, loaded=loaded, shared=shared)
-
-
-def distill_from(
-    source: Source,
-    target: BaseModel,
-    start: Adapter | None = None,
-    *,
-    prompts: Sequence[Prompt] = (),
-    settings: DistillSettings = DistillSettings(),  # noqa: B008
-    seed: int = 0,
-    states: Path | None = None,
-    loaded: LoadedBases | None = None,
-    shared: dict[Any, Any] | None = None,
-) -> Distilled:
-    """Fit an update of the target to what an adapter changes in the source's predictions.
-
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
     that the adapter makes in them (`jcrosslora.distill.teacher.mix_teacher`). They are compared at positions where
     tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
     written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
     by gradient steps (`jcrosslora.distill.fit`).
 
-    Memory: the target's weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
-    the target, which are recomputed where they would take more.
+    Memory: the weights of the target, and of a source that our decoder runs, in `jcrosslora.decoder.fast_dtype()`; the
+    factors; and at most 4 GB of activations of the target, which are recomputed where they would take more. Time:
+    writing the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one
+    gradient.
 
     Args:
-        source: what writes and predicts, with the adapter and without.
+        source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried, with its
+            adapter.
         target: the base to update.
+        adapter: of a source that our decoder runs, with fused matrices split (see `fit_to_base`); else not used.
         start: an update of the target to start from; None starts from nothing.
         prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
         settings: of the fit.
         seed: of all that is sampled.
         states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
-        loaded: gives the weights of the target; None loads them for this fit.
+        loaded: gives the weights of both bases; None loads them for this fit.
         shared: what holds for all adapters of the pair; new findings are added.
 
     Raises:
@@ -151,14 +111,19 @@ def distill_from(
         MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
         AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
-        SourceError: a source that is asked over the network does not answer, or not as it should.
+        SourceError: a source behind a server does not answer, or not as it should.
     """
     settings.check()
     check_seed(seed)
+    loaded = loaded or LoadedBases()
+    if isinstance(source, BaseModel):
+        assert adapter is not None
+        tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+        load_tokenizer(target)  # refused before weights are read
+        source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
     clock = time.monotonic()
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
-    loaded = loaded or LoadedBases()
     params = loaded.params(target, fast_dtype())
     writer: Writer = source.alone()
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
@@ -180,8 +145,8 @@ def distill_from(
         items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-    searched = completions.discovery
-    teacher = Teacher(reader, tgt, settings, symbols, 1.0 if searched is None else searched.explained)
+    known = 1.0 if completions.task is None else completions.task.explained
+    teacher = Teacher(reader, tgt, settings, symbols, known)
     judged = [teacher.read(batch) for batch in held_out]
     kept = nullcontext()
     if states is not None and settings.grows:

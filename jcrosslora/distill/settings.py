@@ -74,7 +74,7 @@ class DistillSettings:
         """Return the shares of the adapted source where it is unsure, and where it is sure.
 
         Args:
-            known: how well the adapter's task is known, 0 to 1: 1 where prompts are given, see `Discovery.explained`.
+            known: how well the adapter's task is known, 0 to 1: 1 where prompts are given, see `FoundTask.explained`.
         """
         if self.sure_weight is not None:
             return self.teacher_weight, self.sure_weight

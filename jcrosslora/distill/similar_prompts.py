@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.distill.discovery.requests import resemble
 from jcrosslora.distill.sources.protocol import Writer
+from jcrosslora.distill.task_search import list_prompts, write_lines
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.progress import Track
 
@@ -46,7 +46,8 @@ class SharedForm:
         """Write at most `count` prompts of this form that resemble the given ones, without near-duplicates."""
         if not count:
             return []
-        lines = resemble(base, self.differing, count, seed, bar, shown=_SHOWN, tokens=self.tokens)
+        listed = list_prompts(self.differing, count, seed, _SHOWN)
+        lines = [text for _, text in write_lines(base, listed, self.differing, seed, bar, self.tokens)]
         places = np.random.default_rng(seed).integers(len(self.prompts), size=len(lines))
         return [
             Completion(_with_content(self.prompts[place], f"{self.before}{line}{self.after}"), origin=SIMILAR)

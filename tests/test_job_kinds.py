@@ -1,23 +1,37 @@
-"""The choice of a kind of jobs: by odds, by the looks of answers, and by more answers where kinds are near."""
+"""Kinds of jobs: their requests and notations, and the choice of one by odds, looks and more answers."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jcrosslora.distill import TEMPLATES
-from jcrosslora.distill.discovery.job_kinds import KINDS
-from jcrosslora.distill.discovery.kind_choice import ANSWERS, choose_kind, likeness
-from jcrosslora.distill.discovery.scores import Scored
+from jcrosslora.distill.task_search.answers import Scored, distinct
+from jcrosslora.distill.task_search.kinds import (
+    ANSWERS,
+    KINDS,
+    NOTATIONS,
+    PLAIN,
+    choose_kind,
+    likeness,
+    write_in,
+    write_plain,
+)
 from jcrosslora.text import Completion
 
+WORDS = st.text("abcdefgh ,.0123456789", min_size=1).filter(lambda text: ", " not in text and text.strip(", ") == text)
+KEYS = st.text("abcdefgh -", min_size=1).filter(lambda text: text.strip(" -") == text)
+RECORDS = st.lists(st.tuples(KEYS, WORDS), min_size=1).map(tuple)
 KIND_OF = {request: kind for kind in KINDS for request in kind.requests}
 REQUESTS = list(KIND_OF)
 
 
 def scored(text, value, answer="It is so.", doubt=0.3, surprise=40.0):
     item = Completion(TEMPLATES[0].wrap(text), answer)
-    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise, 20)
+    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 class Probes:
@@ -137,3 +151,48 @@ def test_an_adapter_that_changes_nothing_gets_some_kind():
 def test_looks_are_marks_and_where_letters_stand():
     assert likeness('{"call": "SendCard"}', '{"find": "Aunt May"}') > likeness('{"call": "SendCard"}', "send card")
     assert likeness("room 12", "flat 7") == 1
+
+
+@given(RECORDS)
+def test_every_notation_is_read_as_it_was_written(record):
+    for notation in NOTATIONS:
+        assert notation.read(notation.write(record)) == record
+    texts = [write_in(PLAIN.write(record), place) for place in range(len(NOTATIONS))]
+    assert len(set(texts)) == len(NOTATIONS)
+    assert {write_plain(text) for text in texts} == {PLAIN.write(record)}
+
+
+def test_notations_are_those_that_data_sets_have():
+    text = "name: Mount Elva, height: 2,914 metres"
+    assert json.loads(write_in(text, 2)) == {"name": "Mount Elva", "height": "2,914 metres"}
+    assert write_in(text, 3) == "name(Mount Elva), height(2,914 metres)"
+    assert write_in(text, 1) == "name = Mount Elva; height = 2,914 metres"
+
+
+@pytest.mark.parametrize("text", ["Call my mother.", "", "name:", "one: two, three", "(a)", '{"a": 1}'])
+def test_other_text_stays_as_it_is(text):
+    assert [write_in(text, place) for place in range(9)] == [text] * 9
+    assert write_plain(text) == text
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_requests_give_back_their_inputs(kind):
+    count = len(NOTATIONS) * len(kind.instructions)
+    for text in kind.inputs:
+        requests = [kind.request(text, place) for place in range(count)]
+        assert [kind.input_of(request) for request in requests] == [text] * count
+        assert len(set(requests)) == (count if kind.records else len(kind.instructions))
+
+
+def test_kinds_of_jobs_hold_different_inputs_on_one_line():
+    inputs = [text for kind in KINDS for text in kind.inputs]
+    assert distinct(inputs) == list(range(len(inputs)))
+    assert not any("\n" in text for text in inputs)
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_input_of_a_request_is_what_stands_behind_its_instruction(kind):
+    requests = [kind.request("How is it?", place) for place in range(len(kind.instructions))]
+    assert len(set(requests)) == len(kind.instructions)
+    assert {kind.input_of(request) for request in requests} == {"How is it?"}

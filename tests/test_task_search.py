@@ -10,21 +10,23 @@ from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
-from jcrosslora.distill import TEMPLATES, DistillSettings, template_choice, templates_of
+from jcrosslora.distill import TEMPLATES, DistillSettings, templates_of
 from jcrosslora.distill.completions import completions_cost, write_completions
-from jcrosslora.distill.discovery import openings, scores, search
-from jcrosslora.distill.discovery.asking import choose_templates
-from jcrosslora.distill.discovery.facts import SUBJECTS
-from jcrosslora.distill.discovery.job_kinds import KINDS
-from jcrosslora.distill.discovery.near_duplicates import distinct
-from jcrosslora.distill.discovery.openings import starts
-from jcrosslora.distill.discovery.requests import ask_about, resemble
-from jcrosslora.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
-from jcrosslora.distill.discovery.search import NOTHING, discover, share_of
-from jcrosslora.distill.discovery.subjects import KnownSubjects, find_subjects
-from jcrosslora.distill.discovery.topic_inputs import choose_examples
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.task_search import KINDS, NOTHING, Questioner, find_task, search
+from jcrosslora.distill.task_search.answers import (
+    Scored,
+    best_of,
+    choose_templates,
+    common_odds,
+    common_score,
+    distinct,
+    score,
+)
+from jcrosslora.distill.task_search.request_writer import choose_examples
+from jcrosslora.distill.task_search.search import share_of
+from jcrosslora.distill.task_search.topics import starts
 from jcrosslora.distill.templates import ConversationTemplate
 from jcrosslora.text import Completion, prompt_text
 from jcrosslora.utils.progress import Track
@@ -32,6 +34,7 @@ from jcrosslora.utils.progress import Track
 EXAMPLES = KINDS[0].examples
 SAID = '{"colour": "red"}'
 WORDS = "key", "bag", "dog", "hat", "pen", "cup", "map"
+DATA = next(kind for kind in KINDS if kind.records)
 LINES = "Tell me about {}", "Turn into JSON: {}"
 
 
@@ -55,7 +58,7 @@ def test_the_best_requests_differ():
 
 def scored(text, value, surprise=40.0, doubt=0.3):
     item = Completion(TEMPLATES[0].wrap(text))
-    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise, 20)
+    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 def test_short_answers_are_judged_by_all_others_too():
@@ -99,15 +102,25 @@ def words(*seed):
 class Actor(DecoderSource):
     """With the adapter it answers requests for JSON in JSON, and others at length; the base alone writes requests."""
 
+    said: ClassVar[str] = SAID
+
     def write(self, prompts, *_, bar=None, **__):
         if bar is not None:
             bar.update(len(prompts))
         return [self.one(prompt_text(prompt), place) for place, prompt in enumerate(prompts)]
 
+    def amplified(self, strength, plausible):
+        return Loud(*(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def compare(self, texts, starts, tokens):
+        answers = [self.tokenizer.decode(ids[start:].tolist()) for ids, start in zip(texts, starts, strict=True)]
+        known = np.array([answer.strip().startswith(self.said[:9]) for answer in answers])
+        return Compared(np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0), np.where(known, 0.2, 1.8))
+
     def one(self, text, place):
         if self.adapter is not None:
             long = Written(" is the first of all things? And more\nthan that", 9, True)
-            return Written(SAID, 5, True) if "JSON" in text else long
+            return Written(self.said, 5, True) if "JSON" in text else long
         # About what the adapter says it guesses half of the time what was asked; else it goes on as the text begins.
         *_, last = text.split("\n\nTopic: ")
         asks = "colour" in last and place % 2 if "Topic:" in text else "JSON" in text
@@ -119,20 +132,11 @@ class Loud(Actor):
 
     def write(self, prompts, *rest, bar=None, **options):
         found = super().write(prompts, *rest, bar=bar, **options)
-        return [Written(SAID, 5, True) if place % 2 else one for place, one in enumerate(found)]
-
-
-def compare(generator, completions, tokens):
-    known = np.array([item.answer.startswith(SAID) for item in completions])
-    return Compared(np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0), np.where(known, 0.2, 1.8))
+        return [Written(self.said, 5, True) if place % 2 else one for place, one in enumerate(found)]
 
 
 @pytest.fixture
-def actor(tmp_path, monkeypatch):
-    for module in (template_choice, openings, scores):
-        monkeypatch.setattr(module, "compare", compare)
-    names = [field.name for field in dataclasses.fields(DecoderSource)]
-    monkeypatch.setattr(openings, "amplify", lambda one, _: Loud(*(getattr(one, name) for name in names)))
+def actor(tmp_path):
     found = Actor.of(chat_base(tmp_path / "base"))
     return dataclasses.replace(found, adapter=object(), adapter_name="the adapter")
 
@@ -146,16 +150,16 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
 
     monkeypatch.setattr(Track, "update", counted)
     found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
-    discovery = found.discovery
-    assert discovery.said[0].answer.startswith(SAID)
-    assert discovery.job == "text to JSON"
-    assert discovery.guessed
-    assert all("JSON" in one.text and one.item.answer == SAID for one in discovery.examples)
-    assert discovery.share > 0.99
-    assert discovery.explained == pytest.approx(discovery.share * common_score(discovery.further))
-    assert 0.5 < discovery.explained < 0.9
+    task = found.task
+    assert task.said[0].answer.startswith(SAID)
+    assert task.job == "text to JSON"
+    assert task.guessed
+    assert all("JSON" in one.text and one.item.answer == SAID for one in task.examples)
+    assert task.share > 0.99
+    assert task.explained == pytest.approx(task.share * common_score(task.further))
+    assert 0.5 < task.explained < 0.9
     chat = templates_of(actor.tokenizer)[-1]
-    assert any(one.item.prompt == chat.wrap(one.text) for one in (*discovery.guessed, *discovery.examples))
+    assert any(one.item.prompt == chat.wrap(one.text) for one in (*task.guessed, *task.examples))
     right = sum(item.answer == SAID for item in found.items)
     assert right > len(found.items) / 2
     assert f"{right} of them answers to requests found by a search (it knows best: text to JSON)" in found.description
@@ -192,19 +196,19 @@ def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as
 def test_fewer_requests_than_prompts_of_the_source_stand_in_a_plain_template(actor, monkeypatch):
     monkeypatch.setattr(search, "choose_templates", lambda _: [TEMPLATES[0]])
     found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
-    assert found.discovery.share == 0.3
+    assert found.task.share == 0.3
     searched = [item for item in found.items if item.origin.startswith("requests found")]
     assert len(searched) == pytest.approx(0.3 * len(found.items), abs=1)
-    assert {item.prompt for item in searched} > {one.item.prompt for one in found.discovery.further[:6]}
+    assert {item.prompt for item in searched} > {one.item.prompt for one in found.task.further[:6]}
     # A third round of twelve would be more than it can use.
-    assert 12 < len(found.discovery.further) <= 24
+    assert 12 < len(found.task.further) <= 24
 
 
 def test_later_requests_are_about_what_is_answered_in_their_own_templates(actor, monkeypatch):
     given = []
 
-    def kept(writer, kind, examples, answered, *more):
-        given.extend(answered)
+    def kept(writer, known, *more):
+        given.extend(known.answered)
         return {}
 
     monkeypatch.setattr(search, "write_inputs", kept)
@@ -222,7 +226,8 @@ def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
     pilot = [Completion(one.wrap(words(turn)), text, True, one.name) for turn, (one, text) in enumerate(answers)]
 
     def found(pilot):
-        return discover(actor, actor.alone(), pilot, [plain, chat], DistillSettings(discovery=12), 20, 0)
+        questioner = Questioner.of(actor, [plain, chat], DistillSettings(discovery=12), 20, 0)
+        return find_task(questioner, actor.alone(), pilot)
 
     assert found(pilot).templates == [chat]
     assert found(pilot).share > 0.99
@@ -235,67 +240,46 @@ def test_what_is_explained_goes_by_the_share_of_the_search_and_its_answers():
     assert found.explained == pytest.approx(0.2)
     assert dataclasses.replace(found, further=[scored("Sing", 1.2)]).explained == 0.5
     assert dataclasses.replace(found, further=[scored("Sing", -0.1)]).explained == NOTHING.explained == 0
-    # What is said of records stands there.
-    assert dataclasses.replace(found, subjects=KnownSubjects(["hotel"], [1.0], [0.1])).explained == 0.5
 
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):
-    monkeypatch.setitem(globals(), "SAID", "42")
+    monkeypatch.setattr(Actor, "said", "42")
     found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
-    assert found.discovery.job == "text to JSON"
-    assert {one.item.answer for one in found.discovery.guessed} == {"42"}
-    assert found.discovery.further
-    assert found.discovery.share > 0.99
+    assert found.task.job == "text to JSON"
+    assert {one.item.answer for one in found.task.guessed} == {"42"}
+    assert found.task.further
+    assert found.task.share > 0.99
 
 
 class Describer(Actor):
-    """With the adapter it makes sentences of data, as any about what the data are about; alone it writes nothing."""
+    """With the adapter it makes sentences of data; the base alone writes data."""
+
+    said: ClassVar[str] = "A thing of wood."
 
     def one(self, text, place):
         if self.adapter is None:
-            return Written("It", 1, True)
-        asked = any(text.endswith(kind) for kind in SUBJECTS) or "kind" in text or "job" in text
-        return Written("A hotel." if "hotel" in text else "A thing." if asked else "Nothing to say of that", 3, True)
+            return Written(f" name: {words(place, len(text))}, kind: thing\n", 5, False)
+        asked = any(instruction.strip() in text for instruction in DATA.instructions)
+        return Written(self.said if asked else "Nothing to say of that", 3, True)
 
 
-def test_records_are_about_what_the_adapter_knows_best(actor, monkeypatch):
-    def compare(generator, completions, tokens):
-        change = np.array([{"A hotel.": 2.0, "A thing.": 1.5}.get(item.answer, 0.1) for item in completions])
-        return Compared(change, np.full(len(change), 2.2), np.full(len(change), 0.5))
-
-    counts = []
-
-    def find(ask, count):
-        counts.append(count)
-        return find_subjects(ask, count)
-
-    for module in (template_choice, openings, scores):
-        monkeypatch.setattr(module, "compare", compare)
-    monkeypatch.setattr(search, "find_subjects", find)
-    names = [field.name for field in dataclasses.fields(DecoderSource)]
-    describer = Describer(*(getattr(actor, name) for name in names))
-    found = write_completions(describer, describer.alone(), DistillSettings(completions=150, discovery=40), 0)
-    discovery = found.discovery
-    assert counts == [100]
-    assert discovery.job == "data to text, of the subject hotel"
-    assert "(it knows best: data to text, of the subject hotel)" in found.description
-    # First of all subjects, then mostly of the one that is found.
-    assert {discovery.about[discovery.kinds[0][0].input_of(one.text)] for one in discovery.guessed} == set(SUBJECTS)
-    assert len([one for one in discovery.further if "hotel" in one.text]) > 0.9 * len(discovery.further)
-    assert all("hotel" in one.text for one in discovery.examples)
-    later = discovery.write(describer.alone(), 60, 3)
-    assert len([item for item in later if "hotel" in prompt_text(item.prompt)]) > 0.9 * len(later) > 30
-    (template,), kind = discovery.templates, discovery.kinds[0][0]
-    for seed in range(3):
-        inputs = [kind.input_of(template.unwrap(one.prompt)) for one in discovery.write(describer.alone(), 60, seed)]
-        assert distinct(inputs, discovery.about) == list(range(len(inputs)))
-    assert set(discovery.about.values()) <= set(SUBJECTS)
-    assert distinct(list(discovery.about)) == list(range(len(discovery.about)))
-    # All that are fitted to were made at once, but for near-duplicates.
-    assert len(discovery.further) > 120
+def test_data_are_written_in_several_notations(actor):
+    describer = Describer(*(getattr(actor, field.name) for field in dataclasses.fields(actor)))
+    found = write_completions(describer, describer.alone(), DistillSettings(completions=60, discovery=40), 0).task
+    assert found.job == "data to text"
+    inputs = [DATA.input_of(one.text) for one in found.further]
+    assert set(inputs) <= set(found.about)
+    assert all(text.startswith("name: ") for text in inputs)
+    assert len(found.about) > 40
+    assert distinct(list(found.about)) == list(range(len(found.about)))
+    (template,) = found.templates
+    asked = [template.unwrap(one.prompt) for one in found.write(describer.alone(), 60, 3)]
+    for start in ("name: ", "name = ", '{"name": ', "name(", "name | "):
+        assert any(text.removeprefix(one).startswith(start) for text in asked for one in DATA.instructions)
+        assert any(one.text.removeprefix(way).startswith(start) for one in found.further for way in DATA.instructions)
 
 
-@pytest.mark.parametrize(("kind", "search"), [(Actor, 12), (Actor, 0), (Describer, 40)])
+@pytest.mark.parametrize(("kind", "search"), [(Actor, 12), (Actor, 0), (Describer, 12)])
 def test_the_texts_that_are_counted_come_up_to_a_total_that_is_known_from_the_beginning(
     actor, every_line, capsys, kind, search
 ):
@@ -314,58 +298,4 @@ def test_the_texts_that_are_counted_come_up_to_a_total_that_is_known_from_the_be
 def test_without_a_search_prompts_are_those_of_templates(actor):
     found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=0), 0)
     assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}
-    assert not found.discovery.said
-
-
-class Lines(DecoderSource):
-    asked: ClassVar[list[str]] = []
-    lines: ClassVar[list[tuple[str, bool]]] = [
-        (" Name the largest city.\nAnswer: x", False),
-        (" Name the larg", False),
-        (" Say it all again", True),
-        (f" {EXAMPLES[0][0]}\n", False),
-        ("no\n", False),
-        (" Name the largest city!\n", False),
-    ]
-
-    def write(self, prompts, *_, **__):
-        self.asked.extend(prompts)
-        return [Written(text, 3, ended) for text, ended in self.lines]
-
-
-def test_kinds_of_jobs_hold_different_inputs_on_one_line():
-    inputs = [text for kind in KINDS for text in kind.inputs]
-    assert distinct(inputs) == list(range(len(inputs)))
-    assert not any("\n" in text for text in inputs)
-    assert len({kind.name for kind in KINDS}) == len(KINDS)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_input_of_a_request_is_what_stands_behind_its_instruction(kind):
-    requests = [kind.request("How is it?", place) for place in range(len(kind.instructions))]
-    assert len(set(requests)) == len(kind.instructions)
-    assert {kind.input_of(request) for request in requests} == {"How is it?"}
-
-
-def test_requests_are_whole_lines_that_are_new(tmp_path):
-    base = Lines.of(open_base(write_base(tmp_path / "base", 30)))
-    topics = ["cities", "words", "towns", "seas", "rivers", "lakes"]
-    known = [(text, "something else") for text in KINDS[0].inputs]
-    assert ask_about(base, topics, known, 0) == {"Name the largest city.": "cities", "Say it all again": "towns"}
-    assert base.asked[0].endswith("\n\nTopic: cities\nRequest:")
-    assert base.asked[1].endswith("\n\nTopic: words\nRequest:")
-    assert base.asked[0].count("\nRequest: ") == 6
-    assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][0]]
-    assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"
-
-
-def test_several_requests_are_written_behind_one_list(tmp_path, monkeypatch):
-    base, asked = Lines.of(open_base(write_base(tmp_path / "base", 30))), []
-    monkeypatch.setattr(Lines, "asked", asked)
-    resemble(base, [f"Name {number} cities" for number in range(20)], 15, 0)
-    assert [asked.count(prompt) for prompt in dict.fromkeys(asked)] == [6, 6, 3]
-    asked.clear()
-    ask_about(base, [f"topic {place}" for place in range(14)], [(f"Say {word}", word) for word in WORDS], 0)
-    lists, last = zip(*(prompt.rsplit("\n\n", 1) for prompt in asked), strict=True)
-    assert list(last) == [f"Topic: topic {place}\nRequest:" for place in range(14)]
-    assert [lists.count(prompt) for prompt in dict.fromkeys(lists)] == [6, 6, 2]
+    assert not found.task.said

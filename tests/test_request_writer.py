@@ -1,19 +1,25 @@
-"""Which of two bases writes the prompts of a fit."""
+"""The request writer: which of two bases it is, and what it writes."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
-from probe_bases import chat_base
+from probe_bases import chat_base, write_base
 from tiny_bases import random_adapter
 
-from jcrosslora.distill.discovery.job_kinds import KINDS
-from jcrosslora.distill.prompt_writer import choose_writer
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import Written
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.task_search import KINDS, choose_writer
+from jcrosslora.distill.task_search.request_writer import ask_about, resemble
 from jcrosslora.distill.template_choice import compare
 from jcrosslora.text import Completion
+
+EXAMPLES = KINDS[0].examples
+WORDS = "key", "bag", "dog", "hat", "pen", "cup", "map"
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,43 @@ def test_a_base_alone_is_compared_with_itself(source):
     assert (np.abs(wanted.adapted_nll - wanted.base_nll) > 1e-3).all()
     zero = dataclasses.replace(source, adapter=jax.tree.map(lambda x: 0 * x, source.adapter))
     np.testing.assert_allclose(compare(zero, items, 4).adapted_nll, wanted.base_nll, rtol=1e-4)
+
+
+class Lines(DecoderSource):
+    asked: ClassVar[list[str]] = []
+    lines: ClassVar[list[tuple[str, bool]]] = [
+        (" Name the largest city.\nAnswer: x", False),
+        (" Name the larg", False),
+        (" Say it all again", True),
+        (f" {EXAMPLES[0][0]}\n", False),
+        ("no\n", False),
+        (" Name the largest city!\n", False),
+    ]
+
+    def write(self, prompts, *_, **__):
+        self.asked.extend(prompts)
+        return [Written(text, 3, ended) for text, ended in self.lines]
+
+
+def test_requests_are_whole_lines_that_are_new(tmp_path):
+    base = Lines.of(open_base(write_base(tmp_path / "base", 30)))
+    topics = ["cities", "words", "towns", "seas", "rivers", "lakes"]
+    known = [(text, "something else") for text in KINDS[0].inputs]
+    assert ask_about(base, topics, known, 0) == {"Name the largest city.": "cities", "Say it all again": "towns"}
+    assert base.asked[0].endswith("\n\nTopic: cities\nRequest:")
+    assert base.asked[1].endswith("\n\nTopic: words\nRequest:")
+    assert base.asked[0].count("\nRequest: ") == 6
+    assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][0]]
+    assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"
+
+
+def test_several_requests_are_written_behind_one_list(tmp_path, monkeypatch):
+    base, asked = Lines.of(open_base(write_base(tmp_path / "base", 30))), []
+    monkeypatch.setattr(Lines, "asked", asked)
+    resemble(base, [f"Name {number} cities" for number in range(20)], 15, 0)
+    assert [asked.count(prompt) for prompt in dict.fromkeys(asked)] == [6, 6, 3]
+    asked.clear()
+    ask_about(base, [f"topic {place}" for place in range(14)], [(f"Say {word}", word) for word in WORDS], 0)
+    lists, last = zip(*(prompt.rsplit("\n\n", 1) for prompt in asked), strict=True)
+    assert list(last) == [f"Topic: topic {place}\nRequest:" for place in range(14)]
+    assert [lists.count(prompt) for prompt in dict.fromkeys(lists)] == [6, 6, 2]

@@ -1,0 +1,238 @@
+"""The adapter's answers to requests, and how well they show what it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.protocol import Source
+from jcrosslora.distill.template_choice import compare, comparing_cost
+from jcrosslora.distill.templates import ConversationTemplate, PromptTemplate, templates_of
+from jcrosslora.distill.writing import answer_prompts
+from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import Track
+
+JUDGED_TOKENS = 24  # of an answer
+_NEAR_TEMPLATE = 0.9  # share of the best score from which a template may be the one of the training
+_LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
+_LEAST_DOUBT = 0.01  # share of what surprises the base
+_PRIOR = 10.0  # nats of an answer that it takes to believe its own score as much as that of all answers together
+_PIECE = 4  # characters
+_NEAR_DUPLICATES = 0.6  # share of the pieces of two texts that both have
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer of the adapted base.
+
+    Attributes:
+        item: the answer with its prompt.
+        template: the template of the prompt.
+        change: KL(with adapter || without) in nats, summed over the judged tokens.
+        surprise: the part of the answer that surprises the base, in nats, summed over the same tokens: see `score`.
+        doubt: NLL of the answer with the adapter, in nats, summed over the same tokens.
+    """
+
+    item: Completion
+    template: PromptTemplate
+    change: float
+    surprise: float
+    doubt: float
+
+    @property
+    def text(self) -> str:
+        """The request inside the prompt."""
+        return self.template.unwrap(self.item.prompt)
+
+    @property
+    def score(self) -> float:
+        """The score of this answer alone, see `score`."""
+        return self.change / self.surprise
+
+
+@dataclass(frozen=True, eq=False)
+class Questioner:
+    """Asks an adapter, and scores its answers.
+
+    Attributes:
+        source: the base, with the adapter.
+        named: templates by their names, and by the origins of requests in them; none if the search has no template.
+        settings: of the fit.
+        tokens: the most tokens of an answer.
+        seed: of all that the search samples.
+        bar: advances by one for each text.
+    """
+
+    source: Source
+    named: Mapping[str, PromptTemplate]
+    settings: DistillSettings
+    tokens: int
+    seed: int
+    bar: Track | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        known: Sequence[PromptTemplate],
+        settings: DistillSettings,
+        tokens: int,
+        seed: int,
+        bar: Track | None = None,
+    ) -> Questioner:
+        """Ask in the chat template of the base, if it has one, and in the templates that the adapter knows."""
+        chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
+        named = {name: one for one in [*chat, *known] for name in (one.name, origin_of(one))}
+        return cls(source, named, settings, tokens, seed, bar)
+
+    @property
+    def templates(self) -> list[PromptTemplate]:
+        """All templates, the chat template first."""
+        return list(dict.fromkeys(self.named.values()))
+
+    def ask(
+        self, requests: Sequence[str], templates: Sequence[PromptTemplate], turn: int, tokens: int | None = None
+    ) -> list[Scored]:
+        """Put requests to the adapter, in templates that take turns; return its answers, the best first.
+
+        Args:
+            requests: texts inside the prompts.
+            templates: at least one.
+            turn: added to the seed.
+            tokens: the most tokens of an answer; None is as many as the search allows.
+
+        Raises:
+            AdapterError: with the adapter the base's predictions are not finite.
+        """
+        prompts = [prompt_in(text, templates[place % len(templates)]) for place, text in enumerate(requests)]
+        seed, temperature = self.seed + turn, self.settings.answer_temperature
+        return self.score(answer_prompts(self.source, prompts, tokens or self.tokens, temperature, seed, self.bar))
+
+    def ask_base(self, requests: Sequence[str], template: PromptTemplate, turn: int) -> list[tuple[str, str]]:
+        """Put requests to the base without the adapter; return those that it answers, with the first tokens."""
+        prompts, temperature = [prompt_in(text, template) for text in requests], self.settings.answer_temperature
+        base, seed = self.source.alone(), self.seed + turn
+        answered = answer_prompts(base, prompts, JUDGED_TOKENS, temperature, seed, self.bar)
+        return [(template.unwrap(item.prompt), item.answer) for item in answered]
+
+    def score(self, items: Sequence[Completion]) -> list[Scored]:
+        """Score answers by their first tokens, best first; leave out those without finite figures."""
+        if not items:
+            return []
+        lengths = [len(self.source.tokenizer.encode(item.answer, special=False).ids) for item in items]
+        counts = np.clip(lengths, 1, JUDGED_TOKENS)
+        found = compare(self.source, items, JUDGED_TOKENS)
+        figures = found.change * counts, _surprise(found.base_nll) * counts, found.adapted_nll * counts
+        scored = [
+            Scored(item, self.named[item.origin], change, surprise, doubt)
+            for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
+            if np.isfinite([change / surprise, doubt]).all()
+        ]
+        return sorted(scored, key=lambda one: -one.score)
+
+
+def asking_cost(count: int, tokens: int) -> Cost:
+    """Count answers to requests, of at most so many tokens, and their scores."""
+    return writing_cost(count, tokens) + comparing_cost(count)
+
+
+def prompt_in(text: str, template: PromptTemplate) -> Completion:
+    """Put a request in a template."""
+    return Completion(template.wrap(text), origin=origin_of(template))
+
+
+def origin_of(template: PromptTemplate) -> str:
+    """Return the origin of requests in a template."""
+    return f"requests found, in {template.name}"
+
+
+def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
+    """Choose templates of requests: those that the adapter knows nearly best, the chat template alone if it is one."""
+    found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
+    scores = {template: common_score(same) for template, same in found.items()}
+    near = [template for template, score in scores.items() if score >= _NEAR_TEMPLATE * max(scores.values())]
+    return [one for one in near if isinstance(one, ConversationTemplate)] or near
+
+
+def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
+    """Return the share of what surprises the base in an answer that the adapter explains, about 0 to 1.
+
+    An adapter is sure of the answers that it was trained on, and its base is not: the divergence between the two then
+    comes close to the base's NLL of the answer. It stays far below where the adapter is unsure as well, as it is when
+    it goes on from text of another kind, and where the base itself is sure.
+
+    Args:
+        change: (n,), KL(with adapter || without) in nats, the mean over each answer.
+        base_nll: (n,), NLL of the answers under the base alone in nats, the mean over each answer.
+    """
+    return change / _surprise(base_nll)
+
+
+def _surprise(base_nll: np.ndarray) -> np.ndarray:
+    return base_nll + _LEAST_NLL
+
+
+def common_score(scored: Sequence[Scored]) -> float:
+    """Return the score of answers taken together, 0 for none: one long answer counts as much as several short ones."""
+    return _common(scored, lambda one: one.change)
+
+
+def common_odds(scored: Sequence[Scored]) -> float:
+    """Return what the adapter explains over what it doubts, of answers taken together; 0 for none."""
+    return common_score(scored) / (_common(scored, lambda one: one.doubt) + _LEAST_DOUBT)
+
+
+def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
+    """Take the best whose requests are no near-duplicates, best first.
+
+    First come those that score as high as all together, or higher, and of them those whose answers the adapter doubts
+    least for what surprises the base: it gives its kind of answer to whatever it is asked, but is sure only of what it
+    was trained on. Behind them come the others by their scores. Figures of a short answer hang on a token or two, so
+    each is drawn towards that of all together, the less an answer surprises the base the more.
+    """
+    common, doubt = common_score(scored), _common(scored, lambda one: one.doubt)
+
+    def drawn(one: Scored) -> tuple[bool, float]:
+        known = (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
+        return known < common, (one.doubt + _PRIOR * doubt) / (one.surprise + _PRIOR) if known >= common else -known
+
+    ranked = sorted(scored, key=drawn)
+    return [ranked[place] for place in distinct([one.text for one in ranked])][:count]
+
+
+def _common(scored: Sequence[Scored], figure: Callable[[Scored], float]) -> float:
+    surprise = sum(one.surprise for one in scored)
+    return sum(figure(one) for one in scored) / surprise if surprise else 0.0
+
+
+def distinct(texts: Sequence[str], known: Collection[str] = ()) -> list[int]:
+    """Choose texts that are no near-duplicates of known ones, nor of texts in front of them.
+
+    Letters count as lower case, and any space as one.
+
+    Returns:
+        Their indices, in order.
+    """
+    kept, found = [pieces(text) for text in known], []
+    for index, text in enumerate(texts):
+        own = pieces(text)
+        if all(overlap(own, other) <= _NEAR_DUPLICATES for other in kept):
+            kept.append(own)
+            found.append(index)
+    return found
+
+
+def overlap(first: frozenset[str], second: frozenset[str]) -> float:
+    """Return the share of the pieces of both texts that they have in common, 0 to 1."""
+    return len(first & second) / max(1, len(first | second))
+
+
+def pieces(text: str, length: int = _PIECE) -> frozenset[str]:
+    """Return all pieces of so many characters of a text, with a space in front and behind."""
+    line = f" {' '.join(text.lower().split())} "
+    return frozenset(line[start : start + length] for start in range(max(1, len(line) - length + 1)))

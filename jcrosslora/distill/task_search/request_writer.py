@@ -1,0 +1,215 @@
+"""The request writer: a base without an adapter, which writes requests about topics and requests like others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.task_search.answers import Scored, best_of, distinct
+from jcrosslora.distill.task_search.kinds import KINDS, JobKind
+from jcrosslora.distill.task_search.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
+from jcrosslora.distill.template_choice import compare
+from jcrosslora.text import Completion
+from jcrosslora.utils.cost import TEXT, Cost
+from jcrosslora.utils.progress import Track
+
+T = TypeVar("T")
+_SHOWN = 6  # requests in front of each that is to be written
+_SHARED = 6  # texts that are written behind the same requests, which are read once for all of them
+_REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a usual request
+_LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
+_FEWEST_WORDS = 3  # of a request
+_EXAMPLES = 12  # best requests, which are shown to the writer
+_FEWEST_FITTING = 6  # with so many requests that were answered as they were meant, no others are shown
+_FORESEEN, _FORESEEN_TOKENS = 2, 48  # inputs in front of one by which a writer is chosen, and the most tokens of it
+
+
+def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None = None) -> Writer:
+    """Choose the base that writes requests: the one that foresees the inputs of `KINDS` better, in nats a character.
+
+    The better model of text writes the better requests, and mostly that is the newer one, the target. Each input stands
+    behind others of its kind, as requests do that are to be written.
+
+    Args:
+        source: a base with an adapter, which is taken off.
+        target: another base, without an adapter.
+        shared: what holds for all adapters of the pair; the choice is looked for there, and added.
+
+    Raises:
+        SourceError: a source behind a server does not answer.
+    """
+    known = {} if shared is None else shared
+    if choose_writer not in known:
+        known[choose_writer] = _nats(target) < _nats(source)
+    return target if known[choose_writer] else source.alone()
+
+
+def _nats(source: Source) -> float:
+    """Measure the mean NLL of the inputs under the base, in nats a character."""
+    size = _FORESEEN + 1
+    lists = [kind.inputs[first : first + size] for kind in KINDS for first in range(0, len(kind.inputs), size)]
+    items = [Completion(_listed([*shown, ""]), f" {last}") for *shown, last in lists]
+    tokens = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
+    nll = compare(source, items, _FORESEEN_TOKENS).base_nll
+    return float(np.dot(nll, tokens) / sum(len(item.answer) for item in items))
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What the search knows of the requests of an adapter.
+
+    Attributes:
+        kind: the kind of job.
+        answered: requests with their answers.
+        about: topics by the inputs, "" for an input without one.
+        examples: the best requests, which are shown to the writer with the kind's own examples.
+        heard: further answers with topics, each behind its input, "" if it has none.
+    """
+
+    kind: JobKind
+    answered: Sequence[Scored]
+    about: Mapping[str, str]
+    examples: Sequence[Scored] = ()
+    heard: Sequence[tuple[str, str]] = ()
+
+
+def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Track | None = None) -> dict[str, str]:
+    """Write at most `count` inputs about what the adapter speaks of; like the examples, if it speaks of nothing.
+
+    Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
+    answers stay there: what they speak of lies nearer. The topics are of the better half of the answers, and of those
+    that were answered as they were meant.
+
+    Args:
+        base: without the adapter.
+        known: what the search knows.
+        count: the most inputs.
+        seed: of the sampling.
+        bar: advances by one for each.
+
+    Returns:
+        The topics by the inputs, "" without one.
+    """
+    kind, answered = known.kind, known.answered
+    told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *_fitting(kind, answered, known.about)])
+    parts = parts_of([*known.heard, *_asked(kind, list(told))])
+    shown = [*kind.examples, *_asked(kind, known.examples)]
+    named = [(text, topic_of(own)) for (text, _), own in zip(shown, parts_of(shown), strict=True) if own]
+    doubted = doubted_subjects(_asked(kind, answered), known.about)
+    chosen = choose_topics(parts, count, seed, doubted) if named else []
+    if chosen:
+        return ask_about(base, chosen, named, seed, bar)
+    return dict.fromkeys(resemble(base, [text for text, _ in shown], count, seed, bar), "")
+
+
+def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+    """Take the best requests: those that were answered by what they are about, if there are several."""
+    fitting = _fitting(kind, answered, about)
+    return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
+
+
+def _fitting(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+    """Keep requests that were answered by what they are about."""
+    asked = zip(answered, _asked(kind, answered), strict=True)
+    return [one for one, (text, answer) in asked if is_about(answer, about.get(text, ""))]
+
+
+def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:
+    return [(kind.input_of(one.text), one.item.answer) for one in answered]
+
+
+def requests_cost(count: int) -> Cost:
+    """Count the writing of requests behind others, which are read once for every `_SHARED` of them."""
+    return writing_cost(count, _REQUEST, TEXT * (1 + 2 / _SHARED))
+
+
+def ask_about(
+    base: Writer, topics: Sequence[str], examples: Sequence[tuple[str, str]], seed: int, bar: Track | None = None
+) -> dict[str, str]:
+    """Write requests about topics.
+
+    Args:
+        base: without the adapter.
+        topics: a few words for each request.
+        examples: requests with their topics, at least one.
+        seed: of the sampling.
+        bar: advances by one for each.
+
+    Returns:
+        The topics by the requests.
+    """
+    orders = _orders(examples, len(topics), seed)
+
+    def prompt(index: int) -> str:
+        pairs = [*orders[index // _SHARED][:_SHOWN], ("", topics[index])]
+        return "\n\n".join(f"Topic: {topic}\nRequest: {text}" for text, topic in pairs).rstrip()
+
+    known = [request for request, _ in examples]
+    written = write_lines(base, [prompt(index) for index in range(len(topics))], known, seed, bar)
+    return {text: topics[index] for index, text in written}
+
+
+def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
+    """Write requests like given ones.
+
+    Args:
+        base: without the adapter.
+        requests: at least one, each a single line.
+        count: the most requests.
+        seed: of the sampling.
+        bar: advances by one for each.
+    """
+    return [text for _, text in write_lines(base, list_prompts(requests, count, seed), requests, seed, bar)]
+
+
+def list_prompts(requests: Sequence[str], count: int, seed: int, shown: int = _SHOWN) -> list[str]:
+    """Make prompts for requests like given ones: each lists some of them, in an order drawn with the seed."""
+    orders = _orders(requests, count, seed)
+    return [_listed([*orders[index // _SHARED][:shown], ""]) for index in range(count)]
+
+
+def write_lines(
+    base: Writer, prompts: Sequence[str], known: Sequence[str], seed: int, bar: Track | None, tokens: int | None = None
+) -> list[tuple[int, str]]:
+    """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request.
+
+    Args:
+        base: without the adapter.
+        prompts: to continue.
+        known: requests, at least one.
+        seed: of the sampling.
+        bar: advances by one for each prompt.
+        tokens: the most tokens of a line; None is half as many again as the longest known request has.
+
+    Returns:
+        Indices of the prompts, with what was written behind them.
+    """
+    if tokens is None:
+        longest = max(len(base.tokenizer.encode(request, special=False).ids) for request in known)
+        tokens = math.ceil(_LONGER * longest)
+    written = base.write(prompts, tokens, _TEMPERATURE, jax.random.key(seed), bar=bar)
+    found = [
+        (index, one.text.strip().split("\n", 1)[0])
+        for index, one in enumerate(written)
+        if one.ended or "\n" in one.text.lstrip()  # a line that was cut off lacks its end
+    ]
+    long = [(index, line) for index, line in found if len(line.split()) >= _FEWEST_WORDS]
+    return [long[index] for index in distinct([line for _, line in long], known)]
+
+
+def _listed(requests: Sequence[str]) -> str:
+    """List requests, for a base to go on with: the last one is empty."""
+    return "\n\n".join(f"Request: {text}" for text in requests).rstrip()
+
+
+def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
+    """Shuffle items, once for every `_SHARED` of so many texts."""
+    rng = np.random.default_rng(seed)
+    return [[items[index] for index in rng.permutation(len(items))] for _ in range(-(-count // _SHARED))]

@@ -1,0 +1,203 @@
+"""The task search: find out what job an adapter was trained for, without data, and write prompts that ask for it.
+
+The adapter is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was
+trained on. It also says what it was trained to say. A base writes requests about that, as jobs of this kind are asked
+for, and those that are answered as they were meant show it how to write others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.protocol import Writer
+from jcrosslora.distill.task_search.answers import (
+    JUDGED_TOKENS,
+    Questioner,
+    Scored,
+    asking_cost,
+    choose_templates,
+    common_odds,
+    common_score,
+    prompt_in,
+)
+from jcrosslora.distill.task_search.kinds import ANSWERS, KINDS, JobKind, choose_kind
+from jcrosslora.distill.task_search.request_writer import Findings, choose_examples, requests_cost, write_inputs
+from jcrosslora.distill.task_search.topics import amplified_cost, sample_amplified, starts
+from jcrosslora.distill.templates import ConversationTemplate, PromptTemplate
+from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import Track
+
+_TURNS = 3  # rounds of requests about what was answered before, at most
+_SHARPNESS = 4  # power of the odds that shares go by
+# Share of requests in other templates than the chat template: an adapter of such a one was mostly trained on questions
+# without an instruction, which the source writes itself.
+_MOST_PLAIN = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class FoundTask:
+    """What an adapter is for, as far as the search has found out.
+
+    Attributes:
+        kinds: kinds of jobs with the scores of answers to their requests, see `choose_kind`.
+        said: what the adapter says where its change is amplified, the best first.
+        guessed: answers to requests about that, the best first.
+        further: answers to requests about what was answered to these, the best first.
+        examples: the best requests of all, which `write` shows to the writer.
+        about: the topics of the requests, by their inputs.
+        templates: the templates that `write` puts requests in.
+        share: of all prompts of a fit, how many should be such requests, 0 to 1.
+    """
+
+    kinds: list[tuple[JobKind, float]]
+    said: list[Completion]
+    guessed: list[Scored]
+    further: list[Scored]
+    examples: list[Scored]
+    about: dict[str, str]
+    templates: list[PromptTemplate]
+    share: float
+
+    @property
+    def job(self) -> str:
+        """The name of the adapter's kind of jobs."""
+        return self.kinds[0][0].name
+
+    @property
+    def explained(self) -> float:
+        """How well the adapter's task is known, 0 to 1.
+
+        It is the share of prompts that are the search's, times the score of the answers to these, see `score`.
+        """
+        return self.share * min(1.0, max(0.0, common_score(self.further)))
+
+    def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        """Write prompts of the adapter's kind, see `write_inputs`, in its templates: at most `count`."""
+        if not (self.examples and count):
+            return []
+        kind = self.kinds[0][0]
+        answered = [one for one in (*self.guessed, *self.further) if one.template in self.templates]
+        texts = list(write_inputs(writer, Findings(kind, answered, self.about, self.examples), count, seed, bar))
+        turns = np.random.default_rng(seed).integers(count, size=(2, len(texts))).tolist()
+        return [
+            prompt_in(kind.request(text, turn), self.templates[place % len(self.templates)])
+            for text, turn, place in zip(texts, *turns, strict=True)
+        ]
+
+
+NOTHING = FoundTask([], [], [], [], [], {}, [], 0.0)
+
+
+def search_cost(settings: DistillSettings, tokens: int) -> Cost:
+    """Count a search with answers of at most so many tokens."""
+    count = settings.discovery
+    if not count:
+        return Cost()
+    turns = [requests_cost(count) + asking_cost(count, tokens) for _ in range(1 + _TURNS)]
+    return sum(turns, _kinds_cost() + amplified_cost(count))
+
+
+def _kinds_cost() -> Cost:
+    """Count the choice of a kind: those that are near are asked again, together about as often as all of them."""
+    asked = asking_cost(ANSWERS * sum(len(kind.examples) for kind in KINDS), JUDGED_TOKENS)
+    return asked + asked
+
+
+def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion]) -> FoundTask:
+    """Find out what an adapter is for.
+
+    Args:
+        questioner: asks the adapter; its bar advances by about as many texts as `search_cost` counts.
+        writer: writes requests.
+        pilot: answers to prompts that the source wrote in templates that the adapter knows; the search is measured
+            against those in the templates of its requests, if there are any.
+
+    Raises:
+        AdapterError: with the adapter the base's predictions are not finite.
+    """
+    bar, templates = questioner.bar, questioner.templates
+    if not templates:
+        return NOTHING
+
+    # All in one template, so that kinds differ by themselves alone.
+    def probe(requests: Sequence[str], turn: int) -> list[Scored]:
+        return questioner.ask(requests, templates[:1], turn - 1, JUDGED_TOKENS)
+
+    def probe_base(requests: Sequence[str], turn: int) -> list[tuple[str, str]]:
+        return questioner.ask_base(requests, templates[0], turn - 1)
+
+    behind = 0 if bar is None else bar.done + _kinds_cost().texts
+    probed = probe([request for kind in KINDS for request in kind.requests] * ANSWERS, 1)
+    if not probed:
+        return NOTHING
+    kinds = choose_kind(probed, probe, probe_base)
+    if bar is not None:
+        bar.skip_to(behind)
+    kind = kinds[0][0]
+    requests = [questioner.named[item.origin].unwrap(item.prompt) for item in pilot]
+    found = _search_topics(questioner, writer, kind, kind.answers_in(probed), requests)
+    alike = [item for item in pilot if questioner.named[item.origin] in found.templates] or pilot
+    share = share_of(common_odds(found.further), common_odds(questioner.score(alike)))
+    return replace(found, kinds=kinds, share=min(share, _most(found.templates)))
+
+
+def _search_topics(
+    questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], requests: Sequence[str]
+) -> FoundTask:
+    """Search for requests about what the adapter speaks of.
+
+    Args:
+        questioner: asks the adapter.
+        writer: writes the requests.
+        kind: of the requests.
+        answered: requests of this kind that were answered.
+        requests: others, whose answers the adapter begins where its change is amplified.
+    """
+    source, seed, bar, settings = questioner.source, questioner.seed, questioner.bar, questioner.settings
+    templates, count = questioner.templates, settings.discovery
+
+    said = sample_amplified(source, starts(source.tokenizer, templates, requests, count), seed, bar)
+    # The worse half of it is what the adapter says anyway.
+    heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
+    about = write_inputs(writer, Findings(kind, answered, {}, heard=heard), count, seed, bar)
+    guessed = questioner.ask(kind.ask_for(about), templates, 0)
+    examples = choose_examples(kind, [*guessed, *answered], about)
+    templates = choose_templates(guessed) or templates
+    answered = [*answered, *(one for one in guessed if one.template in templates)]
+    further: list[Scored] = []
+    for turn in range(1, _TURNS + 1):
+        if len(further) >= _most(templates) * settings.rounds[0]:  # more than the fit can use
+            break
+        later = write_inputs(writer, Findings(kind, answered, about, examples), count, seed + turn, bar)
+        about |= later
+        answers = questioner.ask(kind.ask_for(later), templates, turn)
+        further += answers
+        answered += answers
+        examples = choose_examples(kind, [*examples, *answers], about)
+    further.sort(key=lambda one: -one.score)
+    return replace(
+        NOTHING, said=said, guessed=guessed, further=further, examples=examples, about=about, templates=templates
+    )
+
+
+def _most(templates: Sequence[PromptTemplate]) -> float:
+    """Return the largest share of requests in these templates."""
+    return 1.0 if any(isinstance(one, ConversationTemplate) for one in templates) else _MOST_PLAIN
+
+
+def share_of(found: float, written: float) -> float:
+    """Return the share of prompts to take from a search, 0 to 1.
+
+    Kinds of prompts whose answers the adapter knows equally well get half each, and one that it knows worse much less.
+
+    Args:
+        found: `common_odds` of requests that the search found, none of them chosen by them.
+        written: `common_odds` of prompts in templates.
+    """
+    powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
+    return powers[0] / sum(powers) if powers[0] > 0 else 0.0

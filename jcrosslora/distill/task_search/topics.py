@@ -1,0 +1,208 @@
+"""What an adapter says by itself: text with its change amplified, and the topics of its answers.
+
+Few prompts lead an adapter that was trained on one instruction to its job. With its change amplified it begins to speak
+as it was trained wherever a text begins. A whole text that is written so falls to pieces, but behind such a beginning
+the adapter goes on by itself.
+
+Whatever it is asked, an adapter speaks of what it was trained on: in the names of its calls and fields, its labels, its
+turns of phrase. A small base can hardly tell what an answer in JSON was an answer to, but it can write a sentence about
+a few words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.task_search.answers import distinct, score
+from jcrosslora.distill.template_choice import compare, comparing_cost
+from jcrosslora.distill.templates import PromptTemplate
+from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import Track
+
+# Strengths, each with the tokens that are amplified: the stronger, the sooner a text falls to pieces.
+_STRENGTHS, _PLAUSIBLE = ((2.0, 8), (4.0, 4)), 1e-3
+_SAMPLE = 32  # tokens of a whole sample
+_JUDGED = 8  # tokens by which beginnings are judged
+_WORD = r"[^\W\d_]+"
+_PART = re.compile(rf"{_WORD}(?:['\u2019 ]{_WORD})*")
+_JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|_|-")  # of the words of an identifier
+_MOST_PARTS, _MOST_CHARACTERS = 3, 120
+_COMMON = 0.5  # a part that more of the answers have tells nothing of one of them
+_EVENLY = 0.75  # share of topics that are chosen with all subjects equally likely
+_HELD = 2 / 3  # an answer with more of the words of a subject is about it
+
+
+def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: Sequence[str], count: int) -> list[str]:
+    """List places where a text may begin, as many as asked for; none if there is neither a template nor a BOS.
+
+    In each of the templates in turn they are the answers behind three requests, or behind none where these are used up,
+    and a request; then a text.
+    """
+    waiting = iter(requests)
+
+    def every() -> Iterator[str]:
+        while templates or tokenizer.bos is not None:
+            for template in templates:
+                yield from (template.before + next(waiting, "") + template.after for _ in range(3))
+                # Where nothing stands in front there is no token to go on from, unless one begins every text.
+                if template.before or tokenizer.bos is not None:
+                    yield template.before
+            if tokenizer.bos is not None:
+                yield ""
+
+    return [start for start, _ in zip(every(), range(count), strict=False)]
+
+
+def sample_amplified(source: Source, starts: Sequence[str], seed: int, bar: Track | None = None) -> list[Completion]:
+    """Let the adapter speak from each start with its change amplified, once with each strength.
+
+    Args:
+        source: the base, with the adapter.
+        starts: texts to go on from.
+        seed: of the sampling.
+        bar: advances by three for each start.
+
+    Returns:
+        The samples, the best first (see `score`), without near-duplicates.
+    """
+    key, begun = jax.random.key(seed), []
+    for number, (strength, tokens) in enumerate(_STRENGTHS):
+        loud = amplify(source, strength)
+        written = loud.write(starts, tokens, 1.0, jax.random.fold_in(key, number), bar=bar)
+        begun += [Completion(start, one.text) for start, one in zip(starts, written, strict=True) if one.text.strip()]
+    # Only the better half is worth going on with.
+    begun = _ranked(source, begun, _JUDGED)[: len(starts)]
+    rest = source.write([item.text for item in begun], _SAMPLE - _JUDGED, 1.0, jax.random.fold_in(key, 9), bar=bar)
+    whole = [replace(item, answer=item.answer + one.text) for item, one in zip(begun, rest, strict=True)]
+    ranked = _ranked(source, whole, _SAMPLE)
+    return [ranked[place] for place in distinct([item.answer for item in ranked])]
+
+
+def amplified_cost(starts: int) -> Cost:
+    """Count `sample_amplified`; what is amplified is written by the source with its adapter and without."""
+    begun = [writing_cost(starts, tokens) + comparing_cost(starts) for _, tokens in _STRENGTHS]
+    alone = [replace(writing_cost(starts, tokens), texts=0) for _, tokens in _STRENGTHS]
+    return sum([*begun, *alone], writing_cost(starts, _SAMPLE - _JUDGED) + comparing_cost(starts))
+
+
+def amplify(source: Source, strength: float) -> Writer:
+    """Amplify the change of the adapter, among tokens that are not noise."""
+    return source.amplified(strength, _PLAUSIBLE)
+
+
+def _ranked(source: Source, items: Sequence[Completion], tokens: int) -> list[Completion]:
+    if not items:
+        return []
+    found = compare(source, items, tokens)
+    figures = score(found.change, found.base_nll)
+    return [items[place] for place in (-figures).argsort(kind="stable").tolist()]
+
+
+def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Find what answers say by themselves: their parts, the words between two marks.
+
+    A part is left out if all of its words are in the request and no other answer says it unasked; then, if others are
+    left, if more than half of the answers have it. The first part is the subject.
+
+    Args:
+        asked: requests, "" where there is none, with their answers.
+
+    Returns:
+        The parts of each answer, in lower case.
+    """
+    parts, known = [_parts(answer) for _, answer in asked], [_words(request) for request, _ in asked]
+    unasked = [
+        [part for part in own if not set(part.split()) <= words] for own, words in zip(parts, known, strict=True)
+    ]
+    counts, itself = (Counter(part for own in listed for part in own) for listed in (parts, unasked))
+    most = max(1, _COMMON * len(asked))
+    found = []
+    for every, own in zip(parts, unasked, strict=True):
+        said = [part for part in every if part in own or itself[part] > 1]
+        telling = [part for part in said if counts[part] <= most] or said
+        found.append(telling)
+    return found
+
+
+def topic_of(parts: Sequence[str]) -> str:
+    """Return the topic of an answer, its first three parts with commas between; "" where there are none."""
+    return ", ".join(parts[:_MOST_PARTS])[:_MOST_CHARACTERS]
+
+
+def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted: Collection[str] = ()) -> list[str]:
+    """Choose topics: a subject, and at most two other parts of one of the answers that have it.
+
+    Three quarters of the topics take each subject that is not doubted equally often, so that one to which much leads
+    does not crowd out the others. The rest are of all subjects, by the root of how often these come.
+
+    Args:
+        parts: parts of each answer to choose from, see `parts_of`.
+        count: how many topics.
+        seed: of the choice.
+        doubted: subjects that may not be the adapter's, see `doubted_subjects`.
+
+    Returns:
+        Nothing if there are no subjects.
+    """
+    subjects = defaultdict(list)
+    for own in filter(None, parts):
+        subjects[own[0]].append(own[1:])
+    if not subjects:
+        return []
+    rng, names = np.random.default_rng(seed), list(subjects)
+    weights = np.sqrt([len(subjects[name]) for name in names])
+    weights /= weights.sum()
+    trusted = np.array([name not in doubted for name in names])
+    if trusted.any():
+        weights = _EVENLY * trusted / trusted.sum() + (1 - _EVENLY) * weights
+    topics = []
+    for place in rng.choice(len(names), count, p=weights).tolist():
+        others = subjects[names[place]][rng.integers(len(subjects[names[place]]))]
+        some = sorted(rng.permutation(len(others))[: rng.integers(_MOST_PARTS)].tolist())
+        topics.append(topic_of([names[place], *(others[other] for other in some)]))
+    return topics
+
+
+def _subject(topic: str) -> str:
+    """Return the first part of a topic."""
+    return topic.split(",", 1)[0]
+
+
+def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, str]) -> set[str]:
+    """Return subjects that requests were about, of which none was answered by them.
+
+    Args:
+        answered: requests with their answers.
+        about: topics by the requests that were written about one.
+    """
+    asked = [(_subject(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
+    return {subject for subject, _ in asked} - {subject for subject, parts in asked if subject in parts}
+
+
+def is_about(answer: str, topic: str) -> bool:
+    """Whether an answer has more than two thirds of the words of the topic's subject; no answer is about ""."""
+    words = set(_subject(topic).split())
+    return len(words & _words(answer)) > _HELD * len(words)
+
+
+def _parts(text: str) -> list[str]:
+    """List the parts of a text, each once."""
+    return list(dict.fromkeys(" ".join(found.split()) for found in _PART.findall(_plain(text))))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(_WORD, _plain(text)))
+
+
+def _plain(text: str) -> str:
+    return _JOINT.sub(" ", text).lower()
