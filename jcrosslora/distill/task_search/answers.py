@@ -62,9 +62,9 @@ class Questioner:
     Attributes:
         source: the base, with the adapter.
         named: templates by their names, and by the origins of requests in them; none if the search has no template.
-        settings: of the fit.
+        settings: settings of the fit.
         tokens: the most tokens of an answer.
-        seed: of all that the search samples.
+        seed: seed of all that the search samples.
         bar: advances by one for each text.
     """
 
@@ -101,9 +101,9 @@ class Questioner:
         """Put requests to the adapter, in templates that take turns; return its answers, the best first.
 
         Args:
-            requests: texts inside the prompts.
-            templates: at least one.
-            turn: added to the seed.
+            requests: texts to put into templates.
+            templates: one template or more.
+            turn: number that is added to the seed.
             tokens: the most tokens of an answer; None is as many as the search allows.
 
         Raises:

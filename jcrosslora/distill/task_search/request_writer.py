@@ -66,8 +66,8 @@ class Findings:
     """What the search knows of the requests of an adapter.
 
     Attributes:
-        kind: the kind of job.
-        answered: requests with their answers.
+        kind: the adapter's kind of jobs.
+        answered: the answers to its requests.
         about: topics by the inputs, "" for an input without one.
         examples: the best requests, which are shown to the writer with the kind's own examples.
         heard: further answers with topics, each behind its input, "" if it has none.
@@ -87,15 +87,7 @@ def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Trac
     answers stay there: what they speak of lies nearer. The topics are of the better half of the answers, and of those
     that were answered as they were meant.
 
-    Args:
-        base: without the adapter.
-        known: what the search knows.
-        count: the most inputs.
-        seed: of the sampling.
-        bar: advances by one for each.
-
-    Returns:
-        The topics by the inputs, "" without one.
+    Returns the topics by the inputs, "" for an input without one. The bar advances by one for each input asked for.
     """
     kind, answered = known.kind, known.answered
     told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *_fitting(kind, answered, known.about)])
@@ -133,17 +125,9 @@ def requests_cost(count: int) -> Cost:
 def ask_about(
     base: Writer, topics: Sequence[str], examples: Sequence[tuple[str, str]], seed: int, bar: Track | None = None
 ) -> dict[str, str]:
-    """Write requests about topics.
+    """Write a request about each topic, behind examples of requests with topics, of which there is at least one.
 
-    Args:
-        base: without the adapter.
-        topics: a few words for each request.
-        examples: requests with their topics, at least one.
-        seed: of the sampling.
-        bar: advances by one for each.
-
-    Returns:
-        The topics by the requests.
+    Returns the topics by the requests. The bar advances by one for each topic.
     """
     orders = _orders(examples, len(topics), seed)
 
@@ -157,15 +141,7 @@ def ask_about(
 
 
 def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
-    """Write requests like given ones.
-
-    Args:
-        base: without the adapter.
-        requests: at least one, each a single line.
-        count: the most requests.
-        seed: of the sampling.
-        bar: advances by one for each.
-    """
+    """Write at most `count` requests like given ones, of which there is at least one, each a single line."""
     return [text for _, text in write_lines(base, list_prompts(requests, count, seed), requests, seed, bar)]
 
 
@@ -180,13 +156,8 @@ def write_lines(
 ) -> list[tuple[int, str]]:
     """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request.
 
-    Args:
-        base: without the adapter.
-        prompts: to continue.
-        known: requests, at least one.
-        seed: of the sampling.
-        bar: advances by one for each prompt.
-        tokens: the most tokens of a line; None is half as many again as the longest known request has.
+    A line has at most so many tokens; None is half as many again as the longest known request has, of which there is at
+    least one. The bar advances by one for each prompt.
 
     Returns:
         Indices of the prompts, with what was written behind them.

@@ -149,14 +149,14 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
 def _search_topics(
     questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], requests: Sequence[str]
 ) -> FoundTask:
-    """Search for requests about what the adapter speaks of.
+    """Search for requests of a kind about what the adapter speaks of.
 
     Args:
         questioner: asks the adapter.
         writer: writes the requests.
-        kind: of the requests.
-        answered: requests of this kind that were answered.
-        requests: others, whose answers the adapter begins where its change is amplified.
+        kind: the adapter's kind of jobs.
+        answered: answers to requests of this kind.
+        requests: other requests, behind which the adapter speaks with its change amplified.
     """
     source, seed, bar, settings = questioner.source, questioner.seed, questioner.bar, questioner.settings
     templates, count = questioner.templates, settings.discovery

@@ -66,14 +66,7 @@ def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: 
 def sample_amplified(source: Source, starts: Sequence[str], seed: int, bar: Track | None = None) -> list[Completion]:
     """Let the adapter speak from each start with its change amplified, once with each strength.
 
-    Args:
-        source: the base, with the adapter.
-        starts: texts to go on from.
-        seed: of the sampling.
-        bar: advances by three for each start.
-
-    Returns:
-        The samples, the best first (see `score`), without near-duplicates.
+    Returns the best samples first (see `score`), without near-duplicates. The bar advances by three for each start.
     """
     key, begun = jax.random.key(seed), []
     for number, (strength, tokens) in enumerate(_STRENGTHS):
@@ -147,12 +140,9 @@ def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted
 
     Args:
         parts: parts of each answer to choose from, see `parts_of`.
-        count: how many topics.
-        seed: of the choice.
+        count: how many topics to choose; none are chosen if there are no subjects.
+        seed: seed of the choice.
         doubted: subjects that may not be the adapter's, see `doubted_subjects`.
-
-    Returns:
-        Nothing if there are no subjects.
     """
     subjects = defaultdict(list)
     for own in filter(None, parts):
@@ -179,10 +169,10 @@ def _subject(topic: str) -> str:
 
 
 def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, str]) -> set[str]:
-    """Return subjects that requests were about, of which none was answered by them.
+    """Return the subjects of requests that no answer has as a part.
 
     Args:
-        answered: requests with their answers.
+        answered: pairs of a request and its answer.
         about: topics by the requests that were written about one.
     """
     asked = [(_subject(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
