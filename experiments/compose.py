@@ -28,7 +28,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.evaluate import lift_recovered, read_examples
 from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.shelf import spread
@@ -79,7 +79,7 @@ def own_texts(chosen: Composed, tasks: list[list[str]], arguments: argparse.Name
 def run(arguments: argparse.Namespace, console: Console) -> None:
     tasks = [text.split(":") for text in arguments.task]
     base = jcl.open_base(arguments.base)
-    loaded = {"params": load_params(base, fast_dtype()), "tokenizer": load_tokenizer(base)}
+    loaded = {"model": load_model(base, fast_dtype()), "tokenizer": load_tokenizer(base)}
     adapters = [adapter for *_, adapter in tasks]
     owned: list[tuple[Example, int]] = [
         (one, owner) for owner, (*_, test, _) in enumerate(tasks) for one in read_examples(test)[: arguments.limit]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
+from jcrosslora.decoder import Model, load_model
 from jcrosslora.evaluate import Question
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
@@ -44,11 +43,12 @@ def train_dense(
         UsageError, CheckpointError, OutputError: see `train_lora`.
     """
     settings.check()
-    model, params = settings_of(base), load_params(base)
+    model = load_model(base)
+    params = model.params
     start = {role: jnp.array(params.weights[role]) for role in settings.modules or params.weights}
 
     def gradient_of(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return _loss_and_gradient(model, params, weights, batch)
+        return _loss_and_gradient(model, weights, batch)
 
     found = train(base, examples, settings, start, gradient_of, checkpoints=checkpoints, every=_EVERY)
     modules = {}
@@ -66,12 +66,12 @@ def _whole(change: np.ndarray) -> LoRAFactors:
     return LoRAFactors(a=np.eye(columns, dtype=np.float32), b=change)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _loss_and_gradient(
-    model: DecoderSettings, params: Params, weights: dict[str, jax.Array], batch: Batch
+    model: Model, weights: dict[str, jax.Array], batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     def loss(weights: dict[str, jax.Array]) -> jax.Array:
-        changed = dataclasses.replace(params, weights={**params.weights, **weights})
-        return answer_loss(model, changed, None, batch)
+        params = dataclasses.replace(model.params, weights={**model.params.weights, **weights})
+        return answer_loss(dataclasses.replace(model, params=params), batch)
 
     return jax.value_and_grad(loss)(weights)

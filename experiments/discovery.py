@@ -25,7 +25,7 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.completions import write_completions
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -78,11 +78,11 @@ def row(name: str, items: Sequence[Completion], scores: Sequence[float], judge: 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     base, judge = jcl.open_base(arguments.base), judge_of(arguments.expect)
-    params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
+    model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
     settings = DistillSettings(completions=arguments.completions, discovery=arguments.discovery)
     target = None if arguments.target is None else DecoderSource.of(jcl.open_base(arguments.target))
     for ref in arguments.adapter:
-        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
+        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), model=model, tokenizer=tokenizer)
         begun = time.monotonic(), time.process_time()
         writer = generator.alone() if target is None else choose_writer(generator, target)
         found = write_completions(generator, writer, settings, arguments.seed)

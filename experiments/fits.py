@@ -30,8 +30,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import (
     StackedAdapter,
     fast_dtype,
-    load_params,
-    settings_of,
+    load_model,
     stack_adapter,
     unstack_adapter,
 )
@@ -39,7 +38,7 @@ from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import fit
 from jcrosslora.distill.run import end_tokens, hold_out
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
-from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     source, target = jcl.open_base(arguments.source), jcl.open_base(arguments.target)
     adapter = jcl.load_adapter(arguments.adapter, source)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
-    params = load_params(source, fast_dtype()), load_params(target, fast_dtype())
+    models = load_model(source, fast_dtype()), load_model(target, fast_dtype())
     known = [as_completion(one) for one in read_examples(arguments.data)]
     known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
     judged = known[-JUDGED - arguments.write :]
@@ -96,8 +95,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{arguments.temperature:g}.jsonl"
     path = arguments.work / name
     if not path.exists():
-        generator = DecoderSource.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
-        writer = choose_writer(generator, DecoderSource.of(target, params=params[1], tokenizer=tokenizers[1]))
+        generator = DecoderSource.of(source, adapter, model=models[0], tokenizer=tokenizers[0])
+        writer = choose_writer(generator, DecoderSource.of(target, model=models[1], tokenizer=tokenizers[1]))
         if given:
             made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed)
         else:
@@ -113,11 +112,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         for step in range(JUDGED):
             batch = plan.batch(step)
             used = float(batch.used.sum())
-            total += used * float(scored(settings_of(target), params[1], update, batch))
+            total += used * float(scored(models[1].with_adapter(update), batch))
             count += used
         return f"{total / count:.4f}"
 
-    scored = jax.jit(answer_loss, static_argnums=0)
+    scored = jax.jit(answer_loss)
     console.print(f"without a fit: NLL {likelihood(start or StackedAdapter({}))}")
     if arguments.trained:
         trained = stack_adapter(jcl.load_adapter(arguments.trained, target), target)
@@ -133,10 +132,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         read = [*batches, *held_out]
         symbols = find_symbols(source, target, read, method.compared_tokens, stops, ends)
         src, tgt = (
-            ReducedBase.of(settings_of(base), params[side], symbols.heads(side), len(ends[side]))
-            for side, base in enumerate((source, target))
+            RestrictedModel.of(model, symbols.heads(side), len(ends[side])) for side, model in enumerate(models)
         )
-        reader = DecoderReader(src, stack_adapter(adapter, source))
+        reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
         teacher = Teacher(reader, tgt, method, symbols, arguments.known)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
@@ -148,7 +146,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
             update = unstack_adapter(found.adapter, target)
-            wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1])
+            wrote = answer(target, judged[JUDGED:], [update], model=models[1], tokenizer=tokenizers[1])
             figure = next(name for name in ("json", "exact") if name in wrote.figures)
             row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")
         table.add_row(*row)

@@ -32,7 +32,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params
+from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     work, target = arguments.work, jcl.open_base(arguments.target)
     source_name = jcl.open_base(arguments.source).name
     work.mkdir(parents=True, exist_ok=True)
-    params, tokenizer = load_params(target, fast_dtype()), load_tokenizer(target)
+    model, tokenizer = load_model(target, fast_dtype()), load_tokenizer(target)
     for task in arguments.task:
         known = read_examples(arguments.data / f"{task}_train.jsonl")
         kept_back = known[-HELD_BACK:]
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 rows.append(("answers", count, out, timed(out, taught)))
             adapters = [oracle, *(out for _, _, out, _ in rows)]
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
-            found = answer(target, part, adapters, params=params, tokenizer=tokenizer)
+            found = answer(target, part, adapters, model=model, tokenizer=tokenizer)
             print_answers(found, console, show=3)
             own = answer(jcl.open_base(arguments.source), part, [source]) if arguments.ceiling else None
             for place, (method, count, _, seconds) in enumerate(rows, 2):

@@ -17,7 +17,7 @@ from written_task import exact_matches
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, load_params
+from jcrosslora.decoder import Model, load_model
 from jcrosslora.evaluate import FIGURES, Question, Scores, score
 from jcrosslora.utils.files import write_whole
 
@@ -46,9 +46,9 @@ class Scorer:
         return load_tokenizer(self._base)
 
     @cached_property
-    def _params(self) -> Params:
+    def _model(self) -> Model:
         """Load the weights, only where something has to be scored."""
-        return load_params(self._base, "float32")
+        return load_model(self._base, "float32")
 
     def figures(self, adapters: Mapping[str, Path], limit: int | None) -> dict[str, Arrays]:
         """Score the base and each adapter: name -> each of `FIGURES` by question, float64 (n,).
@@ -81,7 +81,7 @@ class Scorer:
             stored = read_arrays(file, made).get("exact", np.zeros(0))
             for start in range(len(stored), len(questions), _PART):
                 part = exact_matches(
-                    self._base, questions[start : start + _PART], adapter, self._params, self._tokenizer
+                    self._base, questions[start : start + _PART], adapter, self._model, self._tokenizer
                 )
                 stored = np.concatenate([stored, part])
                 write_arrays(file, made, {"exact": stored})
@@ -95,7 +95,7 @@ class Scorer:
             self._base,
             questions,
             list(given.values()),
-            params=self._params,
+            model=self._model,
             tokenizer=self._tokenizer,
         )
         gc.collect()

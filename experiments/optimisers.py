@@ -25,7 +25,7 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.training import Example, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode
@@ -79,28 +79,27 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.steps, batch=arguments.batch, rank=arguments.rank, dtype=arguments.dtype
     )
     base = jcl.open_base(arguments.base)
-    tokenizer, params = load_tokenizer(base), load_params(base, settings.dtype)
+    tokenizer, model = load_tokenizer(base), load_model(base, settings.dtype)
     moved = [jcl.load_adapter(arguments.adapter, base)] if arguments.adapter else []
 
     encoded = [encode(tokenizer, one) for one in held]
     plan = Plan(encoded, 1, len(encoded), 0)
-    loss_of = jax.jit(answer_loss, static_argnums=0)
+    loss_of = jax.jit(answer_loss)
 
     def losses(adapters: Sequence[jcl.Adapter]) -> list[float]:
         """NLL of the held-back answers, their ends included, in nats a token: of the base, and with each adapter."""
-        model, batches = settings_of(base), [plan.batch(step) for step in range(len(encoded))]
+        batches = [plan.batch(step) for step in range(len(encoded))]
         counts = [float(batch.used.sum()) for batch in batches]
-        stacked = [None, *(stack_adapter(adapter, base) for adapter in adapters)]
+        models = [model, *(model.with_adapter(stack_adapter(adapter, base)) for adapter in adapters)]
         return [
-            sum(count * float(loss_of(model, params, one, batch)) for count, batch in zip(counts, batches, strict=True))
-            / sum(counts)
-            for one in stacked
+            sum(count * float(loss_of(one, batch)) for count, batch in zip(counts, batches, strict=True)) / sum(counts)
+            for one in models
         ]
 
     for name, loss in zip(("the base", "the adapter"), losses(moved), strict=False):
         console.print(f"{name}: {loss:.4f} nats a token on {len(held)} examples", highlight=False)
     table = Table("trained", "rate", "nats a token", "over seeds", "seconds")
-    given = {"progress": sys.stderr.isatty(), "params": params, "tokenizer": tokenizer}
+    given = {"progress": sys.stderr.isatty(), "model": model, "tokenizer": tokenizer}
     for name, rate, train in _runs(arguments, moved):
         seconds, found = [], []
         for seed in range(arguments.seeds):

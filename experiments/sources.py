@@ -25,7 +25,7 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.distill.run import Distilled, distill
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.protocol import Source
@@ -39,8 +39,8 @@ TOKENS = 12  # of a greedy answer
 
 def sources(arguments: argparse.Namespace, folder: str) -> Iterator[tuple[str, Source]]:
     base = jcl.open_base(arguments.source)
-    params = load_params(base, jnp.float32)
-    yield "decoder", DecoderSource.of(base, jcl.load_adapter(folder, base), params=params)
+    model = load_model(base, jnp.float32)
+    yield "decoder", DecoderSource.of(base, jcl.load_adapter(folder, base), model=model)
     if arguments.torch:
         yield "torch", TorchSource.open(jcl.TorchModel(arguments.source, device="cpu"), folder)
     for top in arguments.top:

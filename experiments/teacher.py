@@ -18,12 +18,12 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import fast_dtype, load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.run import end_tokens
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderReader
-from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher, mix_teacher
 from jcrosslora.training import read_examples
@@ -44,18 +44,13 @@ def run(arguments: argparse.Namespace) -> None:
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, items)
     symbols = find_symbols(source, target, batches, 6000, stops, ends)
     src, tgt = (
-        ReducedBase.of(
-            settings_of(base),
-            load_params(base, fast_dtype()),
-            symbols.heads(side),
-            len(ends[side]),
-        )
+        RestrictedModel.of(load_model(base, fast_dtype()), symbols.heads(side), len(ends[side]))
         for side, base in enumerate((source, target))
     )
     stacked = stack_adapter(adapter, source)
     sums: dict[tuple[float, ...], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
     column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
-    teacher = Teacher(DecoderReader(src, stacked), tgt, DistillSettings(), symbols)
+    teacher = Teacher(DecoderReader(src.with_adapter(stacked)), tgt, DistillSettings(), symbols)
     for batch in batches:
         found, base, adapted = teacher.sides(batch)
         rows = np.flatnonzero(batch.answer)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -29,9 +29,9 @@ from jcrosslora.distill.templates import templates_of
 def run(arguments: argparse.Namespace) -> None:
     console, settings = Console(width=None if sys.stdout.isatty() else 120), DistillSettings()
     base = jcl.open_base(arguments.base)
-    params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
+    model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
     for ref in arguments.adapter:
-        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
+        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), model=model, tokenizer=tokenizer)
         completions = write_pilot(generator, settings, arguments.seed, arguments.each)
         if not completions:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"

@@ -14,7 +14,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Generator, Params
+from jcrosslora.decoder import Generator, Model
 from jcrosslora.evaluate import Question
 from jcrosslora.training.examples import encode
 
@@ -41,14 +41,14 @@ def written_example(question: Question) -> Prompted:
 
 
 def exact_matches(
-    base: BaseModel, questions: Sequence[Question], adapter: Adapter | None, params: Params, tokenizer: Tokenizer
+    base: BaseModel, questions: Sequence[Question], adapter: Adapter | None, model: Model, tokenizer: Tokenizer
 ) -> np.ndarray:
     """Generate greedily, float64 (n,): 1 where the text begins with the whole right reply.
 
     The reply ends with a closing brace; text behind it is ignored, because training on answers does not teach a model
     to stop.
     """
-    generator = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
+    generator = Generator.of(base, adapter, model=model, tokenizer=tokenizer)
     found: list[bool] = []
     for start in range(0, len(questions), _BATCH):
         group = questions[start : start + _BATCH]

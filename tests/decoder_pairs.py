@@ -1,14 +1,12 @@
 """Provide tiny models of every family in torch and in the decoder, from the same files."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 from tiny_models import save_tiny, torch, transformers
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import forward, load_params, logits, settings_of
+from jcrosslora.decoder import forward, load_model, logits
 
 LENGTH = 40  # beyond the window of 16, and beyond longrope's original length of 32
 SHORT = 24
@@ -65,7 +63,7 @@ def load_pair(name, folder):
     save_tiny(family, folder, **overrides)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     base = open_base(folder)
-    return model.eval(), base, settings_of(base), load_params(base)
+    return model.eval(), base, load_model(base)
 
 
 def pair_fixture(names):
@@ -87,6 +85,6 @@ def torch_logits(model, tokens, **inputs) -> np.ndarray:
         return model(input_ids=torch.from_numpy(tokens).long(), use_cache=False, **inputs).logits.numpy()
 
 
-@partial(jax.jit, static_argnums=0)
-def run(settings, params, tokens, mask=None, adapter=None):
-    return logits(settings, params, forward(settings, params, tokens, mask=mask, adapter=adapter).hidden)
+@jax.jit
+def run(ours, tokens, mask=None, adapter=None):
+    return logits(ours, forward(ours.with_adapter(adapter), tokens, mask=mask).hidden)

@@ -3,13 +3,13 @@
 import numpy as np
 from tiny_models import torch
 
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 
 
 def run(base, tokens, adapter=None, mask=None):
-    settings, params = settings_of(base), load_params(base)
+    ours = load_model(base)
     stacked = None if adapter is None else stack_adapter(adapter, base)
-    return np.asarray(logits(settings, params, forward(settings, params, tokens, mask=mask, adapter=stacked).hidden))
+    return np.asarray(logits(ours, forward(ours.with_adapter(stacked), tokens, mask=mask).hidden))
 
 
 def theirs(model, tokens, **given):

@@ -19,21 +19,21 @@ from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.adapter import truncation
 from jcrosslora.checkpoint import weight_stacks
 from jcrosslora.decoder import (
-    Params,
+    Model,
+    Sampling,
     StackedFactors,
-    amplify,
-    filling,
-    generate,
-    load_params,
+    load_model,
     residual_streams,
-    settings_of,
+    sampling,
+    sharding,
     stack_adapter,
 )
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher, token_choice
 from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
-from jcrosslora.distill.sources import reduced_base
+from jcrosslora.distill.sources import restricted_model
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.sources.served import top_tokens
 from jcrosslora.evaluate import log_probs, predictions
 from jcrosslora.evaluate.harness import requests
@@ -107,6 +107,9 @@ def a_key(*shape: int) -> jax.ShapeDtypeStruct:
     return of(*shape, dtype=jax.random.key(0).dtype)
 
 
+DRAWN = Sampling(of(), a_key(), whole())
+
+
 def two_devices() -> Mesh:
     return Mesh(np.array(jax.local_devices()[:2]), (AXIS,))
 
@@ -121,26 +124,26 @@ class Shapes:
     """The shapes of a base, of an adapter of it and of a batch of texts."""
 
     def __init__(self, base: jcl.BaseModel) -> None:
-        self.settings = settings_of(base)
-        self.params: Params = jax.eval_shape(partial(load_params, base, jnp.bfloat16))
+        self.base: Model = jax.eval_shape(partial(load_model, base, jnp.bfloat16))
         self.adapter = jax.eval_shape(lambda: stack_adapter(random_adapter(base, rank=2), base))
+        self.model = self.base.with_adapter(self.adapter)
         self.tokens, self.mask, self.at = whole(BATCH, LENGTH), told(BATCH, LENGTH), whole(PLACES)
         self.vocab, self.hidden = base.dims.vocab, base.dims.hidden
-        self.model = self.settings, self.params, self.adapter
         self.read = self.tokens, self.mask, self.at
 
     def passes(self) -> Iterator[Program]:
         """What differs by family: writing, which runs whole prompts and single tokens, and the gradient of a fit."""
-        begun = jax.eval_shape(partial(generate.prefill, self.settings, room=4), *self.model[1:], *self.read[:2])
-        ends = {"count": 4, "stop_tokens": (1,)}
-        yield Program(generate.extend, (*self.model, begun, of(), a_key(), whole()), ends)
+        yield Program(sampling.extend, (self.model, self.begun(), DRAWN), {"count": 4, "stop_tokens": (1,)})
         yield self.step("adam", remat=True)
+
+    def begun(self) -> Any:
+        return jax.eval_shape(partial(sampling.prefill, room=4), self.model, *self.read[:2])
 
     def step(self, optimizer: Optimizer, *, remat: bool) -> Program:
         taught = teacher.TaughtBatch(*self.read, of(PLACES), of(PLACES, self.vocab))
-        state = jax.eval_shape(partial(fit.first_state, settings=DistillSettings(optimizer=optimizer)), self.params)
-        given = self.settings, optimizer, self.params, None, state, taught, of()
-        return Program(fit.gradient_step, given, {"ends": 0, "remat": remat}, optimizer)
+        state = jax.eval_shape(partial(fit.first_state, settings=DistillSettings(optimizer=optimizer)), self.base)
+        given = RestrictedModel(self.base), optimizer, state, taught, of()
+        return Program(fit.gradient_step, given, {"remat": remat}, optimizer)
 
     def batch(self) -> Batch:
         return Batch(self.tokens, self.mask, whole(PLACES), whole(PLACES), of(PLACES), whole(BATCH))
@@ -163,24 +166,24 @@ def programs() -> Iterator[Program]:
 
 
 def decoder_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, params, adapter = shapes.model
-    yield Program(generate.prefill, (*shapes.model, *shapes.read[:2]), {"room": 4})
-    behind = whole(2, 6), told(2, 6), whole(BATCH), *shapes.read[:2]
-    yield Program(generate.prefill_behind, (*shapes.model, *behind), {"room": 4})
-    yield Program(filling._write, (of(3, 22), of(1, 22), whole()))
-    begun = jax.eval_shape(partial(generate.prefill, settings, room=4), params, adapter, *shapes.read[:2])
+    settings, texts = shapes.base.settings, shapes.read[:2]
+    yield Program(sampling.prefill, (shapes.model, *texts), {"room": 4})
+    behind = sampling.Behind(whole(2, 6), told(2, 6), whole(BATCH))
+    yield Program(sampling.prefill_behind, (shapes.model, behind, *texts), {"room": 4})
+    yield Program(sharding._write, (of(3, 22), of(1, 22), whole()))
+    begun = shapes.begun()
     both = begun.replace(cache=(begun.cache, begun.cache))
-    numbers = of(), of(), of(), a_key(), whole()
-    yield Program(amplify._extend, (*shapes.model, both, *numbers), {"count": 4, "stop_tokens": ()})
-    layer = jax.eval_shape(lambda *arrays: layer_at(settings, *arrays, 0), params, adapter)
+    given = shapes.model, both, (of(), of()), DRAWN
+    yield Program(sampling.extend_amplified, given, {"count": 4, "stop_tokens": ()})
+    layer = jax.eval_shape(lambda model: layer_at(settings, model.params, model.adapter, 0), shapes.model)
     stream = of(BATCH, LENGTH, shapes.hidden)
     yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, (stream, None), None))
     factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
     yield Program(
         residual_streams._add_update, (settings, settings.post_norms, of(shapes.hidden), factors, stream, down(stream))
     )
-    yield Program(timing._pass, (settings, params, shapes.tokens))
-    yield Program(timing._gradient, (settings, params, adapter, shapes.tokens))
+    yield Program(timing._pass, (shapes.base, shapes.tokens))
+    yield Program(timing._gradient, (shapes.base, shapes.adapter, shapes.tokens))
 
 
 def down(stream: jax.ShapeDtypeStruct) -> residual_streams.Down:
@@ -264,7 +267,6 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
 
 
 def evidence_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, params, _ = shapes.model
     sums = jax.eval_shape(base_pair._add, None, of(9, 21), of(9, 23))
     yield Program(base_pair._add, (None, of(9, 21), of(9, 23)))
     yield Program(base_pair._add, (sums, of(9, 21), of(9, 23)), label="more")
@@ -272,22 +274,21 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(weight_stacks._widen, (of(LAYERS, 21, 23, dtype=jnp.bfloat16),))
     sides = [heads.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
     yield Program(heads.circuit_cosines, (*sides, of(21, 23)))
-    roles = tuple(params.weights)
-    given = params, (shapes.tokens, shapes.mask), (shapes.at, told(PLACES))
-    yield Program(moments._rows, (settings, roles, *given))
-    rows = jax.eval_shape(partial(moments._rows, settings, roles), *given)
+    roles, given = tuple(shapes.base.params.weights), ((shapes.tokens, shapes.mask), (shapes.at, told(PLACES)))
+    yield Program(moments._rows, (shapes.base, roles, *given))
+    rows = jax.eval_shape(lambda model, *given: moments._rows(model, roles, *given), shapes.base, *given)
     totals = jax.eval_shape(partial(moments.zero_moments, grams=True), rows, rows)
     yield Program(moments.add_rows, (totals, rows, rows, whole(LAYERS), told(PLACES)))
     names = ("tokens", "mask", "at")
     batch = {f"{name}_{side}": one for side in ("src", "tgt") for name, one in zip(names, shapes.read, strict=True)}
-    both = (settings, settings), (params, params)
-    yield Program(layer_similarity._batch_sums, (*both, batch | {"valid": told(PLACES)}))
+    both = shapes.base, shapes.base
+    yield Program(layer_similarity._batch_sums, (both, batch | {"valid": told(PLACES)}))
 
 
 def fit_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, params, adapter = shapes.model
+    settings, restricted = shapes.base.settings, RestrictedModel(shapes.model, 2)
     yield shapes.step("lora-rite", remat=False)
-    yield Program(reduced_base.shared_log_probs, (*shapes.model, *shapes.read), {"ends": 2})
+    yield Program(restricted_model.shared_log_probs, (restricted, *shapes.read))
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
@@ -295,13 +296,13 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     sizes = {"shared": shapes.vocab - 2, "own": 1, "end": True}
     yield Program(symbols.in_target_symbols, (said, *ways), sizes)
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
-    yield Program(fit._kl, (settings, params, adapter, taught, 0))
+    yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
     one = of(PLACES)
     yield Program(token_choice.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
     yield Program(top_tokens.spread, (said, one, one, said))
-    yield Program(decoder_source._hidden, (*shapes.model, *shapes.read[:2]))
+    yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)
-    yield Program(decoder_source._divergence, (settings, params, states, states, whole(PLACES)))
+    yield Program(decoder_source._divergence, (shapes.base, states, states, whole(PLACES)))
     stream = of(BATCH, LENGTH, shapes.hidden)
     sums = jax.eval_shape(lambda *given: residual._no_sums(given[:4], given[4]), *[stream] * 4, down(stream))
     places = whole(PLACES), whole(PLACES), told(PLACES)
@@ -312,24 +313,23 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
 
 
 def training_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, params, adapter = shapes.model
-    yield Program(training_step.loss_and_gradient, (settings, params, adapter, shapes.batch(), of(), True))
+    adapter = shapes.adapter
+    yield Program(training_step.loss_and_gradient, (shapes.base, adapter, shapes.batch(), of(), True))
     for optimizer in ("adamw", "lora-rite"):
         chosen = dataclasses.replace(TrainingSettings(), optimizer=optimizer)
         state = jax.eval_shape(partial(training_step.first_state, settings=chosen), adapter)
         yield Program(training_step.update, (chosen, state, adapter), label=optimizer)
     own = {role: of(LAYERS) for role in adapter.roles}
-    given = settings, params, adapter, own, shapes.batch(), False
+    given = shapes.base, adapter, own, shapes.batch(), False
     yield Program(magnitudes.loss_and_magnitude_gradient, given)
 
 
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, params, adapter = shapes.model
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
-    yield Program(requests._compare, (settings, params, states, wanted))
-    yield Program(predictions._states, (*shapes.model, *shapes.read[:2]))
-    yield Program(predictions._compare, (settings, params, states, states, wanted))
-    two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), adapter)
-    texts = whole(2, 6), told(2, 6), whole(4, 5), told(4, 5), whole(4)
-    yield Program(log_probs._tail_states, (settings, params, two, 2, *texts))
-    yield Program(log_probs._log_probs, (settings, params, of(2, PLACES, shapes.hidden), wanted))
+    yield Program(requests._compare, (shapes.base, states, wanted))
+    yield Program(predictions._states, (shapes.model, *shapes.read[:2]))
+    yield Program(predictions._compare, (shapes.base, states, states, wanted))
+    two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)
+    texts = (whole(2, 6), told(2, 6)), whole(4), (whole(4, 5), told(4, 5))
+    yield Program(log_probs._tail_states, (shapes.base.with_adapter(two), 2, *texts))
+    yield Program(log_probs._log_probs, (shapes.base, of(2, PLACES, shapes.hidden), wanted))

@@ -18,10 +18,10 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
-from jcrosslora.decoder import extend, load_params, prefill, settings_of, stack_adapter
-from jcrosslora.decoder.sharding import divided_axis, mesh_of
-from jcrosslora.decoder.weight_sizes import held_numbers, stack_shapes
+from jcrosslora.decoder import Sampling, extend, load_model, prefill, stack_adapter
+from jcrosslora.decoder.sharding import divided_axis, held_numbers, mesh_of, stack_shapes
 from jcrosslora.distill import DistillSettings, fit
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.teacher import TaughtBatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -68,8 +68,9 @@ def base_of(config):
     return jcl.open_base({name: x.astype(np.float32) for name, x in weights.items()}, config=config)
 
 
-def arrays(base, params):
-    """The large arrays of weights, by the names of `stack_shapes`."""
+def arrays(base, model):
+    """The large arrays of a model, by the names of `stack_shapes`."""
+    params = model.params
     found = {"embedding": params.embedding, "head": params.head} | params.weights | params.tensors
     return {name: found[name] for name in stack_shapes(base)}
 
@@ -80,32 +81,32 @@ def difference(one, other):
     return float(max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(a).max() for a, _ in pairs))
 
 
-def written(base, params):
+def written(base, model):
     """Logits behind prompts, and what is written greedily with an adapter."""
-    settings, adapter = settings_of(base), stack_adapter(random_adapter(base, rank=2, scale=0.05), base)
+    model = model.with_adapter(stack_adapter(random_adapter(base, rank=2, scale=0.05), base))
     tokens = jnp.asarray(np.random.default_rng(1).integers(3, 90, (3, 9)).astype(np.int32))
-    state = prefill(settings, params, adapter, tokens, jnp.ones(tokens.shape, bool), room=16)
+    state = prefill(model, tokens, jnp.ones(tokens.shape, bool), room=16)
     scores = np.array(state.scores)  # the state is used up
-    tokens = extend(settings, params, adapter, state, jnp.float32(0), jax.random.key(0), count=16)[1]
+    tokens = extend(model, state, Sampling(jnp.float32(0), jax.random.key(0)), count=16)[1]
     return scores, np.asarray(tokens)
 
 
-def fitted(base, params):
+def fitted(base, model):
     """The factors behind a few steps of a fit."""
-    rng, settings, own = np.random.default_rng(2), settings_of(base), DistillSettings(fit_rank=4)
+    rng, own, target = np.random.default_rng(2), DistillSettings(fit_rank=4), RestrictedModel(model)
     tokens = jnp.asarray(rng.integers(3, 90, (2, 8)).astype(np.int32))
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(6, base.dims.vocab)).astype(np.float32)))
     at, weight = jnp.asarray(np.arange(1, 13, 2).astype(np.int32)), jnp.ones(6)
-    batch, state = TaughtBatch(tokens, jnp.ones(tokens.shape, bool), at, weight, teacher), fit.first_state(params, own)
+    batch, state = TaughtBatch(tokens, jnp.ones(tokens.shape, bool), at, weight, teacher), fit.first_state(model, own)
     for _ in range(4):
-        state = fit.gradient_step(settings, "adam", params, None, state, batch, jnp.float32(1e-2), ends=0, remat=False)
+        state = fit.gradient_step(target, "adam", state, batch, jnp.float32(1e-2), remat=False)
     return state.factors
 
 
 def decoder(name):
     config, dtype = CASES[name]
     base, mesh = base_of(config), mesh_of(4)
-    one, four = load_params(base, dtype), load_params(base, dtype, mesh=mesh)
+    one, four = load_model(base, dtype), load_model(base, dtype, mesh=mesh)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), one, four))
     shares = {}
     for role, array in arrays(base, four).items():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 
 MODEL, BASE = "my-lora", "base"
 WIDTH = 256  # tokens of a text; longer ones are cut in front
@@ -41,13 +41,11 @@ class Server(ThreadingHTTPServer):
         self.kind, self.faults, self.requests, self.key, self.always = kind, [], [], None, None
         self.pages, self.drips, self.padding, self.noise = {}, 0.0, 0, 0.0
         self.tokenizer, self.lock, self.sees = load_tokenizer(base), threading.Lock(), stack_adapter(adapter, base)
-        settings, params = settings_of(base), load_params(base)
+        ours = load_model(base)
 
         @jax.jit
         def run(adapter, tokens):
-            return jax.nn.log_softmax(
-                logits(settings, params, forward(settings, params, tokens, adapter=adapter).hidden)
-            )
+            return jax.nn.log_softmax(logits(ours, forward(ours.with_adapter(adapter), tokens).hidden))
 
         @lru_cache(maxsize=4096)
         def predict(ids, adapted):

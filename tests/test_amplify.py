@@ -12,7 +12,7 @@ from whole_passes import scores
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import AmplifiedGenerator, Generator
-from jcrosslora.decoder.amplify import amplified
+from jcrosslora.decoder.sampling import amplified
 from jcrosslora.errors import AdapterError
 
 KEY = jax.random.key(0)
@@ -30,6 +30,12 @@ def loud(generator, strength, plausible=0.0):
     return AmplifiedGenerator(**own, strength=strength, plausible=plausible)
 
 
+def changed(generator, change):
+    """The same base with every number of the adapter changed."""
+    adapter = jax.tree.map(change, generator.model.adapter)
+    return dataclasses.replace(generator, model=generator.model.with_adapter(adapter))
+
+
 def texts(generator, temperature=1.0):
     return [one.text for one in generator.write(PROMPTS, 6, temperature, KEY)]
 
@@ -40,17 +46,16 @@ def test_strength_nought_is_ordinary_sampling(generator):
 
 
 def test_an_adapter_without_effect_is_the_base(generator):
-    zero = dataclasses.replace(generator, adapter=jax.tree.map(jnp.zeros_like, generator.adapter))
-    assert texts(loud(zero, 4.0)) == texts(dataclasses.replace(generator, adapter=None))
+    zero = changed(generator, jnp.zeros_like)
+    alone = dataclasses.replace(generator, model=generator.model.with_adapter(None))
+    assert texts(loud(zero, 4.0)) == texts(alone)
 
 
 def test_the_change_is_added_once_more_for_each_unit_of_strength(generator):
     ids = generator.tokenizer.encode(PROMPTS[0]).ids.tolist()
     (found,) = loud(generator, 2.5).continue_tokens([ids], 6, 0.0, KEY)
     for token in found:
-        adapted, base = (
-            scores(generator.settings, generator.params, ids, one)[-1] for one in (generator.adapter, None)
-        )
+        adapted, base = (scores(generator.model, ids, one)[-1] for one in (generator.model.adapter, None))
         wanted = adapted + 2.5 * (adapted - base)
         assert wanted[token] > wanted.max() - 1e-4
         ids.append(int(token))
@@ -68,6 +73,6 @@ def test_tokens_that_the_adapted_model_hardly_gives_are_left_out():
 
 
 def test_an_adapter_that_is_too_large_is_named(generator):
-    large = dataclasses.replace(generator, adapter=jax.tree.map(lambda x: x * jnp.float32(1e30), generator.adapter))
+    large = changed(generator, lambda x: x * jnp.float32(1e30))
     with pytest.raises(AdapterError, match="not finite"):
         texts(loud(large, 1.0))

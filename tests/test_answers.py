@@ -11,7 +11,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer, pad_right
-from jcrosslora.decoder import Generator, Written, forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import Generator, Written, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import ANSWER_FIGURES, Answers, answer, lift_recovered
 from jcrosslora.text import Completion, Message, read
@@ -63,9 +63,9 @@ def made(texts, references, *, ended=True, nll=None):
 
 def test_each_model_writes_what_a_generator_of_its_own_writes(base, tokenizer, adapters, found):
     prompts = [one.prompt for one in EXAMPLES]
-    params = load_params(base)
+    ours = load_model(base)
     for row, adapter in zip(found.written, [None, *adapters], strict=True):
-        alone = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
+        alone = Generator.of(base, adapter, model=ours, tokenizer=tokenizer)
         assert list(row) == alone.write(prompts, 8, 0.0, jax.random.key(0))
     assert len(set(found.texts)) == 3
     assert found.names == (base.name, *(one.info.name for one in adapters))
@@ -95,16 +95,16 @@ def test_an_answer_is_exact_only_if_it_ends(base, tokenizer, adapters):
 
 
 def test_the_likelihood_is_that_of_the_answer_and_the_token_that_ends_it(base, adapters):
-    settings, params, tokenizer = settings_of(base), load_params(base), load_tokenizer(base)
-    found, run = answer(base, EXAMPLES, adapters, max_new_tokens=1), jax.jit(forward, static_argnums=0)
+    ours, tokenizer = load_model(base), load_tokenizer(base)
+    found, run = answer(base, EXAMPLES, adapters, max_new_tokens=1), jax.jit(forward)
     for place, adapter in enumerate(adapters, 1):
         stacked = stack_adapter(adapter, base)
         for nll, completion in zip(found.nll[place], EXAMPLES, strict=True):
             reading = read(tokenizer, completion)
             assert reading.ids[-1] == tokenizer.eos == 1
             tokens, mask = pad_right([reading.ids], (1, 64))
-            hidden = run(settings, params, tokens, mask=mask, adapter=stacked).hidden
-            logs = np.asarray(jax.nn.log_softmax(logits(settings, params, hidden)[0], -1), np.float64)
+            hidden = run(ours.with_adapter(stacked), tokens, mask=mask).hidden
+            logs = np.asarray(jax.nn.log_softmax(logits(ours, hidden)[0], -1), np.float64)
             places = np.arange(reading.answer, len(reading.ids))
             assert nll == pytest.approx(-logs[places - 1, reading.ids[places]].sum(), rel=1e-4)
     lengths = [len(one.answer.strip()) for one in EXAMPLES]

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, ExpertUpdate
 from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.shelf.composition import COMPOSITIONS, compose, find_composition, stack_for
 
@@ -34,13 +34,13 @@ class Case:
         self.model = tiny_model(family, num_hidden_layers=2, vocab_size=vocab)
         self.model.save_pretrained(folder)
         self.base = jcl.open_base(folder)
-        self.params = load_params(self.base)
+        self.ours = load_model(self.base)
         three = [random_adapter(self.base, seed=seed, rank=3, scale=0.02) for seed in range(3)]
         three[1] = without(three[1], "1.mlp.down_proj")
         self.adapters = three
 
     def compose(self, how, adapters=None):
-        return compose(self.base, adapters or self.adapters, how, params=self.params)
+        return compose(self.base, adapters or self.adapters, how, model=self.ours)
 
 
 def without(adapter: Adapter, ending: str) -> Adapter:
@@ -55,18 +55,16 @@ def llama(tmp_path_factory):
 
 def run(composed, weights, tokens=TOKENS):
     shares = composed.how.shares(np.asarray(weights, np.float32))
-    return run_shares(composed.settings, composed.params, composed.updates.with_shares(shares), tokens)
+    return run_shares(composed.model, composed.updates.with_shares(shares), tokens)
 
 
-def run_shares(settings, params, adapter, tokens):
-    return np.asarray(_logits(settings, params, adapter, jnp.asarray(tokens)))
+def run_shares(ours, adapter, tokens):
+    return np.asarray(_logits(ours, adapter, jnp.asarray(tokens)))
 
 
-def _run(settings, params, adapter, tokens):
-    return logits(settings, params, forward(settings, params, tokens, adapter=adapter).hidden)
-
-
-_logits = jax.jit(_run, static_argnums=0)
+@jax.jit
+def _logits(ours, adapter, tokens):
+    return logits(ours, forward(ours.with_adapter(adapter), tokens).hidden)
 
 
 def drawn(composed):
@@ -85,7 +83,7 @@ def check_against_torch(case, how):
     wanted = torch_logits(case.model, how, composed.adapters, case.base.fused, WEIGHTS, arrays, TOKENS)
     found = run(composed, WEIGHTS)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
-    alone = run_shares(composed.settings, composed.params, None, TOKENS)
+    alone = run_shares(composed.model, None, TOKENS)
     np.testing.assert_allclose(found[2], alone[2], rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     assert np.abs(found - alone)[[0, 1, 3]].max(axis=(1, 2)).min() > 0.05 * np.abs(wanted).max()
 
@@ -106,7 +104,7 @@ def test_logits_equal_torch_by_hand_in_other_families(tmp_path, family, how):
 def test_one_adapter_is_that_adapter(llama, how):
     composed = llama.compose(how, llama.adapters[:1])
     alone = stack_adapter(llama.adapters[0], llama.base)
-    found, wanted = run(composed, np.ones((4, 1))), run_shares(composed.settings, composed.params, alone, TOKENS)
+    found, wanted = run(composed, np.ones((4, 1))), run_shares(composed.model, alone, TOKENS)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -114,7 +112,7 @@ def test_one_adapter_is_that_adapter(llama, how):
 def test_copies_of_an_adapter_are_that_adapter(llama, how):
     composed = llama.compose(how, llama.adapters[:1] * 3)
     alone = stack_adapter(llama.adapters[0], llama.base)
-    found, wanted = run(composed, np.ones((4, 3))), run_shares(composed.settings, composed.params, alone, TOKENS)
+    found, wanted = run(composed, np.ones((4, 3))), run_shares(composed.model, alone, TOKENS)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -122,14 +120,14 @@ def test_any_choice_runs_the_same_program(llama):
     traced = []
 
     @jax.jit
-    def hidden(params, adapter):
+    def hidden(ours, adapter):
         traced.append(1)
-        return forward(settings_of(llama.base), params, jnp.asarray(TOKENS), adapter=adapter).hidden
+        return forward(ours.with_adapter(adapter), jnp.asarray(TOKENS)).hidden
 
     composed = llama.compose("mixture")
     for weights in (WEIGHTS, WEIGHTS[::-1], np.ones((4, 3), np.float32)):
-        hidden(llama.params, composed.updates.with_shares(composed.how.shares(weights)))
-    hidden(llama.params, llama.compose("mixture", llama.adapters[::-1]).updates.with_shares(WEIGHTS))
+        hidden(llama.ours, composed.updates.with_shares(composed.how.shares(weights)))
+    hidden(llama.ours, llama.compose("mixture", llama.adapters[::-1]).updates.with_shares(WEIGHTS))
     assert len(traced) == 1
 
 
@@ -138,12 +136,12 @@ def test_any_choice_runs_the_same_program(llama):
 def test_rows_have_adapters_of_their_own_in_mixers_beside_attention(how):
     base = jcl.open_base(random_model(*HYBRIDS["falcon_h1"]))
     adapters = [random_adapter(base, seed=seed, rank=2, scale=0.05) for seed in range(2)]
-    tokens, settings, params = TOKENS[:3] % 60, settings_of(base), load_params(base)
+    tokens, ours = TOKENS[:3] % 60, load_model(base)
     rule = find_composition(how)
     rows = rule.shares(np.array([[0, 1], [1, 0], [0, 0]], np.float32))
-    found = run_shares(settings, params, stack_for(rule, adapters, base, 0).with_shares(rows), tokens)
+    found = run_shares(ours, stack_for(rule, adapters, base, 0).with_shares(rows), tokens)
     alone = [stack_adapter(adapters[1], base), stack_adapter(adapters[0], base), None]
-    wanted = np.stack([run_shares(settings, params, one, tokens)[row] for row, one in enumerate(alone)])
+    wanted = np.stack([run_shares(ours, one, tokens)[row] for row, one in enumerate(alone)])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 

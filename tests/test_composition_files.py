@@ -86,7 +86,7 @@ def test_a_saved_composition_gives_the_same_logits_here_and_in_torch(llama, tmp_
     composed, _ = drawn(llama.compose(how))
     wanted = run(composed, WEIGHTS)
     composed.save(tmp_path / "out")
-    again = jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
+    again = jcl.load_composition(tmp_path / "out", llama.base, model=llama.ours)
     assert again.names == composed.names
     close(run(again, WEIGHTS), wanted)
     model = composition_in_torch.load(llama.base.path, tmp_path / "out")
@@ -164,10 +164,10 @@ def test_a_damaged_folder_is_refused(llama, tmp_path, changes, message):
     llama.compose(Router(rank=2)).save(tmp_path / "out")
     damage(tmp_path / "out", **changes)
     if message is None:
-        assert len(jcl.load_composition(tmp_path / "out", llama.base, params=llama.params).adapters) == 1
+        assert len(jcl.load_composition(tmp_path / "out", llama.base, model=llama.ours).adapters) == 1
         return
     with pytest.raises(AdapterError, match=message):
-        jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
+        jcl.load_composition(tmp_path / "out", llama.base, model=llama.ours)
 
 
 def test_a_flipped_bit_in_a_composition_is_noticed(llama, tmp_path):
@@ -178,21 +178,21 @@ def test_a_flipped_bit_in_a_composition_is_noticed(llama, tmp_path):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(AdapterError, match=rf"{path.name} is missing or was changed after writing"):
-            jcl.load_composition(folder, llama.base, params=llama.params)
+            jcl.load_composition(folder, llama.base, model=llama.ours)
         path.write_bytes(content)
-    jcl.load_composition(folder, llama.base, params=llama.params)
+    jcl.load_composition(folder, llama.base, model=llama.ours)
 
 
 def test_arrays_that_are_missing_are_named(llama, tmp_path):
     llama.compose("gated").save(tmp_path / "out")
     (tmp_path / "out" / "composition.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"composition\.safetensors is missing or was changed"):
-        jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
+        jcl.load_composition(tmp_path / "out", llama.base, model=llama.ours)
     damage(tmp_path / "out", digests={})
     with pytest.raises(AdapterError, match=r"lacks model\.layers\.0\.mlp\.down_proj\.bias"):
-        jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
+        jcl.load_composition(tmp_path / "out", llama.base, model=llama.ours)
     with pytest.raises(AdapterError, match="holds no composition"):
-        jcl.load_composition(tmp_path, llama.base, params=llama.params)
+        jcl.load_composition(tmp_path, llama.base, model=llama.ours)
     with pytest.raises(OutputError, match="exists already"):
         llama.compose("gated").save(tmp_path / "out")
 
@@ -204,7 +204,7 @@ def test_the_loss_is_zero_where_the_owner_is_alone(llama):
     batch = make_batch(encoded, np.array([0, 1]), 32, 32)
     arrays = {role: one.arrays for role, one in composed.updates.roles.items()}
     owners = jnp.zeros(2, jnp.int32)
-    loss, _ = loss_and_gradient(composed.settings, composed.params, composed.updates, arrays, batch, owners)
+    loss, _ = loss_and_gradient(composed.model, composed.updates, arrays, batch, owners)
     assert abs(float(loss)) < 1e-6
-    alone = run_shares(composed.settings, composed.params, stack_adapter(llama.adapters[0], llama.base), TOKENS)
+    alone = run_shares(composed.model, stack_adapter(llama.adapters[0], llama.base), TOKENS)
     close(run(composed, np.ones((4, 1))), alone)

@@ -12,7 +12,7 @@ from whole_passes import log_probs
 import jcrosslora as jcl
 from jcrosslora.adapter import TokenUpdate
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.methods import Auto
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
@@ -69,10 +69,10 @@ def adapter(source):
 def divergence(source, adapter, target, moved):
     """KL(source with its adapter || target with the moved one) on the prompts, nats a position."""
     found, pairs = [], ((source, adapter), (target, moved))
-    models = [((settings_of(base), load_params(base, np.float32)), stack_adapter(one, base)) for base, one in pairs]
+    models = [(load_model(base, np.float32), stack_adapter(one, base)) for base, one in pairs]
     for text in CORPUS:
         ids = load_tokenizer(source).encode(text, special=False).ids
-        sides = [log_probs(*model, ids, one) for model, one in models]
+        sides = [log_probs(model, ids, one) for model, one in models]
         found.append(np.sum(np.exp(sides[0]) * (sides[0] - sides[1]), axis=-1))
     return float(np.concatenate(found).mean())
 

@@ -1,7 +1,5 @@
 """Compare the decoder with transformers on tiny random models of every family, in float32."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -23,10 +21,10 @@ from jcrosslora.decoder import CAPTURES, INPUT_SITES, forward, logits, target_lo
 pair = pair_fixture(full_except(VARIANTS, ["llama-biases", "gemma2", "phi3-longrope"]))
 
 
-@partial(jax.jit, static_argnums=0)
-def run_captured(settings, params, tokens):
-    output = forward(settings, params, tokens, capture=CAPTURES)
-    return logits(settings, params, output.hidden), output.captured
+@jax.jit
+def run_captured(ours, tokens):
+    output = forward(ours, tokens, capture=CAPTURES)
+    return logits(ours, output.hidden), output.captured
 
 
 def hooked(model, tokens):
@@ -45,10 +43,10 @@ def hooked(model, tokens):
 
 
 def test_logits_captures_and_residual_stream_match_torch(pair):
-    model, base, settings, params = pair
+    model, base, ours = pair
     tokens = random_tokens(2, LENGTH)
     scores, seen, stream = hooked(model, tokens)
-    found, captured = run_captured(settings, params, tokens)
+    found, captured = run_captured(ours, tokens)
     np.testing.assert_allclose(found, scores, **TOLERANCE)
     np.testing.assert_allclose(captured["residual"], stream, **TOLERANCE)
     for name, module in base.modules.items():
@@ -62,20 +60,20 @@ def test_logits_captures_and_residual_stream_match_torch(pair):
 
 @pytest.mark.parametrize("pair", ["phi3-longrope"], indirect=True)
 def test_longrope_uses_short_factors_up_to_the_original_length(pair):
-    model, _, settings, params = pair
+    model, _, ours = pair
     tokens = random_tokens(2, SHORT)
-    np.testing.assert_allclose(run(settings, params, tokens), torch_logits(model, tokens), **TOLERANCE)
+    np.testing.assert_allclose(run(ours, tokens), torch_logits(model, tokens), **TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", ["llama-biases", "gemma2"], indirect=True)
 def test_target_log_probs_match_the_logits(pair):
-    model, _, settings, params = pair
+    model, _, ours = pair
     tokens, targets = random_tokens(2, SHORT), random_tokens(2, SHORT + 1)[:, 1:]
 
     @jax.jit
-    def found(params):
-        return target_log_probs(settings, params, forward(settings, params, tokens).hidden, targets, chunk=7)
+    def found(ours):
+        return target_log_probs(ours, forward(ours, tokens).hidden, targets, chunk=7)
 
     scores = torch.log_softmax(torch.from_numpy(torch_logits(model, tokens)), dim=-1)
     wanted = scores.gather(-1, torch.from_numpy(targets).long()[..., None])[..., 0].numpy()
-    np.testing.assert_allclose(found(params), wanted, **TOLERANCE)
+    np.testing.assert_allclose(found(ours), wanted, **TOLERANCE)

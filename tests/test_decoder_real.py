@@ -9,7 +9,7 @@ from tiny_models import torch
 from torch_model import torch_model
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import forward, load_params, logits, settings_of
+from jcrosslora.decoder import forward, load_model, logits
 
 pytestmark = [pytest.mark.full, pytest.mark.real]
 NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
@@ -21,8 +21,8 @@ def test_logits_match_transformers(name):
     tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (1, 20)).astype(np.int32)
     with torch.no_grad():
         wanted = torch_model(base)(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
-    settings, params = settings_of(base), load_params(base)
-    found = jax.jit(lambda params: logits(settings, params, forward(settings, params, tokens).hidden))(params)
+    model = load_model(base)
+    found = jax.jit(lambda model: logits(model, forward(model, tokens).hidden))(model)
     error = float(jnp.max(jnp.abs(found - wanted)))
     print(f"{name}: largest error {error:.2e}, spread of the logits {wanted.std():.3f}")
     assert error < 1e-3 * wanted.std()

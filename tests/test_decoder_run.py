@@ -1,7 +1,6 @@
 """Test adapters, captures, log-probabilities and sampling of the decoder without torch."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,15 +16,15 @@ from jcrosslora.checkpoint import ROLE_PATHS, describe_base, open_base
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     INPUT_SITES,
+    Sampling,
     StackedFactors,
     extend,
     fast_dtype,
     forward,
     init_cache,
-    load_params,
+    load_model,
     logits,
     prefill,
-    settings_of,
     stack_adapter,
     stack_adapters,
     step,
@@ -33,8 +32,8 @@ from jcrosslora.decoder import (
     unstack_adapter,
 )
 from jcrosslora.decoder.adapters import update
-from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.ops import linear, rows_at
+from jcrosslora.decoder.sampling import draw
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -44,29 +43,29 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     base = open_base(write_llama(tmp_path_factory.mktemp("llama")))
-    return base, settings_of(base), load_params(base)
+    return base, load_model(base)
 
 
-capturing = jax.jit(forward, static_argnames=("settings", "capture"))
+capturing = jax.jit(forward, static_argnames="capture")
 
 
-@partial(jax.jit, static_argnums=0)
-def hidden(settings, params, tokens, adapter=None):
-    return forward(settings, params, tokens, adapter=adapter).hidden
+@jax.jit
+def hidden(ours, tokens, adapter=None):
+    return forward(ours.with_adapter(adapter), tokens).hidden
 
 
 def test_vmap_over_adapters_matches_each_adapter_alone(model):
-    base, settings, params = model
+    base, ours = model
     first = random_adapter(base, rank=2, seed=1, scale=0.05)
     second = random_adapter(base, rank=5, seed=2, scale=0.05, roles=("q_proj", "down_proj"))
-    both = jax.vmap(lambda adapter: hidden(settings, params, TOKENS, adapter))(stack_adapters([first, second], base))
+    both = jax.vmap(lambda adapter: hidden(ours, TOKENS, adapter))(stack_adapters([first, second], base))
     for found, adapter in zip(both, (first, second), strict=True):
-        np.testing.assert_allclose(found, hidden(settings, params, TOKENS, stack_adapter(adapter, base)), **CLOSE)
+        np.testing.assert_allclose(found, hidden(ours, TOKENS, stack_adapter(adapter, base)), **CLOSE)
     assert not np.allclose(both[0], both[1], atol=1e-2)
 
 
 def test_stacking_and_unstacking_keep_every_update(model):
-    base, _, _ = model
+    base, _ = model
     whole = random_adapter(base, rank=3, scale=0.5)
     kept = {name: factors for name, factors in whole.modules.items() if "layers.1." in name and "k_proj" not in name}
     kept["model.layers.2.self_attn.q_proj"] = LoRAFactors(np.ones((1, 48), np.float32), np.ones((48, 1), np.float32))
@@ -119,14 +118,14 @@ def test_adapter_that_does_not_fit_the_base_is_refused(model, name, shape, named
 
 @pytest.mark.parametrize("remat", full_except([False, True], [True]))
 def test_gradient_of_a_loss_matches_finite_differences(model, remat):
-    base, settings, params = model
+    base, ours = model
     adapter = stack_adapter(random_adapter(base, rank=2, scale=0.02), base)
     direction = stack_adapter(random_adapter(base, rank=2, seed=3, scale=1.0), base)
 
     @jax.jit
     def loss(adapter):
-        states = forward(settings, params, TOKENS, adapter=adapter, remat=remat).hidden
-        return -jnp.mean(target_log_probs(settings, params, states[:, :-1], TOKENS[:, 1:], chunk=5))
+        states = forward(ours.with_adapter(adapter), TOKENS, remat=remat).hidden
+        return -jnp.mean(target_log_probs(ours, states[:, :-1], TOKENS[:, 1:], chunk=5))
 
     def along(size):
         return float(loss(jax.tree.map(lambda at, towards: at + size * towards, adapter, direction)))
@@ -138,37 +137,37 @@ def test_gradient_of_a_loss_matches_finite_differences(model, remat):
 
 @pytest.mark.full
 def test_log_probs_do_not_depend_on_the_chunk_size(model):
-    _, settings, params = model
-    states = hidden(settings, params, TOKENS)
-    wanted = jax.nn.log_softmax(logits(settings, params, states), axis=-1)
+    _, ours = model
+    states = hidden(ours, TOKENS)
+    wanted = jax.nn.log_softmax(logits(ours, states), axis=-1)
     wanted = jnp.take_along_axis(wanted, TOKENS[..., None], axis=-1)[..., 0]
     for chunk in (1, 7, 24, 1000):
-        found = target_log_probs(settings, params, states, TOKENS, chunk=chunk)
+        found = target_log_probs(ours, states, TOKENS, chunk=chunk)
         np.testing.assert_allclose(found, wanted, **CLOSE)
 
 
 def test_reduce_gets_each_layer_and_keeps_only_its_result(model):
-    _, settings, params = model
+    _, ours = model
     sites = tuple(dict.fromkeys(INPUT_SITES[role] for role in DENSE_ROLES))
 
     def moments(seen):
         rows = {site: seen.inputs[site].reshape(-1, seen.inputs[site].shape[-1]) for site in sites}
         return seen.layer, {site: jnp.matmul(x.T, x, precision="highest") for site, x in rows.items()}
 
-    run = jax.jit(lambda: forward(settings, params, TOKENS, capture=frozenset({"inputs"}), reduce=moments))
+    run = jax.jit(lambda: forward(ours, TOKENS, capture=frozenset({"inputs"}), reduce=moments))
     output = run()
     layers, found = output.reduced
-    np.testing.assert_array_equal(layers, np.arange(settings.layers))
+    np.testing.assert_array_equal(layers, np.arange(ours.settings.layers))
     for site in sites:
         rows = np.asarray(output.captured["inputs"][site], np.float64).reshape(layers.size, -1, found[site].shape[1])
         np.testing.assert_allclose(found[site], rows.swapaxes(1, 2) @ rows, rtol=1e-4, atol=1e-3)
 
 
 def test_captured_outputs_match_modules_applied_to_captured_inputs(model):
-    base, settings, params = model
+    base, ours = model
     adapter = random_adapter(base, rank=2, scale=0.05)
     kept = frozenset({"inputs", "outputs"})
-    output = capturing(settings, params, TOKENS, adapter=stack_adapter(adapter, base), capture=kept)
+    output = capturing(ours.with_adapter(stack_adapter(adapter, base)), TOKENS, capture=kept)
     for role in DENSE_ROLES:
         name = f"model.layers.1.{ROLE_PATHS[role]}"
         weight = np.asarray(base.weight(name), np.float64) + delta(adapter.modules[name])
@@ -177,27 +176,27 @@ def test_captured_outputs_match_modules_applied_to_captured_inputs(model):
 
 
 def test_unknown_capture_is_refused_and_one_sequence_is_a_batch_of_one(model):
-    _, settings, params = model
+    _, ours = model
     with pytest.raises(UsageError, match="gradients"):
-        forward(settings, params, TOKENS, capture=frozenset({"gradients"}))
-    alone = capturing(settings, params, TOKENS[0], capture=frozenset({"residual"}))
-    assert alone.captured["residual"].shape == (settings.layers + 1, 1, 12, 48)
-    np.testing.assert_allclose(alone.hidden[0], hidden(settings, params, TOKENS)[0], **CLOSE)
+        forward(ours, TOKENS, capture=frozenset({"gradients"}))
+    alone = capturing(ours, TOKENS[0], capture=frozenset({"residual"}))
+    assert alone.captured["residual"].shape == (ours.settings.layers + 1, 1, 12, 48)
+    np.testing.assert_allclose(alone.hidden[0], hidden(ours, TOKENS)[0], **CLOSE)
 
 
-def greedy(settings, params, prompt, length, adapter):
+def greedy(ours, prompt, length, adapter):
     """Decode token by token, with a pass over the whole sequence each time; later tokens have no influence."""
     text = np.zeros((1, len(prompt) + length), np.int32)
     text[0, : len(prompt)] = prompt
     for place in range(len(prompt), text.shape[1]):
-        state = hidden(settings, params, text, adapter)[0, place - 1]
-        text[0, place] = jnp.argmax(logits(settings, params, state))
+        state = hidden(ours, text, adapter)[0, place - 1]
+        text[0, place] = jnp.argmax(logits(ours, state))
     return text[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sampling_at_temperature_0_matches_greedy_decoding_of_unpadded_prompts(model, side):
-    base, settings, params = model
+    base, ours = model
     # A strong adapter, because a tied random model only repeats its last token.
     adapter = stack_adapter(random_adapter(base, rank=4, scale=1.0), base)
     prompts = [TOKENS[0, :5], TOKENS[1, :2]]
@@ -205,22 +204,22 @@ def test_sampling_at_temperature_0_matches_greedy_decoding_of_unpadded_prompts(m
     for row, prompt in enumerate(prompts):
         place = slice(5 - len(prompt), 5) if side == "left" else slice(len(prompt))
         padded[row, place], mask[row, place] = prompt, True
-    state = prefill(settings, params, adapter, padded, mask, room=12)
-    _, tokens, valid = extend(settings, params, adapter, state, jnp.float32(0), jax.random.key(0), count=12)
+    state = prefill(ours.with_adapter(adapter), padded, mask, room=12)
+    _, tokens, valid = extend(ours.with_adapter(adapter), state, Sampling(jnp.float32(0), jax.random.key(0)), count=12)
     assert valid.all()
     assert all(len(set(row)) > 4 for row in tokens.tolist())
     for row, prompt in enumerate(prompts):
-        assert tokens[row].tolist() == greedy(settings, params, prompt, 12, adapter)
+        assert tokens[row].tolist() == greedy(ours, prompt, 12, adapter)
 
 
 def test_sampling_stops_after_a_stop_token_and_repeats_with_its_key(model):
-    _, settings, params = model
+    _, ours = model
     prompts, mask = TOKENS[:, :3], np.ones((2, 3), bool)
 
     def run(key, stop_tokens=()):
-        state = prefill(settings, params, None, prompts, mask, room=40)
+        state = prefill(ours, prompts, mask, room=40)
         key = jax.random.key(key)
-        return extend(settings, params, None, state, jnp.float32(2), key, count=40, stop_tokens=stop_tokens)[1:]
+        return extend(ours, state, Sampling(jnp.float32(2), key), count=40, stop_tokens=stop_tokens)[1:]
 
     (free, _), (again, _) = run(1), run(1)
     np.testing.assert_array_equal(free, again)
@@ -237,13 +236,10 @@ def test_sampling_stops_after_a_stop_token_and_repeats_with_its_key(model):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_step_keeps_the_dtypes_of_the_cache_in_bfloat16(model, packed):
-    base, settings, _ = model
-    params = load_params(base, jnp.bfloat16, packed=packed)
-    assert params.stream_dtype == (jnp.float32 if packed else jnp.bfloat16)
-    cache = init_cache(settings, 2, 4, params.stream_dtype)
-    scores, grown = jax.eval_shape(
-        partial(step, settings), params, cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
-    )
+    half = load_model(model[0], jnp.bfloat16, packed=packed)
+    assert half.params.stream_dtype == (jnp.float32 if packed else jnp.bfloat16)
+    cache = init_cache(half.settings, 2, 4, half.params.stream_dtype)
+    scores, grown = jax.eval_shape(step, half, cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32))
     assert scores.dtype == jnp.float32
     assert jax.tree.map(lambda leaf: leaf.dtype, grown) == jax.tree.map(lambda leaf: leaf.dtype, cache)
 
@@ -320,7 +316,7 @@ def test_fast_dtype_is_float32_on_a_cpu_without_bfloat16_products(monkeypatch, b
 
 def test_unsupported_dtype_is_refused(model):
     with pytest.raises(UsageError, match="float16"):
-        load_params(model[0], jnp.float16)
+        load_model(model[0], jnp.float16)
 
 
 @pytest.mark.parametrize("vocab", full_except([5, 512, 1300], [512]))

@@ -20,7 +20,7 @@ from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import describe_base, open_base
 from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
 from jcrosslora.checkpoint.family.parts import PARTS
-from jcrosslora.decoder import extend_cache, forward, init_cache, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import extend_cache, forward, init_cache, load_model, logits, stack_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -60,21 +60,20 @@ def case(request, tmp_path_factory):
         base=base,
         adapter=adapter,
         stacked=stack_adapter(adapter, base),
-        settings=settings_of(base),
-        params=load_params(base),
+        ours=load_model(base),
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def run(settings, params, tokens, adapter):
-    output = forward(settings, params, tokens, adapter=adapter, capture=frozenset({"residual"}))
-    return logits(settings, params, output.hidden), output.captured["residual"]
+@jax.jit
+def run(ours, tokens, adapter):
+    output = forward(ours.with_adapter(adapter), tokens, capture=frozenset({"residual"}))
+    return logits(ours, output.hidden), output.captured["residual"]
 
 
-@partial(jax.jit, static_argnums=0)
-def run_piece(settings, params, cache, tokens, positions, adapter):
-    hidden, cache = extend_cache(settings, params, cache, tokens, (positions, positions), adapter)
-    return logits(settings, params, hidden), cache
+@jax.jit
+def run_piece(ours, cache, tokens, positions, adapter):
+    hidden, cache = extend_cache(ours.with_adapter(adapter), cache, tokens, (positions, positions))
+    return logits(ours, hidden), cache
 
 
 def torch_run(model):
@@ -85,22 +84,22 @@ def torch_run(model):
 
 def test_logits_and_residual_stream_match_torch_with_and_without_an_adapter_of_peft(case):
     nothing = jax.tree.map(jnp.zeros_like, case.stacked)
-    (plain, stream), (wanted, hidden) = run(case.settings, case.params, TOKENS, nothing), torch_run(case.model)
+    (plain, stream), (wanted, hidden) = run(case.ours, TOKENS, nothing), torch_run(case.model)
     np.testing.assert_allclose(plain, wanted, **CLOSE)
     np.testing.assert_allclose(stream[:-1], hidden[:-1], **CLOSE)  # transformers ends with the final norm
-    found, _ = run(case.settings, case.params, TOKENS, case.stacked)
+    found, _ = run(case.ours, TOKENS, case.stacked)
     wanted, _ = torch_run(case.adapted)
     np.testing.assert_allclose(found, wanted, **ADAPTED)
     assert np.abs(np.asarray(found) - np.asarray(plain)).max() > 0.05
 
 
 def test_decoding_with_a_cache_equals_the_whole_pass(case):
-    whole, _ = run(case.settings, case.params, TOKENS, case.stacked)
-    cache = init_cache(case.settings, len(TOKENS), LENGTH)
+    whole, _ = run(case.ours, TOKENS, case.stacked)
+    cache = init_cache(case.ours.settings, len(TOKENS), LENGTH)
     for start in range(0, LENGTH, PIECE):
         positions = jnp.broadcast_to(jnp.arange(start, start + PIECE, dtype=jnp.int32), (len(TOKENS), PIECE))
         piece = TOKENS[:, start : start + PIECE]
-        found, cache = run_piece(case.settings, case.params, cache, piece, positions, case.stacked)
+        found, cache = run_piece(case.ours, cache, piece, positions, case.stacked)
         np.testing.assert_allclose(found, whole[:, start : start + PIECE], **CLOSE)
 
 
@@ -109,9 +108,9 @@ def test_the_residual_stream_has_the_dtype_of_bfloat16_weights(case):
         return jax.ShapeDtypeStruct(array.shape, jnp.bfloat16)
 
     names = ("embedding", "head", "weights", "biases")
-    halves = {name: jax.tree.map(half, getattr(case.params, name)) for name in names}
-    params = dataclasses.replace(case.params, **halves)
-    scores, stream = jax.eval_shape(partial(run, case.settings), params, TOKENS, case.stacked)
+    halves = {name: jax.tree.map(half, getattr(case.ours.params, name)) for name in names}
+    ours = dataclasses.replace(case.ours, params=dataclasses.replace(case.ours.params, **halves))
+    scores, stream = jax.eval_shape(run, ours, TOKENS, case.stacked)
     assert (scores.dtype, stream.dtype) == (jnp.float32, jnp.bfloat16)
 
 

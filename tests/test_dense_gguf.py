@@ -13,7 +13,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import architecture, expert_tensors, gguf_name
-from jcrosslora.decoder import forward, load_params, logits, settings_of
+from jcrosslora.decoder import forward, load_model, logits, settings_of
 from jcrosslora.errors import CheckpointError, OutputError
 
 
@@ -80,9 +80,9 @@ def test_predictions_are_those_from_safetensors(name, tmp_path):
 
 
 def _predict(base) -> np.ndarray:
-    settings, params = settings_of(base), load_params(base, jnp.float32)
+    ours = load_model(base, jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 64, (2, 13)))
-    return np.asarray(logits(settings, params, forward(settings, params, tokens).hidden))
+    return np.asarray(logits(ours, forward(ours, tokens).hidden))
 
 
 def test_lists_of_another_length_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from dense_training import train_dense
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.decoder import load_model
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient
 
@@ -30,11 +30,11 @@ def base(tmp_path_factory):
 
 def test_the_gradient_agrees_with_that_of_initial_factors(base):
     """With B = 0 the derivative by B is that by the weight, times A transposed and the scale."""
-    model, params, factors = settings_of(base), load_params(base), first_factors(base, SETTINGS)
+    model, factors = load_model(base), first_factors(base, SETTINGS)
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS], 3, 1, 0).batch(0)
-    loss, gradients = loss_and_gradient(model, params, factors, batch, 2.0)
-    weights = {role: params.weights[role] for role in factors.roles}
-    dense, found = dense_training._loss_and_gradient(model, params, weights, batch)
+    loss, gradients = loss_and_gradient(model, factors, batch, 2.0)
+    weights = {role: model.params.weights[role] for role in factors.roles}
+    dense, found = dense_training._loss_and_gradient(model, weights, batch)
     np.testing.assert_allclose(dense, loss, rtol=1e-6)
     for role, one in gradients.roles.items():
         wanted = 2.0 * np.asarray(found[role]) @ np.asarray(factors.roles[role].a).transpose(0, 2, 1)

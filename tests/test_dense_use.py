@@ -10,7 +10,7 @@ from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.decoder import load_model, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.report import print_report
 from jcrosslora.training import TrainingSettings, first_factors
@@ -84,6 +84,6 @@ def test_a_bias_is_read_by_the_logical_name(phi):
 def test_the_gain_of_what_granite_adds_is_its_factor():
     base = jcl.open_base(random_model("granite", {"residual_multiplier": 0.3}))
     np.testing.assert_allclose(base.residual_gain("model.layers.0.mlp.down_proj"), np.full(32, 0.3), rtol=1e-6)
-    params = load_params(base)
+    params = load_model(base).params
     np.testing.assert_array_equal(base.residual_gain("model.layers.0.mlp.up_proj"), params.norms["mlp"][0])
     assert settings_of(base).residual_scale == 0.3

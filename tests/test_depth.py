@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_bases import llama_tensors, open_pair, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.decoder import forward, load_params, settings_of
+from jcrosslora.decoder import forward, load_model
 from jcrosslora.errors import PairingError, UsageError
 from jcrosslora.maps.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers
 from jcrosslora.relation import pair_modules, parse_depth
@@ -138,9 +138,9 @@ def batch(seed, matches=18, used=16):
 
 
 def streams(base, tokens, mask, at):
-    run = jax.jit(forward, static_argnames=("settings", "capture"))
+    run = jax.jit(forward, static_argnames="capture")
     kept = frozenset({"residual"})
-    seen = run(settings_of(base), load_params(base), tokens, mask=mask, capture=kept).captured["residual"]
+    seen = run(load_model(base), tokens, mask=mask, capture=kept).captured["residual"]
     # The first is the embedding.
     return [np.asarray(layer, np.float64).reshape(-1, layer.shape[-1])[at] for layer in seen[1:]]
 

@@ -28,14 +28,13 @@ from jcrosslora import transfer_files
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
+    Model,
     Written,
     forward,
-    load_params,
+    load_model,
     logits,
-    settings_of,
     stack_adapter,
 )
-from jcrosslora.decoder.forward import head_of
 from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, template_choice, templates_of
 from jcrosslora.distill import completions as completions_module
 from jcrosslora.distill import fit as fit_module
@@ -55,7 +54,7 @@ from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import FIRST, ROUND
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
 from jcrosslora.distill.sources.protocol import Compared
-from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
 from jcrosslora.distill.template_choice import judge_templates, known_templates
@@ -121,13 +120,13 @@ def test_the_teacher_mixes_target_and_source_and_adds_the_sources_change():
 
 def test_remat_gives_the_same_step(pair):
     base = pair[1]
-    model, params = settings_of(base), load_params(base)
+    target = RestrictedModel(load_model(base))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 90, (8, 64)), jnp.int32)
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
     read = TaughtBatch(tokens, jnp.ones((8, 64), bool), jnp.asarray([2, 3, 99, 300, 511]), jnp.ones(5), teacher)
-    given = model, "adam", params, None, first_state(params, SMALL), read, jnp.float32(1e-2)
-    found = [gradient_step(*given, ends=0, remat=remat).factors for remat in (False, True)]
+    given = target, "adam", first_state(target.model, SMALL), read, jnp.float32(1e-2)
+    found = [gradient_step(*given, remat=remat).factors for remat in (False, True)]
     for kept, again in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(again, kept, rtol=1e-3, atol=1e-4)
 
@@ -135,27 +134,29 @@ def test_remat_gives_the_same_step(pair):
 def test_memory_of_a_base_of_8b_parameters(pair):
     """As XLA's memory analysis has it, without a number of it being made: without remat too much."""
     layers, hidden, inner, heads, kv_heads, vocab = 32, 4096, 14336, 32, 8, 6500
-    small, few = settings_of(pair[1]), load_params(pair[1], jnp.bfloat16)
+    few = load_model(pair[1], jnp.bfloat16)
+    small = few.settings
     widths = dict(hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=128, vocab=vocab)
     ropes = tuple(dataclasses.replace(rope, frequencies=(1.0,) * 64) for rope in small.ropes)
     each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, parts=small.parts[:1] * layers)
-    model = dataclasses.replace(small, layers=layers, **widths, **each)
+    large = dataclasses.replace(small, layers=layers, **widths, **each)
     outputs = {"k_proj": 1024, "v_proj": 1024, "gate_proj": inner, "up_proj": inner}
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     params = dataclasses.replace(
-        few,
+        few.params,
         embedding=array(vocab, hidden, dtype=jnp.bfloat16),
         final_norm=array(hidden),
         weights={
             role: array(layers, outputs.get(role, hidden), inner if role == "down_proj" else hidden, dtype=jnp.uint16)
-            for role in few.weights
+            for role in few.params.weights
         },
-        norms={name: array(layers, hidden) for name in few.norms},
+        norms={name: array(layers, hidden) for name in few.params.norms},
     )
-    state = jax.eval_shape(lambda params: first_state(params, DistillSettings()), params)
+    target = RestrictedModel(Model(large, params))
+    state = jax.eval_shape(lambda model: first_state(model, DistillSettings()), target.model)
     tokens, places = (BATCH, 192), 256
     read = TaughtBatch(
         array(*tokens, dtype=jnp.int32),
@@ -164,12 +165,12 @@ def test_memory_of_a_base_of_8b_parameters(pair):
         array(places),
         array(places, vocab),
     )
-    given = model, "adam", params, None, state, read, array()
+    given = target, "adam", state, read, array()
     kept, again = (
-        gradient_step.lower(*given, ends=0, remat=remat).compile().memory_analysis().temp_size_in_bytes
+        gradient_step.lower(*given, remat=remat).compile().memory_analysis().temp_size_in_bytes
         for remat in (False, True)
     )
-    assert needs_remat(model, tokens)
+    assert needs_remat(large, tokens)
     assert 4e9 < kept < 8e9
     assert again < 4e9
 
@@ -177,7 +178,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
 @pytest.mark.full
 def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
     teacher, batches, held_out = beginning
-    small = teacher.target.settings
+    small = teacher.target.model.settings
     large = dataclasses.replace(small, layers=32, hidden=4096, intermediate=14336, heads=32, head_dim=128)
     assert [needs_remat(model, (BATCH, 192)) for model in (small, large)] == [False, True]
     seen, step = [], fit_module.gradient_step
@@ -360,9 +361,9 @@ def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, mon
 
 def test_a_base_without_finite_predictions_is_named(pair):
     source, _, _ = pair
-    params = load_params(source)
-    params = dataclasses.replace(params, head=head_of(params) * jnp.inf)
-    generator = DecoderSource.of(source, params=params)
+    model = load_model(source)
+    params = dataclasses.replace(model.params, head=model.params.output_head * jnp.inf)
+    generator = DecoderSource.of(source, model=dataclasses.replace(model, params=params))
     with pytest.raises(CheckpointError, match=f"{source.ref}: gives predictions that are not finite: its weights"):
         generator.continue_texts(["a text"], 4, 1.0, jax.random.key(0))
 
@@ -521,13 +522,13 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     symbols = find_symbols(source, target, whole, 400, stops, ((1,), (1, 5)))
     ids = symbols.heads(1)[:-2]
     assert 1 not in symbols.shared[0]
-    params, model = load_params(target), settings_of(target)
+    model = load_model(target)
     last = int(whole[0].at_tgt[whole[0].weight > 0].max())
-    reduced = ReducedBase.of(model, params, symbols.heads(1), 2)
+    reduced = RestrictedModel.of(model, symbols.heads(1), 2)
     read = jnp.asarray(whole[0].tokens_tgt), jnp.asarray(whole[0].mask_tgt), jnp.asarray([last])
-    found = shared_log_probs(model, reduced.params, None, *read, ends=2)
-    hidden = forward(model, params, jnp.asarray(whole[0].tokens_tgt), mask=read[1]).hidden.reshape(-1, 32)[last]
-    scores = np.asarray(logits(model, params, hidden), np.float64)
+    found = shared_log_probs(reduced, *read)
+    hidden = forward(model, jnp.asarray(whole[0].tokens_tgt), mask=read[1]).hidden.reshape(-1, 32)[last]
+    scores = np.asarray(logits(model, hidden), np.float64)
     both = np.exp(scores[[1, 5]]).sum()
     np.testing.assert_allclose(found[0, -1], np.log(both / (np.exp(scores[ids]).sum() + both)), rtol=1e-4)
 
@@ -541,15 +542,15 @@ def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
     assert not chosen
     found = distill(source, target, adapter, prompts=given[:12], settings=few)
     (writer,) = chosen
-    assert writer.adapter is None
+    assert writer.model.adapter is None
     assert writer.name == target.ref
     assert len(found.completions) >= 12
 
 
 def test_completions_are_compared_each_by_itself(pair):
     source, _, adapter = pair
-    tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
-    generator = DecoderSource.of(source, adapter, params=params, tokenizer=tokenizer)
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    generator = DecoderSource.of(source, adapter, model=model, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
     figures = template_choice.compare(generator, completions, 3)
@@ -559,7 +560,7 @@ def test_completions_are_compared_each_by_itself(pair):
         cut = ids[-128:]
         tokens = np.arange(begin, len(ids))[:3]
         places = tokens - 1 - (len(ids) - len(cut))
-        changed, plain = (log_probs(settings, params, cut, one)[places] for one in (generator.adapter, None))
+        changed, plain = (log_probs(model, cut, one)[places] for one in (generator.model.adapter, None))
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
         np.testing.assert_allclose(figures.change[place], kl.mean(), rtol=1e-3, atol=1e-5)
         for nll, one in ((figures.base_nll, plain), (figures.adapted_nll, changed)):
@@ -569,7 +570,7 @@ def test_completions_are_compared_each_by_itself(pair):
 
 def test_answers_are_read_as_far_as_they_are_compared(pair, monkeypatch):
     source, _, adapter = pair
-    generator = DecoderSource.of(source, adapter, params=load_params(source), tokenizer=load_tokenizer(source))
+    generator = DecoderSource.of(source, adapter, model=load_model(source), tokenizer=load_tokenizer(source))
     items = [Completion("Water boils at", " 100 and Anna said no dog"), Completion("Anna said " * 40, " no dog" * 60)]
     whole = [read(generator.tokenizer, dataclasses.replace(item, ended=False)) for item in items]
     wanted = generator.compare([whole[0].ids], [whole[0].answer], 3)
@@ -584,7 +585,7 @@ def test_answers_are_read_as_far_as_they_are_compared(pair, monkeypatch):
 def test_texts_are_continued_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    generator = DecoderSource.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
+    generator = DecoderSource.of(source, adapter, model=load_model(source), tokenizer=tokenizer)
     texts = ["Water boils at", "Anna", "The dog of Peter and Anna, said"]
     together = generator.continue_texts(texts, 5, 0.0, jax.random.key(0))
     alone = [generator.continue_texts([text], 5, 0.0, jax.random.key(1))[0] for text in texts]
@@ -734,10 +735,8 @@ def teaching(pair):
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
     symbols = find_symbols(source, target, batches, 400)
-    src, tgt = (
-        ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side)) for side, base in enumerate(pair[:2])
-    )
-    reader = DecoderReader(src, stack_adapter(adapter, source))
+    src, tgt = (RestrictedModel.of(load_model(base), symbols.heads(side)) for side, base in enumerate(pair[:2]))
+    reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
     return lambda settings, *known: Teacher(reader, tgt, settings, symbols, *known), batches
 
 
@@ -813,7 +812,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
     assert found.looks[-1].completions > 0
     best = min(look.divergence for look in found.looks)
     assert best < found.looks[0].divergence
-    assert mean_kl(teacher.target, found.adapter, held_out) == pytest.approx(best)
+    assert mean_kl(teacher.target.with_adapter(found.adapter), held_out) == pytest.approx(best)
     # The last quarter of all completions is answered by the target with its update.
     assert [own is None for own in seen] == [True] * 6 + [False] * 2
     assert found.own == sum(batch.rows for batch in batches)

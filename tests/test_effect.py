@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-from functools import partial
 
 import jax
 import msgspec
@@ -17,7 +16,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import transfer_files
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import LoadedBases, forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import LoadedBases, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.evaluate import Change, Effect, check_effect, effect_check
 from jcrosslora.evaluate.effect_check import adapter_texts
@@ -42,9 +41,9 @@ def scaled(adapter, factor):
     return dataclasses.replace(adapter, modules=modules)
 
 
-@partial(jax.jit, static_argnums=0)
-def all_logits(settings, params, tokens, adapter):
-    return logits(settings, params, forward(settings, params, tokens, adapter=adapter).hidden[0])
+@jax.jit
+def all_logits(model, tokens, adapter):
+    return logits(model, forward(model.with_adapter(adapter), tokens).hidden[0])
 
 
 def exact_log_probs(base, adapter, ids) -> np.ndarray:
@@ -52,7 +51,7 @@ def exact_log_probs(base, adapter, ids) -> np.ndarray:
     # Padded, so that all texts are one shape; what follows a token changes nothing before it.
     tokens = np.pad(ids, (0, effect_check.LENGTH - len(ids)))
     stacked = None if adapter is None else stack_adapter(adapter, base)
-    scores = np.asarray(all_logits(settings_of(base), load_params(base), tokens, stacked), np.float64)[: len(ids)]
+    scores = np.asarray(all_logits(load_model(base), tokens, stacked), np.float64)[: len(ids)]
     top = scores.max(axis=-1, keepdims=True)
     return scores - top - np.log(np.exp(scores - top).sum(axis=-1, keepdims=True))
 
@@ -103,7 +102,7 @@ def test_preloaded_weights_and_tokenizers_give_the_same_effect(pair):
     kept, tokenizers = LoadedBases([np.dtype(np.float32)]), (load_tokenizer(source), load_tokenizer(target))
     given = {"loaded": kept, "tokenizers": tokenizers}
     assert check_effect(*pair, TEXTS, **given) == check_effect(*pair, TEXTS)
-    assert kept.params(source) is kept.params(source)
+    assert kept.model(source) is kept.model(source)
 
 
 def test_adapter_on_its_own_base_is_plausible(pair):

@@ -8,7 +8,7 @@ from tiny_tokenizers import KINDS, write_tokenizer
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score
 from jcrosslora.evaluate.question_batches import batches, tokenize
@@ -100,9 +100,9 @@ def test_scores_are_those_of_a_plain_loop_with_merged_weights(tiny):
 
 def test_the_size_of_a_batch_does_not_matter(llama):
     base = open_base(llama)
-    tokenizer, params = load_tokenizer(base), load_params(base)
+    tokenizer, model = load_tokenizer(base), load_model(base)
     alike = [QUESTIONS[0], QUESTIONS[4], QUESTIONS[0]]
-    one, other = (score(base, alike, batch_tokens=each, tokenizer=tokenizer, params=params) for each in (1, 2000))
+    one, other = (score(base, alike, batch_tokens=each, tokenizer=tokenizer, model=model) for each in (1, 2000))
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
 
 

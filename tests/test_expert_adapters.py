@@ -17,7 +17,7 @@ from tiny_models import torch
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, for_profile
 from jcrosslora.checkpoint.family.names import ATTENTION
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, OutputError
 
 peft = pytest.importorskip("peft")
@@ -41,8 +41,8 @@ def run_torch(model):
 
 
 def run_ours(base, adapter):
-    settings, params, stacked = settings_of(base), load_params(base), stack_adapter(adapter, base)
-    run = jax.jit(lambda stacked: logits(settings, params, forward(settings, params, TOKENS, adapter=stacked).hidden))
+    ours, stacked = load_model(base), stack_adapter(adapter, base)
+    run = jax.jit(lambda stacked: logits(ours, forward(ours.with_adapter(stacked), TOKENS).hidden))
     return np.asarray(run(stacked))
 
 

@@ -11,7 +11,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.adapter import expert_update
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -77,7 +77,7 @@ class Asked(Distill):
     name: ClassVar[str] = "asked"
 
     def move(self, task):
-        source = DecoderSource.of(task.source, task.adapter, params=load_params(task.source))
+        source = DecoderSource.of(task.source, task.adapter, model=load_model(task.source))
         assert {"down"} == set(source.adapter.roles)
         assert task.start is None
         return Moved(random_adapter(task.target, roles=("q_proj",)), fitted="nothing was fitted")

@@ -12,7 +12,7 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter, unstack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter, unstack_adapter
 from jcrosslora.decoder.experts.grouped import mix, run_experts, sort_by_expert, spread
 from jcrosslora.decoder.ops import Row
 
@@ -111,8 +111,8 @@ def test_an_adapter_of_all_linear_modules_does_what_its_merged_weights_do(model)
     with torch.no_grad():
         wanted = torch_model(input_ids=torch.from_numpy(TOKENS).long(), use_cache=False).logits.numpy()
     torch_model.load_state_dict(plain)
-    settings, params, stacked = settings_of(base), load_params(base), stack_adapter(adapter, base)
-    run = jax.jit(lambda stacked: logits(settings, params, forward(settings, params, TOKENS, adapter=stacked).hidden))
+    ours, stacked = load_model(base), stack_adapter(adapter, base)
+    run = jax.jit(lambda stacked: logits(ours, forward(ours.with_adapter(stacked), TOKENS).hidden))
     np.testing.assert_allclose(run(stacked), wanted, **CLOSE)
     back = unstack_adapter(stacked, base)
     assert set(back.modules) == set(base.modules)
@@ -121,10 +121,10 @@ def test_an_adapter_of_all_linear_modules_does_what_its_merged_weights_do(model)
 @pytest.mark.full
 def test_what_experts_return_is_not_computed_again_for_gradients_unless_layers_are(model):
     base = model[1]
-    settings, params, adapter = settings_of(base), load_params(base), stack_adapter(random_adapter(base), base)
+    ours, adapter = load_model(base), stack_adapter(random_adapter(base), base)
 
     def loss(adapter, remat):
-        return jnp.sum(forward(settings, params, TOKENS, adapter=adapter, remat=remat).hidden)
+        return jnp.sum(forward(ours.with_adapter(adapter), TOKENS, remat=remat).hidden)
 
     kept, again = (str(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapter)) for remat in (False, True))
     assert kept.count("while[") < again.count("while[")  # the loops over experts
@@ -135,4 +135,4 @@ def test_weights_in_memory_have_the_names_of_fused_experts(model):
     live = open_base(torch_model)
     assert any(name.endswith("experts.gate_up_proj") for name in live.tensor_names())
     assert not any(name.endswith("experts.gate_up_proj") for name in base.tensor_names())
-    jax.tree.map(np.testing.assert_array_equal, load_params(live), load_params(base))
+    jax.tree.map(np.testing.assert_array_equal, load_model(live), load_model(base))

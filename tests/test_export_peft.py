@@ -6,7 +6,6 @@ Without warnings of peft, in particular of keys that it misses.
 import dataclasses
 import json
 import warnings
-from functools import partial
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, check_engines, load_adapter, save_adapter, split_fused
 from jcrosslora.checkpoint import FAMILIES as TABLE
 from jcrosslora.checkpoint import describe_base
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 from jcrosslora.errors import OutputError
 
 peft = pytest.importorskip("peft")
@@ -150,9 +149,9 @@ def test_a_phi3_adapter_is_split_and_written_back(tmp_path):
     assert_merged(base, merged_by_peft(tiny_model("phi3", num_hidden_layers=2), out), adapter.modules, "float32")
 
 
-@partial(jax.jit, static_argnums=0)
-def run(settings, params, adapter):
-    return logits(settings, params, forward(settings, params, TOKENS, adapter=adapter).hidden)
+@jax.jit
+def run(ours, adapter):
+    return logits(ours, forward(ours.with_adapter(adapter), TOKENS).hidden)
 
 
 def run_torch(model) -> np.ndarray:
@@ -194,17 +193,17 @@ def test_the_table_has_every_family():
 @pytest.mark.parametrize("name", full_except(EVERY, ["llama", "deepseek_v3", "lfm2", "gemma4-experts", "qwen3_5"]))
 def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
     model, plain, base = made(name, tmp_path)
-    adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
+    adapter, ours = adapter_of_all(base), load_model(base)
     for profile, held in {"portable": without_experts(adapter), "peft": adapter}.items():
         written = adapter if profile == "peft" else jcl.Adapter(adapter.modules)
         out = jcl.save_adapter(written, tmp_path / profile, base=base, profile=profile)
         wanted = by_peft(model, out)
-        np.testing.assert_allclose(run(settings, params, stack_adapter(held, base)), wanted, **CLOSE)
+        np.testing.assert_allclose(run(ours, stack_adapter(held, base)), wanted, **CLOSE)
         assert np.abs(wanted - plain).max() > 0.3
         verdict = judged_by_check(out, base)
         assert verdict.reads, verdict.reasons
     again = jcl.load_adapter(out, base)
-    np.testing.assert_allclose(run(settings, params, stack_adapter(again, base)), wanted, **CLOSE)
+    np.testing.assert_allclose(run(ours, stack_adapter(again, base)), wanted, **CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -219,15 +218,15 @@ def mixed(tmp_path_factory):
 @pytest.mark.full
 def test_transfer_export_and_train_write_what_peft_loads(mixed, tmp_path):
     model, plain, base = mixed
-    adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
+    adapter, ours = adapter_of_all(base), load_model(base)
     moved = jcl.transfer(adapter, base, base, cache=False, effect="never").save(tmp_path / "moved", profile="peft")
-    wanted = run(settings, params, stack_adapter(adapter, base))
+    wanted = run(ours, stack_adapter(adapter, base))
     np.testing.assert_allclose(by_peft(model, moved), wanted, **CLOSE)
     # Without the base, in the form of the file.
     for place, given in enumerate(({"base": str(base.path)}, {})):
         out = tmp_path / f"out{place}"
         jcl.export_adapter(jcl.ExportSettings((str(moved),), str(out), **given))
-        alone = run(settings, params, stack_adapter(without_experts(adapter), base))
+        alone = run(ours, stack_adapter(without_experts(adapter), base))
         np.testing.assert_allclose(by_peft(model, out), alone, **CLOSE)
         assert judged_by_check(out, base).reads
     data = tmp_path / "lines.jsonl"
@@ -237,7 +236,7 @@ def test_transfer_export_and_train_write_what_peft_loads(mixed, tmp_path):
     trained = jcl.load_adapter(tmp_path / "trained", base)
     assert trained.modules.keys() == base.modules.keys()
     found = by_peft(model, tmp_path / "trained")
-    np.testing.assert_allclose(found, run(settings, params, stack_adapter(trained, base)), **CLOSE)
+    np.testing.assert_allclose(found, run(ours, stack_adapter(trained, base)), **CLOSE)
     assert np.abs(found - plain).max() > 0.3
 
 
@@ -247,7 +246,7 @@ def test_an_adapter_is_put_into_a_live_model_with_its_dense_modules(mixed):
     live = jcl.transfer(adapter, base, base, cache=False, effect="never").to_peft(model)
     found = run_torch(live.eval())
     live.unload()
-    np.testing.assert_allclose(found, run(settings_of(base), load_params(base), stack_adapter(adapter, base)), **CLOSE)
+    np.testing.assert_allclose(found, run(load_model(base), stack_adapter(adapter, base)), **CLOSE)
 
 
 def test_check_says_no_to_dense_modules_that_peft_takes_for_experts(mixed, tmp_path):
@@ -261,7 +260,7 @@ def test_check_says_no_to_dense_modules_that_peft_takes_for_experts(mixed, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lost = by_peft(model, out)
-    wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base))
+    wanted = run(load_model(base), stack_adapter(adapter, base))
     assert np.abs(lost - wanted).max() > 0.3
     [reason] = judged_by_check(out, base).reasons
     assert "model.layers.0.mlp.down_proj (12 such modules)" in reason
@@ -289,7 +288,7 @@ def test_weights_that_peft_was_told_to_adapt_are_read_with_their_ranks_and_scale
     adapted.unload()
     adapter = jcl.load_adapter(tmp_path / "adapter", base)
     assert (adapter.modules[f"{dense}down_proj"].rank, adapter.modules[f"{dense}gate_proj"].scale) == (4, 10)
-    np.testing.assert_allclose(run(settings_of(base), load_params(base), stack_adapter(adapter, base)), wanted, **CLOSE)
+    np.testing.assert_allclose(run(load_model(base), stack_adapter(adapter, base)), wanted, **CLOSE)
     assert judged_by_check(tmp_path / "adapter", base).reads
 
 

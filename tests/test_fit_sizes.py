@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from roofline import SHARE, SHARE_READ, Device
 
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 
 
 def rows_of(capsys):
@@ -35,7 +35,7 @@ def test_fits_at_once_save_what_is_read_and_no_operation():
 
 
 def test_shapes_are_those_of_the_loaded_weights():
-    loaded = jax.eval_shape(lambda: load_params(fit_sizes.empty_base("small"), jnp.bfloat16))
+    loaded = jax.eval_shape(lambda: load_model(fit_sizes.empty_base("small"), jnp.bfloat16))
     assert fit_sizes.shapes_of("small") == loaded
 
 

@@ -16,7 +16,7 @@ from tiny_models import torch
 import jcrosslora as jcl
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING
-from jcrosslora.decoder import forward, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_model, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
 from jcrosslora.distill.residual import _check
 from jcrosslora.errors import AdapterError, UsageError
@@ -80,12 +80,12 @@ def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_p
 @pytest.mark.full
 def test_streams_advanced_by_layer_equal_the_whole_pass(base):
     """Layers hand the keys on that others share, and the embeddings hold the rows of the occurring tokens alone."""
-    settings, params = settings_of(base), load_params(base)
+    ours = load_model(base)
     adapter = stack_adapter(random_adapter(base, rank=2, scale=0.05), base)
-    run = jax.jit(partial(forward, settings, capture=frozenset({"residual"})))
-    whole = run(params, TOKENS, adapter=adapter).captured["residual"]
-    stream = Stream(Texts(base, params, [(TOKENS, np.ones(TOKENS.shape, bool))]), adapter)
-    for layer in range(settings.layers):
+    run = jax.jit(partial(forward, capture=frozenset({"residual"})))
+    whole = run(ours.with_adapter(adapter), TOKENS).captured["residual"]
+    stream = Stream(Texts(base, ours, [(TOKENS, np.ones(TOKENS.shape, bool))]), adapter)
+    for layer in range(ours.settings.layers):
         stream.run_to(layer)
         np.testing.assert_allclose(stream.states[0], whole[layer + 1], **CLOSE)
 

@@ -11,7 +11,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import architecture
-from jcrosslora.decoder import forward, load_params, logits, settings_of
+from jcrosslora.decoder import forward, load_model, logits, settings_of
 from jcrosslora.errors import CheckpointError
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 13)).astype(np.int32)
@@ -53,8 +53,8 @@ def write(path, form=DENSE, drop=(), extra=None, **changed):
 
 
 def predict(base):
-    settings, params = settings_of(base), load_params(base, jnp.float32)
-    return np.asarray(logits(settings, params, forward(settings, params, jnp.asarray(TOKENS)).hidden))
+    ours = load_model(base, jnp.float32)
+    return np.asarray(logits(ours, forward(ours, jnp.asarray(TOKENS)).hidden))
 
 
 @pytest.mark.parametrize("name", full_except(["gemma4", "gemma4-experts"], ["gemma4-experts"]))

@@ -38,7 +38,7 @@ def composed(files):
 def alone(composed, number, prompts):
     """What the base writes with one adapter, or with none."""
     adapter = None if number is None else composed.adapters[number]
-    generator = Generator.of(composed.base, adapter, params=composed.params, tokenizer=composed.tokenizer)
+    generator = Generator.of(composed.base, adapter, model=composed.model, tokenizer=composed.tokenizer)
     return [one.text for one in generator.write(prompts, 6, 0.0, jax.random.key(0))]
 
 

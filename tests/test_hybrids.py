@@ -1,7 +1,6 @@
 """Families with mixers beside attention, in the places beside the decoder that go through modules and caches."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from tiny_models import torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import FAMILIES, check_config
-from jcrosslora.decoder import extend, forward, load_params, logits, prefill, settings_of, stack_adapter
+from jcrosslora.decoder import Sampling, extend, forward, load_model, logits, prefill, stack_adapter
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill
 from jcrosslora.errors import CheckpointError
@@ -39,7 +38,7 @@ def case(request):
     model = random_model(*HYBRIDS[request.param])
     base = jcl.open_base(model)
     adapter = random_adapter(base, rank=2, scale=0.05)
-    return model, base, settings_of(base), load_params(base), stack_adapter(adapter, base)
+    return model, base, load_model(base), stack_adapter(adapter, base)
 
 
 def padded(left):
@@ -51,16 +50,16 @@ def padded(left):
     return tokens, mask
 
 
-@partial(jax.jit, static_argnums=0)
-def run(settings, params, adapter, tokens, mask=None):
-    return logits(settings, params, forward(settings, params, tokens, mask=mask, adapter=adapter).hidden)
+@jax.jit
+def run(ours, adapter, tokens, mask=None):
+    return logits(ours, forward(ours.with_adapter(adapter), tokens, mask=mask).hidden)
 
 
 @pytest.mark.parametrize("left", full_except([True, False], [True]))
 def test_padding_changes_nothing(case, left):
-    model, _, settings, params, _ = case
+    model, _, ours, _ = case
     tokens, mask = padded(left)
-    found = np.asarray(run(settings, params, None, tokens, mask))
+    found = np.asarray(run(ours, None, tokens, mask))
     for row, text in enumerate(ROWS):
         with torch.no_grad():
             wanted = model(input_ids=torch.from_numpy(text).long()[None]).logits[0].numpy()
@@ -69,14 +68,16 @@ def test_padding_changes_nothing(case, left):
 
 @pytest.mark.parametrize("left", full_except([True, False], [True]))
 def test_what_is_written_is_what_the_whole_pass_says(case, left):
-    _, _, settings, params, adapter = case
+    _, _, ours, adapter = case
     tokens, mask = padded(left)
-    state = prefill(settings, params, adapter, tokens, mask, room=WRITTEN)
-    _, written, _ = extend(settings, params, adapter, state, jnp.float32(0), jax.random.key(0), count=WRITTEN)
+    state = prefill(ours.with_adapter(adapter), tokens, mask, room=WRITTEN)
+    _, written, _ = extend(
+        ours.with_adapter(adapter), state, Sampling(jnp.float32(0), jax.random.key(0)), count=WRITTEN
+    )
     whole = np.zeros((len(ROWS), WIDTH + WRITTEN), np.int32)
     for row, (text, new) in enumerate(zip(ROWS, np.asarray(written), strict=True)):
         whole[row, : len(text) + WRITTEN] = np.concatenate([text, new])
-    scores = np.asarray(run(settings, params, adapter, whole))
+    scores = np.asarray(run(ours, adapter, whole))
     for row, text in enumerate(ROWS):
         likeliest = scores[row, len(text) - 1 : len(text) + WRITTEN - 1].argmax(-1)
         np.testing.assert_array_equal(likeliest, np.asarray(written)[row])
@@ -161,7 +162,7 @@ def test_training_starts_with_all_modules_of_a_hybrid(hybrids):
 def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
     family, settings = HYBRIDS["falcon_h1"]
     base = jcl.open_base(random_model(family, settings))
-    params = load_params(base)
+    params = load_model(base).params
     gain = base.residual_gain("model.layers.1.mamba.in_proj")
     np.testing.assert_allclose(gain, 1.3 * np.asarray(params.norms["attn"][1]), rtol=1e-6)
     np.testing.assert_allclose(base.residual_gain("model.layers.1.mlp.down_proj"), np.full(32, 1.4), rtol=1e-6)
@@ -273,7 +274,7 @@ def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):
     tokens = ROWS[0][None]
     with torch.no_grad():
         found = merged(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
-    wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base), tokens)
+    wanted = run(load_model(base), stack_adapter(adapter, base), tokens)
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
 

@@ -28,7 +28,7 @@ import written_task
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import Generator, load_params
+from jcrosslora.decoder import Generator, load_model
 from jcrosslora.distill import TEMPLATES
 from jcrosslora.evaluate import Scores, lift_recovered
 from jcrosslora.text import Completion
@@ -333,8 +333,8 @@ def test_exact_match_compares_the_generated_text(folders, monkeypatch):
         return found
 
     monkeypatch.setattr(Generator, "continue_tokens", written)
-    params = load_params(base)
-    found = written_task.exact_matches(base, questions, None, params, tokenizer)
+    model = load_model(base)
+    found = written_task.exact_matches(base, questions, None, model, tokenizer)
     assert found.tolist() == [1, 0, 0]
 
 

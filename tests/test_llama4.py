@@ -18,7 +18,7 @@ from wrapped_models import save_wrapped, tiny_wrapped
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import ROLE_PATHS, holder_of
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, settings_of, stack_adapter
 from jcrosslora.decoder.experts.routing import route
 from jcrosslora.errors import CheckpointError
 
@@ -206,7 +206,7 @@ def test_the_class_in_memory_and_merged_files_hold_all_its_parts(tmp_path):
     # A merge of what is not stored as the class has it writes these.
     widths = ("intermediate_size", "intermediate_size_mlp")
     assert [live.config[key] for key in widths] == [getattr(model.config.text_config, key) for key in widths]
-    jax.tree.map(np.testing.assert_array_equal, load_params(live), load_params(base))
+    jax.tree.map(np.testing.assert_array_equal, load_model(live), load_model(base))
     rng = np.random.default_rng(2)
     adapter = jcl.Adapter(
         {

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from gguf_files import write_gguf
 from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors
 
 import jcrosslora as jcl
-from jcrosslora.decoder import extend_cache, forward, init_cache, load_params, logits, settings_of
+from jcrosslora.decoder import extend_cache, forward, init_cache, load_model, logits
 
 pytestmark = pytest.mark.slow
 # A process of its own, which nothing that llama.cpp does can end the tests with.
@@ -84,10 +83,10 @@ def _model(name):
 def _compare(form, metadata, stored, tmp_path, atol):
     """Compare the next tokens of a file."""
     base, found = _answers(form, metadata, stored, tmp_path, PROMPTS)
-    settings, params = settings_of(base), load_params(base, jnp.float32)
+    ours = load_model(base, jnp.float32)
     for prompt, theirs in zip(PROMPTS, found, strict=True):
-        last = forward(settings, params, jnp.asarray([prompt])).hidden[:, -1]
-        ours = np.asarray(jax.nn.log_softmax(logits(settings, params, last)))[0]
+        last = forward(ours, jnp.asarray([prompt])).hidden[:, -1]
+        ours = np.asarray(jax.nn.log_softmax(logits(ours, last)))[0]
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
@@ -111,13 +110,13 @@ def test_llama_cpp_has_our_chunks_and_growth_of_queries_of_llama4(tmp_path):
     lengths = (8191, 8192, LONG - 60)
     prompts = [tokens[:length].tolist() for length in lengths]
     base, found = _answers(form, metadata, stored_tensors(model, form), tmp_path, prompts, LONG)
-    settings, params = settings_of(base), load_params(base, jnp.float32)
-    run = jax.jit(partial(extend_cache, settings))
-    cache, hidden = init_cache(settings, 1, LONG), []
+    own = load_model(base, jnp.float32)
+    run = jax.jit(extend_cache)
+    cache, hidden = init_cache(own.settings, 1, LONG), []
     for start in range(0, LONG, PIECE):
         places = jnp.arange(start, start + PIECE, dtype=jnp.int32)[None]
-        part, cache = run(params, cache, tokens[None, start : start + PIECE], (places, places), None)
+        part, cache = run(own, cache, tokens[None, start : start + PIECE], (places, places))
         hidden.append(part[0])
     last = jnp.concatenate(hidden)[np.array(lengths) - 1]
-    ours = np.asarray(jax.nn.log_softmax(logits(settings, params, last)))
+    ours = np.asarray(jax.nn.log_softmax(logits(own, last)))
     np.testing.assert_allclose(ours, found, rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ import pytest
 from real_models import real_model
 
 import jcrosslora as jcl
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.served.source import ServedSource
 from jcrosslora.distill.template_choice import compare
@@ -51,7 +51,7 @@ def sources(tmp_path_factory):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         try:
             served = jcl.ServedModel(f"{server.stdout.readline().strip()}/v1", "smollm2", path)
-            yield DecoderSource.of(base, loaded, params=load_params(base, jnp.float32)), served, folder
+            yield DecoderSource.of(base, loaded, model=load_model(base, jnp.float32)), served, folder
         finally:
             server.stdin.close()
             server.wait(30)

@@ -11,7 +11,7 @@ from tiny_bases import delta, random_adapter
 
 from jcrosslora.adapter import Adapter, LoRAFactors
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, fit_magnitudes, train_lora
@@ -77,11 +77,11 @@ def test_magnitudes_do_not_depend_on_the_factors(base, adapter):
 
 
 def test_the_gradient_is_that_of_finite_differences(base, adapter):
-    model, params, stacked = settings_of(base), load_params(base), stack_adapter(adapter, base)
+    model, stacked = load_model(base), stack_adapter(adapter, base)
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS], 4, 1, 0).batch(0)
     magnitudes = {role: 0.9 * norms + 0.1 for role, norms in first_magnitudes(stacked).items()}
-    loss, gradient = loss_and_magnitude_gradient(model, params, stacked, magnitudes, batch)
-    at = jax.jit(lambda magnitudes: answer_loss(model, params, with_magnitudes(stacked, magnitudes), batch))
+    loss, gradient = loss_and_magnitude_gradient(model, stacked, magnitudes, batch)
+    at = jax.jit(lambda magnitudes: answer_loss(model.with_adapter(with_magnitudes(stacked, magnitudes)), batch))
     np.testing.assert_allclose(loss, at(magnitudes), rtol=1e-6)
     step, largest = 0.05, max(np.abs(one).max() for one in gradient.values())
     for role, found in gradient.items():

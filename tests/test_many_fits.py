@@ -14,13 +14,12 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params, loaded_within, settings_of, stack_adapter
-from jcrosslora.decoder import loaded as loaded_module
+from jcrosslora.decoder import Generator, fast_dtype, load_model, loaded_within, loading, stack_adapter
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.sources.decoder import DecoderReader
-from jcrosslora.distill.sources.reduced_base import NO_TOKEN, ReducedBase
+from jcrosslora.distill.sources.restricted_model import NO_TOKEN, RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.session.batch import read_plan, run_batch
@@ -63,13 +62,13 @@ def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house,
 
     def load(base, dtype=jnp.float32, *, mesh=None):
         loads.append((Path(base.name).name, jnp.dtype(dtype)))
-        return load_params(base, dtype, mesh=mesh)
+        return load_model(base, dtype, mesh=mesh)
 
-    def counted(settings, optimizer, params, start, state, batch, rate, **more):
+    def counted(target, optimizer, state, batch, rate, **more):
         widths.add(batch.tokens.shape)
-        return step(settings, optimizer, params, start, state, batch, rate, **more)
+        return step(target, optimizer, state, batch, rate, **more)
 
-    monkeypatch.setattr(loaded_module, "load_params", load)
+    monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr(fit_module, "gradient_step", counted)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         outcomes = run_batch(read_plan(house / "plan.toml")).outcomes
@@ -97,10 +96,12 @@ def test_columns_without_a_token_change_no_prediction(house):
     for rounded in (False, True):
         symbols = find_symbols(source, target, batches, 40, ends, ends, rounded=rounded)
         src, tgt = (
-            ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side), len(ends[side]))
+            RestrictedModel.of(load_model(base), symbols.heads(side), len(ends[side]))
             for side, base in enumerate((source, target))
         )
-        sides = Teacher(DecoderReader(src, stack_adapter(adapter, source)), tgt, DistillSettings(), symbols)
+        sides = Teacher(
+            DecoderReader(src.with_adapter(stack_adapter(adapter, source))), tgt, DistillSettings(), symbols
+        )
         there = np.append(symbols.tokens(1) != NO_TOKEN, np.ones(int(bool(ends[1])), bool))
         assert rounded == (not there.all())
         taught, *own = sides.sides(batches[0])

@@ -15,7 +15,7 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.decoder import loaded
+from jcrosslora.decoder import loading
 from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.utils import memory
 from jcrosslora.utils.memory import enough_memory
@@ -117,7 +117,7 @@ def test_every_command_reports_short_memory(house, monkeypatch, capsys):
 
 def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
     given = move_in(tmp_path, "residual-fit", TEXTS)
-    monkeypatch.setattr(loaded, "load_params", fill_device)
+    monkeypatch.setattr(loading, "load_model", fill_device)
     report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: not enough memory (")

@@ -12,7 +12,7 @@ from tiny_bases import open_pair, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
-from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
+from jcrosslora.decoder import INPUT_SITES, forward, load_model
 from jcrosslora.maps.evidence.moments import add_rows, cross_moments, zero_moments
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
@@ -42,8 +42,8 @@ def batch(seed):
 
 def captured(base, tokens, mask):
     names = frozenset({"inputs", "outputs"})
-    run = jax.jit(forward, static_argnames=("settings", "capture"))
-    seen = run(settings_of(base), load_params(base), jnp.asarray(tokens), mask=jnp.asarray(mask), capture=names)
+    run = jax.jit(forward, static_argnames="capture")
+    seen = run(load_model(base), jnp.asarray(tokens), mask=jnp.asarray(mask), capture=names)
     return seen.captured["inputs"], seen.captured["outputs"]
 
 

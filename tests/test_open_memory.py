@@ -18,7 +18,7 @@ from tiny_tokenizers import KINDS
 import jcrosslora as jcl
 from jcrosslora.cache import FileDigests
 from jcrosslora.checkpoint import SafetensorsFile, load_tokenizer, open_base, shared_ids
-from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError, UsageError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -60,12 +60,12 @@ def test_every_form_gives_the_logits_of_the_folder(variant, tmp_path):
     family, overrides = VARIANTS[variant]
     model, tokens = tiny_model(family, **overrides), random_tokens(1, 20)
     stored = open_base(save_tiny(family, tmp_path, **overrides))
-    wanted = run(settings_of(stored), load_params(stored), tokens)
+    wanted = run(load_model(stored), tokens)
     digests = set()
     for name, form in FORMS.items():
         arguments, keywords = form(model)
         base = open_base(*arguments, **keywords)
-        assert np.array_equal(run(settings_of(base), load_params(base), tokens), wanted), name
+        assert np.array_equal(run(load_model(base), tokens), wanted), name
         assert set(base.tensor_names()) == set(stored.tensor_names())
         digests.add(base.digest())
     assert len(digests) == 1

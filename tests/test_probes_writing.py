@@ -14,7 +14,7 @@ from tiny_bases import random_adapter
 
 from jcrosslora import written_probes
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import fast_dtype, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.evaluate.probes import probe_batches, write_texts
 from jcrosslora.evaluate.probes.writing import start_words
@@ -33,9 +33,9 @@ write = partial(write_texts, length=LENGTH, temperature=HOT, batch=4)
 
 def written_by_whole_passes(base, adapter, words):
     """Greedy decoding without a cache; what is behind the last token cannot matter."""
-    settings, params, tokenizer = settings_of(base), load_params(base), load_tokenizer(base)
+    ours, tokenizer = load_model(base), load_tokenizer(base)
     stacked = stack_adapter(adapter, base)
-    run = jax.jit(lambda tokens: logits(settings, params, forward(settings, params, tokens, adapter=stacked).hidden))
+    run = jax.jit(lambda tokens: logits(ours, forward(ours.with_adapter(stacked), tokens).hidden))
     start = 1 if tokenizer.bos is None else 2
     text = np.full((len(words), start + LENGTH), tokenizer.bos or 0, np.int32)
     text[:, start - 1] = words
@@ -46,7 +46,7 @@ def written_by_whole_passes(base, adapter, words):
 
 def test_texts_are_samples_of_the_model(base):
     adapter = random_adapter(base, rank=4, scale=1.0)
-    found = write(base, 5, temperature=0.0, adapter=adapter, seed=5, params=load_params(base))
+    found = write(base, 5, temperature=0.0, adapter=adapter, seed=5, model=load_model(base))
     words = start_words(base.vocabulary().tokens, 5, 5)
     assert len(set(words)) == 5
     assert found == written_by_whole_passes(base, adapter, words)
@@ -55,7 +55,7 @@ def test_texts_are_samples_of_the_model(base):
 def test_equal_seeds_give_equal_texts(base):
     first = write(base, 6, seed=1)
     assert write(base, 6, seed=1) == first
-    assert write(base, 6, seed=1, params=load_params(base, fast_dtype())) == first
+    assert write(base, 6, seed=1, model=load_model(base, fast_dtype())) == first
     assert not set(write(base, 6, seed=2)) & set(first)
     assert len(set(first)) == 6
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from jcrosslora.decoder import LONGEST, plan_batches
-from jcrosslora.decoder.common_beginnings import common_beginnings
-from jcrosslora.decoder.prompt_batches import PromptBatch
+from jcrosslora.decoder.prompt_batches import PromptBatch, common_beginnings
 
 WRITTEN = 20
 

@@ -16,9 +16,9 @@ from tiny_bases import random_adapter
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.decoder import Generator, generate, load_params, settings_of, stack_adapter
-from jcrosslora.decoder.amplify import AmplifiedGenerator
+from jcrosslora.decoder import AmplifiedGenerator, Generator, generate, load_model, stack_adapter
 from jcrosslora.decoder.prompt_batches import padded
+from jcrosslora.decoder.sampling import Behind, Sampling
 from jcrosslora.shelf.composition import compose
 from jcrosslora.text.reading import prompt_ids
 
@@ -40,19 +40,19 @@ MODELS = {
 def test_scores_and_what_is_written_are_those_of_whole_prompts(name):
     base = jcl.open_base(MODELS[name]())
     adapter = stack_adapter(random_adapter(base, rank=2, scale=0.05), base)
-    model, rng = (settings_of(base), load_params(base), adapter), np.random.default_rng(0)
+    model, rng = load_model(base).with_adapter(adapter), np.random.default_rng(0)
     beginnings = [rng.integers(3, 60, length).astype(np.int32) for length in BEGINNINGS]
     texts = [rng.integers(3, 60, length).astype(np.int32) for length in TEXTS]
     whole = [np.concatenate([beginnings[owner], text]) for owner, text in zip(OWNERS, texts, strict=True)]
     # A third beginning and a fifth row are empty.
-    read = *padded(beginnings, (3, LONGEST), True), np.array([*OWNERS, 0], np.int32), *padded(texts, (5, WIDTH), True)
-    found = generate.prefill_behind(*model, *read, room=ROOM)
-    wanted = generate.prefill(*model, *padded(whole, (5, LONGEST + WIDTH), True), room=ROOM)
+    behind = Behind(*padded(beginnings, (3, LONGEST), True), np.array([*OWNERS, 0], np.int32))
+    found = generate.prefill_behind(model, behind, *padded(texts, (5, WIDTH), True), room=ROOM)
+    wanted = generate.prefill(model, *padded(whole, (5, LONGEST + WIDTH), True), room=ROOM)
     for _ in range(2):
         np.testing.assert_array_equal(found.positions[:4], wanted.positions[:4])
         np.testing.assert_allclose(found.scores[:4], wanted.scores[:4], **CLOSE)
-        found, tokens, _ = generate.extend(*model, found, jnp.float32(0), KEY, count=ROOM)
-        wanted, exact, _ = generate.extend(*model, wanted, jnp.float32(0), KEY, count=ROOM)
+        found, tokens, _ = generate.extend(model, found, Sampling(jnp.float32(0), KEY), count=ROOM)
+        wanted, exact, _ = generate.extend(model, wanted, Sampling(jnp.float32(0), KEY), count=ROOM)
         np.testing.assert_array_equal(tokens[:4], exact[:4])
 
 
@@ -71,7 +71,7 @@ PROMPTS = [
 def plain(tmp_path_factory):
     base = jcl.open_base(write_base(tmp_path_factory.mktemp("base"), 60, eos=1, layers=2))
     # A strong adapter, because a tied random model only repeats its last token.
-    return Generator.of(base, random_adapter(base, scale=1.0), params=load_params(base))
+    return Generator.of(base, random_adapter(base, scale=1.0), model=load_model(base))
 
 
 @pytest.fixture(params=full_except(["plain", "amplified"], ["plain"]))
@@ -84,9 +84,9 @@ def reads_behind(monkeypatch):
     """Note the shapes of beginnings and of what is read behind them."""
     seen, run = [], generate.prefill_behind
 
-    def noted(*given, room):
-        seen.append((given[3].shape, given[6].shape))
-        return run(*given, room=room)
+    def noted(model, behind, prompts, mask, *, room):
+        seen.append((behind.tokens.shape, prompts.shape))
+        return run(model, behind, prompts, mask, room=room)
 
     monkeypatch.setattr(generate, "prefill_behind", noted)
     return seen
@@ -139,7 +139,7 @@ def test_recurrent_bases_and_rotations_that_lengths_switch_read_prompts_whole(na
     make = random_model if name in HYBRIDS else lambda family, settings: tiny_model(family, **settings)
     make(family, settings | {"vocab_size": save_tokenizer(tmp_path, 60, bos=False)}).save_pretrained(tmp_path)
     base = jcl.open_base(tmp_path)
-    own = Generator.of(base, params=load_params(base))
+    own = Generator.of(base, model=load_model(base))
     prompts = [one + "Water boils at" for one in LISTS[:1] * 9] + ["Water boils at"]
     found = own.write(prompts, 4, 0.0, KEY)
     assert [one.text for one in found] == [alone(own, prompt, 4) for prompt in prompts]
@@ -151,9 +151,9 @@ def test_prompts_with_adapters_of_their_own_are_read_whole(tmp_path, monkeypatch
     seen = reads_behind(monkeypatch)
     base = jcl.open_base(write_base(tmp_path, 60, layers=2))
     adapters = [random_adapter(base, seed=seed, scale=1.0) for seed in range(2)]
-    composed, shares = compose(base, adapters, "mixture", params=load_params(base)), np.eye(2, dtype=np.float32)
+    composed, shares = compose(base, adapters, "mixture", model=load_model(base)), np.eye(2, dtype=np.float32)
     found = composed.generate(PROMPTS[:1] * 8, weights=np.tile(shares, (4, 1)), max_new_tokens=6, temperature=0.0)
-    one = [Generator.of(base, adapter, params=load_params(base)) for adapter in adapters]
+    one = [Generator.of(base, adapter, model=load_model(base)) for adapter in adapters]
     assert found == [alone(each, PROMPTS[0], 6) for each in one] * 4
     assert found[0] != found[1]
     assert not seen

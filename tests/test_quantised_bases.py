@@ -17,7 +17,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import SafetensorsFile, ShardedStore, open_base
 from jcrosslora.checkpoint.quantised import FORMATS, dequantised
 from jcrosslora.checkpoint.quantised.format import scale_rows
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -60,7 +60,7 @@ def test_rows_are_dequantised_alone(quantised):
 
 def test_the_decoder_loads_quantised_weights(quantised):
     _, folder, meant = quantised
-    params = load_params(open_base(folder))
+    params = load_model(open_base(folder)).params
     assert np.allclose(params.weights["down_proj"][0], meant["model.layers.0.mlp.down_proj.weight"], rtol=2e-6)
     assert params.weights["q_proj"].dtype == jnp.float32
 

@@ -11,7 +11,7 @@ from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
-from jcrosslora.decoder import StackedAdapter, forward, join_stacked, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import StackedAdapter, forward, join_stacked, load_model, stack_adapter
 from jcrosslora.distill.residual import fit_residual
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 
@@ -48,10 +48,10 @@ def small(base, roles=None, seed=0):
 
 def stream(base, adapter, item):
     """(L, P, H) behind every layer at the matched positions, float64."""
-    run = jax.jit(forward, static_argnames=("settings", "capture"))
+    run = jax.jit(forward, static_argnames="capture")
     tokens, mask = jnp.asarray(item.tokens_tgt), jnp.asarray(item.mask_tgt)
     kept = frozenset({"residual"})
-    seen = run(settings_of(base), load_params(base), tokens, mask=mask, adapter=adapter, capture=kept)
+    seen = run(load_model(base).with_adapter(adapter), tokens, mask=mask, capture=kept)
     flat = np.asarray(seen.captured["residual"], np.float64)[1:]
     return flat.reshape(flat.shape[0], -1, flat.shape[-1])[:, item.at_tgt[item.valid]]
 
@@ -123,19 +123,13 @@ def test_higher_rank_leaves_a_smaller_residual(bases):
 
 def captured(base, adapter, items, side):
     """Residual streams behind all layers, inputs and outputs of down_proj, at the matched positions of all batches."""
-    run = jax.jit(forward, static_argnames=("settings", "capture"))
+    run = jax.jit(forward, static_argnames="capture")
     names = frozenset({"residual", "inputs", "outputs"})
     parts = []
     for item in items:
         tokens, mask, at = (getattr(item, f"{name}_{side}") for name in ("tokens", "mask", "at"))
-        seen = run(
-            settings_of(base),
-            load_params(base),
-            jnp.asarray(tokens),
-            mask=jnp.asarray(mask),
-            adapter=adapter,
-            capture=names,
-        ).captured
+        model = load_model(base).with_adapter(adapter)
+        seen = run(model, jnp.asarray(tokens), mask=jnp.asarray(mask), capture=names).captured
         layers = seen["residual"][1:], seen["inputs"]["down_in"], seen["outputs"]["down_proj"]
         flat = [np.asarray(x, np.float64).reshape(x.shape[0], -1, x.shape[-1]) for x in layers]
         parts.append([x[:, at[item.valid]] for x in flat])
@@ -214,7 +208,7 @@ def test_streams_advanced_by_layer_equal_whole_forward_passes(bases, gemma, hybr
     s, *_ = captured(source, None, items, "src")
     s_adapted, *_ = captured(source, stack_adapter(adapter, source), items, "src")
     t, *_ = captured(target, None, items, "tgt")
-    settings, params = settings_of(target), load_params(target)
+    ours = load_model(target)
     for layer, feeder in enumerate(layers):
         update = np.asarray(factors.b[layer] @ factors.a[layer], np.float64)
         if feeder is None:
@@ -222,9 +216,9 @@ def test_streams_advanced_by_layer_equal_whole_forward_passes(bases, gemma, hybr
             continue
         so_far = jax.tree.map(lambda x, layer=layer: x.at[layer:].set(0), found)
         t_adapted, *down = captured(target, join_stacked(current, so_far), items, "tgt")
-        normed = target.layers_with("mlp_post") if settings.post_norms else ()
-        gain = np.asarray(params.norms["mlp_post"][normed.index(layer)], np.float64) if layer in normed else None
-        norm = gain, settings.eps
+        normed = target.layers_with("mlp_post") if ours.settings.post_norms else ()
+        gain = np.asarray(ours.params.norms["mlp_post"][normed.index(layer)], np.float64) if layer in normed else None
+        norm = gain, ours.settings.eps
         want = best_update(layer, feeder, (s, s_adapted, t, t_adapted), down, norm, 3, 0.7)
         np.testing.assert_allclose(update, want, atol=2e-3 * np.abs(want).max())
         assert target is not gemma or np.abs(update[5]).max() < 1e-5 * np.abs(update).max()
@@ -250,8 +244,8 @@ def test_zero_change_gives_zero_updates(bases):
 
 def test_preloaded_weights_give_equal_results(bases):
     source, target = bases
-    given = load_params(source), load_params(target)
-    settings = {"rank": 2, "params": given}
+    given = load_model(source), load_model(target)
+    settings = {"rank": 2, "models": given}
     one = fit_residual(source, target, small(source), None, batches(1), (0, 2), **settings)
     two = fit_residual(source, target, small(source), None, batches(1), (0, 2), rank=2)
     jax.tree.map(np.testing.assert_array_equal, one, two)

@@ -17,7 +17,7 @@ import retrieve
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of
+from jcrosslora.decoder import fast_dtype, forward, load_model, logits
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf import accuracy
@@ -126,8 +126,8 @@ def test_hidden_states_are_the_mean_behind_the_middle_layer_whatever_stands_besi
     encoder = HiddenStates.of(base)
     texts = ["Water boils at 100 degrees.", "The fox"]
     found = encoder.encode(texts)
-    settings, params = settings_of(base), load_params(base, encoder.params.embedding.dtype)
-    behind = forward(settings, params, encoder.tokenizer.encode(texts[0]).ids, capture=frozenset({"residual"}))
+    ours = load_model(base, encoder.model.params.embedding.dtype)
+    behind = forward(ours, encoder.tokenizer.encode(texts[0]).ids, capture=frozenset({"residual"}))
     states = np.asarray(behind.captured["residual"][base.dims.layers // 2, 0, 1:], np.float64)
     mean = (states / np.sqrt((states**2).mean(axis=1, keepdims=True))).mean(axis=0)
     np.testing.assert_allclose(found[0], mean / np.sqrt((mean**2).mean()), atol=2e-2)
@@ -279,9 +279,9 @@ def test_certainty_is_the_change_at_the_end_of_a_prompt_beside_the_usual_one(she
         assert retriever.thresholds[place] == pytest.approx(np.quantile(own, 0.05), abs=1e-5)
     # The real change, of one prompt.
     name = shelf.names[0]
-    source = DecoderSource.of(base, shelf.load(name), params=load_params(base, fast_dtype()))
-    states = [forward(source.settings, source.params, ids, adapter=one).hidden[0] for one in (source.adapter, None)]
-    adapted, plain = (jax.nn.log_softmax(logits(source.settings, source.params, one), -1) for one in states)
+    source = DecoderSource.of(base, shelf.load(name), model=load_model(base, fast_dtype()))
+    states = [forward(source.model.with_adapter(one), ids).hidden[0] for one in (source.model.adapter, None)]
+    adapted, plain = (jax.nn.log_softmax(logits(source.model, one), -1) for one in states)
     change = (jnp.exp(adapted) * (adapted - plain)).sum(-1)[-16:].mean()
     found = retriever._changes(source, shelf.entries[0], [prompt])
     np.testing.assert_allclose(found, [change], rtol=0.05)

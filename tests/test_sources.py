@@ -15,11 +15,11 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora import ServedModel, TorchModel
 from jcrosslora.checkpoint import pad_right
-from jcrosslora.decoder import forward, load_params, logits
+from jcrosslora.decoder import forward, load_model, logits
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.sources.served.source import ServedSource
 from jcrosslora.distill.sources.served.top_tokens import TopTokens, divergence, spread
 from jcrosslora.distill.symbols import find_symbols
@@ -56,7 +56,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(pair):
-    return DecoderSource.of(*pair[:2], params=load_params(pair[0]))
+    return DecoderSource.of(*pair[:2], model=load_model(pair[0]))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -112,10 +112,10 @@ def test_answers_in_texts_of_any_width_are_compared(decoder):
     at = np.array([len(text) for text in texts])[:, None] + np.arange(-4, -1)
 
     def predicted(adapter):
-        states = forward(decoder.settings, decoder.params, tokens, mask=mask, adapter=adapter).hidden[rows, at - 1]
-        return jax.nn.log_softmax(logits(decoder.settings, decoder.params, states))
+        states = forward(decoder.model.with_adapter(adapter), tokens, mask=mask).hidden[rows, at - 1]
+        return jax.nn.log_softmax(logits(decoder.model, states))
 
-    adapted, base = predicted(decoder.adapter), predicted(None)
+    adapted, base = predicted(decoder.model.adapter), predicted(None)
     told = rows, np.arange(3), tokens[rows, at]
     wanted = jnp.sum(jnp.exp(adapted) * (adapted - base), axis=-1), -base[told], -adapted[told]
     for values, own in zip(found, wanted, strict=True):
@@ -132,7 +132,7 @@ def lesson(pair, decoder, tmp_path_factory):
     batches = make_batches(texts, (often, often), 1.0)
     symbols = find_symbols(base, target, batches, 400, ((1, 5), (1, 5)), ((1, 5), (1,)))
     other = DecoderSource.of(target)
-    reduced = ReducedBase.of(other.settings, other.params, symbols.heads(1), 1)
+    reduced = RestrictedModel.of(other.model, symbols.heads(1), 1)
     return batches, symbols, reduced
 
 

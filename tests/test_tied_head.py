@@ -12,7 +12,7 @@ from tiny_models import tiny_model, torch, transformers
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, compare_bases, merge
 from jcrosslora.checkpoint.opening import NOTE
-from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.decoder import load_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_the_stored_head_is_used_as_transformers_uses_it(folder, capsys):
     assert not base.tied
     assert base.notes == (NOTE,)
     tokens = random_tokens(2, 12)
-    found = run(settings_of(base), load_params(base), tokens)
+    found = run(load_model(base), tokens)
     np.testing.assert_allclose(found, torch_logits(loaded(folder), tokens), **TOLERANCE)
     main(["inspect", str(folder)])
     assert f"note: {NOTE}" in capsys.readouterr().out

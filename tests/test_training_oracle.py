@@ -7,7 +7,7 @@ import pytest
 from tiny_models import save_tiny, torch, transformers
 
 from jcrosslora.checkpoint import ROLE_PATHS, open_base
-from jcrosslora.decoder import StackedAdapter, StackedFactors, load_params, settings_of
+from jcrosslora.decoder import StackedAdapter, StackedFactors, load_model
 from jcrosslora.training import Encoded, Plan, TrainingSettings, first_factors, loss_and_gradient
 from jcrosslora.training.step import first_state, update
 
@@ -87,7 +87,7 @@ def pair(request, tmp_path_factory):
     batch = Plan(examples(), 3, 1, 0).batch(0)
 
     def gradient(factors):
-        return loss_and_gradient(settings_of(base), load_params(base), factors, batch, ALPHA / RANK, remat)
+        return loss_and_gradient(load_model(base), factors, batch, ALPHA / RANK, remat)
 
     return torch_model(folder, factors), factors, gradient
 

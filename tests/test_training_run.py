@@ -13,7 +13,7 @@ from rich.console import Console
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.cli.train import Train
-from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient, train_lora
@@ -60,7 +60,7 @@ def test_the_loss_is_what_evaluate_scores_and_falls(base, undisturbed):
     assert by_token[1] < 0.9 * by_token[0]
     # Before training the loss is the base's, since B is zero.
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS[:3]], 3, 1, 0).batch(0)
-    loss, _ = loss_and_gradient(settings_of(base), load_params(base), first_factors(base, SETTINGS), batch, 2.0)
+    loss, _ = loss_and_gradient(load_model(base), first_factors(base, SETTINGS), batch, 2.0)
     np.testing.assert_allclose(loss, by_token[0], rtol=1e-5)
 
 

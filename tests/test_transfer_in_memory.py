@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 
 import jcrosslora as jcl
 from jcrosslora.adapter import split_card, to_pytree
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, stack_adapter
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -49,7 +49,7 @@ def test_a_live_adapter_moves_between_live_models_and_into_the_target(tmp_path):
     result = jcl.transfer(adapted, adapted, target, "copy", cache=False)
     base = jcl.open_base(target)
     tokens = np.random.default_rng(0).integers(3, 90, (2, 9))
-    wanted = run(settings_of(base), load_params(base), tokens, adapter=stack_adapter(result.adapter, base))
+    wanted = run(load_model(base), tokens, adapter=stack_adapter(result.adapter, base))
     live = result.to_peft(target)
     with torch.no_grad():
         found = live(torch.from_numpy(tokens)).logits.numpy()

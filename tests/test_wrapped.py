@@ -17,7 +17,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, load_adapter, split_fused
 from jcrosslora.checkpoint import check_config, class_module_name, read_dims, text_module_name
 from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES
-from jcrosslora.decoder import load_params, settings_of, stack_adapter
+from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -49,7 +49,7 @@ def theirs(model) -> np.ndarray:
 
 def ours(base, adapter=None) -> np.ndarray:
     stacked = None if adapter is None else stack_adapter(adapter, base)
-    return np.asarray(run(settings_of(base), load_params(base), TOKENS, adapter=stacked))
+    return np.asarray(run(load_model(base), TOKENS, adapter=stacked))
 
 
 def small_adapter(base, **changes):

@@ -64,7 +64,7 @@ def main() -> None:
         sys.exit(f"bench_beginnings: {error}")
     if not sharing.shares_beginnings:
         sys.exit(f"bench_beginnings: {base.ref} reads every prompt whole, as a base of its family has to")
-    whole = WholePrompts.of(base, params=sharing.params, tokenizer=sharing.tokenizer)
+    whole = WholePrompts.of(base, model=sharing.model, tokenizer=sharing.tokenizer)
     prompts, key = prompts_of(arguments), jax.random.key(0)
 
     def write(generator: Generator) -> Any:

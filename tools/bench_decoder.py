@@ -2,7 +2,7 @@
 
     python tools/bench_decoder.py BASE [--tokens 64] [--rows 8] [--texts 48] [--repeats 5]
 
-The rivals of the bits, which is how `load_params` keeps bfloat16 on a CPU, are the other two. Timed are
+The rivals of the bits, which is how `load_model` keeps bfloat16 on a CPU, are the other two. Timed are
 
 - forward: the hidden states of `--rows` texts of `--tokens` tokens;
 - train: the loss of a batch of that size, all of its tokens being answers, and its gradient for a LoRA on all modules;
@@ -23,7 +23,7 @@ import numpy as np
 from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.decoder import Generator, forward, load_params, settings_of
+from jcrosslora.decoder import Generator, forward, load_model
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
@@ -36,21 +36,21 @@ WRITTEN = 16
 def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is timed, by name, for weights of a kind."""
     dtype, packed = KINDS[kind]
-    settings, params = settings_of(base), load_params(base, dtype, packed=packed)
+    model = load_model(base, dtype, packed=packed)
     rng = np.random.default_rng(0)
     shape = arguments.rows, arguments.tokens
-    tokens = jnp.asarray(rng.integers(0, settings.vocab, shape), jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, base.dims.vocab, shape), jnp.int32)
     count = tokens.size
     answers = jnp.arange(count, dtype=jnp.int32), tokens.reshape(-1), jnp.ones(count)
     batch = Batch(tokens, jnp.ones(shape, bool), *answers, jnp.arange(arguments.rows, dtype=jnp.int32))
-    prompts = list(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)))
+    prompts = list(rng.integers(0, base.dims.vocab, (arguments.texts, WRITTEN)))
     usual = TrainingSettings()
     factors = first_factors(base, usual)
-    run = jax.jit(lambda tokens: forward(settings, params, tokens).hidden)
-    generator = Generator.of(base, params=params)
+    run = jax.jit(lambda tokens: forward(model, tokens).hidden)
+    generator = Generator.of(base, model=model)
     return {
         "forward": lambda: run(tokens),
-        "train": lambda: loss_and_gradient(settings, params, factors, batch, usual.alpha / usual.rank),
+        "train": lambda: loss_and_gradient(model, factors, batch, usual.alpha / usual.rank),
         "write": lambda: generator.continue_tokens(prompts, WRITTEN, 1.0, jax.random.key(0)),
     }
 

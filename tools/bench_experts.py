@@ -16,7 +16,7 @@ import numpy as np
 from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.decoder import forward, load_params, settings_of
+from jcrosslora.decoder import forward, load_model
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.step import first_factors, loss_and_gradient
@@ -50,16 +50,16 @@ def base_of(config: dict[str, Any]) -> BaseModel:
 
 def passes(base: BaseModel, rows: int, tokens: int) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
-    settings, params = settings_of(base), load_params(base)
+    model = load_model(base)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (rows, tokens)), jnp.int32)
     answers = jnp.arange(ids.size, dtype=jnp.int32), ids.reshape(-1), jnp.ones(ids.size)
     batch = Batch(ids, jnp.ones(ids.shape, bool), *answers, jnp.arange(rows, dtype=jnp.int32))
     usual = TrainingSettings(modules=("q_proj", "o_proj"))
     factors = first_factors(base, usual)
-    run = jax.jit(lambda ids: forward(settings, params, ids).hidden)
+    run = jax.jit(lambda ids: forward(model, ids).hidden)
     return {
         f"forward, {rows} x {tokens} tokens": lambda: run(ids),
-        f"train, {rows} x {tokens} tokens": lambda: loss_and_gradient(settings, params, factors, batch, 1.0),
+        f"train, {rows} x {tokens} tokens": lambda: loss_and_gradient(model, factors, batch, 1.0),
         f"forward, {rows} tokens": lambda: run(ids[:, :1]),
     }
 

@@ -28,11 +28,10 @@ import numpy as np
 from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.decoder import Params, load_params, settings_of
-from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.decoder import Model, Sampling, extend, load_model, prefill
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch
 from jcrosslora.errors import JCrossLoRAError
 
@@ -57,31 +56,30 @@ def drawn(shape: tuple[int, int], vocab: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
 
 
-def ours(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def ours(base: BaseModel, model: Model, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is timed of this package."""
-    settings, count = settings_of(base), arguments.rows * arguments.width
-    compared = min(COMPARED, settings.vocab)
-    reduced = ReducedBase.of(settings, params, np.arange(compared))
-    state = first_state(reduced.params, _SETTINGS)
+    vocab, count = base.dims.vocab, arguments.rows * arguments.width
+    compared = min(COMPARED, vocab)
+    restricted = RestrictedModel.of(model, np.arange(compared))
+    state = first_state(model, _SETTINGS)
+    writer, reader = model.with_adapter(state.factors), restricted.with_adapter(state.factors)
     tokens, mask = jnp.asarray(drawn((arguments.rows, arguments.width), compared)), jnp.ones(count, bool)
     teacher = jnp.full((count, compared), -np.log(compared), jnp.float32)
     read_by = tokens, mask.reshape(tokens.shape), jnp.arange(count, dtype=jnp.int32)
     batch = TaughtBatch(*read_by, jnp.ones(count), teacher)
-    prompts = jnp.asarray(drawn((arguments.texts, arguments.prompt), settings.vocab))
+    prompts = jnp.asarray(drawn((arguments.texts, arguments.prompt), vocab))
     every = jnp.ones(prompts.shape, bool)
-    again = needs_remat(settings, tokens.shape)
+    again = needs_remat(model.settings, tokens.shape)
 
     def write() -> Any:
-        begun = prefill(settings, params, state.factors, prompts, every, room=arguments.answer)
-        key, warm = jax.random.key(0), jnp.float32(1)
-        return extend(settings, params, state.factors, begun, warm, key, count=arguments.answer)[1]
+        begun = prefill(writer, prompts, every, room=arguments.answer)
+        return extend(writer, begun, Sampling(jnp.float32(1), jax.random.key(0)), count=arguments.answer)[1]
 
     def step() -> Any:
-        given = settings, _SETTINGS.optimizer, reduced.params, None, state, batch, jnp.float32(1e-4)
-        return gradient_step(*given, ends=0, remat=again)
+        return gradient_step(restricted, _SETTINGS.optimizer, state, batch, jnp.float32(1e-4), remat=again)
 
     def read() -> Any:
-        return shared_log_probs(settings, reduced.params, state.factors, *read_by)
+        return shared_log_probs(reader, *read_by)
 
     return {"write": write, "read": read, "step": step}
 
@@ -125,9 +123,9 @@ def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable
     return {"write": write, "read": torch.no_grad()(predictions), "step": step}
 
 
-def operations(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict[str, float]:
+def operations(base: BaseModel, model: Model, arguments: argparse.Namespace) -> dict[str, float]:
     """Operations of each program."""
-    inner, hidden = sum(weight.size for weight in params.weights.values()), base.dims.hidden
+    inner, hidden = sum(weight.size for weight in model.params.weights.values()), base.dims.hidden
     read = 2 * arguments.rows * arguments.width * (inner + min(COMPARED, base.dims.vocab) * hidden)
     written = arguments.texts * (arguments.prompt + arguments.answer)
     head = arguments.texts * (1 + arguments.answer) * base.dims.vocab * hidden
@@ -146,15 +144,15 @@ def main() -> None:
     arguments = parse()
     try:
         base = open_base(arguments.base)
-        params = load_params(base, jnp.bfloat16)
+        model = load_model(base, jnp.bfloat16)
     except JCrossLoRAError as error:
         sys.exit(f"bench_fit: {error}")
-    sides = {"ours": ours(base, params, arguments)}
+    sides = {"ours": ours(base, model, arguments)}
     if not arguments.alone:
         sides["theirs"] = theirs(base, arguments)
     print(f"{base.name} on {jax.default_backend()}, jax {jax.__version__}")
     rate = product_rate()
-    for name, count in operations(base, params, arguments).items():
+    for name, count in operations(base, model, arguments).items():
         seconds = median_seconds({side: programs[name] for side, programs in sides.items()}, arguments.repeats)
         mine = seconds["ours"]
         line = f"{name:6} {mine:7.3f} s, {count / mine / rate:4.0%} of the rate"

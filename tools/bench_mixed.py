@@ -21,7 +21,7 @@ from interleaved import median_seconds
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Params, StackedAdapter, StackedFactors, fast_dtype, load_params, unstack_adapter
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, fast_dtype, load_model, unstack_adapter
 from jcrosslora.distill.fit import first_state
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import JCrossLoRAError
@@ -42,9 +42,9 @@ def parse() -> argparse.Namespace:
     return found
 
 
-def made(base: BaseModel, params: Params, seed: int) -> jcl.Adapter:
+def made(base: BaseModel, model: Model, seed: int) -> jcl.Adapter:
     """Make up an adapter, too small to end a text."""
-    first = first_state(params, DistillSettings(), seed).factors
+    first = first_state(model, DistillSettings(), seed).factors
     rng, roles = np.random.default_rng(seed), {}
     for role, one in first.roles.items():
         b = 1e-4 * rng.standard_normal(one.b.shape).astype(np.float32)
@@ -56,7 +56,7 @@ def programs(
     base: BaseModel, loaded: dict[str, Any], count: int, arguments: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
     """Return what is timed with so many adapters."""
-    adapters = [made(base, loaded["params"], seed) for seed in range(count)]
+    adapters = [made(base, loaded["model"], seed) for seed in range(count)]
     prompts = [_QUESTION.format(number=number) for number in range(arguments.prompts)]
     owners = np.arange(arguments.prompts) % count
     composed = jcl.compose(base, adapters, "select", **loaded)
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parse()
     try:
         base = open_base(arguments.base)
-        loaded = {"params": load_params(base, fast_dtype()), "tokenizer": load_tokenizer(base)}
+        loaded = {"model": load_model(base, fast_dtype()), "tokenizer": load_tokenizer(base)}
         for count in arguments.adapters:
             found = median_seconds(programs(base, loaded, count, arguments), arguments.repeats)
             together, apart = found["together"], found["one after another"]

@@ -21,6 +21,7 @@ table has the time of N fits whose batches are joined to one, over that of one f
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -39,13 +40,12 @@ from roofline import DEVICES, Device
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
-from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.decoder import Model, Sampling, extend, load_model, prefill, settings_of
 from jcrosslora.decoder.sharding import mesh_of, weight_sharding, whole
 from jcrosslora.distill.batches import BATCH
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.reduced_base import shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch
 
 COMPARED = 6500  # symbols that predictions are compared on
@@ -82,50 +82,45 @@ def empty_base(name: str, **changes: int) -> BaseModel:
     return jcl.open_base(weights, config=config, name=name)
 
 
-def shapes_of(name: str) -> Params:
-    """The shapes of a base's weights, by those of one layer and one token: what is traced stays in memory."""
+def shapes_of(name: str) -> Model:
+    """A base with shapes for weights, by those of one layer and one token: what is traced stays in memory."""
     layers, hidden, *_, vocab = SHAPES[name]
-    one = jax.eval_shape(partial(load_params, empty_base(name, layers=1, vocab=1), jnp.bfloat16))
+    one = jax.eval_shape(partial(load_model, empty_base(name, layers=1, vocab=1), jnp.bfloat16)).params
     found: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), one)
     embedding = jax.ShapeDtypeStruct((vocab, hidden), one.embedding.dtype)
-    return found.replace(embedding=embedding, final_norm=one.final_norm)
+    return Model(settings_of(empty_base(name)), found.replace(embedding=embedding, final_norm=one.final_norm))
 
 
-def make_programs(
-    settings: DecoderSettings, params: Params, prompt: int, answer: int
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def make_programs(model: Model, prompt: int, answer: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Make the programs of a fit, with their arguments, for weights or for shapes of weights.
 
     They are the writing of a batch of answers, a pass of a base over a batch, and a gradient step on one.
     """
-    state = jax.eval_shape(lambda params: first_state(params, DistillSettings()), params)
+    state = jax.eval_shape(lambda model: first_state(model, DistillSettings()), model)
     places = BATCH * (prompt + answer) // 2
     tokens, mask = np.zeros((BATCH, prompt + answer), np.int32), np.ones((BATCH, prompt + answer), bool)
     at, weight = np.arange(places, dtype=np.int32), np.ones(places, np.float32)
     read_by = [jnp.asarray(part) for part in (tokens, mask, at, weight)]
     taught = TaughtBatch(read_by[0], read_by[1], read_by[2], read_by[3], jnp.zeros((places, COMPARED)))
-    reduced = reduced_params(params)
-    remat = needs_remat(settings, tokens.shape)
+    restricted = restricted_model(model)
+    remat = needs_remat(model.settings, tokens.shape)
 
-    def write(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        begun = prefill(settings, params, None, tokens, mask, room=answer)
-        return extend(settings, params, None, begun, jnp.float32(1), jax.random.key(0), count=answer)[1]
+    def write(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        begun = prefill(model, tokens, mask, room=answer)
+        return extend(model, begun, Sampling(jnp.float32(1), jax.random.key(0)), count=answer)[1]
 
-    def step(params: Params, state: Any, taught: TaughtBatch) -> Any:
-        return gradient_step(settings, "adam", params, None, state, taught, jnp.float32(1e-3), ends=0, remat=remat)
-
-    def read(params: Params, tokens: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
-        return shared_log_probs(settings, params, None, tokens, mask, at)
+    def step(target: RestrictedModel, state: Any, taught: TaughtBatch) -> Any:
+        return gradient_step(target, "adam", state, taught, jnp.float32(1e-3), remat=remat)
 
     prompts = jnp.zeros((WRITTEN, prompt), jnp.int32), jnp.ones((WRITTEN, prompt), bool)
     return {
-        "write": (jax.jit(write), (params, *prompts)),
-        "read": (jax.jit(read), (reduced, taught.tokens, taught.mask, taught.at)),
-        "step": (jax.jit(step), (reduced, state, taught)),
+        "write": (jax.jit(write), (model, *prompts)),
+        "read": (shared_log_probs, (restricted, taught.tokens, taught.mask, taught.at)),
+        "step": (jax.jit(step), (restricted, state, taught)),
     }
 
 
-def reduced_params(params: Params) -> Params:
+def restricted_model(model: Model) -> RestrictedModel:
     """Keep the rows of the vocabulary that a fit reads and predicts."""
 
     def cut(rows: Any) -> Any:
@@ -136,14 +131,15 @@ def reduced_params(params: Params) -> Params:
         sharding = None if rows.sharding is None else whole(rows.sharding.mesh)
         return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
-    return params.replace(embedding=cut(params.embedding))  # pyright: ignore[reportAttributeAccessIssue]
+    params = dataclasses.replace(model.params, embedding=cut(model.params.embedding))
+    return RestrictedModel(dataclasses.replace(model, params=params))
 
 
-def divided(params: Params, devices: int) -> Params:
-    """Divide shapes of weights over devices as `load_params` divides weights."""
+def divided(model: Model, devices: int) -> Model:
+    """Divide shapes of weights over devices as `load_model` divides weights."""
     if devices == 1:
-        return params
-    mesh = mesh_of(devices)
+        return model
+    params, mesh = model.params, mesh_of(devices)
 
     def lie(sharding: NamedSharding, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -151,7 +147,7 @@ def divided(params: Params, devices: int) -> Params:
     found: Any = jax.tree.map(partial(lie, whole(mesh)), params)
     weights = {role: lie(weight_sharding(mesh, role, leaf.shape), leaf) for role, leaf in params.weights.items()}
     embedding = lie(weight_sharding(mesh, "embedding", params.embedding.shape), params.embedding)
-    return found.replace(weights=weights, embedding=embedding)
+    return Model(model.settings, found.replace(weights=weights, embedding=embedding))
 
 
 def bytes_of(tree: Any) -> int:
@@ -178,8 +174,7 @@ def measured(program: Any, given: tuple[Any, ...]) -> float:
 
 
 def phases(
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     arguments: argparse.Namespace,
     device: Device,
     devices: int = 1,
@@ -187,8 +182,8 @@ def phases(
 ) -> dict[str, tuple[int, float]]:
     """How often each program runs in so many fits whose batches are one, and its seconds on paper."""
     rows, texts = BATCH * adapters, WRITTEN * adapters
-    inner = sum(int(np.prod(weight.shape)) for weight in params.weights.values())
-    head = int(np.prod(params.embedding.shape))
+    inner = sum(int(np.prod(weight.shape)) for weight in model.params.weights.values())
+    head, settings = int(np.prod(model.params.embedding.shape)), model.settings
     width, batches = arguments.prompt + arguments.answer, -(-arguments.prompts // BATCH)
     # Of the stream in bfloat16, by a ring: all but its own part, out and back.
     ring = 4 * settings.layers * 2 * settings.hidden * (devices - 1) / devices
@@ -217,13 +212,12 @@ def memory_rows(
 ) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
     """For each shape and number of devices, the bytes on each: of both bases' weights, of a step, of writing."""
     for name in shapes:
-        base = empty_base(name)
-        settings, whole = settings_of(base), shapes_of(name)
+        whole = shapes_of(name)
         for devices in shards:
-            params = divided(whole, devices)
-            programs = make_programs(settings, params, arguments.prompt, arguments.answer)
+            model = divided(whole, devices)
+            programs = make_programs(model, arguments.prompt, arguments.answer)
             step, write = (temporary_bytes(*programs[part]) for part in ("step", "write"))
-            yield name, devices, (2 * bytes_of(params), step, write)
+            yield name, devices, (2 * bytes_of(model), step, write)
 
 
 def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: Device, *, run: bool) -> Table:
@@ -232,10 +226,9 @@ def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: De
     times = Table("shape", "program", "times", "s each, on paper", *timed, "s in all")
     for name in shapes:
         base = empty_base(name)
-        settings = settings_of(base)
-        params = load_params(base, jnp.bfloat16) if run else shapes_of(name)
-        programs = make_programs(settings, params, arguments.prompt, arguments.answer) if run else {}
-        for phase, (count, seconds) in phases(settings, params, arguments, device).items():
+        model = load_model(base, jnp.bfloat16) if run else shapes_of(name)
+        programs = make_programs(model, arguments.prompt, arguments.answer) if run else {}
+        for phase, (count, seconds) in phases(model, arguments, device).items():
             found = [measured(*programs[phase])] if run else []
             each = [f"{value:.4f}" for value in (seconds, *found)]
             times.add_row(name, phase, str(count), *each, f"{count * (found or [seconds])[0]:.1f}")
@@ -244,7 +237,7 @@ def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: De
 
 def whole_fit(name: str, devices: int, arguments: argparse.Namespace, device: Device, adapters: int = 1) -> float:
     """Seconds of all programs of a fit, or of several whose batches are one, on paper."""
-    given = settings_of(empty_base(name)), shapes_of(name), arguments, device, devices, adapters
+    given = shapes_of(name), arguments, device, devices, adapters
     return sum(count * seconds for count, seconds in phases(*given).values())
 
 

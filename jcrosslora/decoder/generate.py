@@ -1,35 +1,38 @@
-"""Generate text: one batched pass over the prompts, then a token at a time from the cache."""
+"""Generate text: a model with a tokenizer continues prompts, in batches of few shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from typing import Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder.adapters import AppliedAdapter, stack_adapter
-from jcrosslora.decoder.attention import KVCache, init_cache
-from jcrosslora.decoder.draw import draw
-from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
-from jcrosslora.decoder.params import Params, fast_dtype, load_params
-from jcrosslora.decoder.prompt_batches import LONGEST, Beginnings, padded, plan_batches, rounded
-from jcrosslora.decoder.settings import DecoderSettings, settings_of
+from jcrosslora.decoder.adapters import stack_adapter
+from jcrosslora.decoder.loading import fast_dtype, load_model
+from jcrosslora.decoder.model import Model
+from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch, padded, plan_batches, rounded
+from jcrosslora.decoder.sampling import (
+    Behind,
+    Sampling,
+    State,
+    amplified,
+    extend,
+    extend_amplified,
+    prefill,
+    prefill_behind,
+)
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
-Behind = tuple[jax.Array, jax.Array, jax.Array]  # beginnings, their mask and owners, see `prefill_behind`
 UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 
 
@@ -62,20 +65,16 @@ class Generator:
     """A base model that continues prompts, alone or with an adapter.
 
     Attributes:
-        settings: of the base.
-        params: its weights.
-        tokenizer: its tokenizer.
-        adapter: stacked, or None.
+        model: the base with its adapter, if any.
+        tokenizer: of the base.
         name: of the base, for error messages.
-        adapter_name: of the adapter, likewise; None without one.
+        adapter_name: of the adapter, for error messages; None without one.
     """
 
-    settings: DecoderSettings
-    params: Params
+    model: Model
     tokenizer: Tokenizer
-    adapter: AppliedAdapter | None
     name: str
-    adapter_name: str | None
+    adapter_name: str | None = None
 
     @classmethod
     def of(
@@ -83,7 +82,7 @@ class Generator:
         base: BaseModel,
         adapter: Adapter | None = None,
         *,
-        params: Params | None = None,
+        model: Model | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> Self:
         """Load what generation needs.
@@ -91,7 +90,7 @@ class Generator:
         Args:
             base: the model; it needs a tokenizer.
             adapter: of this base; None for the base alone.
-            params: weights of the base, if they are loaded already; None loads them in `fast_dtype()`.
+            model: the base, if it is loaded already; None loads it in `fast_dtype()`.
             tokenizer: of the base, if it is loaded already.
 
         Raises:
@@ -100,8 +99,8 @@ class Generator:
         """
         tokenizer = tokenizer or load_tokenizer(base)
         stacked, name = (None, None) if adapter is None else (stack_adapter(adapter, base), adapter.info.name)
-        params = load_params(base, fast_dtype()) if params is None else params
-        return cls(settings_of(base), params, tokenizer, stacked, base.ref, name)
+        model = model or load_model(base, fast_dtype())
+        return cls(model.with_adapter(stacked), tokenizer, base.ref, name)
 
     def continue_tokens(
         self,
@@ -135,36 +134,39 @@ class Generator:
             AdapterError: with the adapter the predictions are not finite.
             CheckpointError: the predictions are not finite, and there is no adapter.
         """
-        rows = self._continue(prompts, max_new_tokens, temperature, key, shape, pad_left, block, until)
+        shape = shape or (len(prompts), max(map(len, prompts)))
+        batch = PromptBatch(list(range(len(prompts))), [np.asarray(one) for one in prompts], shape)
+        sampling = max_new_tokens, temperature, key
+        rows = self._continue(batch, sampling, pad_left=pad_left, block=block, until=until)
         return [row[~np.isin(row, self.tokenizer.stops)] for row in rows]
 
     def _continue(
         self,
-        prompts: Sequence[Sequence[int] | np.ndarray],
-        max_new_tokens: int,
-        temperature: float,
-        key: jax.Array,
-        shape: tuple[int, int] | None,
-        pad_left: bool,
+        batch: PromptBatch,
+        sampling: tuple[int, float, jax.Array],
+        *,
+        pad_left: bool = True,
         block: int | None = None,
         until: Sequence[str] = (),
-        beginnings: Beginnings | None = None,
     ) -> list[np.ndarray]:
-        """Continue prompts, behind beginnings if there are any, as `continue_tokens` does.
+        """Continue the prompts of a batch as `continue_tokens` does, by the most new tokens, temperature and key.
 
         Rows that ended hold their stop token.
         """
-        tokens, mask = padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
-        behind = None if beginnings is None else jax.tree.map(jnp.asarray, beginnings.arrays(len(tokens)))
+        max_new_tokens, temperature, key = sampling
+        tokens, mask = padded(batch.texts, batch.shape, pad_left)
+        beginnings = batch.beginnings
+        behind = None if beginnings is None else Behind(*map(jnp.asarray, beginnings.arrays(len(tokens))))
         block = block or max_new_tokens
         room = rounded(block * -(-max_new_tokens // block))
         state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
-        rows = [np.zeros(0, np.int32) for _ in prompts]
-        unfinished = list(range(len(prompts)))
+        drawn = Sampling(jnp.float32(temperature), key, jnp.int32(block))
+        rows = [np.zeros(0, np.int32) for _ in batch.texts]
+        unfinished = list(range(len(rows)))
         for start in range(0, max_new_tokens, block):
             if not unfinished:
                 break
-            state, *new = self._extend(state, temperature, key, block)
+            state, *new = self._extend(state, drawn, block)
             written, valid = map(np.asarray, new)
             for row in tuple(unfinished):
                 found = np.concatenate([rows[row], written[row][valid[row]]])
@@ -172,20 +174,12 @@ class Generator:
                 rows[row] = found[:max_new_tokens][:end]
                 if end is not None or found[-1] in self.tokenizer.stops:
                     unfinished.remove(row)
-        if not np.asarray(state.finite)[: len(prompts)].all():
+        if not np.asarray(state.finite)[: len(rows)].all():
             raise not_finite(self.name, self.adapter_name)
         return rows
 
     def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
-        return self._prefill(self.adapter, prompts, mask, behind, room)
-
-    def _prefill(
-        self, adapter: AppliedAdapter | None, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int
-    ) -> State:
-        model = self.settings, self.params, adapter
-        if behind is None:
-            return prefill(*model, prompts, mask, room=room)
-        return prefill_behind(*model, *behind, prompts, mask, room=room)
+        return _begun(self.model, prompts, mask, behind, room)
 
     @property
     def shares_beginnings(self) -> bool:
@@ -194,14 +188,11 @@ class Generator:
         A recurrent state would take up the padding between the two. A rotation that the length of a text switches would
         go by the longest prompt of a beginning.
         """
-        return self.settings.mixer is None and all(rope.long_frequencies is None for rope in self.settings.ropes)
+        settings = self.model.settings
+        return settings.mixer is None and all(rope.long_frequencies is None for rope in settings.ropes)
 
-    def _extend(
-        self, state: State, temperature: float, key: jax.Array, count: int
-    ) -> tuple[State, jax.Array, jax.Array]:
-        model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
-        numbers = jnp.float32(temperature), key, jnp.int32(count)
-        return extend(*model, state, *numbers, count=rounded(count), stop_tokens=stops)
+    def _extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+        return extend(self.model, state, sampling, count=rounded(count), stop_tokens=self.tokenizer.stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
         """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
@@ -263,7 +254,7 @@ class Generator:
         start = 0
         for batch in plan_batches(ids, max_new_tokens, share=self.shares_beginnings):
             model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
-            rows = model._continue(batch.texts, *sampling, batch.shape, True, beginnings=batch.beginnings)
+            rows = model._continue(batch, sampling)
             key = jax.random.fold_in(key, start)
             for place, row in zip(batch.places, rows, strict=True):
                 found[place] = as_written(self.tokenizer, ids[place], row)
@@ -281,185 +272,38 @@ class Generator:
         return self.tokenizer.decode(tokens).rstrip(UNFINISHED)
 
 
-@flax.struct.dataclass
-class State:
-    """A batch of B sequences between two tokens.
+@dataclass(frozen=True, eq=False)
+class AmplifiedGenerator(Generator):
+    """A base with an adapter whose change of the logits is amplified, which shows what the adapter was trained to say.
+
+    A token is drawn from the logits `adapted + strength * (adapted - base)`; both models run on every token.
 
     Attributes:
-        count: int32 (), tokens written so far.
-        scores: float32 (B, V), logits of the next token.
-        positions: int32 (B,), of the next token.
-        cache: of all tokens before; a `KVCache`, or what another `run` of `write_tokens` takes for it.
-        running: bool (B,), False behind a stop token.
-        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
+        strength: how often the change is added once more; 0 samples from the adapted model.
+        plausible: tokens that the adapted model gives less than this share of the probability of its likeliest are not
+            drawn: where both models give a token next to nothing, their difference is noise.
     """
 
-    count: jax.Array
-    scores: jax.Array
-    positions: jax.Array
-    cache: Any
-    running: jax.Array
-    finite: jax.Array
+    strength: float = 1.0
+    plausible: float = 0.0
+
+    def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
+        found, plain = (
+            _begun(model, prompts, mask, behind, room) for model in (self.model, self.model.with_adapter(None))
+        )
+        scores = amplified(found.scores, plain.scores, *self._numbers)
+        return State(found.count, scores, found.positions, (found.cache, plain.cache), found.running, found.finite)
+
+    def _extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+        sizes = {"count": rounded(count), "stop_tokens": self.tokenizer.stops}
+        return extend_amplified(self.model, state, self._numbers, sampling, **sizes)
+
+    @property
+    def _numbers(self) -> tuple[jax.Array, jax.Array]:
+        return jnp.float32(self.strength), jnp.float32(self.plausible)
 
 
-@partial(jax.jit, static_argnames=("settings", "room"))
-def prefill(
-    settings: DecoderSettings,
-    params: Params,
-    adapter: AppliedAdapter | None,
-    prompts: jax.Array,
-    mask: jax.Array,
-    *,
-    room: int,
-) -> State:
-    """Run prompts.
-
-    Args:
-        settings: of the model.
-        params: its weights.
-        adapter: or None.
-        prompts: int32 (B, P).
-        mask: bool (B, P), False at padding on either side; every row has at least one token.
-        room: tokens that the cache has space for behind the prompts.
-    """
-    batch, length = prompts.shape
-    cache = init_cache(settings, batch, length + room, params.cache_dtype)
-    positions = positions_of(prompts, mask)
-    return _begun(settings, params, mask, *extend_cache(settings, params, cache, prompts, positions, adapter))
-
-
-@partial(jax.jit, static_argnames=("settings", "room"))
-def prefill_behind(
-    settings: DecoderSettings,
-    params: Params,
-    adapter: AppliedAdapter | None,
-    beginnings: jax.Array,
-    beginnings_mask: jax.Array,
-    owners: jax.Array,
-    prompts: jax.Array,
-    mask: jax.Array,
-    *,
-    room: int,
-) -> State:
-    """Run prompts behind beginnings, each of which is read once.
-
-    Args:
-        settings: of the model, whose layers all have attention, and rotary settings that no length switches.
-        params: its weights.
-        adapter: or None; the same for all rows.
-        beginnings: int32 (G, P).
-        beginnings_mask: bool (G, P), False at padding on either side; every row has at least one token.
-        owners: int32 (B,), the beginning in front of each prompt.
-        prompts: int32 (B, T), without their beginnings.
-        mask: bool (B, T), like the other.
-        room: tokens that the cache has space for behind the prompts.
-
-    Returns:
-        What `prefill` does of the whole texts; its cache has padding between the two.
-    """
-    slots = beginnings.shape[1] + prompts.shape[1] + room
-    cache = init_cache(settings, beginnings.shape[0], slots, params.cache_dtype)
-    read = (beginnings, beginnings_mask), owners, (prompts, mask)
-    return _begun(settings, params, mask, *extend_behind(settings, params, cache, *read, adapter))
-
-
-def _begun(settings: DecoderSettings, params: Params, mask: jax.Array, hidden: jax.Array, cache: KVCache) -> State:
-    """Return the state behind prompts, from their mask (B, T) and hidden states (B, T, H) and the cache with them."""
-    batch, length = mask.shape
-    last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
-    first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
-    return State(jnp.zeros((), jnp.int32), first, jnp.max(cache.positions, axis=-1) + 1, cache, running, finite)
-
-
-@partial(jax.jit, static_argnames=("settings", "count", "stop_tokens"), donate_argnames="state")
-def extend(
-    settings: DecoderSettings,
-    params: Params,
-    adapter: AppliedAdapter | None,
-    state: State,
-    temperature: jax.Array,
-    key: jax.Array,
-    most: jax.Array | None = None,
-    *,
-    count: int,
-    stop_tokens: tuple[int, ...] = (),
-) -> tuple[State, jax.Array, jax.Array]:
-    """Write up to `most` tokens more; ends early when all sequences have stopped. The state is used up.
-
-    It is compiled once for each `count`, which is at least `most`; None writes up to `count`.
-
-    Returns:
-        The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
-    """
-
-    def run(cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
-        return step(settings, params, cache, tokens, positions, adapter)
-
-    return write_tokens(run, state, temperature, key, most, count, stop_tokens)
-
-
-def write_tokens(
-    run: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
-    state: State,
-    temperature: jax.Array,
-    key: jax.Array,
-    most: jax.Array | None,
-    count: int,
-    stop_tokens: tuple[int, ...],
-) -> tuple[State, jax.Array, jax.Array]:
-    """Draw up to `most` tokens in a loop, as `extend` does.
-
-    Args:
-        run: of the cache in the state, tokens and their positions, int32 (B,) each: logits of the next, and the cache
-            with these in it.
-        state: to go on from.
-        temperature: of the sampling.
-        key: from `jax.random.key`.
-        most: int32 (), the most tokens, at most `count`; None for `count`.
-        count: columns of what is returned, static.
-        stop_tokens: that end a text, static.
-    """
-    shape = len(state.scores), count
-
-    def advance(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
-        place, state, tokens, valid = carry
-        drawn = draw(jax.random.fold_in(key, state.count), state.scores, temperature)
-        drawn = jnp.where(state.running, drawn, 0)
-        finite = state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running)
-        scores, cache = run(state.cache, drawn, state.positions)
-        running = state.running & ~jnp.isin(drawn, jnp.asarray(stop_tokens, jnp.int32))
-        tokens, valid = tokens.at[:, place].set(drawn), valid.at[:, place].set(state.running)
-        return place + 1, State(state.count + 1, scores, state.positions + 1, cache, running, finite), tokens, valid
-
-    start = jnp.zeros((), jnp.int32), state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
-    _, state, tokens, valid = lax.while_loop(
-        lambda carry: (carry[0] < (count if most is None else most)) & jnp.any(carry[1].running), advance, start
-    )
-    return state, tokens, valid
-
-
-def step(
-    settings: DecoderSettings,
-    params: Params,
-    cache: KVCache,
-    tokens: jax.Array,
-    positions: jax.Array,
-    adapter: AppliedAdapter | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """Run one more token of every sequence.
-
-    Args:
-        settings: of the model.
-        params: its weights.
-        cache: of the tokens before; it must have a free slot, otherwise the last one is overwritten.
-        tokens: int32 (B,).
-        positions: int32 (B,), how many tokens, padding not counted, are before each.
-        adapter: or None.
-
-    Returns:
-        float32 (B, V) logits of the token after these, and the cache with these in it.
-    """
-    place = positions[:, None]
-    hidden, cache = extend_cache(settings, params, cache, tokens[:, None], (place, place), adapter)
-    return logits(settings, params, hidden[:, 0]), cache
+def _begun(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
+    if behind is None:
+        return prefill(model, prompts, mask, room=room)
+    return prefill_behind(model, behind, prompts, mask, room=room)

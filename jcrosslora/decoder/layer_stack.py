@@ -13,8 +13,8 @@ from jax import lax
 from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import NO_WINDOW
 from jcrosslora.decoder.layer import LayerWeights
+from jcrosslora.decoder.model import Params
 from jcrosslora.decoder.ops import Row
-from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.segments import join_layers, segments_of
 from jcrosslora.decoder.settings import DecoderSettings
 

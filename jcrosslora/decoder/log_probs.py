@@ -9,35 +9,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.decoder.forward import finish_logits, head_of, logits
-from jcrosslora.decoder.params import Params
-from jcrosslora.decoder.settings import DecoderSettings
+from jcrosslora.decoder.forward import finish_logits, logits
+from jcrosslora.decoder.model import Model
 
 
-def target_log_probs(
-    settings: DecoderSettings, params: Params, hidden: jax.Array, targets: jax.Array, *, chunk: int = 128
-) -> jax.Array:
+def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chunk: int = 128) -> jax.Array:
     """Return float32 (B, T), log p(target) at every position, in nats.
 
     Memory is `chunk` rows of V logits, in the backward pass as well, which computes them again. Under `jax.vmap` over N
     adapters it is N times that.
 
     Args:
-        settings: of the model.
-        params: its weights.
+        model: whose head is used.
         hidden: (B, T, H), `forward(...).hidden`.
         targets: int32 (B, T), the token after each position.
         chunk: positions at a time, static.
     """
-    head = head_of(params)
+    params = model.params
+    head = params.output_head
 
     def log_probs(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         states, wanted = part
         # Computed apart, because the gradient of a gather from all logits is a scatter into V columns, which takes
         # twice the time.
         chosen = jnp.sum(states.astype(jnp.float32) * head[wanted].astype(jnp.float32), axis=-1)
-        chosen = finish_logits(settings, chosen, None if params.head_bias is None else params.head_bias[wanted])
-        scores = logits(settings, params, states)
+        chosen = finish_logits(model.settings, chosen, None if params.head_bias is None else params.head_bias[wanted])
+        scores = logits(model, states)
         return chosen - jax.nn.logsumexp(scores, axis=-1)
 
     return map_positions(log_probs, (hidden, targets), targets.shape, chunk)
@@ -86,21 +83,14 @@ class Divergence:
 
 
 def divergence(
-    settings: DecoderSettings,
-    params: Params,
-    hidden_a: jax.Array,
-    hidden_b: jax.Array,
-    targets: jax.Array,
-    *,
-    chunk: int = 64,
+    model: Model, hidden_a: jax.Array, hidden_b: jax.Array, targets: jax.Array, *, chunk: int = 64
 ) -> Divergence:
     """Compare the predictions from two hidden states at every position, through the same head.
 
     Memory is a few times `chunk` rows of V numbers, in the backward pass as well, which computes the logits again.
 
     Args:
-        settings: of the model.
-        params: its weights; an adapter changes the hidden states, never the head.
+        model: whose head is used; an adapter changes the hidden states, never the head.
         hidden_a: (..., H), `forward(...).hidden`.
         hidden_b: (..., H), of another run over the same tokens, e.g. with an adapter.
         targets: int32 (...), a token for each position, e.g. the next one.
@@ -109,7 +99,7 @@ def divergence(
 
     def compare(part: tuple[jax.Array, jax.Array, jax.Array]) -> Divergence:
         states_a, states_b, wanted = part
-        log_a, log_b = (jax.nn.log_softmax(logits(settings, params, states), -1) for states in (states_a, states_b))
+        log_a, log_b = (jax.nn.log_softmax(logits(model, states), -1) for states in (states_a, states_b))
         chosen = (jnp.take_along_axis(log, wanted[:, None], axis=-1)[:, 0] for log in (log_a, log_b))
         return Divergence(_kl(log_a, log_b), *chosen)
 

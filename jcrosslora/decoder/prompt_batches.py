@@ -1,12 +1,11 @@
-"""Put prompts into batches of few shapes; beginnings that several of them have in common are read once."""
+"""Put prompts into batches of few shapes; a beginning that several of them have in common is read once for all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from jcrosslora.decoder.common_beginnings import Group, common_beginnings
 from jcrosslora.utils.cost import TEXT, Cost
 
 _BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
@@ -19,11 +18,29 @@ _BEGINNINGS = (1, 2, 4, 8)  # of a batch, likewise
 _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
+SHORTEST = 32  # tokens of a common beginning, the fewest; their number is a multiple of `_MULTIPLE`
 # Share of the tokens of whole prompts that batches behind common beginnings have at most: they are compiled anew, and
 # the passes over beginnings and what is behind them are two.
 _WORTH = 0.9
 # Prompts are read with an adapter and kept in the cache: 48 took 104 to 115 ms where passes of 8 texts without take 73.
 _PREFILL = 1.5
+
+
+class Group(NamedTuple):
+    """Prompts with a common beginning.
+
+    Attributes:
+        places: of the prompts, at least two.
+        length: tokens that they all begin with, fewer than the shortest of them has.
+    """
+
+    places: list[int]
+    length: int
+
+    @property
+    def saved(self) -> int:
+        """Tokens that need not be read again."""
+        return (len(self.places) - 1) * self.length
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,3 +208,43 @@ def padded(
         place = slice(shape[1] - len(prompt), None) if left else slice(len(prompt))
         tokens[row, place], mask[row, place] = prompt, True
     return tokens, mask
+
+
+def common_beginnings(ids: Sequence[np.ndarray]) -> list[Group]:
+    """Group prompts by their beginnings, int32 (T,) token ids each.
+
+    Of prompts that begin alike, some may go on alike for longer than others: they are divided where that saves more.
+
+    Returns:
+        Groups without a prompt in common, in the order of their first prompts as far as they are not divided; prompts
+        that begin like no other are in none.
+    """
+    return [group for part in _alike(ids, range(len(ids)), 0, SHORTEST) for group in _divided(ids, part)]
+
+
+def _divided(ids: Sequence[np.ndarray], places: list[int]) -> list[Group]:
+    """Return one group of prompts that begin alike, or several with longer beginnings."""
+    whole = Group(places, _common_length([ids[place] for place in places]))
+    finer = [group for part in _alike(ids, places, whole.length, _MULTIPLE) for group in _divided(ids, part)]
+    inside = {place for group in finer for place in group.places}
+    others = [place for place in places if place not in inside]
+    finer += [Group(others, whole.length)] if len(others) > 1 else []
+    return finer if sum(group.saved for group in finer) > whole.saved else [whole]
+
+
+def _alike(ids: Sequence[np.ndarray], places: Iterable[int], start: int, count: int) -> list[list[int]]:
+    """Put prompts together that have the same `count` tokens from `start` on, and at least one more behind them."""
+    found: dict[bytes, list[int]] = {}
+    for place in places:
+        if len(ids[place]) > start + count:
+            found.setdefault(ids[place][start : start + count].tobytes(), []).append(place)
+    return [part for part in found.values() if len(part) > 1]
+
+
+def _common_length(prompts: Sequence[np.ndarray]) -> int:
+    """Count the tokens that all prompts begin with, rounded down; each has one behind them, from which it goes on."""
+    first, length = prompts[0], min(map(len, prompts)) - 1
+    for prompt in prompts[1:]:
+        unequal = np.flatnonzero(prompt[:length] != first[:length])
+        length = int(unequal[0]) if len(unequal) else length
+    return length // _MULTIPLE * _MULTIPLE

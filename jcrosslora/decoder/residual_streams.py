@@ -1,6 +1,5 @@
 """Compute the residual streams of a base on many texts, with or without an adapter, one layer at a time."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, load_params, settings_of
+from jcrosslora.decoder import DecoderSettings, Model, StackedAdapter, StackedFactors, load_model
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
@@ -32,18 +31,15 @@ class Texts:
     """A base and the texts that it reads.
 
     Attributes:
-        settings: of the base.
-        params: its weights, without head and with the embeddings of the occurring tokens alone.
+        model: the base, without head and with the embeddings of the occurring tokens alone.
         rows: int32 (B, T) of each batch, rows of that embedding.
         masks: bool (B, T) of each batch, False at padding.
     """
 
-    def __init__(self, base: BaseModel, params: Params | None, read: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.settings = settings_of(base)
-        params = load_params(base) if params is None else params
+    def __init__(self, base: BaseModel, model: Model | None, read: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         kept = np.unique(np.concatenate([tokens.ravel() for tokens, _ in read]))
         # An embedding may be larger than all layers together.
-        self.params = jax.block_until_ready(dataclasses.replace(params.with_tokens(kept), head=None))
+        self.model = jax.block_until_ready((model or load_model(base)).of_tokens(kept))
         self.rows = [jnp.asarray(np.searchsorted(kept, tokens).astype(np.int32)) for tokens, _ in read]
         self.masks = [jnp.asarray(mask) for _, mask in read]
 
@@ -57,12 +53,12 @@ class Stream:
     """
 
     def __init__(self, texts: Texts, adapter: StackedAdapter | None) -> None:
-        self._texts, self._settings = texts, texts.settings
+        self._texts, self._settings = texts, texts.model.settings
         self._adapter = _nonzero(adapter)
         self._start()
 
     def _start(self) -> None:
-        begun = [embed(self._settings, self._texts.params, rows) for rows in self._texts.rows]
+        begun = [embed(self._texts.model, rows) for rows in self._texts.rows]
         self.states, self._inputs = [x for x, _ in begun], [inputs for _, inputs in begun]
         self._keys = [last_keys(self._settings, x) for x in self.states]
         self.done = 0
@@ -80,7 +76,7 @@ class Stream:
         return list(self._run_batches())
 
     def _run_batches(self) -> Iterator[Down]:
-        weights = layer_at(self._settings, self._texts.params, self._adapter, self.done)
+        weights = layer_at(self._settings, self._texts.model.params, self._adapter, self.done)
         for place, (mask, state) in enumerate(zip(self._texts.masks, self.states, strict=True)):
             before = state, self._keys[place]
             (self.states[place], self._keys[place]), down = jax.block_until_ready(
@@ -100,7 +96,7 @@ class Stream:
         scale = jnp.float32(self._settings.residual_scale)
         if self._settings.normed_behind(layer):
             place = self._settings.layers_with("mlp_post").index(layer)
-            return self._texts.params.norms["mlp_post"][place] * scale
+            return self._texts.model.params.norms["mlp_post"][place] * scale
         return jnp.full(self._settings.hidden, scale)
 
 

@@ -22,12 +22,12 @@ import numpy as np
 import optax
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.distill.batches import BATCH, DistillationBatch
 from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.memory import MOST_REMEMBERED, needs_remat
 from jcrosslora.distill.settings import DistillSettings, Optimizer
-from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.training.lora_rite import lora_rite
@@ -168,9 +168,9 @@ class _Run:
     ) -> None:
         self._teacher, self._held_out, self._settings = teacher, held_out, settings
         self._start, self._begun, self._seed = start, begun, seed
-        self.state = first_state(teacher.target.params, settings, seed)
+        self.state = first_state(teacher.target.model, settings, seed)
         self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
-        self.looks = [Look(self._seconds(), 0, mean_kl(teacher.target, self.adapter, held_out))]
+        self.looks = [Look(self._seconds(), 0, self._divergence())]
         record({"divergence": self.looks[0].divergence, "completions": 0}, 0)
 
     @property
@@ -194,7 +194,7 @@ class _Run:
 
         The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
         """
-        target, settings = self._teacher.target, self._settings
+        target, settings = self._teacher.target.with_adapter(self._start), self._settings
         size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
         before = self.share()
         rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
@@ -205,15 +205,12 @@ class _Run:
             batch, first = batches[index], place < len(batches)
             rate = jnp.float32(settings.rate * schedule(self.share()))
             state = gradient_step(
-                target.settings,
+                target,
                 settings.optimizer,
-                target.params,
-                self._start,
                 self.state,
                 read(index),
                 rate,
-                ends=target.ends,
-                remat=needs_remat(target.settings, batch.tokens_tgt.shape),
+                remat=needs_remat(target.model.settings, batch.tokens_tgt.shape),
             )
             self.state = jax.block_until_ready(state)
             self._used += batch.rows * first
@@ -233,12 +230,15 @@ class _Run:
         if self._seen == int(self.state.step):
             return
         self._seen = int(self.state.step)
-        found = mean_kl(self._teacher.target, self.adapter, self._held_out)
+        found = self._divergence()
         if found < min(look.divergence for look in self.looks):
             self.state = replace(self.state, best=self.state.factors)
         self.looks.append(Look(self._seconds(), self._used, found))
         record({"divergence": found, "completions": self._used}, self._seen)
         bar.note = f"divergence {min(look.divergence for look in self.looks):.3f}"
+
+    def _divergence(self) -> float:
+        return mean_kl(self._teacher.target.with_adapter(self.adapter), self._held_out)
 
     def restore(self, checkpoints: Checkpoints) -> None:
         """Take up the newest saved state, if there is one."""
@@ -275,18 +275,16 @@ class _Remembered:
         return found
 
 
-def mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
-    """Mean KL(teacher || target with the adapter), nats a position."""
-    sums = [_kl(target.settings, target.params, adapter, batch, target.ends) for batch in batches]
+def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
+    """Mean KL(teacher || target with its adapter), nats a position."""
+    sums = [_kl(student, batch) for batch in batches]
     return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def _kl(
-    settings: DecoderSettings, params: Params, adapter: StackedAdapter, batch: TaughtBatch, ends: int
-) -> tuple[jax.Array, jax.Array]:
-    student = shared_log_probs(settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends)
-    return weighted_kl(batch.teacher, student, batch.weight)
+@jax.jit
+def _kl(student: RestrictedModel, batch: TaughtBatch) -> tuple[jax.Array, jax.Array]:
+    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
+    return weighted_kl(batch.teacher, found, batch.weight)
 
 
 def schedule(share: float) -> float:
@@ -296,11 +294,11 @@ def schedule(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> FitState:
+def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitState:
     """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
-    rng, roles = np.random.default_rng([seed, 2]), {}
-    for role in (role for role in settings.roles or ROLES if role in params.weights):
-        layers, rows, columns = params.weights[role].shape
+    rng, roles, weights = np.random.default_rng([seed, 2]), {}, target.params.weights
+    for role in (role for role in settings.roles or ROLES if role in weights):
+        layers, rows, columns = weights[role].shape
         rank, bound = min(settings.fit_rank, rows, columns), columns**-0.5
         a = jnp.asarray(rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32))
         roles[role] = StackedFactors(a, jnp.zeros((layers, rows, rank), jnp.float32))
@@ -310,27 +308,23 @@ def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> Fit
 
 
 # The state is not donated: the best update and the one that writes share its arrays.
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("ends", "remat"))
+@partial(jax.jit, static_argnames=("optimizer", "remat"))
 def gradient_step(
-    settings: DecoderSettings,
+    target: RestrictedModel,
     optimizer: Optimizer,
-    params: Params,
-    start: StackedAdapter | None,
     state: FitState,
     batch: TaughtBatch,
     rate: jax.Array,
     *,
-    ends: int,
     remat: bool,
 ) -> FitState:
-    """Take a step on the weighted mean of KL(teacher || target) over a batch."""
+    """Take a step on the weighted mean of KL(teacher || target) over a batch; an adapter of the target stays."""
+    start: Any = target.model.adapter
 
     def loss(factors: StackedAdapter) -> jax.Array:
-        adapter = factors if start is None else join_stacked(start, factors)
-        student = shared_log_probs(
-            settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends, remat=remat
-        )
-        total, weight = weighted_kl(batch.teacher, student, batch.weight)
+        student = target.with_adapter(factors if start is None else join_stacked(start, factors))
+        found = shared_log_probs(student, batch.tokens, batch.mask, batch.at, remat=remat)
+        total, weight = weighted_kl(batch.teacher, found, batch.weight)
         return total / weight
 
     # optax's types know arrays and not trees of them.

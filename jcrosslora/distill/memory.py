@@ -6,7 +6,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.decoder import DecoderSettings, settings_of
-from jcrosslora.decoder.weight_sizes import stack_shapes
+from jcrosslora.decoder.sharding import stack_shapes
 from jcrosslora.distill.batches import row_shape
 from jcrosslora.distill.completions import MOST_TOKENS
 from jcrosslora.distill.settings import DistillSettings

@@ -33,7 +33,7 @@ from jax import lax
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import Params, StackedAdapter, StackedFactors, stack_adapter
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, stack_adapter
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
@@ -67,7 +67,7 @@ def fit_residual(
     *,
     rank: int = 16,
     scale: float = 0.6,
-    params: tuple[Params, Params] | None = None,
+    models: tuple[Model, Model] | None = None,
 ) -> StackedAdapter:
     """Fit updates of the target's down_proj that change its residual stream as an adapter changes the source's.
 
@@ -86,7 +86,7 @@ def fit_residual(
             Every step back in this list repeats the source's forward passes.
         rank: R of each update.
         scale: factor of the source's change.
-        params: weights of source and target, if they are loaded already.
+        models: source and target, if they are loaded already.
 
     Returns:
         The updates without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero in
@@ -103,7 +103,7 @@ def fit_residual(
     _check(source, target, batches, layers, rank, min(hidden, inner))
     stacked = stack_adapter(adapter, source)
     texts_src, texts_tgt = (
-        Texts(base, None if params is None else params[side], [_tokens_of(batch, side) for batch in batches])
+        Texts(base, None if models is None else models[side], [_tokens_of(batch, side) for batch in batches])
         for side, base in enumerate((source, target))
     )
     teacher, taught = Stream(texts_src, None), Stream(texts_src, stacked)
@@ -122,7 +122,7 @@ def fit_residual(
         teacher.run_to(feeder)
         taught.run_to(feeder)
         streams = [teacher.states, taught.states, plain.states, student.states]
-        settings = texts_tgt.settings
+        settings = texts_tgt.model.settings
         sums = _summed(settings.eps if settings.normed_behind(layer) else None, batches, streams, downs)
         factors = jax.block_until_ready(_solve(sums, student.gain(layer), jnp.float32(scale), rank))
         place = held.index(layer)

@@ -20,13 +20,12 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import (
     Generator,
+    LoadedBases,
     StackedAdapter,
     fast_dtype,
-    settings_of,
     stack_adapter,
     unstack_adapter,
 )
-from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.fit import Fitted, Look, fit
@@ -34,7 +33,7 @@ from jcrosslora.distill.saved import kept_states
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource, digest_values
 from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.distill.symbols import Symbols, find_symbols
 from jcrosslora.distill.task_search import choose_writer
@@ -124,10 +123,10 @@ def distill(
     clock = time.monotonic()
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
-    params = loaded.params(target, fast_dtype())
+    model = loaded.model(target, fast_dtype())
     writer: Writer = source.alone()
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
-        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]), shared)
+        writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
     if prompts:
         completions = answer_given(source, writer, prompts, settings, seed, shared=shared)
     else:
@@ -137,10 +136,10 @@ def distill(
     rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
     symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
     reader = source.reader(symbols.heads(0), len(ends[0]))
-    tgt = ReducedBase.of(settings_of(target), params, symbols.heads(1), len(ends[1]))
+    tgt = RestrictedModel.of(model, symbols.heads(1), len(ends[1]))
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
-        student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
+        student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
         answerer = source if own is None else student
         items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []

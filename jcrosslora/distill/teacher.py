@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.protocol import Reader
-from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import Symbols, in_source_symbols, in_target_symbols
 from jcrosslora.distill.token_choice import chosen_weights
 
@@ -50,7 +50,7 @@ class Teacher:
     def __init__(
         self,
         source: Reader,
-        target: ReducedBase,
+        target: RestrictedModel,
         settings: DistillSettings,
         symbols: Symbols,
         known: float = 1.0,
@@ -88,11 +88,11 @@ class Teacher:
             The batch with the target's own predictions in place of the teacher's; and the source's predictions without
             and with its adapter.
         """
-        tgt, symbols = self.target, self._symbols
+        symbols = self._symbols
         read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
         found, spread = None, None
         if own or not self._source.complete:
-            found = shared_log_probs(tgt.settings, tgt.params, None, *read, ends=tgt.ends)
+            found = shared_log_probs(self.target, *read)
         if found is not None and not self._source.complete:
             spread = in_source_symbols(found, symbols)
         moved, to, weight = map(jnp.asarray, symbols.columns(batch))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Generator, Params, Written, load_params, settings_of, stack_adapters
+from jcrosslora.decoder import Generator, Model, Written, load_model, stack_adapters
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
@@ -31,7 +31,7 @@ def answer(
     max_new_tokens: int | None = None,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Answers:
     """Write the likeliest answer to each example, token by token, under the base and under the base with each adapter.
@@ -51,7 +51,7 @@ def answer(
             512 at most.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once for the likelihoods, over all adapters.
-        params: the weights, if they are loaded already; then `dtype` is not used.
+        model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
 
     Raises:
@@ -75,7 +75,7 @@ def answer(
     room = max_new_tokens or _room(tokenizer, completions)
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
-    models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
+    models = Models((model or load_model(base, dtype)).with_adapter(stacked), count)
     names = (base.name, *(adapter.info.name for adapter in adapters))
     sums, _ = log_prob_sums(models, names, items, batch_tokens, unit="examples")
     written = _write(models, names, tokenizer, completions, room)
@@ -93,9 +93,7 @@ def _write(
     prompts, found = [one.prompt for one in completions], []
     with track(models.count * len(prompts), "write answers", "answers") as bar:
         for place in range(models.count):
-            adapter = jax.tree.map(lambda leaf, place=place: leaf[place], models.adapters)
-            adapter_name = names[place] if place else None
-            generator = Generator(models.settings, models.params, tokenizer, adapter, names[0], adapter_name)
+            generator = Generator(models.one(place), tokenizer, names[0], names[place] if place else None)
             found.append(tuple(generator.write(prompts, max_new_tokens, 0.0, jax.random.key(0), bar=bar)))
     return tuple(found)
 

@@ -7,8 +7,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, settings_of, stack_adapter
-from jcrosslora.decoder.loaded import LoadedBases
+from jcrosslora.decoder import LoadedBases, Model, stack_adapter
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.effect import Change, Effect
@@ -62,9 +61,9 @@ def check_effect(
     src, tgt, loaded = [], [], loaded or LoadedBases()
     with track(2 * len(batches), "measure the effect", "passes") as bar:
         for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
-            model = settings_of(base), loaded.params(base)
+            model = loaded.model(base).with_adapter(stack_adapter(one, base))
             for kind in batches:
-                found.append(measure(*model, stack_adapter(one, base), [part_of(batch, side) for batch in kind]))
+                found.append(measure(model, [part_of(batch, side) for batch in kind]))
                 bar.update()
             del model
     _check_finite(src, source, adapter)
@@ -87,7 +86,7 @@ def effect_cost(*, written: bool) -> Cost:
     return read if written else read + writing_cost(TEXTS, LENGTH, prompt=1)
 
 
-def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, params: Params | None = None) -> list[str]:
+def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, model: Model | None = None) -> list[str]:
     """Let a base write as many texts with an adapter as `check_effect` uses.
 
     Returns:
@@ -98,7 +97,7 @@ def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, params:
         CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
     """
     try:
-        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, params=params)
+        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, model=model)
     except MethodError:
         return []
 

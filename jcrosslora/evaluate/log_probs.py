@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
+from jcrosslora.decoder import AppliedAdapter, Model, init_cache, target_log_probs
 from jcrosslora.decoder.forward import extend_behind
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.question_batches import Batch, Tokens, batches
@@ -23,20 +23,20 @@ class Models:
     """A base with several adapters.
 
     Attributes:
-        settings: of the base.
-        params: its weights.
-        adapters: stacked over A.
+        model: the base, with adapters stacked over A.
         count: A.
     """
 
-    settings: DecoderSettings
-    params: Params
-    adapters: StackedAdapter
+    model: Model
     count: int
+
+    def one(self, place: int) -> Model:
+        """Return the base with one of the adapters."""
+        return self.model.with_adapter(jax.tree.map(lambda leaf: leaf[place], self.model.adapter))
 
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
         """Batch questions as `question_batches.batches` does; choices that are rotated apart share no tokens."""
-        switches = [rope.switch for rope in self.settings.ropes if rope.switch is not None]
+        switches = [rope.switch for rope in self.model.settings.ropes if rope.switch is not None]
         return batches([one.unshared() if any(map(one.straddles, switches)) else one for one in items], positions)
 
 
@@ -122,8 +122,8 @@ def _token_log_probs(models: Models, parts: Iterator[Batch], bar: Track) -> Iter
 
 def token_states(models: Models, part: Batch) -> TokenStates:
     """Run the layers over a batch."""
-    arrays = (part.prefix, part.prefix_mask, part.tails, part.tail_mask, part.owner)
-    hidden = np.asarray(_tail_states(models.settings, models.params, models.adapters, models.count, *arrays))
+    prefixes, tails = (part.prefix, part.prefix_mask), (part.tails, part.tail_mask)
+    hidden = np.asarray(_tail_states(models.model, models.count, prefixes, part.owner, tails))
     return TokenStates(hidden.reshape(models.count, -1, hidden.shape[-1])[:, part.picked], part.wanted, part.places)
 
 
@@ -131,34 +131,29 @@ def _finish(models: Models, states: TokenStates, size: int) -> tuple[np.ndarray,
     used = len(states.wanted)
     hidden = np.pad(states.hidden, ((0, 0), (0, size - used), (0, 0)))
     wanted = np.pad(states.wanted, (0, size - used))
-    return states.places, np.asarray(_log_probs(models.settings, models.params, hidden, wanted))[:, :used]
+    return states.places, np.asarray(_log_probs(models.model.with_adapter(None), hidden, wanted))[:, :used]
 
 
-@partial(jax.jit, static_argnames=("settings", "count"))
+@partial(jax.jit, static_argnames="count")
 def _tail_states(
-    settings: DecoderSettings,
-    params: Params,
-    adapters: StackedAdapter,
+    model: Model,
     count: int,
-    prefix: jax.Array,
-    prefix_mask: jax.Array,
-    tails: jax.Array,
-    tail_mask: jax.Array,
+    prefixes: tuple[jax.Array, jax.Array],
     owner: jax.Array,
+    tails: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """(A, R, T, H): hidden states of the tails, each behind the prefix of its question."""
-    slots = prefix.shape[1] + tails.shape[1]
+    """(A, R, T, H): hidden states of the tails, each behind the prefix of its question; tokens and masks of both."""
+    slots = prefixes[0].shape[1] + tails[0].shape[1]
 
-    def one(adapter: StackedAdapter) -> jax.Array:
-        cache = init_cache(settings, prefix.shape[0], slots, params.stream_dtype)
-        read = (prefix, prefix_mask), owner, (tails, tail_mask)
-        return extend_behind(settings, params, cache, *read, adapter)[0]
+    def one(adapter: AppliedAdapter | None) -> jax.Array:
+        cache = init_cache(model.settings, prefixes[0].shape[0], slots, model.params.stream_dtype)
+        return extend_behind(model.with_adapter(adapter), cache, prefixes, owner, tails)[0]
 
-    return jax.vmap(one, axis_size=count)(adapters)
+    return jax.vmap(one, axis_size=count)(model.adapter)
 
 
-@partial(jax.jit, static_argnames="settings")
-def _log_probs(settings: DecoderSettings, params: Params, states: jax.Array, wanted: jax.Array) -> jax.Array:
+@jax.jit
+def _log_probs(model: Model, states: jax.Array, wanted: jax.Array) -> jax.Array:
     """float32 (A, S): log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
     targets = jnp.broadcast_to(wanted, states.shape[:2])
-    return target_log_probs(settings, params, states, targets, chunk=_LOGITS_AT_ONCE)
+    return target_log_probs(model, states, targets, chunk=_LOGITS_AT_ONCE)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
+from jcrosslora.decoder import Model, forward
 from jcrosslora.decoder.log_probs import Divergence, divergence
 from jcrosslora.evaluate.probes import ProbeBatch
 
@@ -68,23 +67,20 @@ def part_of(batch: ProbeBatch, side: int) -> Part:
     return Part(tokens, mask, picked, picked // width, matched.reshape(-1)[picked])
 
 
-def measure(settings: DecoderSettings, params: Params, adapter: StackedAdapter, parts: Sequence[Part]) -> Figures:
-    """Run a base without and with an adapter, and average the figures over each text.
+def measure(model: Model, parts: Sequence[Part]) -> Figures:
+    """Run a base without and with its adapter, and average the figures over each text.
 
     Args:
-        settings: of the base.
-        params: its weights.
-        adapter: of this base.
+        model: the base with an adapter.
         parts: batches of one shape, with one position or more in all; texts without any are left out of the figures.
     """
     # The base is the adapter of zeros: one compiled program serves both.
-    adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
+    base = model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
     plain, adapted = (
-        np.concatenate([_picked(_states(settings, params, one, part.tokens, part.mask), part) for part in parts])
-        for one in adapters
+        np.concatenate([_picked(_states(one, part.tokens, part.mask), part) for part in parts]) for one in (base, model)
     )
     wanted = np.concatenate([part.tokens.reshape(-1)[part.at + 1] for part in parts])
-    found = _through_head(settings, params, plain, adapted, wanted)
+    found = _through_head(model.with_adapter(None), plain, adapted, wanted)
     matched = np.concatenate([part.matched for part in parts])
     text = np.concatenate([number * len(part.tokens) + part.text for number, part in enumerate(parts)])
     return _by_text(found, text, matched)
@@ -105,25 +101,17 @@ def _picked(hidden: jax.Array, part: Part) -> np.ndarray:
     return np.asarray(hidden.reshape(-1, hidden.shape[-1]))[part.at]
 
 
-def _through_head(
-    settings: DecoderSettings, params: Params, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray
-) -> Divergence:
+def _through_head(model: Model, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray) -> Divergence:
     """Give the head the same number of states in each call, so that it is compiled once."""
     count = len(wanted)
     rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE).clip(max=count - 1).reshape(-1, _AT_ONCE)
-    found = [_compare(settings, params, plain[part], adapted[part], wanted[part]) for part in rows]
+    found = [_compare(model, plain[part], adapted[part], wanted[part]) for part in rows]
     return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)
 
 
-@partial(jax.jit, static_argnums=0)
-def _states(
-    settings: DecoderSettings, params: Params, adapter: StackedAdapter, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
-    return forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+@jax.jit
+def _states(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return forward(model, tokens, mask=mask).hidden
 
 
-@partial(jax.jit, static_argnums=0)
-def _compare(
-    settings: DecoderSettings, params: Params, plain: jax.Array, adapted: jax.Array, wanted: jax.Array
-) -> Divergence:
-    return divergence(settings, params, plain, adapted, wanted)
+_compare = jax.jit(divergence)

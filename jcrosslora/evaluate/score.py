@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
+from jcrosslora.decoder import Model, load_model, stack_adapters
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.log_probs import Models, log_prob_sums
 from jcrosslora.evaluate.question_batches import Tokens, tokenize
@@ -24,7 +24,7 @@ def score(
     *,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Scores:
     """Score every choice of every question under the base and under the base with each adapter.
@@ -38,7 +38,7 @@ def score(
         adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once, over all adapters.
-        params: the weights, if they are loaded already; then `dtype` is not used.
+        model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
 
     Raises:
@@ -56,7 +56,7 @@ def score(
     items = read_questions(base, questions, tokenizer)
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
-    models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
+    models = Models((model or load_model(base, dtype)).with_adapter(stacked), count)
     names = (base.name, *(adapter.info.name for adapter in adapters))
     log_probs, tokens = log_prob_sums(models, names, items, batch_tokens, unit="questions")
     return Scores.of(names, questions, log_probs, tokens)

@@ -15,7 +15,7 @@ from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import begin
 
 if TYPE_CHECKING:
-    from jcrosslora.decoder.loaded import LoadedBases
+    from jcrosslora.decoder import LoadedBases
     from jcrosslora.evaluate.effect import Effect
 
 EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
@@ -72,5 +72,5 @@ def _texts(source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases 
     from jcrosslora.decoder import fast_dtype
     from jcrosslora.evaluate.effect_check import adapter_texts
 
-    params = None if loaded is None else loaded.params(source, fast_dtype())
-    return adapter_texts(source, original, seed=seed, params=params)
+    model = None if loaded is None else loaded.model(source, fast_dtype())
+    return adapter_texts(source, original, seed=seed, model=model)

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
-from jcrosslora.decoder.sharding import mesh_of
-from jcrosslora.decoder.weight_sizes import held_numbers
+from jcrosslora.decoder.sharding import held_numbers, mesh_of
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.maps.alignment.groups import ALIGN

@@ -41,7 +41,7 @@ from jcrosslora.utils.memory import free_memory
 from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
 
 if TYPE_CHECKING:
-    from jcrosslora.decoder.loaded import LoadedBases
+    from jcrosslora.decoder import LoadedBases
     from jcrosslora.evaluate.effect import Effect
     from jcrosslora.evaluate.probes import Probes
     from jcrosslora.session.estimate import Estimate
@@ -95,8 +95,8 @@ class PairSession:
         if not (method.runs_bases or options.effect == "always"):
             return None
         # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.decoder.loaded import LoadedBases, loaded_within
-        from jcrosslora.decoder.weight_sizes import held_numbers
+        from jcrosslora.decoder import LoadedBases, loaded_within
+        from jcrosslora.decoder.sharding import held_numbers
         from jcrosslora.session.estimate import place_bases
 
         bases = self.pair.source, self.pair.target

@@ -84,7 +84,7 @@ class QueriedSession:
         profile: Profile = "peft",
     ) -> TransferResult:
         """Fit an update of the target to the source that `opening` (from `load`) opens, see `PairSession.transfer`."""
-        from jcrosslora.decoder.loaded import LoadedBases
+        from jcrosslora.decoder import LoadedBases
         from jcrosslora.session.estimate import place_bases
 
         request = self._check(method, options, profile)

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.family.parts import holds
 from jcrosslora.checkpoint.layout import norm_sizes
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, fast_dtype, forward, settings_of
+from jcrosslora.decoder import DecoderSettings, Model, Params, StackedAdapter, fast_dtype, forward, settings_of
 from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.linalg import decompose
@@ -100,7 +100,7 @@ class Stopwatch:
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            return partial(_pass, few, _made_up_params(few, base, dtype), _tokens(shape))
+            return partial(_pass, _made_up_model(few, base, dtype), _tokens(shape))
 
         return self._fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
@@ -112,10 +112,10 @@ class Stopwatch:
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            params = _made_up_params(few, base, fast_dtype())
-            factors = jax.eval_shape(lambda: first_state(params, fit).factors)
+            model = _made_up_model(few, base, fast_dtype())
+            factors = jax.eval_shape(lambda: first_state(model, fit).factors)
             factors = jax.tree.map(lambda one: jnp.asarray(_numbers(one.shape, one.dtype)), factors)
-            return partial(_gradient, few, params, factors, _tokens(_READ))
+            return partial(_gradient, model, factors, _tokens(_READ))
 
         key = few, fast_dtype().name, fit.roles, fit.fit_rank
         return self._fastest(key, make, _RUNS) / few.layers
@@ -154,14 +154,14 @@ def _few_layers(base: BaseModel) -> DecoderSettings:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _pass(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
-    return forward(settings, params, tokens).hidden
+@jax.jit
+def _pass(model: Model, tokens: jax.Array) -> jax.Array:
+    return forward(model, tokens).hidden
 
 
-@partial(jax.jit, static_argnums=0)
-def _gradient(settings: DecoderSettings, params: Params, factors: StackedAdapter, tokens: jax.Array) -> StackedAdapter:
-    return jax.grad(lambda own: jnp.sum(forward(settings, params, tokens, adapter=own).hidden))(factors)
+@jax.jit
+def _gradient(model: Model, factors: StackedAdapter, tokens: jax.Array) -> StackedAdapter:
+    return jax.grad(lambda own: jnp.sum(forward(model.with_adapter(own), tokens).hidden))(factors)
 
 
 def _tokens(shape: tuple[int, int]) -> jax.Array:
@@ -174,8 +174,8 @@ def _numbers(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     return np.resize(few.astype(dtype), shape)
 
 
-def _made_up_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Params:
-    """Make the weights of the layers as `load_params` would: bfloat16 as bits, norms as float32."""
+def _made_up_model(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Model:
+    """Make the layers as `load_model` would: bfloat16 as bits, norms as float32."""
     packed = dtype == jnp.bfloat16
 
     def matrix(*shape: int) -> jax.Array:
@@ -193,7 +193,7 @@ def _made_up_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike
     norms = norm_sizes(family, base.dims, base.config)
     tensors = {name: tensor for name, tensor in family.layer_tensors(base.config).items() if holds(parts, name)}
     width = settings.layer_inputs
-    return Params(
+    params = Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
         final_norm=ones(settings.hidden),
@@ -208,3 +208,4 @@ def _made_up_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike
         if width
         else None,
     )
+    return Model(settings, params)

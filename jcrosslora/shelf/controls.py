@@ -12,7 +12,7 @@ import scipy.sparse
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.shelf.records import ShelfEntry
@@ -100,7 +100,7 @@ class CertaintyRetriever:
     def __init__(self, base: BaseModel, entries: Sequence[ShelfEntry], load: Callable[[str], Adapter]) -> None:
         """Run every adapter on samples; `load` loads one by its name."""
         self._base, self._entries, self._load = base, entries, load
-        self._tokenizer, self._params = load_tokenizer(base), load_params(base, fast_dtype())
+        self._tokenizer, self._model = load_tokenizer(base), load_model(base, fast_dtype())
         samples = [(number, one) for number, entry in enumerate(entries) for one in entry.samples]
         background = spread(samples, _BACKGROUND)
         self._usual = np.ones(len(entries))
@@ -126,7 +126,7 @@ class CertaintyRetriever:
             for number, entry in enumerate(self._entries):
                 adapter = self._load(entry.name)
                 tokenizer = with_own_template(self._tokenizer, adapter.info.chat_template)
-                yield number, DecoderSource.of(self._base, adapter, params=self._params, tokenizer=tokenizer)
+                yield number, DecoderSource.of(self._base, adapter, model=self._model, tokenizer=tokenizer)
                 bar.update()
 
     def _changes(self, source: DecoderSource, entry: ShelfEntry, prompts: Sequence[Prompt]) -> np.ndarray:

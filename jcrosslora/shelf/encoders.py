@@ -13,13 +13,12 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer, pad_right
-from jcrosslora.decoder import DecoderSettings, fast_dtype, load_params, settings_of
+from jcrosslora.decoder import DecoderSettings, Model, fast_dtype, load_model
 from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer import LayerWeights
 from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.decoder.params import Params
 from jcrosslora.errors import UsageError, not_finite, suggestion
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import prompt_text
@@ -69,25 +68,23 @@ class HiddenStates:
     """The mean of the base's residual stream after its middle layer, over the tokens of a prompt.
 
     Attributes:
-        params: of the base, for the embedding.
+        model: the base, for the embedding.
         layers: the arrays of each layer up to the middle one.
         name: of the base, for messages.
     """
 
-    settings: DecoderSettings
+    model: Model
     tokenizer: Tokenizer
-    params: Params
     layers: tuple[LayerWeights, ...]
     name: str
 
     @classmethod
     def of(cls, base: BaseModel) -> HiddenStates:
         """Load a base; raise CheckpointError if it cannot be read or the decoder does not support it."""
-        settings, tokenizer = settings_of(base), load_tokenizer(base)
-        params = load_params(base, fast_dtype())
+        tokenizer, model = load_tokenizer(base), load_model(base, fast_dtype())
         count = max(1, base.dims.layers // 2)
-        layers = tuple(layer_at(settings, params, None, layer) for layer in range(count))
-        return cls(settings, tokenizer, params, layers, base.ref)
+        layers = tuple(layer_at(model.settings, model.params, None, layer) for layer in range(count))
+        return cls(model, tokenizer, layers, base.ref)
 
     def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Encode prompts, float32 (P, H), each row with a root mean square of 1.
@@ -99,7 +96,7 @@ class HiddenStates:
             CheckpointError: the base's predictions are not finite.
         """
         rows = [self.tokenizer.encode(prompt_text(prompt)).ids[: _WIDTHS[-1]] for prompt in prompts]
-        found = np.zeros((len(rows), self.settings.hidden), np.float32)
+        found = np.zeros((len(rows), self.model.settings.hidden), np.float32)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         for first in range(0, len(order), _ROWS):
             part = order[first : first + _ROWS]
@@ -113,14 +110,14 @@ class HiddenStates:
 
     def _means(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         seen = jnp.asarray(mask)
-        x, inputs = _embed(self.settings, self.params, jnp.asarray(tokens))
-        cache = last_keys(self.settings, x)
+        x, inputs = _embed(self.model, jnp.asarray(tokens))
+        cache = last_keys(self.model.settings, x)
         for layer in self.layers:
-            x, cache = _run_layer(self.settings, layer, seen, (x, cache), inputs)
+            x, cache = _run_layer(self.model.settings, layer, seen, (x, cache), inputs)
         return np.asarray(_mean(x, seen))
 
 
-_embed = jax.jit(embed, static_argnums=0)
+_embed = jax.jit(embed)
 
 
 @partial(jax.jit, static_argnums=0)

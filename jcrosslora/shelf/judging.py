@@ -14,7 +14,7 @@ from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import load_model
 from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Example, Interval, Question, Scores, answer, intervals, lift_recovered, score
@@ -141,7 +141,7 @@ def judge(
     opened = [named(shelf.load(ref), ref) if ref in shelf.names else load_adapter(ref, base) for ref in adapters]
     questions = [one for one in examples if isinstance(one, Question)]
     prompts = [as_completion(one).prompt for one in examples]
-    loaded: dict[str, Any] = {"params": load_params(base, jnp.float32), "tokenizer": load_tokenizer(base)}
+    loaded: dict[str, Any] = {"model": load_model(base, jnp.float32), "tokenizer": load_tokenizer(base)}
     composed, weights = shelf.compose(prompts, how, top=top, by=by, **loaded)
     name = f"shelf ({how.name})"
     figures: Answers | Scores

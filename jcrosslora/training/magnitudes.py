@@ -13,15 +13,7 @@ from jcrosslora.adapter import Adapter, split_fused
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import (
-    DecoderSettings,
-    Params,
-    StackedAdapter,
-    StackedFactors,
-    load_params,
-    settings_of,
-    stack_adapter,
-)
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model, stack_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
@@ -58,20 +50,14 @@ def with_magnitudes(adapter: StackedAdapter, magnitudes: Magnitudes) -> StackedA
     return StackedAdapter(roles)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnames="remat")
 def loss_and_magnitude_gradient(
-    model: DecoderSettings,
-    params: Params,
-    adapter: StackedAdapter,
-    magnitudes: Magnitudes,
-    batch: Batch,
-    remat: bool = False,
+    model: Model, adapter: StackedAdapter, magnitudes: Magnitudes, batch: Batch, remat: bool = False
 ) -> tuple[jax.Array, Magnitudes]:
     """Compute `answer_loss` and its gradient with respect to the magnitudes.
 
     Args:
-        model: the base's settings.
-        params: its weights.
+        model: the base.
         adapter: of the base, the scale inside B; its directions are used.
         magnitudes: role -> float32 (L,).
         batch: the examples.
@@ -79,7 +65,7 @@ def loss_and_magnitude_gradient(
     """
 
     def loss(magnitudes: Magnitudes) -> jax.Array:
-        return answer_loss(model, params, with_magnitudes(adapter, magnitudes), batch, remat)
+        return answer_loss(model.with_adapter(with_magnitudes(adapter, magnitudes)), batch, remat)
 
     return jax.value_and_grad(loss)(magnitudes)
 
@@ -90,7 +76,7 @@ def fit_magnitudes(
     adapter: Adapter,
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
     *,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
     """Train the magnitude of every update of an adapter on examples; the directions stay as they are.
@@ -103,7 +89,7 @@ def fit_magnitudes(
         examples: at least one, or the JSONL file of them (see `read_examples`).
         adapter: of this base, such as one that was moved to it.
         settings: of the training. Only updates of its `modules` are trained; its rank and alpha are not used.
-        params: the weights in `settings.dtype`, if they are loaded already.
+        model: the base in `settings.dtype`, if it is loaded already.
         tokenizer: of the base, if it is loaded already.
 
     Returns:
@@ -118,17 +104,17 @@ def fit_magnitudes(
     settings.check()
     base = base if isinstance(base, BaseModel) else open_base(base)
     adapter = split_fused(adapter, base.fused)
-    stacked, model = stack_adapter(adapter, base), settings_of(base)
+    stacked = stack_adapter(adapter, base)
     modules = tuple(stacked.roles) if settings.modules is None else settings.modules
     units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
     if not any(np.any(norms) for norms in units.values()):
         msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
         raise UsageError(msg)
-    weights = load_params(base, settings.dtype) if params is None else params
+    loaded = model or load_model(base, settings.dtype)
 
     def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
         magnitudes = jax.tree.map(jnp.multiply, shares, units)
-        loss, gradient = loss_and_magnitude_gradient(model, weights, stacked, magnitudes, batch, settings.remat)
+        loss, gradient = loss_and_magnitude_gradient(loaded, stacked, magnitudes, batch, settings.remat)
         return loss, jax.tree.map(jnp.multiply, gradient, units)
 
     shares = train(

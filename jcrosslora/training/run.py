@@ -17,7 +17,7 @@ from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
+from jcrosslora.decoder import Model, StackedAdapter, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.training.batches import Batch, Plan
@@ -38,7 +38,7 @@ def train_lora(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
     """Train a LoRA adapter to give the right answers, on the mean loss of the answers' tokens.
@@ -55,7 +55,7 @@ def train_lora(
         settings: of the training.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
-        params: the weights in `settings.dtype`, if they are loaded already.
+        model: the base in `settings.dtype`, if it is loaded already.
         tokenizer: of the base, if it is loaded already.
 
     Returns:
@@ -69,14 +69,14 @@ def train_lora(
     """
     settings.check()
     base = base if isinstance(base, BaseModel) else open_base(base)
-    model, scale = settings_of(base), settings.alpha / settings.rank
+    scale = settings.alpha / settings.rank
 
     @cache
-    def weights() -> Params:  # loaded with the first step: a finished run needs none
-        return load_params(base, settings.dtype) if params is None else params
+    def loaded() -> Model:  # with the first step: a finished run needs none
+        return model or load_model(base, settings.dtype)
 
     def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
-        return loss_and_gradient(model, weights(), factors, batch, scale, settings.remat)
+        return loss_and_gradient(loaded(), factors, batch, scale, settings.remat)
 
     factors = train(
         base,

@@ -11,15 +11,7 @@ import optax
 
 from jcrosslora.adapter import Adapter, AdapterInfo
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import (
-    DecoderSettings,
-    Params,
-    StackedAdapter,
-    StackedFactors,
-    forward,
-    target_log_probs,
-    unstack_adapter,
-)
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, target_log_probs, unstack_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.lora_rite import lora_rite
@@ -72,45 +64,31 @@ def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
     return TrainState(trained, optimizer_of(settings).init(trained), jnp.zeros((), jnp.int32))
 
 
-def answer_loss(
-    model: DecoderSettings,
-    params: Params,
-    adapter: StackedAdapter | None,
-    batch: Batch,
-    remat: bool = False,
-) -> jax.Array:
+def answer_loss(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
     """Compute the mean of -log p(token) over the batch's answer tokens: float32 scalar, nats.
 
     Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
     layers together.
 
     Args:
-        model: the base's settings.
-        params: its weights.
-        adapter: of the base, the scale inside B; or None.
+        model: the base with the adapter, the scale inside B, or alone.
         batch: the examples.
         remat: recompute each layer in the backward pass.
     """
-    hidden = forward(model, params, batch.tokens, mask=batch.mask, adapter=adapter, remat=remat).hidden
+    hidden = forward(model, batch.tokens, mask=batch.mask, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
-    found = target_log_probs(model, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
+    found = target_log_probs(model, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
     return -jnp.sum(found * batch.used) / jnp.sum(batch.used)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnames="remat")
 def loss_and_gradient(
-    model: DecoderSettings,
-    params: Params,
-    factors: StackedAdapter,
-    batch: Batch,
-    scale: float | jax.Array,
-    remat: bool = False,
+    model: Model, factors: StackedAdapter, batch: Batch, scale: float | jax.Array, remat: bool = False
 ) -> tuple[jax.Array, StackedAdapter]:
     """Compute `answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
 
     Args:
-        model: the base's settings.
-        params: its weights.
+        model: the base alone.
         factors: A and B, without the scale.
         batch: the examples.
         scale: alpha / rank.
@@ -118,7 +96,7 @@ def loss_and_gradient(
     """
 
     def loss(factors: StackedAdapter) -> jax.Array:
-        return answer_loss(model, params, scaled(factors, scale), batch, remat)
+        return answer_loss(model.with_adapter(scaled(factors, scale)), batch, remat)
 
     return jax.value_and_grad(loss)(factors)
 

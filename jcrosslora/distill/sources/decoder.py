@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,11 +16,9 @@ from jcrosslora.cache.keys import sha256
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
-from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Generator, Params, forward
-from jcrosslora.decoder.amplify import AmplifiedGenerator
-from jcrosslora.decoder.log_probs import divergence
+from jcrosslora.decoder import AmplifiedGenerator, Generator, Model, divergence, forward
 from jcrosslora.distill.sources.protocol import Compared, ReadBatch
-from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 
 _WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared
 
@@ -42,11 +39,11 @@ class DecoderSource(Generator):
         base: BaseModel,
         adapter: Adapter | None = None,
         *,
-        params: Params | None = None,
+        model: Model | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> DecoderSource:
         """Load what `Generator.of` loads, with the same errors."""
-        found = super().of(base, adapter, params=params, tokenizer=tokenizer)
+        found = super().of(base, adapter, model=model, tokenizer=tokenizer)
         return found if adapter is None else dataclasses.replace(found, opened=(base, adapter))
 
     @property
@@ -66,18 +63,15 @@ class DecoderSource(Generator):
 
     def alone(self) -> Generator:
         """Take the adapter off."""
-        return dataclasses.replace(self, adapter=None, adapter_name=None)
+        return dataclasses.replace(self, model=self.model.with_adapter(None), adapter_name=None)
 
     def amplified(self, strength: float, plausible: float) -> AmplifiedGenerator:
         """Amplify the change of the adapter."""
-        own = (self.settings, self.params, self.tokenizer, self.adapter)
-        return AmplifiedGenerator(*own, self.name, self.adapter_name, strength, plausible)
+        return AmplifiedGenerator(self.model, self.tokenizer, self.name, self.adapter_name, strength, plausible)
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare predictions on answers, see `Source.compare`."""
-        model = self.settings, self.params
-        # Zeros instead of no adapter: one compiled program serves both.
-        none = None if self.adapter is None else jax.tree.map(jnp.zeros_like, self.adapter)
+        base, head = _without(self.model), self.model.with_adapter(None)
         figures = Compared(*np.zeros((3, len(texts))))
         # Texts of one length together: every token of padding costs as much as one of text.
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
@@ -87,9 +81,9 @@ class DecoderSource(Generator):
             at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
             rows = [texts[place][-width:] for place in part]
             batch = tuple(map(jnp.asarray, pad_right(rows, (_ROWS, width))))
-            plain = _hidden(*model, none, *batch)[at.ravel()]
-            adapted = plain if self.adapter is None else _hidden(*model, self.adapter, *batch)[at.ravel()]
-            found = _divergence(*model, adapted, plain, jnp.asarray(token.ravel()))
+            plain = _hidden(base, *batch)[at.ravel()]
+            adapted = plain if self.model.adapter is None else _hidden(self.model, *batch)[at.ravel()]
+            found = _divergence(head, adapted, plain, jnp.asarray(token.ravel()))
             own = used[: len(part)]
             for figure, values in zip(figures, (found.kl, -found.log_probs_b, -found.log_probs_a), strict=True):
                 each = np.asarray(values, np.float64).reshape(used.shape)[: len(part)]
@@ -97,32 +91,25 @@ class DecoderSource(Generator):
         return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> DecoderReader:
-        """Reduce the base to the columns, of which some may have `NO_TOKEN`."""
-        assert self.adapter is not None
-        return DecoderReader(ReducedBase.of(self.settings, self.params, columns, ends), self.adapter)
+        """Restrict the model to the columns, of which some may have `NO_TOKEN`."""
+        return DecoderReader(RestrictedModel.of(self.model, columns, ends))
 
 
 class DecoderReader:
-    """The predictions of a reduced base with its adapter and without."""
+    """The predictions of a restricted model with its adapter and without."""
 
     complete = True
 
-    def __init__(self, base: ReducedBase, adapter: AppliedAdapter) -> None:
-        self._base = base
-        # Zeros instead of no adapter: one compiled program serves both.
-        self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
+    def __init__(self, adapted: RestrictedModel) -> None:
+        self._adapted = adapted
+        self._base = RestrictedModel(_without(adapted.model), adapted.ends)
 
     def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch, see `Reader.read`."""
         del own
-        one = self._base
         read = jnp.asarray(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
-
-        def predict(adapter: AppliedAdapter) -> jax.Array:
-            return shared_log_probs(one.settings, one.params, adapter, *read, ends=one.ends)
-
-        adapted = predict(self._adapters[1])
-        return (predict(self._adapters[0]) if base else adapted), adapted
+        adapted = shared_log_probs(self._adapted, *read)
+        return (shared_log_probs(self._base, *read) if base else adapted), adapted
 
 
 def digest_values(adapter: Adapter) -> str:
@@ -151,13 +138,16 @@ def _answer_positions(
     return at, token, used
 
 
-@partial(jax.jit, static_argnums=0)
-def _hidden(
-    settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
+def _without(model: Model) -> Model:
+    """Set the adapter to zeros, so that one compiled program serves both."""
+    return model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
+
+
+@jax.jit
+def _hidden(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """(B * T, H): hidden states of all positions: one program serves any number of tokens that are looked at."""
-    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+    hidden = forward(model, tokens, mask=mask).hidden
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-_divergence = jax.jit(divergence, static_argnums=0)
+_divergence = jax.jit(divergence)

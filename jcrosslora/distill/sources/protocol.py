@@ -135,7 +135,7 @@ class Source(Writer, Protocol):
         ...
 
     def amplified(self, strength: float, plausible: float) -> Writer:
-        """Return the base with the change that its adapter makes amplified; see `decoder.amplify`."""
+        """Return the base with the change that its adapter makes amplified; see `AmplifiedGenerator`."""
         ...
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:

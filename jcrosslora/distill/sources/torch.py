@@ -135,7 +135,7 @@ class TorchWriter:
 
 
 class AmplifiedTorchWriter(TorchWriter):
-    """The base with the change that its adapter makes amplified, see `decoder.amplify`."""
+    """The base with the change that its adapter makes amplified, see `AmplifiedGenerator`."""
 
     def __init__(self, model: _Model, tokenizer: Tokenizer, name: str, strength: float, plausible: float) -> None:
         super().__init__(model, tokenizer, name, adapter=True)

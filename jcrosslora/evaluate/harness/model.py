@@ -12,7 +12,7 @@ from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, load_params, settings_of, stack_adapters
+from jcrosslora.decoder import Generator, load_model, stack_adapters
 from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token, positive, prefix_token, read_options
@@ -91,8 +91,8 @@ class JCrossLoRALM(TemplateLM):
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
-        self._models = Models(settings_of(self.base), load_params(self.base, dtype), stacked, count=1)
-        self._generator = Generator.of(self.base, self.adapter, params=self._models.params, tokenizer=self._text)
+        self._models = Models(load_model(self.base, dtype).with_adapter(stacked), count=1)
+        self._generator = Generator.of(self.base, self.adapter, model=self._models.model, tokenizer=self._text)
 
     @property
     def eot_token_id(self) -> int:

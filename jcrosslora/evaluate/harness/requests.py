@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import DecoderSettings, Generator, Params, logits
+from jcrosslora.decoder import Generator, Model, logits
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.harness.options import Options
 from jcrosslora.evaluate.log_probs import Models, token_states
@@ -80,18 +79,17 @@ def _judged(models: Models, hidden: np.ndarray, wanted: np.ndarray) -> tuple[np.
     padding = -len(wanted) % _LOGITS_AT_ONCE
     states = np.pad(hidden, ((0, padding), (0, 0))).reshape(-1, _LOGITS_AT_ONCE, hidden.shape[-1])
     tokens = np.pad(wanted, (0, padding)).reshape(-1, _LOGITS_AT_ONCE)
-    found = [_compare(models.settings, models.params, *part) for part in zip(states, tokens, strict=True)]
+    base = models.model.with_adapter(None)
+    found = [_compare(base, *part) for part in zip(states, tokens, strict=True)]
     values, likeliest = (
         np.concatenate(list(map(np.asarray, each)))[: len(wanted)] for each in zip(*found, strict=True)
     )
     return values, likeliest
 
 
-@partial(jax.jit, static_argnames="settings")
-def _compare(
-    settings: DecoderSettings, params: Params, hidden: jax.Array, wanted: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    scores = logits(settings, params, hidden)
+@jax.jit
+def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scores = logits(model, hidden)
     chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import Generator, Params
+from jcrosslora.decoder import Generator, Model
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.utils.cost import Cost
@@ -27,7 +27,7 @@ def write_texts(
     seed: int = 0,
     adapter: Adapter | None = None,
     batch: int = 48,
-    params: Params | None = None,
+    model: Model | None = None,
 ) -> list[str]:
     """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
@@ -43,7 +43,7 @@ def write_texts(
             machine.
         adapter: applied to the base; None for the base alone.
         batch: maximum batch size; on a CPU batches of 32 take two thirds of the time of batches of 16.
-        params: weights of the base if they are loaded already; None loads them in `fast_dtype()`.
+        model: the base if it is loaded already; None loads it in `fast_dtype()`.
 
     Raises:
         UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
@@ -54,7 +54,7 @@ def write_texts(
     """
     _check(count, length, temperature, batch)
     check_seed(seed)
-    generator = Generator.of(base, adapter, params=params)
+    generator = Generator.of(base, adapter, model=model)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
     rows, rounds = _plan(count, batch)
     words = start_words(_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
+from jcrosslora.decoder import LayerCapture, Model, forward, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
@@ -50,7 +50,7 @@ def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[Pro
         UsageError: no batch has four matched positions.
         CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
-    run = partial(_batch_sums, (settings_of(source), settings_of(target)), (load_params(source), load_params(target)))
+    run = partial(_batch_sums, (load_model(source), load_model(target)))
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")
     totals = [0.0, 0.0, 0.0]
     for batch in each(batches, "compare layers", "batches"):
@@ -90,20 +90,18 @@ def ordered_layers(similarity: np.ndarray) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
-@partial(jax.jit, static_argnums=(0,))
-def _batch_sums(
-    settings: tuple[DecoderSettings, DecoderSettings], params: tuple[Params, Params], batch: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@jax.jit
+def _batch_sums(models: tuple[Model, Model], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute HSIC times n of one batch: (L_src, L_tgt) of both bases, (L_src,) and (L_tgt,) of each with itself."""
     grams = []
-    for side, own_settings, own_params in zip(("src", "tgt"), settings, params, strict=True):
+    for side, model in zip(("src", "tgt"), models, strict=True):
         at = batch[f"at_{side}"]
 
         def rows(seen: LayerCapture, at: jax.Array = at) -> jax.Array:
             return seen.residual.reshape(-1, seen.residual.shape[-1])[at].astype(jnp.float32)
 
         tokens, mask = batch[f"tokens_{side}"], batch[f"mask_{side}"]
-        streams = forward(own_settings, own_params, tokens, mask=mask, reduce=rows).reduced
+        streams = forward(model, tokens, mask=mask, reduce=rows).reduced
         centred = jax.vmap(centred_gram, in_axes=(0, None))(streams, batch["valid"])
         grams.append(centred.reshape(centred.shape[0], -1))
     count = jnp.sum(batch["valid"].astype(jnp.float32))

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
+from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Model, forward, load_model
 from jcrosslora.linalg import dot
 from jcrosslora.utils.progress import each
 
@@ -162,21 +162,20 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
 
 def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:
     """Return a function from the tokens, mask, positions and validity of a batch to the activations there."""
-    settings, kept = settings_of(base), np.unique(np.concatenate([batch.ravel() for batch in tokens]))
-    params = load_params(base)
+    kept = np.unique(np.concatenate([batch.ravel() for batch in tokens]))
     # An embedding may be larger than all layers together; only the rows of these tokens are looked up.
-    params = jax.block_until_ready(dataclasses.replace(params.with_tokens(kept), head=None))
+    model = jax.block_until_ready(load_model(base).of_tokens(kept))
 
     def read(tokens: np.ndarray, mask: np.ndarray, at: np.ndarray, valid: np.ndarray) -> Rows:
         places = np.searchsorted(kept, tokens).astype(np.int32)
         text, matched = (jnp.asarray(places), jnp.asarray(mask)), (jnp.asarray(at), jnp.asarray(valid))
-        return _rows(settings, roles, params, text, matched)
+        return _rows(model, roles, text, matched)
 
     return read
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _rows(settings: DecoderSettings, roles: tuple[str, ...], params: Params, text: _Two, matched: _Two) -> Rows:
+@partial(jax.jit, static_argnames="roles")
+def _rows(model: Model, roles: tuple[str, ...], text: _Two, matched: _Two) -> Rows:
     (tokens, mask), (positions, valid) = text, matched
     keep = valid.astype(jnp.float32)[:, None]
 
@@ -188,11 +187,11 @@ def _rows(settings: DecoderSettings, roles: tuple[str, ...], params: Params, tex
         read = {site: take(seen.inputs[site]) for site in sites if site in seen.inputs}
         return read, {role: take(seen.outputs[role]) for role in roles if role in seen.outputs}
 
-    read, wrote = forward(settings, params, tokens, mask=mask, reduce=reduce).reduced
+    read, wrote = forward(model, tokens, mask=mask, reduce=reduce).reduced
     by_site = {INPUT_SITES[role]: role for role in roles}
     return (
-        {site: _in_all_layers(settings, by_site[site], x) for site, x in read.items()},
-        {role: _in_all_layers(settings, role, x) for role, x in wrote.items()},
+        {site: _in_all_layers(model.settings, by_site[site], x) for site, x in read.items()},
+        {role: _in_all_layers(model.settings, role, x) for role, x in wrote.items()},
     )
 
 

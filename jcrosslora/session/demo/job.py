@@ -16,7 +16,7 @@ from rich.text import Text
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params
+from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, read_task, score
 from jcrosslora.utils.progress import each
@@ -116,12 +116,12 @@ def compare(
         questions: at least one.
         written: let the models answer so many of the questions in writing, by the likeliest token each time.
     """
-    params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
-    scores = score(base, questions, list(adapters.values()), params=params, tokenizer=tokenizer)
+    model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
+    scores = score(base, questions, list(adapters.values()), model=model, tokenizer=tokenizer)
     models: dict[str, Adapter | None] = {"base": None, **adapters}
     prompts, lines = [question.prompt for question in questions[:written]], {}
     for name, adapter in each(models.items(), "write answers", "models"):
-        generator = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
+        generator = Generator.of(base, adapter, model=model, tokenizer=tokenizer)
         found = generator.continue_texts(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
         lines[name] = [_first_line(text) for text in found]
     return Comparison(questions, scores, tuple(models), lines)

@@ -12,7 +12,7 @@ from jcrosslora.adapter import Adapter, load_adapter, split_fused
 from jcrosslora.adapter.records import restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, fast_dtype, load_params, settings_of
+from jcrosslora.decoder import Model, fast_dtype, load_model
 from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
@@ -33,7 +33,7 @@ def compose(
     *,
     seed: int = 0,
     dtype: DTypeLike | None = None,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Composed:
     """Put several adapters of one base together, to run them at once.
@@ -48,7 +48,7 @@ def compose(
             one of these objects with other settings, for example `Router(rank=4)` of `jcrosslora.shelf.composition`.
         seed: of the arrays that a composition draws before it is trained.
         dtype: of the base's weights, float32 or bfloat16; None takes the faster one on this machine.
-        params: the weights, if they are loaded already; then `dtype` is not used.
+        model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
         tokenizer: of the base, if it is loaded already.
 
     Raises:
@@ -66,8 +66,7 @@ def compose(
     how.check(opened)
     updates = stack_for(how, opened, base, seed)
     tokenizer = tokenizer or load_tokenizer(base)
-    weights = load_params(base, dtype or fast_dtype()) if params is None else params
-    return Composed(base, opened, how, updates, settings_of(base), weights, tokenizer)
+    return Composed(base, opened, how, updates, model or load_model(base, dtype or fast_dtype()), tokenizer)
 
 
 def load_composition(
@@ -75,7 +74,7 @@ def load_composition(
     base: BaseModel | str | Path,
     *,
     dtype: DTypeLike | None = None,
-    params: Params | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Composed:
     """Read a composition that `Composed.save` wrote, for the base that it was made for; see `compose`.
@@ -86,7 +85,7 @@ def load_composition(
     """
     base = base if isinstance(base, BaseModel) else open_base(base)
     how, adapters, arrays = read_composition(Path(folder), base)
-    found = compose(base, adapters, how, dtype=dtype, params=params, tokenizer=tokenizer)
+    found = compose(base, adapters, how, dtype=dtype, model=model, tokenizer=tokenizer)
     return dataclasses.replace(found, updates=with_read_arrays(found.updates, base, arrays, str(folder)))
 
 
@@ -150,14 +149,14 @@ def add_in_turn(
         msg = f"texts of {sum(map(bool, texts))} adapters for {len(adapters)}: give at least one of each, in order"
         raise UsageError(msg)
     composed = compose(base, adapters, Stack())
-    loaded, opened, kl = {"params": composed.params, "tokenizer": composed.tokenizer}, composed.adapters, []
+    loaded, opened, kl = {"model": composed.model, "tokenizer": composed.tokenizer}, composed.adapters, []
     for count in range(1, len(texts) + 1):
         grown = compose(base, opened[:count], Stack(), **loaded)
         if count > 1:  # the first is the sum already, and Adam would make steps of its gradient's rounding errors
             used = [each if rehearse or number == count - 1 else [] for number, each in enumerate(texts[:count])]
             grown = _continued(grown, composed).fit(used, settings)
-        composed, model = grown, (grown.settings, grown.params, grown.tokenizer, grown.updates)
-        kl.append([mean_divergence(*model, each, number) for number, each in enumerate(texts[:count])])
+        composed, given = grown, (grown.model, grown.tokenizer, grown.updates)
+        kl.append([mean_divergence(*given, each, number) for number, each in enumerate(texts[:count])])
     rows = [[*row, *[np.nan] * (len(texts) - len(row))] for row in kl]
     return Additions(composed, np.array(rows))
 

@@ -18,7 +18,7 @@ from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import DecoderSettings, Generator, Params, Written
+from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
 from jcrosslora.shelf.composition.composition import ComposedAdapter, Composition
@@ -55,8 +55,7 @@ class Composed:
     adapters: tuple[Adapter, ...]
     how: Composition
     updates: ComposedAdapter
-    settings: DecoderSettings
-    params: Params
+    model: Model
     tokenizer: Tokenizer
 
     @property
@@ -110,8 +109,8 @@ class Composed:
             raise UsageError(msg)
         asked = as_prompts(prompts)
         shares = _shares_of(self.how, weights, asked, len(self.adapters))
-        model = self.settings, self.params, self.tokenizer, self.updates, self.base.ref, " with ".join(self.names)
-        generator = _ComposedGenerator(*model, shares)
+        model, names = self.model.with_adapter(self.updates), (self.base.ref, " with ".join(self.names))
+        generator = _ComposedGenerator(model, self.tokenizer, *names, shares)
         with track(len(asked), "write", "prompts") as bar:
             return generator.write(asked, max_new_tokens, temperature, jax.random.key(seed), bar=bar)
 
@@ -130,7 +129,7 @@ class Composed:
         prompts = [as_completion(one).prompt for one in found]
         shares = _shares_of(self.how, weights, prompts, len(self.adapters))
         names = self.base.ref, " with ".join(self.names)
-        return answer_log_probs(self.settings, self.params, self.tokenizer, self.updates, found, shares, names)
+        return answer_log_probs(self.model, self.tokenizer, self.updates, found, shares, names)
 
     def fit(
         self,
@@ -163,8 +162,7 @@ class Composed:
             raise UsageError(msg)
         texts = [_read(each) if isinstance(each, str | Path) else list(each) for each in examples]
         owned = [(one, owner) for owner, each in enumerate(texts) for one in each]
-        model = self.base, self.settings, self.params, self.tokenizer, self.updates
-        updates = fit_arrays(*model, owned, settings)
+        updates = fit_arrays(self.base, self.model, self.tokenizer, self.updates, owned, settings)
         return dataclasses.replace(self, updates=updates)
 
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
@@ -238,10 +236,11 @@ class _ComposedGenerator(Generator):
     shares: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def _for(self, places: Sequence[int], rows: int) -> Self:
-        assert isinstance(self.adapter, ComposedAdapter)
+        adapter = self.model.adapter
+        assert isinstance(adapter, ComposedAdapter)
         batch = np.zeros((rows, self.shares.shape[1]), np.float32)
         batch[: len(places)] = self.shares[list(places)]
-        return dataclasses.replace(self, adapter=self.adapter.with_shares(batch))
+        return dataclasses.replace(self, model=self.model.with_adapter(adapter.with_shares(batch)))
 
     @property
     def shares_beginnings(self) -> bool:

@@ -9,8 +9,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import DecoderSettings, Params, forward, target_log_probs
-from jcrosslora.decoder.log_probs import divergence
+from jcrosslora.decoder import Model, divergence, forward, target_log_probs
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
@@ -26,8 +25,7 @@ Trained = dict[str, Arrays]
 
 
 def answer_log_probs(
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     tokenizer: Tokenizer,
     updates: ComposedAdapter,
     examples: Sequence[Example],
@@ -45,7 +43,7 @@ def answer_log_probs(
     encoded = [encode(tokenizer, one) for one in examples]
 
     def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
-        return _log_probs(settings, params, updates.with_shares(shares[members]), batch)
+        return _log_probs(model.with_adapter(updates.with_shares(shares[members])), batch)
 
     found = _sum_by_answer(encoded, log_probs)
     if not np.isfinite(found).all():
@@ -73,18 +71,17 @@ def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Bat
     return found
 
 
-@partial(jax.jit, static_argnums=0)
-def _log_probs(settings: DecoderSettings, params: Params, adapter: ComposedAdapter, batch: Batch) -> jax.Array:
+@jax.jit
+def _log_probs(model: Model, batch: Batch) -> jax.Array:
     """float32 (S,): log p of each wanted token, 0 in empty slots."""
-    states = _states(settings, params, adapter, batch)
-    found = target_log_probs(settings, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
+    states = _states(model, batch)
+    found = target_log_probs(model, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
     return found * batch.used
 
 
 def fit_arrays(
     base: BaseModel,
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     tokenizer: Tokenizer,
     updates: ComposedAdapter,
     examples: Sequence[tuple[Example, int]],
@@ -102,7 +99,7 @@ def fit_arrays(
 
     def gradient_of(arrays: Trained, batch: Batch) -> tuple[jax.Array, Trained]:
         of_batch = jnp.asarray(owners[np.asarray(batch.members)])
-        return loss_and_gradient(settings, params, updates, arrays, batch, of_batch, training.remat)
+        return loss_and_gradient(model, updates, arrays, batch, of_batch, training.remat)
 
     # Training donates the buffers of its arrays, and these belong to the composition that was given.
     start = {role: jax.tree.map(jnp.array, one.arrays) for role, one in updates.roles.items()}
@@ -110,10 +107,9 @@ def fit_arrays(
     return updates.with_arrays(train(base, texts, training, start, gradient_of, tokenizer=tokenizer))
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@partial(jax.jit, static_argnames="remat")
 def loss_and_gradient(
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     updates: ComposedAdapter,
     arrays: Trained,
     batch: Batch,
@@ -126,15 +122,14 @@ def loss_and_gradient(
     """
 
     def loss(arrays: Trained) -> jax.Array:
-        found = _token_divergence(settings, params, updates.with_arrays(arrays), batch, owners, remat)
+        found = _token_divergence(model, updates.with_arrays(arrays), batch, owners, remat)
         return jnp.sum(found) / jnp.sum(batch.used)
 
     return jax.value_and_grad(loss)(arrays)
 
 
 def mean_divergence(
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     tokenizer: Tokenizer,
     updates: ComposedAdapter,
     examples: Sequence[Example],
@@ -145,14 +140,13 @@ def mean_divergence(
 
     def values(members: np.ndarray, batch: Batch) -> jax.Array:
         owners = jnp.full(len(members), owner, jnp.int32)
-        return _token_divergences(settings, params, updates, batch, owners)
+        return _token_divergences(model, updates, batch, owners)
 
     return float(_sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
 
 
 def _token_divergence(
-    settings: DecoderSettings,
-    params: Params,
+    model: Model,
     updates: ComposedAdapter,
     batch: Batch,
     owners: jax.Array,
@@ -161,16 +155,14 @@ def _token_divergence(
     """float32 (S,): KL(owner || composition) in front of each token of an answer, 0 in empty slots."""
     count = next(iter(updates.roles.values())).a.shape[1]
     alone = jax.nn.one_hot(owners, count, dtype=jnp.float32)
-    wanted = _states(settings, params, updates.with_shares(alone, Mixture()), batch)
-    states = _states(settings, params, updates.with_shares(jnp.ones_like(alone)), batch, remat)
-    return divergence(settings, params, wanted, states, batch.wanted).kl * batch.used
+    wanted = _states(model.with_adapter(updates.with_shares(alone, Mixture())), batch)
+    states = _states(model.with_adapter(updates.with_shares(jnp.ones_like(alone))), batch, remat)
+    return divergence(model, wanted, states, batch.wanted).kl * batch.used
 
 
-_token_divergences = jax.jit(_token_divergence, static_argnums=0)
+_token_divergences = jax.jit(_token_divergence)
 
 
-def _states(
-    settings: DecoderSettings, params: Params, adapter: ComposedAdapter, batch: Batch, remat: bool = False
-) -> jax.Array:
-    hidden = forward(settings, params, batch.tokens, mask=batch.mask, adapter=adapter, remat=remat).hidden
+def _states(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
+    hidden = forward(model, batch.tokens, mask=batch.mask, remat=remat).hidden
     return hidden.reshape(-1, hidden.shape[-1])[batch.picked]

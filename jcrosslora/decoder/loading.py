@@ -1,12 +1,12 @@
-"""Load the weights of a model as arrays, stacked over the layers for each role, so that the layers can be scanned."""
+"""Load models, with arrays stacked over the layers for each role, so that the layers can be scanned; keep some."""
 
-import dataclasses
+from __future__ import annotations
+
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,79 +18,21 @@ from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.family.rules import LayerTensor
-from jcrosslora.decoder.filling import fill
 from jcrosslora.decoder.layer_inputs import LayerInputWeights
-from jcrosslora.decoder.ops import is_packed
+from jcrosslora.decoder.model import Model, Params
 from jcrosslora.decoder.settings import settings_of
-from jcrosslora.decoder.sharding import weight_sharding, whole
-from jcrosslora.decoder.weight_sizes import stack_shapes
+from jcrosslora.decoder.sharding import fill, stack_shapes, weight_sharding, whole
 from jcrosslora.errors import UsageError
 
 _ROWS = 16_384  # rows of the embedding to read at a time
+_SHARE = 0.5  # of the free memory, which kept weights may take
 _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.uint16))
 
 
-@flax.struct.dataclass
-class Params:
-    """The weights of a model; V tokens, H hidden, D head size, L the layers that have an array of the name, in order.
-
-    Attributes:
-        embedding: (V, H).
-        head: (V, H), or None if the embedding is the head.
-        final_norm: float32 (H,), gain of the final norm.
-        weights: role -> (L, O, I); packed weights are the bits of bfloat16 as uint16.
-        biases: role -> (L, O), for roles with a bias.
-        norms: float32 gains, with Gemma's 1 + weight summed, named as in `Family.norms`: "attn" and "mlp" -> (L, H),
-            before attention and MLP; "attn_post" and "mlp_post" -> (L, H), after them; "q" and "k" -> (L, D), of query
-            and key heads, or (L, heads * D) of all heads together.
-        norm_biases: the same of norms that have a bias.
-        final_norm_bias: float32 (H,), or None.
-        head_bias: float32 (V,), or None.
-        activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
-        tensors: name in `Family.tensors` -> (L, ...).
-        layer_inputs: of models whose layers have inputs beside the stream, or None.
-    """
-
-    embedding: jax.Array
-    head: jax.Array | None
-    final_norm: jax.Array
-    weights: dict[str, jax.Array]
-    biases: dict[str, jax.Array]
-    norms: dict[str, jax.Array]
-    norm_biases: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
-    final_norm_bias: jax.Array | None = None
-    head_bias: jax.Array | None = None
-    activation: tuple[jax.Array, ...] = ()
-    tensors: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
-    layer_inputs: LayerInputWeights | None = None
-
-    def with_tokens(self, kept: np.ndarray) -> "Params":
-        """Return the weights with the embeddings of these tokens (V,) alone; the head stays as it is."""
-        inputs = self.layer_inputs
-        if inputs is not None:
-            inputs = dataclasses.replace(inputs, embedding=inputs.embedding[kept])
-        return dataclasses.replace(self, embedding=self.embedding[kept], layer_inputs=inputs)
-
-    @property
-    def packed(self) -> bool:
-        """Whether the weights of the layers are stored as bits."""
-        return any(map(is_packed, self.weights.values()))
-
-    @property
-    def stream_dtype(self) -> jnp.dtype:
-        """The dtype of the residual stream: that of the weights, or float32 if they are packed."""
-        return _F32 if self.packed else self.embedding.dtype
-
-    @property
-    def cache_dtype(self) -> jnp.dtype:
-        """The dtype of keys and values while text is written: that of the weights, which may be bits of bfloat16."""
-        return _BITS if self.packed else self.embedding.dtype
-
-
-def load_params(
+def load_model(
     base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool | None = None, mesh: Mesh | None = None
-) -> Params:
-    """Load the weights of a base; the host holds one matrix of one layer at a time, and a device its own part of all.
+) -> Model:
+    """Load a base; the host holds one matrix of one layer at a time, and a device its own part of all.
 
     Args:
         base: a base of any supported family.
@@ -141,10 +83,10 @@ def load_params(
         layer_inputs=_layer_inputs(base, stacks, kind),
     )
     base.release()
-    if mesh is None:
-        return params
-    kept = whole(mesh)
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, kept), params)
+    if mesh is not None:
+        kept = whole(mesh)
+        params = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, kept), params)
+    return Model(settings, params)
 
 
 @cache
@@ -162,6 +104,49 @@ def fast_dtype() -> np.dtype:
     except OSError:  # not Linux
         return _F32
     return _BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else _F32
+
+
+class LoadedBases:
+    """Loads the weights of bases, and keeps those of some dtypes.
+
+    Attributes:
+        kept: the dtypes.
+        mesh: of the devices that all weights are divided over; None puts them whole on the default device.
+    """
+
+    def __init__(self, kept: Collection[np.dtype] = (), mesh: Mesh | None = None) -> None:
+        """Keep the weights of some dtypes until this object is dropped; by default none."""
+        self.kept, self.mesh = frozenset(kept), mesh
+        self._models: dict[tuple[int, np.dtype], tuple[BaseModel, Model]] = {}
+
+    def model(self, base: BaseModel, dtype: DTypeLike = jnp.float32) -> Model:
+        """Return a base; for the arguments and errors see `load_model`."""
+        kind = jnp.dtype(dtype)
+        if kind not in self.kept:
+            return load_model(base, kind, mesh=self.mesh)
+        place = id(base), kind
+        if place not in self._models:
+            self._models[place] = base, load_model(base, kind, mesh=self.mesh)
+        return self._models[place][1]
+
+
+def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
+    """Plan what is kept of the bases of a fit, of which the fit itself and the check of its effect load weights.
+
+    Args:
+        free: bytes of free memory; None where that is not known, and nothing is kept.
+        numbers: how many numbers of each base a device holds.
+        mesh: see `LoadedBases`.
+    """
+    narrow, wide = fast_dtype(), np.dtype(np.float32)
+    most = 0 if free is None else _SHARE * free
+    fitted, checked = (kind.itemsize * sum(numbers) for kind in (narrow, wide))
+    both = checked if narrow == wide else fitted + checked
+    if both <= most:
+        return LoadedBases((narrow, wide), mesh)
+    # The check loads one base at a time beside what is kept.
+    fits = narrow != wide and fitted + wide.itemsize * max(numbers) <= most
+    return LoadedBases((narrow,) if fits else (), mesh)
 
 
 def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
@@ -184,7 +169,7 @@ def _stack_vectors(base: BaseModel, norm: str, path: str) -> jax.Array:
     return jnp.asarray(np.stack(rows))
 
 
-def _layer_inputs(base: BaseModel, stacks: "_Stacks", dtype: np.dtype) -> LayerInputWeights | None:
+def _layer_inputs(base: BaseModel, stacks: _Stacks, dtype: np.dtype) -> LayerInputWeights | None:
     if not base.family.layer_inputs(base.config):
         return None
     embedding = stacks.rows("layer_embedding", LAYER_EMBEDDING, dtype)

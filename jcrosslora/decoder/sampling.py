@@ -1,0 +1,259 @@
+"""Sample from a model: one pass over the prompts, then a token at a time from the cache, in a compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jcrosslora.decoder.attention import KVCache, init_cache
+from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
+from jcrosslora.decoder.model import Model
+
+_BLOCK = 512  # tokens; near the square root of a vocabulary of 262,144, which minimises the work of a draw
+
+
+@flax.struct.dataclass
+class State:
+    """A batch of B sequences between two tokens.
+
+    Attributes:
+        count: int32 (), tokens written so far.
+        scores: float32 (B, V), logits of the next token.
+        positions: int32 (B,), of the next token.
+        cache: of all tokens before; a `KVCache`, or what another `run` of `write_tokens` takes for it.
+        running: bool (B,), False behind a stop token.
+        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
+    """
+
+    count: jax.Array
+    scores: jax.Array
+    positions: jax.Array
+    cache: Any
+    running: jax.Array
+    finite: jax.Array
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: float32 scalar; 0 takes the likeliest token.
+        key: from `jax.random.key`.
+        most: int32 scalar, tokens to write; None for as many as there is space for.
+    """
+
+    temperature: jax.Array
+    key: jax.Array
+    most: jax.Array | None = None
+
+
+class Behind(NamedTuple):
+    """Beginnings that prompts go on from.
+
+    Attributes:
+        tokens: int32 (G, P).
+        mask: bool (G, P), False at padding on either side; every row has at least one token.
+        owners: int32 (B,), the beginning in front of each prompt.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    owners: jax.Array
+
+
+@partial(jax.jit, static_argnames="room")
+def prefill(model: Model, prompts: jax.Array, mask: jax.Array, *, room: int) -> State:
+    """Run prompts.
+
+    Args:
+        model: with an adapter or without.
+        prompts: int32 (B, P).
+        mask: bool (B, P), False at padding on either side; every row has at least one token.
+        room: tokens that the cache has space for behind the prompts.
+    """
+    batch, length = prompts.shape
+    cache = init_cache(model.settings, batch, length + room, model.params.cache_dtype)
+    return _begun(model, mask, *extend_cache(model, cache, prompts, positions_of(prompts, mask)))
+
+
+@partial(jax.jit, static_argnames="room")
+def prefill_behind(model: Model, behind: Behind, prompts: jax.Array, mask: jax.Array, *, room: int) -> State:
+    """Run prompts behind beginnings, each of which is read once.
+
+    Args:
+        model: whose layers all have attention, with rotary settings that no length switches.
+        behind: the beginnings.
+        prompts: int32 (B, T), without their beginnings.
+        mask: bool (B, T), False at padding on either side; every row has at least one token.
+        room: tokens that the cache has space for behind the prompts.
+
+    Returns:
+        What `prefill` does of the whole texts; its cache has padding between the two.
+    """
+    slots = behind.tokens.shape[1] + prompts.shape[1] + room
+    cache = init_cache(model.settings, behind.tokens.shape[0], slots, model.params.cache_dtype)
+    beginnings = behind.tokens, behind.mask
+    return _begun(model, mask, *extend_behind(model, cache, beginnings, behind.owners, (prompts, mask)))
+
+
+def _begun(model: Model, mask: jax.Array, hidden: jax.Array, cache: KVCache) -> State:
+    """Return the state behind prompts, from their mask (B, T) and hidden states (B, T, H) and the cache with them."""
+    batch, length = mask.shape
+    last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
+    first = logits(model, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
+    return State(jnp.zeros((), jnp.int32), first, jnp.max(cache.positions, axis=-1) + 1, cache, running, finite)
+
+
+@partial(jax.jit, static_argnames=("count", "stop_tokens"), donate_argnames="state")
+def extend(
+    model: Model, state: State, sampling: Sampling, *, count: int, stop_tokens: tuple[int, ...] = ()
+) -> tuple[State, jax.Array, jax.Array]:
+    """Write more tokens; ends early when all sequences have stopped. The state is used up.
+
+    It is compiled once for each `count`, which is at least `sampling.most`.
+
+    Returns:
+        The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
+    """
+
+    def run(cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+        return step(model, cache, tokens, positions)
+
+    return _write_tokens(run, state, sampling, count, stop_tokens)
+
+
+@partial(jax.jit, static_argnames=("count", "stop_tokens"), donate_argnames="state")
+def extend_amplified(
+    model: Model,
+    state: State,
+    change: tuple[jax.Array, jax.Array],
+    sampling: Sampling,
+    *,
+    count: int,
+    stop_tokens: tuple[int, ...],
+) -> tuple[State, jax.Array, jax.Array]:
+    """Write more tokens as `extend` does, from `amplified` logits.
+
+    The caches of the state are those with the adapter and without it; `change` is strength and plausible.
+    """
+    base = model.with_adapter(None)
+
+    def run(
+        caches: tuple[KVCache, KVCache], tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, tuple[KVCache, KVCache]]:
+        adapted, own = step(model, caches[0], tokens, positions)
+        unadapted, plain = step(base, caches[1], tokens, positions)
+        return amplified(adapted, unadapted, *change), (own, plain)
+
+    return _write_tokens(run, state, sampling, count, stop_tokens)
+
+
+def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:
+    """Return adapted + strength (adapted - base), float32 (B, V), -inf where a token is not plausible.
+
+    Args:
+        adapted: float32 (B, V), logits with the adapter.
+        base: float32 (B, V), without it.
+        strength: scalar.
+        plausible: scalar, see `AmplifiedGenerator`.
+    """
+    least = jnp.max(adapted, axis=-1, keepdims=True) + jnp.log(plausible)
+    return jnp.where(adapted >= least, adapted + strength * (adapted - base), -jnp.inf)
+
+
+def _write_tokens(
+    run: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    state: State,
+    sampling: Sampling,
+    count: int,
+    stop_tokens: tuple[int, ...],
+) -> tuple[State, jax.Array, jax.Array]:
+    """Draw up to `most` tokens in a loop, as `extend` does.
+
+    Args:
+        run: of the cache in the state, tokens and their positions, int32 (B,) each: logits of the next, and the cache
+            with these in it.
+        state: to go on from.
+        sampling: of at most `count` tokens.
+        count: columns of what is returned, static.
+        stop_tokens: that end a text, static.
+    """
+    shape = len(state.scores), count
+
+    def advance(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
+        place, state, tokens, valid = carry
+        drawn = draw(jax.random.fold_in(sampling.key, state.count), state.scores, sampling.temperature)
+        drawn = jnp.where(state.running, drawn, 0)
+        finite = state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running)
+        scores, cache = run(state.cache, drawn, state.positions)
+        running = state.running & ~jnp.isin(drawn, jnp.asarray(stop_tokens, jnp.int32))
+        tokens, valid = tokens.at[:, place].set(drawn), valid.at[:, place].set(state.running)
+        return place + 1, State(state.count + 1, scores, state.positions + 1, cache, running, finite), tokens, valid
+
+    start = jnp.zeros((), jnp.int32), state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    most = count if sampling.most is None else sampling.most
+    _, state, tokens, valid = lax.while_loop(
+        lambda carry: (carry[0] < most) & jnp.any(carry[1].running), advance, start
+    )
+    return state, tokens, valid
+
+
+def step(model: Model, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Run one more token of every sequence.
+
+    Args:
+        model: with an adapter or without.
+        cache: of the tokens before; it must have a free slot, otherwise the last one is overwritten.
+        tokens: int32 (B,).
+        positions: int32 (B,), how many tokens, padding not counted, are before each.
+
+    Returns:
+        float32 (B, V) logits of the token after these, and the cache with these in it.
+    """
+    place = positions[:, None]
+    hidden, cache = extend_cache(model, cache, tokens[:, None], (place, place))
+    return logits(model, hidden[:, 0]), cache
+
+
+def draw(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Draw tokens int32 (B,) from softmax(scores / temperature); at temperature 0 take the likeliest.
+
+    Inverts the cumulative distribution, first over blocks of tokens, then inside one. `jax.random.categorical` needs a
+    random number and two logarithms for every token, which on a CPU costs more than the output head.
+
+    Args:
+        key: from `jax.random.key`.
+        scores: float32 (B, V).
+        temperature: float32 scalar.
+    """
+    return lax.cond(temperature > 0, _invert, lambda _, scores, __: _likeliest(scores), key, scores, temperature)
+
+
+def _invert(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array:
+    warm = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
+    padded = jnp.pad(warm, ((0, 0), (0, -scores.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+    weights = jnp.exp(padded).reshape(scores.shape[0], -1, _BLOCK)
+    sums = jnp.sum(weights, axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    level = jax.random.uniform(key, (scores.shape[0],)) * ends[:, -1]
+    block = _first_above(ends, sums, level)
+    start = jnp.take_along_axis(ends - sums, block[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), inside, level - start)
+
+
+def _first_above(ends: jax.Array, weights: jax.Array, level: jax.Array) -> jax.Array:
+    above = ends > level[:, None]
+    # Rounding can leave none above the level; take the heaviest then, whose weight is not zero.
+    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), _likeliest(weights)).astype(jnp.int32)
+
+
+def _likeliest(scores: jax.Array) -> jax.Array:
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
