@@ -27,7 +27,7 @@ from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher, mix_teacher
 from jcrosslora.training import read_examples
-from jcrosslora.training.examples import as_completion
+from jcrosslora.training.batches import as_completion
 
 SHARES = [(w, w) for w in (0.0, 0.25, 0.5, 0.75, 1.0)] + [(w, 1.0) for w in (0.0, 0.25, 0.5, 0.75)]
 MIXES = [(*shares, c) for shares in SHARES for c in (0.0, 0.25, 0.5, 1.0)]

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model
 from jcrosslora.evaluate import Question
-from jcrosslora.training.examples import encode
+from jcrosslora.training.batches import encode
 
 _BATCH = 16
 # Lengths are rounded up to multiples of this: every further shape has to be compiled.

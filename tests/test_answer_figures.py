@@ -6,7 +6,7 @@ import pytest
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import answer_figures
-from jcrosslora.evaluate.answer_figures import chrf, equal_json, exact, installed, parse_json, rouge_l
+from jcrosslora.evaluate.answers import chrf, equal_json, exact, installed, parse_json, rouge_l
 
 TEXTS = ["The cat sat on the mat.", "a cat", "", "Café Rouge is by the river", "the the the"]
 REFERENCES = ["The cat sat on a mat.", "Near the river is Café Rouge, a café."]

@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score
-from jcrosslora.evaluate.question_batches import batches, tokenize
+from jcrosslora.evaluate.log_probs import batches, tokenize
 
 QUESTIONS = [
     Question("which of these is it?", ("the sun", "a star", "a wet stone in the river", "the"), 2),

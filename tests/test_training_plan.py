@@ -12,10 +12,10 @@ from probe_bases import write_base
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.evaluate.question_batches import tokenize
+from jcrosslora.evaluate.log_probs import tokenize
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import Encoded, Plan, TrainingSettings, encode, read_examples
-from jcrosslora.training.examples import digest
+from jcrosslora.training.batches import digest
 from jcrosslora.training.step import rate_at
 
 

@@ -120,8 +120,7 @@ class Evaluate:
     ) -> None:
         """Print the figures, as JSON with `more`, and write the page."""
         from jcrosslora.evaluate import Answers, answers_page, print_answers, print_scores
-        from jcrosslora.evaluate.lifts import lift_lines
-        from jcrosslora.evaluate.output import answers_json, scores_json
+        from jcrosslora.evaluate.output import answers_json, lift_lines, scores_json
         from jcrosslora.utils.files import write_output
 
         trained = None if self.trained is None else found.names[-1]

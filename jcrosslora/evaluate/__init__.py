@@ -2,16 +2,13 @@
 
 from jcrosslora.evaluate.answer import answer
 from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers
-from jcrosslora.evaluate.answers_page import answers_page
-from jcrosslora.evaluate.answers_table import print_answers
+from jcrosslora.evaluate.answers_shown import answers_page, print_answers
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, intervals, lift_recovered
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.effect_check import check_effect
-from jcrosslora.evaluate.examples import Example, read_examples
+from jcrosslora.evaluate.examples import Example, Question, read_examples, read_task
 from jcrosslora.evaluate.output import answers_json, scores_json
-from jcrosslora.evaluate.score import read_questions, score
-from jcrosslora.evaluate.scores import FIGURES, Scores, print_scores
-from jcrosslora.evaluate.tasks import Question, read_task
+from jcrosslora.evaluate.score import FIGURES, Scores, print_scores, read_questions, score
 
 __all__ = [
     "ANSWER_FIGURES",

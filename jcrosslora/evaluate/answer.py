@@ -15,8 +15,7 @@ from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
-from jcrosslora.evaluate.log_probs import Models, log_prob_sums
-from jcrosslora.evaluate.question_batches import Tokens
+from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums
 from jcrosslora.text import Completion, read
 from jcrosslora.utils.progress import track
 

@@ -78,15 +78,13 @@ class Effect:
         cls,
         source: Change,
         target: Change,
-        growth_src: np.ndarray,
-        growth_tgt: np.ndarray,
+        excess: np.ndarray,
         *,
         texts: int,
         positions: int,
         written: bool,
     ) -> "Effect":
-        """Make the record; `growth_src` and `growth_tgt`, (texts',), are the growth of the NLL of each text."""
-        excess = growth_tgt if written else growth_tgt - growth_src
+        """Make the record of the excess of each text, (texts',)."""
         error = _deviation(excess) / math.sqrt(len(excess))
         return cls(source, target, float(np.mean(excess)), error, texts, positions, written)
 

@@ -1,4 +1,7 @@
-"""Log-probabilities of the scored tokens of question batches, under a base with several adapters at once."""
+"""Log-probabilities of the choices of questions, under a base with several adapters at once.
+
+The tokens that all choices of a question share are run once, then each choice continues them.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,14 +11,67 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.decoder import AppliedAdapter, Model, init_cache, target_log_probs
 from jcrosslora.decoder.forward import extend_behind
-from jcrosslora.errors import not_finite
-from jcrosslora.evaluate.question_batches import Batch, Tokens, batches
+from jcrosslora.errors import UsageError, not_finite
+from jcrosslora.evaluate.examples import Question
 from jcrosslora.utils.progress import Track, track
 
 _STATES_AT_ONCE = 512  # states that the head gets in one call, over all models
 _LOGITS_AT_ONCE = 128
+_SMALLEST = 8  # tokens that a shape is padded to
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of a question and its choices.
+
+    Attributes:
+        prefix: int32 (P,), the tokens that all choices share.
+        tails: int32 (T,) for each choice, the rest of its tokens; the first one is only read, never scored.
+        scored: for each choice the index of the answer's first token in its tail, 1 or more.
+    """
+
+    prefix: np.ndarray
+    tails: tuple[np.ndarray, ...]
+    scored: tuple[int, ...]
+
+    def straddles(self, length: int) -> bool:
+        """Tell whether the text of one choice is longer than a length, and that of another is not."""
+        return len({len(self.prefix) + len(tail) > length for tail in self.tails}) > 1
+
+    def unshared(self) -> "Tokens":
+        """Return the same with all tokens of each choice in its tail."""
+        tails = tuple(np.concatenate([self.prefix, tail]) for tail in self.tails)
+        return Tokens(self.prefix[:0], tails, tuple(first + len(self.prefix) for first in self.scored))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Questions padded to one shape: Q questions, R rows with a choice each; S scored tokens.
+
+    Attributes:
+        prefix: int32 (Q, P).
+        prefix_mask: bool (Q, P).
+        tails: int32 (R, T).
+        tail_mask: bool (R, T).
+        owner: int32 (R,), the question of each row.
+        picked: int64 (S,), index into the flattened (R, T): the position in front of each scored token.
+        wanted: int32 (S,), the scored tokens.
+        places: int64 (S, 2), question (of the task) and choice of each scored token.
+        questions: number of questions without padding.
+    """
+
+    prefix: np.ndarray
+    prefix_mask: np.ndarray
+    tails: np.ndarray
+    tail_mask: np.ndarray
+    owner: np.ndarray
+    picked: np.ndarray
+    wanted: np.ndarray
+    places: np.ndarray
+    questions: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +91,7 @@ class Models:
         return self.model.with_adapter(jax.tree.map(lambda leaf: leaf[place], self.model.adapter))
 
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
-        """Batch questions as `question_batches.batches` does; choices that are rotated apart share no tokens."""
+        """Batch questions as `batches` does; choices that are rotated apart share no tokens."""
         switches = [rope.switch for rope in self.model.settings.ropes if rope.switch is not None]
         return batches([one.unshared() if any(map(one.straddles, switches)) else one for one in items], positions)
 
@@ -157,3 +213,90 @@ def _log_probs(model: Model, states: jax.Array, wanted: jax.Array) -> jax.Array:
     """float32 (A, S): log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
     targets = jnp.broadcast_to(wanted, states.shape[:2])
     return target_log_probs(model, states, targets, chunk=_LOGITS_AT_ONCE)
+
+
+def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
+    """Encode prompt and choice as one text for each choice.
+
+    The answer's tokens are those behind the last token that ends in the prompt: a token that covers the end of the
+    prompt and the start of the answer belongs to the answer.
+
+    Raises:
+        UsageError: a choice without a token of its own, or without a token in front of it.
+    """
+    encoded = [tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
+    length = len(question.prompt)
+    firsts = [int(np.flatnonzero((one.ends >= 0) & (one.ends <= length)).max(initial=-1)) + 1 for one in encoded]
+    for one, first, choice in zip(encoded, firsts, question.choices, strict=True):
+        if not 1 <= first < len(one.ids):
+            msg = f"choice {choice[:60]!r}: the tokenizer of {tokenizer.ref} gives it no token of its own: reword it"
+            raise UsageError(msg)
+    shared = min(_common([one.ids for one in encoded]), *firsts) - 1
+    cut = max(shared, 0)
+    tails = tuple(one.ids[cut:] for one in encoded)
+    return Tokens(encoded[0].ids[:cut], tails, tuple(first - cut for first in firsts))
+
+
+def batches(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
+    """Batch all questions in few shapes, the longest first, so that memory runs out at once or never.
+
+    Args:
+        items: the questions.
+        positions: the most token positions of a batch, padding included; a batch has at least one question.
+    """
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, item in enumerate(items):
+        shapes.setdefault((_rounded(len(item.prefix)), _rounded(max(map(len, item.tails)))), []).append(index)
+    usual = round(np.mean([len(item.tails) for item in items]))
+    for (prefix, tail), members in sorted(shapes.items(), key=lambda entry: -sum(entry[0])):
+        fitting = max(1, positions // (prefix + usual * tail))
+        count = min(1 << (fitting.bit_length() - 1), 1 << (len(members) - 1).bit_length())
+        rows = max(count * usual, *(len(items[index].tails) for index in members))
+        for group in _packed(items, members, count, rows):
+            yield _batch(items, group, (count, prefix), (rows, tail))
+
+
+def _packed(items: Sequence[Tokens], members: list[int], count: int, rows: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    used = 0
+    for index in members:
+        need = len(items[index].tails)
+        if group and (len(group) == count or used + need > rows):
+            yield group
+            group, used = [], 0
+        group.append(index)
+        used += need
+    yield group
+
+
+def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], body: tuple[int, int]) -> Batch:
+    prefix, prefix_mask = pad_right([items[index].prefix for index in group], head)
+    tails, tail_mask = pad_right([tail for index in group for tail in items[index].tails], body)
+    owner = np.zeros(body[0], np.int32)
+    picked, wanted, places, row = [], [], [], 0
+    for place, index in enumerate(group):
+        for choice, (tail, first) in enumerate(zip(items[index].tails, items[index].scored, strict=True)):
+            owner[row] = place
+            picked.append(row * body[1] + np.arange(first - 1, len(tail) - 1))
+            wanted.append(tail[first:])
+            places.append(np.tile([index, choice], (len(tail) - first, 1)))
+            row += 1
+    return Batch(
+        *(prefix, prefix_mask, tails, tail_mask, owner),
+        picked=np.concatenate(picked),
+        wanted=np.concatenate(wanted),
+        places=np.concatenate(places),
+        questions=len(group),
+    )
+
+
+def _common(rows: Sequence[np.ndarray]) -> int:
+    """Count the tokens that all rows start with."""
+    shortest = min(map(len, rows))
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if same.all() else int(np.argmin(same))
+
+
+def _rounded(length: int) -> int:
+    """Round up to 8, 16, 32, ...: every further shape has to be compiled, which costs more than the padding."""
+    return max(_SMALLEST, 1 << (length - 1).bit_length()) if length else _SMALLEST

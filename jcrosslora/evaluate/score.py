@@ -1,20 +1,108 @@
-"""Score the choices of questions under a base and its adapters."""
+"""Score the choices of questions under a base and its adapters: accuracy, likelihood, and their table."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, load_model, stack_adapters
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.log_probs import Models, log_prob_sums
-from jcrosslora.evaluate.question_batches import Tokens, tokenize
-from jcrosslora.evaluate.scores import Scores
-from jcrosslora.evaluate.tasks import Question, read_task
+from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
+from jcrosslora.evaluate.examples import Question, read_task
+from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums, tokenize
+
+FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of n questions with C choices at most, under A models: the base first, then its adapters.
+
+    Attributes:
+        names: (A,) names of the models.
+        log_probs: float64 (A, n, C), sum of the log-probabilities of a choice's tokens, in nats; NaN where a question
+            has fewer choices.
+        characters: int64 (n, C), code points of a choice, without the space in front; 0 where there is none.
+        tokens: int64 (n, C), tokens of a choice; 0 where there is none.
+        answers: int64 (n,), index of the right choice.
+    """
+
+    names: tuple[str, ...]
+    log_probs: np.ndarray
+    characters: np.ndarray
+    tokens: np.ndarray
+    answers: np.ndarray
+
+    @staticmethod
+    def of(names: Sequence[str], questions: Sequence[Question], log_probs: np.ndarray, tokens: np.ndarray) -> Scores:
+        """Take characters and answers from the questions."""
+        characters = np.zeros(tokens.shape, np.int64)
+        for row, question in zip(characters, questions, strict=True):
+            row[: len(question.choices)] = [len(choice) for choice in question.choices]
+        answers = np.array([question.answer for question in questions], np.int64)
+        return Scores(tuple(names), log_probs, characters, tokens, answers)
+
+    def accuracy(self) -> np.ndarray:
+        """float64 (A,): share of questions whose right choice has the highest log-probability."""
+        return self.by_question("accuracy").mean(axis=1)
+
+    def accuracy_norm(self) -> np.ndarray:
+        """float64 (A,): the same by log-probability per character of the choice."""
+        return self.by_question("accuracy_norm").mean(axis=1)
+
+    def nll_per_char(self) -> np.ndarray:
+        """float64 (A,): mean over questions of -log p(right choice) / its characters, in nats."""
+        return self.by_question("nll_per_char").mean(axis=1)
+
+    def nll_pooled(self) -> np.ndarray:
+        """float64 (A,): -log p of all right choices / all their characters, in nats: long answers weigh more."""
+        return self.by_question("nll_pooled").mean(axis=1)
+
+    def by_question(self, figure: str) -> np.ndarray:
+        """float64 (A, n): a figure of `FIGURES` of each question; accuracies are 0 or 1.
+
+        "nll_pooled" is -log p(right choice) over the mean number of characters of all right choices.
+
+        Raises:
+            UsageError: an unknown figure.
+        """
+        if figure not in FIGURES:
+            msg = f"figure {figure!r} is not known; known: {', '.join(FIGURES)}"
+            raise UsageError(msg)
+        exists = self.characters > 0
+        per_char = self.log_probs / np.where(exists, self.characters, 1)
+        if figure in ("nll_per_char", "nll_pooled"):
+            right = np.arange(len(self.answers)), self.answers
+            lengths = self.characters[right]
+            return -self.log_probs[:, *right] / (lengths if figure == "nll_per_char" else lengths.mean())
+        ranked = np.where(exists, self.log_probs if figure == "accuracy" else per_char, -np.inf)
+        return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
+
+    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute the figure of each model with its 95% interval over resampled questions."""
+        return intervals(self.by_question(figure), draws=draws, seed=seed)
+
+    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute each model's figure minus the base's, with the 95% interval over the same resampled questions."""
+        return differences(self.by_question(figure), draws=draws, seed=seed)
+
+    def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
+        """Compute the share of a trained adapter's gain that a moved one brings, see `Answers.lift`."""
+        return lift_of(
+            self.by_question(figure), moved, trained, lower=figure in _LOWER_IS_BETTER, draws=draws, seed=seed
+        )
 
 
 def score(
@@ -80,3 +168,50 @@ def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: To
             msg += f"{base.ref} reads {longest:,} at most: leave it out, or make it shorter"
             raise UsageError(msg)
     return items
+
+
+_TITLES = {
+    "accuracy": "accuracy",
+    "accuracy_norm": "accuracy per character",
+    "nll_per_char": "nats per character",
+    "nll_pooled": "the same, pooled",
+}
+_LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
+
+
+def print_scores(scores: Scores, console: Console) -> None:
+    """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
+    found = {figure: (scores.bootstrap(figure), scores.differences(figure)) for figure in FIGURES}
+    console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
+    for index, name in enumerate(scores.names):
+        # Names have lines of their own, for the figures to fit 80 columns.
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("", min_width=max(map(len, _TITLES.values())))
+        table.add_column("value", justify="right", min_width=len("0.000 [0.000, 0.000]"))
+        table.add_column("minus base" if index else "", justify="right")
+        table.add_column("")
+        for figure in FIGURES:
+            value, difference = found[figure][0][index], found[figure][1][index]
+            row = _TITLES[figure], _text(value), *((_text(difference, "+"), word_of(figure, difference)) * bool(index))
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+
+class Direction(StrEnum):
+    """What a difference to the base means, as the word that is printed."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "neither"
+
+
+def word_of(figure: str, difference: Interval) -> Direction:
+    """Name a difference to the base; it is unclear where its interval includes 0."""
+    if not difference.excludes(0):
+        return Direction.UNCLEAR
+    return Direction.BETTER if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else Direction.WORSE
+
+
+def _text(found: Interval, sign: str = "") -> str:
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"

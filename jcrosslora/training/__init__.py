@@ -1,8 +1,7 @@
 """LoRA training on examples: the loss of answers, optimisers, checkpoints to continue from."""
 
 from jcrosslora.evaluate.examples import Example, read_examples
-from jcrosslora.training.batches import Batch, Plan, make_batch
-from jcrosslora.training.examples import Encoded, encode
+from jcrosslora.training.batches import Batch, Encoded, Plan, encode, make_batch
 from jcrosslora.training.magnitudes import fit_magnitudes
 from jcrosslora.training.run import save_trained, train_lora
 from jcrosslora.training.settings import TrainingSettings

@@ -12,8 +12,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Model, logits
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.harness.options import Options
-from jcrosslora.evaluate.log_probs import Models, token_states
-from jcrosslora.evaluate.question_batches import Tokens
+from jcrosslora.evaluate.log_probs import Models, Tokens, token_states
 from jcrosslora.utils.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -13,7 +13,7 @@ import msgspec
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.evaluate.scores import Direction, word_of
+from jcrosslora.evaluate.score import Direction, word_of
 
 Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
 

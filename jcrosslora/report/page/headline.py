@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.evaluate.answers_table import TITLES
+from jcrosslora.evaluate.answers_shown import TITLES
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.evaluate.scores import Direction
+from jcrosslora.evaluate.score import Direction
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation, Figure, Model
 

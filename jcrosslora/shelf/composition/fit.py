@@ -14,8 +14,7 @@ from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
-from jcrosslora.training.batches import Batch, make_batch, rounded
-from jcrosslora.training.examples import Encoded, encode
+from jcrosslora.training.batches import Batch, Encoded, encode, make_batch, rounded
 from jcrosslora.training.run import train
 from jcrosslora.training.settings import TrainingSettings
 
