@@ -32,6 +32,7 @@ from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
+_BLOCK = 16  # tokens between two looks for strings that end a text
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
 UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 
@@ -110,9 +111,7 @@ class Generator:
         key: jax.Array,
         *,
         shape: tuple[int, int] | None = None,
-        pad_left: bool = False,
-        block: int | None = None,
-        until: Sequence[str] = (),
+        until: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
         """Continue all prompts in one batch.
 
@@ -122,9 +121,8 @@ class Generator:
             temperature: of the sampling; 0 takes the likeliest token.
             key: from `jax.random.key`; the same key, prompts and shape give the same tokens on one kind of machine.
             shape: (B, T) to pad the prompts to, so that few shapes are compiled; None pads to the longest prompt.
-            pad_left: whether padding goes in front of the prompts instead of behind.
-            block: tokens written between two looks at `until`; None writes all at once.
-            until: strings that end a text; special tokens are looked for by their names.
+            until: strings that end a text, looked for every 16 tokens; special tokens go by their names.
+                None writes all tokens at once.
 
         Returns:
             int32 (T,) for each prompt: what was written, up to the first stop token (not included) or the token that
@@ -137,17 +135,16 @@ class Generator:
         shape = shape or (len(prompts), max(map(len, prompts)))
         batch = PromptBatch(list(range(len(prompts))), [np.asarray(one) for one in prompts], shape)
         sampling = max_new_tokens, temperature, key
-        rows = self._continue(batch, sampling, pad_left=pad_left, block=block, until=until)
+        rows = self._continue(batch, sampling, until, pad_left=False)
         return [row[~np.isin(row, self.tokenizer.stops)] for row in rows]
 
     def _continue(
         self,
         batch: PromptBatch,
         sampling: tuple[int, float, jax.Array],
+        until: Sequence[str] | None = None,
         *,
-        pad_left: bool = True,
-        block: int | None = None,
-        until: Sequence[str] = (),
+        pad_left: bool,
     ) -> list[np.ndarray]:
         """Continue the prompts of a batch as `continue_tokens` does, by the most new tokens, temperature and key.
 
@@ -157,7 +154,7 @@ class Generator:
         tokens, mask = padded(batch.texts, batch.shape, pad_left)
         beginnings = batch.beginnings
         behind = None if beginnings is None else Behind(*map(jnp.asarray, beginnings.arrays(len(tokens))))
-        block = block or max_new_tokens
+        block = max_new_tokens if until is None else _BLOCK
         room = rounded(block * -(-max_new_tokens // block))
         state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
         drawn = Sampling(jnp.float32(temperature), key, jnp.int32(block))
@@ -170,7 +167,7 @@ class Generator:
             written, valid = map(np.asarray, new)
             for row in tuple(unfinished):
                 found = np.concatenate([rows[row], written[row][valid[row]]])
-                end = self._end(found[:max_new_tokens], start, until)
+                end = self._end(found[:max_new_tokens], start, until or ())
                 rows[row] = found[:max_new_tokens][:end]
                 if end is not None or found[-1] in self.tokenizer.stops:
                     unfinished.remove(row)
@@ -254,7 +251,7 @@ class Generator:
         start = 0
         for batch in plan_batches(ids, max_new_tokens, share=self.shares_beginnings):
             model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
-            rows = model._continue(batch, sampling)
+            rows = model._continue(batch, sampling, pad_left=True)
             key = jax.random.fold_in(key, start)
             for place, row in zip(batch.places, rows, strict=True):
                 found[place] = as_written(self.tokenizer, ids[place], row)

@@ -93,7 +93,6 @@ def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Ar
     return chosen - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted
 
 
-_BLOCK = 16  # tokens between two looks for stop strings
 _NARROWEST = 8  # tokens of a prompt's row
 
 
@@ -115,7 +114,7 @@ def generate(generator: Generator, prompts: Sequence[Sequence[int]], options: Op
     # Powers of two, since every further shape has to be compiled.
     shape = _rounded(len(prompts)), max(_NARROWEST, _rounded(max(map(len, prompts))))
     rows = generator.continue_tokens(
-        prompts, options.length, options.temperature, key, shape=shape, block=_BLOCK, until=options.until
+        prompts, options.length, options.temperature, key, shape=shape, until=options.until
     )
     return [_until(generator.tokenizer.decode(row), options.until) for row in rows]
 
