@@ -37,7 +37,7 @@ class RoleUpdates(Protocol):
 
 
 class AppliedAdapter(Protocol):
-    """What the decoder runs beside a base: a pytree, such as `StackedAdapter`."""
+    """What the decoder adds to a base: a pytree like `StackedAdapter`."""
 
     @property
     def roles(self) -> Mapping[str, RoleUpdates]:
@@ -76,7 +76,7 @@ class StackedAdapter:
 def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
     """Stack the factors of an adapter, padded with zeros to the largest rank of each role.
 
-    Splits updates of fused matrices, such as phi3's qkv_proj.
+    Splits updates of fused matrices, e.g. phi3's qkv_proj.
 
     Raises:
         AdapterError: the base lacks a module, factors do not fit it, or the adapter is an aLoRA.

@@ -144,7 +144,7 @@ def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = 
     both = checked if narrow == wide else fitted + checked
     if both <= most:
         return LoadedBases((narrow, wide), mesh)
-    # The check loads one base at a time beside what is kept.
+    # The check loads one base at a time on top of what is kept.
     fits = narrow != wide and fitted + wide.itemsize * max(numbers) <= most
     return LoadedBases((narrow,) if fits else (), mesh)
 

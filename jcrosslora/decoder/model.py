@@ -33,7 +33,7 @@ class Params:
         head_bias: float32 (V,), or None.
         activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
         tensors: name in `Family.tensors` -> (L, ...).
-        layer_inputs: of models whose layers have inputs beside the stream, or None.
+        layer_inputs: of models whose layers read more than the stream, or None.
     """
 
     embedding: jax.Array

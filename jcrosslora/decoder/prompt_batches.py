@@ -12,9 +12,9 @@ _BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up 
 _READ = _BATCH * _WIDE  # tokens that are read in one pass, padding included
 _SLOTS = _BATCH * 512  # of the cache of a batch, without those of what is written
 _ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
-_BEGINNINGS = (1, 2, 4, 8)  # of a batch, likewise
+_BEGINNINGS = (1, 2, 4, 8)  # of a batch, the fewest that hold its own
 # What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
-# that are written is rounded likewise: one compiled program writes answers of nearly the same length.
+# that are written is rounded to it, too: one compiled program writes answers of nearly the same length.
 _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
@@ -121,7 +121,7 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int]) -> list[PromptBatch
         part, most = order[:_BATCH], _BATCH
         width = rounded(len(ids[part[-1]]))
         if width > _WIDE:
-            # The narrowest width that the shortest prompt fits in, and those that fit beside it.
+            # The narrowest width that the shortest prompt fits in, and the others that fit in it.
             width = _next_width(len(ids[part[0]]))
             most = min(_BATCH, _READ // width)
             part = [place for place in part[:most] if len(ids[place]) <= width]

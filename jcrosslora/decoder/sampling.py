@@ -26,7 +26,7 @@ class State:
         count: int32 (), tokens written so far.
         scores: float32 (B, V), logits of the next token.
         positions: int32 (B,), of the next token.
-        cache: of all tokens before; a `KVCache`, or what another `run` of `write_tokens` takes for it.
+        cache: of all tokens before; of an amplified model a pair, with its adapter and without.
         running: bool (B,), False behind a stop token.
         finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
     """
@@ -156,13 +156,9 @@ def extend_amplified(
 
 
 def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:
-    """Return adapted + strength (adapted - base), float32 (B, V), -inf where a token is not plausible.
+    """Return logits adapted + strength (adapted - base), float32 (B, V), of those with an adapter and without.
 
-    Args:
-        adapted: float32 (B, V), logits with the adapter.
-        base: float32 (B, V), without it.
-        strength: scalar.
-        plausible: scalar, see `AmplifiedGenerator`.
+    They are -inf where a token is not plausible, see `AmplifiedGenerator`.
     """
     least = jnp.max(adapted, axis=-1, keepdims=True) + jnp.log(plausible)
     return jnp.where(adapted >= least, adapted + strength * (adapted - base), -jnp.inf)
@@ -223,15 +219,10 @@ def step(model: Model, cache: KVCache, tokens: jax.Array, positions: jax.Array) 
 
 
 def draw(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Draw tokens int32 (B,) from softmax(scores / temperature); at temperature 0 take the likeliest.
+    """Draw tokens int32 (B,) from softmax(scores / temperature), scores (B, V); at temperature 0 take the likeliest.
 
     Inverts the cumulative distribution, first over blocks of tokens, then inside one. `jax.random.categorical` needs a
     random number and two logarithms for every token, which on a CPU costs more than the output head.
-
-    Args:
-        key: from `jax.random.key`.
-        scores: float32 (B, V).
-        temperature: float32 scalar.
     """
     return lax.cond(temperature > 0, _invert, lambda _, scores, __: _likeliest(scores), key, scores, temperature)
 

@@ -1,4 +1,4 @@
-"""The effect of a moved adapter on the target beside that of the original on the source. Plain data, no arrays."""
+"""The effect of a moved adapter on the target, compared with that of the original on the source: plain data."""
 
 import dataclasses
 import math

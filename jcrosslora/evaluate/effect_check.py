@@ -1,4 +1,4 @@
-"""Measure the effect of a moved adapter beside that of the original: both bases run over the same text."""
+"""Measure the effect of a moved adapter and of the original: both bases run over the same text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

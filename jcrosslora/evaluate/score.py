@@ -184,7 +184,7 @@ def print_scores(scores: Scores, console: Console) -> None:
     found = {figure: (scores.bootstrap(figure), scores.differences(figure)) for figure in FIGURES}
     console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
     for index, name in enumerate(scores.names):
-        # Names have lines of their own, for the figures to fit 80 columns.
+        # Names have a line each, for the figures to fit 80 columns.
         console.print(Text(name, style="bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("", min_width=max(map(len, _TITLES.values())))

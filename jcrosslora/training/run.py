@@ -102,7 +102,7 @@ def save_trained(
 ) -> None:
     """Write a trained adapter as a PEFT folder, with the settings and facts of its training in the file's metadata.
 
-    A chat template is written beside it, for those who use or move the adapter.
+    A chat template goes into the same folder, for those who use or move the adapter.
 
     Raises:
         OutputError: the folder exists already, or cannot be written.

@@ -39,8 +39,7 @@ class JCrossLoRALM(TemplateLM):
     Text is tokenized as by the harness's `hf` model: spaces at the end of a context belong to the continuation, whose
     tokens are those that the whole has beyond the context's. A context that is too long loses tokens at its start. One
     difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. Changes of the
-        embedding
-    and the output head are not applied, which is logged.
+    embedding and of the output head are not applied, which is logged.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class JCrossLoRALM(TemplateLM):
             prefix_token_id: token in front of a text without context; None takes bos, or eos where there is no bos.
             seed: of the sampling, in tasks with a temperature.
             batch_size: accepted for the harness and not used, see `batch_tokens`.
-            max_batch_size: likewise.
-            device: likewise; JAX picks the device.
+            max_batch_size: accepted and not used.
+            device: accepted and not used; JAX picks the device.
 
         Raises:
             UsageError: a setting out of range.
