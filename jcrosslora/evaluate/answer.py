@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Generator, Model, Written, load_model, stack_adapters
+from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
@@ -72,24 +72,17 @@ def answer(
     tokenizer = tokenizer or load_tokenizer(base)
     items = [_tokens(base, tokenizer, one, number) for number, one in enumerate(completions, 1)]
     room = max_new_tokens or _room(tokenizer, completions)
-    count = len(adapters) + 1
-    stacked = stack_adapters([Adapter(modules={}), *adapters], base)
-    models = Models((model or load_model(base, dtype)).with_adapter(stacked), count)
-    names = (base.name, *(adapter.info.name for adapter in adapters))
-    sums, _ = log_prob_sums(models, names, items, batch_tokens, unit="examples")
-    written = _write(models, names, tokenizer, completions, room)
-    return Answers(names, completions, written, -sums[:, :, 0], room)
+    models = Models.of(base, adapters, model, dtype)
+    sums, _ = log_prob_sums(models, items, batch_tokens, unit="examples")
+    written = _write(models, tokenizer, completions, room)
+    return Answers(models.names, completions, written, -sums[:, :, 0], room)
 
 
 def _write(
-    models: Models,
-    names: Sequence[str],
-    tokenizer: Tokenizer,
-    completions: Sequence[Completion],
-    max_new_tokens: int,
+    models: Models, tokenizer: Tokenizer, completions: Sequence[Completion], max_new_tokens: int
 ) -> tuple[tuple[Written, ...], ...]:
     """Answer all prompts under each model; adapters of one shape, the base's of zeros, share the compiled programs."""
-    prompts, found = [one.prompt for one in completions], []
+    prompts, names, found = [one.prompt for one in completions], models.names, []
     with track(models.count * len(prompts), "write answers", "answers") as bar:
         for place in range(models.count):
             generator = Generator(models.one(place), tokenizer, names[0], names[place] if place else None)

@@ -10,9 +10,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
-from jcrosslora.decoder import AppliedAdapter, Model, init_cache, target_log_probs
+from jcrosslora.decoder import AppliedAdapter, Model, init_cache, load_model, stack_adapters, target_log_probs
 from jcrosslora.decoder.forward import extend_behind
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.examples import Question
@@ -80,11 +83,23 @@ class Models:
 
     Attributes:
         model: the base, with adapters stacked over A.
-        count: A.
+        names: (A,) of each.
     """
 
     model: Model
-    count: int
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, base: BaseModel, adapters: Sequence[Adapter], model: Model | None, dtype: DTypeLike) -> "Models":
+        """Stack adapters behind one of zeros, which is the base alone; load the base unless it is loaded already."""
+        stacked = stack_adapters([Adapter(modules={}), *adapters], base)
+        loaded = (model or load_model(base, dtype)).with_adapter(stacked)
+        return cls(loaded, (base.name, *(adapter.info.name for adapter in adapters)))
+
+    @property
+    def count(self) -> int:
+        """A."""
+        return len(self.names)
 
     def one(self, place: int) -> Model:
         """Return the base with one of the adapters."""
@@ -123,13 +138,12 @@ class TokenStates:
 
 
 def log_prob_sums(
-    models: Models, names: Sequence[str], items: Sequence[Tokens], batch_tokens: int, *, unit: str
+    models: Models, items: Sequence[Tokens], batch_tokens: int, *, unit: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the log-probabilities of the scored tokens of each choice of n questions with C choices at most.
 
     Args:
-        models: a base, as an adapter of zeros, and its adapters; they run in one pass.
-        names: of the base and of each adapter, for errors.
+        models: from `Models.of`; all run in one pass.
         items: the questions as tokens.
         batch_tokens: token positions in memory at once, over all models.
         unit: what is counted while it runs, in the plural.
@@ -150,10 +164,10 @@ def log_prob_sums(
                 np.add.at(one, tuple(places.T), found)
     tokens = sums[-1].astype(np.int64)
     log_probs = np.where(tokens > 0, sums[:-1], np.nan)
-    for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
+    for index, (one, name) in enumerate(zip(log_probs, models.names, strict=True)):
         if not np.isfinite(one[tokens > 0]).all():
             # The base comes first and was found finite.
-            raise not_finite(names[0], name if index else None, values="log-probabilities", sound=True)
+            raise not_finite(models.names[0], name if index else None, values="log-probabilities", sound=True)
     return log_probs, tokens
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Model, load_model, stack_adapters
+from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
 from jcrosslora.evaluate.examples import Question, read_task
@@ -142,12 +142,9 @@ def score(
         msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)
     items = read_questions(base, questions, tokenizer)
-    count = len(adapters) + 1
-    stacked = stack_adapters([Adapter(modules={}), *adapters], base)
-    models = Models((model or load_model(base, dtype)).with_adapter(stacked), count)
-    names = (base.name, *(adapter.info.name for adapter in adapters))
-    log_probs, tokens = log_prob_sums(models, names, items, batch_tokens, unit="questions")
-    return Scores.of(names, questions, log_probs, tokens)
+    models = Models.of(base, adapters, model, dtype)
+    log_probs, tokens = log_prob_sums(models, items, batch_tokens, unit="questions")
+    return Scores.of(models.names, questions, log_probs, tokens)
 
 
 def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: Tokenizer | None = None) -> list[Tokens]:

@@ -90,7 +90,7 @@ class JCrossLoRALM(TemplateLM):
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
-        self._models = Models(load_model(self.base, dtype).with_adapter(stacked), count=1)
+        self._models = Models(load_model(self.base, dtype).with_adapter(stacked), (self.base.name,))
         self._generator = Generator.of(self.base, self.adapter, model=self._models.model, tokenizer=self._text)
 
     @property
