@@ -35,7 +35,7 @@ from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import restricted_model
 from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.sources.served import top_tokens
-from jcrosslora.evaluate import log_probs, predictions
+from jcrosslora.evaluate import effect_check, log_probs
 from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
@@ -327,8 +327,8 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
     yield Program(requests._compare, (shapes.base, states, wanted))
-    yield Program(predictions._states, (shapes.model, *shapes.read[:2]))
-    yield Program(predictions._compare, (shapes.base, states, states, wanted))
+    yield Program(effect_check._states, (shapes.model, *shapes.read[:2]))
+    yield Program(effect_check._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)
     texts = (whole(2, 6), told(2, 6)), whole(4), (whole(4, 5), told(4, 5))
     yield Program(log_probs._tail_states, (shapes.base.with_adapter(two), 2, *texts))

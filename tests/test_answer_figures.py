@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import answer_figures
+from jcrosslora.evaluate import answers
 from jcrosslora.evaluate.answers import chrf, equal_json, exact, installed, parse_json, rouge_l
 
 TEXTS = ["The cat sat on the mat.", "a cat", "", "Café Rouge is by the river", "the the the"]
@@ -85,7 +85,7 @@ def test_rouge_l_is_that_of_rouge_score():
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(figure, call, modules, scorer, monkeypatch):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    getattr(answer_figures, scorer).cache_clear()
+    getattr(answers, scorer).cache_clear()
     assert not installed(figure)
     with pytest.raises(UsageError, match=rf"'{figure}' needs .* pip install 'jcrosslora\[scores\]'"):
         call("a", ["a"])
