@@ -49,8 +49,8 @@ def test_a_gate_learns_to_predict_what_the_owner_predicts(llama, how):
     for one in (composed, trained):
         arrays = {role: update.arrays for role, update in one.updates.roles.items()}
         batch = plan.batch(0)
-        model = one.settings, one.params, one.updates, arrays, batch
-        losses.append(float(loss_and_gradient(*model, jnp.asarray(owners[batch.members], jnp.int32), False)[0]))
+        given = one.model, one.updates, arrays, batch
+        losses.append(float(loss_and_gradient(*given, jnp.asarray(owners[batch.members], jnp.int32), False)[0]))
     assert losses[1] < 0.5 * losses[0]
     for role, one in llama.compose(how).updates.roles.items():  # the untrained one is as it was
         for name, array in one.arrays.items():
@@ -132,8 +132,8 @@ def test_adapters_added_in_turn_are_refitted_and_followed(llama):
     assert np.isnan(found.kl[0, 1])
     assert abs(found.kl[0, 0]) < 1e-6  # the first is the adapter itself
     plain = llama.compose("stack", llama.adapters[:2])
-    model = plain.settings, plain.params, plain.tokenizer, plain.updates
-    summed = sum(mean_divergence(*model, texts, place) for place, texts in enumerate(TEXTS[:2]))
+    given = plain.model, plain.tokenizer, plain.updates
+    summed = sum(mean_divergence(*given, texts, place) for place, texts in enumerate(TEXTS[:2]))
     assert found.kl[1].sum() < 0.9 * summed
     shares = np.concatenate([np.ravel(one.arrays["share"]) for one in found.composed.updates.roles.values()])
     assert (shares != 1).mean() > 0.9
