@@ -52,8 +52,8 @@ def test_the_base_that_foresees_inputs_better_writes_them(source):
     assert choose_writer(worse, better) is better
     found = choose_writer(better, worse)
     assert isinstance(found, DecoderSource)
-    assert found.adapter is None
-    assert found.model is better.model
+    assert found.model.adapter is None
+    assert found.model.params is better.model.params
     inputs = [text for kind in KINDS for text in kind.inputs]
     # This tokenizer makes more tokens of an input than are compared.
     assert all(any(whole.startswith(text.strip()) for whole in inputs) for text in better.asked)
