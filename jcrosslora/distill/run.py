@@ -119,7 +119,7 @@ def distill(
         assert adapter is not None
         tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
         load_tokenizer(target)  # refused before weights are read
-        source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
+        source = DecoderSource.of(source, adapter, model=loaded.model(source, fast_dtype()), tokenizer=tokenizer)
     clock = time.monotonic()
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
