@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.architectures.blocks import ROLE_PATHS
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import Model, load_model
 from jcrosslora.evaluate import Question
 from jcrosslora.training import TrainingSettings

@@ -201,6 +201,10 @@ HYBRIDS = {
     ),
     "granite-bias": ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope", "attention_bias": True}),
     "granite-nope": ("granitemoehybrid", GRANITE | {"mamba_conv_bias": False, "mamba_proj_bias": True}),
+    "bamba": (
+        "bamba",
+        MAMBA | {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 8},
+    ),
     "falcon_h1": (
         "falcon_h1",
         FALCON

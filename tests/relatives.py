@@ -10,6 +10,7 @@ import numpy as np
 from checkpoint_files import write_safetensors
 from gguf_files import converted, gguf, gguf_name, write_gguf
 
+from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.checkpoint import FAMILIES, BaseModel, ModelConfig, expected_shapes, open_base, read_dims
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -94,7 +95,7 @@ def make(family: str = "llama", *, seed: int = 0, **changes) -> Made:
     rng = np.random.default_rng(seed)
     tensors = {}
     dims = read_dims(ModelConfig(FAMILIES[family], config), Path())
-    for name, shape in expected_shapes(FAMILIES[family], dims, config).items():
+    for name, shape in expected_shapes(Architecture(FAMILIES[family], config, dims)).items():
         if len(shape) == 2:
             sizes = 1 + 2 * np.exp(-np.arange(shape[1]) / 8)
             tensors[name] = rng.normal(size=shape) @ (rng.normal(size=(shape[1], shape[1])) * sizes[:, None]) / 90

@@ -17,6 +17,7 @@ from probe_bases import CORPUS, write_move
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
+from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
 from jcrosslora.decoder import Sampling, extend, load_model, prefill, stack_adapter
 from jcrosslora.decoder.sharding import divided_axis, held_numbers, mesh_of, stack_shapes
@@ -60,7 +61,7 @@ STEPS = Steps()
 def base_of(config):
     rng, config = np.random.default_rng(0), COMMON | config
     checked = check_config(config, "test")
-    shapes = expected_shapes(checked.family, read_dims(checked, "test"), checked.values)
+    shapes = expected_shapes(Architecture(checked.family, checked.values, read_dims(checked, "test")))
     weights = {
         name: rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else 0.3 * rng.normal(size=shape)
         for name, shape in shapes.items()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_model, torch
 
+from jcrosslora.architectures.names import DENSE_ROLES
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.family.names import DENSE_ROLES
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

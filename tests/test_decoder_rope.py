@@ -1,14 +1,14 @@
 """Compare rotary frequencies and layer kinds with those of transformers for published configurations."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_models import transformers
 
-from jcrosslora.checkpoint import LayerParts, check_config, read_dims
-from jcrosslora.decoder import settings_of
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.settings import read_settings
+from jcrosslora.checkpoint import check_config, read_dims
 
 PHI_FACTORS = {
     "short_factor": list(np.linspace(1.0, 2.0, 48)),
@@ -89,14 +89,7 @@ SIZES = {
 def test_rotary_frequencies_and_windows_match_transformers(name):
     stated = {**SIZES, **PUBLISHED[name]}
     checked = check_config(stated, Path("here"))
-    base = SimpleNamespace(
-        config=checked.values,
-        family=checked.family,
-        dims=(dims := read_dims(checked, Path("here"))),
-        parts=(LayerParts(),) * dims.layers,
-        ref="here",
-    )
-    found = settings_of(base)
+    found = read_settings(Architecture(checked.family, checked.values, read_dims(checked, Path("here"))), "here")
     config = transformers.AutoConfig.for_model(**{key: _copied(value) for key, value in stated.items()})
     rotary = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb
     kinds = getattr(config, "layer_types", None) or [None] * 7

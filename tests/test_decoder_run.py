@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
+from jcrosslora.architectures.names import DENSE_ROLES
+from jcrosslora.architectures.ops import linear, rows_at
 from jcrosslora.checkpoint import ROLE_PATHS, describe_base, open_base
-from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     INPUT_SITES,
     Sampling,
@@ -32,7 +33,6 @@ from jcrosslora.decoder import (
     unstack_adapter,
 )
 from jcrosslora.decoder.adapters import update
-from jcrosslora.decoder.ops import linear, rows_at
 from jcrosslora.decoder.sampling import draw
 from jcrosslora.errors import AdapterError, UsageError
 

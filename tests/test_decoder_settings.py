@@ -1,12 +1,13 @@
 """Test which settings the decoder reads from a configuration, and which it refuses by name."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.settings import read_settings
 from jcrosslora.checkpoint import check_config, read_dims
-from jcrosslora.decoder import DecoderSettings, settings_of
+from jcrosslora.decoder import DecoderSettings
 from jcrosslora.errors import CheckpointError
 
 SIZES = {
@@ -28,10 +29,7 @@ def settings(family: str, **config) -> DecoderSettings:
     """Return the settings of a base that consists of a configuration alone."""
     checked = check_config({**SIZES, "model_type": family, **config}, Path("here"))
     dims = read_dims(checked, Path("here"))
-    parts = checked.family.layer_parts(checked.values, dims.layers)
-    return settings_of(
-        SimpleNamespace(config=checked.values, family=checked.family, dims=dims, parts=parts, ref="here")
-    )
+    return read_settings(Architecture(checked.family, checked.values, dims), "here")
 
 
 def test_settings_are_hashable_and_comparable():

@@ -102,7 +102,7 @@ def test_cached_steps_with_packed_weights_match_one_pass(tmp_path):
     tokens = random_tokens(2, 6)
     wanted = run(ours, tokens)
     cache = init_cache(ours.settings, 2, 6, ours.params.stream_dtype)
-    assert cache.keys.dtype == jnp.float32
+    assert cache.states["attention"].keys.dtype == jnp.float32
     for place in range(6):
         scores, cache = step(ours, cache, tokens[:, place], jnp.full((2,), place, jnp.int32))
         # Sums in another order can round to another bfloat16 number.

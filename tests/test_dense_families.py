@@ -17,10 +17,17 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.architectures.blocks import BLOCKS, ROLES, MlpAndExperts, Parallel
+from jcrosslora.architectures.names import ATTENTION, LATENT
 from jcrosslora.checkpoint import describe_base, open_base
-from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
-from jcrosslora.checkpoint.family.parts import PARTS
-from jcrosslora.decoder import extend_cache, forward, init_cache, load_model, logits, stack_adapter
+from jcrosslora.decoder import (
+    extend_cache,
+    forward,
+    init_cache,
+    load_model,
+    logits,
+    stack_adapter,
+)
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -128,7 +135,10 @@ def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
 
 def test_the_quick_cases_have_every_part_of_a_layer():
     bases = [open_base(random_model(*FAMILIES[name])) for name in QUICK]
-    assert {part for base in bases for layer in base.parts for part in layer} == PARTS.keys()
+    blocks = {type(block) for base in bases for layer in base.architecture.stack for block in layer.blocks}
+    assert blocks >= {*BLOCKS, MlpAndExperts, Parallel}
+    roles = {role for base in bases for role in base.architecture.role_shapes}
+    assert {*ROLES} - roles <= {"in_proj_qkv"}  # of the delta rule in a third form
 
 
 def test_every_tensor_of_the_model_is_known(case):

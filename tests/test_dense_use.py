@@ -69,7 +69,7 @@ def test_bases_with_and_without_gates_are_compared(llama, phi):
 
 def test_training_starts_with_the_modules_that_there_are(phi):
     base = jcl.open_base(phi)
-    assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.family.roles)
+    assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.architecture.role_shapes)
     with pytest.raises(UsageError, match=r"modules gate_proj: .* has none of them"):
         first_factors(base, TrainingSettings(rank=2, modules=("gate_proj",)))
 

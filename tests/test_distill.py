@@ -25,8 +25,8 @@ from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
+from jcrosslora.architectures.names import DENSE_ROLES
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     Model,
     Written,
@@ -138,7 +138,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
     small = few.settings
     widths = dict(hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=128, vocab=vocab)
     ropes = tuple(dataclasses.replace(rope, frequencies=(1.0,) * 64) for rope in small.ropes)
-    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, parts=small.parts[:1] * layers)
+    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, stack=small.stack[:1] * layers)
     large = dataclasses.replace(small, layers=layers, **widths, **each)
     outputs = {"k_proj": 1024, "v_proj": 1024, "gate_proj": inner, "up_proj": inner}
 

@@ -12,6 +12,7 @@ from probe_bases import CORPUS, write_move
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
+from jcrosslora.architectures import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 API = (ROOT / "docs" / "python-api.md").read_text()
@@ -78,6 +79,19 @@ def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
         exec(code, names)
         ranks.append({factors.rank for factors in names["adapter"].modules.values()})
     assert ranks == [{6}, {3}]
+
+
+def test_the_family_of_the_page_on_families_gives_the_logits_of_transformers():
+    text = (ROOT / "docs" / "adding-a-family.md").read_text()
+    family, oracle, excerpt = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert excerpt in (ROOT / "jcrosslora" / "architectures" / "families" / "bamba.py").read_text()
+    try:
+        names: dict = {}
+        exec(family, names)
+        exec(oracle, names)
+        assert names["base"].family.name == "helium"
+    finally:
+        FAMILIES.pop("helium", None)
 
 
 @pytest.mark.full

@@ -11,10 +11,10 @@ from full_set import full_except
 from tiny_models import torch
 
 import jcrosslora as jcl
+from jcrosslora.architectures.blocks.grouped import mix, run_experts, sort_by_expert, spread
+from jcrosslora.architectures.ops import Row
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_model, logits, stack_adapter, unstack_adapter
-from jcrosslora.decoder.experts.grouped import mix, run_experts, sort_by_expert, spread
-from jcrosslora.decoder.ops import Row
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 11)).astype(np.int32)

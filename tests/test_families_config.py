@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from checkpoint_files import CONFIG
 
-from jcrosslora.checkpoint import FAMILIES, ROLES, check_config, open_base, read_dims
-from jcrosslora.checkpoint.families import COMMON_KEYS, HARMLESS_KEYS, UNSUPPORTED
+from jcrosslora.architectures.keys import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.architectures.table import UNSUPPORTED
+from jcrosslora.checkpoint import FAMILIES, check_config, open_base, read_dims
 from jcrosslora.errors import CheckpointError
 
 PATH = Path("config.json")
@@ -488,12 +489,12 @@ def test_an_unknown_key_with_a_value_is_refused(value):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_family_table_is_consistent(family):
-    known = {"attn", "attn_post", "mlp", "mlp_post", "q", "k", "q_a", "kv_a", "global_q", "global_k"}
+    known = {"attn", "attn_post", "mlp", "mlp_post", "q", "k", "q_a", "kv_a"}
     assert set(family.norms) <= known | {"mlp_alone", "experts_in", "experts_out", "per_layer_out"}
+    roles = {linear.role for block in family.all_blocks for linear in block.LINEARS}
     assert ("q" in family.norms) == ("k" in family.norms)
-    assert list(family.roles) == [role for role in ROLES if role in family.roles]
-    assert {role for roles in family.fused.values() for role in roles} <= set(family.roles)
-    assert {role for roles in family.bias_keys.values() for role in roles} <= set(family.roles)
+    assert {role for held in family.fused.values() for role in held} <= roles
+    assert {role for held in family.bias_keys.values() for role in held} <= roles
     assert not set(family.fixed) & (COMMON_KEYS | HARMLESS_KEYS | family.keys)
     assert not family.keys & (COMMON_KEYS | HARMLESS_KEYS)
     assert set(family.bias_keys) <= family.keys

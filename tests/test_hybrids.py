@@ -145,7 +145,7 @@ def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
     base = hybrids(name)
     adapter = random_adapter(base, rank=2, scale=0.1)
     result = jcl.transfer(adapter, base, llama, "pad-truncate", cache=False, effect="never")
-    mixers = [item for item, module in base.modules.items() if module.role not in llama.family.roles]
+    mixers = [item for item, module in base.modules.items() if module.role not in llama.architecture.role_shapes]
     assert mixers
     assert {item.source for item in result.report.unmapped_sources} >= set(mixers)
     back = jcl.transfer(result.adapter, llama, base, "pad-truncate", cache=False, effect="never")
@@ -156,7 +156,7 @@ def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
 
 def test_training_starts_with_all_modules_of_a_hybrid(hybrids):
     base = hybrids("qwen3_5-bias")
-    assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.family.roles)
+    assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.architecture.role_shapes)
 
 
 def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():

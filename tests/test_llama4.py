@@ -17,9 +17,9 @@ from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
 
 import jcrosslora as jcl
+from jcrosslora.architectures.blocks.routing import route
 from jcrosslora.checkpoint import ROLE_PATHS, holder_of
 from jcrosslora.decoder import load_model, settings_of, stack_adapter
-from jcrosslora.decoder.experts.routing import route
 from jcrosslora.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -89,7 +89,8 @@ def test_positions_of_chunks_and_growth_count_no_padding(name, tmp_path):
 
 def test_experts_are_chosen_before_their_scores_reach_one(tmp_path):
     random_model(*EXPERT_VARIANTS["llama4"]).save_pretrained(tmp_path)
-    own = settings_of(jcl.open_base(tmp_path)).experts
+    stack = settings_of(jcl.open_base(tmp_path)).stack
+    own = next(layer.experts.routing for layer in stack if layer.experts is not None)
     router = jnp.asarray([[20.0], [60.0], [30.0], [90.0], [-1.0]])
     chosen, weights = route(own, jnp.ones((1, 1)), router, None, None)
     np.testing.assert_array_equal(chosen, [[3, 1]])

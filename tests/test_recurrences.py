@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_models import torch
 
-from jcrosslora.decoder.mixers.convolution import causal_convolution
-from jcrosslora.decoder.mixers.recurrence import decaying_recurrence
+from jcrosslora.architectures.blocks.recurrence import decaying_recurrence
+from jcrosslora.architectures.blocks.recurrent import causal_convolution
 
 delta = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 mamba = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid")

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.checkpoint import LayerParts
-from jcrosslora.checkpoint.family.parts import holds, layers_with
+from jcrosslora.architectures.blocks import Mlp, SelfAttention
+from jcrosslora.architectures.layer import Layer, layers_with
 from jcrosslora.decoder.segments import join_layers, segments_of
 
 
 def parts(text):
-    return tuple(LayerParts(mlp="dense") if letter == "a" else LayerParts(mlp=letter) for letter in text)
+    return tuple(Layer(None, Mlp(8, ord(letter))) for letter in text)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,17 @@ def test_an_array_of_joined_layers_has_the_layers_that_returned_it_in_order():
     assert joined[1] is None
 
 
-def test_a_layer_has_the_arrays_of_its_parts_and_those_that_no_part_owns():
-    own = (LayerParts("attention", "dense"), LayerParts("attention", "attention"))
-    assert holds(own[0], "q_proj")
-    assert holds(own[1], "attn")
-    assert not holds(own[1], "down_proj")
+def test_a_layer_has_the_arrays_of_its_blocks():
+    attention = SelfAttention(8, 2, 1, 4, norm="head")
+    own = (Layer(attention, Mlp(8, 16)), Layer(attention))
+    assert {"q_proj", "q", "attn", "attn_post", "down_proj", "mlp"} <= own[0].names
+    assert {"q_proj", "attn"} <= own[1].names
+    assert not {"down_proj", "mlp"} & own[1].names
     assert layers_with(own, "down_proj") == (0,)
-    assert layers_with(own, "dense") == (0,)
+    assert layers_with(own, "k") == (0, 1)
+
+
+def test_equal_layers_are_one_key_of_a_dictionary():
+    first, same, other = (Layer(None, Mlp(8, width)) for width in (16, 16, 24))
+    assert {first: 1}[same]
+    assert other not in {first}

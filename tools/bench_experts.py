@@ -37,11 +37,12 @@ def base_of(config: dict[str, Any]) -> BaseModel:
         "tie_word_embeddings": True,
         "max_position_embeddings": 4096,
     } | config
+    from jcrosslora.architectures.architecture import Architecture
     from jcrosslora.checkpoint.config import check_config, read_dims
     from jcrosslora.checkpoint.layout import expected_shapes
 
     checked = check_config(config, "bench")
-    shapes = expected_shapes(checked.family, read_dims(checked, "bench"), checked.values)
+    shapes = expected_shapes(Architecture(checked.family, checked.values, read_dims(checked, "bench")))
     return open_base(
         {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()},
         config=config,

@@ -7,7 +7,7 @@ tensor, whatever the model's size.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,10 +19,10 @@ from jcrosslora.adapter.companions import write_companions
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.records import Adapter, check_always_active
+from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
-from jcrosslora.checkpoint.families import EMBEDDING, HEAD
 from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
@@ -177,14 +177,14 @@ def _read_plan(
     """Plan the dequantised tensors of the family, in files of limited size."""
     groups: list[list[Piece]] = [[]]
     config = {**base.config, "tie_word_embeddings": base.tied and not untied}
-    for name, shape in expected_shapes(base.family, base.dims, config, base.expert_layout).items():
+    for name, shape in expected_shapes(replace(base.architecture, config=config), base.expert_layout).items():
         own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
         dtype = wanted or (own if own in _FLOATS else "BF16")
         if name in (EMBEDDING, HEAD):  # by far the largest: dequantised block by block
             blocks = partial(_converted_rows, base, name, shape, updates.get(name, []), dtype)
         else:
             blocks = partial(_row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
-        own_name = f"{base.family.embedding}.weight" if name == EMBEDDING else name
+        own_name = f"{base.family.stored.embedding}.weight" if name == EMBEDDING else name
         piece = Piece(own_name, dtype, shape, blocks)
         if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
             groups.append([])

@@ -20,7 +20,7 @@ from jcrosslora.adapter.contents import Contents, file_factors, safetensors_byte
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
 from jcrosslora.adapter.names import PREFIX
 from jcrosslora.adapter.weights import PeftContents, Weights
-from jcrosslora.checkpoint.families import EMBEDDING
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, OutputError

@@ -23,8 +23,8 @@ from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, is_of_experts, is_router, natural_key, parse_tensor_name
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.weights import PeftContents, Weights, check_names
+from jcrosslora.architectures.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.checkpoint.wrapped import TEXT, is_other_part, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError

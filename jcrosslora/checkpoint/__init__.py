@@ -1,12 +1,13 @@
 """Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
+from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.sizes import Dims
+from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
-from jcrosslora.checkpoint.config import Dims, ModelConfig, check_config, read_dims
+from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.families import FAMILIES, ROLE_PATHS, ROLES, Family
-from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
@@ -28,9 +29,7 @@ __all__ = [
     "Dims",
     "Encoded",
     "Family",
-    "LayerParts",
     "MappedFile",
-    "Mixer",
     "ModelConfig",
     "Module",
     "SafetensorsFile",

@@ -11,7 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jcrosslora.checkpoint.config import Dims, read_number
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.blocks import WRITERS
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.names import EMBEDDING, HEAD
+from jcrosslora.architectures.sizes import Dims, read_number
 from jcrosslora.checkpoint.experts import (
     expert_shape,
     expert_shapes,
@@ -21,10 +25,7 @@ from jcrosslora.checkpoint.experts import (
     read_expert_tensor,
     stored_rows,
 )
-from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
-from jcrosslora.checkpoint.family.names import WRITERS
-from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
-from jcrosslora.checkpoint.layout import Module, expected_shapes, role_shapes
+from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
@@ -126,13 +127,13 @@ class BaseModel:
         return self.family.is_tied(self.config)
 
     @cached_property
-    def parts(self) -> tuple[LayerParts, ...]:
-        """The parts of each layer."""
-        return self.family.layer_parts(self.config, self.dims.layers)
+    def architecture(self) -> Architecture:
+        """Its layers, and what follows from them."""
+        return Architecture(self.family, self.config, self.dims)
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm or tensor of this name."""
-        return layers_with(self.parts, name)
+        return self.architecture.layers_with(name)
 
     @property
     def has_experts(self) -> bool:
@@ -140,17 +141,17 @@ class BaseModel:
         return bool(self.layers_with("router"))
 
     def role_shape(self, role: str) -> tuple[int, int]:
-        """Return the shape (O, I) of the modules of a role of the family."""
-        return role_shapes(self.family, self.dims, self.config)[role]
+        """Return the shape (O, I) of the modules of a role that the base has."""
+        return self.architecture.role_shapes[role]
 
     @cached_property
     def expert_layout(self) -> Mapping[str, str] | None:
-        """How the tensors of experts are stored, see `Experts.layouts`; None without experts."""
+        """How the tensors of experts are stored, see `ExpertRules.layouts`; None without experts."""
         return layout_of(self.family, self.store.names)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor that the model must have."""
-        return expected_shapes(self.family, self.dims, self.config, self.expert_layout)
+        return expected_shapes(self.architecture, self.expert_layout)
 
     def expert_shape(self, matrix: str) -> tuple[int, int, int]:
         """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
@@ -274,7 +275,7 @@ class BaseModel:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
-        norm = self.family.stream_norm(module.role, self.parts[module.layer])
+        norm = self.family.stream_norm(module.role, self.architecture.stack[module.layer])
         if module.role in WRITERS:
             numbers = self.family.residual_scale, self.family.output_factors.get(module.role)
         else:

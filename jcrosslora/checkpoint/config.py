@@ -1,20 +1,14 @@
 """A model's configuration: find its family, and refuse settings that are not understood."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.checkpoint.families import (
-    COMMON_KEYS,
-    FAMILIES,
-    HARMLESS_KEYS,
-    UNSUPPORTED,
-    Family,
-)
-from jcrosslora.checkpoint.family.rules import Number
-from jcrosslora.checkpoint.family.sizes import size
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.keys import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.architectures.sizes import Dims, size
+from jcrosslora.architectures.table import FAMILIES, UNSUPPORTED
 from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames
@@ -25,29 +19,6 @@ from jcrosslora.utils.texts import shortened
 _SIZE_LIMIT = 1 << 31
 _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
 _UNBOUNDED = ("time_step_limit",)  # whose end is infinite in nearly all files
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The sizes of a model.
-
-    Attributes:
-        layers: L, number of decoder layers.
-        hidden: width of the residual stream.
-        intermediate: width of the MLP.
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        head_dim: features of a head.
-        vocab: rows of the embedding.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
 
 
 @dataclass(frozen=True)
@@ -67,8 +38,8 @@ class ModelConfig:
     @property
     def names(self) -> FileNames:
         """How the names of tensors in the checkpoint differ from those of the text model."""
-        prefixes = self.family.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
-        return FileNames(prefixes, self.family.file_modules)
+        prefixes = self.family.stored.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
+        return FileNames(prefixes, self.family.stored.modules)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -122,14 +93,12 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
 
 
 def _resolved(family: Family, config: Mapping[str, Any], where: Path | str) -> Mapping[str, Any]:
-    """State what keys imply by the rules of the family, and check the sizes of its mixer."""
+    """State what keys imply by the rules of the family."""
     try:
-        values = config if family.resolve is None else family.resolve(config)
-        family.mixer_of(values)
+        return config if family.resolve is None else family.resolve(config)
     except CheckpointError as error:
         msg = f"{where}: {error}"
         raise CheckpointError(msg) from None
-    return values
 
 
 def _unknown_type(model_type: object, where: Path | str) -> str:
@@ -217,22 +186,3 @@ def _size(config: Mapping[str, Any], key: str, where: Path | str) -> int:
     except CheckpointError as error:
         msg = f"{where}: {error}"
         raise CheckpointError(msg) from None
-
-
-def read_number(config: Mapping[str, Any], number: Number, where: Path | str) -> float:
-    """Read a number of a configuration.
-
-    Args:
-        config: a checked configuration.
-        number: its key, default and power.
-        where: the configuration's file or the name of the base, for errors.
-
-    Raises:
-        CheckpointError: the value is not a positive number.
-    """
-    value = config.get(number.key, number.default)
-    # An integer of 400 digits compares below infinity, but is too large for a float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        msg = f"{where}: {number.key} is {str(value)[:60]!r}, wanted a positive number"
-        raise CheckpointError(msg)
-    return float(value) ** number.power

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.config import Dims
-from jcrosslora.checkpoint.families import Family
-from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.sizes import Dims
 
 
 def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, str] | None:
@@ -26,7 +26,7 @@ def is_loadable(layout: Mapping[str, str]) -> bool:
 
 
 def expert_shapes(
-    experts: Experts, dims: Dims, config: Mapping[str, Any], layout: Mapping[str, str]
+    experts: ExpertRules, dims: Dims, config: Mapping[str, Any], layout: Mapping[str, str]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name in a layer and the shape of each tensor of its experts as they are stored."""
     sizes = experts.sizes(config)
@@ -55,7 +55,7 @@ def expert_shapes(
             yield path, shape
 
 
-def expert_shape(experts: Experts, dims: Dims, config: Mapping[str, Any], matrix: str) -> tuple[int, int, int]:
+def expert_shape(experts: ExpertRules, dims: Dims, config: Mapping[str, Any], matrix: str) -> tuple[int, int, int]:
     """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
     sizes = experts.sizes(config)
     columns = dims.hidden if sizes.latent is None else sizes.latent
@@ -64,13 +64,13 @@ def expert_shape(experts: Experts, dims: Dims, config: Mapping[str, Any], matrix
     return sizes.number, (2 if experts.gated else 1) * sizes.width, columns
 
 
-def expert_tensors(experts: Experts) -> tuple[str, ...]:
+def expert_tensors(experts: ExpertRules) -> tuple[str, ...]:
     """Name the tensors of a layer that `read_expert_tensor` reads, each with a first axis of experts."""
     return tuple(experts.layouts[-1])
 
 
 def read_expert_tensor(
-    experts: Experts, layout: Mapping[str, str], read: Callable[[str], np.ndarray], count: int, name: str
+    experts: ExpertRules, layout: Mapping[str, str], read: Callable[[str], np.ndarray], count: int, name: str
 ) -> np.ndarray:
     """Read a tensor of the experts of a layer: "gate_up" (E, 2 I, H) with the rows of gate first, "down" (E, H, I), ...
 
@@ -97,7 +97,7 @@ def read_expert_tensor(
     return array.reshape(count, *array.shape[1:]) if name != "correction" else array.reshape(count)
 
 
-def single_parts(experts: Experts) -> tuple[str, ...]:
+def single_parts(experts: ExpertRules) -> tuple[str, ...]:
     """Name the matrices of an expert whose rows "gate_up" holds, in their order."""
     return ("gate", "up") if experts.gated else ("up",)
 
@@ -107,13 +107,18 @@ def _in_turn(count: int) -> np.ndarray:
     return np.arange(count).reshape(-1, 2).T.reshape(-1)
 
 
-def is_transposed(experts: Experts, layout: Mapping[str, str], matrix: str) -> bool:
+def is_transposed(experts: ExpertRules, layout: Mapping[str, str], matrix: str) -> bool:
     """Whether a matrix, "gate_up" or "down", is stored as (E, I, O), so that its stored rows are columns."""
     return layout.get(matrix) in experts.transposed
 
 
 def stored_rows(
-    experts: Experts, layout: Mapping[str, str], shape: tuple[int, int, int], matrix: str, expert: int, ids: np.ndarray
+    experts: ExpertRules,
+    layout: Mapping[str, str],
+    shape: tuple[int, int, int],
+    matrix: str,
+    expert: int,
+    ids: np.ndarray,
 ) -> list[tuple[str, np.ndarray]]:
     """Return where rows of a matrix of one expert are: names of tensors in a layer, and rows of each.
 
@@ -140,7 +145,7 @@ def stored_rows(
     return [(path, expert * shape[2 if transposed else 1] + ids)]
 
 
-def in_order(experts: Experts, layout: Mapping[str, str], matrix: str, rows: np.ndarray) -> np.ndarray:
+def in_order(experts: ExpertRules, layout: Mapping[str, str], matrix: str, rows: np.ndarray) -> np.ndarray:
     """Return rows that were read at `stored_rows`, with the features of gate before those of up."""
     if matrix == "gate_up" and experts.interleaved and is_transposed(experts, layout, matrix):
         return rows[:, _in_turn(rows.shape[1])]

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.config import ModelConfig, check_config
-from jcrosslora.checkpoint.families import Family
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.family import Family
+from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, read_header
 from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
@@ -44,7 +46,15 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
         _check_heads((config.values["num_attention_heads"], config.values["num_key_value_heads"]), header, path)
     stated = _stated(config.family, header.metadata, config.values["num_hidden_layers"], path)
     shapes = {name: info.shape for name, info in header.tensors.items()}
-    sources = find_sources(names, shapes, config.family, config.values)
+    model = Architecture(config.family, config.values, read_dims(config, path))
+    try:
+        unknown = _other_module(names, model)
+        sources = find_sources(names, shapes, model)
+    except CheckpointError as error:
+        msg = f"{path}: {error}"
+        raise CheckpointError(msg) from None
+    if unknown is not None:
+        raise CheckpointError(_unknown(unknown, meta))
     store = GGUFStore(file, header, gguf, sources, stated)
     return config, store, model_name(header.metadata)
 
@@ -81,10 +91,23 @@ def _hf_names(header: GGUFHeader, meta: Metadata) -> dict[str, list[str]]:
             continue
         name = hf_name(stored, meta.arch)
         if name is None:
-            msg = f"{meta.path}: tensor {stored!r} is not known for architecture {meta.arch!r}: it may change the model"
-            raise CheckpointError(msg)
+            raise CheckpointError(_unknown(stored, meta))
         names.setdefault(name, []).append(stored)
     return {name: sorted(stored, key=lambda one: order.get(one.split(".", 2)[-1], 0)) for name, stored in names.items()}
+
+
+def _other_module(names: Mapping[str, list[str]], model: Architecture) -> str | None:
+    """Return a tensor of the file whose linear module other models of the same blocks have and this one has not."""
+    if model.dims.layers > len(names):
+        return None  # refused for that by `check_tensors`
+    others = {path for role, path in ROLE_PATHS.items() if role not in model.role_shapes}
+    others -= {ROLE_PATHS[role] for role in model.role_shapes} | model.family.fused.keys()
+    found = (stored[0] for name, stored in names.items() if name.split(".", 3)[-1].rpartition(".")[0] in others)
+    return next(found, None)
+
+
+def _unknown(stored: str, meta: Metadata) -> str:
+    return f"{meta.path}: tensor {stored!r} is not known for architecture {meta.arch!r}: it may change the model"
 
 
 def _predicts_further(stored: str, meta: Metadata) -> bool:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.families import FAMILIES, Family
+from jcrosslora.architectures.blocks import LatentAttention
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.ropes import llama3_factors
+from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import Metadata
 from jcrosslora.checkpoint.layout import holder_of
-from jcrosslora.checkpoint.llama3_rope import llama3_factors
 from jcrosslora.errors import CheckpointError
 
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
@@ -135,9 +137,7 @@ def _windows(meta: Metadata, family: Family) -> dict[str, Any]:
         return {windows.switch: False}
     if windows.period is None:
         return {"sliding_window": size}
-    # Without windows all layers of EXAONE 4 have full attention; other families always have windows.
-    period = 1 if size is None and family.positions.unrotated == "full beside windows" else windows.period
-    return {"sliding_window": size, "layer_types": _layer_types(meta, period)}
+    return {"sliding_window": size, "layer_types": _layer_types(meta, windows.period)}
 
 
 def _other_keys(meta: Metadata, family: Family) -> dict[str, Any]:
@@ -236,7 +236,10 @@ def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
             mscale.
     """
     beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
-    mscale, wanted = meta.number("rope.scaling.yarn_log_multiplier"), 1.0 if _family(meta).latent is None else 0.1
+    mscale, wanted = (
+        meta.number("rope.scaling.yarn_log_multiplier"),
+        1.0 if LatentAttention not in _family(meta).blocks else 0.1,
+    )
     if beta is None or mscale not in (None, wanted):
         msg = f"{meta.path}: {meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier "
         raise CheckpointError(msg + f"is {mscale}, wanted {wanted:g}: use the safetensors of the model")
@@ -267,7 +270,7 @@ def _scaling(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any
         stated = {key: meta.number(f"rope.scaling.{stored}") for key, stored in keys.items()}
         stated = {key: value for key, value in stated.items() if value is not None}
         assert form is not None
-        if _family(meta).latent is not None and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
+        if LatentAttention in _family(meta).blocks and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
             # A tenth of one of two mscales, which are equal in published models.
             stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * scale, 6))
         return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta), **stated, **form.rope}

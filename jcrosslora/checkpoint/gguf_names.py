@@ -3,84 +3,24 @@
 from collections.abc import Mapping
 from functools import cache
 
-from jcrosslora.checkpoint.families import EMBEDDING, FAMILIES, HEAD, HEAD_BIAS, ROLE_PATHS, ROLES, Family
-from jcrosslora.checkpoint.family.experts import Experts
-from jcrosslora.checkpoint.family.names import (
-    DENSE_ROLES,
+from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, Experts, PerLayerInput
+from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.layer import GGUF_NORMS
+from jcrosslora.architectures.names import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
     LAYER_EMBEDDING,
     LAYER_INPUT_NORM,
     LAYER_INPUT_PROJECTION,
-    PER_LAYER,
+    QKV,
 )
+from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 
-# Roles that a matrix holds -> its name in GGUF.
-_MATRICES: dict[tuple[str, ...], str] = {
-    ("q_proj",): "attn_q",
-    ("k_proj",): "attn_k",
-    ("v_proj",): "attn_v",
-    ("q_proj", "k_proj", "v_proj"): "attn_qkv",
-    ("o_proj",): "attn_output",
-    ("qg_proj",): "attn_q",
-    ("q_a_proj",): "attn_q_a",
-    ("q_b_proj",): "attn_q_b",
-    ("kv_a_proj_with_mqa",): "attn_kv_a_mqa",
-    ("kv_b_proj",): "attn_kv_b",
-    ("conv_in_proj",): "shortconv.in_proj",
-    ("conv_out_proj",): "shortconv.out_proj",
-    ("in_proj_qkv",): "attn_qkv",
-    ("in_proj_z",): "attn_gate",
-    ("in_proj_b",): "ssm_beta",
-    ("in_proj_a",): "ssm_alpha",
-    ("in_proj_ba",): "ssm_ba",
-    ("delta_out_proj",): "ssm_out",
-    ("mamba_in_proj",): "ssm_in",
-    ("mamba_out_proj",): "ssm_out",
-    ("gate_proj",): "ffn_gate",
-    ("up_proj",): "ffn_up",
-    ("gate_proj", "up_proj"): "ffn_up",
-    ("down_proj",): "ffn_down",
-    ("shared_gate_proj",): "ffn_gate_shexp",
-    ("shared_up_proj",): "ffn_up_shexp",
-    ("shared_down_proj",): "ffn_down_shexp",
-    ("shared_expert_gate",): "ffn_gate_inp_shexp",
-    ("expert_in_proj",): "ffn_latent_down",
-    ("expert_out_proj",): "ffn_latent_up",
-    ("per_layer_input_gate",): "inp_gate",
-    ("per_layer_projection",): "proj",
-}
-# The same of roles that only layers of one kind have, and that stand where another role does in other layers.
-_MATRICES |= {
-    (role,): _MATRICES[(usual,)]
-    for usual in DENSE_ROLES
-    for role in ROLES
-    if role != usual and ROLE_PATHS[role] == ROLE_PATHS[usual] and (role,) not in _MATRICES
-}
-# Tensor of experts -> its name in a layout of `Experts.layouts`.
-_EXPERTS = {
-    "ffn_gate_inp.weight": "router",
-    "ffn_gate_inp.bias": "router_bias",
-    "exp_probs_b.bias": "correction",
-    **{f"ffn_{part}_exps.weight": part for part in ("gate", "up", "gate_up", "down")},
-    **{f"ffn_{part}_exps.bias": f"{part}_bias" for part in ("gate", "up", "down")},
-}
-# Place of a norm in `Family.norms` -> its usual name in GGUF.
-_NORMS = {
-    "attn": "attn_norm",
-    "attn_post": "post_attention_norm",
-    "mlp": "ffn_norm",
-    "mlp_post": "post_ffw_norm",
-    "q": "attn_q_norm",
-    "k": "attn_k_norm",
-    "q_a": "attn_q_a_norm",
-    "kv_a": "attn_kv_a_norm",
-    "global_q": "attn_q_norm",
-    "global_k": "attn_k_norm",
-    "mlp_alone": "post_ffw_norm_1",
-    "experts_in": "pre_ffw_norm_2",
-    "experts_out": "post_ffw_norm_2",
-    "per_layer_out": "post_norm",
-}
+# Matrices of several roles -> their names in GGUF.
+_FUSED = {QKV: "attn_qkv", ("gate_proj", "up_proj"): "ffn_up"}
 # Of what makes the inputs that each layer has beside the stream.
 _LAYER_INPUTS = {
     "per_layer_token_embd.weight": LAYER_EMBEDDING,
@@ -140,7 +80,7 @@ def _outside(arch: str) -> dict[str, str]:
     assert family.gguf is not None
     names = {"token_embd.weight": EMBEDDING, "output.weight": HEAD, "output.bias": HEAD_BIAS}
     names |= {f"{family.gguf.final_norm}.{kind}": f"{family.final_norm}.{kind}" for kind in ("weight", "bias")}
-    return names | (_LAYER_INPUTS if set(PER_LAYER) & set(family.roles) else {})
+    return names | (_LAYER_INPUTS if PerLayerInput in family.blocks else {})
 
 
 @cache
@@ -155,20 +95,23 @@ def block_names(arch: str) -> dict[str, str]:
 
 def _names_of(family: Family) -> dict[str, str]:
     assert family.gguf is not None
-    held = {role for roles in family.fused.values() for role in roles}
-    own = {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held}
-    matrices = {_MATRICES[roles]: path for path, roles in {**family.fused, **own}.items() if roles in _MATRICES}
-    places = _NORMS | dict(family.gguf.names)
-    stems = matrices | {places[place]: norm for place, norm in family.norms.items()}
+    linears = [linear for block in family.all_blocks for linear in block.LINEARS]
+    held = {ROLE_PATHS[role] for roles in family.fused.values() for role in roles}
+    own = {linear.path: (linear.role,) for linear in linears if linear.path not in held}
+    named = _FUSED | {(role,): linear.gguf for role, linear in LINEARS.items()}
+    stems = {name: path for path, roles in {**family.fused, **own}.items() if (name := named.get(roles)) is not None}
+    places = GGUF_NORMS | {place: name for block in family.all_blocks for place, name in block.GGUF_NORMS.items()}
+    places |= dict(family.gguf.names)
+    stems |= {places[place]: norm for place, norm in family.norms.items() if place in places}
     usual = {f"{stem}.{kind}": f"{path}.{kind}" for stem, path in stems.items() for kind in ("weight", "bias")}
     if family.experts is not None:
         layout = _gguf_layout(family.experts)
-        usual |= {stored: layout[name] for stored, name in _EXPERTS.items() if name in layout}
+        usual |= {stored: layout[name] for stored, name in Experts.GGUF_TENSORS.items() if name in layout}
     first = dict(family.gguf.tensors)
     return first | {stored: path for stored, path in usual.items() if stored not in first}
 
 
-def _gguf_layout(experts: Experts) -> Mapping[str, str]:
+def _gguf_layout(experts: ExpertRules) -> Mapping[str, str]:
     """Return the layout with one tensor of all experts for each of gate, up and down, or else for both of the first."""
     merged = (one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
     layout = next(merged, experts.layouts[-1])

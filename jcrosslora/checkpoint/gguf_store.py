@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from jcrosslora.checkpoint.families import EMBEDDING
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, TensorInfo
 from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
 from jcrosslora.checkpoint.gguf_tensors import Source

@@ -8,13 +8,13 @@ change is undone here. Source: the `conversion` folder of llama.cpp.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from jcrosslora.checkpoint.families import Family
-from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.rules import LatentSizes
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.blocks import DeltaRule, LatentAttention
+from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.layout import holder_of
 
 Shape = tuple[int, ...]
@@ -45,35 +45,39 @@ class Source:
 
 
 def find_sources(
-    names: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape], family: Family, config: Mapping[str, Any]
+    names: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape], model: Architecture
 ) -> dict[str, Source]:
     """Find the source of every tensor.
 
     Args:
         names: Hugging Face name -> names in the file.
         shapes: name in the file -> shape.
-        family: of the model.
-        config: its checked configuration.
+        model: the architecture.
     """
-    mixer = family.mixer_of(config)
+    family, delta = model.family, _delta_of(model)
     offset = {f"{norm}.weight" for norm in family.norms.values()} if family.gain_offset else frozenset()
     found = {}
     for name, stored in names.items():
         path = name.split(".", 3)[-1] if name.startswith("model.layers.") else name
         parts = [shapes[one] for one in stored]
         if len(parts) == 2 and path.endswith("kv_b_proj.weight"):
-            found[name] = Source(
-                tuple(stored), _latent_shape(parts, family.latent and family.latent(config)), form="latent"
-            )
+            found[name] = Source(tuple(stored), _latent_shape(parts, family), form="latent")
             continue
         found[name] = Source(
             tuple(stored),
             _shape(path, parts),
-            *_orders(path, sum(shape[0] for shape in parts if shape), family, config, mixer),
+            *_orders(path, sum(shape[0] for shape in parts if shape), model, delta),
             offset=family.gain_offset if path in offset or name == f"{family.final_norm}.weight" else 0.0,
             form="log" if path.endswith(".A_log") else None,
         )
     return found
+
+
+def _delta_of(model: Architecture) -> DeltaRule | None:
+    """Return the delta rule of the model, None if it has none."""
+    if DeltaRule not in model.family.blocks:
+        return None  # whose layers are not looked at before the tensors are
+    return next((layer.mixer for layer in model.stack if isinstance(layer.mixer, DeltaRule)), None)
 
 
 def _shape(path: str, parts: Sequence[Shape]) -> Shape:
@@ -86,36 +90,43 @@ def _shape(path: str, parts: Sequence[Shape]) -> Shape:
     return whole
 
 
-def _latent_shape(parts: Sequence[Shape], sizes: LatentSizes | None) -> Shape:
+def _latent_shape(parts: Sequence[Shape], family: Family) -> Shape:
     keys, values = parts
-    if sizes is None or len(keys) != 3 or len(values) != 3 or keys[0] != values[0] or keys[1] != values[2]:
+    if (
+        LatentAttention not in family.blocks
+        or len(keys) != 3
+        or len(values) != 3
+        or keys[0] != values[0]
+        or keys[1] != values[2]
+    ):
         return ()  # of no matrix, so that it is refused by its shape
     return (keys[0] * (keys[2] + values[1]), keys[1])
 
 
 def _orders(
-    path: str, rows: int, family: Family, config: Mapping[str, Any], mixer: Mixer | None
+    path: str, rows: int, model: Architecture, delta: DeltaRule | None
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return where rows and columns of a tensor are stored."""
+    family = model.family
     assert family.gguf is not None
     module = path.rpartition(".")[0]
     if family.gguf.permuted and module in (holder_of(family, "q_proj"), holder_of(family, "k_proj")):
         key = "num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"
-        return unpermuted_rows(rows, config[key]), None
-    if mixer is not None and module == "linear_attn.in_proj_qkvz":
-        return grouped_rows(mixer), None
-    if mixer is None or not family.gguf.tiled or not path.startswith(_DELTA):
+        return unpermuted_rows(rows, model.config[key]), None
+    if delta is not None and module == "linear_attn.in_proj_qkvz":
+        return grouped_rows(delta), None
+    if delta is None or not family.gguf.tiled or not path.startswith(_DELTA):
         return None, None
-    first = 2 * mixer.groups * mixer.key_size
+    first = 2 * delta.groups * delta.key_size
     match path.removeprefix(_DELTA).removesuffix(".weight"):
         case "in_proj_qkv" | "conv1d":
-            return np.concatenate([np.arange(first), first + untiled_heads(mixer, mixer.value_size)]), None
+            return np.concatenate([np.arange(first), first + untiled_heads(delta, delta.value_size)]), None
         case "in_proj_z":
-            return untiled_heads(mixer, mixer.value_size), None
+            return untiled_heads(delta, delta.value_size), None
         case "in_proj_b" | "in_proj_a" | "A_log" | "dt_bias":
-            return untiled_heads(mixer, 1), None
+            return untiled_heads(delta, 1), None
         case "out_proj":
-            return None, untiled_heads(mixer, mixer.value_size)
+            return None, untiled_heads(delta, delta.value_size)
     return None, None
 
 
@@ -135,21 +146,21 @@ def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
 
 
-def untiled_heads(mixer: Mixer, size: int) -> np.ndarray:
+def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
     """Return the place in the file of each feature of the heads of values, which it stores group after group in turn.
 
     Args:
-        mixer: of kind "delta", with G groups of H / G heads.
+        delta: the delta rule, with G groups of H / G heads.
         size: features of a head.
 
     Returns:
         (H size,) integers.
     """
-    return np.arange(mixer.heads * size).reshape(-1, mixer.groups, size).swapaxes(0, 1).reshape(-1)
+    return np.arange(delta.heads * size).reshape(-1, delta.groups, size).swapaxes(0, 1).reshape(-1)
 
 
-def grouped_rows(mixer: Mixer) -> np.ndarray:
+def grouped_rows(delta: DeltaRule) -> np.ndarray:
     """Return the row of queries, keys, values and gates, stored one behind another, for each row sorted by group."""
-    starts = np.cumsum([0, *[mixer.groups * mixer.key_size] * 2, mixer.inner, mixer.inner])
-    parts = [np.arange(*ends).reshape(mixer.groups, -1) for ends in pairwise(starts)]
+    starts = np.cumsum([0, *[delta.groups * delta.key_size] * 2, delta.inner, delta.inner])
+    parts = [np.arange(*ends).reshape(delta.groups, -1) for ends in pairwise(starts)]
     return np.concatenate(parts, axis=1).reshape(-1)

@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from jcrosslora.checkpoint.config import Dims
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
+    LAYER_EMBEDDING,
+    LAYER_INPUT_NORM,
+    LAYER_INPUT_PROJECTION,
+)
 from jcrosslora.checkpoint.experts import expert_shapes, layout_of
-from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS, Family
-from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
-from jcrosslora.checkpoint.family.parts import LayerParts, holds
-from jcrosslora.checkpoint.family.rules import HeadSizes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
@@ -26,7 +32,7 @@ class Module:
     Attributes:
         name: e.g. "model.layers.0.self_attn.q_proj".
         layer: index of its layer.
-        role: one of `families.ROLES`.
+        role: one of `ROLES`.
         shape: (O, I).
         tensor: name of the tensor that holds it, e.g. "model.layers.0.self_attn.qkv_proj.weight".
         rows: first and last (exclusive) row inside a fused tensor, else None.
@@ -42,124 +48,72 @@ class Module:
     dtype: str
 
 
-def role_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the shape (O, I) of each role of a family."""
-    queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    usual = {
-        "q_proj": (queries, dims.hidden),
-        "qg_proj": (2 * queries, dims.hidden),
-        "k_proj": (keys, dims.hidden),
-        "v_proj": (keys, dims.hidden),
-        "o_proj": (dims.hidden, queries),
-        "gate_proj": (dims.intermediate, dims.hidden),
-        "up_proj": (dims.intermediate, dims.hidden),
-        "down_proj": (dims.hidden, dims.intermediate),
-    }
-    if family.global_heads is not None:
-        usual |= _global_shapes(family.global_heads(config), dims)
-    usual |= {f"wide_{role}": (2 * usual[role][0], dims.hidden) for role in ("gate_proj", "up_proj")}
-    usual |= {"wide_down_proj": (dims.hidden, 2 * dims.intermediate), "kv_shared_q_proj": usual["q_proj"]}
-    inputs = family.layer_inputs(config)
-    usual |= {"per_layer_input_gate": (inputs, dims.hidden), "per_layer_projection": (dims.hidden, inputs)}
-    mixer = family.mixer_of(config)
-    known = usual if mixer is None else usual | mixer.role_shapes()
-    known |= {role: shape(dims, config) for role, shape in family.shapes.items()}
-    return {role: known[role] for role in family.roles}
-
-
-def _global_shapes(heads: HeadSizes, dims: Dims) -> dict[str, tuple[int, int]]:
-    queries, keys = dims.heads * heads.size, heads.kv_heads * heads.size
-    return {
-        **dict.fromkeys(("global_q_proj", "global_kv_shared_q_proj"), (queries, dims.hidden)),
-        **dict.fromkeys(("global_k_proj", "global_v_proj"), (keys, dims.hidden)),
-        "global_o_proj": (dims.hidden, queries),
-    }
-
-
 def holder_of(family: Family, role: str) -> str:
     """Return the path, in a layer, of the module as the model stores it that holds a role."""
     return next((path for path, roles in family.fused.items() if role in roles), ROLE_PATHS[role])
 
 
-def fused_modules(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[tuple[str, int, int], ...]]:
+def fused_modules(model: Architecture) -> dict[str, tuple[tuple[str, int, int], ...]]:
     """List the modules with names of their own: name -> (logical name, first row, last row exclusive)."""
-    shapes, result = role_shapes(family, dims, config), {}
-    for layer, parts in enumerate(family.layer_parts(config, dims.layers)):
-        result |= _fused_rows(family, shapes, layer, parts)
+    result = {}
+    for number, layer in enumerate(model.stack):
+        result |= _fused_rows(model.family, number, layer)
     return result
 
 
-def _fused_rows(
-    family: Family, shapes: Mapping[str, tuple[int, int]], layer: int, parts: LayerParts
-) -> dict[str, tuple[tuple[str, int, int], ...]]:
+def _fused_rows(family: Family, number: int, layer: Layer) -> dict[str, tuple[tuple[str, int, int], ...]]:
     result = {}
-    for path, roles in family.fused.items():
-        if not holds(parts, roles[0]):
-            continue
+    for path, roles in _fused(family, layer).items():
         rows, start = [], 0
         for role in roles:
-            rows.append((f"model.layers.{layer}.{ROLE_PATHS[role]}", start, start + shapes[role][0]))
-            start += shapes[role][0]
-        result[f"model.layers.{layer}.{path}"] = tuple(rows)
+            stop = start + layer.shapes[role][0]
+            rows.append((f"model.layers.{number}.{ROLE_PATHS[role]}", start, stop))
+            start = stop
+        result[f"model.layers.{number}.{path}"] = tuple(rows)
     return result
 
 
-def build_modules(family: Family, dims: Dims, config: Mapping[str, Any], store: TensorStore) -> dict[str, Module]:
-    """List the logical modules, by layer, then in the order of `family.roles`."""
+def _fused(family: Family, layer: Layer) -> dict[str, tuple[str, ...]]:
+    """Return the modules of a layer with names of their own, and the roles that each holds."""
+    return {path: roles for path, roles in family.fused.items() if roles[0] in layer.shapes}
+
+
+def build_modules(model: Architecture, store: TensorStore) -> dict[str, Module]:
+    """List the logical modules, by layer, then in the order of `ROLES`."""
     modules = {}
-    shapes = role_shapes(family, dims, config)
-    for layer, parts in enumerate(family.layer_parts(config, dims.layers)):
+    for number, layer in enumerate(model.stack):
         places = {
             part: (fused, (start, stop))
-            for fused, rows in _fused_rows(family, shapes, layer, parts).items()
+            for fused, rows in _fused_rows(model.family, number, layer).items()
             for part, start, stop in rows
         }
-        for role in (role for role in family.roles if holds(parts, role)):
-            name = f"model.layers.{layer}.{ROLE_PATHS[role]}"
+        for role in (role for role in model.role_shapes if role in layer.shapes):
+            name = f"model.layers.{number}.{ROLE_PATHS[role]}"
             holder, rows = places.get(name, (name, None))
             tensor = f"{holder}.weight"
-            modules[name] = Module(name, layer, role, shapes[role], tensor, rows, store.dtype(tensor))
+            modules[name] = Module(name, number, role, layer.shapes[role], tensor, rows, store.dtype(tensor))
     return modules
 
 
-def expected_shapes(
-    family: Family, dims: Dims, config: Mapping[str, Any], experts: Mapping[str, str] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that the model must have, its experts in a layout of `Experts.layouts`."""
+def expected_shapes(model: Architecture, experts: Mapping[str, str] | None = None) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that the model must have, its experts in one of `ExpertRules.layouts`."""
+    family, dims, config = model.family, model.dims, model.config
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden)}
     expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
     if not family.is_tied(config):
         expected[HEAD] = (dims.vocab, dims.hidden)
     if family.has_head_bias(config):
         expected[HEAD_BIAS] = (dims.vocab,)
-    if inputs := family.layer_inputs(config):
+    if inputs := model.layer_inputs:
         expected |= {
             LAYER_EMBEDDING: (dims.vocab, dims.layers * inputs),
             LAYER_INPUT_PROJECTION: (dims.layers * inputs, dims.hidden),
             LAYER_INPUT_NORM: (inputs,),
         }
-    parts = family.layer_parts(config, dims.layers)
-    in_layer = {own: dict(_layer_shapes(family, dims, config, own, experts)) for own in set(parts)}
-    for layer, own in enumerate(parts):
-        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer[own].items()}
+    in_layer = {layer: dict(_layer_shapes(model, layer, experts)) for layer in dict.fromkeys(model.stack)}
+    for number, layer in enumerate(model.stack):
+        expected |= {f"model.layers.{number}.{name}": shape for name, shape in in_layer[layer].items()}
     return expected
-
-
-def norm_sizes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of features that each norm of a layer normalises, by the names of `Family.norms`."""
-    counts = {"q": dims.heads, "k": dims.kv_heads}
-    own = {"q_a": "q_lora_rank", "kv_a": "kv_lora_rank"}
-    size = 0 if family.global_heads is None else family.global_heads(config).size
-    return {
-        name: dims.head_dim * (counts[name] if family.qk_norms == "whole" else 1)
-        if name in counts
-        else config.get(own[name]) or 0
-        if name in own
-        else size
-        if name in ("global_q", "global_k")
-        else dims.hidden
-        for name in family.layer_norms(config)
-    }
 
 
 def _norm_tensors(family: Family, norm: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -169,20 +123,18 @@ def _norm_tensors(family: Family, norm: str, size: int) -> Iterator[tuple[str, t
 
 
 def _layer_shapes(
-    family: Family, dims: Dims, config: Mapping[str, Any], parts: LayerParts, experts: Mapping[str, str] | None
+    model: Architecture, layer: Layer, experts: Mapping[str, str] | None
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes, norms = role_shapes(family, dims, config), family.layer_norms(config)
-    for name, size in norm_sizes(family, dims, config).items():
-        if holds(parts, name):
-            yield from _norm_tensors(family, norms[name], size)
-    if family.experts is not None and holds(parts, "router"):
-        yield from expert_shapes(family.experts, dims, config, experts or family.experts.layouts[0])
-    for name, tensor in family.layer_tensors(config).items():
-        if holds(parts, name):
-            yield tensor.path, tensor.shape(dims, config)
-    holders = {path: roles for path, roles in family.fused.items() if holds(parts, roles[0])}
+    family, config, shapes = model.family, model.config, layer.shapes
+    for _, (path, size) in model.norms_of(layer):
+        yield from _norm_tensors(family, path, size)
+    if family.experts is not None and "router" in layer.names:
+        yield from expert_shapes(family.experts, model.dims, config, experts or family.experts.layouts[0])
+    for tensor in layer.tensors.values():
+        yield tensor.path, tensor.shape
+    holders = _fused(family, layer)
     held = {role for roles in holders.values() for role in roles}
-    holders |= {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held and holds(parts, role)}
+    holders |= {ROLE_PATHS[role]: (role,) for role in model.role_shapes if role in shapes and role not in held}
     biased = set(family.biased_roles(config))
     for path, roles in holders.items():
         rows = sum(shapes[role][0] for role in roles)
@@ -194,16 +146,16 @@ def _layer_shapes(
             yield name, (1,)
 
 
-def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: TensorStore, ref: str) -> None:
+def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
     """Check that a checkpoint has the tensors that its configuration calls for.
 
     Raises:
         CheckpointError: missing or misshapen tensors; the message names the first few and counts the rest.
     """
-    names = store.names()
+    names, family, dims = store.names(), model.family, model.dims
     # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
     stored = {part for name in names if (part := layer_of(name)) is not None}
-    extra = config.get(_MORE_LAYERS)
+    extra = model.config.get(_MORE_LAYERS)
     extra = extra if isinstance(extra, int) else 0
     stored = {layer for layer in stored if not dims.layers <= layer < dims.layers + extra}
     if stored and (dims.layers > len(stored) or max(stored) >= dims.layers):
@@ -215,7 +167,7 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
     known = set(names)
     problems = [] if stored else ["no tensor is named model.layers.*"]
     try:
-        expected = expected_shapes(family, dims, config, layout_of(family, store.names)) if stored else {}
+        expected = expected_shapes(model, layout_of(family, store.names)) if stored else {}
     except CheckpointError as error:
         msg = f"{ref}: {error}"
         raise CheckpointError(msg) from error

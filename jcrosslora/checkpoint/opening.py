@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
-from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.gguf import open_gguf
 from jcrosslora.checkpoint.in_memory import (
     MemoryStore,
@@ -169,7 +171,8 @@ def _build(
     elif config.wrapper is not None and "tie_word_embeddings" not in values:
         values = {**values, "tie_word_embeddings": HEAD not in store.names()}
     dims = read_dims(config, path or ref)
-    check_tensors(family, dims, values, store, ref)
+    model = Architecture(family, values, dims)
+    check_tensors(model, store, ref)
     return BaseModel(
         name=name,
         ref=ref,
@@ -179,8 +182,8 @@ def _build(
         family=family,
         config=values,
         dims=dims,
-        modules=build_modules(family, dims, values, store),
-        fused=fused_modules(family, dims, values),
+        modules=build_modules(model, store),
+        fused=fused_modules(model),
         store=store,
         wrapper=config.wrapper,
         notes=notes,

@@ -61,7 +61,7 @@ class FileNames:
         prefixes: prefix in the checkpoint -> prefix in the text model, e.g. {"language_model.": ""}; the first that
             matches applies, and tensors without any belong to another part. Empty for a checkpoint that is a text
             model.
-        modules: see `Family.file_modules`.
+        modules: see `StoredNames.modules`.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)

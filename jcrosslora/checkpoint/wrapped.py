@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.checkpoint.families import COMMON_KEYS, FAMILIES, HARMLESS_KEYS
+from jcrosslora.architectures.keys import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.errors import CheckpointError
 
 TEXT = "model."  # in front of a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors

@@ -1,5 +1,10 @@
 """Forward pass, sampling and likelihoods of the supported families in JAX, as pure functions over stacked weights."""
 
+from jcrosslora.architectures.blocks import INPUT_SITES as INPUT_SITES
+from jcrosslora.architectures.cache import KVCache as KVCache
+from jcrosslora.architectures.run import LayerCapture as LayerCapture
+from jcrosslora.architectures.settings import DecoderSettings as DecoderSettings
+from jcrosslora.architectures.settings import init_cache as init_cache
 from jcrosslora.decoder.adapters import AppliedAdapter as AppliedAdapter
 from jcrosslora.decoder.adapters import StackedAdapter as StackedAdapter
 from jcrosslora.decoder.adapters import StackedFactors as StackedFactors
@@ -7,8 +12,6 @@ from jcrosslora.decoder.adapters import join_stacked as join_stacked
 from jcrosslora.decoder.adapters import stack_adapter as stack_adapter
 from jcrosslora.decoder.adapters import stack_adapters as stack_adapters
 from jcrosslora.decoder.adapters import unstack_adapter as unstack_adapter
-from jcrosslora.decoder.attention import KVCache as KVCache
-from jcrosslora.decoder.attention import init_cache as init_cache
 from jcrosslora.decoder.forward import CAPTURES as CAPTURES
 from jcrosslora.decoder.forward import Output as Output
 from jcrosslora.decoder.forward import extend_cache as extend_cache
@@ -17,12 +20,11 @@ from jcrosslora.decoder.forward import logits as logits
 from jcrosslora.decoder.generate import AmplifiedGenerator as AmplifiedGenerator
 from jcrosslora.decoder.generate import Generator as Generator
 from jcrosslora.decoder.generate import Written as Written
-from jcrosslora.decoder.layer import INPUT_SITES as INPUT_SITES
-from jcrosslora.decoder.layer import LayerCapture as LayerCapture
 from jcrosslora.decoder.loading import LoadedBases as LoadedBases
 from jcrosslora.decoder.loading import fast_dtype as fast_dtype
 from jcrosslora.decoder.loading import load_model as load_model
 from jcrosslora.decoder.loading import loaded_within as loaded_within
+from jcrosslora.decoder.loading import settings_of as settings_of
 from jcrosslora.decoder.log_probs import divergence as divergence
 from jcrosslora.decoder.log_probs import target_log_probs as target_log_probs
 from jcrosslora.decoder.model import Model as Model
@@ -33,5 +35,3 @@ from jcrosslora.decoder.sampling import Sampling as Sampling
 from jcrosslora.decoder.sampling import extend as extend
 from jcrosslora.decoder.sampling import prefill as prefill
 from jcrosslora.decoder.sampling import step as step
-from jcrosslora.decoder.settings import DecoderSettings as DecoderSettings
-from jcrosslora.decoder.settings import settings_of as settings_of

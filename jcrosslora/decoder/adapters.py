@@ -11,9 +11,9 @@ from jax import lax
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.adapter.records import Carried, check_always_active
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.ops import linear
 from jcrosslora.checkpoint import ROLES, BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError
 
 # The kinds of change that a base is run with.

@@ -8,14 +8,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, last_keys, of_sequences, rotations
-from jcrosslora.decoder.block import layer_forward
-from jcrosslora.decoder.layer import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
-from jcrosslora.decoder.layer_inputs import layer_inputs
+from jcrosslora.architectures.attention import growths, rotations
+from jcrosslora.architectures.blocks.per_layer_input import layer_inputs
+from jcrosslora.architectures.cache import EMPTY, KVCache, append_positions, of_sequences
+from jcrosslora.architectures.layer import layer_forward
+from jcrosslora.architectures.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
+from jcrosslora.architectures.run import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
+from jcrosslora.architectures.settings import DecoderSettings, last_keys
 from jcrosslora.decoder.layer_stack import scan_layers
 from jcrosslora.decoder.model import Model
-from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
-from jcrosslora.decoder.settings import DecoderSettings
 from jcrosslora.errors import UsageError
 
 CAPTURES = frozenset({"inputs", "outputs", "residual"})
@@ -131,7 +132,7 @@ def embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]
     # The scale is rounded to the dtype of the stream, as in the training of the Gemma models.
     x = rows_at(params.embedding, tokens).astype(params.stream_dtype)
     x = x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
-    return x, layer_inputs(settings, params.layer_inputs, tokens, x)
+    return x, layer_inputs(params.layer_inputs, tokens, x, settings.eps)
 
 
 def _run_layers(

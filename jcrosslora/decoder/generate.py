@@ -186,7 +186,7 @@ class Generator:
         go by the longest prompt of a beginning.
         """
         settings = self.model.settings
-        return settings.mixer is None and all(rope.long_frequencies is None for rope in settings.ropes)
+        return not settings.recurrent and all(rope.long_frequencies is None for rope in settings.ropes)
 
     def _extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
         return extend(self.model, state, sampling, count=rounded(count), stop_tokens=self.tokenizer.stops)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jcrosslora.architectures.attention import NO_WINDOW
+from jcrosslora.architectures.ops import Row
+from jcrosslora.architectures.run import LayerWeights
+from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.decoder.adapters import AppliedAdapter
-from jcrosslora.decoder.attention import NO_WINDOW
-from jcrosslora.decoder.layer import LayerWeights
 from jcrosslora.decoder.model import Params
-from jcrosslora.decoder.ops import Row
 from jcrosslora.decoder.segments import join_layers, segments_of
-from jcrosslora.decoder.settings import DecoderSettings
 
 T = TypeVar("T")
 _MATRICES = 3  # axes of a stack of matrices; stacks with more hold a list of matrices, of experts, in each layer
@@ -49,7 +49,7 @@ def scan_layers(
         returned its key.
     """
     kept = []
-    for segment in segments_of(settings.parts):
+    for segment in segments_of(settings.stack):
         layers = [segment.layers(place) for place in range(len(segment.pattern))]
         taken = [_take(settings, params, adapter, each) for each in layers]
 
@@ -67,7 +67,7 @@ def scan_layers(
 
 @flax.struct.dataclass
 class _Taken:
-    """The arrays of N layers of the same parts.
+    """The arrays of N layers that are equal.
 
     Attributes:
         slices: with a first axis of N.
@@ -89,8 +89,8 @@ class _Taken:
 
 
 def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, layers: range) -> _Taken:
-    """Take layers of the same parts, equally far from each other, out of the stacks of a model."""
-    parts = settings.parts[layers[0]]
+    """Take layers that are equal, equally far from each other, out of the stacks of a model."""
+    own = settings.stack[layers[0]]
     windows = [NO_WINDOW if window is None else window for window in settings.windows]
 
     def sliced(stacks: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | N
             elif len(at):
                 stacks[field][name] = stack
                 indices[field][name] = jnp.asarray(at, jnp.int32)
-    same = settings.layers_with(parts.mixer)
+    held = {kind: [number for number, one in enumerate(settings.stack) if kind in one.kinds] for kind in own.kinds}
     slices = LayerWeights(
         layer=_numbers(layers),
-        place=_numbers([same.index(layer) for layer in layers]),
+        places={kind: _numbers([same.index(layer) for layer in layers]) for kind, same in held.items()},
         weights=whole["weights"],
         biases=sliced(params.biases),
         norms=sliced(params.norms),
@@ -122,8 +122,8 @@ def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | N
         window=_numbers([windows[layer] for layer in layers]),
         rope=_numbers([settings.layer_ropes[layer] for layer in layers]),
         tensors=whole["tensors"],
-        parts=parts,
-        factors_of_roles=settings.role_factors,
+        own=own,
+        ropes=settings.ropes_of(own.mixer),
     )
     return _Taken(slices, stacks, indices)
 

@@ -13,14 +13,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from jcrosslora.architectures.blocks import ROLE_PATHS, Tensor
+from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
+from jcrosslora.architectures.names import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
+    LAYER_EMBEDDING,
+    LAYER_INPUT_NORM,
+    LAYER_INPUT_PROJECTION,
+)
+from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
-from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
-from jcrosslora.checkpoint.family.rules import LayerTensor
-from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.decoder.model import Model, Params
-from jcrosslora.decoder.settings import settings_of
 from jcrosslora.decoder.sharding import fill, stack_shapes, weight_sharding, whole
 from jcrosslora.errors import UsageError
 
@@ -57,8 +63,8 @@ def load_model(
     if packed is None:
         packed = kind == _BF16
     settings, family, stacks = settings_of(base), base.family, _Stacks(base, mesh)
-    norms = {name: norm for name, norm in family.layer_norms(base.config).items() if base.layers_with(name)}
-    weights = {role: stacks.weights(role, kind, packed=packed) for role in family.roles if base.layers_with(role)}
+    norms = {place: path for place, (path, _) in base.architecture.norms.items()}
+    weights = {role: stacks.weights(role, kind, packed=packed) for role in base.architecture.role_shapes}
     biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
     offset = np.float32(family.gain_offset)
     params = Params(
@@ -74,11 +80,7 @@ def load_model(
         final_norm_bias=_vector(base, f"{family.final_norm}.bias") if family.norm_biases else None,
         head_bias=_vector(base, HEAD_BIAS) if family.has_head_bias(base.config) else None,
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
-        tensors={
-            name: stacks.tensors(name, tensor, kind)
-            for name, tensor in family.layer_tensors(base.config).items()
-            if base.layers_with(name)
-        }
+        tensors={name: stacks.tensors(name, tensor, kind) for name, tensor in base.architecture.tensors.items()}
         | stacks.experts(kind, packed=packed),
         layer_inputs=_layer_inputs(base, stacks, kind),
     )
@@ -87,6 +89,15 @@ def load_model(
         kept = whole(mesh)
         params = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, kept), params)
     return Model(settings, params)
+
+
+def settings_of(base: BaseModel) -> DecoderSettings:
+    """Read the settings of a base.
+
+    Raises:
+        CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
+    """
+    return read_settings(base.architecture, base.ref)
 
 
 @cache
@@ -170,7 +181,7 @@ def _stack_vectors(base: BaseModel, norm: str, path: str) -> jax.Array:
 
 
 def _layer_inputs(base: BaseModel, stacks: _Stacks, dtype: np.dtype) -> LayerInputWeights | None:
-    if not base.family.layer_inputs(base.config):
+    if not base.architecture.layer_inputs:
         return None
     embedding = stacks.rows("layer_embedding", LAYER_EMBEDDING, dtype)
     projection = jnp.asarray(base.tensor(LAYER_INPUT_PROJECTION).astype(dtype))
@@ -190,12 +201,12 @@ class _Stacks:
         pieces = (self._base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
         return self._fill(role, self._shapes[role], kept, pieces)
 
-    def tensors(self, name: str, tensor: LayerTensor, dtype: np.dtype) -> jax.Array:
-        """Stack the tensors of a name in `Family.tensors`, (L, ...)."""
+    def tensors(self, name: str, tensor: Tensor, dtype: np.dtype) -> jax.Array:
+        """Stack the tensors of a name, (L, ...)."""
         base = self._base
         kept, layers = _F32 if tensor.exact else dtype, base.layers_with(name)
         pieces = (base.tensor(f"model.layers.{layer}.{tensor.path}")[None].astype(kept) for layer in layers)
-        return self._fill(name, (len(layers), *tensor.shape(base.dims, base.config)), kept, pieces)
+        return self._fill(name, (len(layers), *tensor.shape), kept, pieces)
 
     def experts(self, dtype: np.dtype, *, packed: bool) -> dict[str, jax.Array]:
         """Stack the tensors of experts: matrices (L, E, O, I) as other weights, the rest as float32."""

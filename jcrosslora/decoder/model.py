@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
+from jcrosslora.architectures.ops import is_packed
+from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.decoder.adapters import AppliedAdapter
-from jcrosslora.decoder.layer_inputs import LayerInputWeights
-from jcrosslora.decoder.ops import is_packed
-from jcrosslora.decoder.settings import DecoderSettings
 
 
 @flax.struct.dataclass

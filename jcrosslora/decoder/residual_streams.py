@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.architectures.cache import KVCache
+from jcrosslora.architectures.layer import layer_forward
+from jcrosslora.architectures.ops import rms_norm
+from jcrosslora.architectures.run import LayerWeights
+from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Model, StackedAdapter, StackedFactors, load_model
 from jcrosslora.decoder.adapters import update
-from jcrosslora.decoder.attention import KVCache, last_keys
-from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
-from jcrosslora.decoder.layer import LayerWeights
 from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.decoder.ops import rms_norm
 
 
 @flax.struct.dataclass

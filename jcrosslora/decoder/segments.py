@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.architectures.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Segment:
 
     Attributes:
         start: its first layer.
-        pattern: the parts of its first layers, P of them.
+        pattern: its first P layers.
         repeats: how often the pattern follows on itself.
     """
 
     start: int
-    pattern: tuple[LayerParts, ...]
+    pattern: tuple[Layer, ...]
     repeats: int
 
     def layers(self, place: int) -> range:
@@ -32,11 +32,11 @@ class Segment:
 
 
 @cache
-def segments_of(parts: tuple[LayerParts, ...]) -> tuple[Segment, ...]:
+def segments_of(stack: tuple[Layer, ...]) -> tuple[Segment, ...]:
     """Divide layers into few segments: each takes the repeated pattern that covers most, or else a single layer."""
     found, start = [], 0
-    while start < len(parts):
-        rest = parts[start:]
+    while start < len(stack):
+        rest = stack[start:]
         # The first of equally long ones has the shortest pattern.
         size = max(range(1, len(rest) // 2 + 1), key=lambda size: _covered(rest, size), default=1)
         covered = max(_covered(rest, size), 1)
@@ -45,7 +45,7 @@ def segments_of(parts: tuple[LayerParts, ...]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _covered(parts: Sequence[LayerParts], size: int) -> int:
+def _covered(parts: Sequence[Layer], size: int) -> int:
     """Count the layers that repeat the first `size`, 0 if these are not repeated."""
     repeats = 1
     while parts[repeats * size : (repeats + 1) * size] == parts[:size]:

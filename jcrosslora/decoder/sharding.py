@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jcrosslora.architectures.blocks import ROLES, WRITERS
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.family.names import ROLES, WRITERS
 
 _EXPERTS = ("gate_up", "down")  # matrices of experts
 AXIS = "model"  # of the mesh
@@ -71,11 +71,10 @@ def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"embedding": (dims.vocab, dims.hidden)}
     if not base.tied:
         found["head"] = (dims.vocab, dims.hidden)
-    if features := family.layer_inputs(base.config):
+    if features := base.architecture.layer_inputs:
         found["layer_embedding"] = (dims.vocab, dims.layers * features)
-    for role in family.roles:
-        if layers := base.layers_with(role):
-            found[role] = (len(layers), *base.role_shape(role))
+    for role, shape in base.architecture.role_shapes.items():
+        found[role] = (len(base.layers_with(role)), *shape)
     if family.experts is not None and experts:
         found |= {name: (experts, *base.expert_shape(name)) for name in _EXPERTS}
     return found

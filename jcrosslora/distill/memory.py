@@ -47,10 +47,10 @@ def _activations(settings: DecoderSettings, shape: tuple[int, ...]) -> int:
     for each expert that it goes through what that returns and twice its width, by XLA's memory analysis of bases of
     0.1B to 8B parameters.
     """
-    size = max(settings.head_dim, 0 if settings.global_heads is None else settings.global_heads.size)
-    mixed = max(settings.heads * size, 0 if settings.mixer is None else settings.mixer.convolved)
+    blocks = [block for layer in dict.fromkeys(settings.stack) for block in layer.blocks]
+    mixed = max(settings.heads * settings.head_dim, *(block.mixed_size for block in blocks))
     wide = 2 if settings.layers_with("wide_up_proj") else 1
     width = 2 * wide * settings.intermediate + 3 * (settings.hidden + mixed)
-    if settings.experts is not None:
-        width += settings.experts.used * (2 * settings.experts.width + settings.hidden)
+    if experts := next((layer.experts for layer in settings.stack if layer.experts is not None), None):
+        width += experts.routing.used * (2 * experts.width + settings.hidden)
     return _NUMBER * settings.layers * math.prod(shape) * width

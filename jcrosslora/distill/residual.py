@@ -273,7 +273,7 @@ def _check(
     if not batches:
         msg = "no probe batches were given to fit the residual stream on; give at least one"
         raise UsageError(msg)
-    if "layer_scale" in target.family.tensors:
+    if "layer_scale" in target.architecture.tensors:
         msg = f"{target.ref}: layers of {target.family.name} change the stream behind {ROLE}, which the residual fit "
         raise UsageError(msg + "does not know; use distill")
     depth_src, depth_tgt = source.dims.layers, target.dims.layers

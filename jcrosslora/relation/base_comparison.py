@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures.keys import COMMON_KEYS
+from jcrosslora.architectures.names import HEAD
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method
 from jcrosslora.relation.relation import Relation, relation_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.layout import Module, role_shapes
+from jcrosslora.checkpoint.layout import Module
 
 # The index array of a structure that holds the rows (_OUTPUTS) and the columns (_INPUTS) of each module.
 _OUTPUTS: Mapping[str, str] = {
@@ -96,7 +96,7 @@ class Structure:
             return False
         axes = {
             axis: size
-            for role, shape in role_shapes(source.family, source.dims, source.config).items()
+            for role, shape in source.architecture.role_shapes.items()
             if role in _OUTPUTS
             for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
         }

@@ -13,9 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from jcrosslora.architectures.blocks import ROLE_PATHS, Mlp, SelfAttention
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
@@ -163,7 +162,11 @@ def _match_layer(
 
     found = {}
     neurons = columns("down_proj")
-    readers = [role for role in ("up_proj", "gate_proj") if role in source.family.roles and role in target.family.roles]
+    readers = [
+        role
+        for role in ("up_proj", "gate_proj")
+        if role in source.architecture.role_shapes and role in target.architecture.role_shapes
+    ]
     if neurons is not None and min(similarity(role, neurons) for role in readers) >= MIN_MEAN_COSINE:
         found["neurons"] = neurons
     attended = columns("o_proj") if source.dims.head_dim == target.dims.head_dim else None
@@ -197,7 +200,8 @@ def _row_products(base: BaseModel, dims: np.ndarray) -> np.ndarray:
 
 def _has_other_parts(base: BaseModel) -> bool:
     """Whether a base has layers of other parts than attention and a dense MLP."""
-    return set(base.parts) != {LayerParts()}
+    stack = set(base.architecture.stack)
+    return len(stack) > 1 or any(type(one.mixer) is not SelfAttention or type(one.mlp) is not Mlp for one in stack)
 
 
 def _same_parts(source: BaseModel, target: BaseModel) -> bool:
@@ -218,7 +222,8 @@ def _matched_layers(source: BaseModel, target: BaseModel) -> tuple[LayerMap | No
     found: list[LayerMap | None] = []
     for layer in range(target.dims.layers):
         rows = dict(_sampled_rows(target, layer))
-        candidates = [other for other, parts in enumerate(source.parts) if parts == target.parts[layer]]
+        names = target.architecture.stack[layer].names
+        candidates = [other for other, own in enumerate(source.architecture.stack) if own.names == names]
         candidates.sort(key=lambda other, layer=layer: other != layer)
         best, most = None, MIN_MEAN_COSINE
         for other in candidates:

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jcrosslora.architectures.names import HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.families import HEAD
-from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, expert_rows
@@ -178,15 +177,15 @@ def _compare_vectors(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Differen
 def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the norm weights that both families have, in the dimensions that correspond."""
     matched = structure.stream >= 0
-    norms_src, norms_tgt = (base.family.layer_norms(base.config) for base in (source, target))
+    norms_src, norms_tgt = (base.architecture.norms for base in (source, target))
     shared = [norm for norm in norms_tgt if norm in norms_src and norm not in _OF_HEADS]
     names = [(f"{source.family.final_norm}.weight", f"{target.family.final_norm}.weight")]
     for number, layer in enumerate(structure.layers):
         if layer is not None:
             names += [
                 (
-                    f"model.layers.{layer.layer}.{norms_src[norm]}.weight",
-                    f"model.layers.{number}.{norms_tgt[norm]}.weight",
+                    f"model.layers.{layer.layer}.{norms_src[norm][0]}.weight",
+                    f"model.layers.{number}.{norms_tgt[norm][0]}.weight",
                 )
                 for norm in shared
                 if number in target.layers_with(norm) and layer.layer in source.layers_with(norm)
@@ -230,7 +229,7 @@ def _mixer_tensors(
     source: BaseModel, target: BaseModel, structure: Structure
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield a sample of the rows of the tensors of mixers that are no linear modules."""
-    paths_src, paths_tgt = (base.family.layer_tensors(base.config) for base in (source, target))
+    paths_src, paths_tgt = (base.architecture.tensors for base in (source, target))
     for number, layer in enumerate(structure.layers):
         for name in paths_src.keys() & paths_tgt.keys() if layer is not None else ():
             if number in target.layers_with(name):
@@ -245,7 +244,7 @@ def _layer_inputs(
     source: BaseModel, target: BaseModel, structure: Structure
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield a sample of the tensors that make further inputs of layers, if both bases have equally many of these."""
-    features = [base.family.layer_inputs(base.config) * base.dims.layers for base in (source, target)]
+    features = [base.architecture.layer_inputs * base.dims.layers for base in (source, target)]
     if not features[0] or features[0] != features[1]:
         return
     matched, some = structure.stream >= 0, evenly_spaced(features[0], _ROWS)

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.family.parts import holds
-from jcrosslora.checkpoint.layout import norm_sizes
 from jcrosslora.decoder import DecoderSettings, Model, Params, StackedAdapter, fast_dtype, forward, settings_of
-from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.linalg import decompose
 from jcrosslora.maps.evidence.base_pair import BasePair
@@ -150,7 +148,7 @@ def _few_layers(base: BaseModel) -> DecoderSettings:
         vocab=_VOCABULARY,
         windows=layers * settings.windows[-1:],
         layer_ropes=layers * settings.layer_ropes[-1:],
-        parts=layers * settings.parts[-1:],
+        stack=layers * settings.stack[-1:],
     )
 
 
@@ -188,20 +186,18 @@ def _made_up_model(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
         numbers = _numbers((layers, *base.role_shape(role)), dtype)
         return jnp.asarray(numbers.view(np.uint16) if packed else numbers)
 
-    layers, parts, family = settings.layers, settings.parts[0], base.family
-    weights = {role: role_matrix(role) for role in family.roles if holds(parts, role)}
-    norms = norm_sizes(family, base.dims, base.config)
-    tensors = {name: tensor for name, tensor in family.layer_tensors(base.config).items() if holds(parts, name)}
-    width = settings.layer_inputs
+    layers, own, family = settings.layers, settings.stack[0], base.family
+    weights = {role: role_matrix(role) for role in own.shapes}
+    width = base.architecture.layer_inputs
     params = Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
         final_norm=ones(settings.hidden),
         weights=weights,
         biases={role: matrix(layers, w.shape[1]) for role, w in weights.items() if role in settings.biased_roles},
-        norms={name: ones(layers, size) for name, size in norms.items() if holds(parts, name)},
+        norms={place: ones(layers, size) for place, (_, size) in base.architecture.norms_of(own)},
         activation=tuple(ones(layers, 1) for _ in family.activation_tensors),
-        tensors={name: ones(layers, *tensor.shape(base.dims, base.config)) for name, tensor in tensors.items()},
+        tensors={name: ones(layers, *tensor.shape) for name, tensor in own.tensors.items()},
         layer_inputs=LayerInputWeights(
             matrix(settings.vocab, layers * width), matrix(layers * width, settings.hidden), ones(width)
         )

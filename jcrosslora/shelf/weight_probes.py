@@ -51,7 +51,7 @@ def adapter_weights(adapter: Adapter, base: BaseModel, rank: int) -> Weights:
 
 def dense_roles(base: BaseModel) -> list[str]:
     """Return the roles of modules that some layer has."""
-    return [role for role in base.family.roles if base.layers_with(role)]
+    return list(base.architecture.role_shapes)
 
 
 def first_parameters(base: BaseModel, width: int, seed: int) -> Tree:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, split_fused
+from jcrosslora.architectures.blocks import ROLE_PATHS
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model, stack_adapter
 from jcrosslora.errors import UsageError

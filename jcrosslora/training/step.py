@@ -122,14 +122,15 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
         UsageError: the base has none of the modules.
     """
     rng = np.random.default_rng([settings.seed, 1])
-    asked = base.family.roles if settings.modules is None else settings.modules
-    wanted = [role for role in asked if role in base.family.roles and base.layers_with(role)]
+    shapes = base.architecture.role_shapes
+    asked = tuple(shapes) if settings.modules is None else settings.modules
+    wanted = [role for role in asked if role in shapes]
     if not wanted:
         msg = f"modules {', '.join(asked)}: {base.name} has none of them, only "
-        raise UsageError(msg + ", ".join(base.family.roles))
+        raise UsageError(msg + ", ".join(shapes))
     roles = {}
     for role in wanted:
-        layers, (rows, columns) = len(base.layers_with(role)), base.role_shape(role)
+        layers, (rows, columns) = len(base.layers_with(role)), shapes[role]
         bound = columns**-0.5
         a = rng.uniform(-bound, bound, (layers, settings.rank, columns)).astype(np.float32)
         roles[role] = StackedFactors(jnp.asarray(a), jnp.zeros((layers, rows, settings.rank), jnp.float32))

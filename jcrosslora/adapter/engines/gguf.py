@@ -20,7 +20,8 @@ from jcrosslora.adapter.engines.rules import (
 )
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.names import TensorName, ending
-from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.architectures.blocks import LatentAttention
+from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_names import architecture
 from jcrosslora.checkpoint.wrapped import text_module_name
@@ -54,7 +55,7 @@ def no_norms(facts: AdapterFacts) -> str | None:
 
 def no_latents(facts: AdapterFacts) -> str | None:
     family = FAMILIES.get(facts.family or ARCHITECTURES.get(str(facts.config.get("general.architecture")), ""))
-    ends = _LATENTS if family is None or family.latent is None else (*_LATENTS, *_QUERIES)
+    ends = _LATENTS if family is None or LatentAttention not in family.blocks else (*_LATENTS, *_QUERIES)
     found = [module for module in facts.factors("A") if module.endswith(ends)]
     what = f"it loads the LoRA of {len(found)} modules beside latents and does not add it"
     return f"{what} ({found[0]})" if found else None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jcrosslora.adapter import Carried
+from jcrosslora.architectures.blocks import READERS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.family.names import LATENT_INNER, WRITERS
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.linalg import describe_kernels
@@ -205,7 +205,7 @@ def plan_alignment(
 
 def reads_stream(pair: Pair) -> bool:
     """Whether a module reads the residual stream (q, k, v, gate, up); others write it (o, down), or read a latent."""
-    return pair.role not in (*WRITERS, *LATENT_INNER)
+    return pair.role in READERS
 
 
 def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ...]:

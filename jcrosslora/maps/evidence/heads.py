@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.names import ATTENTION
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ATTENTION, ROLE_PATHS
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence.records import Evidence, HeadMatch, Vocabulary

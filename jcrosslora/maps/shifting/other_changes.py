@@ -52,7 +52,8 @@ def carry_tokens(
     source, target = pair.source, pair.target
     ids_tgt, reason = target_ids(source, target)
     if target.family.own_embedding is not None and any(update.table != HEAD for update in adapter.tokens):
-        return (), (), f"changes of the embedding of {target.family.name}, {target.family.embedding}, are not written"
+        stored = target.family.stored.embedding
+        return (), (), f"changes of the embedding of {target.family.name}, {stored}, are not written"
     if ids_tgt is None:
         return (), (), reason
     structure = pair.structure[0] if EvidenceKind.SELECTION in method.requires else None

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.ops import linear
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import stack_adapters
-from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError, UsageError
 
 Arrays = dict[str, jax.Array]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.decoder.ops import einsum, layer_norm, linear
+from jcrosslora.architectures.ops import einsum, layer_norm, linear
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.composition.composition import Arrays, Composition, RoleSizes, Updates, read_all, write_all
 

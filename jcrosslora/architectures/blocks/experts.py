@@ -1,0 +1,200 @@
+"""Experts in place of one MLP: those that the router chooses for each token, and those that all tokens share."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jcrosslora.architectures.blocks.block import Block, Linear, Norm, Tensor
+from jcrosslora.architectures.blocks.grouped import mix, run_experts, sort_by_expert, spread
+from jcrosslora.architectures.blocks.mlp import Mlp
+from jcrosslora.architectures.blocks.routing import Routing, route
+from jcrosslora.architectures.cache import KVCache
+from jcrosslora.architectures.ops import ACTIVATIONS, linear, rms_norm
+from jcrosslora.architectures.run import MODULE_OUTPUT, Run, Update
+
+
+@dataclass(frozen=True)
+class Experts(Block):
+    """E experts, of which each token goes through a few, and shared ones, which are one MLP.
+
+    Attributes:
+        hidden: H, features of the stream.
+        width: I, the features inside one expert.
+        routing: how experts are chosen, and weighed.
+        held: names of their tensors, see `ExpertRules.layouts`.
+        gated: whether experts and shared ones have a gate.
+        clamp: alpha and limit of the activation, see `ExpertRules.clamp`; None for the model's activation.
+        latent: features that experts read and return in place of H; None for H.
+        shared: features inside the shared experts, 0 for none.
+        shared_gate: whether a gate weighs what the shared experts return.
+        averaged: whether the output is the mean of that of the chosen and of the shared experts, instead of the sum.
+    """
+
+    hidden: int
+    width: int
+    routing: Routing
+    held: tuple[str, ...]
+    gated: bool = True
+    clamp: tuple[float, float] | None = None
+    latent: int | None = None
+    shared: int = 0
+    shared_gate: bool = False
+    averaged: bool = False
+
+    LINEARS: ClassVar = (
+        Linear("shared_gate_proj", "mlp.shared_experts.gate_proj", "shared_in", "mlp", "ffn_gate_shexp"),
+        Linear("shared_up_proj", "mlp.shared_experts.up_proj", "shared_in", "mlp", "ffn_up_shexp"),
+        Linear(
+            *("shared_down_proj", "mlp.shared_experts.down_proj", "shared_down_in", "mlp_post", "ffn_down_shexp"),
+            stream="writes",
+        ),
+        Linear("shared_expert_gate", "mlp.shared_expert_gate", "shared_in", "mlp", "ffn_gate_inp_shexp"),
+        Linear("expert_in_proj", "mlp.fc1_latent_proj", "expert_in", "mlp", "ffn_latent_down"),
+        Linear("expert_out_proj", "mlp.fc2_latent_proj", "expert_out_in", "mlp_post", "ffn_latent_up", stream="writes"),
+    )
+    # Tensor of a layer of a GGUF file -> its name in `ExpertRules.layouts`.
+    GGUF_TENSORS: ClassVar = {
+        "ffn_gate_inp.weight": "router",
+        "ffn_gate_inp.bias": "router_bias",
+        "exp_probs_b.bias": "correction",
+        **{f"ffn_{part}_exps.weight": part for part in ("gate", "up", "gate_up", "down")},
+        **{f"ffn_{part}_exps.bias": f"{part}_bias" for part in ("gate", "up", "down")},
+    }
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I); the matrices of experts have none."""
+        found: dict[str, tuple[int, int]] = {}
+        if self.shared:
+            gate = {"shared_gate_proj": (self.shared, self.hidden)} if self.gated else {}
+            found = gate | {
+                "shared_up_proj": (self.shared, self.hidden),
+                "shared_down_proj": (self.hidden, self.shared),
+            }
+        if self.shared_gate:
+            found["shared_expert_gate"] = (1, self.hidden)
+        if self.latent is not None:
+            found |= {"expert_in_proj": (self.latent, self.hidden), "expert_out_proj": (self.hidden, self.latent)}
+        return found
+
+    @property
+    def names(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The roles, and the tensors of experts."""
+        return frozenset({*self.shapes(), *self.held})
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run the experts, whose router reads what they read; see `Block.forward`."""
+        return self.mixed(run, x, x), cache
+
+    def mixed(self, run: Run, x: jax.Array, routed: jax.Array) -> jax.Array:
+        """Run the experts on x (B, T, H), and add those that all tokens share; the router reads `routed` (B, T, H)."""
+        tensors, flat = run.tensors, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        read = routed.reshape(flat.shape)
+        chosen, weights = route(
+            self.routing, read, tensors["router"], tensors.get("router_bias"), tensors.get("correction")
+        )
+        weights = weights * tensors["expert_scale"][chosen] if "expert_scale" in tensors else weights
+        if self.latent is not None:
+            flat = run.module("expert_in_proj", x).reshape(len(flat), -1)
+
+        order = sort_by_expert(chosen, self.routing.count)
+
+        def product(name: str, rows: jax.Array) -> jax.Array:
+            held = {key: tensors[key] for key in (name, f"{name}_bias") if key in tensors}
+            factors = {key: run.layer.factors[key] for key in (name,) if key in run.layer.factors}
+            return checkpoint_name(run_experts(partial(_matrix, name), rows, order, held, factors), MODULE_OUTPUT)
+
+        scaled = self.routing.scaled_inputs
+        rows = spread(flat, order, weights if scaled else None)
+        inner = self._activated(run, product("gate_up", rows)).astype(rows.dtype)
+        shares = jnp.ones_like(weights) if scaled else weights
+        mixed = mix(product("down", inner), shares, order).astype(x.dtype).reshape(*x.shape[:-1], -1)
+        mixed = mixed if self.latent is None else run.module("expert_out_proj", mixed)
+        if not self.shared:
+            return mixed
+        both = mixed + self._shared(run, x)
+        return both * jnp.asarray(0.5, both.dtype) if self.averaged else both
+
+    def _activated(self, run: Run, inner: jax.Array) -> jax.Array:
+        """Apply the activation to gate and up, (N, 2 I) side by side, or without a gate to (N, I)."""
+        activate = ACTIVATIONS[run.settings.activation]
+        if not self.gated:
+            return activate(inner)
+        gate, up = jnp.split(inner, 2, axis=-1)
+        if self.clamp is None:
+            return activate(gate) * up
+        alpha, limit = self.clamp
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+    def _shared(self, run: Run, x: jax.Array) -> jax.Array:
+        activate, up = ACTIVATIONS[run.settings.activation], run.module("shared_up_proj", x)
+        inner = activate(run.module("shared_gate_proj", x)) * up if self.gated else activate(up)
+        out = run.module("shared_down_proj", inner)
+        return out * jax.nn.sigmoid(run.module("shared_expert_gate", x)) if self.shared_gate else out
+
+
+@dataclass(frozen=True)
+class MlpAndExperts(Block):
+    """An MLP and experts, whose outputs are added.
+
+    Attributes:
+        mlp: the MLP.
+        experts: the experts.
+        apart: whether each has norms of its own, and the experts and their router read the stream through others than
+            the MLP, as in Gemma 4.
+    """
+
+    mlp: Mlp
+    experts: Experts
+    apart: bool = False
+
+    GGUF_NORMS: ClassVar = {
+        "mlp_alone": "post_ffw_norm_1",
+        "experts_in": "pre_ffw_norm_2",
+        "experts_out": "post_ffw_norm_2",
+    }
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I) of both."""
+        return self.mlp.shapes() | self.experts.shapes()
+
+    def norms(self) -> dict[str, Norm]:
+        """Return the norms behind the MLP and around the experts."""
+        return {name: Norm(name, self.mlp.hidden) for name in self.GGUF_NORMS} if self.apart else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the gain of what the router reads, and a factor for each expert."""
+        if not self.apart:
+            return {}
+        return {
+            "router_scale": Tensor("router.scale", (self.mlp.hidden,)),
+            "expert_scale": Tensor("router.per_expert_scale", (self.experts.routing.count,)),
+        }
+
+    @property
+    def names(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The roles, norms and tensors of both."""
+        return frozenset({*self.norms(), *self.tensors()}) | self.mlp.names | self.experts.names
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run both; see `Block.forward`."""
+        alone, _ = self.mlp.forward(run, x, None)
+        if not self.apart:
+            return self.experts.mixed(run, x, x) + alone, cache
+        alone, stream = run.norm("mlp_alone", alone), run.stream
+        routed = rms_norm(stream, run.tensors["router_scale"] * self.mlp.hidden**-0.5, run.settings.eps)
+        mixed = self.experts.mixed(run, run.norm("experts_in", stream), routed)
+        return alone + run.norm("experts_out", mixed), cache
+
+
+def _matrix(name: str, rows: jax.Array, held: dict[str, Any], factors: dict[str, Update]) -> jax.Array:
+    """Multiply rows (N, I) with a matrix of one expert, with its bias and adapter: float32 (N, O)."""
+    out = linear(rows, held[name])
+    if f"{name}_bias" in held:
+        out = out + held[f"{name}_bias"]
+    return factors[name].apply(rows, out) if name in factors else out

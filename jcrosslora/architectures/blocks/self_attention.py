@@ -1,0 +1,196 @@
+"""Softmax attention, with the variants of the families: gates, norms of heads, sinks, and keys of other layers."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.architectures.attention import apply_rope, attention, attention_mask
+from jcrosslora.architectures.blocks.block import Block, Linear, Norm, Tensor
+from jcrosslora.architectures.cache import KeysValues, KVCache, append_layer, last_of_kind
+from jcrosslora.architectures.ops import rms_norm
+from jcrosslora.architectures.run import Run
+
+# For each head, for all heads together, for each behind the rotation, or so without a gain in layers with positions.
+HeadNorms = Literal["head", "whole", "rotated", "unit"]
+
+
+def _linears(group: str) -> tuple[Linear, ...]:
+    def reader(role: str, gguf: str, site: str = "attn_in") -> Linear:
+        path = f"self_attn.{role.removeprefix('kv_shared_')}"
+        return Linear(group + role, path, group + site, "attn", gguf)
+
+    return (
+        reader("q_proj", "attn_q"),
+        *([] if group else [Linear("qg_proj", "self_attn.q_proj", "attn_in", "attn", "attn_q")]),
+        reader("kv_shared_q_proj", "attn_q", "kv_shared_attn_in"),
+        reader("k_proj", "attn_k"),
+        reader("v_proj", "attn_v"),
+        Linear(
+            f"{group}o_proj", "self_attn.o_proj", f"{group}attn_out_in", "attn_post", "attn_output", stream="writes"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class SelfAttention(Block):
+    """Softmax attention from the normed stream to the output of o_proj.
+
+    Attributes:
+        hidden: features of the stream.
+        heads: of queries.
+        kv_heads: of keys and values.
+        size: features of a head.
+        norm: how queries and keys are normalised; None if they are not.
+        gated: whether a module returns queries and gates on what they get, in one matrix.
+        keys_are_values: whether the keys, before their norm, are the values.
+        value_norm: whether the heads of values are normalised, without a gain.
+        sinks: whether heads may attend to nothing.
+        shares_keys: whether it reads the keys and values of the last layer before that has any of its kind.
+        group: in front of the roles of layers whose heads differ from those of others: "global_" or nothing.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    size: int
+    norm: HeadNorms | None = None
+    gated: bool = False
+    keys_are_values: bool = False
+    value_norm: bool = False
+    sinks: bool = False
+    shares_keys: bool = False
+    group: Literal["", "global_"] = ""
+
+    LINEARS: ClassVar = (*_linears(""), *_linears("global_"))
+    GGUF_NORMS: ClassVar = {"q": "attn_q_norm", "k": "attn_k_norm"}
+
+    @property
+    def _kind(self) -> str:
+        return f"{self.group}attention"
+
+    @property
+    def shared_kind(self) -> str | None:
+        """The kind of the keys and values that it reads, of a layer before."""
+        return self._kind if self.shares_keys else None
+
+    @property
+    def rotated_size(self) -> int:
+        """Features of a head, all of which may have positions."""
+        return self.size
+
+    @property
+    def mixed_size(self) -> int:
+        """Features of the queries."""
+        return self.heads * self.size
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I)."""
+        queries, keys, group = self.heads * self.size, (self.kv_heads * self.size, self.hidden), self.group
+        found = {f"{group}o_proj": (self.hidden, queries)}
+        if self.shares_keys:
+            return {f"{group}kv_shared_q_proj": (queries, self.hidden)} | found
+        found |= {"qg_proj": (2 * queries, self.hidden)} if self.gated else {f"{group}q_proj": (queries, self.hidden)}
+        found |= {f"{group}k_proj": keys}
+        return found if self.keys_are_values else found | {f"{group}v_proj": keys}
+
+    def norms(self) -> dict[str, Norm]:
+        """Return the norms of queries and keys, which have a gain unless their norm is "unit"."""
+        whole = self.norm == "whole"
+        sizes = {"q": self.size * (self.heads if whole else 1), "k": self.size * (self.kv_heads if whole else 1)}
+        return {
+            f"{self.group}{name}": Norm(name, size)
+            for name, size in sizes.items()
+            if self.norm not in (None, "unit") and not (name == "k" and self.shares_keys)
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the scores of attending to nothing, one a head."""
+        return {"sinks": Tensor("self_attn.sinks", (self.heads,))} if self.sinks else {}
+
+    def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
+        """Return the form of keys and values."""
+        if self.shares_keys:
+            return {}
+        return {self._kind: KeysValues.form((batch, self.kv_heads, length), (self.size, self.size), dtype)}
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run the attention; see `Block.forward`."""
+        if self.shares_keys:
+            assert cache is not None
+            queries = self._placed(run, "q", run.module(f"{self.group}kv_shared_q_proj", x))
+            mixed = attended(run, queries, *last_of_kind(cache, self._kind), run.settings.attn_scale)
+            return run.module(f"{self.group}o_proj", mixed), cache
+        queries, gate = self._queries(run, x)
+        keys = run.module(f"{self.group}k_proj", x)
+        values = keys if self.keys_are_values else run.module(f"{self.group}v_proj", x)
+        queries = self._placed(run, "q", queries)
+        keys = self._placed(run, "k", keys).swapaxes(1, 2)
+        values = self._split(values)
+        if self.value_norm:
+            values = rms_norm(values, jnp.ones(values.shape[-1]), run.settings.eps)
+        values = values.swapaxes(1, 2)
+        keys, values, cache = remembered(run, self._kind, keys, values, cache)
+        mixed = attended(run, grown(run, queries), keys, values, run.settings.attn_scale)
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+        return run.module(f"{self.group}o_proj", mixed), cache
+
+    def _queries(self, run: Run, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return queries and, in gated attention, the gate on what they get, (B, T, heads * D) each."""
+        if not self.gated:
+            return run.module(f"{self.group}q_proj", x), None
+        both = run.module("qg_proj", x)
+        queries, gate = jnp.split(both.reshape(*both.shape[:2], -1, 2 * self.size), 2, axis=-1)
+        return queries.reshape(*both.shape[:2], -1), gate.reshape(*both.shape[:2], -1)
+
+    def _placed(self, run: Run, name: str, x: jax.Array) -> jax.Array:
+        """Split queries or keys into heads, normalise them and apply their positions."""
+        place = f"{self.group}{name}"
+        if self.norm == "whole":
+            x = run.norm(place, x)
+        x = self._split(x)
+        if self.norm == "head":
+            x = run.norm(place, x)
+        x = apply_rope(x, run.of_rope(run.context.rotations), interleaved=run.settings.interleaved)
+        if self.norm == "unit":
+            return _unit(run, x)
+        return run.norm(place, x) if self.norm == "rotated" else x
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.size)
+
+
+def _unit(run: Run, x: jax.Array) -> jax.Array:
+    """Normalise heads (B, T, heads, D) without a gain; return x in a layer without positions."""
+    ropes, normed = run.settings.ropes, rms_norm(x, jnp.ones(x.shape[-1]), run.settings.eps)
+    if all(ropes[index].turns for index in run.layer.ropes):
+        return normed
+    return jnp.where(jnp.asarray([rope.turns for rope in ropes])[run.layer.rope], normed, x)
+
+
+def grown(run: Run, queries: jax.Array) -> jax.Array:
+    """Multiply queries (B, T, heads, D) by the factor of their positions; return them where they do not grow."""
+    if run.context.growths is None:
+        return queries
+    growth = run.of_rope(run.context.growths)[:, :, None, None]
+    return (queries.astype(jnp.float32) * growth).astype(queries.dtype)
+
+
+def remembered(
+    run: Run, kind: str, keys: jax.Array, values: jax.Array, cache: KVCache | None
+) -> tuple[jax.Array, jax.Array, KVCache | None]:
+    """Keep keys and values (B, kv_heads, T, D) of new tokens in the cache; return all of the layer, and the cache."""
+    if cache is None:
+        return keys, values, None
+    cache, keys, values = append_layer(cache, kind, run.layer.places[kind], keys, values)
+    return keys, values, cache
+
+
+def attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
+    """Let queries (B, T, heads, D) attend to keys and values (B, kv_heads, S, D): (B, T, heads * D) of the values."""
+    context, settings = run.context, run.settings
+    mask = attention_mask(
+        context.query_positions, context.key_positions, run.layer.window, chunked=settings.chunked_windows
+    )
+    return attention(queries, keys, values, mask, scale, settings.attn_soft_cap, run.tensors.get("sinks"))

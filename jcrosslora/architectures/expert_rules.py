@@ -1,0 +1,194 @@
+"""How a family has experts in place of one MLP: sizes, router, names of tensors, and the layers that have them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jcrosslora.architectures.blocks.routing import Scores
+from jcrosslora.architectures.sizes import Number, size
+from jcrosslora.errors import CheckpointError
+
+_ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
+_FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+# Names of the tensors of a layer's experts, in the two ways in which most models are stored: one matrix an expert (in
+# published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
+PUBLISHED: dict[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
+FUSED: dict[str, str] = {"router": "mlp.gate.weight", **_FUSED}
+# One matrix of all experts for each of gate, up and down, as in GGUF.
+MERGED: dict[str, str] = {"router": "mlp.gate.weight"} | {
+    name: path.replace(".{}", "") for name, path in _ONE_EACH.items()
+}
+CORRECTION: dict[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
+BIASES: dict[str, str] = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
+# From a configuration and the number of layers to whether each has experts.
+SparseRule = Callable[[Mapping[str, Any], int], Sequence[bool]]
+
+
+def in_all_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Give all layers experts."""
+    del config
+    return [True] * layers
+
+
+def no_shared(config: Mapping[str, Any]) -> int:
+    """Return the width of the shared experts of a model without any."""
+    del config
+    return 0
+
+
+@dataclass(frozen=True)
+class ExpertRules:
+    """How a family states its experts. E experts, I features inside one, H hidden.
+
+    Attributes:
+        count: configuration keys of E, of which the first that is stated counts.
+        used: configuration key of the number of experts that a token goes through.
+        width: configuration key of I.
+        layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
+            "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
+            "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)
+            and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias" (E, I), "down_bias"
+            (E, H). The last is that of the class in memory.
+        scores: see `Routing.scores`.
+        scores_key: configuration key of the scores; None if all models have the same.
+        scores_names: what its values stand for.
+        normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
+        sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
+        tolerance: of "in turn", half the largest relative distance from the best score.
+        scale: factor on the weights.
+        scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
+        averaged: configuration key, and its value with which a layer's output is the mean of what its experts and its
+            shared ones return, instead of their sum; None if no model has it.
+        groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
+        group_best: how many of a group's experts say how high it scores, the best of them together.
+        transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
+        turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
+            stores (E, I, O) without an attribute that says so.
+        gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
+        latent: configuration key of the features that experts read and return in place of H, where it is stated; None
+            for H in any model.
+        interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
+        correction_axes: of "correction" as it is stored, (1, E) if two.
+        layers: says which layers have experts.
+        shared: from a configuration to the features inside the experts that all tokens go through, which are one MLP; 0
+            without any.
+        shared_gate: whether a gate weighs what these return.
+        clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
+    """
+
+    count: tuple[str, ...]
+    used: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
+    scores: Scores = "softmax"
+    scores_key: str | None = None
+    scores_names: Mapping[str, Scores] = field(default_factory=dict)
+    normalised: bool | str = True
+    sum_eps: float = 1e-20
+    tolerance: Number | None = None
+    scale: Number | None = None
+    scaled_inputs: bool = False
+    averaged: tuple[str, str] | None = None
+    groups: tuple[str, str] | None = None
+    group_best: int = 2
+    transposed: frozenset[str] = frozenset()
+    turned: bool = False
+    gated: bool = True
+    latent: str | None = None
+    interleaved: bool = False
+    correction_axes: int = 1
+    layers: SparseRule = in_all_layers
+    shared: Callable[[Mapping[str, Any]], int] = no_shared
+    shared_gate: bool = False
+    clamp: tuple[Number, Number] | None = None
+
+    def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":
+        """Read the sizes of a model.
+
+        Raises:
+            CheckpointError: one is missing or out of range.
+        """
+        count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
+        count, used, width = (size(config, key) for key in (count_key, self.used, self.width))
+        groups = 1, 1
+        if self.groups is not None:
+            groups = size(config, self.groups[0], 1), size(config, self.groups[1], 1)
+        if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
+            msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
+            raise CheckpointError(msg)
+        latent = None if self.latent is None or config.get(self.latent) is None else size(config, self.latent)
+        return ExpertSizes(count, used, width, *groups, latent)
+
+    def scores_of(self, config: Mapping[str, Any]) -> Scores:
+        """Return the scores of the experts of a model.
+
+        Raises:
+            CheckpointError: the configuration states others than the class has.
+        """
+        stated = None if self.scores_key is None else config.get(self.scores_key)
+        if stated is None:
+            return self.scores
+        if not isinstance(stated, str) or stated not in self.scores_names:
+            names = " or ".join(map(repr, self.scores_names))
+            msg = f"config key {self.scores_key!r} is {str(stated)[:60]!r}, wanted {names}"
+            raise CheckpointError(msg)
+        return self.scores_names[stated]
+
+    def averages(self, config: Mapping[str, Any]) -> bool:
+        """Whether a layer's output is the mean of that of its experts and of the shared ones."""
+        return self.averaged is not None and config.get(self.averaged[0]) == self.averaged[1]
+
+
+class ExpertSizes(NamedTuple):
+    """The sizes of a model's experts.
+
+    E, how many a token uses, I, the groups and used groups of them, and the features that they read in place of H.
+    """
+
+    number: int
+    used: int
+    width: int
+    groups: int = 1
+    used_groups: int = 1
+    latent: int | None = None
+
+
+def shared_width(count: str | None = None) -> Callable[[Mapping[str, Any]], int]:
+    """Return the rule of shared experts as wide together as an expert times a count of the configuration."""
+
+    def width(config: Mapping[str, Any]) -> int:
+        return (1 if count is None else size(config, count)) * size(config, "moe_intermediate_size")
+
+    return width
+
+
+def by_step(config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Give each `decoder_sparse_step`-th layer experts, but none of `mlp_only_layers`."""
+    step, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple):
+        msg = f"config key 'mlp_only_layers' is {str(dense)[:60]}, wanted a list of layers"
+        raise CheckpointError(msg)
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+
+
+def by_list(config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Give those layers experts that `mlp_layer_types` names "sparse"."""
+    stated, names = config.get("mlp_layer_types"), {"dense", "sparse"}
+    if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= names:
+        msg = f"config key 'mlp_layer_types' is {str(stated)[:60]}, wanted dense or sparse for each of {layers} layers"
+        raise CheckpointError(msg)
+    return [kind == "sparse" for kind in stated]
+
+
+def behind_first(key: str) -> SparseRule:
+    """Give all layers experts but as many in front as a configuration key says."""
+
+    def sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
+        first = config.get(key)
+        if type(first) is not int or first < 0:
+            msg = f"config key {key!r} is {str(first)[:60]}, wanted the number of layers without experts"
+            raise CheckpointError(msg)
+        return [layer >= first for layer in range(layers)]
+
+    return sparse

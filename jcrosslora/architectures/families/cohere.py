@@ -1,0 +1,185 @@
+"""Cohere 1 and 2 (Command R, Aya, Command R7B, Command A): parallel blocks with one norm.
+
+In Cohere 2 layers of full attention have no positions. The norms of queries and keys that Command R+ has are not known.
+With experts (Command A+, North), layers of full attention with a dense MLP may have positions, norms may be root mean
+squares, and shared experts may be averaged with the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, by_list
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.names import ATTENTION
+from jcrosslora.architectures.rules import SLIDING, Gguf, Positions, Windows, windowed
+from jcrosslora.architectures.sizes import Number, layer_count, size
+from jcrosslora.errors import CheckpointError
+
+_LOGIT_SCALE = {"logit_scale": "logit_scale"}
+_DENSE, _SHARED_COUNT = "first_k_dense_replace", "num_shared_experts"
+_CHOSEN = 3  # `expert_gating_func` of a softmax over the chosen experts
+_PERIOD, _PREFIX_PERIOD = "sliding_window_pattern", "prefix_dense_sliding_window_pattern"
+# What published configurations state and the classes always do.
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "layer_switch": (4,),
+    "order_of_interleaved_layers": ("local_attn_first",),
+    "position_embedding_type": ("rope_gptj",),
+    "rotary_pct": (1.0,),
+    "use_embedding_sharing": (True,),
+    "use_gated_activation": (True,),
+    "use_parallel_block": (True,),
+    "use_parallel_embedding": (False, True),
+    "use_qk_norm": (False,),
+}
+
+_cohere = partial(
+    Family,
+    norms={"attn": "input_layernorm"},
+    norm="layer",
+    parallel=True,
+    bias_keys={"attention_bias": ATTENTION},
+    tied=True,
+    eps=Number("layer_norm_eps", 1e-5),
+    logit_scale=Number("logit_scale", 0.0625),
+)
+
+COHERE = _cohere(
+    name="cohere",
+    architectures=("CohereForCausalLM",),
+    gguf=Gguf("command-r", numbers=_LOGIT_SCALE),
+    positions=Positions(theta=500_000.0, interleaved=True),
+    keys=words("attention_bias layer_norm_eps logit_scale"),
+    fixed={"use_qk_norm": (False,)},
+)
+COHERE2 = _cohere(
+    name="cohere2",
+    architectures=("Cohere2ForCausalLM",),
+    gguf=Gguf("cohere2", numbers=_LOGIT_SCALE),
+    windows=Windows(period=4, period_keys=("sliding_window_pattern", "_sliding_window_pattern")),
+    positions=Positions(interleaved=True, rotated=windowed),
+    keys=words(
+        "attention_bias layer_norm_eps logit_scale sliding_window sliding_window_pattern _sliding_window_pattern "
+        "layer_types"
+    ),
+    fixed=_FIXED,
+)
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the kinds of attention and MLP of each layer, of which those in front have periods of their own.
+
+    Raises:
+        CheckpointError: the number of layers in front or a period cannot be read, or the rotation is scaled by a key
+            that the class does not read.
+    """
+    scaling = config.get("rope_scaling")
+    if scaling:
+        msg = f"config key 'rope_scaling' is {str(scaling)[:60]}, which the class does not read: state rope_parameters"
+        raise CheckpointError(msg)
+    layers, first = layer_count(config), _count(config, _DENSE)
+    if first > layers:
+        msg = f"config key {_DENSE!r} is {first}, wanted at most the {layers} layers"
+        raise CheckpointError(msg)
+    sliding = [
+        (layer + 1) % size(config, _PREFIX_PERIOD, 1) != 0
+        if layer < first
+        else (layer - first + 1) % size(config, _PERIOD, 4) != 0
+        for layer in range(layers)
+    ]
+    found = {
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "mlp_layer_types": ["dense" if layer < first else "sparse" for layer in range(layers)],
+    }
+    return {**config, **{key: kinds for key, kinds in found.items() if config.get(key) is None}}
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """Return a number that may be zero, which it is where nothing is stated."""
+    return 0 if config.get(key) in (None, 0) else size(config, key)
+
+
+def _shared_width(config: Mapping[str, Any]) -> int:
+    return _count(config, _SHARED_COUNT) * size(config, "intermediate_size")
+
+
+def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
+    """Give layers with windows positions, and those with a dense MLP where all of these have full attention."""
+    dense = config.get(_PREFIX_PERIOD) == 1
+    return [
+        kind == SLIDING or (dense and mlp == "dense")
+        for kind, mlp in zip(kinds, config["mlp_layer_types"], strict=True)  # of `_resolve`
+    ]
+
+
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the widths, and the scores of experts; all layers of full attention with a dense MLP have positions.
+
+    Raises:
+        CheckpointError: layers with a dense MLP have different kinds of attention, so that the class may give positions
+            to others than llama.cpp does; or the weights of experts have a factor, which the class does not have.
+    """
+    del held
+    dense, slides = stated.get("feed_forward_length"), stated.get("attention.sliding_window_pattern")
+    first = _count(stated, "leading_dense_block_count")
+    if isinstance(slides, list) and len(set(slides[:first])) > 1:
+        msg = "layers with a dense MLP are of sliding and of full attention, and which have positions is not stated: "
+        raise CheckpointError(msg + "use the safetensors of the model")
+    scale = stated.get("expert_weights_scale")
+    if scale not in (None, 0.0, 1.0):
+        msg = f"expert_weights_scale is {str(scale)[:60]}, which {COHERE2_MOE.name} does not have"
+        raise CheckpointError(msg)
+    return {
+        "intermediate_size": size(stated, "expert_feed_forward_length", dense),
+        "prefix_dense_intermediate_size": dense,
+        # llama.cpp takes sigmoids where nothing is stated.
+        "expert_selection_fn": "softmax" if stated.get("expert_gating_func") == _CHOSEN else "sigmoid",
+    }
+
+
+COHERE2_MOE = _cohere(
+    name="cohere2_moe",
+    architectures=("Cohere2MoeForCausalLM",),
+    gguf=Gguf(
+        "cohere2moe",
+        counts={_SHARED_COUNT: "expert_shared_count", _DENSE: "leading_dense_block_count"},
+        numbers=_LOGIT_SCALE,
+        implied={"shared_expert_combination_strategy": "average", _PREFIX_PERIOD: 1},
+        settings=_from_gguf,
+    ),
+    width_key="prefix_dense_intermediate_size",
+    rms_key="rms_norm_eps",
+    resolve=_resolve,
+    experts=ExpertRules(
+        ("num_experts",),
+        width="intermediate_size",
+        layouts=(PUBLISHED, MERGED, FUSED),
+        scores="chosen",
+        scores_key="expert_selection_fn",
+        scores_names={"softmax": "chosen", "sigmoid": "chosen sigmoid"},
+        normalised="norm_topk_prob",
+        sum_eps=0.0,
+        layers=by_list,
+        shared=_shared_width,
+        averaged=("shared_expert_combination_strategy", "average"),
+    ),
+    windows=Windows(period=4, period_keys=(_PERIOD,)),
+    positions=Positions(interleaved=True, rotated=_rotated),
+    keys=words(
+        "attention_bias expert_selection_fn first_k_dense_replace layer_norm_eps layer_types logit_scale "
+        "mlp_layer_types norm_topk_prob num_experts num_experts_per_tok num_nextn_predict_layers num_shared_experts "
+        "output_router_logits prefix_dense_intermediate_size prefix_dense_sliding_window_pattern sliding_window "
+        "sliding_window_pattern"
+    ),
+    fixed={**_FIXED, "shared_expert_combination_strategy": ("average", "sum")},
+    # Those of the class.
+    defaults={
+        "head_dim": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "prefix_dense_sliding_window_pattern": 1,
+        "shared_expert_combination_strategy": "average",
+    },
+)

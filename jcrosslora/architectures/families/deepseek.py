@@ -1,0 +1,175 @@
+"""DeepSeek V2, V3 and R1: latent attention, and experts behind the first layers, which V2 chooses by a softmax.
+
+Queries, and keys and values, are made of small latents of the stream. A part of each head, the same for keys of all
+heads, has positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jcrosslora.architectures.architecture import Architecture, usual_layers
+from jcrosslora.architectures.blocks import LatentAttention
+from jcrosslora.architectures.expert_rules import (
+    CORRECTION,
+    FUSED,
+    MERGED,
+    PUBLISHED,
+    ExpertRules,
+    behind_first,
+    shared_width,
+)
+from jcrosslora.architectures.family import PRE_NORMS, Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import MLP, SHARED
+from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.sizes import Number, size
+from jcrosslora.errors import CheckpointError
+
+
+def _layers(model: Architecture) -> list[Layer]:
+    config, dims = model.config, model.dims
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rank = None if config.get("q_lora_rank") is None else size(config, "q_lora_rank")
+    mixer = LatentAttention(dims.hidden, dims.heads, *(size(config, key) for key in keys), query_rank=rank)
+    return usual_layers(model, [mixer] * dims.layers)
+
+
+def from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the sizes of attention; older files hold keys and values of all heads in one matrix, and state no `_mla`.
+
+    Raises:
+        CheckpointError: a size is missing.
+    """
+    ends = "_mla" if "attention.key_length_mla" in stated else ""
+    rotated = size(stated, "rope.dimension_count")
+    direct = "self_attn.q_proj.weight" in held
+    return {
+        "q_lora_rank": None if direct else size(stated, "attention.q_lora_rank"),
+        "kv_lora_rank": size(stated, "attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": size(stated, "attention.key_length" + ends) - rotated,
+        "v_head_dim": size(stated, "attention.value_length" + ends),
+        "num_key_value_heads": size(stated, "attention.head_count"),
+        "head_dim": rotated,
+    }
+
+
+# Keys of all these families: what is read, and keys of published configurations that the classes do not read.
+KEYS = words(
+    "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
+    "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
+    "moe_intermediate_size n_group topk_group routed_scaling_factor output_router_logits router_aux_loss_coef "
+    "aux_loss_alpha seq_aux ep_size pretraining_tp"
+)
+
+# Of all these families; the architecture is that of V2 and V3, which differ in the scores of experts.
+GGUF = Gguf(
+    "deepseek2",
+    tensors=dict.fromkeys(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight"),
+    counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
+    settings=from_gguf,
+)
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    architectures=("DeepseekV3ForCausalLM",),
+    gguf=GGUF,
+    norms=PRE_NORMS | {"q_a": "self_attn.q_a_layernorm", "kv_a": "self_attn.kv_a_layernorm"},
+    bias_keys={"attention_bias": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")},
+    layers=_layers,
+    blocks=(LatentAttention,),
+    experts=ExpertRules(
+        ("n_routed_experts", "num_experts", "num_local_experts"),
+        layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        scale=Number("routed_scaling_factor", 2.5),
+        groups=("n_group", "topk_group"),
+        layers=behind_first("first_k_dense_replace"),
+        shared=shared_width("n_shared_experts"),
+    ),
+    positions=Positions(interleaved=True),
+    keys=KEYS | words("norm_topk_prob num_nextn_predict_layers"),
+    fixed={
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+    },
+    # Of the class, where published configurations leave them out.
+    defaults={
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+        "q_lora_rank": 1536,
+    },
+)
+
+
+def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State one group of experts where the choice has none.
+
+    Raises:
+        CheckpointError: it has groups, and their numbers are not stated.
+    """
+    if config.get("topk_method") == "greedy":
+        return {**config, "n_group": 1, "topk_group": 1}
+    return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}
+
+
+def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the sizes of attention, and how experts are chosen, which files state by the groups of them.
+
+    Raises:
+        CheckpointError: a size or the groups are missing, or the file is of another model of the architecture.
+    """
+    other = [key for key in ("expert_weights_norm", "attention.temperature_scale") if stated.get(key)]
+    other += ["exp_probs_b"] if CORRECTION["correction"] in held else []
+    if other:
+        msg = f"its experts are chosen by a softmax, and it has {other[0]}: it is neither a DeepSeek V2 nor a V3"
+        raise CheckpointError(msg)
+    found, groups = from_gguf(stated, held), stated.get("expert_group_count")
+    if groups is None and found["q_lora_rank"] is not None:
+        msg = "expert_group_count is missing, as in older files: published models of this form choose among "
+        raise CheckpointError(msg + "groups of experts; convert the model again, or use its safetensors")
+    return {**found, "topk_method": "greedy" if groups in (None, 1) else "group_limited_greedy"}
+
+
+DEEPSEEK_V2 = replace(
+    DEEPSEEK_V3,
+    name="deepseek_v2",
+    architectures=("DeepseekV2ForCausalLM",),
+    gguf=replace(GGUF, settings=_v2_from_gguf),
+    resolve=_resolve_v2,
+    bias_keys={**DEEPSEEK_V3.bias_keys, "mlp_bias": (*MLP, *SHARED)},
+    experts=ExpertRules(
+        ("n_routed_experts", "num_experts"),
+        layouts=(PUBLISHED, MERGED, FUSED),
+        normalised=False,
+        scale=Number("routed_scaling_factor", 1.0),
+        groups=("n_group", "topk_group"),
+        layers=behind_first("first_k_dense_replace"),
+        shared=shared_width("n_shared_experts"),
+        group_best=1,
+    ),
+    keys=KEYS | {"mlp_bias"},
+    # The class never divides the weights by their sum, whatever is stated.
+    fixed={
+        "moe_layer_freq": (1,),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False,),
+    },
+    defaults={
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1407,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 1536,
+        "topk_method": "greedy",
+    },
+)

@@ -1,0 +1,122 @@
+"""Hunyuan V1, dense and with experts (A13B): Llama whose queries and keys are normalised behind the rotation.
+
+With experts, all tokens of all layers also go through an MLP as wide as one of them.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules
+from jcrosslora.architectures.family import PRE_NORMS, Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.names import ATTENTION, SHARED
+from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.sizes import Number, layer_count, size
+from jcrosslora.errors import CheckpointError
+
+_ROUTER = {"router": "mlp.gate.wg.weight"}
+# Beside `attention_bias`, keys of published configurations that the classes do not read.
+_KEYS = words(
+    "attention_bias attention_head_dim cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id "
+    "im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id text_start_id"
+)
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "add_classification_head": (False,),
+    "mlp_bias": (False,),
+    "norm_type": ("rms", "hf_rms"),
+    "pretraining_tp": (1,),
+    "use_cla": (False,),
+    "use_qk_norm": (True,),
+    "use_rotary_pos_emb": (True,),
+}
+
+_hunyuan = partial(
+    Family,
+    norms=PRE_NORMS | {"q": "self_attn.query_layernorm", "k": "self_attn.key_layernorm"},
+    qk_norms="rotated",
+    bias_keys={"attention_bias": ATTENTION},
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(types=("dynamic",)),
+)
+
+
+def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
+    """Return a value that may be stated once, or once for each layer.
+
+    Raises:
+        CheckpointError: there is not one for each layer, or they differ.
+    """
+    stated, layers = config.get(key), layer_count(config)
+    if not isinstance(stated, list | tuple):
+        return stated
+    if len(stated) < layers or any(value != stated[0] for value in stated[:layers]):
+        msg = f"config key {key!r} is {str(stated)[:60]}, wanted the same number for each of {layers} layers"
+        raise CheckpointError(msg)
+    return stated[0]
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State once how many experts a token goes through.
+
+    Raises:
+        CheckpointError: layers differ, or a width or a number of shared experts is not that of the class, which reads
+            neither.
+    """
+    own = {"moe_intermediate_size": size(config, "intermediate_size"), "num_shared_expert": 1}
+    for key, wanted in own.items():
+        stated = _same_in_all_layers(config, key)
+        if stated not in (None, wanted):
+            msg = f"config key {key!r} is {str(stated)[:60]}, wanted {wanted}, which is what the class has"
+            raise CheckpointError(msg)
+    used = _same_in_all_layers(config, "moe_topk")
+    other = config.get("num_experts_per_tok")
+    if None not in (used, other) and used != other:
+        msg = f"config keys 'moe_topk' and 'num_experts_per_tok' are {used} and {other}, wanted one number"
+        raise CheckpointError(msg)
+    used = other if used is None else used
+    return {**config, "moe_topk": 1 if used is None else used}
+
+
+HUNYUAN_V1_DENSE = _hunyuan(
+    name="hunyuan_v1_dense",
+    architectures=("HunYuanDenseV1ForCausalLM",),
+    gguf=Gguf("hunyuan-dense"),
+    keys=_KEYS,
+    fixed={**_FIXED, "num_experts": (1,)},
+)
+HUNYUAN_V1_MOE = _hunyuan(
+    name="hunyuan_v1_moe",
+    architectures=("HunYuanMoEV1ForCausalLM",),
+    gguf=Gguf("hunyuan-moe"),
+    fused={f"mlp.shared_mlp.{role.removeprefix('shared_')}": (role,) for role in SHARED},
+    resolve=_resolve,
+    experts=ExpertRules(
+        ("num_experts", "num_local_experts"),
+        used="moe_topk",
+        width="intermediate_size",
+        layouts=(PUBLISHED | _ROUTER, MERGED | _ROUTER, FUSED | _ROUTER),
+        sum_eps=0.0,
+        shared=lambda config: size(config, "intermediate_size"),
+    ),
+    # Sizes of latent attention and groups of experts count with `use_mla` and `group_limited_greedy` alone.
+    keys=_KEYS
+    | words(
+        "kv_lora_rank moe_intermediate_size moe_topk n_group num_experts num_experts_per_tok num_local_experts "
+        "num_shared_expert output_router_logits q_lora_rank qk_nope_head_dim qk_rope_head_dim topk_group v_head_dim"
+    ),
+    # What the class always does, or never.
+    fixed={
+        **_FIXED,
+        "group_limited_greedy": (False,),
+        "moe_drop_tokens": (False,),
+        "moe_layer_num_skipped": (0,),
+        "moe_random_routing_dropped_token": (False,),
+        "norm_topk_prob": (True,),
+        "position_embedding_xdrope": (False,),
+        "routed_scaling_factor": (1.0,),
+        "use_mixed_mlp_moe": (True,),
+        "use_mla": (False,),
+    },
+    defaults={"num_experts": 1},
+)

@@ -1,0 +1,171 @@
+"""LFM2: short convolutions in most layers, attention in the others; one of its forms has experts in most layers."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
+from jcrosslora.architectures.blocks import ShortConvolution
+from jcrosslora.architectures.expert_rules import MERGED, ExpertRules, behind_first
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import CONVOLUTION
+from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
+
+_CONV, _FULL = "conv", "full_attention"
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the width of the MLP and the kinds of the layers, which other keys imply."""
+    width = size(config, "block_ff_dim") if config.get("block_ff_dim") is not None else config.get("intermediate_size")
+    if config.get("block_auto_adjust_ff_dim", True):
+        multiple = size(config, "block_multiple_of", 256)
+        width = int(2 * size({"intermediate_size": width}, "intermediate_size") / 3)
+        if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
+                msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
+                raise CheckpointError(msg)
+            width = multiple * -(-int(factor * width) // multiple)
+    _taps(config)  # which is checked
+    layers = layer_count(config)
+    kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
+    if kinds is None:
+        full = config.get("full_attn_idxs")
+        full = list(range(layers)) if full is None else full
+        if not isinstance(full, list | tuple) or not all(type(layer) is int for layer in full):
+            msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
+            raise CheckpointError(msg)
+        kinds = [_FULL if layer in full else _CONV for layer in range(layers)]
+    stated = {"intermediate_size": width, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
+    return {key: value for key, value in _tied(config).items() if key != "block_ff_dim"} | stated
+
+
+def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    _taps(config)  # which is checked
+    kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
+    if kinds is None:
+        msg = "config key 'layer_types' is missing, wanted the kind of each layer"
+        raise CheckpointError(msg)
+    return _tied(config)
+
+
+def _taps(config: Mapping[str, Any]) -> int:
+    return size(config, "conv_L_cache", 3)
+
+
+def _tied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State whether the head is the embedding, which another key may do."""
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
+    return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": tied}
+
+
+def _layers(model: Architecture) -> list[Layer]:
+    config = model.config
+    bias = bool(config.get("conv_bias", False))
+    convolution, full = ShortConvolution(model.dims.hidden, _taps(config), conv_bias=bias), attention(model)
+    # Of `_resolve`.
+    return usual_layers(model, [convolution if kind == _CONV else full for kind in config["layer_types"]])
+
+
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    del held
+    return {"layer_types": at_attention(stated, _FULL, _CONV), "block_auto_adjust_ff_dim": False}
+
+
+_gguf = partial(
+    Gguf,
+    final_norm="token_embd_norm",
+    tensors={f"shortconv.conv.{kind}": f"conv.conv.{kind}" for kind in ("weight", "bias")},
+    settings=_from_gguf,
+)
+_CACHE = {"conv_L_cache": "shortconv.l_cache"}
+
+_STORED = {"router": "feed_forward.gate.weight", "correction": "feed_forward.expert_bias"}
+_PUBLISHED = _STORED | {
+    "gate": "feed_forward.experts.{}.w1.weight",
+    "up": "feed_forward.experts.{}.w3.weight",
+    "down": "feed_forward.experts.{}.w2.weight",
+}
+_IN_MEMORY = _STORED | {
+    "gate_up": "feed_forward.experts.gate_up_proj",
+    "down": "feed_forward.experts.down_proj",
+}
+
+_lfm2 = partial(
+    Family,
+    layers=_layers,
+    blocks=(ShortConvolution,),
+    fused={
+        "self_attn.out_proj": ("o_proj",),
+        "feed_forward.w1": ("gate_proj",),
+        "feed_forward.w3": ("up_proj",),
+        "feed_forward.w2": ("down_proj",),
+    },
+    norms={
+        "attn": "operator_norm",
+        "mlp": "ffn_norm",
+        "q": "self_attn.q_layernorm",
+        "k": "self_attn.k_layernorm",
+    },
+    final_norm="model.embedding_norm",
+    bias_keys={"conv_bias": CONVOLUTION},
+    tied=True,
+    eps=Number("norm_eps", 1e-5),
+    positions=Positions(theta=1_000_000.0),
+)
+_BLOCK = words(
+    "block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim block_ff_dim block_mlp_init_scale "
+    "block_out_init_scale block_use_xavier_init full_attn_idxs"
+)
+# Of published configurations; no class reads those of the last line.
+_KEYS = words(
+    "conv_bias conv_L_cache layer_types norm_eps tie_embedding "
+    "block_dim block_norm_eps conv_dim conv_dim_out conv_use_xavier_init num_heads theta"
+)
+
+LFM2 = _lfm2(
+    name="lfm2",
+    architectures=("Lfm2ForCausalLM",),
+    gguf=_gguf("lfm2", counts=_CACHE),
+    resolve=_resolve,
+    keys=_KEYS | _BLOCK,
+    fixed={"block_use_swiglu": (True,), "use_pos_enc": (True,)},
+)
+LFM2_MOE = _lfm2(
+    name="lfm2_moe",
+    architectures=("Lfm2MoeForCausalLM",),
+    gguf=_gguf(
+        "lfm2moe",
+        counts=_CACHE | {"num_dense_layers": "leading_dense_block_count"},
+        implied={"norm_topk_prob": True},
+    ),
+    resolve=_resolve_moe,
+    experts=ExpertRules(
+        ("num_experts",),
+        layouts=(_PUBLISHED, MERGED | _STORED, _IN_MEMORY),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        sum_eps=1e-6,
+        scale=Number("routed_scaling_factor", 1.0),
+        layers=behind_first("num_dense_layers"),
+    ),
+    # Its class does not read what `_BLOCK` says of the dense layers.
+    keys=_KEYS
+    | _BLOCK
+    | words(
+        "moe_intermediate_size num_dense_layers num_experts num_experts_per_tok norm_topk_prob routed_scaling_factor "
+        "output_router_logits router_aux_loss_coef"
+    ),
+    # Without, there is no `expert_bias`.
+    fixed={"use_expert_bias": (True,), "use_pos_enc": (True,)},
+    defaults={
+        "num_dense_layers": 2,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1792,
+        "norm_topk_prob": True,
+    },
+)

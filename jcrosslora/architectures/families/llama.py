@@ -1,0 +1,117 @@
+"""Llama, and relatives of it that differ in little.
+
+Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU in place of a gate, the latter also layer norms of gain
+1 + weight and half of each head rotated. Seed-OSS has more biases. Each fourth layer of SmolLM3 has no positions.
+StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the activation
+xIELU (arXiv 2411.13010), which has trained parameters in each layer.
+"""
+
+from jcrosslora.architectures.family import QK_NORMS, Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.names import ATTENTION, MLP, QKV, UNGATED_MLP
+from jcrosslora.architectures.rules import Gguf, Positions, Windows
+from jcrosslora.architectures.sizes import Number, listed_rotated
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM",),
+    gguf=Gguf("llama", permuted=True),
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
+    keys=frozenset({"attention_bias", "mlp_bias"}),
+    fixed={"pretraining_tp": (1,), "rope_interleaved": (False,)},
+)
+ARCEE = Family(
+    name="arcee",
+    architectures=("ArceeForCausalLM",),
+    gguf=Gguf("arcee", permuted=True),
+    gated=False,
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": UNGATED_MLP},
+    activation="relu2",
+    eps=Number("rms_norm_eps", 1e-5),
+    keys=words("attention_bias mlp_bias"),
+)
+SEED_OSS = Family(
+    name="seed_oss",
+    architectures=("SeedOssForCausalLM",),
+    gguf=Gguf("seed_oss", names={"mlp": "post_attention_norm"}),
+    bias_keys={"attention_bias": QKV, "attention_out_bias": ("o_proj",), "mlp_bias": MLP},
+    keys=words("attention_bias attention_out_bias mlp_bias residual_dropout"),
+    fixed={"pretraining_tp": (1,)},
+    defaults={"head_dim": 128, "attention_bias": True},
+)
+SMOLLM3 = Family(
+    name="smollm3",
+    architectures=("SmolLM3ForCausalLM",),
+    gguf=Gguf("smollm3", permuted=True),
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
+    tied=True,
+    windows=Windows(size=None, switch="use_sliding_window", which="unrotated"),
+    positions=Positions(theta=2_000_000.0, rotated=lambda config, kinds: listed_rotated(config, len(kinds))),
+    # Its class has no `pretraining_tp`, which published configurations keep.
+    keys=words(
+        "attention_bias mlp_bias sliding_window use_sliding_window layer_types no_rope_layers no_rope_layer_interval "
+        "pretraining_tp"
+    ),
+)
+STARCODER2 = Family(
+    name="starcoder2",
+    architectures=("Starcoder2ForCausalLM",),
+    gguf=Gguf("starcoder2"),
+    gated=False,
+    fused={"mlp.c_fc": ("up_proj",), "mlp.c_proj": ("down_proj",)},
+    norm="layer",
+    norm_biases=True,
+    bias_keys={"use_bias": (*ATTENTION, *UNGATED_MLP)},
+    tied=True,
+    activation="gelu_pytorch_tanh",
+    eps=Number("norm_epsilon", 1e-5),
+    windows=Windows(size=None, listed=False),
+    keys=words("use_bias norm_epsilon sliding_window layer_types embedding_dropout residual_dropout"),
+    fixed={"mlp_type": ("default",), "norm_type": ("layer_norm",)},
+    defaults={"use_bias": True},
+)
+NEMOTRON = Family(
+    name="nemotron",
+    architectures=("NemotronForCausalLM",),
+    gguf=Gguf("nemotron"),
+    gated=False,
+    norm="layer",
+    norm_biases=True,
+    gain_offset=1.0,
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": UNGATED_MLP},
+    activation="relu2",
+    eps=Number("norm_eps", 1e-5),
+    positions=Positions(share=0.5),
+    keys=words("attention_bias mlp_bias norm_eps partial_rotary_factor"),
+)
+APERTUS = Family(
+    name="apertus",
+    architectures=("ApertusForCausalLM",),
+    gguf=Gguf(
+        "apertus", arrays={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
+    ),
+    gated=False,
+    norms={"attn": "attention_layernorm", "mlp": "feedforward_layernorm", **QK_NORMS},
+    bias_keys={"attention_bias": ATTENTION},
+    activation="xielu",
+    activation_tensors={
+        "mlp.act_fn.alpha_p": None,
+        "mlp.act_fn.alpha_n": None,
+        "mlp.act_fn.beta": 0.5,
+        "mlp.act_fn.eps": -1e-6,
+    },
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(
+        theta=12_000_000.0,
+        settings={
+            "rope_type": "llama3",
+            "rope_theta": 12_000_000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ),
+    keys=words("attention_bias"),
+    fixed={"qk_norm": (True,), "post_norm": (False,), "mlp_bias": (False,)},
+)

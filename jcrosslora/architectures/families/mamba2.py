@@ -1,0 +1,226 @@
+"""Families with layers of Mamba 2: Granite 4, and Falcon-H1, which has attention beside them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp, usual_layers
+from jcrosslora.architectures.blocks import Mamba2, MlpAndExperts, Parallel
+from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
+from jcrosslora.architectures.expert_rules import MERGED, ExpertRules
+from jcrosslora.architectures.families.granite import FACTORS, GRANITE, IN_MEMORY, PUBLISHED
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, QKV
+from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, numbers, size
+from jcrosslora.errors import CheckpointError
+
+_LINEAR, _FULL = "linear_attention", "full_attention"
+_KEYS = (
+    "attention_bias mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand "
+    "mamba_n_groups mamba_n_heads mamba_proj_bias time_step_limit embedding_multiplier layer_types "
+)
+
+
+def mamba(
+    config: Mapping[str, Any],
+    inner: int,
+    norm: Literal["before the gate", "behind the gate"] | None,
+) -> Mamba2:
+    """Read the state-space model of a configuration with keys `mamba_*`.
+
+    Args:
+        config: the configuration.
+        inner: features of the values of all heads.
+        norm: see `Mamba2`.
+
+    Raises:
+        CheckpointError: a size is not a positive integer, or does not fit the others.
+    """
+    heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
+    stated = config.get("mamba_d_head", "auto")
+    each = inner // heads if stated in ("auto", None) else size(config, "mamba_d_head")
+    if heads * each != inner or heads % groups:
+        msg = f"mamba_n_heads {heads} times mamba_d_head {each} is not {inner}, the width of the state-space layers, "
+        msg += f"or mamba_n_groups {groups} does not divide it"
+        raise CheckpointError(msg)
+    low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
+    return Mamba2(
+        size(config, "hidden_size"),
+        size(config, "mamba_d_conv", 4),
+        heads=heads,
+        groups=groups,
+        key_size=size(config, "mamba_d_state", 256),
+        value_size=each,
+        conv_bias=bool(config.get("mamba_conv_bias", True)),
+        norm=norm,
+        step_limits=(low, high),
+    )
+
+
+def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the kinds of the layers, the width of the MLP that all tokens go through, and that of any experts."""
+    count = config.get("num_local_experts", 8)
+    if type(count) is not int or count < 0:
+        msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, wanted the number of experts, 0 for none"
+        raise CheckpointError(msg)
+    if config.get("position_embedding_type") not in (None, "rope", "nope"):
+        msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
+        raise CheckpointError(msg)
+    kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
+    stated = {
+        "layer_types": kinds or [_LINEAR] * layer_count(config),
+        "intermediate_size": size(config, "shared_intermediate_size", 1024),
+        "num_local_experts": count,
+    }
+    if count:
+        width = size(config, "intermediate_size", 11008)
+        stated["moe_intermediate_size"] = size(config, "moe_intermediate_size", width)
+    found = {**config, **stated}
+    _granite_mamba(found)  # whose sizes are checked
+    return found
+
+
+def _granite_rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
+    return [config.get("position_embedding_type") == "rope"] * len(kinds)
+
+
+def _granite_layers(model: Architecture) -> list[Layer]:
+    mixers = {_LINEAR: _granite_mamba(model.config), _FULL: attention(model)}
+    inner = mlp(model)
+    if model.config["num_local_experts"]:
+        inner = MlpAndExperts(inner, experts(model))
+    return [Layer(mixers[kind], inner) for kind in model.config["layer_types"]]  # of `_resolve_granite`
+
+
+def _granite_mamba(config: Mapping[str, Any]) -> Mamba2:
+    return mamba(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
+
+
+def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return what files state otherwise than configurations.
+
+    Raises:
+        CheckpointError: a size is missing, or the file is one of Bamba, whose architecture is the same.
+    """
+    if "attention.scale" not in stated:
+        msg = "attention.scale is missing, which all of Granite have: other models of the architecture, such as Bamba, "
+        raise CheckpointError(msg + "are not supported")
+    inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
+    width = "expert_shared_feed_forward_length"
+    return {
+        "layer_types": at_attention(stated, _FULL, _LINEAR),
+        "shared_intermediate_size": size(stated, width if stated.get(width) else "feed_forward_length"),
+        "mamba_expand": max(inner // size(stated, "embedding_length"), 1),
+        "mamba_d_head": max(inner // heads, 1),
+        "mamba_conv_bias": "mamba.conv1d.bias" in held,
+        "position_embedding_type": "rope" if stated.get("rope.scaling.finetuned", True) else "nope",
+    }
+
+
+_SHARED_MLP = {
+    **dict.fromkeys(("ffn_gate", "ffn_gate_shexp", "ffn_up", "ffn_up_shexp"), "shared_mlp.input_linear"),
+    **dict.fromkeys(("ffn_down", "ffn_down_shexp"), "shared_mlp.output_linear"),
+}
+
+GRANITE_HYBRID = Family(
+    name="granitemoehybrid",
+    architectures=("GraniteMoeHybridForCausalLM",),
+    gguf=Gguf(
+        "granitehybrid",
+        permuted=True,
+        tensors={f"{stem}.weight": f"{path}.weight" for stem, path in _SHARED_MLP.items()} | gguf_tensors("mamba"),
+        counts={
+            "mamba_d_conv": "ssm.conv_kernel",
+            "mamba_d_state": "ssm.state_size",
+            "mamba_n_groups": "ssm.group_count",
+            "mamba_n_heads": "ssm.time_step_rank",
+        },
+        numbers=FACTORS,
+        settings=_granite_from_gguf,
+    ),
+    resolve=_resolve_granite,
+    layers=_granite_layers,
+    blocks=(Mamba2,),
+    experts=ExpertRules(("num_local_experts",), layouts=(PUBLISHED, MERGED, IN_MEMORY), scores="chosen"),
+    fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
+    bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
+    embedding_scale=GRANITE.embedding_scale,
+    attn_scale=GRANITE.attn_scale,
+    residual_scale=GRANITE.residual_scale,
+    logit_scale=GRANITE.logit_scale,
+    positions=Positions(rotated=_granite_rotated),
+    keys=words(
+        _KEYS + "attention_multiplier residual_multiplier logits_scaling shared_intermediate_size num_local_experts "
+        "num_experts_per_tok moe_intermediate_size output_router_logits router_aux_loss_coef position_embedding_type "
+        "init_method"
+    ),
+    fixed={"normalization_function": ("rmsnorm",)},
+    defaults={"num_experts_per_tok": 2},
+)
+
+
+def _resolve_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the two factors of the MLP by keys of their own."""
+    gate, down = numbers(config, "mlp_multipliers", 2) or (1.0, 1.0)
+    _falcon_mamba(config)  # whose sizes are checked
+    return {**config, "gate_multiplier": gate, "down_multiplier": down}
+
+
+def _falcon_layers(model: Architecture) -> list[Layer]:
+    return usual_layers(model, [Parallel(_falcon_mamba(model.config), attention(model))] * model.dims.layers)
+
+
+def _falcon_mamba(config: Mapping[str, Any]) -> Mamba2:
+    inner = config.get("mamba_d_ssm", 1024)
+    inner = (
+        size(config, "mamba_expand", 2) * size(config, "hidden_size")
+        if inner is None
+        else size({"mamba_d_ssm": inner}, "mamba_d_ssm")
+    )
+    place = "before the gate" if config.get("mamba_norm_before_gate", True) else "behind the gate"
+    return replace(
+        mamba(config, inner, place if config.get("mamba_rms_norm", False) else None),
+        factors=numbers(config, "ssm_multipliers", 5) or (),
+        open_output=False,
+        output_bias=bool(config.get("projectors_bias", False)),
+    )
+
+
+FALCON_H1 = Family(
+    name="falcon_h1",
+    architectures=("FalconH1ForCausalLM",),
+    resolve=_resolve_falcon,
+    layers=_falcon_layers,
+    blocks=(Mamba2,),
+    fused={f"feed_forward.{role}": (role,) for role in MLP},
+    norms={"attn": "input_layernorm", "mlp": "pre_ff_layernorm"},
+    final_norm="model.final_layernorm",
+    bias_keys={
+        "attention_bias": ATTENTION,
+        "mlp_bias": MLP,
+        "mamba_proj_bias": ("mamba_in_proj",),
+    },
+    embedding_scale=Number("embedding_multiplier", 1.0),
+    logit_scale=Number("lm_head_multiplier", 1.0),
+    input_factors={
+        **dict.fromkeys(QKV, Number("attention_in_multiplier", 1.0)),
+        "mamba_in_proj": Number("ssm_in_multiplier", 1.0),
+    },
+    output_factors={
+        "k_proj": Number("key_multiplier", 1.0),
+        "o_proj": Number("attention_out_multiplier", 1.0),
+        "mamba_out_proj": Number("ssm_out_multiplier", 1.0),
+        "gate_proj": Number("gate_multiplier", 1.0),
+        "down_proj": Number("down_multiplier", 1.0),
+    },
+    eps=Number("rms_norm_eps", 1e-5),
+    keys=words(
+        _KEYS + "attention_in_multiplier attention_out_multiplier key_multiplier lm_head_multiplier mamba_d_ssm "
+        "mamba_norm_before_gate mamba_rms_norm mlp_bias mlp_multipliers gate_multiplier down_multiplier "
+        "mlp_expansion_factor num_logits_to_keep projectors_bias ssm_in_multiplier ssm_multipliers ssm_out_multiplier"
+    ),
+    fixed={"mamba_use_mlp": (True,)},
+)

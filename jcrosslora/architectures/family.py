@@ -1,0 +1,170 @@
+"""The record of one architecture: names of its tensors, its numbers, and its configuration keys."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jcrosslora.architectures.blocks import LINEARS, Block, Experts, Mlp, SelfAttention
+from jcrosslora.architectures.blocks.self_attention import HeadNorms
+from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures.rules import Gguf, Positions, StoredNames, Windows
+from jcrosslora.architectures.sizes import Number
+
+PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
+QK_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+_EPS, _POSITIONS, _STORED = Number("rms_norm_eps", 1e-6), Positions(), StoredNames()
+_WIDTH = "intermediate_size"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of decoders. The defaults are those of Llama.
+
+    Attributes:
+        name: the `model_type` of its configuration.
+        architectures: accepted values in `architectures`.
+        layers: from the `Architecture` of a model to its layers; None for attention and an MLP or experts in all, see
+            `architecture.usual_layers`.
+        blocks: the classes of blocks that its layers may have, beside those of all families (`all_blocks`).
+        gated: whether its dense MLP has a gate.
+        width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
+        experts: of the layers with experts in place of one MLP, if there are any.
+        resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
+            its own result as it is.
+        fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
+            name is not that of `ROLE_PATHS` holds one role.
+        norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
+            "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
+        final_norm: the norm in front of the output head.
+        stored: how files and the class name what every family has, where they do so otherwise than most.
+        norm: "rms", or "layer", which subtracts the mean first.
+        rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
+        norm_biases: whether norms have a bias.
+        gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
+        qk_norms: how queries and keys are normalised, where there are norms "q" and "k" or they have no gain.
+        qk_norm_key: configuration key without which they are not; None if they always are where there are norms "q" and
+            "k".
+        parallel: whether attention and MLP read the same normed input, and both are added to it.
+        biases: roles that always have a bias.
+        bias_keys: configuration key -> roles that have a bias if it is true.
+        head_bias: whether the output head has a bias; or the configuration key that says so.
+        tied: whether the head is the embedding if the configuration does not say.
+        activation: default of the activation.
+        activation_key: its configuration key.
+        activation_tensors: tensors of a layer that the activation reads, of one number each -> that number where a
+            checkpoint leaves it out, None if it must not.
+        eps: added to the mean square in every norm.
+        attn_scale: factor on the attention scores; None is head size ** -0.5.
+        embedding_scale: factor on the embedding; None is 1, as for the next two.
+        residual_scale: factor on what attention and MLP add to the residual stream.
+        logit_scale: factor on the logits.
+        input_factors: role -> factor on what a module reads, of roles whose factor is not 1.
+        output_factors: role -> factor on what a module returns, likewise.
+        attn_soft_cap: soft cap of the attention scores, if any.
+        final_soft_cap: soft cap of the logits, if any.
+        windows: which layers have sliding windows; None if none has.
+        positions: its rotary positions.
+        gguf: its form in GGUF files; None if these cannot be read.
+        keys: configuration keys that are understood beside `COMMON_KEYS` and `HARMLESS_KEYS`.
+        fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
+        defaults: values of keys that a configuration may omit.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    layers: Callable[[Any], Sequence[Layer]] | None = None
+    blocks: tuple[type[Block], ...] = ()
+    gated: bool = True
+    width_key: str = _WIDTH
+    experts: ExpertRules | None = None
+    resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+    final_norm: str = "model.norm"
+    stored: StoredNames = _STORED
+    norm: Literal["rms", "layer"] = "rms"
+    rms_key: str | None = None
+    norm_biases: bool = False
+    gain_offset: float = 0.0
+    qk_norms: HeadNorms = "head"
+    qk_norm_key: str | None = None
+    parallel: bool = False
+    biases: tuple[str, ...] = ()
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_bias: bool | str = False
+    tied: bool = False
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    activation_tensors: Mapping[str, float | None] = field(default_factory=dict)
+    eps: Number = _EPS
+    attn_scale: Number | None = None
+    embedding_scale: Number | None = None
+    residual_scale: Number | None = None
+    logit_scale: Number | None = None
+    input_factors: Mapping[str, Number] = field(default_factory=dict)
+    output_factors: Mapping[str, Number] = field(default_factory=dict)
+    attn_soft_cap: Number | None = None
+    final_soft_cap: Number | None = None
+    windows: Windows | None = None
+    positions: Positions = _POSITIONS
+    gguf: Gguf | None = None
+    keys: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_blocks(self) -> tuple[type[Block], ...]:
+        """The classes of blocks that its layers may have."""
+        return (SelfAttention, Mlp, *([] if self.experts is None else [Experts]), *self.blocks)
+
+    @property
+    def own_embedding(self) -> str | None:
+        """The name that the class has for the embedding, None if it is the usual one."""
+        return None if f"{self.stored.embedding}.weight" == EMBEDDING else self.stored.embedding
+
+    def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the roles that have a bias in a model of this configuration."""
+        switched = (role for key, roles in self.bias_keys.items() if config.get(key) for role in roles)
+        return tuple(dict.fromkeys((*self.biases, *switched)))
+
+    def has_head_bias(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head has a bias in a model of this configuration."""
+        return bool(config.get(self.head_bias)) if isinstance(self.head_bias, str) else self.head_bias
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head is the embedding in a model of this configuration."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
+    def width(self, config: Mapping[str, Any]) -> str:
+        """Return the configuration key of the width of a dense MLP in a model of this configuration."""
+        return self.width_key if config.get(self.width_key) is not None else _WIDTH
+
+    def norm_of(self, config: Mapping[str, Any]) -> tuple[Literal["rms", "layer"], Number]:
+        """Return `norm` and `eps` of a model of this configuration."""
+        if self.rms_key is None or config.get(self.rms_key) is None:
+            return self.norm, self.eps
+        return "rms", Number(self.rms_key)
+
+    def layer_norms(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Return `norms` of a model of this configuration."""
+        if self.qk_norm_key is None or config.get(self.qk_norm_key):
+            return dict(self.norms)
+        return {name: norm for name, norm in self.norms.items() if name not in QK_NORMS}
+
+    def normed_heads(self, config: Mapping[str, Any]) -> HeadNorms | None:
+        """Return `qk_norms` of a model of this configuration; None if queries and keys are not normalised."""
+        if self.qk_norms == "unit":
+            return self.qk_norms if self.qk_norm_key is None or config.get(self.qk_norm_key) else None
+        return self.qk_norms if "q" in self.layer_norms(config) else None
+
+    def stream_norm(self, role: str, layer: Layer) -> str | None:
+        """Return the norm between the residual stream and a module of a layer, None if there is none.
+
+        For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
+        """
+        place = LINEARS[role].norm
+        place = "attn" if place == "mlp" and self.parallel else place
+        return self.norms.get(place) if place is not None and place in layer.names else None

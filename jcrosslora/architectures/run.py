@@ -1,0 +1,221 @@
+"""What a block is given to run: the arrays of its layer, what all layers share, and its modules and norms to apply."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jcrosslora.architectures.ops import ACTIVATIONS, Row, is_packed, layer_norm, linear, rms_norm
+from jcrosslora.architectures.ropes import Rope
+from jcrosslora.architectures.sizes import Dims
+
+# The name under which the outputs of linear modules are kept for the backward pass. To compute what lies between them
+# again is faster on a CPU than to write it to memory and read it.
+MODULE_OUTPUT = "module output"
+
+
+@dataclass(frozen=True)
+class RoleFactors:
+    """Factors on what modules read and return, of roles whose factor is not 1.
+
+    Attributes:
+        inputs: role and factor.
+        outputs: role and factor.
+    """
+
+    inputs: tuple[tuple[str, float], ...] = ()
+    outputs: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockSettings(Dims):
+    """The settings that every block of a model reads, beside its sizes; hashable, and static under jit.
+
+    Attributes:
+        eps: added to the mean square in every norm.
+        layer_norm: whether norms subtract the mean first.
+        activation: a name of `ops.ACTIVATIONS`.
+        attn_scale: factor on the attention scores.
+        attn_soft_cap: soft cap of the attention scores, or None.
+        residual_scale: factor on what attention and MLP add to the residual stream.
+        parallel: whether attention and MLP read the same normed input.
+        interleaved: whether neighbouring features are rotated together.
+        chunked_windows: whether a window is a chunk of positions, instead of the last ones.
+        role_factors: on what modules read and return.
+        ropes: the different rotary settings.
+    """
+
+    eps: float
+    layer_norm: bool
+    activation: str
+    attn_scale: float
+    attn_soft_cap: float | None
+    residual_scale: float
+    parallel: bool
+    interleaved: bool
+    chunked_windows: bool
+    role_factors: RoleFactors
+    ropes: tuple[Rope, ...]
+
+
+class Sited(Protocol):
+    """A layer, see `Layer`."""
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        """Role -> what names its input in `LayerCapture.inputs`."""
+        ...
+
+
+class Update(Protocol):
+    """What an adapter changes in the modules of one role of a layer."""
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Return the output (..., O) of a module with the change, of what it reads (..., I) and returns without."""
+        ...
+
+
+@flax.struct.dataclass
+class LayerCapture:
+    """The inputs and outputs of one layer; under jit, those that nothing uses are neither computed nor kept.
+
+    Attributes:
+        layer: int32 scalar, index of the layer.
+        inputs: site -> (B, T, I): "attn_in" of q, k and v, "attn_out_in" of o, "mlp_in" of gate and up, "down_in" of
+            down (see `Linear.site`).
+        outputs: role -> (B, T, O), the module's output with bias and adapter, before any norm or rotary position.
+        residual: (B, T, H), the residual stream after the layer.
+    """
+
+    layer: jax.Array
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
+    residual: jax.Array
+
+
+@flax.struct.dataclass
+class LayerWeights:
+    """The arrays of one layer: its slices of `Params` and of an applied adapter.
+
+    Attributes:
+        layer: int32 scalar, index of the layer.
+        places: kind of a state -> int32 scalar, where the layer's own is in a cache.
+        weights: role -> (O, I).
+        biases: role -> (O,).
+        norms: name -> gain.
+        norm_biases: name -> bias.
+        activation: trained parameters of the activation.
+        factors: role -> what an adapter changes; empty without one.
+        window: int32 scalar, number of visible positions.
+        rope: int32 scalar, index of the rotary setting.
+        tensors: name -> tensor, see `Block.tensors`; those of experts are a `Row`.
+        own: static, the blocks of the layer.
+        ropes: static, the rotary settings of all layers with the same mixer.
+    """
+
+    layer: jax.Array
+    places: dict[str, jax.Array]
+    weights: dict[str, jax.Array | Row]
+    biases: dict[str, jax.Array]
+    norms: dict[str, jax.Array]
+    norm_biases: dict[str, jax.Array]
+    activation: tuple[jax.Array, ...]
+    factors: dict[str, Update]
+    window: jax.Array
+    rope: jax.Array
+    tensors: dict[str, Any]
+    own: Sited = flax.struct.field(pytree_node=False)
+    ropes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Context:
+    """The arrays that all layers share.
+
+    Attributes:
+        query_positions: int32 (B, T).
+        key_positions: int32 (B, S), negative where there is no token; S is T without a cache.
+        valid: bool (B, T), False at padding.
+        rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
+        growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
+        inputs: (L, B, T, P), what each layer reads beside the stream, see `layer_inputs`; None without any.
+    """
+
+    query_positions: jax.Array
+    key_positions: jax.Array
+    valid: jax.Array
+    rotations: tuple[jax.Array, ...]
+    growths: tuple[jax.Array, ...] | None = None
+    inputs: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one layer: its settings, arrays and captures.
+
+    Attributes:
+        settings: of the model.
+        layer: its arrays.
+        context: what all layers share.
+        capture: where modules note what they read and returned.
+        stream: (B, T, H), the residual stream in front of the block, before any norm.
+    """
+
+    settings: BlockSettings
+    layer: LayerWeights
+    context: Context
+    capture: LayerCapture
+    stream: jax.Array
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """The tensors of the layer."""
+        return self.layer.tensors
+
+    def module(self, role: str, x: jax.Array) -> jax.Array:
+        """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned.
+
+        The factor on what it returns is applied behind that, the one on what it reads in front.
+        """
+        layer, factors = self.layer, self.settings.role_factors
+        x = _times(dict(factors.inputs).get(role), x)
+        out = linear(x, layer.weights[role])
+        if role in layer.biases:
+            out = out + layer.biases[role].astype(jnp.float32)
+        if role in layer.factors:
+            # The module's own product reads a rounded x as well, see `linear`.
+            out = layer.factors[role].apply(x.astype(jnp.bfloat16) if is_packed(layer.weights[role]) else x, out)
+        self.capture.inputs[layer.own.sites[role]] = x
+        self.capture.outputs[role] = checkpoint_name(out.astype(x.dtype), MODULE_OUTPUT)
+        return _times(dict(factors.outputs).get(role), self.capture.outputs[role])
+
+    def norm(self, place: str, x: jax.Array) -> jax.Array:
+        """Apply a norm by its place; return x where the layer has none there."""
+        layer = self.layer
+        if place not in layer.norms:
+            return x
+        if self.settings.layer_norm:
+            return layer_norm(x, layer.norms[place], layer.norm_biases.get(place), self.settings.eps)
+        return rms_norm(x, layer.norms[place], self.settings.eps)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """Apply the activation, with the parameters that it has in this layer."""
+        return ACTIVATIONS[self.settings.activation](x, *self.layer.activation)
+
+    def of_rope(self, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        """Return the array of the layer's own rotary setting, of one array for each."""
+        own = self.layer.ropes
+        return arrays[own[0]] if len(own) == 1 else jnp.stack(arrays)[self.layer.rope]
+
+    def added(self, place: str, out: jax.Array) -> jax.Array:
+        """Return what a block adds to the residual stream: what it returned, behind its norm and times a factor."""
+        out, scale = self.norm(place, out), self.settings.residual_scale
+        return out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)
+
+
+def _times(factor: float | None, x: jax.Array) -> jax.Array:
+    return x if factor is None else x * jnp.asarray(factor, x.dtype)

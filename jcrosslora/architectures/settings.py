@@ -1,0 +1,181 @@
+"""The settings of a forward pass, read from a configuration: hashable, and static under jit; and an empty cache."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.blocks import Block
+from jcrosslora.architectures.cache import EMPTY, KVCache
+from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.layer import Layer, layers_with
+from jcrosslora.architectures.rope_settings import layer_ropes
+from jcrosslora.architectures.run import BlockSettings, RoleFactors
+from jcrosslora.architectures.sizes import Number, read_number
+from jcrosslora.architectures.windows import layer_windows, read_layer_kinds
+from jcrosslora.errors import CheckpointError
+
+# Name in configurations -> name in `ops.ACTIVATIONS`.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class DecoderSettings(BlockSettings):
+    """The settings of one model's forward pass, beside what its blocks read.
+
+    Attributes:
+        final_soft_cap: soft cap of the logits, or None.
+        embedding_scale: factor on the embedding.
+        logit_scale: factor on the logits.
+        tied: whether the head is the embedding.
+        post_norms: whether the outputs of attention and MLP are normalised before they are added, in some layers at
+            least, see `normed_behind`.
+        biased_roles: roles with a bias.
+        windows: (L,) number of visible positions of a layer, its own included; None for all.
+        layer_ropes: (L,) index into `ropes`.
+        stack: (L,) the layers.
+    """
+
+    final_soft_cap: float | None
+    embedding_scale: float
+    logit_scale: float
+    tied: bool
+    post_norms: bool
+    biased_roles: tuple[str, ...]
+    windows: tuple[int | None, ...]
+    layer_ropes: tuple[int, ...]
+    stack: tuple[Layer, ...]
+
+    def layers_with(self, name: str) -> tuple[int, ...]:
+        """Return the layers that have a role, norm or tensor of this name."""
+        return layers_with(self.stack, name)
+
+    def normed_behind(self, layer: int) -> bool:
+        """Whether what the MLP of a layer returns is normalised before it is added to the stream."""
+        return self.post_norms and "mlp_post" in self.stack[layer].names
+
+    def ropes_of(self, mixer: Block | None) -> tuple[int, ...]:
+        """Return the rotary settings of the layers with a mixer, as indices into `ropes`."""
+        return tuple(
+            sorted({rope for rope, own in zip(self.layer_ropes, self.stack, strict=True) if own.mixer == mixer})
+        )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer keeps a state that is not of keys and values."""
+        return any(layer.recurrent for layer in set(self.stack))
+
+
+def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
+    """Create what a pass over a whole stream x (B, T, H) hands from layer to layer; None where no layer needs it."""
+    read = {kind for layer in settings.stack for kind in layer.shared_kinds}
+    if not read:
+        return None
+    cache = init_cache(settings, x.shape[0], x.shape[1], x.dtype)
+    one = {kind: jax.tree.map(lambda stack: stack[:1], state) for kind, state in cache.states.items() if kind in read}
+    return cache.replace(states=one, last_only=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+    """Create an empty cache for `batch` sequences of up to `length` tokens, padding included.
+
+    Args:
+        settings: of the model.
+        batch: B.
+        length: S.
+        dtype: of keys and values.
+    """
+    counts = Counter(kind for layer in settings.stack for kind in layer.kinds)
+    forms = {}
+    for layer in dict.fromkeys(settings.stack):
+        forms |= layer.states(batch, length, dtype)
+    return KVCache(
+        positions=jnp.full((batch, length), EMPTY, jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+        states={
+            kind: jax.tree.map(lambda x, layers=counts[kind]: jnp.zeros((layers, *x.shape), x.dtype), form)
+            for kind, form in forms.items()
+        },
+    )
+
+
+def read_settings(model: Architecture, ref: str) -> DecoderSettings:
+    """Read the settings of a model, whose name in errors is `ref`.
+
+    Raises:
+        CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
+    """
+    try:
+        return _settings(model)
+    except CheckpointError as error:
+        msg = f"{ref}: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _settings(model: Architecture) -> DecoderSettings:
+    config, family, dims = model.config, model.family, model.dims
+
+    def factor(number: Number | None, usual: float = 1.0) -> float:
+        return usual if number is None else read_number(config, number)
+
+    kinds = read_layer_kinds(config, family, dims.layers)
+    norm, eps = family.norm_of(config)
+    of_layers = layer_ropes(model, kinds)
+    ropes = tuple(dict.fromkeys(of_layers))
+    return DecoderSettings(
+        **asdict(dims),
+        eps=read_number(config, eps),
+        layer_norm=norm == "layer",
+        activation=_activation(config, family),
+        attn_scale=factor(family.attn_scale, dims.head_dim**-0.5),
+        attn_soft_cap=_cap(config, family.attn_soft_cap),
+        residual_scale=factor(family.residual_scale),
+        parallel=family.parallel,
+        interleaved=family.positions.interleaved,
+        chunked_windows=family.windows is not None and family.windows.chunked,
+        role_factors=RoleFactors(
+            *(
+                tuple((role, found) for role, number in named.items() if (found := factor(number)) != 1.0)
+                for named in (family.input_factors, family.output_factors)
+            )
+        ),
+        ropes=ropes,
+        final_soft_cap=_cap(config, family.final_soft_cap),
+        embedding_scale=factor(family.embedding_scale),
+        logit_scale=factor(family.logit_scale),
+        tied=family.is_tied(config),
+        post_norms="mlp_post" in family.layer_norms(config),
+        biased_roles=family.biased_roles(config),
+        windows=layer_windows(kinds, config, family),
+        layer_ropes=tuple(map(ropes.index, of_layers)),
+        stack=model.stack,
+    )
+
+
+def _activation(config: Mapping[str, Any], family: Family) -> str:
+    key = family.activation_key
+    name = config.get(key) or family.activation
+    # Others than its own would not read the tensors that the family has for it.
+    own = {family.activation: family.activation} if family.activation_tensors else _ACTIVATIONS
+    if name not in own:
+        msg = f"{key} {name!r} is not supported; supported: {', '.join(own)}"
+        raise CheckpointError(msg)
+    return own[name]
+
+
+def _cap(config: Mapping[str, Any], number: Number | None) -> float | None:
+    if number is None or config.get(number.key, number.default) is None:
+        return None
+    return read_number(config, number)

@@ -1,0 +1,203 @@
+"""The sizes of a model, and how sizes and numbers are read from a configuration."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jcrosslora.errors import CheckpointError
+
+_LIMIT = 1 << 20  # of what loops run over, such as experts, before the weights are looked at
+MOST_LAYERS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of a model.
+
+    Attributes:
+        layers: L, number of decoder layers.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
+        head_dim: features of a head.
+        vocab: rows of the embedding.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """A positive number that follows from a configuration.
+
+    Attributes:
+        key: its configuration key; "" if all models have the default.
+        default: value where the configuration does not state it; None if it must, or if there is none then.
+        power: of that value, which is the number.
+    """
+
+    key: str
+    default: float | None = None
+    power: float = 1.0
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
+    """Return a size below a limit, or its default where the configuration says nothing or null.
+
+    Raises:
+        CheckpointError: it is not a positive integer.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < limit:
+        msg = f"config key {key!r} is {repr(value)[:60]}, wanted a positive integer"
+        raise CheckpointError(msg)
+    return value
+
+
+def check_multiple(key: str, value: int, other_key: str, other: int) -> None:
+    """Check that groups of heads are of one size.
+
+    Raises:
+        CheckpointError: a number of heads is not a multiple of another.
+    """
+    if value % other:
+        msg = f"{key} {value} is not a multiple of {other_key} {other}"
+        raise CheckpointError(msg)
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers.
+
+    Raises:
+        CheckpointError: it is not a positive integer, or more than any model has.
+    """
+    layers = size(config, "num_hidden_layers", limit=1 << 31)
+    if layers > MOST_LAYERS:
+        msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {MOST_LAYERS}"
+        raise CheckpointError(msg)
+    return layers
+
+
+def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
+    """Return the kind of each layer of a GGUF file that lists heads of keys for each, none in layers without attention.
+
+    Args:
+        stated: the metadata, keys without the architecture.
+        full: kind of a layer of attention.
+        other: of another.
+
+    Raises:
+        CheckpointError: it lists none.
+    """
+    heads = stated.get("attention.head_count_kv")
+    if not isinstance(heads, list):
+        msg = f"attention.head_count_kv is {str(heads)[:60]}, wanted a list with the heads of each layer"
+        raise CheckpointError(msg)
+    return [full if count else other for count in heads]
+
+
+def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
+    """Return a list of `count` positive or zero numbers, None where the configuration states none.
+
+    Raises:
+        CheckpointError: it is not such a list.
+    """
+    stated = config.get(key)
+    if stated is None:
+        return None
+    values = [_number(value) for value in stated] if isinstance(stated, list | tuple) else []
+    found = tuple(value for value in values if value is not None and value >= 0)
+    if len(found) != count or len(values) != count:
+        msg = f"config key {key!r} is {str(stated)[:60]!r}, wanted a list of {count} numbers that are not negative"
+        raise CheckpointError(msg)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    # The form in which transformers 5 writes numbers that JSON does not have.
+    if isinstance(value, Mapping) and value.get("__float__") == "Infinity":
+        return float("inf")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
+    """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none.
+
+    Args:
+        config: the configuration.
+        names: that the list may have, and what they stand for.
+        layers: their number; None reads it.
+
+    Raises:
+        CheckpointError: it is not a list with a known name for each layer.
+    """
+    stated = config.get("layer_types")
+    if stated is None:
+        return None
+    layers = layer_count(config) if layers is None else layers
+    if not isinstance(stated, list | tuple) or len(stated) != layers:
+        msg = f"layer_types is {str(stated)[:60]}, wanted a list of {layers} kinds"
+        raise CheckpointError(msg)
+    unknown = [kind for kind in stated if not isinstance(kind, str) or kind not in names]
+    if unknown:
+        msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
+        raise CheckpointError(msg)
+    return [names[kind] for kind in stated]
+
+
+def read_number(config: Mapping[str, Any], number: Number, where: object = None) -> float:
+    """Read a number of a configuration.
+
+    Args:
+        config: a checked configuration.
+        number: its key, default and power.
+        where: the configuration's file or the name of the base, for errors.
+
+    Raises:
+        CheckpointError: the value is not a positive number.
+    """
+    value = config.get(number.key, number.default)
+    # An integer of 400 digits compares below infinity, but is too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        msg = f"{number.key} is {str(value)[:60]!r}, wanted a positive number"
+        raise CheckpointError(msg if where is None else f"{where}: {msg}")
+    return float(value) ** number.power
+
+
+def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+    """Return the period of a pattern of layers, by the first of the keys that is stated.
+
+    Raises:
+        CheckpointError: it is not a positive integer.
+    """
+    key, period = next(((key, config[key]) for key in keys if config.get(key)), ("", default))
+    if type(period) is not int or period < 1:
+        msg = f"{key} is {period!r}, wanted a positive integer"
+        raise CheckpointError(msg)
+    return period
+
+
+def listed_rotated(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Return which layers have positions: those without a 0 in `no_rope_layers`, by default all but each fourth.
+
+    Raises:
+        CheckpointError: `no_rope_layers` or `no_rope_layer_interval` cannot be read.
+    """
+    stated = config.get("no_rope_layers")
+    if not stated:
+        period = period_of(config, ("no_rope_layer_interval",), 4)
+        return tuple((layer + 1) % period != 0 for layer in range(layers))
+    valid = isinstance(stated, list | tuple) and len(stated) >= layers and all(flag in (0, 1) for flag in stated)
+    if not valid:
+        msg = f"no_rope_layers is {str(stated)[:60]}, wanted a list of 0 or 1 for each of {layers} layers"
+        raise CheckpointError(msg)
+    return tuple(bool(flag) for flag in stated[:layers])

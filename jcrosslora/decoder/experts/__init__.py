@@ -1,1 +1,0 @@
-"""Experts in place of one MLP: which of them a token goes through, and their products, grouped by expert."""

@@ -1,1 +1,0 @@
-"""What mixes the tokens of a text: attention, short convolutions and gated linear recurrences."""
