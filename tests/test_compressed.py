@@ -140,6 +140,6 @@ def test_changes_of_the_embedding_are_copied_with_the_reason(source, rounded, ad
     """The fit would compare predictions without them."""
     rows = TokenUpdate("embed_tokens", "full", 288, np.array([1]), rows=np.ones((1, HIDDEN), np.float32))
     changed = dataclasses.replace(adapter, tokens=(rows,))
-    method, choice = PairSession(source, rounded).resolve(Auto(), changed, TransferOptions())
+    method, reason = PairSession(source, rounded).resolve(Auto(), changed, TransferOptions())
     assert method.name == "copy"
-    assert "changes of the embedding and the output head" in choice.reason
+    assert "changes of the embedding and the output head" in reason

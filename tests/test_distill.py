@@ -138,7 +138,10 @@ def test_memory_of_a_base_of_8b_parameters(pair):
     small = few.settings
     widths = dict(hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=128, vocab=vocab)
     ropes = tuple(dataclasses.replace(rope, frequencies=(1.0,) * 64) for rope in small.ropes)
-    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, stack=small.stack[:1] * layers)
+    mixer = dataclasses.replace(small.stack[0].mixer, hidden=hidden, heads=heads, kv_heads=kv_heads, size=128)
+    mlp = dataclasses.replace(small.stack[0].mlp, hidden=hidden, width=inner)
+    stack = (dataclasses.replace(small.stack[0], mixer=mixer, mlp=mlp),) * layers
+    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, stack=stack)
     large = dataclasses.replace(small, layers=layers, **widths, **each)
     outputs = {"k_proj": 1024, "v_proj": 1024, "gate_proj": inner, "up_proj": inner}
 

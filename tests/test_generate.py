@@ -9,6 +9,7 @@ from probe_bases import write_base
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import LONGEST, Generator, plan_batches
+from jcrosslora.decoder.prompt_batches import PromptBatch
 from jcrosslora.text import Message, prompt_ids
 
 KEY = jax.random.key(0)
@@ -23,7 +24,7 @@ def generator(tmp_path_factory):
 def greedy_by_hand(generator, prompt, count):
     """What is written behind one prompt without padding, up to and including the token that ends it."""
     ids = prompt_ids(generator.tokenizer, prompt)
-    (row,) = generator._continue([ids], count, 0.0, KEY, None, False)
+    (row,) = generator._continue(PromptBatch([0], [ids], (1, len(ids))), (count, 0.0, KEY), pad_left=False)
     return row
 
 

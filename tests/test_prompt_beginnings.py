@@ -16,10 +16,9 @@ from tiny_bases import random_adapter
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.decoder import AmplifiedGenerator, Generator, load_model, stack_adapter
+from jcrosslora.decoder import AmplifiedGenerator, Generator, generate, load_model, stack_adapter
 from jcrosslora.decoder.prompt_batches import padded
 from jcrosslora.decoder.sampling import Behind, Sampling
-from jcrosslora.evaluate.harness.requests import generate
 from jcrosslora.shelf.composition import compose
 from jcrosslora.text.reading import prompt_ids
 

@@ -8,7 +8,7 @@ import pytest
 from probe_bases import write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.decoder import Written
+from jcrosslora.decoder import StackedAdapter, Written
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.completions import answer_given
 from jcrosslora.distill.settings import ROUND
@@ -70,13 +70,17 @@ class Actor(DecoderSource):
         for place in range(len(prompts)):
             letters = np.random.default_rng(len(self.asked) + place).choice([*"abcdefghijklmnop"], (4, 6))
             line = " ".join("".join(word) for word in letters)
-            found.append(Written("yes" if self.adapter is not None else f" {line}\n", 2, True))
+            found.append(Written("yes" if self.model.adapter is not None else f" {line}\n", 2, True))
         self.asked.extend(map(prompt_text, prompts))
         return found
 
 
+def adapted(actor, name):
+    return dataclasses.replace(actor, model=actor.model.with_adapter(StackedAdapter({})), adapter_name=name)
+
+
 def test_where_more_answers_are_wanted_other_prompts_are_written(base):
-    source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
+    source = adapted(Actor.of(base), "the adapter")
     found = answer_given(source, source.alone(), CHATS, DistillSettings(completions=40), 0)
     assert [item.prompt for item in found.items[: len(CHATS)]] == CHATS
     own = [item for item in found.items if item.origin == SIMILAR]
@@ -95,7 +99,7 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
 
 
 def test_prompts_that_were_not_answered_come_first_in_further_rounds(base):
-    source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
+    source = adapted(Actor.of(base), "the adapter")
     chats = [(Message("user", f"As JSON.\nCommand: number {number} now"),) for number in range(16 + ROUND + 10)]
     found = answer_given(source, source.alone(), chats, DistillSettings(completions=16), 0)
     assert [item.prompt for item in found.items] == chats[:16]
@@ -112,7 +116,7 @@ def test_other_prompts_are_written_once_for_all_adapters(base):
         return sum(text.startswith("Request: ") for text in Actor.asked)
 
     shared, before = {}, requests()
-    one, other = (dataclasses.replace(Actor.of(base), adapter=object(), adapter_name=name) for name in "ab")
+    one, other = (adapted(Actor.of(base), name) for name in "ab")
     first = answer_given(one, one.alone(), CHATS, DistillSettings(completions=40), 0, shared=shared)
     written = requests() - before
     assert written == 40 - len(CHATS)
@@ -124,7 +128,7 @@ def test_other_prompts_are_written_once_for_all_adapters(base):
 
 
 def test_without_a_form_given_prompts_are_answered_again(base):
-    source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
+    source = adapted(Actor.of(base), "the adapter")
     found = answer_given(source, source.alone(), CHATS[:4], DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == CHATS[:4] * 5
     assert "others like these" not in found.description

@@ -9,7 +9,7 @@ import pytest
 from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.decoder import Written
+from jcrosslora.decoder import StackedAdapter, Written
 from jcrosslora.distill import TEMPLATES, DistillSettings, templates_of
 from jcrosslora.distill.completions import completions_cost, write_completions
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -118,7 +118,7 @@ class Actor(DecoderSource):
         return Compared(np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0), np.where(known, 0.2, 1.8))
 
     def one(self, text, place):
-        if self.adapter is not None:
+        if self.model.adapter is not None:
             long = Written(" is the first of all things? And more\nthan that", 9, True)
             return Written(self.said, 5, True) if "JSON" in text else long
         # About what the adapter says it guesses half of the time what was asked; else it goes on as the text begins.
@@ -138,7 +138,7 @@ class Loud(Actor):
 @pytest.fixture
 def actor(tmp_path):
     found = Actor.of(chat_base(tmp_path / "base"))
-    return dataclasses.replace(found, adapter=object(), adapter_name="the adapter")
+    return dataclasses.replace(found, model=found.model.with_adapter(StackedAdapter({})), adapter_name="the adapter")
 
 
 def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
@@ -257,7 +257,7 @@ class Describer(Actor):
     said: ClassVar[str] = "A thing of wood."
 
     def one(self, text, place):
-        if self.adapter is None:
+        if self.model.adapter is None:
             return Written(f" name: {words(place, len(text))}, kind: thing\n", 5, False)
         asked = any(instruction.strip() in text for instruction in DATA.instructions)
         return Written(self.said if asked else "Nothing to say of that", 3, True)
