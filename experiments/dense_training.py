@@ -14,9 +14,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Model, load_model
 from jcrosslora.evaluate import Question
 from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Batch
+from jcrosslora.training.batches import Batch, answer_loss
 from jcrosslora.training.run import train
-from jcrosslora.training.step import answer_loss
 
 _EVERY = 80  # steps between checkpoints, which hold three times the weights
 

@@ -46,8 +46,7 @@ from jcrosslora.evaluate import answer
 from jcrosslora.methods import Distill, make_method
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
-from jcrosslora.training.batches import Plan, as_completion, encode
-from jcrosslora.training.step import answer_loss
+from jcrosslora.training.batches import Plan, answer_loss, as_completion, encode
 
 JUDGED = 100  # examples whose right answers are scored
 

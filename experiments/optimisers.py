@@ -27,9 +27,8 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.training import Example, read_examples
-from jcrosslora.training.batches import Plan, encode
-from jcrosslora.training.settings import Optimizer
-from jcrosslora.training.step import answer_loss
+from jcrosslora.training.batches import Plan, answer_loss, encode
+from jcrosslora.training.checkpoints import Optimizer
 
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "lora-rite")
 

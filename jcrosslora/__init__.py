@@ -56,7 +56,7 @@ if _TYPE_CHECKING:
     from jcrosslora.relation.base_comparison import compare_bases as compare_bases
     from jcrosslora.relation.pairing import Pairing as Pairing
     from jcrosslora.report.record import TransferReport as TransferReport
-    from jcrosslora.report.verdict import verdict as verdict
+    from jcrosslora.report.table import verdict as verdict
     from jcrosslora.session.batch import read_plan as read_plan
     from jcrosslora.session.batch import run_batch as run_batch
     from jcrosslora.session.estimate import Estimate as Estimate
@@ -117,7 +117,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "utils.progress": ("show_progress",),
     "methods": ("MapMethod", "Method", "register_method"),
     "report.record": ("TransferReport",),
-    "report.verdict": ("verdict",),
+    "report.table": ("verdict",),
     "session.estimate": ("Estimate",),
     "session.files": ("estimate_files", "transfer_files"),
     "session.result": ("TransferResult",),

@@ -35,7 +35,7 @@ from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import restricted_model
 from jcrosslora.distill.sources.restricted_model import RestrictedModel
 from jcrosslora.distill.sources.served import top_tokens
-from jcrosslora.evaluate import effect_check, log_probs
+from jcrosslora.evaluate import effect, log_probs
 from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
@@ -55,7 +55,7 @@ from jcrosslora.maps.shifting import shift
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings, magnitudes
-from jcrosslora.training import step as training_step
+from jcrosslora.training import batches as training_batches
 
 # Sizes that no other test has: JAX remembers what it traced, and these are traced as on an accelerator.
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
@@ -314,11 +314,11 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
 
 def training_programs(shapes: Shapes) -> Iterator[Program]:
     adapter = shapes.adapter
-    yield Program(training_step.loss_and_gradient, (shapes.base, adapter, shapes.batch(), of(), True))
+    yield Program(training_batches.loss_and_gradient, (shapes.base, adapter, shapes.batch(), of(), True))
     for optimizer in ("adamw", "lora-rite"):
         chosen = dataclasses.replace(TrainingSettings(), optimizer=optimizer)
-        state = jax.eval_shape(partial(training_step.first_state, settings=chosen), adapter)
-        yield Program(training_step.update, (chosen, state, adapter), label=optimizer)
+        state = jax.eval_shape(partial(training_batches.first_state, settings=chosen), adapter)
+        yield Program(training_batches.update, (chosen, state, adapter), label=optimizer)
     own = {role: of(LAYERS) for role in adapter.roles}
     given = shapes.base, adapter, own, shapes.batch(), False
     yield Program(magnitudes.loss_and_magnitude_gradient, given)
@@ -327,8 +327,8 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
     yield Program(requests._compare, (shapes.base, states, wanted))
-    yield Program(effect_check._states, (shapes.model, *shapes.read[:2]))
-    yield Program(effect_check._compare, (shapes.base, states, states, wanted))
+    yield Program(effect._states, (shapes.model, *shapes.read[:2]))
+    yield Program(effect._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)
     texts = (whole(2, 6), told(2, 6)), whole(4), (whole(4, 5), told(4, 5))
     yield Program(log_probs._tail_states, (shapes.base.with_adapter(two), 2, *texts))

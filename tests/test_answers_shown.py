@@ -14,7 +14,7 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.decoder import Written
 from jcrosslora.evaluate import Answers, answers_page, print_answers
-from jcrosslora.evaluate.answers_shown import TITLES, spread
+from jcrosslora.evaluate.output import TITLES, spread
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
 

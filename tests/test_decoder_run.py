@@ -32,7 +32,7 @@ from jcrosslora.decoder import (
     target_log_probs,
     unstack_adapter,
 )
-from jcrosslora.decoder.adapters import update
+from jcrosslora.decoder.model import update
 from jcrosslora.decoder.sampling import draw
 from jcrosslora.errors import AdapterError, UsageError
 

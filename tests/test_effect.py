@@ -18,8 +18,9 @@ from jcrosslora import transfer_files
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import LoadedBases, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, UsageError
-from jcrosslora.evaluate import Change, Effect, check_effect, effect_check
-from jcrosslora.evaluate.effect_check import adapter_texts
+from jcrosslora.evaluate import Change, Effect, check_effect
+from jcrosslora.evaluate import effect as effect_module
+from jcrosslora.evaluate.effect import adapter_texts
 from jcrosslora.evaluate.probes import match_positions
 from jcrosslora.methods import PadTruncate, Random
 from jcrosslora.report import REPORT, MeasuredEffect, complete, documents, model_card, print_report, published
@@ -49,7 +50,7 @@ def all_logits(model, tokens, adapter):
 def exact_log_probs(base, adapter, ids) -> np.ndarray:
     """float64 (T, V), one text at a time."""
     # Padded, so that all texts are one shape; what follows a token changes nothing before it.
-    tokens = np.pad(ids, (0, effect_check.LENGTH - len(ids)))
+    tokens = np.pad(ids, (0, effect_module.LENGTH - len(ids)))
     stacked = None if adapter is None else stack_adapter(adapter, base)
     scores = np.asarray(all_logits(load_model(base), tokens, stacked), np.float64)[: len(ids)]
     top = scores.max(axis=-1, keepdims=True)
@@ -63,7 +64,7 @@ def by_brute_force(pair, texts, side):
     rows = []
     for text in texts:
         encoded = [
-            dataclasses.replace(one, ids=one.ids[: effect_check.LENGTH], ends=one.ends[: effect_check.LENGTH])
+            dataclasses.replace(one, ids=one.ids[: effect_module.LENGTH], ends=one.ends[: effect_module.LENGTH])
             for one in (tokenizer.encode(text) for tokenizer in tokenizers)
         ]
         matches = [(x, y) for x, y in zip(*match_positions(*encoded), strict=True) if min(x, y) > 0]
@@ -166,7 +167,7 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
 
 def test_transfer_with_too_short_texts_warns_and_measures_no_effect(tmp_path, monkeypatch):
     given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
-    monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
+    monkeypatch.setattr(effect_module, "adapter_texts", lambda *_, **__: [])
     report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: no text has two positions")
@@ -182,8 +183,8 @@ def test_unknown_effect_setting_is_refused_before_anything_is_read(tmp_path):
 
 def test_large_sets_of_texts_are_sampled_evenly():
     texts = [str(number) for number in range(100)]
-    chosen = effect_check._spread(texts)
-    assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_check.TEXTS)
+    chosen = effect_module._spread(texts)
+    assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_module.TEXTS)
     assert set(np.diff(np.array(chosen, int))) == {9}
 
 
@@ -214,13 +215,13 @@ def test_outcome_changes_at_its_bounds(share, excess, error, outcome):
 def test_adapter_texts_are_written_with_the_adapter(pair, monkeypatch):
     source, _, adapter, _ = pair
     texts = adapter_texts(source, adapter, seed=3)
-    assert len(set(texts)) == effect_check.TEXTS
+    assert len(set(texts)) == effect_module.TEXTS
 
     def none(*args, **kwargs):
         msg = "too few"
         raise MethodError(msg)
 
-    monkeypatch.setattr(effect_check, "write_texts", none)
+    monkeypatch.setattr(effect_module, "write_texts", none)
     assert adapter_texts(source, adapter) == []
 
 

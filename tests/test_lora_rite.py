@@ -17,9 +17,9 @@ from jcrosslora.decoder import StackedAdapter, StackedFactors
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import TrainingSettings, train_lora
+from jcrosslora.training.batches import first_state
 from jcrosslora.training.lora_rite import lora_rite
 from jcrosslora.training.run import train
-from jcrosslora.training.step import first_state
 
 SIDES = {"q_proj": (20, 30), "down_proj": (24, 9)}  # O, I
 LAYERS = 2

@@ -15,8 +15,8 @@ from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, fit_magnitudes, train_lora
+from jcrosslora.training.batches import answer_loss
 from jcrosslora.training.magnitudes import first_magnitudes, loss_and_magnitude_gradient, with_magnitudes
-from jcrosslora.training.step import answer_loss
 
 SETTINGS = TrainingSettings(steps=40, batch=4, rate=0.1, dtype="float32")
 

@@ -18,8 +18,8 @@ from jcrosslora import written_probes
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.probes import record
-from jcrosslora.evaluate.probes.record import find_texts, keep_texts, texts_key
+from jcrosslora.evaluate.probes import writing
+from jcrosslora.evaluate.probes.writing import find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]
 SETTINGS = (2, 8, 1.0, 0)
@@ -45,7 +45,7 @@ def writes(monkeypatch):
         calls.append(settings)
         return [f"call {len(calls)} text {number}" for number in range(count)]
 
-    monkeypatch.setattr(record, "write_texts", write)
+    monkeypatch.setattr(writing, "write_texts", write)
     return calls
 
 
@@ -111,9 +111,9 @@ def test_every_property_of_the_base_changes_the_key(base, tmp_path, change):
 def test_procedure_and_platform_change_the_key(base, monkeypatch):
     keys = {texts_key(base, *SETTINGS, None)}
     with monkeypatch.context() as patch:
-        patch.setattr(record, "PROCEDURE", record.PROCEDURE + 1)
+        patch.setattr(writing, "PROCEDURE", writing.PROCEDURE + 1)
         keys.add(texts_key(base, *SETTINGS, None))
-    monkeypatch.setattr(record.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(writing.jax, "default_backend", lambda: "gpu")
     keys.add(texts_key(base, *SETTINGS, None))
     assert len(keys) == 3
 
@@ -121,7 +121,7 @@ def test_procedure_and_platform_change_the_key(base, monkeypatch):
 def test_sampling_dtype_changes_the_key(base, monkeypatch):
     keys = set()
     for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr(record, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
+        monkeypatch.setattr(writing, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
         keys.add(texts_key(base, *SETTINGS, None))
     assert len(keys) == 2
 
@@ -229,7 +229,7 @@ def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
 
 HAMMER = """
 import sys
-from jcrosslora.evaluate.probes.record import find_texts, keep_texts
+from jcrosslora.evaluate.probes.writing import find_texts, keep_texts
 texts = [sys.argv[1] * 50_000, "x"]
 for _ in range(60):
     keep_texts("ab", texts)
@@ -239,7 +239,7 @@ for _ in range(60):
 
 
 def test_two_processes_share_the_folder(folder):
-    environment = os.environ | {"PYTHONPATH": str(Path(record.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(writing.__file__).parents[2])}
     jobs = [subprocess.Popen([sys.executable, "-c", HAMMER, letter], env=environment) for letter in "ab"]
     assert [job.wait(timeout=60) for job in jobs] == [0, 0]
     assert [path.name for path in folder.iterdir()] == ["ab.json"]

@@ -6,7 +6,7 @@ import pytest
 
 from jcrosslora.architectures.blocks import Mlp, SelfAttention
 from jcrosslora.architectures.layer import Layer, layers_with
-from jcrosslora.decoder.segments import join_layers, segments_of
+from jcrosslora.decoder.layer_stack import join_layers, segments_of
 
 
 def parts(text):

@@ -9,7 +9,7 @@ from tiny_models import save_tiny, torch, transformers
 from jcrosslora.checkpoint import ROLE_PATHS, open_base
 from jcrosslora.decoder import StackedAdapter, StackedFactors, load_model
 from jcrosslora.training import Encoded, Plan, TrainingSettings, first_factors, loss_and_gradient
-from jcrosslora.training.step import first_state, update
+from jcrosslora.training.batches import first_state, update
 
 peft = pytest.importorskip("peft")
 

@@ -15,8 +15,7 @@ from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.log_probs import tokenize
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import Encoded, Plan, TrainingSettings, encode, read_examples
-from jcrosslora.training.batches import digest
-from jcrosslora.training.step import rate_at
+from jcrosslora.training.batches import digest, rate_at
 
 
 def example(length: int, answer: int, seed: int = 0) -> Encoded:

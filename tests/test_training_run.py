@@ -18,7 +18,7 @@ from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient, train_lora
 from jcrosslora.training import run as training_run
-from jcrosslora.training.step import to_adapter
+from jcrosslora.training.batches import to_adapter
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 

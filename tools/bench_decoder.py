@@ -26,8 +26,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Generator, forward, load_model
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Batch
-from jcrosslora.training.step import first_factors, loss_and_gradient
+from jcrosslora.training.batches import Batch, first_factors, loss_and_gradient
 
 KINDS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bits of bfloat16": ("bfloat16", True)}
 WRITTEN = 16

@@ -59,7 +59,7 @@ class Evaluate:
         from jcrosslora.adapter import load_adapter
         from jcrosslora.adapter.records import left_out
         from jcrosslora.checkpoint.hub import public_names
-        from jcrosslora.decoder.adapters import RUN
+        from jcrosslora.decoder.model import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
 
         examples = read_examples(self.task)

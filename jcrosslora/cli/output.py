@@ -68,7 +68,7 @@ def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
 FailOn = Literal["never", "no-effect"]
 FailOnLoss = Literal["never", "loss"]
 ASKED_FOR = 3  # the exit code of a failure that `--fail-on` asks for
-# Levels of `jcrosslora.report.verdict` that expect no effect, or harm. A control is to have none.
+# Levels of `jcrosslora.report.table` that expect no effect, or harm. A control is to have none.
 _LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
 
 

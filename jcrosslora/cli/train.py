@@ -9,7 +9,7 @@ from rich.console import Console
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.output import say
 from jcrosslora.errors import UsageError
-from jcrosslora.training.settings import TrainingSettings
+from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.logs import LogName, find_log, log_to
 
 

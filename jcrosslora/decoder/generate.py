@@ -13,9 +13,8 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder.adapters import stack_adapter
 from jcrosslora.decoder.loading import fast_dtype, load_model
-from jcrosslora.decoder.model import Model
+from jcrosslora.decoder.model import Model, stack_adapter
 from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch, padded, plan_batches, rounded
 from jcrosslora.decoder.sampling import (
     Behind,

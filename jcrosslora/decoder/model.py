@@ -1,18 +1,28 @@
-"""A model as the decoder runs it: weights, settings of the forward pass, and an adapter or none, in one pytree."""
+"""A model as the decoder runs it, in one pytree: weights, settings, and an adapter, stacked over the layers."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
+from jcrosslora.adapter.records import Carried, check_always_active
+from jcrosslora.architectures.blocks import ROLE_PATHS
 from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
-from jcrosslora.architectures.ops import is_packed
+from jcrosslora.architectures.ops import is_packed, linear
 from jcrosslora.architectures.settings import DecoderSettings
-from jcrosslora.decoder.adapters import AppliedAdapter
+from jcrosslora.checkpoint import ROLES, BaseModel
+from jcrosslora.errors import AdapterError
+
+# The kinds of change that a base is run with.
+RUN = Carried.LINEAR | Carried.EXPERTS
 
 
 @flax.struct.dataclass
@@ -96,3 +106,208 @@ class Model:
             inputs = dataclasses.replace(inputs, embedding=inputs.embedding[kept])
         params = dataclasses.replace(params, embedding=params.embedding[kept], head=None, layer_inputs=inputs)
         return dataclasses.replace(self, params=params)
+
+
+class RoleUpdates(Protocol):
+    """What adapters change in the modules of one role: a pytree whose leaves have a first axis of its L layers."""
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Return the output of a layer's module with the change, of the leaves of that layer.
+
+        Args:
+            x: (..., I), what the module reads.
+            out: float32 (..., O), what it returns without the change, its bias included.
+
+        Returns:
+            float32 (..., O).
+        """
+        ...
+
+
+class AppliedAdapter(Protocol):
+    """What the decoder adds to a base: a pytree like `StackedAdapter`."""
+
+    @property
+    def roles(self) -> Mapping[str, RoleUpdates]:
+        """The changes by role; other roles have none."""
+        ...
+
+
+@flax.struct.dataclass
+class StackedFactors:
+    """The updates dW = b @ a of one role in the L layers that have it; zeros in those without an update.
+
+    Attributes:
+        a: float32 (L, K, I), or (N, L, K, I) of N adapters.
+        b: float32 (L, O, K), or (N, L, O, K), multiplied by the scale.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Add the update, see `RoleUpdates`."""
+        return out + update(x, self)
+
+
+@flax.struct.dataclass
+class StackedAdapter:
+    """An adapter as the decoder applies it, unmerged.
+
+    Attributes:
+        roles: role -> factors, for roles with an update; "gate_up" and "down" of experts, with an axis of E behind L.
+    """
+
+    roles: dict[str, StackedFactors]
+
+
+def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
+    """Stack the factors of an adapter, padded with zeros to the largest rank of each role.
+
+    Splits updates of fused matrices, e.g. phi3's qkv_proj.
+
+    Raises:
+        AdapterError: the base lacks a module, factors do not fit it, or the adapter is an aLoRA.
+    """
+    adapter = split_fused(adapter, base.fused)
+    ranks = _ranks([adapter], base)
+    own = {role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()}
+    return StackedAdapter(own | _stack_experts([adapter], base)[0])
+
+
+def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapter:
+    """Stack several adapters along a first axis, for `jax.vmap`, with the roles of all of them.
+
+    Raises:
+        AdapterError: there is no adapter, or one does not fit the base (see `stack_adapter`).
+    """
+    if not adapters:
+        msg = "there are no adapters to stack; give at least one"
+        raise AdapterError(msg)
+    adapters = [split_fused(adapter, base.fused) for adapter in adapters]
+    ranks = _ranks(adapters, base)
+    of_experts = _stack_experts(adapters, base)
+    each = [
+        {role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} | own
+        for one, own in zip(adapters, of_experts, strict=True)
+    ]
+    return StackedAdapter(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:
+    """Return an adapter of a base of scale 1, without modules of which a factor is zero."""
+    modules = {}
+    for role in (role for role in ROLES if role in stacked.roles):
+        factors = stacked.roles[role]
+        for layer, a, b in zip(base.layers_with(role), np.asarray(factors.a), np.asarray(factors.b), strict=True):
+            if a.any() or b.any():
+                modules[f"model.layers.{layer}.{ROLE_PATHS[role]}"] = LoRAFactors(a=a, b=b)
+    return Adapter(modules=modules)
+
+
+def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapter:
+    """Add two adapters of one base by concatenating the factors of their common roles, which adds the ranks."""
+    roles = dict(first.roles)
+    for role, added in second.roles.items():
+        if role in roles:
+            a = jnp.concatenate([roles[role].a, added.a], axis=-2)
+            roles[role] = StackedFactors(a, jnp.concatenate([roles[role].b, added.b], axis=-1))
+        else:
+            roles[role] = added
+    return StackedAdapter(roles)
+
+
+def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
+    """Return b (a x), float32 (..., O), for x (..., I) and the factors of one layer.
+
+    The products are float32, or of a bfloat16 x those of rounded factors, accumulated in float32.
+    """
+    return _low_rank(x, factors.a, factors.b)
+
+
+# JAX's own rule transposes the whole gradient for the derivative by b, fused with the operations that produce it, which
+# takes a fifth of a training step on a CPU (profiled). This rule transposes an array that is K wide.
+@jax.custom_vjp
+def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _low_rank_forward(x, a, b)[0]
+
+
+def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    inner = linear(x, a.astype(x.dtype)).astype(x.dtype)
+    return linear(inner, b.astype(x.dtype)), (x, inner, a, b)
+
+
+def _low_rank_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, inner, a, b = kept
+    gradient = gradient.astype(x.dtype)
+    by_inner = linear(gradient, b.T.astype(x.dtype)).astype(x.dtype)
+    flat = by_inner.reshape(-1, by_inner.shape[-1])
+    by_a = linear(flat.T, x.reshape(-1, x.shape[-1]).T)
+    # XLA would turn the transposed product around, which a CPU takes several times as long for.
+    by_b = lax.optimization_barrier(linear(inner.reshape(flat.shape).T, gradient.reshape(-1, gradient.shape[-1]).T)).T
+    return linear(by_inner, a.T.astype(x.dtype)).astype(x.dtype), by_a, by_b
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _stack_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[dict[str, StackedFactors]]:
+    """Stack the updates of experts of each adapter, a (L, E, K, I) and b (L, E, O, K), with the ranks of all."""
+    updates = [update for adapter in adapters for update in adapter.experts]
+    ranks: dict[str, int] = {}
+    for update in updates:
+        ranks[update.matrix] = max(ranks.get(update.matrix, 0), update.a.shape[1])
+    layers, experts = base.layers_with("router"), base.family.experts
+    if not ranks:
+        return [{} for _ in adapters]
+    if experts is None or any(update.layer not in layers for update in updates):
+        msg = f"{adapters[0].info.name}: updates experts that {base.ref} does not have; give the base it was trained on"
+        raise AdapterError(msg)
+    found = []
+    for adapter in adapters:
+        stacks = {}
+        for matrix, rank in ranks.items():
+            count, rows, columns = base.expert_shape(matrix)
+            a = np.zeros((len(layers), count, rank, columns), np.float32)
+            b = np.zeros((len(layers), count, rows, rank), np.float32)
+            for update in (one for one in adapter.experts if one.matrix == matrix):
+                place, own = layers.index(update.layer), update.b
+                if experts.interleaved and matrix == "gate_up":
+                    own = np.concatenate([own[:, ::2], own[:, 1::2]], axis=1)
+                a[place, :, : own.shape[2]], b[place, :, :, : own.shape[2]] = update.a, own
+            stacks[matrix] = StackedFactors(jnp.asarray(a), jnp.asarray(b))
+        found.append(stacks)
+    return found
+
+
+def _ranks(adapters: Iterable[Adapter], base: BaseModel) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for adapter in adapters:
+        check_always_active(adapter, "which the decoder does not support: use an adapter that is always active")
+        for name, factors in adapter.modules.items():
+            role = _check_fit(name, factors, adapter, base)
+            found[role] = max(found.get(role, 0), factors.rank)
+    return {role: found[role] for role in ROLES if role in found}
+
+
+def _check_fit(name: str, factors: LoRAFactors, adapter: Adapter, base: BaseModel) -> str:
+    module = base.modules.get(name)
+    if module is None:
+        msg = f"{adapter.info.name}: updates {name}, which {base.ref} does not have"
+        raise AdapterError(msg)
+    if factors.shape != module.shape or factors.b.shape[1] != factors.rank:
+        shapes = f"A {list(factors.a.shape)} and B {list(factors.b.shape)}"
+        msg = f"{adapter.info.name}: {name} has {shapes}, {base.ref} wants an update of {list(module.shape)}"
+        raise AdapterError(msg)
+    return module.role
+
+
+def _stack_role(adapter: Adapter, base: BaseModel, role: str, rank: int) -> StackedFactors:
+    layers, (rows, columns) = base.layers_with(role), base.role_shape(role)
+    a, b = np.zeros((len(layers), rank, columns), np.float32), np.zeros((len(layers), rows, rank), np.float32)
+    for place, layer in enumerate(layers):
+        factors = adapter.modules.get(f"model.layers.{layer}.{ROLE_PATHS[role]}")
+        if factors is not None:
+            a[place, : factors.rank] = np.asarray(factors.a, np.float32)
+            b[place, :, : factors.rank] = np.asarray(factors.b, np.float32) * np.float32(factors.scale)
+    return StackedFactors(jnp.asarray(a), jnp.asarray(b))

@@ -15,9 +15,9 @@ from jcrosslora.architectures.run import LayerWeights
 from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Model, StackedAdapter, StackedFactors, load_model
-from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer_stack import layer_at
+from jcrosslora.decoder.model import update
 
 
 @flax.struct.dataclass

@@ -1,13 +1,10 @@
 """Evaluation with intervals: questions with choices, answers in writing; and the effect of a moved adapter."""
 
-from jcrosslora.evaluate.answer import answer
-from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers
-from jcrosslora.evaluate.answers_shown import answers_page, print_answers
+from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers, answer
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, intervals, lift_recovered
-from jcrosslora.evaluate.effect import Change, Effect
-from jcrosslora.evaluate.effect_check import check_effect
+from jcrosslora.evaluate.effect import Change, Effect, check_effect
 from jcrosslora.evaluate.examples import Example, Question, read_examples, read_task
-from jcrosslora.evaluate.output import answers_json, scores_json
+from jcrosslora.evaluate.output import answers_json, answers_page, print_answers, scores_json
 from jcrosslora.evaluate.score import FIGURES, Scores, print_scores, read_questions, score
 
 __all__ = [

@@ -1,14 +1,27 @@
-"""The effect of a moved adapter on the target, compared with that of the original on the source: plain data."""
+"""The effect of a moved adapter on the target, compared with that of the original on the source, on the same text."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder import LoadedBases, Model, divergence, forward, stack_adapter
+from jcrosslora.decoder.forward import Divergence
+from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.errors import MethodError, UsageError, not_finite
+from jcrosslora.evaluate.probes import ProbeBatch, probe_batches, write_texts
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import track
 
+Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
 # Bounds of the target's divergence over the source's. An adapter for ARC-Easy of SmolLM2-135M-Instruct, moved to
 # Gemma-3-270M by theseus at scales 0.3, 1 and 2, has ratios of 0.15, 1.7 and 6.8; the answers to 32 training questions
 # become more likely at 0.3, keep their likelihood at 1 and lose it at 2. Random factors of the same norm have 0.04.
@@ -20,6 +33,9 @@ LOSS = 1.7
 _ERRORS = 2.0  # standard errors
 # In nats; a smaller divergence is rounding.
 _ROUNDING = 1e-6
+TEXTS, LENGTH = 12, 64  # texts of each kind, and tokens of a text: about 700 positions
+_BATCH = 6
+_AT_ONCE = 256  # states that the head gets in one call
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,65 @@ class Effect:
         return _finite(data)
 
 
+def check_effect(
+    source: BaseModel,
+    target: BaseModel,
+    adapter: Adapter,
+    moved: Adapter,
+    texts: Sequence[str],
+    *,
+    written: Sequence[str] = (),
+    loaded: LoadedBases | None = None,
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
+) -> Effect:
+    """Measure the change by a moved adapter on the target, and by the original on the source.
+
+    At most 12 texts of each kind are used, evenly spread, and 64 tokens of each. One base is in memory at a time,
+    unless `loaded` keeps them.
+
+    Args:
+        source: the base of `adapter`.
+        target: the base of `moved`.
+        adapter: the original, with fused matrices split (see `fit_to_base`).
+        moved: the result of the transfer.
+        texts: probe texts, for the divergences; if there are none, `written` is used for both.
+        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there are
+            none, `texts` is used for both.
+        loaded: gives the weights of both bases; None loads them.
+        tokenizers: tokenizers of source and target, if they are loaded already.
+
+    Raises:
+        UsageError: no text at all, or none of either kind with two positions at which tokens of both bases end.
+        AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
+        CheckpointError: a base or its tokenizer cannot be read, or its predictions are not finite.
+    """
+    tokenizers = tokenizers or (load_tokenizer(source), load_tokenizer(target))
+    kinds = [_batches(kind, tokenizers) for kind in (texts, written)]
+    batches = [kind for kind in kinds if kind]
+    if not batches:
+        msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
+        raise UsageError(msg)
+    src, tgt, loaded = [], [], loaded or LoadedBases()
+    with track(2 * len(batches), "measure the effect", "passes") as bar:
+        for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
+            model = loaded.model(base).with_adapter(stack_adapter(one, base))
+            for kind in batches:
+                found.append(measure(model, [part_of(batch, side) for batch in kind]))
+                bar.update()
+            del model
+    _check_finite(src, source, adapter)
+    _check_finite(tgt, target, None)
+    growth_src, growth_tgt = (side[-1].nll_adapted - side[-1].nll for side in (src, tgt))
+    return Effect.of(
+        Change.of(src[0].kl, src[-1].nll, src[-1].nll_adapted),
+        Change.of(tgt[0].kl, tgt[-1].nll, tgt[-1].nll_adapted),
+        growth_tgt if kinds[1] else growth_tgt - growth_src,
+        texts=sum(len(one.kl) for one in src),
+        positions=sum(one.positions for one in src),
+        written=bool(kinds[1]),
+    )
+
+
 def _deviation(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
@@ -158,3 +233,153 @@ def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A batch of texts as one base reads them; S positions, from each text's first match to the one before its last.
+
+    Attributes:
+        tokens: int32 (B, T).
+        mask: bool (B, T).
+        at: int64 (S,), flat indices into (B, T).
+        text: int64 (S,), the row.
+        matched: bool (S,), whether the other base has a token that ends here too.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    at: np.ndarray
+    text: np.ndarray
+    matched: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """Means over the matched positions of each text: (texts,) each, nats.
+
+    Attributes:
+        kl: KL(base || base with adapter) of the next token.
+        nll: NLL of the text between its first and its last match, which are the same characters for both bases, divided
+            by the number of matched positions, which is the same for both as well.
+        nll_adapted: the same with the adapter.
+        positions: matched positions in all texts.
+    """
+
+    kl: np.ndarray
+    nll: np.ndarray
+    nll_adapted: np.ndarray
+    positions: int
+
+
+def effect_cost(*, written: bool) -> Cost:
+    """Count a check; texts of both kinds, or those alone that were written for a fit."""
+    tokens = 2 * TEXTS * LENGTH * (1 if written else 2)
+    read = Cost(source=tokens, target=tokens, predicted=(tokens, tokens), precise=True)
+    return read if written else read + writing_cost(TEXTS, LENGTH, prompt=1)
+
+
+def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, model: Model | None = None) -> list[str]:
+    """Let a base write as many texts with an adapter as `check_effect` uses.
+
+    Returns:
+        The texts; none where too few of them can be used, as with an adapter for answers of one word.
+
+    Raises:
+        AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
+        CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
+    """
+    try:
+        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, model=model)
+    except MethodError:
+        return []
+
+
+def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[ProbeBatch]:
+    """Batch the texts for both bases; return nothing where no text has two positions that match."""
+    if not texts:
+        return []
+    try:
+        found = probe_batches(_spread(texts), *tokenizers, length=LENGTH, batch=_BATCH)
+    except UsageError:  # no position matches
+        return []
+    return found if any(part_of(batch, 0).at.size for batch in found) else []
+
+
+def _spread(texts: Sequence[str]) -> list[str]:
+    places = np.linspace(0, len(texts) - 1, min(len(texts), TEXTS)).round().astype(np.int64)
+    return [texts[int(place)] for place in places]
+
+
+def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:
+    """Check that the predictions of a base and of its original adapter are finite; a moved adapter's may not be."""
+    if not all(np.isfinite(one.nll).all() for one in figures):
+        raise not_finite(base.ref)
+    if adapter is not None and not all(np.isfinite(one.nll_adapted).all() for one in figures):
+        raise not_finite(base.ref, adapter.info.name, sound=True)
+
+
+def part_of(batch: ProbeBatch, side: int) -> Part:
+    """Take the source's (side 0) or the target's (side 1) part; texts with less than two matches have no positions."""
+    tokens, mask, at = (
+        (batch.tokens_src, batch.mask_src, batch.at_src),
+        (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt),
+    )[side]
+    width, matches = tokens.shape[1], at[batch.valid]
+    scored, matched = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    matched.reshape(-1)[matches] = True
+    for row in np.unique(matches // width):
+        places = np.flatnonzero(matched[row])
+        scored[row, places[0] : places[-1]] = True
+    picked = np.flatnonzero(scored)
+    return Part(tokens, mask, picked, picked // width, matched.reshape(-1)[picked])
+
+
+def measure(model: Model, parts: Sequence[Part]) -> Figures:
+    """Run a base without and with its adapter, and average the figures over each text.
+
+    Args:
+        model: the base with an adapter.
+        parts: batches of one shape, with one position or more in all; texts without any are left out of the figures.
+    """
+    # The base is the adapter of zeros: one compiled program serves both.
+    base = model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
+    plain, adapted = (
+        np.concatenate([_picked(_states(one, part.tokens, part.mask), part) for part in parts]) for one in (base, model)
+    )
+    wanted = np.concatenate([part.tokens.reshape(-1)[part.at + 1] for part in parts])
+    found = _through_head(model.with_adapter(None), plain, adapted, wanted)
+    matched = np.concatenate([part.matched for part in parts])
+    text = np.concatenate([number * len(part.tokens) + part.text for number, part in enumerate(parts)])
+    return _by_text(found, text, matched)
+
+
+def _by_text(found: Divergence, text: np.ndarray, matched: np.ndarray) -> Figures:
+    counts = np.bincount(text, weights=matched)
+    there = counts > 0
+
+    def mean(values: jax.Array | np.ndarray) -> np.ndarray:
+        return np.bincount(text, weights=np.asarray(values, np.float64))[there] / counts[there]
+
+    kl = np.where(matched, found.kl, 0)
+    return Figures(mean(kl), mean(-found.log_probs_a), mean(-found.log_probs_b), int(matched.sum()))
+
+
+def _picked(hidden: jax.Array, part: Part) -> np.ndarray:
+    return np.asarray(hidden.reshape(-1, hidden.shape[-1]))[part.at]
+
+
+def _through_head(model: Model, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray) -> Divergence:
+    """Give the head the same number of states in each call, so that it is compiled once."""
+    count = len(wanted)
+    rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE).clip(max=count - 1).reshape(-1, _AT_ONCE)
+    found = [_compare(model, plain[part], adapted[part], wanted[part]) for part in rows]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)
+
+
+@jax.jit
+def _states(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return forward(model, tokens, mask=mask).hidden
+
+
+_compare = jax.jit(divergence)

@@ -1,16 +1,49 @@
-"""Figures and answers as JSON data, and the shares of a trained adapter's gain that the other adapters bring."""
+"""Figures and answers as JSON data, as a table for the terminal, and as an HTML page that loads nothing."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
-from jcrosslora.checkpoint.hub import public_names
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jcrosslora.checkpoint.hub import public_name, public_names
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
-from jcrosslora.evaluate.answers_shown import spread
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.evaluate.score import FIGURES, Scores
+from jcrosslora.evaluate.score import FIGURES, Scores, word_of
 from jcrosslora.text.completion import prompt_text
+from jcrosslora.utils.texts import html_table, html_text, visible
+
+TITLES = {
+    "exact": "exact match",
+    "json": "equal JSON",
+    "chrf": "chrF, 0 to 100",
+    "rouge_l": "ROUGE-L",
+    "ended": "answers ended",
+    "nll_per_char": "nats a character",
+}
+# The system colours of `color-scheme` are light or dark as the reader has set it.
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 1.5rem auto; max-width: 110rem; padding: 0 1rem; background: Canvas; color: CanvasText; }
+.wide { overflow-x: auto; }
+.answers { border-collapse: collapse; width: 100%; }
+.answers th, .answers td { text-align: left; vertical-align: top; padding: .4rem .7rem; min-width: 12rem;
+  border-bottom: 1px solid rgba(128, 128, 128, .35); }
+.answers th:first-child, .answers td:first-child { min-width: 0; color: GrayText; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; }
+.mark { display: inline-block; margin: .2rem .3rem 0 0; padding: 0 .4rem; border-radius: .3rem; border: 1px solid;
+  font-size: .85em; }
+.right { color: light-dark(#1b6e20, #81c784); }
+.cut { color: light-dark(#8a5200, #ffb74d); }
+"""
+# A page that was made of texts of others loads nothing and runs nothing.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_LABEL = 20  # columns for a model's name in front of its answer
 
 
 def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str | None = None) -> dict[str, Any]:
@@ -54,6 +87,64 @@ def answers_json(
         **_trained(answers, trained),
     }
     return found | ({"answers": [_example(answers, place) for place in spread(answers, show)]} if show else {})
+
+
+def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
+    """Print the figures of each model in 80 columns.
+
+    Args:
+        answers: of a base and its adapters.
+        console: to print to.
+        show: number of examples to print with all answers to them, evenly spread.
+    """
+    for line in summary(answers):
+        console.print(line, highlight=False, markup=False)
+    for name, rows in figure_rows(answers):
+        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+        for title in ("figure", "value", "minus base", ""):
+            table.add_column(title, justify="right" if title in ("value", "minus base") else "left", overflow="fold")
+        for row in rows:
+            table.add_row(row.figure, Text(row.value), Text(row.minus_base), row.word)
+        console.print()
+        console.print(Text(visible(name), "bold"))
+        console.print(table)
+    for example in spread(answers, show):
+        console.print(f"\nexample {example + 1:,}", highlight=False, markup=False, style="bold")
+        console.print(_side_by_side(answers, example))
+
+
+def answers_page(answers: Answers) -> str:
+    """Return a whole HTML page: the figures of each model, and a row for each example with all answers to it.
+
+    All texts are escaped. The page loads nothing, holds no script, and is light or dark as the reader's system is.
+    """
+    names = labels(answers)
+    title = html_text(f"Answers of {public_name(answers.names[0])}, alone and with adapters")
+    figures = [
+        {
+            "model": "" if place else name,
+            "figure": row.figure,
+            "value": row.value,
+            "minus base": row.minus_base,
+            "": row.word,
+        }
+        for name, (_, rows) in zip(names, figure_rows(answers), strict=True)
+        for place, row in enumerate(rows)
+    ]
+    heads = ["", "prompt", "right answer", *names]
+    parts = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+        *(f"<p>{html_text(line)}</p>" for line in summary(answers)),
+        f'<div class="wide">{html_table(figures)}</div>',
+        '<h2>Side by side</h2>\n<div class="wide"><table class="answers">',
+        f"<thead><tr>{''.join(f'<th>{html_text(head)}</th>' for head in heads)}</tr></thead>\n<tbody>",
+        *(_row(answers, example) for example in range(len(answers.examples))),
+        "</tbody></table></div>\n</body>\n</html>\n",
+    ]
+    return "\n".join(parts)
 
 
 def _trained(found: Scores | Answers, trained: str | None) -> dict[str, str]:
@@ -135,3 +226,103 @@ def _line(name: str, shares: dict[str, Interval | None]) -> str:
     return (
         f"{name}, share of the trained adapter's gain: {', '.join(told) or 'not defined, as that gains nothing sure'}"
     )
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A figure of one model as text.
+
+    Attributes:
+        figure: its title.
+        value: with its interval.
+        minus_base: difference to the base with its interval; "" for the base.
+        word: of that difference, e.g. "better".
+    """
+
+    figure: str
+    value: str
+    minus_base: str
+    word: str
+
+
+@lru_cache(maxsize=1)  # the intervals take seconds, and the table and the page show the same ones
+def figure_rows(answers: Answers) -> list[tuple[str, list[FigureRow]]]:
+    """Format each figure of each model, with the model's name."""
+    models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in answers.names]
+    for figure in answers.figures:
+        found = zip(answers.bootstrap(figure), answers.differences(figure), strict=True)
+        for place, (value, change) in enumerate(found):
+            others = (_text(figure, change, "+"), word_of(figure, change)) if place else ("", "")
+            models[place][1].append(FigureRow(TITLES[figure], _text(figure, value), *others))
+    return models
+
+
+def summary(answers: Answers) -> list[str]:
+    """Say what the figures are of, and whether no answer ended."""
+    count = len(answers.examples)
+    lines = [
+        f"{count:,} {'example' if count == 1 else 'examples'}, answers of at most {answers.max_new_tokens} tokens, "
+        "95% intervals"
+    ]
+    if not answers.ended.any():
+        lines.append("No answer ended, so exact match and equal JSON count none: allow more tokens, or train an end.")
+    return lines
+
+
+def marks(answers: Answers, model: int, example: int) -> list[str]:
+    """Name what matters of an answer: "exact", "equal JSON", "not ended"."""
+    found = [
+        TITLES[figure].removesuffix(" match")
+        for figure in ("exact", "json")
+        if figure in answers.figures and answers.by_example(figure)[model, example]
+    ]
+    return [*found, *([] if answers.written[model][example].ended else ["not ended"])]
+
+
+def spread(answers: Answers, count: int) -> list[int]:
+    """Choose examples to show, evenly spread over all, the first among them."""
+    every = len(answers.examples)
+    return sorted({int(place) for place in np.arange(min(count, every)) * every / max(1, min(count, every))})
+
+
+def labels(answers: Answers) -> list[str]:
+    """Name the models in short: "base", and the adapters without the folders they lie in."""
+    return public_names(["base", *answers.names[1:]])
+
+
+def _side_by_side(answers: Answers, example: int) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(max_width=_LABEL, overflow="fold", style="bold")
+    table.add_column(overflow="fold")
+    for label, text, marked in _lines(answers, example):
+        table.add_row(Text(visible(label)), Text(visible(text)).append(f"  [{marked}]" if marked else "", "italic"))
+    return table
+
+
+def _lines(answers: Answers, example: int) -> Iterator[tuple[str, str, str]]:
+    yield "prompt", prompt_text(answers.examples[example].prompt), ""
+    for place, text in enumerate(answers.references[example]):
+        yield "" if place else "right answer", text, ""
+    for model, name in enumerate(labels(answers)):
+        yield name, answers.texts[model][example], ", ".join(marks(answers, model, example))
+
+
+def _text(figure: str, found: Interval, sign: str = "") -> str:
+    digits = 1 if figure == "chrf" else 3
+    return f"{found.value:{sign}.{digits}f} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+
+
+def _row(answers: Answers, example: int) -> str:
+    right = "".join(map(_shown, answers.references[example]))
+    cells = [str(example + 1), _shown(prompt_text(answers.examples[example].prompt)), right]
+    for model, row in enumerate(answers.texts):
+        cells.append(_shown(row[example]) + "".join(map(_mark, marks(answers, model, example))))
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _shown(text: str) -> str:
+    return f'<div class="text">{html_text(text)}</div>'
+
+
+def _mark(name: str) -> str:
+    return f'<span class="mark {"cut" if name == "not ended" else "right"}">{html_text(name)}</span>'

@@ -1,8 +1,8 @@
 """The report of a transfer. All that shows one reads the record `TransferReport`: tables, card, page and uploads."""
 
-from jcrosslora.report.card import model_card as model_card
 from jcrosslora.report.documents import complete as complete
 from jcrosslora.report.documents import documents as documents
+from jcrosslora.report.documents import model_card as model_card
 from jcrosslora.report.documents import published as published
 from jcrosslora.report.record import REPORT as REPORT
 from jcrosslora.report.record import Base as Base
@@ -17,4 +17,4 @@ from jcrosslora.report.record import cut as cut
 from jcrosslora.report.record import read_report as read_report
 from jcrosslora.report.record import spread as spread
 from jcrosslora.report.table import print_report as print_report
-from jcrosslora.report.verdict import verdict as verdict
+from jcrosslora.report.table import verdict as verdict

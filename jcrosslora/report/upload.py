@@ -22,8 +22,7 @@ from jcrosslora.adapter.folder import (
 )
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.report.card import without_examples
-from jcrosslora.report.documents import PAGE, RECIPE, report_text
+from jcrosslora.report.documents import PAGE, RECIPE, report_text, without_examples
 from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils.reading import read_small_text

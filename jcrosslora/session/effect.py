@@ -50,7 +50,7 @@ def measure_effect(
     if not runs_bases and (obstacle := why_not_run(source, target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
-    from jcrosslora.evaluate.effect_check import check_effect
+    from jcrosslora.evaluate.effect import check_effect
 
     texts = () if written else texts
     try:
@@ -70,7 +70,7 @@ def measure_effect(
 def _texts(source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None) -> Sequence[str]:
     """Let the source write with its adapter; its weights are dropped afterwards unless `loaded` keeps them."""
     from jcrosslora.decoder import fast_dtype
-    from jcrosslora.evaluate.effect_check import adapter_texts
+    from jcrosslora.evaluate.effect import adapter_texts
 
     model = None if loaded is None else loaded.model(source, fast_dtype())
     return adapter_texts(source, original, seed=seed, model=model)

@@ -136,7 +136,7 @@ def costs_of(
 
     `prompts` texts were given by the user; with `aligned` the maps are there already.
     """
-    from jcrosslora.evaluate.effect_check import effect_cost
+    from jcrosslora.evaluate.effect import effect_cost
     from jcrosslora.evaluate.probes.writing import probes_cost
     from jcrosslora.maps.alignment.layer_similarity import similarity_cost
 

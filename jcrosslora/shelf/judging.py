@@ -15,7 +15,7 @@ from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model
-from jcrosslora.decoder.adapters import RUN
+from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Example, Interval, Question, Scores, answer, intervals, lift_recovered, score
 from jcrosslora.evaluate.examples import as_completion

@@ -1,11 +1,10 @@
 """LoRA training on examples: the loss of answers, optimisers, checkpoints to continue from."""
 
 from jcrosslora.evaluate.examples import Example, read_examples
-from jcrosslora.training.batches import Batch, Encoded, Plan, encode, make_batch
+from jcrosslora.training.batches import Batch, Encoded, Plan, encode, first_factors, loss_and_gradient, make_batch
+from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.training.magnitudes import fit_magnitudes
 from jcrosslora.training.run import save_trained, train_lora
-from jcrosslora.training.settings import TrainingSettings
-from jcrosslora.training.step import first_factors, loss_and_gradient
 
 __all__ = [
     "Batch",

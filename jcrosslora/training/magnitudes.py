@@ -17,10 +17,9 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
-from jcrosslora.training.batches import Batch
+from jcrosslora.training.batches import Batch, answer_loss
+from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.training.run import train
-from jcrosslora.training.settings import TrainingSettings
-from jcrosslora.training.step import answer_loss
 
 Magnitudes = dict[str, jax.Array]
 

@@ -20,10 +20,19 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
-from jcrosslora.training.batches import Batch, Plan, digest, encode
-from jcrosslora.training.checkpoints import Checkpoints, identity
-from jcrosslora.training.settings import TrainingSettings
-from jcrosslora.training.step import TrainState, first_factors, first_state, loss_and_gradient, to_adapter, update
+from jcrosslora.training.batches import (
+    Batch,
+    Plan,
+    TrainState,
+    digest,
+    encode,
+    first_factors,
+    first_state,
+    loss_and_gradient,
+    to_adapter,
+    update,
+)
+from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings, identity
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
 

@@ -13,10 +13,21 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapters
-from jcrosslora.decoder.adapters import RUN
+from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token, positive, prefix_token, read_options
-from jcrosslora.evaluate.harness.requests import Pair, check_finite, generate, group_prompts, judge
+from jcrosslora.evaluate.harness.requests import (
+    Options,
+    Pair,
+    check_dtype,
+    check_finite,
+    end_token,
+    generate,
+    group_prompts,
+    judge,
+    positive,
+    prefix_token,
+    read_options,
+)
 from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.evaluate.probes.writing import check_seed
 from jcrosslora.utils.progress import show_progress, track

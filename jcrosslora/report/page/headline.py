@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.evaluate.answers_shown import TITLES
 from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.evaluate.output import TITLES
 from jcrosslora.evaluate.score import Direction
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation, Figure, Model
@@ -15,7 +15,7 @@ _HALF = 0.5  # of a trained adapter's gain in right answers
 
 Tone = Literal["good", "mixed", "bad", "open"]
 
-# What `jcrosslora.report.verdict` expects of an adapter that nobody has measured yet.
+# What `jcrosslora.report.table` expects of an adapter that nobody has measured yet.
 _EXPECTED: dict[str, tuple[Tone, str, str]] = {
     "aligned": ("open", "Not measured yet", "The adapter was moved, and an effect is to be expected."),
     "weak": ("mixed", "Not measured yet", "The adapter was moved, and little effect is to be expected."),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from jcrosslora.report.page.charts import Picture, caption, pictures
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
-from jcrosslora.report.page.pictures import Picture, caption, pictures
 from jcrosslora.report.page.theme import POLICY, STYLE
 from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
 from jcrosslora.utils.texts import html_table, html_text

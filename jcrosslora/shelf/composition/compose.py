@@ -13,7 +13,7 @@ from jcrosslora.adapter.records import restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, fast_dtype, load_model
-from jcrosslora.decoder.adapters import RUN
+from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.shelf.composition.composed import Composed
@@ -21,7 +21,7 @@ from jcrosslora.shelf.composition.composition import Composition, stack_for
 from jcrosslora.shelf.composition.fit import mean_divergence
 from jcrosslora.shelf.composition.saving import read_composition, with_read_arrays
 from jcrosslora.shelf.composition.ways import SHARE, Stack, find_composition
-from jcrosslora.training.settings import TrainingSettings
+from jcrosslora.training.checkpoints import TrainingSettings
 
 _WHY = "adapters are composed in the linear modules alone"
 

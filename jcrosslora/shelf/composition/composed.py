@@ -27,7 +27,7 @@ from jcrosslora.shelf.composition.saving import write_composition
 from jcrosslora.text import Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.completion import Asked, as_prompts
-from jcrosslora.training.settings import TrainingSettings
+from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.progress import track
 
 # (P, N) for P prompts and N adapters, or (N,) for all prompts; or a function of the prompts that returns one of them,

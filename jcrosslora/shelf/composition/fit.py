@@ -15,8 +15,8 @@ from jcrosslora.evaluate.examples import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
 from jcrosslora.training.batches import Batch, Encoded, encode, make_batch, rounded
+from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.training.run import train
-from jcrosslora.training.settings import TrainingSettings
 
 _ROWS = 8
 _LOGITS_AT_ONCE = 128
