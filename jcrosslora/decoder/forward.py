@@ -226,11 +226,8 @@ def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chu
     Memory is `chunk` rows of V logits, in the backward pass as well, which computes them again. Under `jax.vmap` over N
     adapters it is N times that.
 
-    Args:
-        model: whose head is used.
-        hidden: (B, T, H), `forward(...).hidden`.
-        targets: int32 (B, T), the token after each position.
-        chunk: positions at a time, static.
+    Hidden states are (B, T, H), `forward(...).hidden`; targets are int32 (B, T), the token after each position; `chunk`
+    positions are computed at a time (static).
     """
     params = model.params
     head = params.output_head
@@ -296,12 +293,9 @@ def divergence(
 
     Memory is a few times `chunk` rows of V numbers, in the backward pass as well, which computes the logits again.
 
-    Args:
-        model: whose head is used; an adapter changes the hidden states, never the head.
-        hidden_a: (..., H), `forward(...).hidden`.
-        hidden_b: (..., H), of another run over the same tokens, e.g. with an adapter.
-        targets: int32 (...), a token for each position, e.g. the next one.
-        chunk: positions at a time, static.
+    Hidden states are (..., H), `forward(...).hidden` of two runs over the same tokens, e.g. without and with an
+    adapter, which never changes the head. Targets are int32 (...), a token for each position, e.g. the next one;
+    `chunk` positions are computed at a time (static).
     """
 
     def compare(part: tuple[jax.Array, jax.Array, jax.Array]) -> Divergence:

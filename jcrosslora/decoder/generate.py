@@ -65,8 +65,6 @@ class Generator:
     """A base model that continues prompts, alone or with an adapter.
 
     Attributes:
-        model: the base with its adapter, if any.
-        tokenizer: of the base.
         name: of the base, for error messages.
         adapter_name: of the adapter, for error messages; None without one.
     """
@@ -87,11 +85,8 @@ class Generator:
     ) -> Self:
         """Load what generation needs.
 
-        Args:
-            base: the model; it needs a tokenizer.
-            adapter: of this base; None for the base alone.
-            model: the base, if it is loaded already; None loads it in `fast_dtype()`.
-            tokenizer: of the base, if it is loaded already.
+        The model, that of the base alone, and the tokenizer can be given if they are loaded already; else the model is
+        loaded in `fast_dtype()`.
 
         Raises:
             AdapterError: the adapter does not fit the base.
@@ -234,12 +229,8 @@ class Generator:
 
         What several of them begin with is read once, where the base allows it and that saves enough.
 
-        Args:
-            prompts: any number, texts or conversations; only the last 2,048 tokens of each are read.
-            max_new_tokens: see `continue_tokens`.
-            temperature: see `continue_tokens`.
-            key: see `continue_tokens`.
-            bar: a progress bar that advances by one for each prompt.
+        Of each prompt, a text or a conversation, the last 2,048 tokens are read. Settings are those of
+        `continue_tokens`; the bar advances by one for each prompt.
 
         Raises:
             AdapterError, CheckpointError: see `continue_tokens`.

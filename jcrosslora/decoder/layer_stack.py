@@ -38,12 +38,7 @@ def scan_layers(
 ) -> tuple[T, Any]:
     """Run a step on the layers one after another.
 
-    Args:
-        settings: of the model.
-        params: its weights.
-        adapter: or None.
-        step: of a carry and the arrays of a layer: the next carry, and a tree of arrays.
-        carry: the first.
+    The step takes a carry and the arrays of a layer, and returns the next carry and a tree of arrays.
 
     Returns:
         The last carry, and the trees of all layers stacked. In dictionaries of them an array has just the layers that
@@ -149,17 +144,11 @@ def _slice(stack: jax.Array, at: range) -> jax.Array:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the layers.
+    """A part of the layers."""
 
-    Attributes:
-        start: its first layer.
-        pattern: its first P layers.
-        repeats: how often the pattern follows on itself.
-    """
-
-    start: int
+    start: int  # index of the first layer
     pattern: tuple[Layer, ...]
-    repeats: int
+    repeats: int  # of the pattern
 
     def layers(self, place: int) -> range:
         """Return the layers at one place of the pattern."""

@@ -85,8 +85,6 @@ class Model:
     """A base, alone or with an adapter. Its arrays are leaves of a pytree; under `jax.jit` its settings are static.
 
     Attributes:
-        settings: of the forward pass.
-        params: the weights of the base.
         adapter: applied unmerged in every module that it updates; None for the base alone. `jax.vmap` over it shares
             the base.
     """

@@ -69,7 +69,6 @@ class PromptBatch:
     """Prompts that are answered together.
 
     Attributes:
-        places: of the prompts.
         texts: int32 (T,) token ids of each, without its beginning.
         shape: (B, T) that they are padded to.
         beginnings: what stands in front of the texts; None where these are whole prompts.

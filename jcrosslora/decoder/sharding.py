@@ -95,11 +95,7 @@ def fill(
 ) -> jax.Array:
     """Return an array of pieces, of which the host holds one at a time and a device what is its own.
 
-    Args:
-        shape: of the array.
-        dtype: of the array and of the pieces.
-        pieces: its rows (n, ...), in order.
-        sharding: which device has which part; None puts all on the default device.
+    The pieces are rows (n, ...) of the array, in order. Without a sharding all of it is on the default device.
     """
     places: Mapping[Any, Any] = {None: (slice(None),) * len(shape)}
     if sharding is not None:

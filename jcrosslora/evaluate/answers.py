@@ -51,11 +51,7 @@ def equal_json(text: str, references: Sequence[str]) -> float:
 
 
 def chrf(text: str, references: Sequence[str]) -> float:
-    """Compute chrF against the nearest of the references, 0 to 100.
-
-    Raises:
-        UsageError: sacrebleu is not installed.
-    """
+    """Compute chrF against the nearest of the references, 0 to 100."""
     return float(_chrf_scorer().sentence_score(text.strip(), [one.strip() for one in references]).score)
 
 
@@ -63,9 +59,6 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
     """Compute the F-measure of ROUGE-L against the nearest of the references, 0 to 1.
 
     Words are runs of a to z and digits, in lower case and without stemming; other letters count as space.
-
-    Raises:
-        UsageError: rouge-score is not installed.
     """
     return float(_rouge_scorer().score_multi(list(references), text)["rougeL"].fmeasure)
 
@@ -205,12 +198,7 @@ class Answers:
 
         The interval is over the same resampled examples in all three models.
 
-        Args:
-            figure: as in `by_example`.
-            moved: place of the model with the moved adapter in `names`, 1 or more.
-            trained: place of the one with the adapter trained on this base.
-            draws: number of resamples.
-            seed: of the resampling.
+        `moved` and `trained` are places in `names`, 1 or more.
 
         Raises:
             UsageError: no such model, an unknown figure, or a gain of the trained adapter whose interval is not

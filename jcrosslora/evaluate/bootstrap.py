@@ -29,10 +29,7 @@ class Interval:
 def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> np.ndarray:
     """float64 (A, draws): means over resampled questions, the same questions in every row.
 
-    Args:
-        values: (A, n), a figure of n questions under A models.
-        draws: number of resamples.
-        seed: the same seed and n give the same questions.
+    Values are (A, n), a figure of n questions under A models. The same seed and n give the same questions.
 
     Raises:
         UsageError: no draws, no questions, or values that are not finite.
@@ -69,12 +66,8 @@ def lift_recovered(
 
     Each mean is over questions; the interval is over the same resampled questions in all three.
 
-    Args:
-        base: (n,) a figure of each question under the target base, e.g. `Scores.by_question("nll_per_char")[0]`.
-        moved: (n,) the same with the moved adapter.
-        trained: (n,) the same with an adapter trained on the target.
-        draws: number of resamples.
-        seed: of the resampling.
+    Each figure is (n,), e.g. `Scores.by_question("nll_per_char")[0]`: under the target base, with the moved adapter,
+    and with an adapter trained on the target.
 
     Raises:
         UsageError: figures of different questions, or a gain of the trained adapter whose interval is not above 0.
@@ -104,13 +97,8 @@ def lift_of(
 ) -> Interval:
     """Compute `lift_recovered` of two models of an evaluation.
 
-    Args:
-        values: (A, n), a figure of n questions under A models, the base first.
-        moved: place of the model with the moved adapter, 1 or more.
-        trained: place of the one with the adapter trained on this base.
-        lower: whether a lower value is better.
-        draws: number of resamples.
-        seed: of the resampling.
+    Values are (A, n), a figure of n questions under A models, the base first; `moved` and `trained` are indices of
+    models, 1 or more. `lower` says whether a lower value is better.
 
     Raises:
         UsageError: no such model, or a gain of the trained adapter whose interval is not above 0.

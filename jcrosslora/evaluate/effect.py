@@ -241,7 +241,6 @@ class Part:
 
     Attributes:
         tokens: int32 (B, T).
-        mask: bool (B, T).
         at: int64 (S,), flat indices into (B, T).
         text: int64 (S,), the row.
         matched: bool (S,), whether the other base has a token that ends here too.
@@ -338,9 +337,7 @@ def part_of(batch: ProbeBatch, side: int) -> Part:
 def measure(model: Model, parts: Sequence[Part]) -> Figures:
     """Run a base without and with its adapter, and average the figures over each text.
 
-    Args:
-        model: the base with an adapter.
-        parts: batches of one shape, with one position or more in all; texts without any are left out of the figures.
+    The parts are batches of one shape, with one position or more in all; texts without any are left out of the figures.
     """
     # The base is the adapter of zeros: one compiled program serves both.
     base = model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))

@@ -18,17 +18,11 @@ _KINDS = '{"messages": [...]}, {"prompt", "answer"} or {"question", "choices", "
 
 @dataclass(frozen=True)
 class Question:
-    """A question with choices.
-
-    Attributes:
-        question: its text.
-        choices: the possible answers.
-        answer: index of the right choice.
-    """
+    """A question with choices."""
 
     question: str
     choices: tuple[str, ...]
-    answer: int
+    answer: int  # index of the right choice
 
     @property
     def prompt(self) -> str:
@@ -86,11 +80,7 @@ def as_completion(example: Example) -> Completion:
 
 
 def _read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Read the lines of a JSONL file that are not blank, with their numbers from 1; skip a byte order mark in front.
-
-    Raises:
-        UsageError: the file cannot be read.
-    """
+    """Read the lines of a JSONL file that are not blank, with their numbers from 1; skip a byte order mark in front."""
     try:
         content = read_file(path)
     except OSError as error:

@@ -79,15 +79,10 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """A base with several adapters.
-
-    Attributes:
-        model: the base, with adapters stacked over A.
-        names: (A,) of each.
-    """
+    """A base with several adapters."""
 
     model: Model
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # (A,)
 
     @classmethod
     def of(cls, base: BaseModel, adapters: Sequence[Adapter], model: Model | None, dtype: DTypeLike) -> "Models":

@@ -49,10 +49,8 @@ _LABEL = 20  # columns for a model's name in front of its answer
 def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str | None = None) -> dict[str, Any]:
     """Return the figures of questions with choices: what `evaluate --json` prints, and `report` reads.
 
-    Args:
-        scores: of a base and its adapters.
-        not_scored: what of the adapters is not part of the figures, one sentence each.
-        trained: name of the adapter that was trained on the base, for the share of its gain that the others bring.
+    `not_scored` says in sentences what of the adapters is not part of the figures. `trained` names the adapter that was
+    trained on the base, for the share of its gain that the others bring.
 
     Raises:
         UsageError: no adapter has this name.
@@ -70,11 +68,8 @@ def answers_json(
 ) -> dict[str, Any]:
     """Return the figures of answers in writing, and some of the answers.
 
-    Args:
-        answers: of a base and its adapters.
-        not_scored: what of the adapters is not part of the figures, one sentence each.
-        show: number of examples to return with the answers of all models, evenly spread.
-        trained: see `scores_json`.
+    `show` is the number of examples, evenly spread, to return with the answers of all models; the rest as in
+    `scores_json`.
 
     Raises:
         UsageError: no adapter has the name of the trained one.
@@ -92,10 +87,7 @@ def answers_json(
 def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
     """Print the figures of each model in 80 columns.
 
-    Args:
-        answers: of a base and its adapters.
-        console: to print to.
-        show: number of examples to print with all answers to them, evenly spread.
+    `show` is the number of examples, evenly spread, to print with all answers to them.
     """
     for line in summary(answers):
         console.print(line, highlight=False, markup=False)
@@ -179,10 +171,7 @@ def _example(answers: Answers, place: int) -> dict[str, Any]:
 def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval | None]:
     """Compute the share of each model of an evaluation; None for base and trained one, and where that gains nothing.
 
-    Args:
-        found: a base and its adapters.
-        figure: one of the evaluation.
-        trained: place of the adapter that was trained on this base, 1 or more.
+    `trained` is the index of the adapter that was trained on this base, 1 or more.
     """
     return [_lift(found, figure, place, trained) for place in range(len(found.names))]
 
@@ -230,19 +219,12 @@ def _line(name: str, shares: dict[str, Interval | None]) -> str:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A figure of one model as text.
-
-    Attributes:
-        figure: its title.
-        value: with its interval.
-        minus_base: difference to the base with its interval; "" for the base.
-        word: of that difference, e.g. "better".
-    """
+    """A figure of one model as text."""
 
     figure: str
     value: str
-    minus_base: str
-    word: str
+    minus_base: str  # "" for the base
+    word: str  # of that difference, e.g. "better"
 
 
 @lru_cache(maxsize=1)  # the intervals take seconds, and the table and the page show the same ones

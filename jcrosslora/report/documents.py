@@ -50,9 +50,8 @@ def complete(report: TransferReport, method: Method) -> TransferReport:
 def published(report: TransferReport, **settings: str) -> TransferReport:
     """Return a report without local paths.
 
-    Args:
-        report: as `complete` returns it.
-        settings: of the recipe, where they differ from those of a transfer in memory: out, profile, dtype.
+    The report is one that `complete` returned. `settings` (out, profile, dtype) replace those of a transfer in memory
+    in the recipe.
     """
     shown = publish(report, replacements(report))
     named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
@@ -70,9 +69,7 @@ def published(report: TransferReport, **settings: str) -> TransferReport:
 def documents(report: TransferReport, profile: str) -> dict[str, str]:
     """Return the files that are saved with a moved adapter, by name.
 
-    Args:
-        report: as `published` returns it.
-        profile: file format of the adapter.
+    The report is one that `published` returned; `profile` is the file format of the adapter.
     """
     head = _HEAD + (_OWN if ":" in report.recipe.method else "")
     return {CARD: model_card(report, profile), REPORT: report_text(report), RECIPE: head + report.recipe_toml}
@@ -86,8 +83,7 @@ def report_text(report: TransferReport) -> str:
 def provenance(report: TransferReport) -> dict[str, str]:
     """Return the origin of an adapter for the header of its safetensors file, which holds strings only.
 
-    Args:
-        report: as `published` returns it.
+    The report is one that `published` returned.
     """
     data = report.to_json()
     parts = {f"jcrosslora.{name}": json.dumps(data[name]) for name in ("recipe", "source", "target", "adapter")}
@@ -163,10 +159,8 @@ def _toml(value: Any) -> str:
 def model_card(report: TransferReport, profile: str = "portable") -> str:
     """Return the text of the card, with the front matter that the hub reads.
 
-    Args:
-        report: as `documents.published` returns it. A target that is a hub id goes into the front matter; a local name,
-            which the hub refuses there, appears in the text only.
-        profile: file format of the adapter.
+    The report is one that `published` returned. A target that is a hub id goes into the front matter; a local name,
+    which the hub refuses there, appears in the text only. `profile` is the file format of the adapter.
     """
     name, base = public_name(report.adapter.name) or "adapter", report.target.name
     library = "peft" if profile in ("portable", "peft") else profile

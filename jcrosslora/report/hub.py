@@ -43,9 +43,6 @@ class Pushed:
     """An adapter on the hub.
 
     Attributes:
-        url: address of the repository.
-        commit: its commit with the adapter.
-        files: names of the adapter's files.
         base_model: the base that the card names, or None.
         notes: what the user should know, one sentence each without a full stop.
     """

@@ -56,9 +56,7 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
 def result_html(report: TransferReport, texts: Sequence[str]) -> str:
     """Return the result of a transfer as inline HTML with all text escaped; local paths are in it.
 
-    Args:
-        report: the report of the transfer.
-        texts: the texts of the fit; a few are shown.
+    A few of the texts of the fit are shown.
     """
     found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
     colour = _COLOURS.get(found.level, _BAD)

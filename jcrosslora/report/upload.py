@@ -40,7 +40,6 @@ class Upload:
 
     Attributes:
         files: name in the repository to a file on disk, or to what is sent in its place.
-        weights: name of the file with its tensors.
         base_model: the hub id of its base; None if none is known.
         notes: what the user should know, one sentence each without a full stop.
     """

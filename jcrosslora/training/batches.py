@@ -116,11 +116,8 @@ class Plan:
 def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slots: int) -> Batch:
     """Pad some of the examples.
 
-    Args:
-        examples: all of them.
-        members: int (B,), which ones.
-        width: T, at least the tokens of each.
-        slots: S, at least the tokens of all their answers.
+    `members` int (B,) are the indices of the examples. T, the width, is at least the tokens of each; S, the slots, at
+    least the tokens of all their answers.
     """
     tokens, mask = np.zeros((len(members), width), np.int32), np.zeros((len(members), width), bool)
     picked = np.zeros(slots, np.int32)
@@ -214,10 +211,7 @@ def answer_loss(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
     Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
     layers together.
 
-    Args:
-        model: the base with the adapter, the scale inside B, or alone.
-        batch: the examples.
-        remat: recompute each layer in the backward pass.
+    An adapter of the model has the scale inside B. `remat` recomputes each layer in the backward pass.
     """
     hidden = forward(model, batch.tokens, mask=batch.mask, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
@@ -231,12 +225,8 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, StackedAdapter]:
     """Compute `answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
 
-    Args:
-        model: the base alone.
-        factors: A and B, without the scale.
-        batch: the examples.
-        scale: alpha / rank.
-        remat: recompute each layer in the backward pass.
+    The model is the base alone; the factors are without the scale, alpha / rank. `remat` recomputes each layer in the
+    backward pass.
     """
 
     def loss(factors: StackedAdapter) -> jax.Array:

@@ -55,11 +55,7 @@ class TrainingSettings:
         return self.steps // 20
 
     def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UsageError: a setting is out of range.
-        """
+        """Raise UsageError if a setting is out of range."""
         positive, counted = (lambda value: 0 < value < math.inf), (lambda value: value >= 1)
         rules = {
             "steps": (counted, "1 or more"),
@@ -114,9 +110,7 @@ class Checkpoints:
     def __init__(self, folder: Path, run: Mapping[str, Any]):
         """Open or make the folder.
 
-        Args:
-            folder: of this run alone.
-            run: what the numbers depend on, from `identity`.
+        `run` is what the numbers depend on, from `identity`; the folder is for this run alone.
 
         Raises:
             OutputError: the folder cannot be made or written to.

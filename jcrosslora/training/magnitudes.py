@@ -55,12 +55,8 @@ def loss_and_magnitude_gradient(
 ) -> tuple[jax.Array, Magnitudes]:
     """Compute `answer_loss` and its gradient with respect to the magnitudes.
 
-    Args:
-        model: the base.
-        adapter: of the base, the scale inside B; its directions are used.
-        magnitudes: role -> float32 (L,).
-        batch: the examples.
-        remat: recompute each layer in the backward pass.
+    The adapter gives the directions, the scale inside B; the magnitudes are float32 (L,) of each role. `remat`
+    recomputes each layer in the backward pass.
     """
 
     def loss(magnitudes: Magnitudes) -> jax.Array:

@@ -139,15 +139,8 @@ def train(
 ) -> Trained:
     """Train arrays by their gradient; otherwise as `train_lora`.
 
-    Args:
-        base: the model.
-        examples: see `train_lora`.
-        settings: of the training, checked; rank, alpha and modules only matter to `gradient_of`.
-        start: arrays in float32, before the first step. They are used up.
-        gradient_of: returns the loss of a batch, and its gradient with respect to the arrays.
-        checkpoints: see `train_lora`.
-        every: see `train_lora`.
-        tokenizer: see `train_lora`.
+    The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
+    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up.
 
     Returns:
         The arrays after the last step.

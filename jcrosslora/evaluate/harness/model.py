@@ -177,11 +177,7 @@ class JCrossLoRALM(TemplateLM):
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> NoReturn:
-        """Refuse chat templates.
-
-        Raises:
-            UsageError: always.
-        """
+        """Refuse chat templates."""
         del chat_history, add_generation_prompt
         msg = "chat templates are not supported by the model jcrosslora: run the task without apply_chat_template"
         raise UsageError(msg)

@@ -29,17 +29,11 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a generation.
+    """Settings of a generation."""
 
-    Attributes:
-        until: strings; a text ends in front of the first one.
-        length: the most tokens.
-        temperature: of the sampling; 0 takes the likeliest token.
-    """
-
-    until: tuple[str, ...] = ()
-    length: int = 256  # as in the harness's other models
-    temperature: float = 0.0
+    until: tuple[str, ...] = ()  # the text ends in front of the first of these
+    length: int = 256  # tokens at most, as in the harness's other models
+    temperature: float = 0.0  # 0 takes the likeliest token
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
@@ -63,10 +57,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
 def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int) -> list[tuple[float, bool]]:
     """Score the continuation of each pair; a context that several pairs share is run once.
 
-    Args:
-        models: one model.
-        pairs: token ids of a context and its continuation, neither empty.
-        batch_tokens: token positions in memory at once.
+    Pairs are token ids of a context and its continuation, neither empty.
 
     Returns:
         The log-probability of each continuation, in nats, and whether each of its tokens is the likeliest one.
@@ -137,12 +128,6 @@ def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Ar
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], options: Options, key: jax.Array) -> list[str]:
     """Continue prompts in one batch, which ends soon after its last stop string.
 
-    Args:
-        generator: the base with its adapter.
-        prompts: token ids, none empty.
-        options: where to end.
-        key: from `jax.random.key`.
-
     Returns:
         The texts, without stop strings and special tokens.
 
@@ -160,9 +145,7 @@ def generate(generator: Generator, prompts: Sequence[Sequence[int]], options: Op
 def group_prompts(prompts: Sequence[tuple[list[int], Options]], batch_tokens: int) -> list[tuple[Options, list[int]]]:
     """Group the indices of prompts that are continued together: those with the same options, the longest first.
 
-    Args:
-        prompts: token ids and options.
-        batch_tokens: token positions in memory at once; a batch has one prompt or more.
+    A batch has at most `batch_tokens` token positions, or a single prompt.
     """
     by_options: dict[Options, list[int]] = {}
     for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index][0])):
@@ -211,11 +194,7 @@ def _refuse(name: str, came: Any, wanted: str) -> NoReturn:
 
 
 def check_dtype(name: Any) -> str:
-    """Check the name of a dtype.
-
-    Raises:
-        UsageError: the decoder does not run in it.
-    """
+    """Check the name of a dtype."""
     if name not in _DTYPES:
         msg = f"dtype {name!r} was asked for, wanted {' or '.join(_DTYPES)}"
         raise UsageError(msg)
@@ -252,11 +231,7 @@ def prefix_token(base: BaseModel, tokenizer: Tokenizer, given: int | None) -> in
 
 
 def end_token(base: BaseModel, tokenizer: Tokenizer) -> int:
-    """Choose the token that ends a text: eos of the configuration, else the first stop token.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Choose the token that ends a text: eos of the configuration, else the first stop token."""
     stated = base.config.get("eos_token_id")
     for index in [*(stated if isinstance(stated, list) else [stated]), *tokenizer.stops]:
         if _is_token(index, base):

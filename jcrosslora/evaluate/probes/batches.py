@@ -158,10 +158,6 @@ def match_positions(src: Encoded, tgt: Encoded) -> tuple[np.ndarray, np.ndarray]
     If several tokens of one side end at the same character (the later ones cover no text), the first is used.
     Leading tokens that cover no text (bos) and tokens that end inside a character are not paired.
 
-    Args:
-        src: encoding by the source's tokenizer.
-        tgt: encoding by the target's tokenizer.
-
     Returns:
         Two int64 arrays (N,), both ascending: indices of tokens in `src` and in `tgt`.
     """

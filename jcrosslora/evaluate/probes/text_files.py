@@ -15,14 +15,7 @@ _JSON_LINES = (".jsonl", ".ndjson")
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read the user's own unlabelled texts; of a conversation the contents, one below the other.
-
-    Args:
-        path: see `read_prompts`.
-
-    Raises:
-        UsageError: see `read_prompts`.
-    """
+    """Read the texts of a file as `read_prompts` does; of a conversation the contents, one below the other."""
     return [prompt_text(prompt) for prompt in read_prompts(path)]
 
 
@@ -44,10 +37,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
     """Take the prompts out of the text of a file, see `read_prompts`.
 
-    Args:
-        text: of the file.
-        name: of the file, for errors.
-        json_lines: whether each line is a JSON object.
+    `name` is that of the file, for errors.
 
     Raises:
         UsageError: there is no prompt, or a line has the wrong form.

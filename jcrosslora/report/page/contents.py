@@ -26,9 +26,6 @@ class Contents:
     """What a page shows; what is None or empty is left out of it.
 
     Attributes:
-        name: of the folder or of the adapter.
-        moved: the report of the transfer.
-        evaluation: figures and answers.
         texts: some of the texts that the update was fitted to, as far as the source wrote them itself.
     """
 
@@ -73,11 +70,8 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None
 def contents_of(report: TransferReport, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
     """Take a transfer and an evaluation that are in memory.
 
-    Args:
-        report: as `documents.published` returns it.
-        answers: figures and answers of the target with adapters, or None.
-        roles: which of these adapters is which.
-        own: name of the moved adapter, if it is among them.
+    The report is one that `documents.published` returned. The evaluation is of the target with adapters; `own` is the
+    name of the moved adapter, if it is among them.
 
     Raises:
         UsageError: a role names no adapter.

@@ -79,10 +79,8 @@ def new_figure(height: float) -> Figure:
 def inline_svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an element of a page, in the colours of its style sheet; call it within `drawing`.
 
-    Args:
-        figure: what was drawn.
-        name: of the picture, for identifiers that no other picture on the page has.
-        label: what it shows, for those who do not see it.
+    `name` makes the identifiers unlike those of other pictures on the page; `label` says what it shows to those who do
+    not see it.
     """
     text = file_of(figure, "svg").decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
