@@ -88,7 +88,7 @@ TOKENIZERS = [
 @pytest.mark.parametrize(("tok_src", "tok_tgt"), TOKENIZERS)
 @pytest.mark.parametrize("length", [20, 128])
 def test_batches_have_all_matches_except_at_the_first_position(tok_src, tok_tgt, length):
-    batches = probe_batches(TEXTS, tok_src, tok_tgt, length=length, batch=4)
+    batches = probe_batches(TEXTS, (tok_src, tok_tgt), length=length, batch=4)
     wanted = pairs_by_brute_force(TEXTS, tok_src, tok_tgt, length)
     assert pairs_of(batches) == wanted
     assert count_positions(batches) == len(wanted)
@@ -97,7 +97,7 @@ def test_batches_have_all_matches_except_at_the_first_position(tok_src, tok_tgt,
 @pytest.mark.parametrize(("tok_src", "tok_tgt"), TOKENIZERS)
 @pytest.mark.parametrize("positions", [None, 50, 400])
 def test_all_batches_have_the_same_shape(tok_src, tok_tgt, positions):
-    batches = probe_batches(TEXTS, tok_src, tok_tgt, length=64, batch=4, positions=positions)
+    batches = probe_batches(TEXTS, (tok_src, tok_tgt), length=64, batch=4, positions=positions)
     shapes = {tuple((name, getattr(one, name).shape) for name in vars(one)) for one in batches}
     assert len(shapes) == 1
     sizes = dict(shapes.pop())
@@ -120,8 +120,8 @@ def test_all_batches_have_the_same_shape(tok_src, tok_tgt, positions):
 
 def test_batch_with_too_many_matches_keeps_some_of_every_text():
     tok_src, tok_tgt = TOKENIZERS[0]
-    (whole,) = probe_batches(TEXTS, tok_src, tok_tgt, batch=len(TEXTS))
-    (thinned,) = probe_batches(TEXTS, tok_src, tok_tgt, batch=len(TEXTS), positions=60)
+    (whole,) = probe_batches(TEXTS, (tok_src, tok_tgt), batch=len(TEXTS))
+    (thinned,) = probe_batches(TEXTS, (tok_src, tok_tgt), batch=len(TEXTS), positions=60)
     assert thinned.valid.all()
     assert len(set(thinned.at_src.tolist())) == 60
     assert set(pairs_of([thinned])) < set(pairs_of([whole]))
@@ -131,19 +131,19 @@ def test_batch_with_too_many_matches_keeps_some_of_every_text():
 
 def test_tokens_after_the_last_match_are_dropped_and_long_texts_come_first():
     tok_src, tok_tgt = PieceTokenizer(2), PieceTokenizer(3)
-    batches = probe_batches(TEXTS, tok_src, tok_tgt, batch=3)
+    batches = probe_batches(TEXTS, (tok_src, tok_tgt), batch=3)
     lengths = [int(row.sum()) for one in batches for row in one.mask_src if row.any()]
     assert lengths == sorted(lengths, reverse=True)
     # 160 characters end in 54 tokens of 3; the last match is at 156, or at the end where both stop.
     assert lengths[0] == 80
-    (alone,) = probe_batches(["x" * 27], PieceTokenizer(2), PieceTokenizer(5, ragged=True), batch=1)
+    (alone,) = probe_batches(["x" * 27], (PieceTokenizer(2), PieceTokenizer(5, ragged=True)), batch=1)
     assert alone.mask_src.sum() * 2 == 20
     assert alone.mask_tgt.sum() * 5 == 20
 
 
 def test_texts_without_a_match_are_dropped():
     tok_src, tok_tgt = PieceTokenizer(2), PieceTokenizer(3)
-    (one,) = probe_batches(["x", "xx" * 9, ""], tok_src, tok_tgt, batch=3)
+    (one,) = probe_batches(["x", "xx" * 9, ""], (tok_src, tok_tgt), batch=3)
     assert one.mask_src.any(axis=1).tolist() == [True, False, False]
     assert one.mask_tgt.any(axis=1).tolist() == [True, False, False]
 
@@ -160,6 +160,6 @@ def test_texts_without_a_match_are_dropped():
 )
 def test_texts_without_any_match_are_refused(texts, sizes, named):
     with pytest.raises(UsageError) as caught:
-        probe_batches(texts, PieceTokenizer(2), PieceTokenizer(3), **sizes)
+        probe_batches(texts, (PieceTokenizer(2), PieceTokenizer(3)), **sizes)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -171,7 +171,7 @@ def test_matched_tokens_of_two_tokenizers_spell_the_same_text(tmp_path):
         for merges, bos in ((40, False), (150, True))
     )
     text = "The dog said naïve things to Zürich — and ‘Water’ boils. " * 2
-    (one,) = probe_batches([text], src, tgt, batch=1)
+    (one,) = probe_batches([text], (src, tgt), batch=1)
     at_src, at_tgt = one.at_src[one.valid], one.at_tgt[one.valid]
     assert len(at_src) > 30
     for i, j in zip(at_src, at_tgt, strict=True):

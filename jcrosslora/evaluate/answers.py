@@ -24,7 +24,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
+from jcrosslora.evaluate.bootstrap import Evaluation
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums
 from jcrosslora.text import Completion, read
@@ -121,7 +121,7 @@ ANSWER_FIGURES = (*_OF_TEXTS, "ended", "nll_per_char")
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class Answers(Evaluation):
     """Answers to n examples under A models: the base first, then its adapters.
 
     Attributes:
@@ -185,26 +185,9 @@ class Answers:
             self._computed[figure] = self._compute(figure)
         return self._computed[figure]
 
-    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """Compute the mean of a figure under each model with its 95% interval over resampled examples."""
-        return intervals(self.by_example(figure), draws=draws, seed=seed)
-
-    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """Compute each model's figure minus the base's, with the 95% interval over the same resampled examples."""
-        return differences(self.by_example(figure), draws=draws, seed=seed)
-
-    def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
-        """Compute the share of a trained adapter's gain over the base that a moved one brings (see `lift_recovered`).
-
-        The interval is over the same resampled examples in all three models.
-
-        `moved` and `trained` are places in `names`, 1 or more.
-
-        Raises:
-            UsageError: no such model, an unknown figure, or a gain of the trained adapter whose interval is not
-                above 0.
-        """
-        return lift_of(self.by_example(figure), moved, trained, lower=figure == "nll_per_char", draws=draws, seed=seed)
+    def values(self, figure: str) -> np.ndarray:
+        """Return `by_example`."""
+        return self.by_example(figure)
 
     def _compute(self, figure: str) -> np.ndarray:
         if figure == "ended":

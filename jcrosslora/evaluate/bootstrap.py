@@ -3,12 +3,14 @@
 B. Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 7 (1979).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
 from jcrosslora.errors import UsageError
 
+LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 _PERCENTILES = (2.5, 97.5)
 _NUMBERS_AT_ONCE = 4_000_000
 
@@ -24,6 +26,44 @@ class Interval:
     def excludes(self, number: float) -> bool:
         """Check whether a number lies outside the interval."""
         return not self.low <= number <= self.high
+
+
+class Evaluation(ABC):
+    """Figures of n questions under A models, the base first, with 95% intervals over resampled questions."""
+
+    @abstractmethod
+    def values(self, figure: str) -> np.ndarray:
+        """float64 (A, n): a figure of each question.
+
+        Raises:
+            UsageError: an unknown figure.
+        """
+
+    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute the mean of a figure under each model with its interval."""
+        return intervals(self.values(figure), draws=draws, seed=seed)
+
+    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute each model's figure minus the base's with its interval, over the same resampled questions."""
+        values = self.values(figure)
+        return intervals(values - values[:1], draws=draws, seed=seed)
+
+    def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
+        """Compute the share of a trained adapter's gain over the base that a moved one brings (see `lift_recovered`).
+
+        `moved` and `trained` are indices of models, 1 or more.
+
+        Raises:
+            UsageError: no such model, an unknown figure, or a gain of the trained adapter whose interval is not
+                above 0.
+        """
+        values = self.values(figure)
+        for place in (moved, trained):
+            if not 1 <= place < len(values):
+                msg = f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1"
+                raise UsageError(msg)
+        base, own, oracle = (values if figure in LOWER_IS_BETTER else -values)[[0, moved, trained]]
+        return lift_recovered(base, own, oracle, draws=draws, seed=seed)
 
 
 def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> np.ndarray:
@@ -52,11 +92,6 @@ def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list
     """Compute the mean of each row of (A, n) with its interval."""
     means = bootstrap_means(values, draws=draws, seed=seed)
     return [_interval(float(row.mean()), found) for row, found in zip(np.asarray(values), means, strict=True)]
-
-
-def differences(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-    """Compute the mean of each row of (A, n) minus that of the first, over the same resampled questions."""
-    return intervals(values - values[:1], draws=draws, seed=seed)
 
 
 def lift_recovered(
@@ -90,25 +125,6 @@ def lift_recovered(
     # figures of 0 and 1 have, there is no share.
     some = means[1] != 0
     return _interval(float(gains[0].mean() / gains[1].mean()), means[0, some] / means[1, some])
-
-
-def lift_of(
-    values: np.ndarray, moved: int, trained: int, *, lower: bool, draws: int = 10_000, seed: int = 0
-) -> Interval:
-    """Compute `lift_recovered` of two models of an evaluation.
-
-    Values are (A, n), a figure of n questions under A models, the base first; `moved` and `trained` are indices of
-    models, 1 or more. `lower` says whether a lower value is better.
-
-    Raises:
-        UsageError: no such model, or a gain of the trained adapter whose interval is not above 0.
-    """
-    for place in (moved, trained):
-        if not 1 <= place < len(values):
-            msg = f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1"
-            raise UsageError(msg)
-    base, own, oracle = (values if lower else -values)[[0, moved, trained]]
-    return lift_recovered(base, own, oracle, draws=draws, seed=seed)
 
 
 def _interval(value: float, draws: np.ndarray) -> Interval:

@@ -89,21 +89,6 @@ class Effect:
     positions: int
     written: bool
 
-    @classmethod
-    def of(
-        cls,
-        source: Change,
-        target: Change,
-        excess: np.ndarray,
-        *,
-        texts: int,
-        positions: int,
-        written: bool,
-    ) -> "Effect":
-        """Make the record of the excess of each text, (texts',)."""
-        error = _deviation(excess) / math.sqrt(len(excess))
-        return cls(source, target, float(np.mean(excess)), error, texts, positions, written)
-
     @property
     def share(self) -> float:
         """The target's divergence over the source's; NaN where the source's is only rounding."""
@@ -211,10 +196,12 @@ def check_effect(
     _check_finite(src, source, adapter)
     _check_finite(tgt, target, None)
     growth_src, growth_tgt = (side[-1].nll_adapted - side[-1].nll for side in (src, tgt))
-    return Effect.of(
+    excess = growth_tgt if kinds[1] else growth_tgt - growth_src
+    return Effect(
         Change.of(src[0].kl, src[-1].nll, src[-1].nll_adapted),
         Change.of(tgt[0].kl, tgt[-1].nll, tgt[-1].nll_adapted),
-        growth_tgt if kinds[1] else growth_tgt - growth_src,
+        float(np.mean(excess)),
+        _deviation(excess) / math.sqrt(len(excess)),
         texts=sum(len(one.kl) for one in src),
         positions=sum(one.positions for one in src),
         written=bool(kinds[1]),
@@ -299,7 +286,7 @@ def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> l
     if not texts:
         return []
     try:
-        found = probe_batches(_spread(texts), *tokenizers, length=LENGTH, batch=_BATCH)
+        found = probe_batches(_spread(texts), tokenizers, length=LENGTH, batch=_BATCH)
     except UsageError:  # no position matches
         return []
     return found if any(part_of(batch, 0).at.size for batch in found) else []

@@ -79,7 +79,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """A base with several adapters."""
+    """A base with A adapters, stacked."""
 
     model: Model
     names: tuple[str, ...]  # (A,)

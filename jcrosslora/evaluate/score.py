@@ -19,7 +19,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
+from jcrosslora.evaluate.bootstrap import LOWER_IS_BETTER, Evaluation, Interval
 from jcrosslora.evaluate.examples import Question, read_task
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums, tokenize
 
@@ -27,7 +27,7 @@ FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Evaluation):
     """Scores of n questions with C choices at most, under A models: the base first, then its adapters.
 
     Attributes:
@@ -90,19 +90,9 @@ class Scores:
         ranked = np.where(exists, self.log_probs if figure == "accuracy" else per_char, -np.inf)
         return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
 
-    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """Compute the figure of each model with its 95% interval over resampled questions."""
-        return intervals(self.by_question(figure), draws=draws, seed=seed)
-
-    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """Compute each model's figure minus the base's, with the 95% interval over the same resampled questions."""
-        return differences(self.by_question(figure), draws=draws, seed=seed)
-
-    def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
-        """Compute the share of a trained adapter's gain that a moved one brings, see `Answers.lift`."""
-        return lift_of(
-            self.by_question(figure), moved, trained, lower=figure in _LOWER_IS_BETTER, draws=draws, seed=seed
-        )
+    def values(self, figure: str) -> np.ndarray:
+        """Return `by_question`."""
+        return self.by_question(figure)
 
 
 def score(
@@ -173,7 +163,6 @@ _TITLES = {
     "nll_per_char": "nats per character",
     "nll_pooled": "the same, pooled",
 }
-_LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 
 
 def print_scores(scores: Scores, console: Console) -> None:
@@ -207,7 +196,7 @@ def word_of(figure: str, difference: Interval) -> Direction:
     """Name a difference to the base; it is unclear where its interval includes 0."""
     if not difference.excludes(0):
         return Direction.UNCLEAR
-    return Direction.BETTER if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else Direction.WORSE
+    return Direction.BETTER if (difference.value < 0) == (figure in LOWER_IS_BETTER) else Direction.WORSE
 
 
 def _text(found: Interval, sign: str = "") -> str:

@@ -63,8 +63,7 @@ class _Pair:
 
 def probe_batches(
     texts: Iterable[str],
-    tok_src: Tokenizer,
-    tok_tgt: Tokenizer,
+    tokenizers: tuple[Tokenizer, Tokenizer],
     *,
     length: int = 128,
     batch: int = 8,
@@ -78,8 +77,7 @@ def probe_batches(
 
     Args:
         texts: the probe texts.
-        tok_src: the source's tokenizer.
-        tok_tgt: the target's.
+        tokenizers: of source and target.
         length: the most tokens of a text, on each side; the rest is cut off.
         batch: B. Texts of similar length are batched together, the longest first; the last batch is padded with empty
             rows.
@@ -101,7 +99,8 @@ def probe_batches(
     if width is not None and width < length:
         msg = f"probe batches of {width=} were asked for with texts of {length=}: the width must be at least that"
         raise UsageError(msg)
-    encoded = (_pair(place, tok_src.encode(text), tok_tgt.encode(text), length) for place, text in enumerate(texts))
+    src, tgt = tokenizers
+    encoded = (_pair(place, src.encode(text), tgt.encode(text), length) for place, text in enumerate(texts))
     pairs = sorted((pair for pair in encoded if len(pair.at_src)), key=lambda pair: -pair.length)
     if not pairs:
         msg = f"no probe text has a token that ends where one of the other base ends within {length} tokens: give more"

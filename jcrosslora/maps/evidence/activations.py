@@ -49,7 +49,7 @@ def batch_probes(
     if probes is None:
         probes = written_probes(source, seed=seed)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
-    batches = probe_batches(probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
+    batches = probe_batches(probes.texts, tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
     return dataclasses.replace(probes, positions=count_positions(batches)), batches
 
 
