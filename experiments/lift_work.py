@@ -34,7 +34,7 @@ from written_task import written_example
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.evaluate import read_task
-from jcrosslora.evaluate.probes.text_files import save_texts
+from jcrosslora.evaluate.examples import save_texts
 from jcrosslora.session.files import transfer_files
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 

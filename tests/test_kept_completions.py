@@ -7,7 +7,7 @@ import pytest
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.evaluate.probes.text_files import read_prompts
+from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.methods import Moved, PadTruncate
 from jcrosslora.text import Completion, Message
 

@@ -91,7 +91,7 @@ class Generate:
                 say(console, line)
 
     def _prompts(self) -> "Sequence[Prompt]":
-        from jcrosslora.evaluate.probes.text_files import parse_prompts, read_prompts
+        from jcrosslora.evaluate.examples import parse_prompts, read_prompts
 
         if bool(self.prompt) == (self.prompts is not None):
             msg = f"{len(self.prompt)} prompts and the file {self.prompts}: give texts, or a file with --prompts"

@@ -190,7 +190,7 @@ class Search:
 
     def run(self, console: Console) -> None:
         """Print a line for each prompt."""
-        from jcrosslora.evaluate.probes.text_files import read_prompts
+        from jcrosslora.evaluate.examples import read_prompts
         from jcrosslora.shelf import Shelf
         from jcrosslora.text import Prompt
         from jcrosslora.text.completion import prompt_text

@@ -121,7 +121,6 @@ class LoadedBases:
     """Loads the weights of bases, and keeps those of some dtypes.
 
     Attributes:
-        kept: the dtypes.
         mesh: of the devices that all weights are divided over; None puts them whole on the default device.
     """
 

@@ -174,13 +174,8 @@ def _write_tokens(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Draw up to `most` tokens in a loop, as `extend` does.
 
-    Args:
-        run: of the cache in the state, tokens and their positions, int32 (B,) each: logits of the next, and the cache
-            with these in it.
-        state: to go on from.
-        sampling: of at most `count` tokens.
-        count: columns of what is returned, static.
-        stop_tokens: that end a text, static.
+    `run` takes the cache of the state, tokens and their positions, int32 (B,) each, and returns the logits of the next
+    tokens and the cache with these in it. `count` columns are returned (static).
     """
     shape = len(state.scores), count
 

@@ -24,7 +24,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Evaluation
+from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums
 from jcrosslora.text import Completion, read
@@ -121,7 +121,7 @@ ANSWER_FIGURES = (*_OF_TEXTS, "ended", "nll_per_char")
 
 
 @dataclass(frozen=True, eq=False)
-class Answers(Evaluation):
+class Answers(Evaluated):
     """Answers to n examples under A models: the base first, then its adapters.
 
     Attributes:

@@ -28,7 +28,7 @@ class Interval:
         return not self.low <= number <= self.high
 
 
-class Evaluation(ABC):
+class Evaluated(ABC):
     """Figures of n questions under A models, the base first, with 95% intervals over resampled questions."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import LOWER_IS_BETTER, Evaluation, Interval
+from jcrosslora.evaluate.bootstrap import LOWER_IS_BETTER, Evaluated, Interval
 from jcrosslora.evaluate.examples import Question, read_task
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums, tokenize
 
@@ -27,7 +27,7 @@ FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Evaluation):
+class Scores(Evaluated):
     """Scores of n questions with C choices at most, under A models: the base first, then its adapters.
 
     Attributes:

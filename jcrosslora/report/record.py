@@ -179,9 +179,6 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         recipe_toml: the transfer as `jcrosslora transfer --recipe` reads it; only what differs from the defaults.
         schema: the version of this form.
         version: the version of jcrosslora that made the report.
-        recipe: the settings of the alignment.
-        source: the base that the adapter came from.
-        target: the base that it is now for.
         scale: factor of every moved update.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.

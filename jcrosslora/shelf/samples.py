@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.probes.text_files import read_prompts
+from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import COMPLETIONS, prompt_text
 

@@ -39,7 +39,6 @@ class LoraRiteState:
     """The state of `lora_rite`.
 
     Attributes:
-        count: int32 scalar, steps made.
         moments: role -> moments of B and of A', stacked over L layers.
     """
 

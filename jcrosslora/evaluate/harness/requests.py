@@ -76,12 +76,7 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int) -> list[tupl
 
 
 def check_finite(found: Sequence[tuple[float, bool]], base: BaseModel, adapter: Adapter | None) -> None:
-    """Check that all values are finite.
-
-    Raises:
-        CheckpointError: one is not, and there is no adapter.
-        AdapterError: one is not, with the adapter.
-    """
+    """Raise if a value is not finite: CheckpointError of the base alone, AdapterError with an adapter."""
     if not all(math.isfinite(value) for value, _ in found):
         raise not_finite(base.name, None if adapter is None else adapter.info.name, values="log-probabilities")
 

@@ -44,7 +44,6 @@ class Probes:
     """Texts that both bases are run on.
 
     Attributes:
-        texts: at least one.
         description: their origin, for reports, e.g. "written by HuggingFaceTB/SmolLM2-135M at temperature 1".
         seed: seed of generated or sampled texts; None for given texts.
         positions: number of matched positions of the two bases (see `count_positions`); None before it is known.

@@ -102,10 +102,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures and answers of a base and its adapters.
+    """The figures and answers of a base, which is first, and its adapters.
 
     Attributes:
-        models: the base first.
         count: how many questions or examples there were.
         written: whether they were answered in writing.
         not_scored: what the figures leave out, one sentence each.
