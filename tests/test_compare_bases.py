@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from tiny_bases import llama_tensors, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.architectures.table import FAMILIES
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.cli.main import main
 from jcrosslora.relation import Relation, compare_bases

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from checkpoint_files import CONFIG
 
-from jcrosslora.architectures.keys import COMMON_KEYS, HARMLESS_KEYS
-from jcrosslora.architectures.table import UNSUPPORTED
+from jcrosslora.architectures.families import UNSUPPORTED
+from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.checkpoint import FAMILIES, check_config, open_base, read_dims
 from jcrosslora.errors import CheckpointError
 

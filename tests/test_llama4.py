@@ -17,7 +17,7 @@ from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
 
 import jcrosslora as jcl
-from jcrosslora.architectures.blocks.routing import route
+from jcrosslora.architectures.blocks.experts import route
 from jcrosslora.checkpoint import ROLE_PATHS, holder_of
 from jcrosslora.decoder import load_model, settings_of, stack_adapter
 from jcrosslora.errors import CheckpointError

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import torch
 
-from jcrosslora.architectures.blocks.recurrence import decaying_recurrence
-from jcrosslora.architectures.blocks.recurrent import causal_convolution
+from jcrosslora.architectures.blocks.recurrent import causal_convolution, decaying_recurrence
 
 delta = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 mamba = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid")

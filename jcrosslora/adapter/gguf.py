@@ -23,7 +23,7 @@ from jcrosslora.adapter.contents import Contents, file_factors
 from jcrosslora.adapter.names import PREFIX, TensorName, ending
 from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.weights import PeftContents, Weights, check_names
-from jcrosslora.architectures.table import FAMILIES
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.gguf import open_header
 from jcrosslora.checkpoint.gguf_header import GGUFHeader

@@ -8,12 +8,12 @@ from jcrosslora.architectures.architecture import usual_layers as usual_layers
 from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.architectures.blocks import ROLES as ROLES
 from jcrosslora.architectures.expert_rules import ExpertRules as ExpertRules
+from jcrosslora.architectures.families import FAMILIES as FAMILIES
 from jcrosslora.architectures.family import Family as Family
-from jcrosslora.architectures.keys import words as words
+from jcrosslora.architectures.family import Gguf as Gguf
+from jcrosslora.architectures.family import Positions as Positions
+from jcrosslora.architectures.family import Windows as Windows
 from jcrosslora.architectures.layer import Layer as Layer
-from jcrosslora.architectures.rules import Gguf as Gguf
-from jcrosslora.architectures.rules import Positions as Positions
-from jcrosslora.architectures.rules import Windows as Windows
+from jcrosslora.architectures.names import words as words
 from jcrosslora.architectures.sizes import Dims as Dims
 from jcrosslora.architectures.sizes import Number as Number
-from jcrosslora.architectures.table import FAMILIES as FAMILIES

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jcrosslora.architectures.blocks.routing import Scores
+from jcrosslora.architectures.blocks.experts import Scores
 from jcrosslora.architectures.sizes import Number, size
 from jcrosslora.errors import CheckpointError
 

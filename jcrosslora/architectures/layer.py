@@ -8,8 +8,7 @@ from typing import Any
 import jax
 
 from jcrosslora.architectures.blocks import INPUT_SITES, Block, Experts, MlpAndExperts, Tensor
-from jcrosslora.architectures.cache import KeysValues, KVCache
-from jcrosslora.architectures.run import BlockSettings, Context, LayerCapture, LayerWeights, Run
+from jcrosslora.architectures.run import BlockSettings, Context, KeysValues, KVCache, LayerCapture, LayerWeights, Run
 
 STREAM_NORMS = ("attn", "attn_post", "mlp", "mlp_post")
 GGUF_NORMS = {"attn": "attn_norm", "attn_post": "post_attention_norm", "mlp": "ffn_norm", "mlp_post": "post_ffw_norm"}

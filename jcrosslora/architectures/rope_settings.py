@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.family import FULL, SLIDING, Family
 from jcrosslora.architectures.ropes import (
     Growth,
     Rope,
@@ -25,7 +25,6 @@ from jcrosslora.architectures.ropes import (
     scaled_longrope,
     yarn,
 )
-from jcrosslora.architectures.rules import FULL, SLIDING
 from jcrosslora.errors import CheckpointError
 
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})

@@ -1,13 +1,11 @@
-"""Compute the rotary frequencies of each rope type, in float64.
-
-Every function takes the number of rotated features of a head and the settings of transformers by name, and ignores
-those that its type does not use.
-"""
+"""Rotary positions: the frequencies of each rope type, in float64, and the rotation of heads by them."""
 
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -43,6 +41,71 @@ class Rope:
     def turns(self) -> bool:
         """Whether any pair is rotated; in a layer without positions none is."""
         return any(self.frequencies)
+
+
+def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Return cosine and sine, float32 (2, B, T, pairs), for each rotary setting.
+
+    Args:
+        ropes: the different rotary settings of a model.
+        positions: int32 (B, T).
+        lengths: int32 (B,), tokens of the whole text of each sequence; None if the positions reach its end.
+    """
+    return tuple(_rotation(rope, positions, lengths) for rope in ropes)
+
+
+def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    if rope.long_frequencies is not None:
+        assert rope.switch is not None
+        # Each sequence by itself. In a batch of transformers, the longest decides for all.
+        reach = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
+        long = reach[:, None, None] > rope.switch
+        frequencies = jnp.where(long, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude
+
+
+def growths(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...] | None:
+    """Return the factor on the queries, float32 (B, T), for each rotary setting; None if no queries grow.
+
+    Args:
+        ropes: the different rotary settings of a model.
+        positions: int32 (B, T).
+    """
+    if all(rope.growth is None for rope in ropes):
+        return None
+    return tuple(_growth(rope.growth or Growth(0.0, 1), positions) for rope in ropes)
+
+
+def _growth(growth: Growth, positions: jax.Array) -> jax.Array:
+    return 1 + growth.beta * jnp.log1p(((positions + growth.first) // growth.length).astype(jnp.float32))
+
+
+def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate pairs of features of every head; features from 2 * pairs on stay unchanged.
+
+    Args:
+        x: (B, T, heads, D).
+        rotation: float32 (2, B, T, pairs), cosine and sine.
+        interleaved: whether the features of a pair are 2i and 2i + 1, instead of i and i + pairs.
+    """
+    pairs = rotation.shape[-1]
+    cosine, sine = rotation[:, :, :, None, :]
+    places = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    if not interleaved:
+        places = slice(0, pairs), slice(pairs, 2 * pairs)
+    first, second = (x[..., place].astype(jnp.float32) for place in places)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    if interleaved:
+        rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * pairs)
+    else:
+        rotated = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
+
+
+# The types: each function takes the number of rotated features of a head and the settings of transformers by name, and
+# ignores those that its type does not use.
 
 
 def default(size: int, *, rope_theta: float, **_: Any) -> Rope:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.architectures.sizes import Dims, size
-from jcrosslora.architectures.table import FAMILIES, UNSUPPORTED
 from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames

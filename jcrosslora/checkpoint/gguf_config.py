@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures.blocks import LatentAttention
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.ropes import llama3_factors
-from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import Metadata
 from jcrosslora.checkpoint.layout import holder_of
 from jcrosslora.errors import CheckpointError

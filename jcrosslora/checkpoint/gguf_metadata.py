@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.table import FAMILIES
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.vocabulary import (
     Vocabulary,
     build_vocabulary,

@@ -5,6 +5,7 @@ from functools import cache
 
 from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, Experts, PerLayerInput
 from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.layer import GGUF_NORMS
 from jcrosslora.architectures.names import (
@@ -16,7 +17,6 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_PROJECTION,
     QKV,
 )
-from jcrosslora.architectures.table import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 
 # Matrices of several roles -> their names in GGUF.

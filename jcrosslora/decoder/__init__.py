@@ -1,7 +1,7 @@
 """Forward pass, sampling and likelihoods of the supported families in JAX, as pure functions over stacked weights."""
 
 from jcrosslora.architectures.blocks import INPUT_SITES as INPUT_SITES
-from jcrosslora.architectures.cache import KVCache as KVCache
+from jcrosslora.architectures.run import KVCache as KVCache
 from jcrosslora.architectures.run import LayerCapture as LayerCapture
 from jcrosslora.architectures.settings import DecoderSettings as DecoderSettings
 from jcrosslora.architectures.settings import init_cache as init_cache

@@ -10,12 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.architectures.attention import growths, rotations
 from jcrosslora.architectures.blocks.per_layer_input import layer_inputs
-from jcrosslora.architectures.cache import EMPTY, KVCache, append_positions, of_sequences
 from jcrosslora.architectures.layer import layer_forward
 from jcrosslora.architectures.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
-from jcrosslora.architectures.run import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
+from jcrosslora.architectures.ropes import growths, rotations
+from jcrosslora.architectures.run import (
+    EMPTY,
+    MODULE_OUTPUT,
+    Context,
+    KVCache,
+    LayerCapture,
+    LayerWeights,
+    append_positions,
+    of_sequences,
+)
 from jcrosslora.architectures.settings import DecoderSettings, last_keys
 from jcrosslora.decoder.layer_stack import scan_layers
 from jcrosslora.decoder.model import Model

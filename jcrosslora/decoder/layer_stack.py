@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.attention import NO_WINDOW
+from jcrosslora.architectures.run import NO_WINDOW
 from jcrosslora.architectures.layer import Layer
 from jcrosslora.architectures.ops import Row
-from jcrosslora.architectures.run import LayerWeights
+from jcrosslora.architectures.run import NO_WINDOW, LayerWeights
 from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.decoder.model import AppliedAdapter, Params
 

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.architectures.cache import KVCache
 from jcrosslora.architectures.layer import layer_forward
 from jcrosslora.architectures.ops import rms_norm
-from jcrosslora.architectures.run import LayerWeights
+from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Model, StackedAdapter, StackedFactors, load_model

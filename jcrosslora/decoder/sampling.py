@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.architectures.cache import KVCache
+from jcrosslora.architectures.run import KVCache
 from jcrosslora.architectures.settings import init_cache
 from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
 from jcrosslora.decoder.model import Model

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.keys import COMMON_KEYS
-from jcrosslora.architectures.names import HEAD
+from jcrosslora.architectures.names import COMMON_KEYS, HEAD
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.relation.matching import MATRICES

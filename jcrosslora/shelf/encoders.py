@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.architectures.cache import KVCache
 from jcrosslora.architectures.layer import layer_forward
-from jcrosslora.architectures.run import LayerWeights
+from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer, pad_right

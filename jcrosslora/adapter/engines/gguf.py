@@ -21,7 +21,7 @@ from jcrosslora.adapter.engines.rules import (
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.names import TensorName, ending
 from jcrosslora.architectures.blocks import LatentAttention
-from jcrosslora.architectures.table import FAMILIES
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_names import architecture
 from jcrosslora.checkpoint.wrapped import text_module_name

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 
 from jcrosslora.architectures.blocks.block import Block as Block
 from jcrosslora.architectures.blocks.block import Linear as Linear
+from jcrosslora.architectures.blocks.block import Mlp as Mlp
 from jcrosslora.architectures.blocks.block import Norm as Norm
+from jcrosslora.architectures.blocks.block import Parallel as Parallel
 from jcrosslora.architectures.blocks.block import Tensor as Tensor
 from jcrosslora.architectures.blocks.delta_rule import DeltaRule as DeltaRule
 from jcrosslora.architectures.blocks.experts import Experts as Experts
 from jcrosslora.architectures.blocks.experts import MlpAndExperts as MlpAndExperts
+from jcrosslora.architectures.blocks.experts import Routing as Routing
 from jcrosslora.architectures.blocks.latent_attention import LatentAttention as LatentAttention
 from jcrosslora.architectures.blocks.mamba2 import Mamba2 as Mamba2
-from jcrosslora.architectures.blocks.mlp import Mlp as Mlp
-from jcrosslora.architectures.blocks.parallel import Parallel as Parallel
 from jcrosslora.architectures.blocks.per_layer_input import PerLayerInput as PerLayerInput
 from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as RecurrentBlock
-from jcrosslora.architectures.blocks.routing import Routing as Routing
+from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
 from jcrosslora.architectures.blocks.self_attention import SelfAttention as SelfAttention
-from jcrosslora.architectures.blocks.short_convolution import ShortConvolution as ShortConvolution
 
 # The classes that have linear modules, in the order in which these are listed.
 BLOCKS: tuple[type[Block], ...] = (

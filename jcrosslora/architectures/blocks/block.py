@@ -1,13 +1,13 @@
-"""What a block of a layer is: its linear modules, norms and other tensors, what it keeps of a text, and how it runs."""
+"""What a block of a layer is, and the plain blocks: a dense MLP, and two mixers side by side."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
-from jcrosslora.architectures.cache import KVCache
-from jcrosslora.architectures.run import Run
+from jcrosslora.architectures.run import KVCache, Run
 
 
 class Linear(NamedTuple):
@@ -102,3 +102,92 @@ class Block:
             (B, T, H), what it adds to the stream, and the cache with what it keeps of these tokens.
         """
         raise NotImplementedError
+
+
+_WIDE = "wide_"  # in front of the roles of layers whose MLP is wider than that of others
+
+
+def _linears(group: str) -> tuple[Linear, ...]:
+    return (
+        Linear(f"{group}gate_proj", "mlp.gate_proj", f"{group}mlp_in", "mlp", "ffn_gate"),
+        Linear(f"{group}up_proj", "mlp.up_proj", f"{group}mlp_in", "mlp", "ffn_up"),
+        Linear(f"{group}down_proj", "mlp.down_proj", f"{group}down_in", "mlp_post", "ffn_down", stream="writes"),
+    )
+
+
+@dataclass(frozen=True)
+class Mlp(Block):
+    """An MLP that all tokens go through.
+
+    Attributes:
+        hidden: features of the stream.
+        width: features inside.
+        gated: whether the activation is that of a gate.
+        wide: whether its width is not that of the other layers, so that its weights are stacked on their own.
+    """
+
+    hidden: int
+    width: int
+    gated: bool = True
+    wide: bool = False
+
+    LINEARS: ClassVar = (*_linears(""), *_linears(_WIDE))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I)."""
+        inside, group = (self.width, self.hidden), _WIDE if self.wide else ""
+        gate = {f"{group}gate_proj": inside} if self.gated else {}
+        return gate | {f"{group}up_proj": inside, f"{group}down_proj": (self.hidden, self.width)}
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run the MLP; see `Block.forward`."""
+        group = _WIDE if self.wide else ""
+        gate = run.module(f"{group}gate_proj", x) if self.gated else None
+        up = run.module(f"{group}up_proj", x)
+        inner = run.activate(up) if gate is None else run.activate(gate) * up
+        return run.module(f"{group}down_proj", inner), cache
+
+
+@dataclass(frozen=True)
+class Parallel(Block):
+    """Two mixers side by side.
+
+    Attributes:
+        first: whose output comes first in the sum.
+        second: the other; the two have no role and no state in common.
+    """
+
+    first: Block
+    second: Block
+
+    @property
+    def rotated_size(self) -> int | None:
+        """That of the one that has positions."""
+        return self.first.rotated_size or self.second.rotated_size
+
+    @property
+    def mixed_size(self) -> int:
+        """The larger of both."""
+        return max(self.first.mixed_size, self.second.mixed_size)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I) of both."""
+        return self.first.shapes() | self.second.shapes()
+
+    def norms(self) -> dict[str, Norm]:
+        """Return the norms inside both."""
+        return self.first.norms() | self.second.norms()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of both."""
+        return self.first.tensors() | self.second.tensors()
+
+    def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
+        """Return the form of what both keep."""
+        return self.first.states(batch, length, dtype) | self.second.states(batch, length, dtype)
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run both; see `Block.forward`."""
+        first, cache = self.first.forward(run, x, cache)
+        second, cache = self.second.forward(run, x, cache)
+        return first + second, cache

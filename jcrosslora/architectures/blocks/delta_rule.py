@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.architectures.blocks.block import Linear, Tensor
-from jcrosslora.architectures.blocks.recurrence import grouped_recurrence
-from jcrosslora.architectures.blocks.recurrent import Inside, RecurrentBlock, RecurrentState, causal_convolution
+from jcrosslora.architectures.blocks.recurrent import (
+    Inside,
+    RecurrentBlock,
+    RecurrentState,
+    causal_convolution,
+    grouped_recurrence,
+)
 from jcrosslora.architectures.ops import rms_norm
 
 _LENGTH_EPS = 1e-6  # added to the square of the length of queries and keys

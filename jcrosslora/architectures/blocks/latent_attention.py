@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.architectures.attention import apply_rope
 from jcrosslora.architectures.blocks.block import Block, Linear, Norm
 from jcrosslora.architectures.blocks.self_attention import SelfAttention, attended, grown, remembered
-from jcrosslora.architectures.cache import KeysValues, KVCache
 from jcrosslora.architectures.ops import rms_norm
-from jcrosslora.architectures.run import Run
+from jcrosslora.architectures.ropes import apply_rope
+from jcrosslora.architectures.run import KeysValues, KVCache, Run
 
 _EPS = 1e-6  # of the norms of latents, whatever the configuration says of others
 _KIND = "attention"

@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.architectures.blocks.block import Linear, Tensor
-from jcrosslora.architectures.blocks.recurrence import grouped_recurrence
-from jcrosslora.architectures.blocks.recurrent import Inside, RecurrentBlock, RecurrentState, causal_convolution
+from jcrosslora.architectures.blocks.recurrent import (
+    Inside,
+    RecurrentBlock,
+    RecurrentState,
+    causal_convolution,
+    grouped_recurrence,
+)
 from jcrosslora.architectures.ops import ACTIVATIONS, rms_norm
 from jcrosslora.architectures.run import Run
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.architectures.blocks.block import Block, Linear, Norm
-from jcrosslora.architectures.cache import KVCache
 from jcrosslora.architectures.ops import ACTIVATIONS, linear, rms_norm, rows_at
-from jcrosslora.architectures.run import Run
+from jcrosslora.architectures.run import KVCache, Run
 
 
 @dataclass(frozen=True)

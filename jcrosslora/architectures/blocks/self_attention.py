@@ -5,12 +5,12 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jcrosslora.architectures.attention import apply_rope, attention, attention_mask
 from jcrosslora.architectures.blocks.block import Block, Linear, Norm, Tensor
-from jcrosslora.architectures.cache import KeysValues, KVCache, append_layer, last_of_kind
-from jcrosslora.architectures.ops import rms_norm
-from jcrosslora.architectures.run import Run
+from jcrosslora.architectures.ops import einsum, rms_norm, soft_cap
+from jcrosslora.architectures.ropes import apply_rope
+from jcrosslora.architectures.run import KeysValues, KVCache, Run, append_layer, last_of_kind
 
 # For each head, for all heads together, for each behind the rotation, or so without a gain in layers with positions.
 HeadNorms = Literal["head", "whole", "rotated", "unit"]
@@ -194,3 +194,67 @@ def attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, s
         context.query_positions, context.key_positions, run.layer.window, chunked=settings.chunked_windows
     )
     return attention(queries, keys, values, mask, scale, settings.attn_soft_cap, run.tensors.get("sinks"))
+
+
+def attention_mask(
+    query_positions: jax.Array, key_positions: jax.Array, window: jax.Array, *, chunked: bool = False
+) -> jax.Array:
+    """Return which keys each query attends to, bool (B, T, S).
+
+    Args:
+        query_positions: int32 (B, T).
+        key_positions: int32 (B, S), negative for padding and free slots.
+        window: int32 scalar, number of visible positions, the query's own included.
+        chunked: whether a query sees the positions of its own chunk of that number, instead of the last ones.
+    """
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    near = queries // window == keys // window if chunked else queries - keys < window
+    return (keys >= 0) & (keys <= queries) & near
+
+
+def attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    cap: float | None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Apply softmax attention.
+
+    Args:
+        queries: (B, T, heads, D).
+        keys: (B, kv_heads, S, D).
+        values: (B, kv_heads, S, E).
+        mask: bool (B, T, S), from `attention_mask`.
+        scale: factor on the scores.
+        cap: soft cap of the scores, or None.
+        sinks: float32 (heads,), the score of attending to nothing; None without that choice.
+
+    Returns:
+        (B, T, heads * E) in the dtype of the queries; the products are of the dtype of the keys. A query that attends
+        to nothing gets the mean of all values.
+    """
+    batch, length, heads, size = queries.shape
+    groups = heads // keys.shape[1]
+    # The query heads of one key-value head become rows of one matrix.
+    grouped = queries.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, -1, groups * length, size).astype(keys.dtype)
+    scores = einsum("bktd,bksd->bkts", rows, keys) * scale
+    scores = soft_cap(scores, cap).reshape(batch, -1, groups, length, keys.shape[2])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = _softmax(scores, sinks).astype(values.dtype)
+    mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
+    mixed = mixed.reshape(batch, -1, groups, length, values.shape[-1]).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, length, heads * values.shape[-1]).astype(queries.dtype)
+
+
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Return the weights of scores (B, kv_heads, groups, T, S); those of a head with a sink sum to less than 1."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.reshape(scores.shape[1], scores.shape[2], 1, 1)
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    exponentials = jnp.exp(scores - largest)
+    return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - largest))

@@ -6,11 +6,9 @@ from typing import Any
 from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
 from jcrosslora.architectures.blocks import Mamba2
 from jcrosslora.architectures.families.mamba2 import mamba
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.family import Family, Positions
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP
-from jcrosslora.architectures.rules import Positions
+from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, words
 from jcrosslora.architectures.sizes import Number, layer_count, size
 from jcrosslora.errors import CheckpointError
 

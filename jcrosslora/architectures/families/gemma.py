@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jcrosslora.architectures.family import QK_NORMS, Family
+from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.architectures.names import ATTENTION
-from jcrosslora.architectures.rules import Gguf, Positions, Windows
 from jcrosslora.architectures.sizes import Number
 
 _NORMS = {

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp
 from jcrosslora.architectures.blocks import MlpAndExperts, PerLayerInput, SelfAttention
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import QK_NORMS, Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.rules import Gguf, Positions, Windows
+from jcrosslora.architectures.names import words
 from jcrosslora.architectures.sizes import Number, check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 

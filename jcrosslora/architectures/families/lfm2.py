@@ -7,11 +7,9 @@ from typing import Any
 from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
 from jcrosslora.architectures.blocks import ShortConvolution
 from jcrosslora.architectures.expert_rules import MERGED, ExpertRules, behind_first
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import CONVOLUTION
-from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.names import CONVOLUTION, words
 from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 

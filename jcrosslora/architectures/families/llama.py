@@ -3,13 +3,16 @@
 Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU in place of a gate, the latter also layer norms of gain
 1 + weight and half of each head rotated. Seed-OSS has more biases. Each fourth layer of SmolLM3 has no positions.
 StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the activation
-xIELU (arXiv 2411.13010), which has trained parameters in each layer.
+xIELU (arXiv 2411.13010), which has trained parameters in each layer. Granite, dense and with experts, has a factor on
+the embedding, on what blocks add, on the scores and on the logits.
 """
 
-from jcrosslora.architectures.family import QK_NORMS, Family
-from jcrosslora.architectures.keys import words
-from jcrosslora.architectures.names import ATTENTION, MLP, QKV, UNGATED_MLP
-from jcrosslora.architectures.rules import Gguf, Positions, Windows
+from dataclasses import replace
+from functools import partial
+
+from jcrosslora.architectures.expert_rules import MERGED, ExpertRules
+from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.names import ATTENTION, MLP, QKV, UNGATED_MLP, words
 from jcrosslora.architectures.sizes import Number, listed_rotated
 
 LLAMA = Family(
@@ -114,4 +117,52 @@ APERTUS = Family(
     ),
     keys=words("attention_bias"),
     fixed={"qk_norm": (True,), "post_norm": (False,), "mlp_bias": (False,)},
+)
+
+
+_SPARSE_BLOCK = "block_sparse_moe"
+_GRANITE_PUBLISHED = {
+    "router": f"{_SPARSE_BLOCK}.router.layer.weight",
+    "gate_up": f"{_SPARSE_BLOCK}.input_linear.weight",
+    "down": f"{_SPARSE_BLOCK}.output_linear.weight",
+}
+_GRANITE_IN_MEMORY = {
+    "router": f"{_SPARSE_BLOCK}.router.weight",
+    "gate_up": f"{_SPARSE_BLOCK}.experts.gate_up_proj",
+    "down": f"{_SPARSE_BLOCK}.experts.down_proj",
+}
+GRANITE_EXPERTS = ExpertRules(
+    ("num_local_experts",), layouts=(_GRANITE_PUBLISHED, MERGED, _GRANITE_IN_MEMORY), scores="chosen"
+)
+# Metadata keys of the factors.
+GRANITE_FACTORS = {
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_FACTOR_KEYS = words("attention_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling")
+
+_granite = partial(
+    Family,
+    embedding_scale=Number("embedding_multiplier", 1.0),
+    attn_scale=Number("attention_multiplier", 1.0),
+    residual_scale=Number("residual_multiplier", 1.0),
+    logit_scale=Number("logits_scaling", 1.0, power=-1.0),
+)
+
+GRANITE = _granite(
+    name="granite",
+    architectures=("GraniteForCausalLM",),
+    gguf=Gguf("granite", permuted=True, numbers=GRANITE_FACTORS),
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
+    keys=_FACTOR_KEYS | {"mlp_bias"},
+)
+GRANITEMOE = _granite(
+    name="granitemoe",
+    architectures=("GraniteMoeForCausalLM",),
+    gguf=Gguf("granitemoe", permuted=True, numbers=GRANITE_FACTORS),
+    bias_keys={"attention_bias": ATTENTION},
+    experts=replace(GRANITE_EXPERTS, width="intermediate_size"),
+    keys=_FACTOR_KEYS | words("num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef"),
 )

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
-from jcrosslora.architectures.names import ATTENTION, MLP, SHARED
-from jcrosslora.architectures.rules import Gguf, Positions, Windows
+from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
+from jcrosslora.architectures.names import ATTENTION, MLP, SHARED, words
 from jcrosslora.architectures.sizes import Number, listed_rotated, size
 from jcrosslora.errors import CheckpointError
 

@@ -7,13 +7,10 @@ from typing import Any, Literal
 from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp, usual_layers
 from jcrosslora.architectures.blocks import Mamba2, MlpAndExperts, Parallel
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
-from jcrosslora.architectures.expert_rules import MERGED, ExpertRules
-from jcrosslora.architectures.families.granite import FACTORS, GRANITE, IN_MEMORY, PUBLISHED
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.families.llama import GRANITE, GRANITE_EXPERTS, GRANITE_FACTORS
+from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, QKV
-from jcrosslora.architectures.rules import Gguf, Positions
+from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, QKV, words
 from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, numbers, size
 from jcrosslora.errors import CheckpointError
 
@@ -138,13 +135,13 @@ GRANITE_HYBRID = Family(
             "mamba_n_groups": "ssm.group_count",
             "mamba_n_heads": "ssm.time_step_rank",
         },
-        numbers=FACTORS,
+        numbers=GRANITE_FACTORS,
         settings=_granite_from_gguf,
     ),
     resolve=_resolve_granite,
     layers=_granite_layers,
     blocks=(Mamba2,),
-    experts=ExpertRules(("num_local_experts",), layouts=(PUBLISHED, MERGED, IN_MEMORY), scores="chosen"),
+    experts=GRANITE_EXPERTS,
     fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
     bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
     embedding_scale=GRANITE.embedding_scale,

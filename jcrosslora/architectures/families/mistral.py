@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, behind_first, shared_width
-from jcrosslora.architectures.families.deepseek import DEEPSEEK_V3, GGUF, KEYS, from_gguf
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
-from jcrosslora.architectures.rules import Gguf, Positions, Windows
+from jcrosslora.architectures.families.deepseek_glm import DEEPSEEK_V3, GGUF, KEYS, from_gguf
+from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
+from jcrosslora.architectures.names import words
 from jcrosslora.architectures.sizes import Number, size
 from jcrosslora.errors import CheckpointError
 

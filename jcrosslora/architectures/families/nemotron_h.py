@@ -7,11 +7,9 @@ from jcrosslora.architectures.architecture import Architecture, attention, exper
 from jcrosslora.architectures.blocks import Mamba2
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.family import Family, Gguf, Positions, StoredNames, windowed
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, EXPERT_LATENT, UNGATED_MLP
-from jcrosslora.architectures.rules import Gguf, Positions, StoredNames, windowed
+from jcrosslora.architectures.names import ATTENTION, EXPERT_LATENT, UNGATED_MLP, words
 from jcrosslora.architectures.sizes import MOST_LAYERS, Number, check_multiple, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 

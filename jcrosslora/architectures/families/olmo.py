@@ -12,11 +12,18 @@ from typing import Any
 from jcrosslora.architectures.architecture import Architecture, attention, mlp
 from jcrosslora.architectures.blocks import DeltaRule
 from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules
-from jcrosslora.architectures.family import POST_NORMS, PRE_NORMS, QK_NORMS, Family
-from jcrosslora.architectures.keys import words
+from jcrosslora.architectures.family import (
+    POST_NORMS,
+    PRE_NORMS,
+    QK_NORMS,
+    Family,
+    Gguf,
+    Positions,
+    StoredNames,
+    Windows,
+)
 from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION
-from jcrosslora.architectures.rules import Gguf, Positions, StoredNames, Windows
+from jcrosslora.architectures.names import ATTENTION, words
 from jcrosslora.architectures.sizes import Number, check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 

@@ -1,15 +1,22 @@
-"""Qwen2 and Qwen3, dense and with experts."""
+"""Qwen2 and Qwen3, dense and with experts; and Qwen3.5 and Qwen3-Next.
+
+The latter have the gated delta rule in three of four layers, and gated attention in the others. Qwen3.5 is dense or has
+experts in all layers; Qwen3-Next has experts, and other modules in front of the rule.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, by_step
-from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family
-from jcrosslora.architectures.keys import words
-from jcrosslora.architectures.names import ATTENTION, QKV, SHARED
-from jcrosslora.architectures.rules import Gguf, Windows
-from jcrosslora.architectures.sizes import size
+from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
+from jcrosslora.architectures.blocks import DeltaRule
+from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, by_step, in_all_layers
+from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.names import ATTENTION, GATED_ATTENTION, QKV, SHARED, words
+from jcrosslora.architectures.sizes import check_multiple, layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
 
 _WINDOWS = Windows(switch="use_sliding_window", first=("max_window_layers", 28))
 _KEYS = frozenset({"sliding_window", "layer_types", "use_sliding_window"})
@@ -75,4 +82,144 @@ QWEN2_MOE = Family(
     # Its windows are those of other layers than in Qwen2.
     fixed={"use_sliding_window": (False,)},
     defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632},
+)
+
+
+_LINEAR, _FULL = "linear_attention", "full_attention"
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the kinds of the layers, and leave out the axes of positions, which are equal in a text."""
+    period, layers = size(config, "full_attention_interval", 4), layer_count(config)
+    kinds = layer_kinds(config, {_LINEAR: _LINEAR, _FULL: _FULL})
+    found = {**config, "layer_types": kinds or [_LINEAR if (i + 1) % period else _FULL for i in range(layers)]}
+    _delta(found)  # whose sizes are checked
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(found.get(key), Mapping):
+            found[key] = {name: one for name, one in found[key].items() if not name.startswith("mrope_")}
+    return found
+
+
+def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the width of the MLP too, of which there is none beside the shared expert."""
+    return _resolve({**config, "intermediate_size": size(config, "shared_expert_intermediate_size", 512)})
+
+
+def _delta(config: Mapping[str, Any]) -> DeltaRule:
+    heads, groups = size(config, "linear_num_value_heads", 32), size(config, "linear_num_key_heads", 16)
+    check_multiple("linear_num_value_heads", heads, "linear_num_key_heads", groups)
+    return DeltaRule(
+        size(config, "hidden_size"),
+        size(config, "linear_conv_kernel_dim", 4),
+        heads=heads,
+        groups=groups,
+        key_size=size(config, "linear_key_head_dim", 128),
+        value_size=size(config, "linear_value_head_dim", 128),
+    )
+
+
+def _layers(model: Architecture, form: Literal["joined", "grouped"] = "joined") -> list[Layer]:
+    delta, full = replace(_delta(model.config), form=form), attention(model, gated=True)
+    # Of `_resolve`.
+    return usual_layers(model, [delta if kind == _LINEAR else full for kind in model.config["layer_types"]])
+
+
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the kinds of the layers and the size of a value."""
+    del held
+    heads, inner = size(stated, "ssm.time_step_rank"), size(stated, "ssm.inner_size")
+    found: dict[str, Any] = {"linear_value_head_dim": max(inner // heads, 1)}
+    flags = stated.get("attention.recurrent_layers")
+    if flags is None:
+        return found | {"full_attention_interval": size(stated, "full_attention_interval", 4)}
+    layers = size(stated, "block_count") - (stated.get("nextn_predict_layers") or 0)
+    if not isinstance(flags, list) or len(flags) < layers:
+        msg = f"attention.recurrent_layers is {str(flags)[:60]}, wanted a flag for each layer"
+        raise CheckpointError(msg)
+    return found | {"layer_types": [_LINEAR if flag else _FULL for flag in flags[:layers]]}
+
+
+_OF_DELTA = {
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+    "ssm_norm.weight": "linear_attn.norm.weight",
+}
+_SIZES = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+}
+_gguf = partial(
+    Gguf, names={"mlp": "post_attention_norm"}, tensors=_OF_DELTA, counts=_SIZES | SHARED_WIDTH, settings=_from_gguf
+)
+
+_NEXT_KEYS = words(
+    "attention_bias layer_types full_attention_interval partial_rotary_factor linear_conv_kernel_dim "
+    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_ssm_dtype "
+    "mtp_num_hidden_layers mtp_use_dedicated_embeddings"
+)
+_MOE_KEYS = words(
+    "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size output_router_logits "
+    "router_aux_loss_coef"
+)
+
+_qwen = partial(
+    Family,
+    layers=_layers,
+    blocks=(DeltaRule,),
+    norms=PRE_NORMS | QK_NORMS,
+    gain_offset=1.0,
+    bias_keys={"attention_bias": GATED_ATTENTION},
+    positions=Positions(share=0.25),
+)
+
+QWEN3_5 = _qwen(
+    name="qwen3_5_text",
+    architectures=("Qwen3_5ForCausalLM",),
+    gguf=_gguf("qwen35", tiled=True, counts=_SIZES),
+    resolve=_resolve,
+    keys=_NEXT_KEYS,
+    fixed={"attn_output_gate": (True,), "mlp_only_layers": ([],)},
+    defaults={"head_dim": 256},
+)
+QWEN3_5_MOE = _qwen(
+    name="qwen3_5_moe_text",
+    architectures=("Qwen3_5MoeForCausalLM",),
+    gguf=_gguf("qwen35moe", tiled=True),
+    fused=SHARED_PATHS,
+    resolve=_resolve_moe,
+    experts=replace(EXPERTS, normalised=True, layers=in_all_layers, **SHARED_EXPERT),
+    keys=_NEXT_KEYS | _MOE_KEYS,
+    fixed={"attn_output_gate": (True,), "mlp_only_layers": ([],), "norm_topk_prob": (True,)},
+    defaults={
+        "head_dim": 256,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+)
+QWEN3_NEXT = _qwen(
+    name="qwen3_next",
+    architectures=("Qwen3NextForCausalLM",),
+    gguf=_gguf(
+        "qwen3next",
+        tensors=_OF_DELTA | dict.fromkeys(("attn_qkv.weight", "attn_gate.weight"), "linear_attn.in_proj_qkvz.weight"),
+        implied={"norm_topk_prob": True},
+    ),
+    fused=SHARED_PATHS,
+    resolve=_resolve,
+    layers=partial(_layers, form="grouped"),
+    experts=replace(EXPERTS, **SHARED_EXPERT),
+    keys=_NEXT_KEYS | EXPERT_KEYS | _MOE_KEYS,
+    defaults={
+        "head_dim": 256,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "norm_topk_prob": True,
+    },
 )
