@@ -13,13 +13,7 @@ from jcrosslora.architectures.sizes import Dims, read_number
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """The architecture of a model.
-
-    Attributes:
-        family: its family.
-        config: its checked configuration.
-        dims: its sizes.
-    """
+    """The architecture of a model."""
 
     family: Family
     config: Mapping[str, Any]

@@ -122,8 +122,7 @@ class Gguf:
     """How llama.cpp's converter stores models of a family.
 
     Attributes:
-        architecture: `general.architecture`.
-        expert_architecture: that of models with experts, if it is another.
+        expert_architecture: `general.architecture` of models with experts, if it is another.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
         final_norm: name of the tensor of the norm in front of the output head.
@@ -191,7 +190,6 @@ class Family:
         stored: how files and the class name what every family has, where they do so otherwise than most.
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
-        norm_biases: whether norms have a bias.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         qk_norms: how queries and keys are normalised, where there are norms "q" and "k" or they have no gain.
         qk_norm_key: configuration key without which they are not; None if they always are where there are norms "q" and
@@ -215,7 +213,6 @@ class Family:
         attn_soft_cap: soft cap of the attention scores, if any.
         final_soft_cap: soft cap of the logits, if any.
         windows: which layers have sliding windows; None if none has.
-        positions: its rotary positions.
         gguf: its form in GGUF files; None if these cannot be read.
         keys: configuration keys that are understood beside `COMMON_KEYS` and `HARMLESS_KEYS`.
         fixed: configuration key -> values that do not change the meaning of the weights; others are refused.

@@ -50,11 +50,7 @@ _MORE_RULES = {
 
 
 def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
-    """Return the rotary setting of each layer; in one without positions the angles of all pairs are zero.
-
-    Args:
-        model: the architecture.
-        kinds: (L,) "full_attention" or "sliding_attention".
+    """Return the rotary setting of each layer, by their kinds; in one without positions the angles are zero.
 
     Raises:
         CheckpointError: a rope type, key or number is not supported, or a kind of layer has no settings.

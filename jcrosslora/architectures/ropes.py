@@ -67,12 +67,7 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
 
 
 def growths(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...] | None:
-    """Return the factor on the queries, float32 (B, T), for each rotary setting; None if no queries grow.
-
-    Args:
-        ropes: the different rotary settings of a model.
-        positions: int32 (B, T).
-    """
+    """Return the factor on the queries, float32 (B, T), for each rotary setting; None if no queries grow."""
     if all(rope.growth is None for rope in ropes):
         return None
     return tuple(_growth(rope.growth or Growth(0.0, 1), positions) for rope in ropes)

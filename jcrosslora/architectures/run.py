@@ -22,19 +22,6 @@ NO_WINDOW = 1 << 30  # the number of visible positions in a layer that sees all
 
 
 @dataclass(frozen=True)
-class RoleFactors:
-    """Factors on what modules read and return, of roles whose factor is not 1.
-
-    Attributes:
-        inputs: role and factor.
-        outputs: role and factor.
-    """
-
-    inputs: tuple[tuple[str, float], ...] = ()
-    outputs: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class BlockSettings(Dims):
     """The settings that every block of a model reads, beside its sizes; hashable, and static under jit.
 
@@ -48,8 +35,8 @@ class BlockSettings(Dims):
         parallel: whether attention and MLP read the same normed input.
         interleaved: whether neighbouring features are rotated together.
         chunked_windows: whether a window is a chunk of positions, instead of the last ones.
-        role_factors: on what modules read and return.
-        ropes: the different rotary settings.
+        input_factors: role and factor on what a module reads, of roles whose factor is not 1.
+        output_factors: the same on what it returns.
     """
 
     eps: float
@@ -61,17 +48,9 @@ class BlockSettings(Dims):
     parallel: bool
     interleaved: bool
     chunked_windows: bool
-    role_factors: RoleFactors
+    input_factors: tuple[tuple[str, float], ...]
+    output_factors: tuple[tuple[str, float], ...]
     ropes: tuple[Rope, ...]
-
-
-class Sited(Protocol):
-    """A layer, see `Layer`."""
-
-    @property
-    def sites(self) -> Mapping[str, str]:
-        """Role -> what names its input in `LayerCapture.inputs`."""
-        ...
 
 
 class Update(Protocol):
@@ -116,7 +95,7 @@ class LayerWeights:
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Block.tensors`; those of experts are a `Row`.
-        own: static, the blocks of the layer.
+        own: static, its `Layer`.
         ropes: static, the rotary settings of all layers with the same mixer.
     """
 
@@ -131,7 +110,7 @@ class LayerWeights:
     window: jax.Array
     rope: jax.Array
     tensors: dict[str, Any]
-    own: Sited = flax.struct.field(pytree_node=False)
+    own: Any = flax.struct.field(pytree_node=False)
     ropes: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
@@ -161,9 +140,6 @@ class Run:
     """One run of one layer: its settings, arrays and captures.
 
     Attributes:
-        settings: of the model.
-        layer: its arrays.
-        context: what all layers share.
         capture: where modules note what they read and returned.
         stream: (B, T, H), the residual stream in front of the block, before any norm.
     """
@@ -184,8 +160,8 @@ class Run:
 
         The factor on what it returns is applied behind that, the one on what it reads in front.
         """
-        layer, factors = self.layer, self.settings.role_factors
-        x = _times(dict(factors.inputs).get(role), x)
+        layer, settings = self.layer, self.settings
+        x = _times(dict(settings.input_factors).get(role), x)
         out = linear(x, layer.weights[role])
         if role in layer.biases:
             out = out + layer.biases[role].astype(jnp.float32)
@@ -194,7 +170,7 @@ class Run:
             out = layer.factors[role].apply(x.astype(jnp.bfloat16) if is_packed(layer.weights[role]) else x, out)
         self.capture.inputs[layer.own.sites[role]] = x
         self.capture.outputs[role] = checkpoint_name(out.astype(x.dtype), MODULE_OUTPUT)
-        return _times(dict(factors.outputs).get(role), self.capture.outputs[role])
+        return _times(dict(settings.output_factors).get(role), self.capture.outputs[role])
 
     def norm(self, place: str, x: jax.Array) -> jax.Array:
         """Apply a norm by its place; return x where the layer has none there."""
@@ -285,14 +261,9 @@ def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
 def append_layer(
     cache: KVCache, kind: str, place: jax.Array, keys: jax.Array, values: jax.Array
 ) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Write the keys and values (B, kv_heads, T, D) of a layer after the filled slots.
+    """Write the keys and values (B, kv_heads, T, D) of new tokens after the filled slots of a layer.
 
-    Args:
-        cache: of the tokens before.
-        kind: of the layer's state.
-        place: int32 scalar, where the layer is among those of this kind.
-        keys: of the new tokens.
-        values: of the new tokens.
+    The layer is that at `place`, int32 scalar, among those with a state of this kind.
 
     Returns:
         The new cache, and all keys and all values of the layer, (B, kv_heads, S, D).

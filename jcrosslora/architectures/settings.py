@@ -14,7 +14,7 @@ from jcrosslora.architectures.blocks import Block, RecurrentBlock
 from jcrosslora.architectures.family import FULL, SLIDING, Family, Windows
 from jcrosslora.architectures.layer import Layer, layers_with
 from jcrosslora.architectures.rope_settings import layer_ropes
-from jcrosslora.architectures.run import EMPTY, BlockSettings, KVCache, RoleFactors
+from jcrosslora.architectures.run import EMPTY, BlockSettings, KVCache
 from jcrosslora.architectures.sizes import Number, layer_kinds, listed_rotated, period_of, read_number
 from jcrosslora.errors import CheckpointError
 
@@ -31,19 +31,15 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DecoderSettings(BlockSettings):
-    """The settings of one model's forward pass, beside what its blocks read.
+    """The settings of one model's forward pass, with those that its blocks read.
 
     Attributes:
         final_soft_cap: soft cap of the logits, or None.
-        embedding_scale: factor on the embedding.
-        logit_scale: factor on the logits.
         tied: whether the head is the embedding.
         post_norms: whether the outputs of attention and MLP are normalised before they are added, in some layers at
             least, see `normed_behind`.
-        biased_roles: roles with a bias.
         windows: (L,) number of visible positions of a layer, its own included; None for all.
         layer_ropes: (L,) index into `ropes`.
-        stack: (L,) the layers.
     """
 
     final_soft_cap: float | None
@@ -87,14 +83,7 @@ def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
 
 
 def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """Create an empty cache for `batch` sequences of up to `length` tokens, padding included.
-
-    Args:
-        settings: of the model.
-        batch: B.
-        length: S.
-        dtype: of keys and values.
-    """
+    """Create an empty cache for `batch` sequences of up to `length` tokens, padding included."""
     counts = Counter(kind for layer in settings.stack for kind in layer.kinds)
     forms = {}
     for layer in dict.fromkeys(settings.stack):
@@ -128,6 +117,9 @@ def _settings(model: Architecture) -> DecoderSettings:
     def factor(number: Number | None, usual: float = 1.0) -> float:
         return usual if number is None else read_number(config, number)
 
+    def factors(numbers: Mapping[str, Number]) -> tuple[tuple[str, float], ...]:
+        return tuple((role, found) for role, number in numbers.items() if (found := factor(number)) != 1.0)
+
     kinds = read_layer_kinds(config, family, dims.layers)
     norm, eps = family.norm_of(config)
     of_layers = layer_ropes(model, kinds)
@@ -143,12 +135,8 @@ def _settings(model: Architecture) -> DecoderSettings:
         parallel=family.parallel,
         interleaved=family.positions.interleaved,
         chunked_windows=family.windows is not None and family.windows.chunked,
-        role_factors=RoleFactors(
-            *(
-                tuple((role, found) for role, number in named.items() if (found := factor(number)) != 1.0)
-                for named in (family.input_factors, family.output_factors)
-            )
-        ),
+        input_factors=factors(family.input_factors),
+        output_factors=factors(family.output_factors),
         ropes=ropes,
         final_soft_cap=_cap(config, family.final_soft_cap),
         embedding_scale=factor(family.embedding_scale),

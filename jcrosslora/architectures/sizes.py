@@ -18,10 +18,6 @@ class Dims:
     Attributes:
         layers: L, number of decoder layers.
         hidden: width of the residual stream.
-        intermediate: width of the MLP.
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        head_dim: features of a head.
         vocab: rows of the embedding.
     """
 
@@ -88,12 +84,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
 
 
 def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
-    """Return the kind of each layer of a GGUF file that lists heads of keys for each, none in layers without attention.
-
-    Args:
-        stated: the metadata, keys without the architecture.
-        full: kind of a layer of attention.
-        other: of another.
+    """Return the kind of each layer by the metadata of a GGUF file, `full` if it lists heads of keys, else `other`.
 
     Raises:
         CheckpointError: it lists none.
@@ -132,11 +123,6 @@ def _number(value: Any) -> float | None:
 def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
     """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none.
 
-    Args:
-        config: the configuration.
-        names: that the list may have, and what they stand for.
-        layers: their number; None reads it.
-
     Raises:
         CheckpointError: it is not a list with a known name for each layer.
     """
@@ -155,12 +141,7 @@ def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int
 
 
 def read_number(config: Mapping[str, Any], number: Number, where: object = None) -> float:
-    """Read a number of a configuration.
-
-    Args:
-        config: a checked configuration.
-        number: its key, default and power.
-        where: the configuration's file or the name of the base, for errors.
+    """Read a number of a configuration; errors name `where`, its file or base.
 
     Raises:
         CheckpointError: the value is not a positive number.

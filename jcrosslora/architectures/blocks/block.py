@@ -42,7 +42,6 @@ class Tensor(NamedTuple):
 
     Attributes:
         path: its name in a layer, e.g. "self_attn.sinks".
-        shape: of the tensor.
         exact: whether it is float32 in every forward pass, instead of the dtype of the weights.
     """
 
@@ -120,8 +119,6 @@ class Mlp(Block):
     """An MLP that all tokens go through.
 
     Attributes:
-        hidden: features of the stream.
-        width: features inside.
         gated: whether the activation is that of a gate.
         wide: whether its width is not that of the other layers, so that its weights are stacked on their own.
     """

@@ -28,7 +28,6 @@ class Routing:
     Attributes:
         count: E, number of experts.
         used: number of experts that a token goes through.
-        scores: of the experts.
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score; None for other scores.
@@ -177,8 +176,6 @@ class MlpAndExperts(Block):
     """An MLP and experts, whose outputs are added.
 
     Attributes:
-        mlp: the MLP.
-        experts: the experts.
         apart: whether each has norms of its own, and the experts and their router read the stream through others than
             the MLP, as in Gemma 4.
     """

@@ -51,12 +51,7 @@ def block_rows(pairs: int, experts: int) -> int:
 
 
 def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
-    """Sort tokens by their experts.
-
-    Args:
-        chosen: int32 (T, K), the experts of each token.
-        experts: E.
-    """
+    """Sort tokens by their experts, int32 (T, K) of E."""
     flat = chosen.reshape(-1)
     pairs = flat.shape[0]
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)

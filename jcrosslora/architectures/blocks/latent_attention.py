@@ -24,7 +24,6 @@ class LatentAttention(Block):
     """Attention whose keys and values, and mostly its queries too, are made of latents.
 
     Attributes:
-        hidden: features of the stream.
         heads: of queries, keys and values.
         rank: features of the latent of keys and values.
         plain: features of a head of queries and keys without positions.

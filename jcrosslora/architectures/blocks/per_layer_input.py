@@ -19,12 +19,7 @@ from jcrosslora.architectures.run import KVCache, Run
 
 @dataclass(frozen=True)
 class PerLayerInput(Block):
-    """A step behind the MLP that multiplies the stream with an input of the layer.
-
-    Attributes:
-        hidden: features of the stream.
-        features: of the input.
-    """
+    """A step behind the MLP that multiplies the stream with an input of the layer."""
 
     hidden: int
     features: int

@@ -60,7 +60,6 @@ class RecurrentBlock(Block):
     """A block with a convolution of each feature over a few tokens, and in most a linear recurrence behind it.
 
     Attributes:
-        hidden: features of the stream.
         taps: K, tokens that the convolution sees, its own included.
         heads: H, heads of values, each with a state (N, P); 0 for a short convolution, as the next three.
         groups: G, heads of queries and keys; consecutive H / G heads of values share one.

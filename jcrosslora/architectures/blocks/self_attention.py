@@ -38,10 +38,6 @@ class SelfAttention(Block):
     """Softmax attention from the normed stream to the output of o_proj.
 
     Attributes:
-        hidden: features of the stream.
-        heads: of queries.
-        kv_heads: of keys and values.
-        size: features of a head.
         norm: how queries and keys are normalised; None if they are not.
         gated: whether a module returns queries and gates on what they get, in one matrix.
         keys_are_values: whether the keys, before their norm, are the values.

@@ -72,6 +72,17 @@ GGUF = Gguf(
     settings=from_gguf,
 )
 
+EXPERTS = ExpertRules(
+    ("n_routed_experts", "num_experts", "num_local_experts"),
+    layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
+    scores="sigmoid",
+    normalised="norm_topk_prob",
+    scale=Number("routed_scaling_factor", 2.5),
+    groups=("n_group", "topk_group"),
+    layers=behind_first("first_k_dense_replace"),
+    shared=shared_width("n_shared_experts"),
+)
+
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
@@ -80,16 +91,7 @@ DEEPSEEK_V3 = Family(
     bias_keys={"attention_bias": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")},
     layers=_layers,
     blocks=(LatentAttention,),
-    experts=ExpertRules(
-        ("n_routed_experts", "num_experts", "num_local_experts"),
-        layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
-        scores="sigmoid",
-        normalised="norm_topk_prob",
-        scale=Number("routed_scaling_factor", 2.5),
-        groups=("n_group", "topk_group"),
-        layers=behind_first("first_k_dense_replace"),
-        shared=shared_width("n_shared_experts"),
-    ),
+    experts=EXPERTS,
     positions=Positions(interleaved=True),
     keys=KEYS | words("norm_topk_prob num_nextn_predict_layers"),
     fixed={
@@ -146,14 +148,13 @@ DEEPSEEK_V2 = replace(
     gguf=replace(GGUF, settings=_v2_from_gguf),
     resolve=_resolve_v2,
     bias_keys={**DEEPSEEK_V3.bias_keys, "mlp_bias": (*MLP, *SHARED)},
-    experts=ExpertRules(
-        ("n_routed_experts", "num_experts"),
+    experts=replace(
+        EXPERTS,
+        count=("n_routed_experts", "num_experts"),
         layouts=(PUBLISHED, MERGED, FUSED),
+        scores="softmax",
         normalised=False,
         scale=Number("routed_scaling_factor", 1.0),
-        groups=("n_group", "topk_group"),
-        layers=behind_first("first_k_dense_replace"),
-        shared=shared_width("n_shared_experts"),
         group_best=1,
     ),
     keys=KEYS | {"mlp_bias"},
@@ -203,16 +204,7 @@ GLM4_MOE = Family(
     norms=PRE_NORMS | QK_NORMS,
     qk_norm_key="use_qk_norm",
     bias_keys={"attention_bias": QKV},
-    experts=ExpertRules(
-        ("n_routed_experts", "num_experts", "num_local_experts"),
-        layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
-        scores="sigmoid",
-        normalised="norm_topk_prob",
-        scale=Number("routed_scaling_factor", 1.0),
-        groups=("n_group", "topk_group"),
-        layers=behind_first("first_k_dense_replace"),
-        shared=shared_width("n_shared_experts"),
-    ),
+    experts=replace(EXPERTS, scale=Number("routed_scaling_factor", 1.0)),
     eps=Number("rms_norm_eps", 1e-5),
     positions=Positions(share=0.5),
     keys=words(

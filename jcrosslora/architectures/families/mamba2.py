@@ -21,17 +21,8 @@ _KEYS = (
 )
 
 
-def mamba(
-    config: Mapping[str, Any],
-    inner: int,
-    norm: Literal["before the gate", "behind the gate"] | None,
-) -> Mamba2:
-    """Read the state-space model of a configuration with keys `mamba_*`.
-
-    Args:
-        config: the configuration.
-        inner: features of the values of all heads.
-        norm: see `Mamba2`.
+def mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate", "behind the gate"] | None) -> Mamba2:
+    """Read the state-space model, with `inner` features of the values of all heads, from the keys `mamba_*`.
 
     Raises:
         CheckpointError: a size is not a positive integer, or does not fit the others.

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, behind_first, shared_width
-from jcrosslora.architectures.families.deepseek_glm import DEEPSEEK_V3, GGUF, KEYS, from_gguf
+from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules
+from jcrosslora.architectures.families.deepseek_glm import DEEPSEEK_V3, EXPERTS, GGUF, KEYS, from_gguf
 from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
 from jcrosslora.architectures.names import words
 from jcrosslora.architectures.sizes import Number, size
@@ -110,14 +110,12 @@ MISTRAL4 = replace(
     # class has where nothing is stated.
     gguf=replace(GGUF, architecture="mistral4", rope={"llama_4_scaling_beta": _GROWTH}, settings=_from_gguf4),
     resolve=_resolve4,
-    experts=ExpertRules(
-        ("n_routed_experts", "num_local_experts"),
+    experts=replace(
+        EXPERTS,
+        count=("n_routed_experts", "num_local_experts"),
         layouts=(PUBLISHED, FUSED),
-        normalised="norm_topk_prob",
+        scores="softmax",
         scale=Number("routed_scaling_factor", 1.0),
-        groups=("n_group", "topk_group"),
-        layers=behind_first("first_k_dense_replace"),
-        shared=shared_width("n_shared_experts"),
     ),
     positions=Positions(
         interleaved=True,
