@@ -11,7 +11,8 @@ from jcrosslora.architectures.layer import Layer
 from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.architectures.sizes import Number
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers, by what they see
+# The kinds of layers, by what they see of a text.
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # From a configuration and the kind of each layer to whether each has positions. It raises CheckpointError.
 RotatedRule = Callable[[Mapping[str, Any], Sequence[str]], Sequence[bool]]
 

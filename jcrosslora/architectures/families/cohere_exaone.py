@@ -107,7 +107,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         for layer in range(layers)
     ]
     found = {
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "layer_types": [SLIDING if slides else FULL for slides in sliding],
         "mlp_layer_types": ["dense" if layer < first else "sparse" for layer in range(layers)],
     }
     return {**config, **{key: kinds for key, kinds in found.items() if config.get(key) is None}}

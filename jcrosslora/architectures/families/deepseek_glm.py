@@ -37,11 +37,7 @@ def _layers(model: Architecture) -> list[Layer]:
 
 
 def from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention; older files hold keys and values of all heads in one matrix, and state no `_mla`.
-
-    Raises:
-        CheckpointError: a size is missing.
-    """
+    """Return the sizes of attention; older files hold keys and values in one matrix, and state no `_mla`."""
     ends = "_mla" if "attention.key_length_mla" in stated else ""
     rotated = size(stated, "rope.dimension_count")
     direct = "self_attn.q_proj.weight" in held
@@ -113,11 +109,7 @@ DEEPSEEK_V3 = Family(
 
 
 def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State one group of experts where the choice has none.
-
-    Raises:
-        CheckpointError: it has groups, and their numbers are not stated.
-    """
+    """State one group of experts where the choice has none."""
     if config.get("topk_method") == "greedy":
         return {**config, "n_group": 1, "topk_group": 1}
     return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}

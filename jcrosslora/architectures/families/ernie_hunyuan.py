@@ -41,11 +41,7 @@ _hunyuan = partial(
 
 
 def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
-    """Return a value that may be stated once, or once for each layer.
-
-    Raises:
-        CheckpointError: there is not one for each layer, or they differ.
-    """
+    """Return a value that may be stated once, or once for each layer."""
     stated, layers = config.get(key), layer_count(config)
     if not isinstance(stated, list | tuple):
         return stated

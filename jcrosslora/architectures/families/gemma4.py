@@ -9,12 +9,12 @@ these. That keys are the values of full attention is seen by the tensors alone.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp
 from jcrosslora.architectures.blocks import MlpAndExperts, PerLayerInput, SelfAttention
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.family import FULL, QK_NORMS, SLIDING, Family, Gguf, Positions, Windows
 from jcrosslora.architectures.layer import Layer
 from jcrosslora.architectures.names import words
 from jcrosslora.architectures.sizes import Number, check_multiple, layer_count, layer_kinds, size
@@ -25,11 +25,7 @@ _KV, _WIDTH = "attention.head_count_kv", "feed_forward_length"
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers, their sizes, and what the last of them share.
-
-    Raises:
-        CheckpointError: a list is missing, or does not fit the layers.
-    """
+    """Return the kinds of the layers, their sizes, and what the last of them share."""
     layers = size(stated, "block_count")
     sliding = stated.get(_PATTERN)
     if not isinstance(sliding, list) or len(sliding) != layers or not all(type(one) is bool for one in sliding):
@@ -48,7 +44,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
         raise CheckpointError(msg)
     own = {layer for layer in full if layer < first}
     return {
-        "layer_types": ["sliding_attention" if flag else "full_attention" for flag in sliding],
+        "layer_types": [SLIDING if flag else FULL for flag in sliding],
         "head_dim": size(stated, "attention.key_length_swa"),
         "global_head_dim": size(stated, "attention.key_length"),
         "num_key_value_heads": next((counts[layer] for layer in range(layers) if sliding[layer]), counts[0]),
@@ -83,21 +79,20 @@ GGUF = Gguf(
     numbers={"final_logit_softcapping": "final_logit_softcapping"},
     settings=_from_gguf,
 )
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROLES = tuple(linear.role for linear in SelfAttention.LINEARS if linear.role != "qg_proj")
 _PERIOD = 6  # every sixth layer has full attention where the configuration lists no kinds
 _ROPES = {
-    _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the kinds of the layers, the last of which has full attention, and the heads of these."""
     layers = layer_count(config)
-    stated = layer_kinds(config, {_SLIDING: _SLIDING, _FULL: _FULL})
-    kinds = [_FULL if (layer + 1) % _PERIOD == 0 else _SLIDING for layer in range(layers)] if stated is None else stated
-    kinds[-1] = _FULL
+    stated = layer_kinds(config, {SLIDING: SLIDING, FULL: FULL})
+    kinds = [FULL if (layer + 1) % _PERIOD == 0 else SLIDING for layer in range(layers)] if stated is None else stated
+    kinds[-1] = FULL
     shared, vocab = _kv_shared(config), config.get("vocab_size_per_layer_input")
     if shared and (shared >= layers or set(kinds[-shared:]) - set(kinds[: layers - shared])):
         msg = f"config key 'num_kv_shared_layers' is {shared}, wanted fewer than {layers} layers, with one of each kind"
@@ -107,7 +102,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(msg + ": a token without an input of the layers has no prediction")
     found = {key: value for key, value in config.items() if key != "per_layer_config"}
     found |= {"layer_types": kinds} | _stated_heads(config, kinds)
-    heads, keys = size(found, "num_attention_heads"), _global_heads(found).kv_heads
+    heads, (keys, _) = size(found, "num_attention_heads"), _global_heads(found)
     check_multiple("num_attention_heads", heads, "num_global_key_value_heads", keys)
     return found
 
@@ -119,7 +114,7 @@ def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]
     if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads") is not None:
         own["num_key_value_heads"] = config["num_global_key_value_heads"]
     if (stated := config.get("per_layer_config")) is not None:
-        places = [str(layer) for layer, kind in enumerate(kinds) if kind == _FULL]
+        places = [str(layer) for layer, kind in enumerate(kinds) if kind == FULL]
         each = {str(layer): one for layer, one in stated.items()} if isinstance(stated, Mapping) else {}
         first = each.get(places[0])
         if each != dict.fromkeys(places, first) or not isinstance(first, Mapping) or set(first) - set(usual):
@@ -133,15 +128,9 @@ def _kv_shared(config: Mapping[str, Any]) -> int:
     return size(config, "num_kv_shared_layers") if config.get("num_kv_shared_layers") else 0
 
 
-class _Heads(NamedTuple):
-    """The heads of keys and values of layers of full attention, and their features."""
-
-    kv_heads: int
-    size: int
-
-
-def _global_heads(config: Mapping[str, Any]) -> _Heads:
-    return _Heads(size(config, "num_global_key_value_heads"), size(config, "global_head_dim"))
+def _global_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the heads of keys and values of layers of full attention, and the features of a head."""
+    return size(config, "num_global_key_value_heads"), size(config, "global_head_dim")
 
 
 def _layer_inputs(config: Mapping[str, Any]) -> int:
@@ -150,14 +139,15 @@ def _layer_inputs(config: Mapping[str, Any]) -> int:
 
 def _layers(model: Architecture) -> list[Layer]:
     config, dims = model.config, model.dims
-    first_shared, features, full = dims.layers - _kv_shared(config), _layer_inputs(config), _global_heads(config)
+    first_shared, features = dims.layers - _kv_shared(config), _layer_inputs(config)
+    kv_heads, head_dim = _global_heads(config)
     last = PerLayerInput(dims.hidden, features) if features else None
 
     def layer(kind: str, shares: bool) -> Layer:
         mixer = attention(model, value_norm=True, shares_keys=shares)
-        if kind == _FULL:
+        if kind == FULL:
             equal = bool(config.get("attention_k_eq_v"))
-            mixer = replace(mixer, kv_heads=full.kv_heads, size=full.size, group="global_", keys_are_values=equal)
+            mixer = replace(mixer, kv_heads=kv_heads, size=head_dim, group="global_", keys_are_values=equal)
         inner = mlp(model)
         if shares and config.get("use_double_wide_mlp"):
             inner = replace(inner, width=2 * inner.width, wide=True)
@@ -165,7 +155,7 @@ def _layers(model: Architecture) -> list[Layer]:
             inner = MlpAndExperts(inner, experts(model), apart=True)
         return Layer(mixer, inner, last, scaled=True)
 
-    made = {key: layer(*key) for key in ((kind, shares) for kind in (_SLIDING, _FULL) for shares in (False, True))}
+    made = {key: layer(*key) for key in ((kind, shares) for kind in (SLIDING, FULL) for shares in (False, True))}
     return [made[kind, number >= first_shared] for number, kind in enumerate(config["layer_types"])]  # of `_resolve`
 
 

@@ -8,13 +8,12 @@ from jcrosslora.architectures.architecture import Architecture, attention, exper
 from jcrosslora.architectures.blocks import Mamba2, MlpAndExperts, Parallel
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
 from jcrosslora.architectures.families.llama import GRANITE, GRANITE_EXPERTS, GRANITE_FACTORS
-from jcrosslora.architectures.family import Family, Gguf, Positions
+from jcrosslora.architectures.family import FULL, LINEAR, Family, Gguf, Positions
 from jcrosslora.architectures.layer import Layer
 from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, QKV, words
 from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, numbers, size
 from jcrosslora.errors import CheckpointError
 
-_LINEAR, _FULL = "linear_attention", "full_attention"
 _KEYS = (
     "attention_bias mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand "
     "mamba_n_groups mamba_n_heads mamba_proj_bias time_step_limit embedding_multiplier layer_types "
@@ -57,9 +56,9 @@ def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("position_embedding_type") not in (None, "rope", "nope"):
         msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
         raise CheckpointError(msg)
-    kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
+    kinds = layer_kinds(config, {"mamba": LINEAR, "attention": FULL, LINEAR: LINEAR, FULL: FULL})
     stated = {
-        "layer_types": kinds or [_LINEAR] * layer_count(config),
+        "layer_types": kinds or [LINEAR] * layer_count(config),
         "intermediate_size": size(config, "shared_intermediate_size", 1024),
         "num_local_experts": count,
     }
@@ -76,7 +75,7 @@ def _granite_rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bo
 
 
 def _granite_layers(model: Architecture) -> list[Layer]:
-    mixers = {_LINEAR: _granite_mamba(model.config), _FULL: attention(model)}
+    mixers = {LINEAR: _granite_mamba(model.config), FULL: attention(model)}
     inner = mlp(model)
     if model.config["num_local_experts"]:
         inner = MlpAndExperts(inner, experts(model))
@@ -99,7 +98,7 @@ def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[i
     inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
     width = "expert_shared_feed_forward_length"
     return {
-        "layer_types": at_attention(stated, _FULL, _LINEAR),
+        "layer_types": at_attention(stated, FULL, LINEAR),
         "shared_intermediate_size": size(stated, width if stated.get(width) else "feed_forward_length"),
         "mamba_expand": max(inner // size(stated, "embedding_length"), 1),
         "mamba_d_head": max(inner // heads, 1),

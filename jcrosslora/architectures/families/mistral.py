@@ -93,11 +93,7 @@ def _resolve4(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_gguf4(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention; a head is the whole of it, and not the part with positions.
-
-    Raises:
-        CheckpointError: a size is missing.
-    """
+    """Return the sizes of attention; a head is the whole of it, and not the part with positions."""
     found = from_gguf(stated, held)
     return {**found, "head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"]}
 

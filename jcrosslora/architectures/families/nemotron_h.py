@@ -21,11 +21,7 @@ _SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kind of each layer by one name, and their number, which is that of the kinds.
-
-    Raises:
-        CheckpointError: the kinds are not stated, or cannot be read.
-    """
+    """State the kind of each layer by one name, and their number, which is that of the kinds."""
     stated = config.get("layers_block_type")
     stated = config.get("layer_types") if stated is None else stated
     pattern = config.get("hybrid_override_pattern")

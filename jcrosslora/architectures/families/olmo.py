@@ -13,6 +13,8 @@ from jcrosslora.architectures.architecture import Architecture, attention, mlp
 from jcrosslora.architectures.blocks import DeltaRule
 from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules
 from jcrosslora.architectures.family import (
+    FULL,
+    LINEAR,
     POST_NORMS,
     PRE_NORMS,
     QK_NORMS,
@@ -67,16 +69,15 @@ OLMOE = _olmo(
     ),
     fixed={"clip_qkv": (None,)},
 )
-_LINEAR, _FULL = "linear_attention", "full_attention"
 _PERIOD = 4
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the kinds of the layers, and in `rope_parameters` a `rope_theta` of null, where there are no positions."""
-    kinds = layer_kinds(config, {_LINEAR: _LINEAR, _FULL: _FULL})
+    kinds = layer_kinds(config, {LINEAR: LINEAR, FULL: FULL})
     if kinds is None:
-        kinds = [_LINEAR if (layer + 1) % _PERIOD else _FULL for layer in range(layer_count(config))]
-        kinds = kinds if _FULL in kinds else [*kinds[:-1], _FULL]
+        kinds = [LINEAR if (layer + 1) % _PERIOD else FULL for layer in range(layer_count(config))]
+        kinds = kinds if FULL in kinds else [*kinds[:-1], FULL]
     found = {**config, "layer_types": kinds}
     _delta(found)  # whose sizes are checked
     ropes = config.get("rope_scaling") or config.get("rope_parameters")
@@ -97,8 +98,8 @@ def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
 
 def _layers(model: Architecture) -> list[Layer]:
     made = {
-        _LINEAR: Layer(_delta(model.config), mlp(model), norms=("attn", "mlp")),
-        _FULL: Layer(attention(model), mlp(model), norms=("attn_post", "mlp_post")),
+        LINEAR: Layer(_delta(model.config), mlp(model), norms=("attn", "mlp")),
+        FULL: Layer(attention(model), mlp(model), norms=("attn_post", "mlp_post")),
     }
     return [made[kind] for kind in model.config["layer_types"]]  # of `_resolve`
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
 from jcrosslora.architectures.blocks import DeltaRule
 from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, by_step, in_all_layers
-from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.family import FULL, LINEAR, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.architectures.layer import Layer
 from jcrosslora.architectures.names import ATTENTION, GATED_ATTENTION, QKV, SHARED, words
 from jcrosslora.architectures.sizes import check_multiple, layer_count, layer_kinds, size
@@ -85,14 +85,11 @@ QWEN2_MOE = Family(
 )
 
 
-_LINEAR, _FULL = "linear_attention", "full_attention"
-
-
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the kinds of the layers, and leave out the axes of positions, which are equal in a text."""
     period, layers = size(config, "full_attention_interval", 4), layer_count(config)
-    kinds = layer_kinds(config, {_LINEAR: _LINEAR, _FULL: _FULL})
-    found = {**config, "layer_types": kinds or [_LINEAR if (i + 1) % period else _FULL for i in range(layers)]}
+    kinds = layer_kinds(config, {LINEAR: LINEAR, FULL: FULL})
+    found = {**config, "layer_types": kinds or [LINEAR if (i + 1) % period else FULL for i in range(layers)]}
     _delta(found)  # whose sizes are checked
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(found.get(key), Mapping):
@@ -121,7 +118,7 @@ def _delta(config: Mapping[str, Any]) -> DeltaRule:
 def _layers(model: Architecture, form: Literal["joined", "grouped"] = "joined") -> list[Layer]:
     delta, full = replace(_delta(model.config), form=form), attention(model, gated=True)
     # Of `_resolve`.
-    return usual_layers(model, [delta if kind == _LINEAR else full for kind in model.config["layer_types"]])
+    return usual_layers(model, [delta if kind == LINEAR else full for kind in model.config["layer_types"]])
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
@@ -136,7 +133,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     if not isinstance(flags, list) or len(flags) < layers:
         msg = f"attention.recurrent_layers is {str(flags)[:60]}, wanted a flag for each layer"
         raise CheckpointError(msg)
-    return found | {"layer_types": [_LINEAR if flag else _FULL for flag in flags[:layers]]}
+    return found | {"layer_types": [LINEAR if flag else FULL for flag in flags[:layers]]}
 
 
 _OF_DELTA = {
