@@ -37,8 +37,7 @@ from jcrosslora.decoder import (
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import fit
 from jcrosslora.distill.run import end_tokens, hold_out
-from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
-from jcrosslora.distill.sources.restricted_model import RestrictedModel
+from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher

@@ -20,9 +20,9 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
+from jcrosslora.distill.pilot import behind_best, judge_templates, known_templates
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.template_choice import behind_best, judge_templates, known_templates
 from jcrosslora.distill.templates import templates_of
 
 

@@ -25,8 +25,8 @@ if _TYPE_CHECKING:
     from jcrosslora.cache import open_cache as open_cache
     from jcrosslora.checkpoint import BaseModel as BaseModel
     from jcrosslora.checkpoint import open_base as open_base
-    from jcrosslora.distill.sources.served.model import ServedModel as ServedModel
-    from jcrosslora.distill.sources.torch_model import TorchModel as TorchModel
+    from jcrosslora.distill.sources.models import ServedModel as ServedModel
+    from jcrosslora.distill.sources.models import TorchModel as TorchModel
     from jcrosslora.errors import AdapterError as AdapterError
     from jcrosslora.errors import BatchError as BatchError
     from jcrosslora.errors import CacheError as CacheError
@@ -126,8 +126,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.transfer": ("align", "shift", "transfer"),
     "shelf": ("Retrieved", "Shelf"),
     "maps.shifting.apply": ("apply",),
-    "distill.sources.served.model": ("ServedModel",),
-    "distill.sources.torch_model": ("TorchModel",),
+    "distill.sources.models": ("ServedModel", "TorchModel"),
     "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")

@@ -32,12 +32,11 @@ from jcrosslora.adapter.token_files import token_tensors
 from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
-from jcrosslora.distill.sources.served.answers import Answers
 from jcrosslora.distill.sources.served.client import Client
 from jcrosslora.distill.sources.served.connection import Connection
 from jcrosslora.distill.sources.served.dialects import find_dialect
-from jcrosslora.distill.sources.served.token_names import TokenNames
-from jcrosslora.distill.sources.served.top_tokens import divergence
+from jcrosslora.distill.sources.served.predictions import TokenNames, divergence
+from jcrosslora.distill.sources.served.replies import Answers
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"

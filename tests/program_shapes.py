@@ -29,13 +29,13 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher, token_choice
+from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher
 from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
-from jcrosslora.distill.sources import restricted_model
-from jcrosslora.distill.sources.restricted_model import RestrictedModel
-from jcrosslora.distill.sources.served import top_tokens
+from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.evaluate import effect, log_probs
+from jcrosslora.distill.sources.decoder import RestrictedModel
+from jcrosslora.distill.sources.served import predictions
 from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
@@ -288,7 +288,7 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
 def fit_programs(shapes: Shapes) -> Iterator[Program]:
     settings, restricted = shapes.base.settings, RestrictedModel(shapes.model, 2)
     yield shapes.step("lora-rite", remat=False)
-    yield Program(restricted_model.shared_log_probs, (restricted, *shapes.read))
+    yield Program(decoder_source.shared_log_probs, (restricted, *shapes.read))
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
@@ -298,8 +298,8 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
     one = of(PLACES)
-    yield Program(token_choice.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
-    yield Program(top_tokens.spread, (said, one, one, said))
+    yield Program(teacher.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
+    yield Program(predictions.spread, (said, one, one, said))
     yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)
     yield Program(decoder_source._divergence, (shapes.base, states, states, whole(PLACES)))

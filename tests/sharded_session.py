@@ -22,7 +22,7 @@ from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
 from jcrosslora.decoder import Sampling, extend, load_model, prefill, stack_adapter
 from jcrosslora.decoder.sharding import divided_axis, held_numbers, mesh_of, stack_shapes
 from jcrosslora.distill import DistillSettings, fit
-from jcrosslora.distill.sources.restricted_model import RestrictedModel
+from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.teacher import TaughtBatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

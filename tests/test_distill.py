@@ -35,7 +35,7 @@ from jcrosslora.decoder import (
     logits,
     stack_adapter,
 )
-from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, template_choice, templates_of
+from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, pilot, templates_of
 from jcrosslora.distill import completions as completions_module
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill import run as run_module
@@ -50,16 +50,14 @@ from jcrosslora.distill.completions import (
     write_completions,
 )
 from jcrosslora.distill.fit import first_state, fit, gradient_step, mean_kl, needs_remat, schedule
+from jcrosslora.distill.pilot import first_sentence, judge_templates, known_templates
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import FIRST, ROUND
-from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel, shared_log_probs
 from jcrosslora.distill.sources.protocol import Compared
-from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
-from jcrosslora.distill.template_choice import judge_templates, known_templates
 from jcrosslora.distill.templates import in_template
-from jcrosslora.distill.writing import first_sentence
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS
 from jcrosslora.report import complete, cut, model_card, print_report, published, spread
@@ -399,7 +397,7 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         return Compared(change, nll, nll)
 
     text = " is the first of all things? And more\nthan that"
-    monkeypatch.setattr(template_choice, "compare", compare)
+    monkeypatch.setattr(pilot, "compare", compare)
 
     class Fluent(Parrot):
         says = text
@@ -447,7 +445,7 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
         numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
         return Compared(numbers, np.array([float(names.index(item.origin)) for item in completions]), numbers)
 
-    monkeypatch.setattr(template_choice, "compare", compare)
+    monkeypatch.setattr(pilot, "compare", compare)
     change, base_nll = judge_templates(DecoderSource.of(pair[0]), told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
     np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
@@ -556,7 +554,7 @@ def test_completions_are_compared_each_by_itself(pair):
     generator = DecoderSource.of(source, adapter, model=model, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
-    figures = template_choice.compare(generator, completions, 3)
+    figures = pilot.compare(generator, completions, 3)
     for place, item in enumerate(completions):
         begin = len(tokenizer.encode(item.prompt).ids)
         ids = tokenizer.encode(item.text).ids[: begin + 3]
@@ -579,7 +577,7 @@ def test_answers_are_read_as_far_as_they_are_compared(pair, monkeypatch):
     wanted = generator.compare([whole[0].ids], [whole[0].answer], 3)
     seen, real = [], DecoderSource.compare
     monkeypatch.setattr(DecoderSource, "compare", lambda *given: seen.extend(given[1]) or real(*given))
-    figures = template_choice.compare(generator, items, 3)
+    figures = pilot.compare(generator, items, 3)
     assert [len(ids) for ids in seen] == [one.answer + 3 for one in whole]
     for found, other in zip(figures, wanted, strict=True):
         assert found[0] == pytest.approx(other[0], rel=1e-4)

@@ -18,8 +18,7 @@ from jcrosslora.decoder import Generator, fast_dtype, load_model, loaded_within,
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.sources.decoder import DecoderReader
-from jcrosslora.distill.sources.restricted_model import NO_TOKEN, RestrictedModel
+from jcrosslora.distill.sources.decoder import NO_TOKEN, DecoderReader, RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.session.batch import read_plan, run_batch

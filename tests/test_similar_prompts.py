@@ -12,8 +12,8 @@ from jcrosslora.decoder import StackedAdapter, Written
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.completions import answer_given
 from jcrosslora.distill.settings import ROUND
-from jcrosslora.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.task_search import SIMILAR, find_form
 from jcrosslora.text import Message, prompt_text
 
 LINES = [f"{verb} the {noun} now" for verb in ("play", "stop", "find") for noun in ("song", "film", "book", "game")]

@@ -18,13 +18,12 @@ from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_model, logits
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.restricted_model import RestrictedModel
+from jcrosslora.distill.pilot import compare
+from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel
+from jcrosslora.distill.sources.served.predictions import TopTokens, divergence, spread
 from jcrosslora.distill.sources.served.source import ServedSource
-from jcrosslora.distill.sources.served.top_tokens import TopTokens, divergence, spread
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
-from jcrosslora.distill.template_choice import compare
 from jcrosslora.text import Completion, Message
 
 KEY = jax.random.key(0)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.distill.token_choice import chosen_weights
+from jcrosslora.distill.teacher import chosen_weights
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])

@@ -31,7 +31,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Model, Sampling, extend, load_model, prefill
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
+from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch
 from jcrosslora.errors import JCrossLoRAError
 

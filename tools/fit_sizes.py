@@ -45,7 +45,7 @@ from jcrosslora.decoder.sharding import mesh_of, weight_sharding, whole
 from jcrosslora.distill.batches import BATCH
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
+from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch
 
 COMPARED = 6500  # symbols that predictions are compared on

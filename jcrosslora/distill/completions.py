@@ -15,13 +15,28 @@ import jax
 import numpy as np
 
 from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
-from jcrosslora.distill.settings import FEWEST_COMPLETIONS, ROUND, DistillSettings
-from jcrosslora.distill.similar_prompts import FEWEST, SIMILAR, find_form
+from jcrosslora.distill.pilot import (
+    answer_prompts,
+    comparing_cost,
+    judge_templates,
+    known_templates,
+    prompts_cost,
+    write_prompts,
+)
+from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, DistillSettings
 from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, requests_cost, search_cost
-from jcrosslora.distill.template_choice import comparing_cost, judge_templates, known_templates
+from jcrosslora.distill.task_search import (
+    FEWEST,
+    NOTHING,
+    SIMILAR,
+    FoundTask,
+    Questioner,
+    find_form,
+    find_task,
+    requests_cost,
+    search_cost,
+)
 from jcrosslora.distill.templates import TEMPLATES, templates_of
-from jcrosslora.distill.writing import answer_prompts, prompts_cost, write_prompts
 from jcrosslora.errors import MethodError
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import prompt_ids
@@ -32,7 +47,7 @@ PILOT = 6  # completions in each template, which show which templates the adapte
 JUDGED_TOKENS = 12  # of an answer, in the choice of templates
 # Answers of which most have not ended after the first number of tokens are looked at again up to the second, a few of
 # them; of those that do not end there either only the beginning is used.
-PILOT_TOKENS, MOST_TOKENS, _ENDLESS_TOKENS = 64, 512, 16
+PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
 _LATER = 100  # added to the seeds of further rounds
@@ -98,7 +113,7 @@ def answer_given(
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 
-    Where the base cannot write others like them (`jcrosslora.distill.similar_prompts`) they are answered again.
+    Where the base cannot write others like them (`find_form`) they are answered again.
     Only the last 2,048 tokens of a prompt are used. Where there are more prompts than answers are wanted, the first
     ones are used.
 
@@ -162,7 +177,7 @@ def answer_given(
 def write_completions(source: Source, writer: Writer, settings: DistillSettings, seed: int) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
-    A pilot in all templates shows which the adapter knows (`jcrosslora.distill.template_choice`); what it was
+    A pilot in all templates shows which the adapter knows (`jcrosslora.distill.pilot`); what it was
     trained to say shows where its change is amplified (`jcrosslora.distill.task_search`).
 
     Args:

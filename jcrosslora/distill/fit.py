@@ -23,11 +23,10 @@ import optax
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
-from jcrosslora.distill.batches import BATCH, DistillationBatch
+from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
 from jcrosslora.distill.completions import round_cost
-from jcrosslora.distill.memory import MOST_REMEMBERED, needs_remat
 from jcrosslora.distill.settings import DistillSettings, Optimizer
-from jcrosslora.distill.sources.restricted_model import RestrictedModel, shared_log_probs
+from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.training.lora_rite import lora_rite

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,10 @@ from jcrosslora.decoder import (
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.fit import Fitted, Look, fit
-from jcrosslora.distill.saved import kept_states
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.decoder import DecoderSource, digest_values
+from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
+from jcrosslora.distill.sources.models import with_own_template
 from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.sources.restricted_model import RestrictedModel
-from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.distill.symbols import Symbols, find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
@@ -43,6 +42,9 @@ from jcrosslora.evaluate.probes.writing import check_seed
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
+from jcrosslora.training.checkpoints import Checkpoints
+
+_ABANDONED_SECONDS = 30 * 86400.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,3 +244,28 @@ def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: 
     ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""
     held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {best:.3g} nats"
     return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"
+
+
+@contextmanager
+def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
+    """Open the folder of a fit, and remove it when the block ends without an exception.
+
+    Folders that did not change for 30 days are removed as well.
+
+    Args:
+        parent: of the folders of all fits.
+        run: what the numbers of this one depend on.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+        CheckpointError: a state in it cannot be read.
+    """
+    folder = parent / digest_of(run)[:24]
+    if parent.is_dir():
+        for other in parent.iterdir():
+            with suppress(OSError):
+                if other != folder and time.time() - other.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(other)
+    with closing(Checkpoints(folder, run)) as found:
+        yield found
+    shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from jcrosslora.checkpoint import ROLES
 from jcrosslora.errors import UsageError
 
 FEWEST_COMPLETIONS = 16
+MOST_TOKENS = 512  # of an answer whose length is learnt
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
 Optimizer = Literal["adam", "lora-rite"]

@@ -21,7 +21,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.vocabulary import HasVocabulary, shared_ids
 from jcrosslora.distill.batches import DistillationBatch, used_tokens
-from jcrosslora.distill.sources.restricted_model import NO_TOKEN
+from jcrosslora.distill.sources.decoder import NO_TOKEN
 from jcrosslora.errors import MethodError
 
 _STEPS = 512, 256, 256  # what the numbers of columns are rounded up to

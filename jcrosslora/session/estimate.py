@@ -229,7 +229,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
     # Imported here: methods that look at weights alone need no optimiser.
-    from jcrosslora.distill.memory import most_beside
+    from jcrosslora.distill.batches import most_beside
 
     fits = isinstance(method, DistillSettings)
     checks = options.checks_effect(runs_bases=method.runs_bases)

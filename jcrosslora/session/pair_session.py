@@ -17,8 +17,7 @@ from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_pro
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
-from jcrosslora.distill.sources.served.model import ServedModel
-from jcrosslora.distill.sources.torch_model import TorchModel
+from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text

@@ -15,9 +15,8 @@ from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.distill.sources.protocol import QueriedSource
-from jcrosslora.distill.sources.served.model import ServedModel
-from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.maps.alignment.transport import AlignRecipe, Transport

@@ -14,7 +14,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.tokenizer import with_own_template
+from jcrosslora.distill.sources.models import with_own_template
 from jcrosslora.shelf.records import ShelfEntry
 from jcrosslora.shelf.retrieved import similarity_to_others, thresholds_of
 from jcrosslora.shelf.samples import spread

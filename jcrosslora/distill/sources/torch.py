@@ -21,10 +21,9 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.distill.sources.models import TorchModel, open_tokenizer, with_own_template
 from jcrosslora.distill.sources.protocol import Compared, ReadBatch
-from jcrosslora.distill.sources.tokenizer import open_tokenizer, with_own_template
 from jcrosslora.distill.sources.torch_loading import find_peft_adapter, load_model
-from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids

@@ -10,7 +10,7 @@ from typing import Any
 
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.distill.sources.torch_model import TorchModel
+from jcrosslora.distill.sources.models import TorchModel
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 
 _FACTOR = ".lora_"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.pilot import answer_prompts, compare, comparing_cost
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.protocol import Source
-from jcrosslora.distill.template_choice import compare, comparing_cost
 from jcrosslora.distill.templates import ConversationTemplate, PromptTemplate, templates_of
-from jcrosslora.distill.writing import answer_prompts
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track

@@ -21,9 +21,9 @@ import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.pilot import compare, comparing_cost
 from jcrosslora.distill.sources.protocol import Source, Writer
 from jcrosslora.distill.task_search.answers import distinct, score
-from jcrosslora.distill.template_choice import compare, comparing_cost
 from jcrosslora.distill.templates import PromptTemplate
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
+from jcrosslora.distill.sources.models import ServedModel
 from jcrosslora.distill.sources.served.client import Client, RefusedError
-from jcrosslora.distill.sources.served.model import ServedModel
 from jcrosslora.distill.sources.served.replies import Card, Cards, LoadedAdapter
 from jcrosslora.errors import SourceError, suggestion
 

@@ -19,16 +19,13 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.distill.sources.models import ServedModel, open_tokenizer
 from jcrosslora.distill.sources.protocol import Compared, ReadBatch
-from jcrosslora.distill.sources.served.answers import Answers
 from jcrosslora.distill.sources.served.client import Client
-from jcrosslora.distill.sources.served.connection import Connection
+from jcrosslora.distill.sources.served.connection import TEXTS, Connection, Fingerprint
 from jcrosslora.distill.sources.served.dialects import Fields, find_dialect
-from jcrosslora.distill.sources.served.fingerprint import TEXTS, Fingerprint
-from jcrosslora.distill.sources.served.model import ServedModel
-from jcrosslora.distill.sources.served.token_names import TokenNames
-from jcrosslora.distill.sources.served.top_tokens import TopTokens, divergence, spread
-from jcrosslora.distill.sources.tokenizer import open_tokenizer
+from jcrosslora.distill.sources.served.predictions import TokenNames, TopTokens, divergence, spread
+from jcrosslora.distill.sources.served.replies import Answers
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
