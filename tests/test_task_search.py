@@ -226,7 +226,7 @@ def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
     pilot = [Completion(one.wrap(words(turn)), text, True, one.name) for turn, (one, text) in enumerate(answers)]
 
     def found(pilot):
-        questioner = Questioner.of(actor, [plain, chat], DistillSettings(discovery=12), 20, 0)
+        questioner = Questioner(actor, [plain, chat], DistillSettings(discovery=12), 20, 0)
         return find_task(questioner, actor.alone(), pilot)
 
     assert found(pilot).templates == [chat]

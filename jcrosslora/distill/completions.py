@@ -59,7 +59,6 @@ class Completions:
     """The completions of a fit.
 
     Attributes:
-        items: the completions.
         description: where they come from, for reports.
         more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
             used, and who answers.
@@ -73,13 +72,7 @@ class Completions:
 
 
 def completions_cost(settings: DistillSettings, prompts: int = 0, *, templates: int = len(TEMPLATES)) -> Cost:
-    """Count the completions that are written before a fit, at most.
-
-    Args:
-        settings: of the fit.
-        prompts: how many the user gave; without any the source writes prompts too.
-        templates: in which it does.
-    """
+    """Count the completions that are written before a fit, at most; without `prompts` the source writes prompts too."""
     count = settings.rounds[0]
     answers = writing_cost(count, expected_tokens(settings))
     if prompts:
@@ -113,17 +106,9 @@ def answer_given(
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 
-    Where the base cannot write others like them (`find_form`) they are answered again.
-    Only the last 2,048 tokens of a prompt are used. Where there are more prompts than answers are wanted, the first
-    ones are used.
-
-    Args:
-        source: the base with its adapter.
-        writer: writes the prompts like them.
-        prompts: at least one.
-        settings: of the fit.
-        seed: of the sampling.
-        shared: prompts that the base wrote for other adapters, which are the same for this one; new ones are added.
+    `writer` writes prompts like them; where it cannot (`find_form`) the prompts are answered again. What it writes is
+    the same for all adapters of a pair, so it is looked for in `shared`, and added. Only the last 2,048 tokens of a
+    prompt are used. Where there are more prompts than answers are wanted, the first ones are used.
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.
@@ -177,14 +162,8 @@ def answer_given(
 def write_completions(source: Source, writer: Writer, settings: DistillSettings, seed: int) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
-    A pilot in all templates shows which the adapter knows (`jcrosslora.distill.pilot`); what it was
-    trained to say shows where its change is amplified (`jcrosslora.distill.task_search`).
-
-    Args:
-        source: the base with its adapter; it writes the prompts of a known template.
-        writer: writes the others, see `choose_writer`.
-        settings: of the fit.
-        seed: of the sampling.
+    A pilot in all templates shows which the adapter knows (`known_templates`); what it was trained to say shows where
+    its change is amplified (`find_task`). The source writes the prompts of a known template, `writer` the others.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
@@ -199,7 +178,7 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
         task = NOTHING
         if settings.discovery:
             tokens = settings.answer_tokens or PILOT_TOKENS
-            task = find_task(Questioner.of(source, known, settings, tokens, seed, bar), writer, found)
+            task = find_task(Questioner(source, known, settings, tokens, seed, bar), writer, found)
         wanted = round(task.share * settings.rounds[0])
         found += [one.item for one in task.further[:wanted]]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
@@ -246,10 +225,6 @@ def write_pilot(
 
 def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
     """Find the 95th percentile of the lengths of answers.
-
-    Args:
-        lengths: tokens of each answer.
-        ended: whether each has ended.
 
     Returns:
         None if fewer than half of them have ended.

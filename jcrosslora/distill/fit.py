@@ -46,9 +46,6 @@ class FitState:
     """What changes from step to step.
 
     Attributes:
-        step: int32 scalar, batches used.
-        factors: in training.
-        optimizer: its state.
         best: the factors with the lowest divergence so far.
     """
 
@@ -64,7 +61,6 @@ class Look:
 
     Attributes:
         seconds: since the beginning, writing and reading completions included.
-        completions: used until then.
         divergence: KL(teacher || target with the update), nats a position.
     """
 
@@ -81,7 +77,6 @@ class Fitted:
         adapter: the best update by the held-out completions, what it started from included.
         looks: before the first step, and at each look.
         own: completions that the target wrote.
-        stopped: whether it was interrupted.
     """
 
     adapter: StackedAdapter
@@ -91,12 +86,7 @@ class Fitted:
 
 
 def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
-    """Count a fit, with the completions of its further rounds.
-
-    Args:
-        settings: of the fit.
-        prompts: how many the user gave.
-    """
+    """Count a fit to so many given prompts, with the completions of its further rounds."""
     first, anew = settings.rounds[0], sum(settings.rounds[1:])
     # What is fitted to and what is held out each end with a batch of a few widths that is half full.
     held = settings.held_out * first + 2 * BATCH

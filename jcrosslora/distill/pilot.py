@@ -77,12 +77,8 @@ def _answered(prompt: Completion, written: Written) -> Completion:
 def judge_templates(source: Source, completions: Sequence[Completion], tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Measure an adapter in each of `templates_of` its base on the same completions, put into one after the other.
 
-    The figures then differ by the template alone: they differ more between completions than between templates.
-
-    Args:
-        source: the base, with the adapter.
-        completions: n of them, in these templates; their origins are the templates' names.
-        tokens: the most tokens of an answer.
+    The figures then differ by the template alone: they differ more between completions than between templates. The
+    origins of the n completions are the names of their templates.
 
     Returns:
         The change and the base NLL of `compare`, float64 (templates, n) each.

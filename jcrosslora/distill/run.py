@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.sources.models import with_own_template
 from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.symbols import Symbols, find_symbols
+from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.errors import CheckpointError
@@ -43,6 +43,7 @@ from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
 from jcrosslora.training.checkpoints import Checkpoints
+from jcrosslora.utils.unfinished import remove_unchanged
 
 _ABANDONED_SECONDS = 30 * 86400.0
 
@@ -154,44 +155,18 @@ def distill(
         digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
-        fitted = fit(
-            teacher,
-            batches,
-            judged,
-            fresh,
-            settings,
-            begun,
-            begun=clock,
-            checkpoints=checkpoints,
-            seed=seed,
-        )
-    devices = 1 if loaded.mesh is None else loaded.mesh.size
-    return _distilled(fitted, batches, completions, tokenizers[1], symbols, target, devices)
-
-
-def _distilled(
-    fitted: Fitted,
-    batches: Sequence[DistillationBatch],
-    completions: Completions,
-    tokenizer: Tokenizer,
-    symbols: Symbols,
-    target: BaseModel,
-    devices: int,
-) -> Distilled:
-    """Check a fit, and describe it.
-
-    Raises:
-        CheckpointError: the target's predictions were not finite.
-    """
+        fitted = fit(teacher, batches, judged, fresh, settings, begun, begun=clock, checkpoints=checkpoints, seed=seed)
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
+    chats = any(not isinstance(item.prompt, str) for item in completions.items)
+    devices = 1 if loaded.mesh is None else loaded.mesh.size
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
         fitted.looks,
         positions,
         _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
-        template_of(tokenizer) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
+        template_of(tokenizers[1]) if chats else None,
     )
 
 
@@ -226,7 +201,11 @@ def end_tokens(
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
-    """Blame the target: the source's predictions with the adapter were finite while it wrote."""
+    """Blame the target where a fit is not finite: the source's predictions were finite while it wrote.
+
+    Raises:
+        CheckpointError: the target's predictions were not finite.
+    """
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
     if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"
@@ -250,22 +229,14 @@ def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: 
 def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
     """Open the folder of a fit, and remove it when the block ends without an exception.
 
-    Folders that did not change for 30 days are removed as well.
-
-    Args:
-        parent: of the folders of all fits.
-        run: what the numbers of this one depend on.
+    Its name is a digest of what the fit depends on. Folders that did not change for 30 days are removed as well.
 
     Raises:
         OutputError: the folder cannot be made or written to.
         CheckpointError: a state in it cannot be read.
     """
     folder = parent / digest_of(run)[:24]
-    if parent.is_dir():
-        for other in parent.iterdir():
-            with suppress(OSError):
-                if other != folder and time.time() - other.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(other)
+    remove_unchanged(parent, folder, _ABANDONED_SECONDS)
     with closing(Checkpoints(folder, run)) as found:
         yield found
     shutil.rmtree(folder, ignore_errors=True)

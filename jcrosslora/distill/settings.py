@@ -74,8 +74,7 @@ class DistillSettings:
     def source_weights(self, known: float) -> tuple[float, float]:
         """Return the shares of the adapted source where it is unsure, and where it is sure.
 
-        Args:
-            known: how well the adapter's task is known, 0 to 1: 1 where prompts are given, see `FoundTask.explained`.
+        They depend on how well its task is known, 0 to 1: 1 where prompts are given, see `FoundTask.explained`.
         """
         if self.sure_weight is not None:
             return self.teacher_weight, self.sure_weight

@@ -228,11 +228,9 @@ def in_target_symbols(
 
 
 def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
-    """Give the target's predictions in the source's columns, float32 (P, shared + own + end); its own tokens get none.
+    """Give the target's predictions (P, C) in the source's columns, float32 (P, shared + own + end).
 
-    Args:
-        target: float32 (P, C), log-probabilities of the target's columns.
-        symbols: of the fit.
+    The source's own tokens get none.
     """
     (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
     never = jnp.full((len(target), own), _NEVER, target.dtype)

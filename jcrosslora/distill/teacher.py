@@ -40,9 +40,6 @@ class Teacher:
 
     Args:
         source: reads with and without the adapter.
-        target: reads without it.
-        settings: of the fit.
-        symbols: that both predict.
         known: how well the adapter's task is known, 0 to 1, see `DistillSettings.source_weights`.
     """
 

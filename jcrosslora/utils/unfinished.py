@@ -21,6 +21,14 @@ _NAME = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?[a-z0-9_]{8,16}\.tmp")
 _ABANDONED_SECONDS = 86400.0
 
 
+def remove_unchanged(parent: Path, kept: Path, seconds: float) -> None:
+    """Remove what did not change for so long from a folder, but for one entry; errors are passed over."""
+    for other in parent.iterdir() if parent.is_dir() else ():
+        with suppress(OSError):
+            if other != kept and time.time() - other.stat().st_mtime > seconds:
+                shutil.rmtree(other)
+
+
 @contextmanager
 def unfinished(out: Path, *, file: bool = False) -> Iterator[Path]:
     """Make an empty temporary folder, or a file, next to an output; what is left of it at the end is removed.

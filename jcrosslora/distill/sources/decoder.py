@@ -19,7 +19,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import AmplifiedGenerator, AppliedAdapter, Generator, Model, divergence, forward, logits
-from jcrosslora.distill.sources.protocol import Compared, ReadBatch
+from jcrosslora.distill.batches import DistillationBatch
+from jcrosslora.distill.sources.protocol import Compared
 
 _WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared
 _divergence = jax.jit(divergence)
@@ -108,7 +109,7 @@ class DecoderReader:
         self._adapted = adapted
         self._base = RestrictedModel(_without(adapted.model), adapted.ends)
 
-    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+    def read(self, batch: DistillationBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch, see `Reader.read`."""
         del own
         read = jnp.asarray(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)

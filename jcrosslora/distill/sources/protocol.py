@@ -12,6 +12,7 @@ from jcrosslora.adapter import AdapterInfo
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
+from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.text import Prompt
 from jcrosslora.utils.progress import Track
 
@@ -50,29 +51,6 @@ class Writer(Protocol):
         ...
 
 
-class ReadBatch(Protocol):
-    """Texts as the source reads them: the part of a distillation batch that is the source's. P positions.
-
-    Attributes:
-        tokens_src: int32 (B, T).
-        mask_src: bool (B, T).
-        at_src: int32 (P,), flat positions.
-        weight: float32 (P,), 0 where a prediction is not used.
-    """
-
-    @property
-    def tokens_src(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def mask_src(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def at_src(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def weight(self) -> np.ndarray: ...  # noqa: D102
-
-
 class Compared(NamedTuple):
     """Predictions with an adapter and without on n answers: float64 (n,) each, nats, means over an answer's tokens.
 
@@ -98,7 +76,7 @@ class Reader(Protocol):
     @property
     def complete(self) -> bool: ...  # noqa: D102
 
-    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+    def read(self, batch: DistillationBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch.
 
         Args:

@@ -15,14 +15,14 @@ import numpy as np
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences, stated_template
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.opening import read_template
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources.models import TorchModel, open_tokenizer, with_own_template
-from jcrosslora.distill.sources.protocol import Compared, ReadBatch
+from jcrosslora.distill.sources.protocol import Compared
 from jcrosslora.distill.sources.torch_loading import find_peft_adapter, load_model
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.text import Prompt
@@ -183,12 +183,7 @@ class TorchSource(TorchWriter):
 
     @classmethod
     def open(cls, source: TorchModel, adapter: str | Path, *, revision: str | None = None) -> TorchSource:
-        """Load a base and an adapter, and check that the adapter acts.
-
-        Args:
-            source: the base.
-            adapter: a folder of PEFT, or a hub id.
-            revision: of the adapter's hub id.
+        """Load a base and an adapter, a folder of PEFT or a hub id with its revision, and check that the adapter acts.
 
         Raises:
             UsageError, CheckpointError, AdapterError: see `load_model`; or the adapter changes nothing.
@@ -197,11 +192,11 @@ class TorchSource(TorchWriter):
         digest = f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}"
         model, device = load_model(source, files)
         vocab = int(model.get_input_embeddings().weight.shape[0])
-        tokenizer, vocabulary = open_tokenizer(source.tokenizer or source.ref, revision=source.revision, vocab=vocab)
-        template = stated_template(files.weights.parent)
-        if source.chat_template is not None:
-            template = read_template(Path(source.chat_template))
-        tokenizer = with_own_template(tokenizer, template)
+        tokenizer, vocabulary = open_tokenizer(
+            source.tokenizer or source.ref, revision=source.revision, chat_template=source.chat_template, vocab=vocab
+        )
+        if source.chat_template is None:
+            tokenizer = with_own_template(tokenizer, stated_template(files.weights.parent))
         loaded = _Model(model, device, str(source.ref), str(adapter))
         found = cls(loaded, tokenizer, vocabulary, source, _describe(files, digest, revision))
         found._check_acts()
@@ -272,13 +267,13 @@ class TorchReader:
     def __init__(self, model: _Model, columns: np.ndarray, ends: int) -> None:
         self._model, self._columns, self._ends = model, columns.astype(np.int64), ends
 
-    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+    def read(self, batch: DistillationBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch, see `Reader.read`."""
         del own
         adapted = self._predict(batch, adapter=True)
         return (self._predict(batch, adapter=False) if base else adapted), adapted
 
-    def _predict(self, batch: ReadBatch, *, adapter: bool) -> jax.Array:
+    def _predict(self, batch: DistillationBatch, *, adapter: bool) -> jax.Array:
         import torch
 
         filled = batch.mask_src.any(axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,8 +31,6 @@ class Scored:
     """An answer of the adapted base.
 
     Attributes:
-        item: the answer with its prompt.
-        template: the template of the prompt.
         change: KL(with adapter || without) in nats, summed over the judged tokens.
         surprise: the part of the answer that surprises the base, in nats, summed over the same tokens: see `score`.
         doubt: NLL of the answer with the adapter, in nats, summed over the same tokens.
@@ -59,35 +58,23 @@ class Questioner:
     """Asks an adapter, and scores its answers.
 
     Attributes:
-        source: the base, with the adapter.
-        named: templates by their names, and by the origins of requests in them; none if the search has no template.
-        settings: settings of the fit.
-        tokens: the most tokens of an answer.
+        known: the templates that the adapter knows.
         seed: seed of all that the search samples.
         bar: advances by one for each text.
     """
 
     source: Source
-    named: Mapping[str, PromptTemplate]
+    known: Sequence[PromptTemplate]
     settings: DistillSettings
     tokens: int
     seed: int
     bar: Track | None = None
 
-    @classmethod
-    def of(
-        cls,
-        source: Source,
-        known: Sequence[PromptTemplate],
-        settings: DistillSettings,
-        tokens: int,
-        seed: int,
-        bar: Track | None = None,
-    ) -> Questioner:
-        """Ask in the chat template of the base, if it has one, and in the templates that the adapter knows."""
-        chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
-        named = {name: one for one in [*chat, *known] for name in (one.name, origin_of(one))}
-        return cls(source, named, settings, tokens, seed, bar)
+    @cached_property
+    def named(self) -> Mapping[str, PromptTemplate]:
+        """The base's chat template, if it has one, and the known ones, by their names and the origins of requests."""
+        chat = [one for one in templates_of(self.source.tokenizer) if isinstance(one, ConversationTemplate)]
+        return {name: one for one in [*chat, *self.known] for name in (one.name, origin_of(one))}
 
     @property
     def templates(self) -> list[PromptTemplate]:
@@ -99,11 +86,7 @@ class Questioner:
     ) -> list[Scored]:
         """Put requests to the adapter, in templates that take turns; return its answers, the best first.
 
-        Args:
-            requests: texts to put into templates.
-            templates: one template or more.
-            turn: number that is added to the seed.
-            tokens: the most tokens of an answer; None is as many as the search allows.
+        Answers have at most `tokens`; None is as many as the search allows. The turn is added to the seed.
 
         Raises:
             AdapterError: with the adapter the base's predictions are not finite.

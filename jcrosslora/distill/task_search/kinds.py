@@ -27,11 +27,8 @@ class Notation:
     """A way to write a record of keys and values: data sets differ in it, and an adapter knows the one of its own.
 
     Attributes:
-        before: text in front of the record.
         colon: text between a key and its value.
-        close: text behind each value.
         comma: text between a value and the next key.
-        after: text behind the record.
     """
 
     before: str
@@ -69,7 +66,6 @@ class JobKind:
     """A kind of job.
 
     Attributes:
-        name: its name in reports.
         instructions: texts that may stand in front of an input, with the space or line break between; "" is none.
         examples: inputs of one form, each a single line, with possible answers.
         records: whether inputs are records of facts. Requests then take turns in several notations.

@@ -45,12 +45,8 @@ def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None 
     """Choose the base that writes requests: the one that foresees the inputs of `KINDS` better, in nats a character.
 
     The better model of text writes the better requests, and mostly that is the newer one, the target. Each input stands
-    behind others of its kind, as requests do that are to be written.
-
-    Args:
-        source: a base with an adapter, which is taken off.
-        target: another base, without an adapter.
-        shared: what holds for all adapters of the pair; the choice is looked for there, and added.
+    behind others of its kind, as requests do that are to be written. The choice holds for all adapters of a pair: it
+    is looked for in `shared`, and added.
 
     Raises:
         SourceError: a source behind a server does not answer.
@@ -76,8 +72,6 @@ class Findings:
     """What the search knows of the requests of an adapter.
 
     Attributes:
-        kind: the adapter's kind of jobs.
-        answered: the answers to its requests.
         about: topics by the inputs, "" for an input without one.
         examples: the best requests, which are shown to the writer with the kind's own examples.
         heard: further answers with topics, each behind its input, "" if it has none.
@@ -228,11 +222,7 @@ class SharedForm:
 
 
 def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | None:
-    """Find what prompts have in common.
-
-    Args:
-        prompts: texts or conversations.
-        tokenizer: of the base that is to write others.
+    """Find what prompts have in common; the tokenizer is that of the base that is to write others.
 
     Returns:
         None for fewer than eight different prompts, and where what differs is not one line of at most 128 tokens in

@@ -149,15 +149,7 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
 def _search_topics(
     questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], requests: Sequence[str]
 ) -> FoundTask:
-    """Search for requests of a kind about what the adapter speaks of.
-
-    Args:
-        questioner: asks the adapter.
-        writer: writes the requests.
-        kind: the adapter's kind of jobs.
-        answered: answers to requests of this kind.
-        requests: other requests, behind which the adapter speaks with its change amplified.
-    """
+    """Search for requests of a kind about what the adapter speaks of, behind its answers and other requests."""
     source, seed, bar, settings = questioner.source, questioner.seed, questioner.bar, questioner.settings
     templates, count = questioner.templates, settings.discovery
 
@@ -191,13 +183,9 @@ def _most(templates: Sequence[PromptTemplate]) -> float:
 
 
 def share_of(found: float, written: float) -> float:
-    """Return the share of prompts to take from a search, 0 to 1.
+    """Return the share of prompts to take from a search, 0 to 1, by the `common_odds` of what was found and written.
 
     Kinds of prompts whose answers the adapter knows equally well get half each, and one that it knows worse much less.
-
-    Args:
-        found: `common_odds` of requests that the search found, none of them chosen by them.
-        written: `common_odds` of prompts in templates.
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
     return powers[0] / sum(powers) if powers[0] > 0 else 0.0

@@ -49,12 +49,7 @@ class Client:
     """A server of the OpenAI API."""
 
     def __init__(self, served: ServedModel, wait: Callable[[float], Any] | None = None) -> None:
-        """Take the address and the key; nothing is sent yet.
-
-        Args:
-            served: the server.
-            wait: takes the seconds between two attempts; None waits for them.
-        """
+        """Take the address and the key; nothing is sent yet. `wait` takes the seconds between two attempts."""
         self.url = served.url.rstrip("/")
         self._requests = served.requests
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
@@ -79,14 +74,10 @@ class Client:
         return self._ask(url, None, lambda content: read_reply(content, kind))
 
     def post(self, path: str, body: Mapping[str, Any], kind: type[T], check: Callable[[T], R]) -> R:
-        """Send a request until its answer is one.
+        """Send a request to a path below the server's address until its answer is one of a type; return what it holds.
 
-        Args:
-            path: below the server's address.
-            body: JSON values.
-            kind: type of the answer.
-            check: takes the parts that are wanted out of the answer; a `DamagedError` of it says that the answer is not
-                one to this request, which is sent again.
+        `check` takes that out of the answer; a `DamagedError` of it says that the answer is not one to this request,
+        which is sent again.
 
         Raises:
             RefusedError: the server refuses what is asked for.
@@ -96,13 +87,7 @@ class Client:
         return self._ask(f"{self.url}/{path}", data, lambda content: check(read_reply(content, kind)))
 
     def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
-        """Call a function that asks the server on every item, several at a time; the first error ends all.
-
-        Args:
-            function: to call.
-            items: in any number.
-            bar: advances by one for each.
-        """
+        """Call a function that asks the server on every item, several at a time; the first error ends all."""
 
         def one(item: T) -> R:
             if self._stopped.is_set():
@@ -207,12 +192,9 @@ class Transport:
     """Sends requests. Redirects are not followed, because they would carry a key along."""
 
     def __init__(self, seconds: float, most: int, *, direct: bool) -> None:
-        """Set the limits.
+        """Set the limits: seconds that reaching the server, sending and reading may take, each; and bytes of an answer.
 
-        Args:
-            seconds: that reaching the server, sending a request and reading its answer may take, each.
-            most: bytes of an answer.
-            direct: whether to pass by the proxies of the environment.
+        A direct transport passes by the proxies of the environment.
         """
         self._seconds, self._most = seconds, most
         proxies = [urllib.request.ProxyHandler({})] if direct else []

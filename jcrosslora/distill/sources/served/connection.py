@@ -48,7 +48,6 @@ class Connection:
     """Requests of a fit to a server.
 
     Attributes:
-        dialect: of the server.
         stops: ids of the tokens that end a text.
     """
 
@@ -98,13 +97,9 @@ class Connection:
         return self._asked("write", body, tuple[str, bool], check)
 
     def predict(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[TopTokens]:
-        """Return what a model predicts behind the tokens at some places of a text.
+        """Return what a model predicts behind the tokens (T,) of a text at some indices, at least one, ascending.
 
-        Args:
-            side: which model.
-            ids: int32 (T,), the text.
-            places: indices into it, at least one, ascending.
-            keep: whether to look for the answer among those of earlier runs, and to keep it.
+        `keep` says whether to look for the answer among those of earlier runs, and to keep it.
         """
         if self._echoes is not False:
             try:
@@ -122,11 +117,6 @@ class Connection:
 
     def check_tokenizer(self, side: Fields, ids: np.ndarray, decode: Callable[[Sequence[int]], str]) -> None:
         """Let a model write a few tokens, and check that they are to this tokenizer the text that they are to its own.
-
-        Args:
-            side: which model.
-            ids: int32 (T,), the tokens to go on from.
-            decode: joins tokens into text.
 
         Raises:
             SourceError: they are not.
@@ -238,12 +228,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
     @classmethod
     def take(cls, connection: Connection, encode: Callable[[str], np.ndarray]) -> Fingerprint:
-        """Ask for both models twice.
-
-        Args:
-            connection: to the server.
-            encode: splits a text into tokens.
-        """
+        """Ask for both models twice."""
         texts = [(ids, range(max(0, len(ids) - _PLACES), len(ids))) for ids in map(encode, TEXTS)]
         sides = (connection.dialect.base, connection.dialect.adapted)
         calls = [(side, *text) for _ in range(2) for side in sides for text in texts]

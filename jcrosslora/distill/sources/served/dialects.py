@@ -43,7 +43,6 @@ class Dialect:
     """How a server is asked.
 
     Attributes:
-        kind: which server it is.
         adapted: fields of requests to the base with its adapter.
         base: those of requests to the base alone.
         base_name: the server's name of the base.

@@ -6,7 +6,6 @@ Every answer is read here and nowhere else, so what passes has the types and ran
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ import msgspec
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.errors import SourceError
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.unfinished import remove_unchanged
 
 T = TypeVar("T")
 LogProb = Annotated[float, msgspec.Meta(le=1e-3)]  # rounding makes log-probabilities of sure tokens positive
@@ -143,25 +143,20 @@ class Answers:
     """Answers of one model on one server. Without a folder nothing is kept; the state of the disk raises no error."""
 
     def __init__(self, parent: Path | None, identity: Any) -> None:
-        """Use the folder of a model below `parent`; folders that did not change for 30 days are removed.
+        """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None.
 
-        Args:
-            parent: the folder of all models, or None.
-            identity: names the model, as a JSON value.
+        Folders that did not change for 30 days are removed.
         """
-        self._folder = None if parent is None else parent / digest_of(identity)[:24]
-        if parent is not None and parent.is_dir():
-            for other in parent.iterdir():
-                with suppress(OSError):
-                    if other != self._folder and time.time() - other.stat().st_mtime > _ABANDONED_SECONDS:
-                        shutil.rmtree(other)
+        self._folder: Path | None = None
+        if parent is not None:
+            self._folder = parent / digest_of(identity)[:24]
+            remove_unchanged(parent, self._folder, _ABANDONED_SECONDS)
 
     def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
         """Drop all answers of another model under the same name.
 
-        Args:
-            sample: what the model answers to the same questions in every run.
-            is_of: whether a sample of an earlier run is of this model.
+        `sample` is what the model answers to the same questions in every run; `is_of` tells whether that of an earlier
+        run is of this model.
         """
         if self._folder is None:
             return

@@ -19,8 +19,9 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources.models import ServedModel, open_tokenizer
-from jcrosslora.distill.sources.protocol import Compared, ReadBatch
+from jcrosslora.distill.sources.protocol import Compared
 from jcrosslora.distill.sources.served.client import Client
 from jcrosslora.distill.sources.served.connection import TEXTS, Connection, Fingerprint
 from jcrosslora.distill.sources.served.dialects import Fields, find_dialect
@@ -119,9 +120,7 @@ class ServedSource(ServedWriter):
     def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
         """Reach a server, and check that the adapter acts on it.
 
-        Args:
-            served: the server and its models.
-            answers: the folder of all answers of servers, from which a stopped run goes on; None keeps none.
+        The folder `answers` keeps all answers of servers, from which a stopped run goes on; None keeps none.
 
         Raises:
             SourceError: it does not answer, lacks the models, or predicts the same with the adapter and without.
@@ -237,7 +236,7 @@ class ServedReader:
         self._place = np.full(max(source.tokenizer.vocab, int(columns.max(initial=0)) + 1), -1, np.int32)
         self._place[columns] = np.minimum(np.arange(len(columns)), self._columns - 1)
 
-    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+    def read(self, batch: DistillationBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch, see `Reader.read`."""
         assert own is not None
         width = batch.tokens_src.shape[1]
