@@ -7,7 +7,6 @@ shows in how much it changes the predictions of its base where the answer begins
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +129,7 @@ def answer_given(
             bar.update(count)
         return list(kept[key])
 
-    with _bar(wanted + further) as bar:
+    with track(wanted + further, "write completions", "texts") as bar:
         tokens = settings.answer_tokens or _given_length(source, prompts, temperature, seed)
         asked = [Completion(prompt) for prompt in prompts[:wanted]]
         asked += similar(wanted - len(asked), seed, bar)
@@ -170,7 +169,8 @@ def write_completions(source: Source, writer: Writer, settings: DistillSettings,
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(source.tokenizer)
-    with _bar(completions_cost(settings, templates=len(templates)).texts) as bar:
+    cost = completions_cost(settings, templates=len(templates))
+    with track(cost.texts, "write completions", "texts") as bar:
         pilot = write_pilot(source, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
@@ -267,7 +267,3 @@ def _check_enough(found: list[Completion], source: Source) -> None:
     came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
     msg = f"{source.name} with the adapter answered {came} are wanted: "
     raise MethodError(msg + "give more prompts with --probe-text, or use another method")
-
-
-def _bar(texts: int) -> AbstractContextManager[Track]:
-    return track(texts, "write completions", "texts")

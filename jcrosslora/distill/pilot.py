@@ -7,7 +7,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from jcrosslora.decoder import Written
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.sources.protocol import Compared, Source, Writer
 from jcrosslora.distill.templates import PromptTemplate, in_template, templates_of
@@ -67,11 +66,11 @@ def answer_prompts(
     """
     key = jax.random.fold_in(jax.random.key(seed), 1)
     written = writer.write([item.prompt for item in prompts], tokens, temperature, key, bar=bar)
-    return [_answered(item, one) for item, one in zip(prompts, written, strict=True) if one.text.strip()]
-
-
-def _answered(prompt: Completion, written: Written) -> Completion:
-    return Completion(prompt.prompt, written.text, written.ended, prompt.origin)
+    return [
+        replace(item, answer=one.text, ended=one.ended)
+        for item, one in zip(prompts, written, strict=True)
+        if one.text.strip()
+    ]
 
 
 def judge_templates(source: Source, completions: Sequence[Completion], tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -176,14 +176,7 @@ def _summed(
     streams: Sequence[Sequence[jax.Array]],
     downs: Sequence[Down],
 ) -> _Sums:
-    """Sum over all batches.
-
-    Args:
-        eps: of the norm behind down_proj; None where there is none.
-        batches: the texts.
-        streams: the four of `_States`, with one array for each batch.
-        downs: what the layer's down_proj read and wrote in each batch.
-    """
+    """Sum over all batches; `streams` are the four of `_States`, with one array for each batch."""
     sums = _no_sums(tuple(stream[0] for stream in streams), downs[0])
     for batch, down, *states in zip(batches, downs, *streams, strict=True):
         places = jnp.asarray(batch.at_src), jnp.asarray(batch.at_tgt), jnp.asarray(batch.valid)

@@ -126,12 +126,9 @@ def digest_values(adapter: Adapter) -> str:
 def _answer_positions(
     rows: Sequence[tuple[np.ndarray, int]], width: int, tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat positions in front of the answers' tokens, these tokens, and which of them exist; (8, tokens) each.
+    """Find the flat positions in front of the answers' tokens, these tokens, and which of them exist; (8, tokens) each.
 
-    Args:
-        rows: token ids of each text, and the index of its answer's first token.
-        width: tokens of a row; longer texts keep their end.
-        tokens: the most tokens of an answer.
+    Rows are token ids with the index of the answer's first token; those longer than `width` keep their end.
     """
     shape = _ROWS, tokens
     at, token, used = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)

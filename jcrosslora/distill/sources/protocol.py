@@ -117,12 +117,9 @@ class Source(Writer, Protocol):
         ...
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
-        """Compare the predictions with and without the adapter on the answers in texts.
+        """Compare the predictions with and without the adapter on the answers in texts of int32 (T,) token ids.
 
-        Args:
-            texts: int32 (T,) token ids of each text, at least one.
-            starts: the index of each answer's first token.
-            tokens: the most tokens of an answer that are looked at.
+        At most `tokens` tokens of an answer are looked at, from the one at its start.
 
         Returns:
             The figures of each text.
@@ -130,12 +127,7 @@ class Source(Writer, Protocol):
         ...
 
     def reader(self, columns: np.ndarray, ends: int) -> Reader:
-        """Prepare predictions on chosen columns.
-
-        Args:
-            columns: int32, ids of the predicted tokens; the last `ends` of them are one column together.
-            ends: tokens that end a text.
-        """
+        """Prepare predictions on columns of token ids, int32; the last `ends` of them end a text and are one column."""
         ...
 
 

@@ -8,7 +8,7 @@ off (`lora`); it ignores `echo`, so it is asked for the token behind every prefi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class Dialect:
     adapted: Fields
     base: Fields
     base_name: str
-    prefixes: int = field(default=1)
+    prefixes: int = 1
 
     def sampling(self, stops: Sequence[int]) -> dict[str, Any]:
         """Return the fields of requests that write."""
@@ -63,9 +63,8 @@ class Dialect:
     def reading(self, whole: int | None) -> dict[str, Any]:
         """Return the fields of requests that read.
 
-        Args:
-            whole: id of a token that is a whole character; None if the tokenizer has none. llama.cpp tells nothing
-                where it draws the first part of a character, so it is made to draw this one; what it tells stays.
+        llama.cpp tells nothing where it draws the first part of a character, so it is made to draw the token `whole`,
+        which is a whole character; what it tells stays.
         """
         drawn = {"logit_bias": [[whole, 100.0]]} if self.kind == "llamacpp" and whole is not None else {}
         return {**_SAMPLING[self.kind], **_READING[self.kind], **drawn}
