@@ -33,9 +33,8 @@ from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher
 from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.evaluate import effect, log_probs
-from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.sources.served import predictions
+from jcrosslora.evaluate import effect, log_probs
 from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
