@@ -37,7 +37,7 @@ from jcrosslora.distill.sources.models import with_own_template
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.chat_template import template_of
+from jcrosslora.text.reading import template_of
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 from jcrosslora.utils.progress import track
 

@@ -13,8 +13,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Completion, Message, read
-from jcrosslora.text.chat_template import PLAIN_TEMPLATE, render
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text.reading import PLAIN_TEMPLATE, prompt_ids, render
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

@@ -62,7 +62,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageE
 from jcrosslora.methods import METHODS
 from jcrosslora.report import complete, cut, model_card, print_report, published, spread
 from jcrosslora.text import Completion, Message, read
-from jcrosslora.text.chat_template import PLAIN_TEMPLATE
+from jcrosslora.text.reading import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
 
 SMALL = DistillSettings(

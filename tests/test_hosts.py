@@ -17,7 +17,7 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.distributed import hosts
-from jcrosslora.distributed.join import join
+from jcrosslora.distributed.hosts import join
 
 PLAN = """
 out = "moved"

@@ -17,8 +17,8 @@ import jcrosslora as jcl
 from jcrosslora import transfer_files
 from jcrosslora.decoder import loading
 from jcrosslora.session.batch import read_plan, run_batch
-from jcrosslora.utils import memory
-from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils import cost
+from jcrosslora.utils.cost import enough_memory
 
 TEXTS = ["Anna said that the water boils.", "Peter has a dog."] * 8
 TOO_MANY = 2**46  # numbers; no machine has that
@@ -86,16 +86,16 @@ def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, 
 
 
 def test_free_memory_is_that_of_the_host_or_of_its_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
-    host = memory.free_memory()
+    monkeypatch.setattr(cost, "_GROUP", tmp_path / "none")
+    host = cost.free_memory()
     assert host is not None
     assert host > 1e6
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    monkeypatch.setattr(cost, "_GROUP", tmp_path)
     (tmp_path / "memory.current").write_text("400\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.free_memory() == 600
+    assert cost.free_memory() == 600
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory() > 1000
+    assert cost.free_memory() > 1000
 
 
 @pytest.mark.parametrize(("limits", "free"), [((900, 700), 400), ((900, None), None)])
@@ -103,8 +103,8 @@ def test_free_memory_of_several_devices_is_the_least_of_any(monkeypatch, limits,
     stats = [None if limit is None else {"bytes_limit": limit, "bytes_in_use": 300} for limit in limits]
     devices = [SimpleNamespace(platform="gpu", memory_stats=lambda one=one: one) for one in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert memory.free_memory() == 600
-    assert memory.free_memory(2) == free
+    assert cost.free_memory() == 600
+    assert cost.free_memory(2) == free
 
 
 def test_every_command_reports_short_memory(house, monkeypatch, capsys):

@@ -10,8 +10,8 @@ from real_models import real_model
 from tiny_tokenizers import KINDS
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of
+from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
 from jcrosslora.errors import CheckpointError
 
 PATH = Path("model.gguf")

@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 
 import jcrosslora as jcl
-from jcrosslora.cache.place import keep_compiled
-from jcrosslora.utils.memory import enough_memory
+from jcrosslora.cache.store import keep_compiled
+from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.progress import DISPLAY
 
 USER_ERROR = 2

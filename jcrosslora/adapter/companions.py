@@ -9,8 +9,8 @@ from typing import Any
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, public_name
-from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.shards import INDEX
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
 from jcrosslora.errors import CheckpointError
 

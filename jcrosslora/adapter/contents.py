@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.records import Adapter
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
 from jcrosslora.errors import OutputError, UsageError
 

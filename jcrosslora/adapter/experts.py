@@ -15,7 +15,7 @@ from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName
 from jcrosslora.adapter.patterns import exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.experts import single_parts
+from jcrosslora.checkpoint.layout import single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 

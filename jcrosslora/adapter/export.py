@@ -18,7 +18,7 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import COMPLETIONS

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypedDict
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
-from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
 from jcrosslora.errors import AdapterError, CheckpointError
-from jcrosslora.utils.reading import read_small, read_small_text
+from jcrosslora.utils.files import read_small, read_small_text
 
 CARD = "README.md"
 CONFIG = "adapter_config.json"

@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.records import Adapter
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.errors import AdapterError
 
 Layout = Mapping[str, Sequence[tuple[str, int, int]]]

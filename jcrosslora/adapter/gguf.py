@@ -25,12 +25,9 @@ from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.weights import PeftContents, Weights, check_names
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.gguf import open_header
-from jcrosslora.checkpoint.gguf_header import GGUFHeader
-from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, hub_id_of
-from jcrosslora.checkpoint.gguf_names import architecture, gguf_name, hf_name, permutes_heads
-from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float
-from jcrosslora.checkpoint.gguf_tensors import unpermuted_rows
+from jcrosslora.checkpoint.gguf import float_type, open_header, stored_rows, to_float
+from jcrosslora.checkpoint.gguf_header import ARCHITECTURES, GGUFHeader, hub_id_of
+from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name, hf_name, permutes_heads, unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.safetensors import Entry
 from jcrosslora.checkpoint.store import MappedFile

@@ -21,11 +21,10 @@ from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.experts import is_loadable
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import local_names, publish
-from jcrosslora.checkpoint.layout import expected_shapes
-from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
+from jcrosslora.checkpoint.layout import expected_shapes, is_loadable
+from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, Piece, write_pieces
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError

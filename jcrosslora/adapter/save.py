@@ -20,7 +20,7 @@ from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.patterns import by_weight
 from jcrosslora.adapter.peft import write_peft, write_portable
 from jcrosslora.adapter.records import Adapter, Carried, check_always_active, restrict
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path

@@ -20,8 +20,7 @@ import jax
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.utils import version
-from jcrosslora.utils.files import write_whole
-from jcrosslora.utils.reading import read_small
+from jcrosslora.utils.files import read_small, write_whole
 
 # Two writes within one tick of the file system's clock have the same time.
 _TICK_NS = 2 * 10**9

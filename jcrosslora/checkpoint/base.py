@@ -1,9 +1,9 @@
-"""A base model: its modules, its tensors on demand, its vocabulary and its identity."""
+"""A base model: its modules, its tensors on demand, its vocabulary and its identity; and what is known without them."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,7 +16,9 @@ from jcrosslora.architectures.blocks import WRITERS
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.architectures.sizes import Dims, read_number
-from jcrosslora.checkpoint.experts import (
+from jcrosslora.checkpoint.layout import (
+    Module,
+    expected_shapes,
     expert_shape,
     expert_shapes,
     in_order,
@@ -25,7 +27,6 @@ from jcrosslora.checkpoint.experts import (
     read_expert_tensor,
     stored_rows,
 )
-from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
@@ -328,3 +329,53 @@ class BaseModel:
 
     def _stored_name(self, name: str) -> str:
         return EMBEDDING if name == HEAD and self.tied else name
+
+
+@dataclass(frozen=True, eq=False)
+class BaseInfo:
+    """What is known of a base model without its weights.
+
+    Attributes:
+        name: as written into `base_model_name_or_path`.
+        ref: the path or hub id that was opened.
+        revision: the hub commit, or None.
+        digest: "sha256:..." of the weight files; "" where they were not read for it.
+        family: name of its family.
+        shapes: (O, I) of every module, by name, in the order of the model.
+        fused: matrices that hold several modules, see `BaseModel.fused`.
+        heads: (query heads, key heads).
+        has_experts: whether a layer has experts.
+        prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
+    """
+
+    name: str
+    ref: str
+    revision: str | None
+    digest: str
+    family: str
+    shapes: Mapping[str, tuple[int, int]]
+    fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    heads: tuple[int, int] | None = None
+    has_experts: bool = False
+    prefix: str = TEXT
+
+
+def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
+    """Take down what `BaseInfo` holds.
+
+    Args:
+        base: the base.
+        digest: of its weights, or "" where that is not wanted; None reads the weight files once.
+    """
+    return BaseInfo(
+        name=base.name,
+        ref=base.ref,
+        revision=base.revision,
+        digest=base.digest() if digest is None else digest,
+        family=base.family.name,
+        shapes={name: module.shape for name, module in base.modules.items()},
+        fused=base.fused,
+        heads=(base.dims.heads, base.dims.kv_heads),
+        has_experts=base.has_experts,
+        prefix=base.prefix,
+    )

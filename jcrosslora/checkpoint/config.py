@@ -9,9 +9,10 @@ from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.architectures.sizes import Dims, size
-from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
+from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
+from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.checkpoint.quantised import check_quantization
-from jcrosslora.checkpoint.store import FileNames
+from jcrosslora.checkpoint.store import FileNames, read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened

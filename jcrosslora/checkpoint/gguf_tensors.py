@@ -1,4 +1,4 @@
-"""Where a GGUF file holds each tensor of a model, and what llama.cpp's converter has done to it.
+"""The tensors of a model in a GGUF file: their names, where each is, and what llama.cpp's converter has done to it.
 
 The converter reorders the rows of q and k of Llama and families like it for its rotary layout, sorts what Qwen3.5 and
 Qwen3-Next store by groups of heads, stores gains of 1 + weight as they are used, and A in place of its logarithm. Each
@@ -7,19 +7,41 @@ change is undone here. Source: the `conversion` folder of llama.cpp.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.blocks import DeltaRule, LatentAttention
+from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, DeltaRule, Experts, LatentAttention, PerLayerInput
+from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.layer import GGUF_NORMS
+from jcrosslora.architectures.names import (
+    EMBEDDING,
+    HEAD,
+    HEAD_BIAS,
+    LAYER_EMBEDDING,
+    LAYER_INPUT_NORM,
+    LAYER_INPUT_PROJECTION,
+    QKV,
+)
+from jcrosslora.architectures.families import FAMILIES
+from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.layout import holder_of
 
 Shape = tuple[int, ...]
 _DELTA = "linear_attn."
 _GROUPED_NORMS = ("mamba.norm.weight", "mixer.norm.weight")  # files have a row of each group
+# Matrices of several roles -> their names in GGUF.
+_FUSED = {QKV: "attn_qkv", ("gate_proj", "up_proj"): "ffn_up"}
+# Of what makes the inputs that each layer has beside the stream.
+_LAYER_INPUTS = {
+    "per_layer_token_embd.weight": LAYER_EMBEDDING,
+    "per_layer_model_proj.weight": LAYER_INPUT_PROJECTION,
+    "per_layer_proj_norm.weight": LAYER_INPUT_NORM,
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,96 @@ def find_sources(
             form="log" if path.endswith(".A_log") else None,
         )
     return found
+
+
+def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
+    """Return the row of the GGUF file for each row in Hugging Face order.
+
+    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
+    2j and 2j + 1.
+
+    Args:
+        rows: number of rows of the matrix, a multiple of 2 * heads.
+        heads: number of heads.
+
+    Returns:
+        (rows,) integers.
+    """
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+
+
+def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
+    """Return the place in the file of each feature of the heads of values, which it stores group after group in turn.
+
+    Args:
+        delta: the delta rule, with G groups of H / G heads.
+        size: features of a head.
+
+    Returns:
+        (H size,) integers.
+    """
+    return np.arange(delta.heads * size).reshape(-1, delta.groups, size).swapaxes(0, 1).reshape(-1)
+
+
+def grouped_rows(delta: DeltaRule) -> np.ndarray:
+    """Return the row of queries, keys, values and gates, stored one behind another, for each row sorted by group."""
+    starts = np.cumsum([0, *[delta.groups * delta.key_size] * 2, delta.inner, delta.inner])
+    parts = [np.arange(*ends).reshape(delta.groups, -1) for ends in pairwise(starts)]
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def architecture(family: str, has_experts: bool) -> str | None:
+    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known.
+
+    Args:
+        family: its name.
+        has_experts: whether a layer of the model has experts.
+    """
+    form = FAMILIES[family].gguf if family in FAMILIES else None
+    return None if form is None else form.architectures[-1 if has_experts else 0]
+
+
+def permutes_heads(arch: str) -> bool:
+    """Whether rows of q and k are in the order of llama.cpp's rotation in files of an architecture."""
+    form = FAMILIES[ARCHITECTURES[arch]].gguf if arch in ARCHITECTURES else None
+    return form is not None and form.permuted
+
+
+def hf_name(stored: str, arch: str) -> str | None:
+    """Return the Hugging Face name of a tensor of a GGUF file, None if it is not known.
+
+    The rows of a tensor may be in several of the file, and may be in another order there: see `gguf_tensors`.
+    """
+    if (whole := _outside(arch).get(stored)) is not None:
+        return whole
+    parts, block = stored.split(".", 2), block_names(arch)
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in block:
+        return f"model.layers.{parts[1]}.{block[parts[2]]}"
+    return None
+
+
+def gguf_name(name: str, arch: str) -> str | None:
+    """Return the GGUF name of a tensor of a layer by its Hugging Face name.
+
+    None if no tensor holds its rows and columns, in their order but for that of the heads of q and k.
+    """
+    parts = name.split(".", 3)
+    form = FAMILIES[ARCHITECTURES[arch]].gguf
+    assert form is not None
+    if len(parts) != 4 or parts[:2] != ["model", "layers"] or (form.tiled and parts[3].startswith("linear_attn.")):
+        return None
+    found = [stored for stored, path in block_names(arch).items() if path == parts[3]]
+    return f"blk.{parts[2]}.{found[0]}" if len(found) == 1 else None
+
+
+@cache
+def block_names(arch: str) -> dict[str, str]:
+    """Return the names of the tensors of a layer, in files and in the model; rows of one are in order of the names."""
+    names: dict[str, str] = {}
+    for family in FAMILIES.values():
+        if family.gguf is not None and arch in family.gguf.architectures:
+            names |= _names_of(family)
+    return names
 
 
 def _delta_of(model: Architecture) -> DeltaRule | None:
@@ -130,37 +242,36 @@ def _orders(
     return None, None
 
 
-def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
-    """Return the row of the GGUF file for each row in Hugging Face order.
-
-    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
-    2j and 2j + 1.
-
-    Args:
-        rows: number of rows of the matrix, a multiple of 2 * heads.
-        heads: number of heads.
-
-    Returns:
-        (rows,) integers.
-    """
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+@cache
+def _outside(arch: str) -> dict[str, str]:
+    """Return the names of tensors outside the layers."""
+    family = FAMILIES[ARCHITECTURES[arch]]
+    assert family.gguf is not None
+    names = {"token_embd.weight": EMBEDDING, "output.weight": HEAD, "output.bias": HEAD_BIAS}
+    names |= {f"{family.gguf.final_norm}.{kind}": f"{family.final_norm}.{kind}" for kind in ("weight", "bias")}
+    return names | (_LAYER_INPUTS if PerLayerInput in family.blocks else {})
 
 
-def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
-    """Return the place in the file of each feature of the heads of values, which it stores group after group in turn.
+def _names_of(family: Family) -> dict[str, str]:
+    assert family.gguf is not None
+    linears = [linear for block in family.all_blocks for linear in block.LINEARS]
+    held = {ROLE_PATHS[role] for roles in family.fused.values() for role in roles}
+    own = {linear.path: (linear.role,) for linear in linears if linear.path not in held}
+    named = _FUSED | {(role,): linear.gguf for role, linear in LINEARS.items()}
+    stems = {name: path for path, roles in {**family.fused, **own}.items() if (name := named.get(roles)) is not None}
+    places = GGUF_NORMS | {place: name for block in family.all_blocks for place, name in block.GGUF_NORMS.items()}
+    places |= dict(family.gguf.names)
+    stems |= {places[place]: norm for place, norm in family.norms.items() if place in places}
+    usual = {f"{stem}.{kind}": f"{path}.{kind}" for stem, path in stems.items() for kind in ("weight", "bias")}
+    if family.experts is not None:
+        layout = _gguf_layout(family.experts)
+        usual |= {stored: layout[name] for stored, name in Experts.GGUF_TENSORS.items() if name in layout}
+    first = dict(family.gguf.tensors)
+    return first | {stored: path for stored, path in usual.items() if stored not in first}
 
-    Args:
-        delta: the delta rule, with G groups of H / G heads.
-        size: features of a head.
 
-    Returns:
-        (H size,) integers.
-    """
-    return np.arange(delta.heads * size).reshape(-1, delta.groups, size).swapaxes(0, 1).reshape(-1)
-
-
-def grouped_rows(delta: DeltaRule) -> np.ndarray:
-    """Return the row of queries, keys, values and gates, stored one behind another, for each row sorted by group."""
-    starts = np.cumsum([0, *[delta.groups * delta.key_size] * 2, delta.inner, delta.inner])
-    parts = [np.arange(*ends).reshape(delta.groups, -1) for ends in pairwise(starts)]
-    return np.concatenate(parts, axis=1).reshape(-1)
+def _gguf_layout(experts: ExpertRules) -> Mapping[str, str]:
+    """Return the layout with one tensor of all experts for each of gate, up and down, or else for both of the first."""
+    merged = (one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
+    layout = next(merged, experts.layouts[-1])
+    return layout if experts.gated else {**layout, "up": layout["gate_up"]}  # which holds nothing else

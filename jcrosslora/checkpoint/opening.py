@@ -27,7 +27,7 @@ from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError, UsageError
-from jcrosslora.utils.reading import read_small_text
+from jcrosslora.utils.files import read_small_text
 
 
 def open_base(

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
-from jcrosslora.checkpoint.store import FileNames
+from jcrosslora.checkpoint.store import FileNames, read_json_object
 from jcrosslora.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -1,19 +1,21 @@
-"""Named tensors in the Hugging Face convention, the interface between a base model and its format; and mapped files."""
+"""The interface between a base model and its format, named tensors; mapped files and JSON files of a model."""
 
 import hashlib
+import json
+import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from jcrosslora.errors import CheckpointError
-from jcrosslora.utils.reading import regular_size
+from jcrosslora.utils.files import read_small_text, regular_size
 
 
 class TensorStore(Protocol):
@@ -157,3 +159,46 @@ class MappedFile:
             msg = f"{self.path}: cannot be read ({error.strerror}): check that the file is readable"
             raise CheckpointError(msg) from error
         return digest.hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(read_small_text(path))
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
+        raise CheckpointError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: not valid JSON: download the file again"
+        raise CheckpointError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
+        raise CheckpointError(msg)
+    return value
+
+
+def refuse_not_finite(values: Mapping[str, Any], where: Path | str, *, but: Collection[str] = ()) -> None:
+    """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads.
+
+    Args:
+        values: the configuration.
+        where: its file or the name of its model, for errors.
+        but: keys that may be infinite.
+
+    Raises:
+        CheckpointError: there is such a number; the message names its key.
+    """
+    stack = [(key, value) for key, value in values.items() if key not in but]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            msg = f"{where}: config key {key!r} is {value}, wanted a finite number: mend it, or download the file again"
+            raise CheckpointError(msg)
+        if isinstance(value, Mapping):
+            stack += [(f"{key}.{name}", item) for name, item in value.items()]
+        elif isinstance(value, list):
+            stack += [(key, item) for item in value]

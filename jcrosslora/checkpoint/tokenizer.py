@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, read_metadata
 from jcrosslora.errors import CheckpointError, UsageError
-from jcrosslora.utils.reading import read_small
+from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.checkpoint.gguf import open_header
-from jcrosslora.checkpoint.gguf_metadata import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from jcrosslora.checkpoint.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from jcrosslora.errors import CheckpointError
 
 _SPACE = "\u2581"

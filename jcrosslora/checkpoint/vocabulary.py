@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.errors import CheckpointError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -173,6 +173,45 @@ def _writes_space(part: Mapping[str, Any]) -> bool:
     if part.get("type") == "Metaspace":
         return True
     return part.get("type") == "Replace" and _SPACE in (part.get("content"), (part.get("pattern") or {}).get("String"))
+
+
+# Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+_DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece, "gemma4": decode_sentencepiece}
+
+
+def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
+    """Read the tokens of `tokenizer.ggml.*`.
+
+    Args:
+        metadata: of the file.
+        size: number of rows of the embedding.
+
+    Returns:
+        The vocabulary, or the reason why it cannot be read.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(model, str) or model not in _DECODERS:
+        return Vocabulary(None, f"GGUF tokenizer model {model!r} is not supported ({', '.join(_DECODERS)} are)")
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        return Vocabulary(None, "the GGUF metadata have no tokens with their types")
+    if not all(isinstance(token, str) for token in tokens):
+        return Vocabulary(None, "the GGUF metadata have tokens that are not strings")
+    decode = _DECODERS[model]
+    order = (NORMAL, USER_DEFINED, BYTE)  # byte tokens last: text uses "A", not <0x41>
+    pairs = [
+        (decode_literal(token) if kind == USER_DEFINED else decode(token), index, kind)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in order
+    ]
+    pairs.sort(key=lambda pair: order.index(pair[2]))
+    special = (
+        (decode_literal(token), index)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (UNKNOWN, CONTROL)
+    )
+    return build_vocabulary(((token, index) for token, index, _ in pairs), size, special)
 
 
 # Correlations over fewer shared tokens than this are no better than guesses.

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jcrosslora.cache import Cache, Entry
-from jcrosslora.cache.place import cache_root
+from jcrosslora.cache.store import cache_root
 from jcrosslora.cli.output import print_json, say
 from jcrosslora.errors import CacheError
 

@@ -170,7 +170,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
 def _call(command: Command, name: str, arguments: list[str], own_process: bool) -> int:
     from jcrosslora.cli.flags import parse
     from jcrosslora.errors import JCrossLoRAError, LostHostError
-    from jcrosslora.utils.memory import enough_memory
+    from jcrosslora.utils.cost import enough_memory
     from jcrosslora.utils.progress import show_progress
     from jcrosslora.utils.terminal import SafeConsole
 
@@ -180,7 +180,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         with enough_memory():
             parsed = parse(command.load(arguments), arguments, prog=f"jcrosslora {name}")
             if own_process and command.computes:
-                from jcrosslora.cache.place import keep_compiled
+                from jcrosslora.cache.store import keep_compiled
 
                 keep_compiled()
             with show_progress():
@@ -196,8 +196,8 @@ def _leave(code: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line has been printed; a second Ctrl-C changes nothing
     sys.stdout.flush()
     sys.stderr.flush()
-    if "jcrosslora.distributed.join" in sys.modules:
-        sys.modules["jcrosslora.distributed.join"].leave(code)
+    if "jcrosslora.distributed.hosts" in sys.modules:
+        sys.modules["jcrosslora.distributed.hosts"].leave(code)
     os._exit(code)
 
 

@@ -39,7 +39,7 @@ class Train(TrainingSettings):
         from jcrosslora.checkpoint import open_base
         from jcrosslora.checkpoint.tokenizer import load_tokenizer
         from jcrosslora.text import Completion
-        from jcrosslora.text.chat_template import template_of
+        from jcrosslora.text.reading import template_of
         from jcrosslora.training import read_examples, save_trained, train_lora
         from jcrosslora.utils.files import ensure_free
 

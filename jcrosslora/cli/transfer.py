@@ -99,7 +99,7 @@ class _Transfer:
             find_log(self.log)
         if self.dry_run:
             return self._estimate(console)
-        from jcrosslora.distributed.join import join
+        from jcrosslora.distributed.hosts import join
 
         join(self.coordinator, self.processes, self.process)
         from jcrosslora.distributed import hosts

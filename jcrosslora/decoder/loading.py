@@ -25,7 +25,7 @@ from jcrosslora.architectures.names import (
 )
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.decoder.model import Model, Params
 from jcrosslora.decoder.sharding import fill, stack_shapes, weight_sharding, whole
 from jcrosslora.errors import UsageError

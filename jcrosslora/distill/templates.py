@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.text import Completion, Message, Prompt
-from jcrosslora.text.chat_template import render
+from jcrosslora.text.reading import render
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -28,8 +31,12 @@ from jcrosslora.errors import HostError, LostHostError, UsageError
 from jcrosslora.linalg import over_all_devices
 
 T = TypeVar("T")
-
 _together: ContextVar[bool] = ContextVar("together", default=False)
+_CLUSTER = "auto"
+# Seconds for all processes to start, until a silent one counts as lost, and for all to end.
+_START_TIMEOUT, _HEARTBEAT_TIMEOUT, _SHUTDOWN_TIMEOUT = 300, 100, 30
+# Seconds that the first process waits before it ends, which ends all others, so that they can print their errors.
+_GRACE = 2
 
 
 def count() -> int:
@@ -172,6 +179,57 @@ def shared(digests: Digests | None) -> Digests | None:
     return digests if count() == 1 else _FirstDigests(digests)
 
 
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes; call it before any other use of JAX.
+
+    JAX ends the process, with a message, if the others do not start or are lost later.
+
+    Args:
+        coordinator: HOST:PORT of process 0; "auto" if the cluster provides it (Slurm, Open MPI, Kubernetes, Cloud TPU,
+            or `JAX_COORDINATOR_ADDRESS` with the two numbers); None for a process that works alone.
+        processes: number of processes.
+        process: number of this process, from 0.
+
+    Raises:
+        UsageError: the arguments are invalid or incomplete, or the cluster does not provide them.
+    """
+    if coordinator is None:
+        if processes is not None or process is not None:
+            msg = "processes and process were given without a coordinator; give HOST:PORT of process 0 too"
+            raise UsageError(msg)
+        return
+    if coordinator != _CLUSTER:
+        _check_arguments(coordinator, processes, process)
+        which = f"process {process} of {processes}, {coordinator}"
+        print(f"jcrosslora: {which}: waiting up to {_START_TIMEOUT} s for all to start", file=sys.stderr, flush=True)
+    try:
+        jax.distributed.initialize(
+            None if coordinator == _CLUSTER else coordinator,
+            processes,
+            process,
+            initialization_timeout=_START_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        msg = f"the processes cannot be joined ({error}); give --coordinator HOST:PORT --processes N --process I"
+        raise UsageError(msg) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once.
+
+    An ordinary end would wait for processes that may be lost. In the middle of the work, as after Ctrl-C, it would also
+    free memory that XLA's threads still use, which crashes some of them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
+        time.sleep(_GRACE)
+    os._exit(code)
+
+
 class _FirstDigests:
     def __init__(self, inner: Digests | None) -> None:
         self._inner = inner
@@ -236,3 +294,13 @@ def _reporting_losses() -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_arguments(coordinator: str, processes: int | None, process: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        msg = f"coordinator {coordinator!r} is not of the form HOST:PORT, such as 10.0.0.1:1234, nor {_CLUSTER!r}"
+        raise UsageError(msg)
+    if processes is None or process is None or not 0 <= process < processes:
+        msg = f"process {process} of {processes} does not exist; give --processes N and --process I from 0 to N - 1"
+        raise UsageError(msg)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.architectures.names import COMMON_KEYS, HEAD
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method
 from jcrosslora.relation.relation import Relation, relation_of

@@ -7,8 +7,7 @@ import numpy as np
 
 from jcrosslora.architectures.names import HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.layout import Module
+from jcrosslora.checkpoint.layout import Module, expert_tensors
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, expert_rows
 from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding

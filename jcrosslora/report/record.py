@@ -13,7 +13,7 @@ from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.maps.shifting.records import TokenRow
-from jcrosslora.utils.reading import read_file
+from jcrosslora.utils.files import read_file
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2

@@ -25,7 +25,7 @@ from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.documents import PAGE, RECIPE, report_text, without_examples
 from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.text.completion import COMPLETIONS
-from jcrosslora.utils.reading import read_small_text
+from jcrosslora.utils.files import read_small_text
 from jcrosslora.utils.texts import markdown_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}

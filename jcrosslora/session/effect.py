@@ -11,7 +11,7 @@ from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.methods import Task
 from jcrosslora.relation.method_selection import why_not_run
 from jcrosslora.session.conclusion import Request
-from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.progress import begin
 
 if TYPE_CHECKING:

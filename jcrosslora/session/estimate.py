@@ -23,8 +23,7 @@ from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.session.effect import EFFECT
 from jcrosslora.session.settings import Divide, TransferOptions
-from jcrosslora.utils.cost import Cost
-from jcrosslora.utils.memory import free_memory
+from jcrosslora.utils.cost import Cost, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
 if TYPE_CHECKING:

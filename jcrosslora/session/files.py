@@ -17,8 +17,8 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import given_probes, open_session
+from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
-from jcrosslora.utils.memory import enough_memory
 
 
 def transfer_files(settings: TransferSettings) -> TransferResult:

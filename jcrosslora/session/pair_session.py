@@ -16,8 +16,11 @@ from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.checkpoint.base import BaseInfo, describe_base
+from jcrosslora.distill.sources.models import ServedModel
+from jcrosslora.distill.sources.models import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
@@ -36,7 +39,7 @@ from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions, TransferSettings
-from jcrosslora.utils.memory import free_memory
+from jcrosslora.utils.cost import free_memory
 from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.protocol import QueriedSource
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError

@@ -16,7 +16,7 @@ from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
 from jcrosslora.adapter.save import Profile, save_adapter, why_linear_alone
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.report.documents import documents, provenance, published, replacements

@@ -12,7 +12,7 @@ from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 
 if TYPE_CHECKING:
     from jcrosslora.report.hub import Pushed

@@ -17,7 +17,7 @@ from jcrosslora.checkpoint.hub import local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifting.records import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
-from jcrosslora.utils.reading import read_small_text
+from jcrosslora.utils.files import read_small_text
 
 EffectCheck = Literal["auto", "always", "never"]
 Divide = Literal["auto", "always", "never"]

@@ -23,7 +23,7 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
-from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.cost import enough_memory
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.probes import Probes

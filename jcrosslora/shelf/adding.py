@@ -18,14 +18,14 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.report.record import REPORT
 from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place
 from jcrosslora.shelf.samples import written_samples
+from jcrosslora.utils.files import read_small, read_small_text
 from jcrosslora.utils.progress import track
-from jcrosslora.utils.reading import read_small, read_small_text
 
 _HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
 _LARGEST_HEADER = 100 << 20

@@ -20,8 +20,7 @@ from safetensors.numpy import load, save
 
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
-from jcrosslora.utils.files import write_whole
-from jcrosslora.utils.reading import read_file, read_small
+from jcrosslora.utils.files import read_file, read_small, write_whole
 
 HEAD, SEGMENTS = "shelf.json", "segments"
 FORMAT = 1

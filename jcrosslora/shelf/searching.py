@@ -24,8 +24,7 @@ from jcrosslora.shelf.mean_vectors import MeanVectors, TextRetriever, fit_means
 from jcrosslora.shelf.retrieved import Retriever
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, adapter_weights
 from jcrosslora.shelf.weight_vectors import WeightRetriever, WeightVectors, train_weights
-from jcrosslora.utils.files import write_whole
-from jcrosslora.utils.reading import regular_size
+from jcrosslora.utils.files import regular_size, write_whole
 
 _TEXT_FILE, _WEIGHTS_FILE = "text.safetensors", "weights.safetensors"
 _KEY, _SEAL = "index", "sha256"  # the metadata of these files

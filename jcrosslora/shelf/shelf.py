@@ -15,7 +15,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf.adding import Found, Fresh, Reader, add_found, config_digest, find_adapters, largest_rank

@@ -1,8 +1,7 @@
 """What models read and write: conversations, prompts with answers, chat templates, and their tokens."""
 
-from jcrosslora.text.chat_template import render
 from jcrosslora.text.completion import COMPLETIONS, Completion, Message, Prompt, completion_lines, prompt_text
-from jcrosslora.text.reading import Reading, prompt_ids, read
+from jcrosslora.text.reading import Reading, prompt_ids, read, render
 
 __all__ = [
     "COMPLETIONS",

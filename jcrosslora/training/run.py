@@ -15,7 +15,7 @@ from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, load_model
 from jcrosslora.errors import UsageError

@@ -1,6 +1,12 @@
-"""Write a folder or a file atomically: completely or not at all."""
+"""Write a folder or a file atomically, completely or not at all; and read files of the user.
 
+Only regular files are read, as a pipe may never end and a device never does.
+"""
+
+import errno
+import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +17,8 @@ from jcrosslora.utils.unfinished import NEW, OLD, remove_unfinished, unfinished
 # A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
 MARK = "adapter_config.json"
 MARKS = (MARK, "adapter.gguf", "merge_report.json")
+# Bytes of a configuration, a tokenizer, a recipe, a template, an index: the largest known, of tokenizers, have 40 MB.
+SMALL = 128 << 20
 
 
 def output_path(out: str | Path) -> Path:
@@ -122,6 +130,52 @@ def write_output(path: Path, content: bytes, advice: str) -> None:
     except OSError as error:
         msg = f"{path}: cannot be written ({error.strerror or error}): {advice}"
         raise OutputError(msg) from error
+
+
+def regular_size(path: Path) -> int:
+    """Return the size in bytes of a regular file, or of the one that a link leads to.
+
+    Raises:
+        OSError: it is not there, or is something else.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return found.st_size
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file of any size.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file; `strerror` says why.
+    """
+    regular_size(path)
+    return path.read_bytes()
+
+
+def read_small(path: Path, most: int = SMALL) -> bytes:
+    """Read a regular file that is small by its kind.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `most` bytes; `strerror` says why.
+    """
+    size = regular_size(path)
+    if size > most:
+        raise OSError(errno.EFBIG, f"{size / 1e6:.0f} MB, and at most {most / 1e6:.0f} MB of such a file", str(path))
+    return path.read_bytes()
+
+
+def read_small_text(path: Path, most: int = SMALL) -> str:
+    r"""Read a small file of UTF-8 text, with \n at the ends of lines.
+
+    Raises:
+        OSError: see `read_small`.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return io.TextIOWrapper(io.BytesIO(read_small(path, most)), encoding="utf-8").read()
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

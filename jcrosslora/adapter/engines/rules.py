@@ -16,8 +16,8 @@ from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.names import TensorName, is_of_experts, is_router
 from jcrosslora.adapter.patterns import module_alpha, module_rank
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
-from jcrosslora.checkpoint.gguf_names import hf_name
+from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
+from jcrosslora.checkpoint.gguf_tensors import hf_name
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name, is_other_part, text_module_name
 
 Rule = Callable[[AdapterFacts], str | None]

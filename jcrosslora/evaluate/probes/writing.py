@@ -19,7 +19,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import sha256, tokenizer_parts
-from jcrosslora.cache.place import cache_root
+from jcrosslora.cache.store import cache_root
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Model, fast_dtype
 from jcrosslora.decoder.prompt_batches import writing_cost

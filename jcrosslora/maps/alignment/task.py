@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jcrosslora.adapter import Carried
 from jcrosslora.architectures.blocks import READERS
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.linalg import describe_kernels

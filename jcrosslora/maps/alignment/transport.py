@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.linalg import TruncatedSVD, cosine, dot
 from jcrosslora.maps.evidence.records import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method

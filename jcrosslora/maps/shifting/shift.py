@@ -12,7 +12,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, update_norm
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.records import Carried, restrict
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.maps.alignment.transport import Transport, TransportGroup
 from jcrosslora.maps.evidence.base_pair import BasePair

@@ -32,9 +32,9 @@ from jcrosslora.session.pair_session import Move, PairSession, lighter
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.transfer import given_probes
+from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
-from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import Track, track
 from jcrosslora.utils.unfinished import remove_unfinished
 

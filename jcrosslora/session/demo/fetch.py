@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jcrosslora.cache.place import cache_folder
+from jcrosslora.cache.store import cache_folder
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.progress import hidden, track
 from jcrosslora.utils.terminal import say

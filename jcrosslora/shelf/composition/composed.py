@@ -16,7 +16,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.errors import UsageError
@@ -25,8 +25,9 @@ from jcrosslora.shelf.composition.composition import ComposedAdapter, Compositio
 from jcrosslora.shelf.composition.fit import answer_log_probs, fit_arrays
 from jcrosslora.shelf.composition.saving import write_composition
 from jcrosslora.text import Prompt
-from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.completion import Asked, as_prompts
+from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.text.reading import template_of
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.progress import track
 

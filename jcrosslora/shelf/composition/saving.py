@@ -20,11 +20,10 @@ from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
-from jcrosslora.checkpoint.store import MappedFile
+from jcrosslora.checkpoint.store import MappedFile, read_json_object
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, ModuleArrays, module_names
 from jcrosslora.shelf.composition.ways import COMPOSITIONS
