@@ -18,8 +18,6 @@ class Entry:
 
     Attributes:
         kind: the kind of its content, such as "transport".
-        key: its name, a digest.
-        path: its folder.
         what: one line that describes the content; the reason in brackets if the manifest cannot be read.
         size: bytes of its files' contents.
         used: time of its last use, in seconds since 1970.
@@ -35,12 +33,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The content of an entry.
-
-    Attributes:
-        facts: see `Manifest`.
-        arrays: by name, on the host.
-    """
+    """The content of an entry."""
 
     facts: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
@@ -83,7 +76,6 @@ class Manifest:
         arrays: name -> (dtype, shape).
         files: path within the entry -> (bytes, SHA-256).
         version: of the package that wrote it.
-        format: version of this record.
     """
 
     kind: str
@@ -194,10 +186,6 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Shapes:
     """Write arrays into the folder of an entry.
 
-    Args:
-        folder: of the entry.
-        arrays: by name.
-
     Returns:
         name -> (dtype, shape), the argument of `read_arrays`.
 
@@ -221,9 +209,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> 
 def read_arrays(folder: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
     """Read the arrays that `write_arrays` wrote.
 
-    Args:
-        folder: of the entry.
-        shapes: name -> (dtype, shape), from `write_arrays`.
+    `shapes` are those that `write_arrays` returned.
 
     Raises:
         OSError: they cannot be read.

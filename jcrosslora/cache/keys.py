@@ -36,9 +36,7 @@ class FileDigests:
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
         """Return the hex digests of files, in their order.
 
-        Args:
-            paths: the files.
-            compute: reads the files and returns their hex digests in this order; called unless all are remembered.
+        `compute` reads the files and returns their hex digests in this order; it is called unless all are remembered.
         """
         before = [file_state(path) for path in paths]
         known = [self._find(path, state) for path, state in zip(paths, before, strict=True)]

@@ -55,12 +55,9 @@ class BaseModel:
         path: the folder or the GGUF file, None for a base in memory.
         tokenizer_path: the folder of tokenizer.json or the GGUF file, None for a base in memory without a tokenizer.
         revision: commit of a hub model, else None.
-        family: its architecture.
         config: its configuration with Hugging Face keys; for GGUF translated from the metadata.
-        dims: its sizes.
         modules: every linear module by its Llama-style name: by layer, then q, k, v, o, gate, up, down.
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
-        store: the tensors.
         chat_template: Jinja template given in place of the base's own, else None.
         wrapper: the multimodal class whose text model this is; None for a model of text alone.
         notes: where the files contradict the configuration or hold more than the model, one sentence each.
@@ -237,9 +234,7 @@ class BaseModel:
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read rows of a matrix, e.g. of the embedding, as float32 (n, columns), and no others.
 
-        Args:
-            name: Hugging Face name of a matrix, or of a stack of matrices, whose rows count through all of them.
-            ids: (n,) integers.
+        The rows (n,) of a stack of matrices count through all of them.
 
         Raises:
             CheckpointError: no such tensor, not a matrix, or a row that it does not have.
@@ -338,13 +333,10 @@ class BaseInfo:
     Attributes:
         name: as written into `base_model_name_or_path`.
         ref: the path or hub id that was opened.
-        revision: the hub commit, or None.
         digest: "sha256:..." of the weight files; "" where they were not read for it.
-        family: name of its family.
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
         heads: (query heads, key heads).
-        has_experts: whether a layer has experts.
         prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
     """
 
@@ -363,9 +355,7 @@ class BaseInfo:
 def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
     """Take down what `BaseInfo` holds.
 
-    Args:
-        base: the base.
-        digest: of its weights, or "" where that is not wanted; None reads the weight files once.
+    `digest` is that of its weights, or "" where that is not wanted; None reads the weight files once.
     """
     return BaseInfo(
         name=base.name,

@@ -27,7 +27,6 @@ class ModelConfig:
     """A checked configuration.
 
     Attributes:
-        family: the family.
         values: the configuration of the (text) model, Hugging Face keys.
         wrapper: the multimodal class around the text model; None for a model of text alone.
     """
@@ -71,10 +70,6 @@ def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     """Find the family of a configuration and refuse settings that are not known for it.
-
-    Args:
-        config: the content of `config.json`.
-        where: its file or the name of the base, for errors.
 
     Raises:
         CheckpointError: unknown model type, architecture or key, a number that is not finite, or a value that changes
@@ -151,10 +146,6 @@ def _short(value: Any) -> str:
 
 def read_dims(model: ModelConfig, where: Path | str) -> Dims:
     """Read the sizes of a model from its configuration.
-
-    Args:
-        model: a checked configuration.
-        where: its file or the name of the base, for errors.
 
     Raises:
         CheckpointError: a size is missing, or is not a positive integer.

@@ -34,9 +34,6 @@ _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     """Open a GGUF model.
 
-    Args:
-        path: the file.
-
     Returns:
         Its configuration, its tensors, and its name in the metadata.
 
@@ -83,9 +80,6 @@ class GGUFStore:
     """The tensors of a GGUF file by their Hugging Face names, with the changes of llama.cpp's converter undone.
 
     Args:
-        file: the mapped file.
-        header: its checked header.
-        gguf: the gguf package.
         sources: where each tensor is, by Hugging Face name.
         stated: float32 tensors that the file states in its metadata, by Hugging Face name.
     """
@@ -212,11 +206,7 @@ def float_type(kind: int, gguf: ModuleType) -> str:
 def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None = None) -> np.ndarray:
     """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned as they are.
 
-    Args:
-        stored: (..., columns or bytes).
-        kind: number of the ggml type.
-        gguf: the gguf package.
-        path: the file, for the error.
+    `stored` is (..., columns or bytes).
 
     Raises:
         CheckpointError: the package cannot dequantise the type.

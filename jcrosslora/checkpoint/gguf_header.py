@@ -33,7 +33,6 @@ class TensorInfo:
 
     Attributes:
         shape: rows first, as in numpy; the file lists the row length first.
-        kind: number of its ggml type.
         start: first byte, counted from the start of the file.
     """
 
@@ -44,12 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The checked header.
-
-    Attributes:
-        metadata: values by key.
-        tensors: by GGUF name.
-    """
+    """The checked header."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -134,9 +128,7 @@ class _Cursor:
 def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFHeader:
     """Read and check the header.
 
-    Args:
-        file: the GGUF file.
-        sizes: ggml type number -> (elements of a block, bytes of a block).
+    `sizes` maps the number of a ggml type to (elements of a block, bytes of a block).
 
     Raises:
         CheckpointError: not a GGUF file, an unsupported version, truncated, or a tensor outside the file.
@@ -234,10 +226,6 @@ _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
 
 class Metadata:
     """The metadata of a GGUF file, with keys relative to its architecture.
-
-    Args:
-        values: all metadata.
-        path: the file, for errors.
 
     Raises:
         CheckpointError: an architecture that is not supported, or a file that is not a complete base model.

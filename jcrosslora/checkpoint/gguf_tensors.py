@@ -50,7 +50,6 @@ class Source:
 
     Attributes:
         stored: names of tensors in the file, whose rows stand one behind another.
-        shape: of the tensor.
         rows: (rows,) row of the stored ones for each row of the tensor; None if they are in order.
         columns: the same for columns.
         offset: number that the file adds to a norm.
@@ -71,10 +70,7 @@ def find_sources(
 ) -> dict[str, Source]:
     """Find the source of every tensor.
 
-    Args:
-        names: Hugging Face name -> names in the file.
-        shapes: name in the file -> shape.
-        model: the architecture.
+    `names` maps a Hugging Face name to those in the file, `shapes` a name in the file to its shape.
     """
     family, delta = model.family, _delta_of(model)
     offset = {f"{norm}.weight" for norm in family.norms.values()} if family.gain_offset else frozenset()
@@ -132,12 +128,7 @@ def grouped_rows(delta: DeltaRule) -> np.ndarray:
 
 
 def architecture(family: str, has_experts: bool) -> str | None:
-    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known.
-
-    Args:
-        family: its name.
-        has_experts: whether a layer of the model has experts.
-    """
+    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known."""
     form = FAMILIES[family].gguf if family in FAMILIES else None
     return None if form is None else form.architectures[-1 if has_experts else 0]
 

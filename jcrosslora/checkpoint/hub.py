@@ -58,11 +58,6 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
 def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
     """Check that local files are of the wanted revision.
 
-    Args:
-        ref: the path as given, for the message.
-        path: the folder or file.
-        wanted: the wanted revision, if any.
-
     Raises:
         CheckpointError: it is not the known commit of the folder.
     """
@@ -107,9 +102,7 @@ def fetch(hub_id: str, revision: str | None) -> Path:
 def fetch_companions(hub_id: str, revision: str | None) -> Path:
     """Fetch the other files of a model into the cache: tokenizer, chat template, licence.
 
-    Args:
-        hub_id: "org/name".
-        revision: the commit that `fetch` found; or a branch or tag, None for the default branch.
+    `revision` is the commit that `fetch` found; or a branch or tag, None for the default branch.
 
     Returns:
         The same folder.

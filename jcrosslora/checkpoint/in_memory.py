@@ -28,9 +28,7 @@ def is_live_model(weights: Any) -> bool:
 def flat_weights(weights: Any, ref: str) -> dict[str, Any]:
     """Bring weights into one mapping from Hugging Face name to array.
 
-    Args:
-        weights: a live model, an `nnx.State`, or mappings nested to any depth, whose keys are joined by ".".
-        ref: names the base in errors.
+    The weights are a live model, an `nnx.State`, or mappings nested to any depth, whose keys are joined by ".".
 
     Raises:
         CheckpointError: a name that occurs twice, or adapters that are merged into the weights of a live model.
@@ -86,10 +84,6 @@ def _check_not_merged(model: Any, ref: str) -> None:
 
 def config_values(config: Any, ref: str) -> dict[str, Any]:
     """Return the content of config.json.
-
-    Args:
-        config: a mapping, or a configuration of transformers.
-        ref: names the base in errors.
 
     Raises:
         CheckpointError: anything else.

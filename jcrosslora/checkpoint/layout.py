@@ -35,7 +35,6 @@ class Module:
 
     Attributes:
         name: e.g. "model.layers.0.self_attn.q_proj".
-        layer: index of its layer.
         role: one of `ROLES`.
         shape: (O, I).
         tensor: name of the tensor that holds it, e.g. "model.layers.0.self_attn.qkv_proj.weight".

@@ -49,7 +49,6 @@ class Entry:
 
     Attributes:
         dtype: its name in the header, e.g. "BF16".
-        shape: its shape.
         start: first byte, counted from the start of the file.
     """
 
@@ -60,9 +59,6 @@ class Entry:
 
 class SafetensorsFile:
     """A safetensors file with a checked header.
-
-    Args:
-        path: the file.
 
     Raises:
         CheckpointError: missing, truncated, or a header that does not describe the file.
@@ -179,9 +175,7 @@ class Piece:
     """A tensor to be written.
 
     Attributes:
-        name: its name in the file.
         dtype: its name in the header, e.g. "BF16".
-        shape: its shape.
         blocks: yields its rows in order as arrays of that dtype; called once.
     """
 

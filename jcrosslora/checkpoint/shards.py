@@ -19,10 +19,6 @@ SINGLE = "model.safetensors"
 class ShardedStore:
     """The tensors of a folder; a shard is opened when one of its tensors is read.
 
-    Args:
-        folder: of the index and shards, or of the single file.
-        names: how its tensors are called.
-
     Raises:
         CheckpointError: neither index nor single file, or an invalid index.
     """
@@ -133,9 +129,6 @@ class ShardedStore:
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """Read the map from tensor name to shard file in an index.
-
-    Args:
-        index: `model.safetensors.index.json`.
 
     Raises:
         CheckpointError: not an index, or an entry outside the folder.

@@ -70,11 +70,7 @@ class FileNames:
     modules: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Map the name of each tensor in the text model to those in the checkpoint that hold its rows, in order.
-
-        Args:
-            stored: all names in the checkpoint.
-        """
+        """Map the name of each tensor in the text model to those in the checkpoint that hold its rows, in order."""
         found: dict[str, dict[int, str]] = {}
         for one in stored:
             name, place = self._named(one)
@@ -108,12 +104,7 @@ def is_array_shape(shape: Sequence[int]) -> bool:
 
 
 class MappedFile:
-    """One weight file.
-
-    Attributes:
-        path: its path.
-        size: its length in bytes.
-    """
+    """One weight file; `size` is its length in bytes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -183,11 +174,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def refuse_not_finite(values: Mapping[str, Any], where: Path | str, *, but: Collection[str] = ()) -> None:
     """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads.
-
-    Args:
-        values: the configuration.
-        where: its file or the name of its model, for errors.
-        but: keys that may be infinite.
 
     Raises:
         CheckpointError: there is such a number; the message names its key.

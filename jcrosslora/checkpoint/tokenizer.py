@@ -73,9 +73,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> Encoded:
         """Split a text into tokens. The names of special tokens in the text become these tokens.
 
-        Args:
-            text: any text.
-            special: whether to put bos in front if the model's own tokenizer does so.
+        `special` puts bos in front if the model's own tokenizer does so.
 
         Raises:
             UsageError: half a surrogate pair in the text, which no tokenizer accepts.

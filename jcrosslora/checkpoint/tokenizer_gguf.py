@@ -161,11 +161,7 @@ def _line_merges(most: int) -> list[tuple[str, str]]:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """List the merges that act as sentencepiece: of all neighbours that form a token, those of the best score first.
-
-    Args:
-        scores: normal tokens with their scores.
-    """
+    """List the merges that act as sentencepiece: of all neighbours that form a token, those of the best score first."""
     ordered = sorted((token for token in scores if len(token) > 1), key=lambda token: -scores[token])
     return [
         (token[:cut], token[cut:])

@@ -96,9 +96,7 @@ def _first_of_each(pairs: Iterable[tuple[bytes | None, int]], size: int) -> dict
 def read_tokenizer(folder: Path | None, size: int) -> Vocabulary:
     """Read the vocabulary of `tokenizer.json` in a folder.
 
-    Args:
-        folder: the model's folder, None for a base in memory without a tokenizer.
-        size: number of rows of the embedding.
+    `size` is the number of rows of the embedding.
 
     Returns:
         The vocabulary, or the reason why it cannot be read. This is no error: a model is usable without.
@@ -183,9 +181,7 @@ _DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece, "gemma4":
 def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
     """Read the tokens of `tokenizer.ggml.*`.
 
-    Args:
-        metadata: of the file.
-        size: number of rows of the embedding.
+    Tokens beyond `size`, the number of rows of the embedding, are skipped.
 
     Returns:
         The vocabulary, or the reason why it cannot be read.

@@ -20,10 +20,7 @@ T = TypeVar("T")
 def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Callable[[T], int]) -> Iterator[list[T]]:
     """Yield items with equal keys in groups of nearly equal length, at most `GROUP_BYTES` each.
 
-    Args:
-        items: modules, or pairs of modules.
-        key: returns the key of an item; items with equal keys can be stacked.
-        size: returns the bytes of an item, the same for all items with equal keys.
+    Items with equal keys can be stacked and have the same size in bytes.
     """
     alike: dict[Hashable, list[T]] = {}
     for item in items:

@@ -23,7 +23,6 @@ class Wrapper:
     """A class of transformers with a text model inside.
 
     Attributes:
-        architecture: its name.
         prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
         text_type: `model_type` of a text_config that states none.
         texts: `model_type` of the text_config -> family; by default every family under its own name.
@@ -134,10 +133,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     """Return the configuration of the text model inside a multimodal one, as a model of text alone has it.
-
-    Args:
-        config: of a model_type in `WRAPPERS`.
-        where: its file or the name of the base, for errors.
 
     Returns:
         The text model's settings, with the name of its family as `model_type`.

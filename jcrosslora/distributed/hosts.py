@@ -87,9 +87,7 @@ def together() -> Iterator[None]:
 def exchange(what: str, value: Any) -> list[Any]:
     """Return the values of all processes, in their order. All of them have to call it, within `together`.
 
-    Args:
-        what: names the exchange, the same in all processes.
-        value: a JSON value.
+    `what` names the exchange, the same in all processes; `value` is a JSON value.
 
     Raises:
         HostError: another process failed, ended, or is at another exchange.

@@ -95,10 +95,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
 
     The text is what `apply_chat_template` of transformers gives.
 
-    Args:
-        tokenizer: of the base.
-        messages: at least one.
-        ask: whether to end with what stands in front of an answer (the generation prompt).
+    `ask` ends it with what stands in front of an answer (the generation prompt).
 
     Raises:
         UsageError: the template refuses the messages, or changes a content beyond stripping space.

@@ -28,10 +28,6 @@ _POWER = 64
 def run_template(source: str, **names: Any) -> str:
     """Render a chat template.
 
-    Args:
-        source: of the template.
-        names: what it sees.
-
     Raises:
         TemplateError: it refuses what it sees, is not a template, or does more work than a conversation needs.
         Exception: whatever else it raises.

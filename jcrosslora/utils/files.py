@@ -37,9 +37,7 @@ def output_path(out: str | Path) -> Path:
 def ensure_free(out: str | Path, overwrite: bool) -> None:
     """Check that a folder can be written, before any work is done for it; remove what killed processes left of it.
 
-    Args:
-        out: the folder to make.
-        overwrite: whether an existing folder with one of `MARKS`, or an empty one, may be replaced.
+    `overwrite` allows to replace an empty folder, or one with one of `MARKS`.
 
     Raises:
         OutputError: something exists there that may not be replaced, or the place cannot be written to.

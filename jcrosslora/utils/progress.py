@@ -47,7 +47,6 @@ class Track:
 
     Attributes:
         total: units of the work, the most that it may have.
-        done: units done.
         note: shown behind the count, such as "loss 1.234".
     """
 

@@ -20,9 +20,7 @@ _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "P
 def visible(text: str, *, keep: str = "\n\t") -> str:
     """Write characters that act on a terminal, or on the text behind them, as Python writes them.
 
-    Args:
-        text: any.
-        keep: characters that stay as they are.
+    Characters in `keep` stay as they are.
     """
     return text if text.isprintable() else "".join(one if one in keep else _shown(one) for one in text)
 
@@ -38,12 +36,7 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 def safe_line(text: object, limit: int = 200) -> str:
-    """Return what another program says on one line, without tokens and signatures.
-
-    Args:
-        text: a message, or an error.
-        limit: the most characters.
-    """
+    """Return what another program says on one line, without tokens and signatures."""
     line = " ".join(str(text).split())
     for pattern, instead in _SECRETS:
         line = pattern.sub(instead, line)

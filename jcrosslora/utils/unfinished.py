@@ -120,9 +120,7 @@ except ImportError:  # Windows has no such locks
 def try_lock(path: Path, *, wait: bool = False) -> int | None:
     """Lock a folder or a file and return the descriptor, which is to be closed; None where there are no locks.
 
-    Args:
-        path: that exists.
-        wait: whether to wait while another process holds the lock.
+    `wait` waits while another process holds the lock.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is False.

@@ -16,14 +16,7 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class Parts:
-    """The tensors of one module.
-
-    Args:
-        store: the tensors as stored.
-        names: their names.
-        module: e.g. "model.layers.0.self_attn.q_proj".
-        where: the folder or base, for errors.
-    """
+    """The tensors of one module."""
 
     def __init__(self, store: TensorStore, names: frozenset[str], module: str, where: str):
         self._store, self._names = store, names
@@ -92,7 +85,6 @@ class Format:
     """One format of quantised weights.
 
     Attributes:
-        name: for messages.
         claims: whether the settings name this format.
         obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
         holder: suffix of the tensor that holds the numbers of a module, e.g. ".qweight".

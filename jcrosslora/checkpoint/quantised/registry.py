@@ -28,10 +28,6 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 def check_quantization(config: Mapping[str, Any], path: str) -> None:
     """Refuse a quantised checkpoint that no format can read, by name.
 
-    Args:
-        config: the model's configuration.
-        path: its file or the name of the base, for the error.
-
     Raises:
         CheckpointError: an unknown quantisation, or an unsupported variant.
     """
@@ -54,10 +50,7 @@ def check_quantization(config: Mapping[str, Any], path: str) -> None:
 def formats_in(config: Mapping[str, Any], names: Iterable[str], where: str) -> tuple[Format, ...]:
     """Return the formats that may occur in a checkpoint, by its settings, or by its tensors without settings.
 
-    Args:
-        config: a configuration that has passed `check_quantization`.
-        names: names of the stored tensors.
-        where: the folder or base, for the error.
+    The configuration has passed `check_quantization`.
 
     Raises:
         CheckpointError: packed tensors that cannot be read without settings.
@@ -82,10 +75,7 @@ _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its
 def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
     """Wrap a store of quantised weights in one that dequantises them; return any other store as it is.
 
-    Args:
-        store: the tensors as stored.
-        config: the model's configuration, checked by `check_quantization`.
-        where: the folder or base, for errors.
+    The configuration has passed `check_quantization`.
 
     Raises:
         CheckpointError: packed tensors that cannot be read without settings in the configuration.
@@ -95,14 +85,7 @@ def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> Te
 
 
 class QuantisedStore:
-    """A `TensorStore` of dequantised weights; the parts of quantised weights are not among its tensors.
-
-    Args:
-        store: the tensors as stored.
-        formats: formats that may occur.
-        config: the model's configuration.
-        where: the folder or base, for errors.
-    """
+    """A `TensorStore` of dequantised weights; the parts of quantised weights are not among its tensors."""
 
     def __init__(self, store: TensorStore, formats: tuple[Format, ...], config: Mapping[str, Any], where: str):
         self._store, self._formats, self._where = store, formats, where

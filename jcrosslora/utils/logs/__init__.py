@@ -26,18 +26,12 @@ class Log(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add figures.
 
-        Args:
-            step: of the work, never below that of the call before.
-            values: finite numbers by name.
+        The step is never below that of the call before; all values are finite.
         """
         ...
 
     def finish(self, *, failed: bool) -> None:
-        """End the run; called once.
-
-        Args:
-            failed: whether the work was ended by an error.
-        """
+        """End the run; called once."""
         ...
 
 
@@ -140,9 +134,7 @@ def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | No
 def record(values: Mapping[str, float], step: int | None = None) -> None:
     """Add figures to the log in use; without one nothing happens.
 
-    Args:
-        values: numbers by name; those that are not finite are left out.
-        step: of the work; None takes that of the call before.
+    Numbers that are not finite are left out; without a step that of the call before counts.
     """
     run = _ACTIVE.get()
     if run is not None:
