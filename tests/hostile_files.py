@@ -29,6 +29,7 @@ from tiny_bases import write_tokenizer
 from jcrosslora import ServedModel
 from jcrosslora.adapter import check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.token_files import token_tensors
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
@@ -311,11 +312,11 @@ def read_container(folder: Path) -> None:
 
 def read_base(base: BaseModel) -> None:
     """Read every weight, some rows, the gains, the vocabulary and the decoder settings."""
-    base.tensor_names()
+    base.store.names()
     for name, module in base.modules.items():
         assert base.weight(name).shape == module.shape
         assert base.residual_gain(name).shape == (base.dims.hidden,)
-    assert base.rows(base.embedding_name, np.arange(2)).shape == (2, base.dims.hidden)
+    assert base.rows(EMBEDDING, np.arange(2)).shape == (2, base.dims.hidden)
     base.vocabulary()
     settings_of(base)
 

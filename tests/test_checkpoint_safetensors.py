@@ -12,6 +12,7 @@ from checkpoint_files import llama_tensors, write_config, write_llama, write_saf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import DTYPES, SafetensorsFile, open_base
 from jcrosslora.errors import CheckpointError
 
@@ -132,7 +133,7 @@ def test_a_damaged_file_is_refused_or_read(tmp_path_factory, position: int, patc
 
 def test_single_and_sharded_files_hold_the_same_tensors_with_different_digests(tmp_path: Path):
     single, sharded = open_base(write_llama(tmp_path / "a")), open_base(write_sharded_llama(tmp_path / "b"))
-    assert set(single.tensor_names()) == set(sharded.tensor_names())
+    assert set(single.store.names()) == set(sharded.store.names())
     for name, array in llama_tensors().items():
         assert np.array_equal(single.tensor(name), array)
         assert np.array_equal(sharded.tensor(name), array)
@@ -159,11 +160,11 @@ def test_files_that_the_index_does_not_name_are_never_opened(tmp_path: Path):
 def test_rows_of_the_embedding_are_read_by_id(tmp_path: Path):
     base, table = open_base(write_llama(tmp_path)), llama_tensors()["model.embed_tokens.weight"]
     ids = np.array([7, 0, 7])
-    assert np.array_equal(base.rows(base.embedding_name, ids), table[ids])
+    assert np.array_equal(base.rows(EMBEDDING, ids), table[ids])
     assert np.array_equal(base.rows("lm_head.weight", ids), table[ids])
     for wrong in ([10], [-1]):
         with pytest.raises(CheckpointError, match="does not have"):
-            base.rows(base.embedding_name, np.array(wrong))
+            base.rows(EMBEDDING, np.array(wrong))
     with pytest.raises(CheckpointError, match="does not have"):
         base.rows("model.norm.weight", ids)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_model, torch
 
-from jcrosslora.architectures.names import DENSE_ROLES
+from jcrosslora.architectures.names import DENSE_ROLES, EMBEDDING
 from jcrosslora.checkpoint import open_base
 
 
@@ -42,7 +42,7 @@ def test_every_tensor_equals_the_state_dict(model, base):
         assert read.dtype.name == str(tensor.dtype).removeprefix("torch.")
         assert np.array_equal(as_float(read), as_float(tensor)), name
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    assert set(base.tensor_names()) == set(state) - tied
+    assert set(base.store.names()) == set(state) - tied
 
 
 def test_dims_equal_the_config(model, base):
@@ -139,7 +139,7 @@ def test_residual_gain_is_the_factor_of_the_norm(model, base, family):
 def test_embedding_rows_equal_the_state_dict(model, base):
     ids = np.array([95, 3, 3, 0])
     table = as_float(model.get_input_embeddings().weight)
-    rows = base.rows(base.embedding_name, ids)
+    rows = base.rows(EMBEDDING, ids)
     assert rows.dtype == np.float32
     assert np.array_equal(rows, table[ids])
 
@@ -195,6 +195,6 @@ def test_the_text_model_of_a_multimodal_gemma3_is_read(tmp_path: Path):
         base = open_base(folder)
         assert base.family.name == "gemma3_text"
         assert base.dims.heads == 8
-        assert set(base.tensor_names()) == set(state)
+        assert set(base.store.names()) == set(state)
         for name, array in state.items():
             assert np.array_equal(base.tensor(name), array), name

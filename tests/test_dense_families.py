@@ -142,6 +142,6 @@ def test_the_quick_cases_have_every_part_of_a_layer():
 
 
 def test_every_tensor_of_the_model_is_known(case):
-    stored = set(case.base.tensor_names())
+    stored = set(case.base.store.names())
     optional = {name for name in stored if name.endswith(("act_fn.beta", "act_fn.eps"))}
     assert set(case.base.tensor_shapes()) == stored - optional

@@ -12,6 +12,7 @@ from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors, write_f
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import architecture, expert_tensors, gguf_name
 from jcrosslora.decoder import forward, load_model, logits, settings_of
 from jcrosslora.errors import CheckpointError, OutputError
@@ -30,7 +31,7 @@ def test_a_gguf_file_holds_the_tensors_and_settings_of_the_model(written):
     live = jcl.open_base(model)
     of_experts = {name for layer in live.layers_with("router") for name in live.expert_names(layer)}
     for stated, tensor in model.state_dict().items():
-        name = base.embedding_name if stated == f"{base.family.stored.embedding}.weight" else stated
+        name = EMBEDDING if stated == f"{base.family.stored.embedding}.weight" else stated
         if name in of_experts:
             continue
         atol = 2e-6 if form.offset or name.endswith("A_log") else 0

@@ -108,7 +108,7 @@ def test_prompts_like_given_ones_are_counted_where_there_are_too_few(places, tmp
 def test_memory_is_that_of_both_bases_where_they_run(places):
     bases = [jcl.open_base(place) for place in places[1:3]]
     runs = found(places, method="theseus")
-    assert runs.memory >= 4 * sum(base.tensor(name).size for base in bases for name in base.tensor_names())
+    assert runs.memory >= 4 * sum(base.tensor(name).size for base in bases for name in base.store.names())
 
 
 @pytest.mark.parametrize("method", ["theseus", "scaled-procrustes"])

@@ -17,6 +17,7 @@ from tiny_bases import random_adapter
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import FAMILIES, check_config
 from jcrosslora.decoder import Sampling, extend, forward, load_model, logits, prefill, stack_adapter
 from jcrosslora.distill import DistillSettings
@@ -266,7 +267,7 @@ def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):
     model.save_pretrained(tmp_path / "base")
     base, live = jcl.open_base(tmp_path / "base"), jcl.open_base(model)
     assert {*base.modules} == {*live.modules}
-    np.testing.assert_array_equal(base.tensor(base.embedding_name), model.model.embeddings.weight.detach().numpy())
+    np.testing.assert_array_equal(base.tensor(EMBEDDING), model.model.embeddings.weight.detach().numpy())
     adapter = random_adapter(base, rank=2, scale=0.1)
     out = jcl.save_adapter(adapter, tmp_path / "adapter", base=base)
     jcl.merge(jcl.MergeSettings(str(tmp_path / "base"), str(out), str(tmp_path / "merged")))

@@ -180,7 +180,7 @@ def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
     assert any("no tokenizer was written" in note for note in done.notes)
     again = jcl.open_base(tmp_path / "out")
     assert again.dims == base.dims
-    for name in base.tensor_names():
+    for name in base.store.names():
         wanted = np.array(base.tensor(name), np.float32)
         module = name.removesuffix(".weight")
         if module in adapter.modules:
@@ -231,7 +231,7 @@ def test_fp8_weights_are_dequantised(tmp_path, stated):
     adapter, folder = saved_adapter(base, tmp_path / "adapter")
     again = merged(base.path, folder, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert f"{name}_scale" not in again.tensor_names()
+    assert f"{name}_scale" not in again.store.names()
     assert again.tensor(name).dtype == ml_dtypes.bfloat16
     change = adapter.modules.get(name.removesuffix(".weight"))
     wanted = 0.5 * values.astype(np.float32) + (0 if change is None else delta(change))
@@ -250,7 +250,7 @@ def test_blocks_and_shards_do_not_change_the_values(tmp_path, monkeypatch):
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     one, many = (jcl.open_base(tmp_path / name) for name in ("one", "many"))
-    for name in one.tensor_names():
+    for name in one.store.names():
         np.testing.assert_allclose(one.tensor(name), many.tensor(name), atol=1e-6)
 
 

@@ -101,4 +101,4 @@ def test_blocks_without_their_scales_are_refused(folder, tmp_path):
 
 def _others(path) -> dict[str, np.ndarray]:
     base = jcl.open_base(path)
-    return {name: base.tensor(name) for name in base.tensor_names() if not name.endswith("_blocks")}
+    return {name: base.tensor(name) for name in base.store.names() if not name.endswith("_blocks")}

@@ -66,7 +66,7 @@ def test_every_form_gives_the_logits_of_the_folder(variant, tmp_path):
         arguments, keywords = form(model)
         base = open_base(*arguments, **keywords)
         assert np.array_equal(run(load_model(base), tokens), wanted), name
-        assert set(base.tensor_names()) == set(stored.tensor_names())
+        assert set(base.store.names()) == set(stored.store.names())
         digests.add(base.digest())
     assert len(digests) == 1
 
@@ -75,7 +75,7 @@ def test_bfloat16_is_read_bit_by_bit(tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     stored, base = open_base(tmp_path), open_base(model.state_dict(), config=model.config)
-    for name in stored.tensor_names():
+    for name in stored.store.names():
         assert base.store.dtype(name) == "BF16"
         assert np.array_equal(base.tensor(name).view(np.uint16), stored.tensor(name).view(np.uint16)), name
     ids = np.array([5, 0, 5])
@@ -103,7 +103,7 @@ def test_peft_models_are_opened_without_their_adapters():
     wrapped = peft.get_peft_model(model, config)
     base = open_base(wrapped)
     assert base.digest() == plain.digest()
-    assert sorted(base.tensor_names()) == sorted(plain.tensor_names())
+    assert sorted(base.store.names()) == sorted(plain.store.names())
     wrapped.merge_adapter()
     with pytest.raises(CheckpointError, match=r"merged into the weights of .*: call unmerge_adapter"):
         open_base(wrapped)
@@ -118,7 +118,7 @@ def test_multimodal_checkpoints_give_their_text_model():
     inner["model.vision_tower.weight"] = torch.zeros(2)
     base = open_base(inner, config=config)
     assert base.family.name == "gemma3_text"
-    assert "model.vision_tower.weight" not in base.tensor_names()
+    assert "model.vision_tower.weight" not in base.store.names()
     assert np.array_equal(base.tensor(Q), state[Q].numpy())
 
 

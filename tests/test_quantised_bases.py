@@ -40,7 +40,7 @@ def test_weights_equal_the_formula_of_the_format(quantised):
         assert module.dtype == case.dtype
         assert weight.dtype == np.float32
         assert np.allclose(weight, meant[name + ".weight"], rtol=2e-6, atol=1e-9), name
-    assert set(base.tensor_names()) == set(meant)
+    assert set(base.store.names()) == set(meant)
 
 
 def test_the_formula_is_close_to_the_original_weights(quantised):

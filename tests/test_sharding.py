@@ -64,7 +64,7 @@ def test_the_other_side_is_divided_where_the_first_cannot_be_and_else_none():
 @pytest.mark.parametrize("name", CASES)
 def test_sizes_are_those_of_the_weights(name):
     base = base_of(CASES[name][0])
-    assert held_numbers(base) == sum(base.tensor(tensor).size for tensor in base.tensor_names())
+    assert held_numbers(base) == sum(base.tensor(tensor).size for tensor in base.store.names())
 
 
 @pytest.mark.full

@@ -46,7 +46,7 @@ def test_a_head_that_repeats_the_embedding_is_tied(tmp_path):
     for state in (model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}):
         base = jcl.open_base(state, config=model.config.to_dict() | {"tie_word_embeddings": True})
         assert base.tied
-        assert "lm_head.weight" not in base.tensor_names()
+        assert "lm_head.weight" not in base.store.names()
         assert not base.notes
 
 

@@ -99,7 +99,7 @@ def test_bases_are_opened_under_the_names_of_files_and_of_live_models(folders, t
         assert [class_module_name("model.layers.0.mlp.up_proj", other.prefix)] == called
         assert other.tied == base.tied
         assert all(np.array_equal(other.weight(name), base.weight(name)) for name in base.modules)
-        assert not any("vis" in name for name in other.tensor_names())
+        assert not any("vis" in name for name in other.store.names())
 
 
 @pytest.mark.parametrize("prefix", [outer for outer, inner in TEXT_PREFIXES.items() if inner == "model."])

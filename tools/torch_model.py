@@ -20,7 +20,7 @@ def torch_model(base: BaseModel, dtype: torch.dtype = torch.float32) -> transfor
     settings = {key: value for key, value in base.config.items() if key != "model_type"}
     config = transformers.AutoConfig.for_model(base.config["model_type"], **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    state = {name: _tensor(base.tensor(name), dtype) for name in base.tensor_names()}
+    state = {name: _tensor(base.tensor(name), dtype) for name in base.store.names()}
     result = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if set(result.missing_keys) - tied or result.unexpected_keys:

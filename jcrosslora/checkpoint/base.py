@@ -13,6 +13,7 @@ import numpy as np
 
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import WRITERS
+from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.architectures.sizes import Dims, read_number
@@ -115,11 +116,6 @@ class BaseModel:
         return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property
-    def embedding_name(self) -> str:
-        """Hugging Face name of the input embedding."""
-        return EMBEDDING
-
-    @property
     def tied(self) -> bool:
         """Whether the output head is the input embedding."""
         return self.family.is_tied(self.config)
@@ -138,10 +134,6 @@ class BaseModel:
         """Whether a layer has experts."""
         return bool(self.layers_with("router"))
 
-    def role_shape(self, role: str) -> tuple[int, int]:
-        """Return the shape (O, I) of the modules of a role that the base has."""
-        return self.architecture.role_shapes[role]
-
     @cached_property
     def expert_layout(self) -> Mapping[str, str] | None:
         """How the tensors of experts are stored, see `ExpertRules.layouts`; None without experts."""
@@ -153,8 +145,7 @@ class BaseModel:
 
     def expert_shape(self, matrix: str) -> tuple[int, int, int]:
         """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
-        assert self.family.experts is not None
-        return expert_shape(self.family.experts, self.dims, self.config, matrix)
+        return expert_shape(self._experts[0], self.dims, self.config, matrix)
 
     def expert_tensor(self, layer: int, name: str) -> np.ndarray:
         """Read a tensor of the experts of a layer, see `read_expert_tensor`.
@@ -162,9 +153,7 @@ class BaseModel:
         Raises:
             CheckpointError: a dtype that cannot be read.
         """
-        experts, layout = self.family.experts, self.expert_layout
-        assert experts is not None
-        assert layout is not None
+        experts, layout = self._experts
         count = experts.sizes(self.config).number
         return read_expert_tensor(
             experts, layout, lambda path: self.tensor(f"model.layers.{layer}.{path}"), count, name
@@ -172,35 +161,26 @@ class BaseModel:
 
     def expert_rows(self, layer: int, matrix: str, expert: int, ids: np.ndarray) -> np.ndarray:
         """Read rows of a matrix of one expert, see `stored_rows`, as float32 (n, columns), and no others."""
-        assert self.family.experts is not None
-        assert self.expert_layout is not None
-        shape = self.expert_shape(matrix)
-        places = stored_rows(self.family.experts, self.expert_layout, shape, matrix, expert, np.asarray(ids))
+        experts, layout = self._experts
+        places = stored_rows(experts, layout, self.expert_shape(matrix), matrix, expert, np.asarray(ids))
         rows = np.concatenate([self.rows(f"model.layers.{layer}.{path}", own) for path, own in places])
-        return in_order(self.family.experts, self.expert_layout, matrix, rows)
+        return in_order(experts, layout, matrix, rows)
 
     def expert_axis(self, matrix: str) -> int:
         """Return the axis of `expert_shape` that `expert_rows` counts: 2 where the matrix is stored transposed."""
-        assert self.family.experts is not None
-        assert self.expert_layout is not None
-        return 2 if is_transposed(self.family.experts, self.expert_layout, matrix) else 1
+        return 2 if is_transposed(*self._experts, matrix) else 1
 
     def expert_dtype(self, layer: int, matrix: str) -> str:
         """Return the storage dtype of a matrix of the experts of a layer."""
-        assert self.expert_layout is not None
-        path = self.expert_layout["up" if matrix not in self.expert_layout else matrix]
+        _, layout = self._experts
+        path = layout["up" if matrix not in layout else matrix]
         return self.store.dtype(f"model.layers.{layer}.{path.format(0)}")
 
     def expert_names(self, layer: int) -> tuple[str, ...]:
         """Return the names of the tensors of the experts of a layer, as they are stored."""
-        assert self.family.experts is not None
-        assert self.expert_layout is not None
-        shapes = expert_shapes(self.family.experts, self.dims, self.config, self.expert_layout)
+        experts, layout = self._experts
+        shapes = expert_shapes(experts, self.dims, self.config, layout)
         return tuple(f"model.layers.{layer}.{path}" for path, _ in shapes)
-
-    def tensor_names(self) -> list[str]:
-        """Hugging Face names of the stored tensors."""
-        return self.store.names()
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor by its Hugging Face name; the head of a tied model is the embedding.
@@ -315,6 +295,13 @@ class BaseModel:
     def release(self) -> None:
         """Give the resident pages of the memory maps back to the system; arrays stay valid."""
         self.store.release()
+
+    @property
+    def _experts(self) -> tuple[ExpertRules, Mapping[str, str]]:
+        """The rules of its experts, and how they are stored."""
+        assert self.family.experts is not None
+        assert self.expert_layout is not None
+        return self.family.experts, self.expert_layout
 
     def _module(self, name: str) -> Module:
         if name not in self.modules:

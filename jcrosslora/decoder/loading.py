@@ -165,7 +165,7 @@ def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
 
 
 def _stack_numbers(base: BaseModel, path: str, usual: float | None) -> jax.Array:
-    names, stored = [f"model.layers.{layer}.{path}" for layer in range(base.dims.layers)], set(base.tensor_names())
+    names, stored = [f"model.layers.{layer}.{path}" for layer in range(base.dims.layers)], set(base.store.names())
     numbers = [usual if name not in stored else base.tensor(name).astype(_F32).reshape(()) for name in names]
     return jnp.asarray(np.array(numbers, _F32)[:, None])
 

@@ -99,7 +99,7 @@ def fit_residual(
         AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
         CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
-    hidden, inner = target.role_shape(ROLE)
+    hidden, inner = target.architecture.role_shapes[ROLE]
     _check(source, target, batches, layers, rank, min(hidden, inner))
     stacked = stack_adapter(adapter, source)
     texts_src, texts_tgt = (

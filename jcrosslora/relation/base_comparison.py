@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures.names import COMMON_KEYS, HEAD
+from jcrosslora.architectures.names import COMMON_KEYS
+from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.relation.matching import MATRICES
@@ -197,7 +199,7 @@ def _equal(source: BaseModel, target: BaseModel, name: str) -> bool:
 
 
 def _shape(base: BaseModel, name: str) -> tuple[int, ...]:
-    return tuple(base.store.shape(base.embedding_name if name == HEAD and base.tied else name))
+    return tuple(base.store.shape(EMBEDDING if name == HEAD and base.tied else name))
 
 
 def _batches(rows: int) -> Iterator[np.ndarray]:

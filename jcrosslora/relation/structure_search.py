@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from jcrosslora.architectures.blocks import ROLE_PATHS, Mlp, SelfAttention
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
@@ -84,7 +85,7 @@ def _match_stream(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | No
     """Return the dimensions of the stream, whether the embeddings determined them, and the tokens that did."""
     for tokens in _tokens(source, target):
         pair = zip((source, target), tokens, strict=True)
-        src, tgt = (check_finite(base, "the embedding", base.rows(base.embedding_name, ids)) for base, ids in pair)
+        src, tgt = (check_finite(base, "the embedding", base.rows(EMBEDDING, ids)) for base, ids in pair)
         used = src.any(axis=1) & tgt.any(axis=1)
         found = match_columns(src[used], tgt[used]) if used.any() else None
         if found is not None:

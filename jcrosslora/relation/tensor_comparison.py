@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jcrosslora.architectures.names import HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
+from jcrosslora.architectures.names import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import Module, expert_tensors
 from jcrosslora.relation.difference import Change, Difference, compare_rows
@@ -61,7 +61,7 @@ def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Struc
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
     pieces = {
-        "embedding": _compare_table(source, target, structure, source.embedding_name),
+        "embedding": _compare_table(source, target, structure, EMBEDDING),
         "head": None if source.tied and target.tied else _compare_table(source, target, structure, HEAD),
         "norms": _compare_vectors(_norms(source, target, structure)),
         "biases": _compare_vectors(_biases(source, target, structure)),
@@ -159,7 +159,7 @@ def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, n
     tokens = structure.tokens if structure.by_embedding else (every, every)
     ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in tokens)
     src, tgt = (check_finite(base, name, base.rows(name, own)) for base, own in zip((source, target), ids, strict=True))
-    stored = (base.embedding_name if name != HEAD or base.tied else name for base in (source, target))
+    stored = (EMBEDDING if name != HEAD or base.tied else name for base in (source, target))
     dtype_src, dtype_tgt = (base.store.dtype(own) for base, own in zip((source, target), stored, strict=True))
     return _compare((src, structure.stream[columns]), (tgt, columns), (dtype_src, dtype_tgt))
 

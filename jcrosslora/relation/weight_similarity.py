@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.errors import CheckpointError
@@ -215,7 +216,7 @@ def _names(vocabulary: Vocabulary) -> dict[int, bytes]:
 def _rows_agree(source: BaseModel, target: BaseModel, ids: np.ndarray) -> bool:
     some = ids[evenly_spaced(len(ids), _TOKENS)]
     bases = source, target
-    src, tgt = (check_finite(base, "the embedding", base.rows(base.embedding_name, some)) for base in bases)
+    src, tgt = (check_finite(base, "the embedding", base.rows(EMBEDDING, some)) for base in bases)
     sizes = np.linalg.norm(src, axis=1) * np.linalg.norm(tgt, axis=1)
     used = sizes > 0
     return bool(used.any()) and float(np.mean(np.sum(src * tgt, axis=1)[used] / sizes[used])) >= _MIN_COSINE

@@ -162,7 +162,7 @@ def _print_base(base: BaseModel, console: Console) -> None:
     tokens = f"{len(vocabulary.tokens):,} tokens" if vocabulary.tokens is not None else f"no ({vocabulary.reason})"
     say(console, f"vocabulary readable: {tokens}")
     say(console, f"can receive and give updates: {len(base.modules)} modules")
-    others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
+    others = sorted(set(base.store.names()) - {module.tensor for module in base.modules.values()})
     say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
     say(console, f"embedding and head can be moved by {_token_methods()} alone")
     for note in base.notes:

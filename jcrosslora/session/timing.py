@@ -183,7 +183,7 @@ def _made_up_model(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
         return jnp.asarray(np.ones(shape, np.float32))
 
     def role_matrix(role: str) -> jax.Array:
-        numbers = _numbers((layers, *base.role_shape(role)), dtype)
+        numbers = _numbers((layers, *base.architecture.role_shapes[role]), dtype)
         return jnp.asarray(numbers.view(np.uint16) if packed else numbers)
 
     layers, own, family = settings.layers, settings.stack[0], base.family

@@ -39,7 +39,7 @@ def adapter_weights(adapter: Adapter, base: BaseModel, rank: int) -> Weights:
     """Stack the factors of all roles of a base, padded with zeros to `rank`; updates of experts are left out."""
     stacked, found = stack_adapter(adapter, base).roles, {}
     for role in dense_roles(base):
-        rows, columns = base.role_shape(role)
+        rows, columns = base.architecture.role_shapes[role]
         layers = len(base.layers_with(role))
         a, b = np.zeros((layers, rank, columns), np.float32), np.zeros((layers, rows, rank), np.float32)
         if role in stacked:
@@ -64,7 +64,7 @@ def first_parameters(base: BaseModel, width: int, seed: int) -> Tree:
 
     found: Tree = {"cls": drawn(1, WIDTH, size=0.02), "text": drawn(width, VECTOR), "out": drawn(WIDTH, VECTOR)}
     for role in dense_roles(base):
-        rows, columns = base.role_shape(role)
+        rows, columns = base.architecture.role_shapes[role]
         layers = len(base.layers_with(role))
         found[f"probe.{role}"] = drawn(layers, PROBES, columns, size=columns**-0.5)
         found[f"role.{role}"] = drawn(rows, WIDTH)

@@ -163,7 +163,7 @@ def _named(facts: AdapterFacts) -> Iterable[str]:
 
 
 def _modules(base: BaseModel) -> set[str]:
-    return {name.rpartition(".")[0] for name in base.tensor_names()} | {"lm_head"}
+    return {name.rpartition(".")[0] for name in base.store.names()} | {"lm_head"}
 
 
 def _missing(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
@@ -133,9 +134,9 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
     totals = None
     with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
         # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
-        centres = tuple(base.rows(base.embedding_name, ids[parts[0]]).mean(axis=0) for base, ids in sides)
+        centres = tuple(base.rows(EMBEDDING, ids[parts[0]]).mean(axis=0) for base, ids in sides)
         for part in parts:
-            rows = (base.rows(base.embedding_name, ids[part]) for base, ids in sides)
+            rows = (base.rows(EMBEDDING, ids[part]) for base, ids in sides)
             totals = _add(totals, *map(_padded, rows, centres))
     source.release()
     target.release()

@@ -1,0 +1,280 @@
+"""Send the figures of a run to a log as it runs: Weights & Biases, Trackio, TensorBoard, or the user's.
+
+Environment variables of each log decide where a run goes: WANDB_MODE=offline, WANDB_PROJECT, WANDB_DIR; TRACKIO_DIR on
+this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR, in place of `runs/`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+from jcrosslora.errors import UsageError, suggestion
+from jcrosslora.utils.texts import safe_line
+
+__all__ = ["Log", "LogName", "find_log", "log_to", "record"]
+
+
+# Settings of a run by their names, plain values without folders of this machine.
+Settings: TypeAlias = Mapping[str, Any]
+
+
+class Log(Protocol):
+    """A run in a log, to which figures are added."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add figures.
+
+        The step is never below that of the call before; all values are finite.
+        """
+        ...
+
+    def finish(self, *, failed: bool) -> None:
+        """End the run; called once."""
+        ...
+
+
+# The name of a log is that of its package and of the extra that installs it.
+LogName: TypeAlias = Literal["wandb", "trackio", "tensorboard"]
+
+
+def find_log(name: str) -> Callable[[str, Settings], Log]:
+    """Return the function that begins a run in a log; nothing is begun.
+
+    Raises:
+        UsageError: no such log, or its package is not installed; from the function, that a run cannot begin.
+    """
+    known = get_args(LogName)
+    if name not in known:
+        msg = f"log {name!r} is unknown{suggestion(name, known)}; use one of {', '.join(known)}"
+        raise UsageError(msg)
+    package, begin = _LOGS[name]
+    try:
+        import_module(package)
+    except ImportError as error:
+        msg = f"log {name!r} needs the package {name} ({error}): pip install 'jcrosslora[{name}]'"
+        raise UsageError(msg) from error
+
+    def start(run: str, settings: Settings) -> Log:
+        try:
+            return begin(run, settings)
+        except Exception as error:
+            msg = f"log {name!r} cannot begin a run ({safe_line(error, 300)}): mend that, or leave the "
+            raise UsageError(msg + "log out") from error
+
+    return start
+
+
+_MESSAGES = logging.getLogger(__name__)
+
+
+class _Run:
+    """A log in use. A fault of it does not end the work: the log is left, and a warning says so."""
+
+    def __init__(self, log: Log) -> None:
+        self._log: Log | None = log
+        self._step = 0
+
+    def record(self, values: Mapping[str, float], step: int | None) -> None:
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._step = max(self._step, step or 0)
+        if self._log is not None and finite:
+            try:
+                self._log.log(self._step, finite)
+            except Exception as error:
+                self._leave(error)
+
+    def finish(self, *, failed: bool) -> None:
+        if self._log is not None:
+            try:
+                self._log.finish(failed=failed)
+            except Exception as error:
+                self._leave(error)
+
+    def _leave(self, error: Exception) -> None:
+        self._log = None
+        _MESSAGES.warning("the log has a fault (%s); the work goes on without it", safe_line(error, 300))
+
+
+_ACTIVE: ContextVar[_Run | None] = ContextVar("log", default=None)
+
+
+@contextmanager
+def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | None = None) -> Iterator[None]:
+    """Send the figures of transfers and trainings to a log while the block runs.
+
+        with jcl.log_to("wandb", "my-move"):
+            jcl.transfer(adapter, source, target)
+
+    A fit gives the divergence on held-out completions, a training its loss, a transfer in the end what its maps kept
+    and what its effect is. A fault of the log later on does not end the work.
+
+    Args:
+        log: "wandb", "trackio" or "tensorboard", each of which is an extra of this package and is set by its own
+            environment variables; or an object with `log(step, values)` and `finish(failed=...)`. None sends nothing.
+        name: of the run, for a log given by name.
+        settings: shown beside the run, for a log given by name.
+
+    Raises:
+        UsageError: no such log, its package is not installed, or it cannot begin a run.
+    """
+    if log is None:
+        yield
+        return
+    run = _Run(find_log(log)(name, settings or {}) if isinstance(log, str) else log)
+    token, failed = _ACTIVE.set(run), True
+    try:
+        yield
+        failed = False
+    finally:
+        _ACTIVE.reset(token)
+        run.finish(failed=failed)
+
+
+def record(values: Mapping[str, float], step: int | None = None) -> None:
+    """Add figures to the log in use; without one nothing happens.
+
+    Numbers that are not finite are left out; without a step that of the call before counts.
+    """
+    run = _ACTIVE.get()
+    if run is not None:
+        run.record(values, step)
+
+
+# What wandb would tell of the machine and of the folder that it runs in.
+_UNTOLD: dict[str, Any] = {
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "disable_git": True,
+    "disable_code": True,
+    "console": "off",
+    "host": "",
+}
+
+
+class WandbLog:
+    """A run of Weights & Biases."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Begin it; the user is asked to log in where wandb does so."""
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "jcrosslora"),
+            name=name,
+            config=dict(settings),
+            settings=wandb.Settings(**_UNTOLD),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add figures."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        """Send what is not sent yet."""
+        self._run.finish(exit_code=int(failed))
+
+
+class TrackioLog:
+    """A run of Trackio. What it prints goes to standard error: standard output is for the command's own."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Begin it, without the figures that Trackio would take of the machine."""
+        import trackio
+
+        with redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "jcrosslora"),
+                name=name,
+                config=dict(settings),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add figures."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        """Write what is not written yet; Trackio keeps no outcome of a run."""
+        import trackio
+
+        del failed
+        with redirect_stdout(sys.stderr):
+            trackio.finish()
+
+
+class TensorBoardLog:
+    """A file of events. TensorBoard's own writer would put the name of the machine into the name of the file."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Begin the file in a folder of its own: a second run of a name gets a number."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # protobuf makes the classes of these modules when they are imported, so type checkers do not know them.
+        protos = [
+            vars(import_module(f"tensorboard.compat.proto.{one}_pb2"))
+            for one in ("event", "summary", "tensor", "types")
+        ]
+        self._event, self._summary = protos[0]["Event"], protos[1]["Summary"]
+        folder = _free(Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs")), name)
+        self._path, self._empty = folder / f"events.out.tfevents.{time.time():.0f}.jcrosslora", True
+        self._writer = RecordWriter(self._path.open("wb"))
+        self._add(file_version="brain.Event:2")
+        text = "\n".join(f"    {line}" for line in json.dumps(dict(settings), indent=2, default=str).splitlines())
+        kind = protos[1]["SummaryMetadata"]
+        tensor = protos[2]["TensorProto"](dtype=protos[3]["DT_STRING"], string_val=[text.encode()])
+        metadata = kind(plugin_data=kind.PluginData(plugin_name="text"))
+        self._add_values(0, [{"tag": "settings", "metadata": metadata, "tensor": tensor}])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add figures."""
+        self._add_values(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
+        self._empty = False
+
+    def finish(self, *, failed: bool) -> None:
+        """Close the file; one of work that failed before its first figure, as on bad input, is removed."""
+        self._writer.close()
+        if failed and self._empty:
+            self._path.unlink()
+            self._path.parent.rmdir()
+
+    def _add_values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
+        self._add(step=step, summary=self._summary(value=[self._summary.Value(**value) for value in values]))
+
+    def _add(self, **content: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._writer.flush()
+
+
+def _free(folder: Path, name: str) -> Path:
+    """Make a folder of this name, or with the first number behind it that is free."""
+    number = 1
+    while True:
+        try:
+            (made := folder / (name if number == 1 else f"{name}-{number}")).mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return made
+
+
+# By name: the module without which it cannot run, and what begins a run.
+_LOGS: dict[str, tuple[str, Callable[[str, Settings], Log]]] = {
+    "wandb": ("wandb", WandbLog),
+    "trackio": ("trackio", TrackioLog),
+    "tensorboard": ("tensorboard.summary.writer.record_writer", TensorBoardLog),
+}
