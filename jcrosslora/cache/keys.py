@@ -90,7 +90,7 @@ def _check(state: list[int], digest: object) -> str:
 
 # Version of the computations whose results are cached; raise it with every change of the resulting numbers.
 _PROCEDURE = 4
-# Files of a tokenizer beside the weights (see `load_tokenizer`); a GGUF file contains its own.
+# Files of a tokenizer next to the weights (see `load_tokenizer`); a GGUF file contains its own.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys of a configuration that say where it came from.
 _PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
@@ -111,7 +111,7 @@ def sha256(*parts: bytes) -> str:
 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    """Yield names and contents of the files of a base's tokenizer beside the weights."""
+    """Yield names and contents of the files of a base's tokenizer next to the weights."""
     if base.tokenizer_path is None:
         return
     for name in _TOKENIZER_FILES:
@@ -148,5 +148,5 @@ def weights_key(base: BaseModel, digests: FileDigests | None = None) -> str:
 
 
 def tokenizer_key(base: BaseModel) -> str:
-    """Return the key of the files of a base's tokenizer beside the weights."""
+    """Return the key of the files of a base's tokenizer next to the weights."""
     return sha256(*tokenizer_parts(base))

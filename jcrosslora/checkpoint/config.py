@@ -61,7 +61,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add the quantisation settings that older writers kept in a file of their own."""
+    """Add the quantisation settings that older writers kept in a separate file."""
     for name, method in _SETTINGS_FILES.items():
         if not config.get("quantization_config") and (folder / name).exists():
             return {**config, "quantization_config": {"quant_method": method, **read_json_object(folder / name)}}

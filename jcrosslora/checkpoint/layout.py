@@ -57,7 +57,7 @@ def holder_of(family: Family, role: str) -> str:
 
 
 def fused_modules(model: Architecture) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """List the modules with names of their own: name -> (logical name, first row, last row exclusive)."""
+    """List the modules that hold several logical ones: name -> (logical name, first row, last row exclusive)."""
     result = {}
     for number, layer in enumerate(model.stack):
         result |= _fused_rows(model.family, number, layer)
@@ -77,7 +77,7 @@ def _fused_rows(family: Family, number: int, layer: Layer) -> dict[str, tuple[tu
 
 
 def _fused(family: Family, layer: Layer) -> dict[str, tuple[str, ...]]:
-    """Return the modules of a layer with names of their own, and the roles that each holds."""
+    """Return the modules of a layer that hold several logical ones, and the roles of each."""
     return {path: roles for path, roles in family.fused.items() if roles[0] in layer.shapes}
 
 
@@ -260,14 +260,8 @@ def read_expert_tensor(
 ) -> np.ndarray:
     """Read a tensor of the experts of a layer: "gate_up" (E, 2 I, H) with the rows of gate first, "down" (E, H, I), ...
 
-    Without a gate "gate_up" is (E, I, H).
-
-    Args:
-        experts: of the family.
-        layout: of the model.
-        read: reads a tensor by its name in the layer.
-        count: E.
-        name: of `expert_tensors`.
+    Without a gate "gate_up" is (E, I, H). `read` takes the name of a tensor in the layer, `name` is one of
+    `expert_tensors`, and `count` is E.
     """
     if name not in layout:  # gate and up on their own
         parts = [name.replace("gate_up", part) for part in single_parts(experts)]
@@ -308,13 +302,8 @@ def stored_rows(
 ) -> list[tuple[str, np.ndarray]]:
     """Return where rows of a matrix of one expert are: names of tensors in a layer, and rows of each.
 
-    Args:
-        experts: of the family.
-        layout: of the model.
-        shape: (E, O, I) of the matrix.
-        matrix: "gate_up" or "down".
-        expert: its number.
-        ids: (n,) of O, or of I where the matrix is stored transposed, in increasing order.
+    The matrix, "gate_up" or "down", has `shape` (E, O, I). `ids` are (n,) of O, or of I where it is stored transposed,
+    in increasing order.
     """
     if matrix not in layout:  # gate and up on their own
         names = single_parts(experts)

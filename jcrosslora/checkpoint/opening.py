@@ -125,7 +125,7 @@ def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, 
     config = read_config(folder)
     store = dequantised(ShardedStore(folder, config.names), config.values, str(folder))
     hub_id, revision = identity or (None, None)
-    return _build(name or hub_id or str(folder), ref, folder, folder, revision, config, store)
+    return _build(name or hub_id or str(folder), ref, folder, revision, config, store)
 
 
 def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
@@ -133,7 +133,7 @@ def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
         msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
         raise CheckpointError(msg)
     config, store, named = open_gguf(path)
-    return _build(name or named or str(path), ref, path, path, None, config, store)
+    return _build(name or named or str(path), ref, path, None, config, store)
 
 
 def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) -> BaseModel:
@@ -153,17 +153,11 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
     if checked.family.is_tied(checked.values) and not has_own_head(checked.family, checked.values, store):
         arrays.pop(HEAD, None)  # the embedding a second time
         store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
-    return _build(ref, ref, None, tokenizer_folder(tokenizer, store, ref), None, checked, store)
+    return replace(_build(ref, ref, None, None, checked, store), tokenizer_path=tokenizer_folder(tokenizer, store, ref))
 
 
 def _build(
-    name: str,
-    ref: str,
-    path: Path | None,
-    tokenizer_path: Path | None,
-    revision: str | None,
-    config: ModelConfig,
-    store: TensorStore,
+    name: str, ref: str, path: Path | None, revision: str | None, config: ModelConfig, store: TensorStore
 ) -> BaseModel:
     family, values, notes = config.family, config.values, ()
     if has_own_head(family, values, store):
@@ -177,7 +171,7 @@ def _build(
         name=name,
         ref=ref,
         path=path,
-        tokenizer_path=tokenizer_path,
+        tokenizer_path=path,
         revision=revision,
         family=family,
         config=values,

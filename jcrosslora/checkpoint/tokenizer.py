@@ -16,7 +16,7 @@ from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
 
-# Tokens that end a turn or a document in the supported families, beside the tokenizer's own eos.
+# Tokens that end a turn or a document in the supported families, besides the tokenizer's own eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 # What transformers reads along with tokenizer.json.
 _BESIDE = (

@@ -27,7 +27,7 @@ class Wrapper:
         text_type: `model_type` of a text_config that states none.
         texts: `model_type` of the text_config -> family; by default every family under its own name.
         flat: whether older configurations have the settings of the text model at the top.
-        keys: of the outer configuration beside those of all classes, none of which matters to the text model.
+        keys: of the outer configuration besides those of all classes, none of which matters to the text model.
     """
 
     architecture: str
@@ -91,7 +91,7 @@ TEXT_PREFIXES: Mapping[str, str] = {
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 }
-# Parts beside the text model, behind "model." or at the top.
+# Other parts than the text model, behind "model." or at the top.
 OTHER_PARTS = frozenset(
     {
         *("audio_tower", "connector", "embed_audio", "embed_vision", "image_newline", "multi_modal_projector"),
@@ -210,5 +210,5 @@ def prefix_of(module: str) -> str:
 
 
 def is_other_part(name: str) -> bool:
-    """Whether a module or tensor belongs to a part beside the text model, such as the vision tower."""
+    """Whether a module or tensor belongs to another part than the text model, such as the vision tower."""
     return name.removeprefix(TEXT).split(".", 1)[0] in OTHER_PARTS

@@ -13,8 +13,8 @@ from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import Completion, Message, Prompt
 
-# For bases without a chat template of their own. Contents stand on lines of their own, as in nearly all templates, so
-# that their first tokens are those of other bases.
+# For bases without a chat template. Contents stand on separate lines, as in nearly all templates, so that their first
+# tokens are those of other bases.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"

@@ -100,7 +100,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
-    """Write a file beside `path` and rename it into place, so that no reader sees a part of it.
+    """Write a file next to `path` and rename it into place, so that no reader sees a part of it.
 
     Args:
         path: the file, which is replaced if it exists; its folder must exist.

@@ -123,7 +123,7 @@ def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | No
         log: "wandb", "trackio" or "tensorboard", each of which is an extra of this package and is set by its own
             environment variables; or an object with `log(step, values)` and `finish(failed=...)`. None sends nothing.
         name: of the run, for a log given by name.
-        settings: shown beside the run, for a log given by name.
+        settings: shown with the run, for a log given by name.
 
     Raises:
         UsageError: no such log, its package is not installed, or it cannot begin a run.
@@ -221,7 +221,7 @@ class TensorBoardLog:
     """A file of events. TensorBoard's own writer would put the name of the machine into the name of the file."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        """Begin the file in a folder of its own: a second run of a name gets a number."""
+        """Begin the file in a new folder: a second run of a name gets a number."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         # protobuf makes the classes of these modules when they are imported, so type checkers do not know them.
