@@ -4,9 +4,6 @@ from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.sizes import Dims
-from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.base import BaseInfo, describe_base
-from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name

@@ -9,8 +9,6 @@ from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.architectures.sizes import Dims, size
-from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
-from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames, read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config

@@ -17,8 +17,6 @@ from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.ropes import llama3_factors
 from jcrosslora.checkpoint.gguf_header import Metadata
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.checkpoint.gguf_header import Metadata
 from jcrosslora.checkpoint.layout import holder_of
 from jcrosslora.errors import CheckpointError
 

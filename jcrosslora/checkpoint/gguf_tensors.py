@@ -16,6 +16,7 @@ import numpy as np
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, DeltaRule, Experts, LatentAttention, PerLayerInput
 from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.layer import GGUF_NORMS
 from jcrosslora.architectures.names import (
@@ -27,7 +28,6 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_PROJECTION,
     QKV,
 )
-from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.layout import holder_of
 

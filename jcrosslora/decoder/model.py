@@ -301,7 +301,7 @@ def _check_fit(name: str, factors: LoRAFactors, adapter: Adapter, base: BaseMode
 
 
 def _stack_role(adapter: Adapter, base: BaseModel, role: str, rank: int) -> StackedFactors:
-    layers, (rows, columns) = base.layers_with(role), base.role_shape(role)
+    layers, (rows, columns) = base.layers_with(role), base.architecture.role_shapes[role]
     a, b = np.zeros((len(layers), rank, columns), np.float32), np.zeros((len(layers), rows, rank), np.float32)
     for place, layer in enumerate(layers):
         factors = adapter.modules.get(f"model.layers.{layer}.{ROLE_PATHS[role]}")

@@ -40,8 +40,7 @@ from jcrosslora.distill.teacher import Teacher
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate.probes.writing import check_seed
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import template_of
-from jcrosslora.text.reading import ending
+from jcrosslora.text.reading import ending, template_of
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.unfinished import remove_unchanged
 

@@ -10,11 +10,7 @@ from typing import Any, TypeAlias
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.completion import is_text, parse_messages, parse_object, parse_prompt, prompt_text, split_answer
-from jcrosslora.utils.files import write_output
-from jcrosslora.utils.files import read_file
-from jcrosslora.text import Completion
-from jcrosslora.text.completion import is_text, parse_messages, parse_object, split_answer
-from jcrosslora.utils.files import read_file
+from jcrosslora.utils.files import read_file, write_output
 from jcrosslora.utils.texts import shortened
 
 _QUESTION = 'wanted {"question": text, "choices": [text, ...], "answer": index}'

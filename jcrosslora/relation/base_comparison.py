@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.names import COMMON_KEYS, HEAD
-from jcrosslora.architectures.names import COMMON_KEYS
-from jcrosslora.architectures.names import EMBEDDING, HEAD
+from jcrosslora.architectures.names import COMMON_KEYS, EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.relation.matching import MATRICES

@@ -18,9 +18,6 @@ from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.models import ServedModel, TorchModel
-from jcrosslora.checkpoint.base import BaseInfo, describe_base
-from jcrosslora.distill.sources.models import ServedModel
-from jcrosslora.distill.sources.models import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text

@@ -16,7 +16,6 @@ from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.models import ServedModel, TorchModel
-from jcrosslora.checkpoint.base import BaseInfo, describe_base
 from jcrosslora.distill.sources.protocol import QueriedSource
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError

@@ -24,9 +24,6 @@ from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_tensors import architecture
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
-from jcrosslora.checkpoint.gguf_tensors import architecture
 from jcrosslora.checkpoint.wrapped import text_module_name
 
 # Endings of modules, in files of PEFT and in GGUF, whose LoRA llama.cpp loads but does not add, as runs of it show.

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
 from jcrosslora.checkpoint.hub import fetch_companions, is_hub_id
-from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.opening import read_template
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer import Tokenizer, read_tokenizer
 from jcrosslora.checkpoint.tokenizer_gguf import read_metadata
-from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint.vocabulary import Vocabulary, gguf_vocabulary
 from jcrosslora.checkpoint.vocabulary import read_tokenizer as read_vocabulary
 from jcrosslora.errors import CheckpointError, UsageError
 

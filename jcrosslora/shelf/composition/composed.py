@@ -26,7 +26,6 @@ from jcrosslora.shelf.composition.fit import answer_log_probs, fit_arrays
 from jcrosslora.shelf.composition.saving import write_composition
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import Asked, as_prompts
-from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.text.reading import template_of
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.progress import track
