@@ -117,7 +117,9 @@ class HiddenStates:
         return np.asarray(_mean(x, seen))
 
 
-_embed = jax.jit(embed)
+@jax.jit
+def _embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return embed(model, tokens)
 
 
 @partial(jax.jit, static_argnums=0)
