@@ -83,10 +83,10 @@ def _model(name):
 def _compare(form, metadata, stored, tmp_path, atol):
     """Compare the next tokens of a file."""
     base, found = _answers(form, metadata, stored, tmp_path, PROMPTS)
-    ours = load_model(base, jnp.float32)
+    own = load_model(base, jnp.float32)
     for prompt, theirs in zip(PROMPTS, found, strict=True):
-        last = forward(ours, jnp.asarray([prompt])).hidden[:, -1]
-        ours = np.asarray(jax.nn.log_softmax(logits(ours, last)))[0]
+        last = forward(own, jnp.asarray([prompt])).hidden[:, -1]
+        ours = np.asarray(jax.nn.log_softmax(logits(own, last)))[0]
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
