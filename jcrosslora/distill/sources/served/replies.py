@@ -3,8 +3,6 @@
 Every answer is read here and nowhere else, so what passes has the types and ranges that are stated.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
