@@ -44,8 +44,6 @@ from jcrosslora.text.reading import ending, template_of
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.unfinished import remove_unchanged
 
-_ABANDONED_SECONDS = 30 * 86400.0
-
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
@@ -235,7 +233,7 @@ def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
         CheckpointError: a state in it cannot be read.
     """
     folder = parent / digest_of(run)[:24]
-    remove_unchanged(parent, folder, _ABANDONED_SECONDS)
+    remove_unchanged(parent, folder)
     with closing(Checkpoints(folder, run)) as found:
         yield found
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,13 +19,14 @@ _NAME = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?[a-z0-9_]{8,16}\.tmp")
 # Another host's lock may not be seen on a shared file system, and some file systems have none: there, what has not
 # changed for a day has no writer.
 _ABANDONED_SECONDS = 86400.0
+_UNCHANGED_SECONDS = 30 * 86400.0  # after which kept answers and states of fits go
 
 
-def remove_unchanged(parent: Path, kept: Path, seconds: float) -> None:
-    """Remove what did not change for so long from a folder, but for one entry; errors are passed over."""
+def remove_unchanged(parent: Path, kept: Path) -> None:
+    """Remove folders that did not change for 30 days from a folder, but for one; errors are passed over."""
     for other in parent.iterdir() if parent.is_dir() else ():
         with suppress(OSError):
-            if other != kept and time.time() - other.stat().st_mtime > seconds:
+            if other != kept and time.time() - other.stat().st_mtime > _UNCHANGED_SECONDS:
                 shutil.rmtree(other)
 
 

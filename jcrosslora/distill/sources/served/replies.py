@@ -21,7 +21,6 @@ LogProb = Annotated[float, msgspec.Meta(le=1e-3)]  # rounding makes log-probabil
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 _NOTHING = -9000.0  # vLLM writes -9999 for minus infinity, llama.cpp the lowest float
-_ABANDONED_SECONDS = 30 * 86400.0
 _SAMPLE = "sample.json"
 
 
@@ -148,7 +147,7 @@ class Answers:
         self._folder: Path | None = None
         if parent is not None:
             self._folder = parent / digest_of(identity)[:24]
-            remove_unchanged(parent, self._folder, _ABANDONED_SECONDS)
+            remove_unchanged(parent, self._folder)
 
     def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
         """Drop all answers of another model under the same name.
