@@ -21,10 +21,9 @@ from jcrosslora.decoder import fast_dtype, forward, load_model, logits
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf import accuracy
-from jcrosslora.shelf.controls import WordRetriever
 from jcrosslora.shelf.encoders import HiddenStates, check_encoder, open_encoder
-from jcrosslora.shelf.mean_vectors import fit_means
-from jcrosslora.shelf.retrieved import similarity_to_others, thresholds_of
+from jcrosslora.shelf.retrieval import fit_means, similarity_to_others, thresholds_of
+from jcrosslora.shelf.searching import WordRetriever
 from jcrosslora.text import Message
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.text.reading import prompt_ids

@@ -12,7 +12,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.shelf import Index, ShelfBase, ShelfEntry, index_files
+from jcrosslora.shelf import Index, ShelfBase, ShelfEntry
 from jcrosslora.shelf import adding as adding_module
 from jcrosslora.shelf import index as index_module
 from jcrosslora.training import TrainingSettings, save_trained
@@ -79,17 +79,17 @@ def test_an_index_is_read_as_it_was_written_over_several_segments(tmp_path, monk
 def test_a_change_that_is_stopped_leaves_the_index_as_it_was(tmp_path, monkeypatch, writes):
     items = entries(5)
     index = Index.create(tmp_path / "shelf", BASE, "hidden").change(items[:3])
-    real, done = index_files.write_whole, []
+    real, done = index_module.write_whole, []
 
     def stop(*arguments, **settings):
         if len(done) == writes:
             raise KeyboardInterrupt
         done.append(real(*arguments, **settings))
 
-    monkeypatch.setattr(index_files, "write_whole", stop)
+    monkeypatch.setattr(index_module, "write_whole", stop)
     with pytest.raises(KeyboardInterrupt):
         index.change(items[3:])
-    monkeypatch.setattr(index_files, "write_whole", real)
+    monkeypatch.setattr(index_module, "write_whole", real)
     same(Index.open(tmp_path / "shelf"), items[:3])
     same(Index.open(tmp_path / "shelf").change(items[3:]), items)
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.shelf import SAMPLES, ShelfBase, ShelfEntry
-from jcrosslora.shelf.controls import WordRetriever
 from jcrosslora.shelf.index import SEGMENT, Index
-from jcrosslora.shelf.mean_vectors import MeanVectors, fit_means
-from jcrosslora.shelf.searching import find_arrays, keep_arrays
+from jcrosslora.shelf.retrieval import MeanVectors, fit_means
+from jcrosslora.shelf.searching import WordRetriever, find_arrays, keep_arrays
 
 WORDS = 5000
 

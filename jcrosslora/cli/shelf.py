@@ -260,7 +260,7 @@ class Evaluate:
         """Print a row for each way to search."""
         from jcrosslora.shelf import Shelf
         from jcrosslora.shelf.judging import accuracy
-        from jcrosslora.shelf.samples import labelled_prompts
+        from jcrosslora.shelf.records import labelled_prompts
 
         prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
         shelf = Shelf(self.folder, self.base)

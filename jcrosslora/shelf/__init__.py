@@ -2,9 +2,8 @@
 
 from jcrosslora.shelf.index import Index
 from jcrosslora.shelf.judging import ALONE, Accuracy, Judged, accuracy, judge
-from jcrosslora.shelf.records import ShelfBase, ShelfEntry
-from jcrosslora.shelf.retrieved import Retrieved
-from jcrosslora.shelf.samples import SAMPLES, labelled_prompts, spread
+from jcrosslora.shelf.records import SAMPLES, ShelfBase, ShelfEntry, labelled_prompts, spread
+from jcrosslora.shelf.retrieval import Retrieved
 from jcrosslora.shelf.shelf import Shelf
 from jcrosslora.shelf.weight_probes import ProbeSettings
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,19 +21,26 @@ from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.report.record import REPORT
-from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place
-from jcrosslora.shelf.samples import written_samples
+from jcrosslora.shelf.index import Fresh
+from jcrosslora.shelf.records import (
+    Added,
+    Origin,
+    Refused,
+    Sample,
+    ShelfEntry,
+    is_there,
+    stored_place,
+    written_samples,
+)
 from jcrosslora.utils.files import read_small, read_small_text
 from jcrosslora.utils.progress import track
 
 _HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
 _LARGEST_HEADER = 100 << 20
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
-Fresh = list[tuple[ShelfEntry, np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """An adapter to add: its name on the shelf, and its path or hub id."""
 
     name: str
@@ -90,7 +96,13 @@ class Reader:
             UsageError: its name is that of another adapter on the shelf, or its samples cannot be read.
         """
         place = stored_place(self.folder, found.ref)
-        _check_text(found.name, place)
+        for what, text, advice in (
+            ("name", found.name, "give another with --name"),
+            ("path", place, "rename the folder"),
+        ):
+            if not text or not text.isprintable():  # JSON or a terminal cannot show it
+                msg = f"the {what} {text!a} is empty, or has characters that cannot be shown: {advice}"
+                raise AdapterError(msg)
         old = known.get(found.name)
         if old is not None and old.place != place and is_there(self.folder, old.place):
             msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
@@ -100,7 +112,7 @@ class Reader:
         if old is not None and not samples:
             samples, source = old.samples, old.samples_from
         lift = self.lift if self.lift is not None or old is None else old.lift
-        return dataclasses.replace(entry, samples=samples, samples_from=source, lift=lift)
+        return replace(entry, samples=samples, samples_from=source, lift=lift)
 
 
 def add_found(
@@ -112,18 +124,12 @@ def add_found(
 ) -> Added:
     """Read adapters, and write their entries every few seconds and when the work ends or is stopped.
 
-    Args:
-        found: the adapters.
-        reader: reads their entries.
-        known: the entries on the shelf by name.
-        encode: makes vectors (m, D) of m samples, at least one.
-        write: puts entries with the vectors of their samples on the shelf.
+    `known` has the entries on the shelf by name. `encode` makes vectors (m, D) of m samples, at least one, and `write`
+    puts entries with these vectors on the shelf.
     """
     known = dict(known)
-    added: list[str] = []
-    kept: list[str] = []
-    refused: list[Refused] = []
-    fresh: Fresh = []
+    added, kept, refused = list[str](), list[str](), list[Refused]()
+    fresh: list[tuple[ShelfEntry, np.ndarray]] = []
 
     def put() -> None:
         if fresh:
@@ -161,10 +167,7 @@ def add_found(
 def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path]:
     """Read and check an adapter; return its entry, without samples, and the folder of its files.
 
-    `info` has the digest of the base, and `place` is the adapter's path or hub id as the index writes it.
-
-    Raises:
-        AdapterError: it is damaged, its record names another base, or it does not fit the base.
+    Raises AdapterError if it is damaged, its record names another base, or it does not fit the base.
     """
     files = find_adapter(found.ref)
     record = _read_record(files)
@@ -260,11 +263,3 @@ def _digest(value: Any) -> str | None:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _check_text(name: str, place: str) -> None:
-    """Raise AdapterError for a name or path that JSON or a terminal cannot show."""
-    for what, text in (("name", name), ("path", place)):
-        if not text or not text.isprintable():
-            msg = f"the {what} {text!a} is empty, or has characters that cannot be shown: "
-            raise AdapterError(msg + ("give another with --name" if what == "name" else "rename the folder"))

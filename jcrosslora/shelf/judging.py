@@ -20,7 +20,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Example, Interval, Question, Scores, answer, intervals, lift_recovered, score
 from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.shelf.composition import Composed, Composition, find_composition
-from jcrosslora.shelf.retrieved import Retrieved
+from jcrosslora.shelf.retrieval import Retrieved
 from jcrosslora.shelf.shelf import Shelf, named
 from jcrosslora.text import Completion
 

@@ -1,32 +1,32 @@
-"""What the index of a shelf says of its base and of each adapter, and how it writes paths.
+"""What the index of a shelf says of its base and of each adapter, how it writes paths, and samples of a task.
 
 A `place` is a hub id, or a path seen from the shelf's folder, so that a shelf can move together with its adapters.
+Samples are prompts of an adapter's task: from the completions of its transfer, or from the user's file.
 """
 
-from __future__ import annotations
-
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.text import Message
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.examples import read_prompts
+from jcrosslora.text import Message, Prompt
+from jcrosslora.text.completion import COMPLETIONS, prompt_text
 
+SAMPLES = 32  # the most that the shelf keeps of an adapter
+_LONGEST = 2000  # characters of a sample
+T = TypeVar("T")
 # Text, or the messages in front of an answer; `text.Prompt` spelt out, as it is read from JSON.
 Sample = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class ShelfBase:
-    """The base of a shelf.
-
-    Attributes:
-        digest: of its weights, "sha256:" and hex.
-        family: its architecture.
-        revision: hub commit, or None.
-    """
+    """The base of a shelf; `digest` is that of its weights, "sha256:" and hex."""
 
     name: str
     place: str
@@ -50,20 +50,14 @@ class ShelfEntry:
     """An adapter on a shelf.
 
     Attributes:
-        name: unique on the shelf.
-        digest: of its weights file.
         verified: whether the record of its transfer names the base by digest; otherwise only shapes were compared.
-        kind: for example "LoRA".
         rank: the largest of its modules.
-        modules: how many it updates.
         size: of its weights file in bytes.
         origin: what it was moved from; None without a record of a transfer.
-        verdict: the level of the transfer's verdict, or None.
-        effect: of the transfer, as in its report, or None.
-        lift: the share of a trained adapter's gain that it recovers, as the user stated it, or None.
-        licence: as its card states it, or None.
+        verdict: the level of the transfer's verdict.
+        effect: of the transfer, as in its report.
+        lift: the share of a trained adapter's gain that it recovers, as the user stated it.
         config_digest: of the configuration next to its weights, which decides their scale; "" if unknown.
-        samples: prompts of its task.
         samples_from: "completions" that were written when it was moved, the name of the user's file, or "nothing".
     """
 
@@ -100,7 +94,6 @@ class Added:
     Attributes:
         added: names of the adapters that are new, or whose files or samples changed.
         kept: names of the adapters that were on the shelf already, unchanged.
-        refused: adapters that are damaged or of another base.
     """
 
     added: tuple[str, ...] = ()
@@ -141,3 +134,55 @@ def opened_encoder(folder: Path, name: str) -> str:
     kind, colon, model = name.partition(":")
     path = folder.resolve() / model
     return f"{kind}:{os.path.normpath(path)}" if colon and path.exists() else name
+
+
+def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
+    """Read at most 32 different prompts, evenly spread over a user's file, and return them with the file's name.
+
+    Prompts over 2,000 characters are skipped unless all are.
+    """
+    different = list(dict.fromkeys(read_prompts(path)))
+    short = [one for one in different if len(prompt_text(one)) <= _LONGEST]
+    return tuple(spread(short or different, SAMPLES)), Path(path).name
+
+
+def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
+    """Read samples from the completions in an adapter's folder; their source is "completions", or "nothing"."""
+    if not (folder / COMPLETIONS).is_file():
+        return (), "nothing"
+    return given_samples(folder / COMPLETIONS)[0], "completions"
+
+
+def labelled_prompts(
+    labelled: Sequence[str], unrelated: str | Path | None, limit: int
+) -> tuple[list[Prompt], list[tuple[str, ...]]]:
+    """Read prompts and the names of each one's adapters, none for unrelated ones.
+
+    Args:
+        labelled: "NAME=FILE" or "NAME,NAME=FILE" each.
+        unrelated: a file of prompts of no adapter's task, or None.
+        limit: the most prompts of a file.
+
+    Raises:
+        UsageError: a label without a name or a file, or a file that cannot be read.
+    """
+    files: list[tuple[tuple[str, ...], str | Path]] = []
+    for label in labelled:
+        names, _, file = label.partition("=")
+        if not names or not file:
+            msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
+            raise UsageError(msg)
+        files.append((tuple(names.split(",")), file))
+    if unrelated is not None:
+        files.append(((), unrelated))
+    read = [(spread(read_prompts(file), limit), names) for names, file in files]
+    prompts = [prompt for each, _ in read for prompt in each]
+    return prompts, [names for each, names in read for _ in each]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Take at most `count` items, evenly spread over all."""
+    if count < 1:
+        msg = f"{count} samples were asked for; wanted 1 or more"
+        raise UsageError(msg)
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)

@@ -18,23 +18,13 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
-from jcrosslora.shelf.adding import Found, Fresh, Reader, add_found, config_digest, find_adapters, largest_rank
+from jcrosslora.shelf import records
+from jcrosslora.shelf.adding import Found, Reader, add_found, config_digest, find_adapters, largest_rank
 from jcrosslora.shelf.composition import Composed, Composition, compose, find_composition
 from jcrosslora.shelf.encoders import HIDDEN, Encoder, check_encoder, open_encoder
-from jcrosslora.shelf.index import ChangedMeanwhileError, Index
-from jcrosslora.shelf.index_files import HEAD
-from jcrosslora.shelf.records import (
-    Added,
-    ShelfBase,
-    ShelfEntry,
-    is_there,
-    opened_encoder,
-    opened_place,
-    stored_encoder,
-    stored_place,
-)
-from jcrosslora.shelf.retrieved import Retrieved, Retriever
-from jcrosslora.shelf.samples import given_samples
+from jcrosslora.shelf.index import HEAD, ChangedMeanwhileError, Fresh, Index
+from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry, opened_place
+from jcrosslora.shelf.retrieval import Retrieved, Retriever
 from jcrosslora.shelf.searching import Searching
 from jcrosslora.shelf.weight_probes import ProbeSettings
 from jcrosslora.text.completion import Asked, as_prompts
@@ -63,7 +53,7 @@ class Shelf:
         self.folder = Path(folder).expanduser()
         self._base: BaseModel | None = None if base is None else open_base(base)
         self._encoder: Encoder | None = None
-        name = stored_encoder(self.folder, check_encoder(encoder or HIDDEN))
+        name = records.stored_encoder(self.folder, check_encoder(encoder or HIDDEN))
         if (self.folder / HEAD).is_file() or self._base is None:
             self._index = Index.open(self.folder)
         else:
@@ -137,7 +127,7 @@ class Shelf:
 
     def missing(self, entry: ShelfEntry) -> bool:
         """Whether the files of an adapter are no longer where they were when it was added."""
-        return not is_there(self.folder, entry.place)
+        return not records.is_there(self.folder, entry.place)
 
     def load(self, name: str) -> Adapter:
         """Load an adapter.
@@ -202,7 +192,7 @@ class Shelf:
             msg = f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8"
             raise UsageError(msg)
         found = [Found(name, one.ref) for one in found] if name is not None else found
-        given = None if samples is None else given_samples(samples)
+        given = None if samples is None else records.given_samples(samples)
         info = describe_base(self.base, digest=self.info.digest)
         known = {entry.name: entry for entry in self._index.entries}
 
@@ -261,10 +251,9 @@ class Shelf:
 
         Args:
             prompts: at least one text or conversation.
-            how: see `jcrosslora.compose`.
+            how: with further `settings`, see `jcrosslora.compose`.
             top: at most so many adapters for a prompt.
             by: see `search`.
-            settings: further arguments of `jcrosslora.compose`.
 
         Returns:
             The adapters that were found for any prompt, composed; and their weights for each prompt, float32 (P, N). A
@@ -308,7 +297,7 @@ class Shelf:
 
     def _open_encoder(self) -> Encoder:
         if self._encoder is None:
-            self._encoder = open_encoder(opened_encoder(self.folder, self.encoder_name), self.base)
+            self._encoder = open_encoder(records.opened_encoder(self.folder, self.encoder_name), self.base)
         return self._encoder
 
 
@@ -328,4 +317,4 @@ def _check_base(base: BaseModel, folder: Path, info: ShelfBase) -> None:
 def _shelf_base(folder: Path, base: BaseModel) -> ShelfBase:
     ref = str(base.path or base.ref) if base.revision is None else base.ref
     name = public_name(base.name) or base.name
-    return ShelfBase(name, stored_place(folder, ref), base_digest(base), base.family.name, base.revision)
+    return ShelfBase(name, records.stored_place(folder, ref), base_digest(base), base.family.name, base.revision)

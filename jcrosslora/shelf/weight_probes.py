@@ -1,16 +1,17 @@
-"""A trained encoder of adapters by their weights: learned probes that are sent through every update.
+"""Retrieval by weights: a trained encoder of adapters, with learned probes that are sent through every update.
 
 The weight-probe encoder of AutoLoRA (arXiv 2508.02107): for each module probes x, e = LN(x A' B'), a linear map for
 each role, and a transformer over all modules whose [CLS] token becomes the vector. It is trained contrastively with the
-vectors of the adapters' samples. B adapters, L layers of a role, p probes of a module, d width of the transformer, E
-width of the vectors, D numbers of a prompt's vector.
+vectors of the adapters' samples; once it is trained on some adapters, it also finds others that have no samples. B
+adapters, L layers of a role, p probes of a module, d width of the transformer, E width of the vectors, D numbers of a
+prompt's vector.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,9 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import UsageError
+from jcrosslora.shelf.encoders import Encoder
+from jcrosslora.shelf.records import ShelfEntry
+from jcrosslora.shelf.retrieval import MeanVectors, VectorRetriever, thresholds_of, unit_rows
 from jcrosslora.utils.progress import track
 
 PROBES, WIDTH, VECTOR, HEADS = 2, 64, 64, 4
@@ -30,6 +34,8 @@ _EPS = 1e-6
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SHARPNESS = 10.0  # of the cosines, as published
 _HELD_BYTES = 1 << 30  # of weights that are kept in memory between steps
+_HELD_OUT = 4  # every fourth sample is left out of the training, and sets the threshold
+_PARAMETER = "parameter."
 
 Weights = dict[str, tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]]  # role -> a (L, K, I), b (L, O, K)
 Tree = dict[str, Any]
@@ -85,6 +91,9 @@ def encode_weights(parameters: Mapping[str, jax.Array], weights: Weights) -> jax
     x = x + _attend(parameters, _normed(x))
     x = x + jax.nn.gelu(_normed(x) @ parameters["up"]) @ parameters["down"]
     return _unit(_normed(x[0]) @ parameters["out"])
+
+
+_encode = jax.jit(encode_weights)
 
 
 def encode_texts(parameters: Mapping[str, jax.Array], vectors: jax.Array) -> jax.Array:
@@ -149,23 +158,16 @@ def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, text
 def train_encoder(
     parameters: Tree, samples: Sequence[np.ndarray], load: Callable[[int], Weights], settings: ProbeSettings
 ) -> tuple[Tree, list[float]]:
-    """Train on the samples of N adapters; return the parameters and the loss of each step.
+    """Train on the samples of N adapters, vectors (m, D) each; return the parameters and the loss of each step.
 
-    Adapters are loaded for each step, and at most 1 GB of their weights is kept.
-
-    Args:
-        parameters: to start from.
-        samples: vectors (m, D) of each adapter, at least one.
-        load: loads the weights of an adapter by its number.
-        settings: how to train.
+    `load` loads the weights of an adapter by its number, for each step; at most 1 GB of them is kept.
 
     Raises:
         UsageError: a setting is out of range, or a loss that is not finite.
     """
     settings.check()
-    optimizer = optax.adamw(
-        optax.cosine_decay_schedule(settings.rate, settings.steps), weight_decay=settings.weight_decay
-    )
+    schedule = optax.cosine_decay_schedule(settings.rate, settings.steps)
+    optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
     size = sum(array.nbytes for pair in load(0).values() for array in pair)
     held = lru_cache(maxsize=max(settings.batch, _HELD_BYTES // size))(load)
 
@@ -193,3 +195,101 @@ def train_encoder(
                 raise UsageError(msg + f"{settings.rate:g}")
             bar.update()
     return parameters, losses
+
+
+@dataclass(frozen=True, eq=False)
+class WeightVectors:
+    """A trained encoder with the vectors of adapters.
+
+    Attributes:
+        center: (D,), by which and
+        whiten: (D, D), the vectors of prompts were whitened in the training.
+        threshold: float32 (1,), of all adapters.
+        digests: uint8 (M, 32), of the weights files of the adapters that have a vector.
+        vectors: float32 (M, E), of the adapters.
+    """
+
+    parameters: Tree
+    center: np.ndarray
+    whiten: np.ndarray
+    threshold: np.ndarray
+    digests: np.ndarray
+    vectors: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all fields as named arrays."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parameters"}
+        return named | {_PARAMETER + name: np.asarray(value) for name, value in self.parameters.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors | None:
+        """Undo `arrays`; None if they are not of this form."""
+        others = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
+        rest = arrays.keys() - others.keys()
+        parameters = {name.removeprefix(_PARAMETER): jnp.asarray(arrays[name]) for name in sorted(rest)}
+        wanted = {field.name for field in fields(cls)} - {"parameters"}
+        return cls(parameters=parameters, **others) if parameters and others.keys() == wanted else None
+
+    def with_vectors(self, entries: Sequence[ShelfEntry], load: Callable[[int], Weights]) -> WeightVectors:
+        """Add the vectors of adapters that have none."""
+        known = {digest.tobytes() for digest in self.digests}
+        lacking = [number for number, entry in enumerate(entries) if _bytes(entry) not in known]
+        if not lacking:
+            return self
+        fresh = np.stack([np.asarray(_encode(self.parameters, load(number))) for number in lacking])
+        digests = np.stack([np.frombuffer(_bytes(entries[number]), np.uint8) for number in lacking])
+        return replace(
+            self,
+            digests=np.concatenate([self.digests, digests]),
+            vectors=np.concatenate([self.vectors, fresh.astype(np.float32)]),
+        )
+
+    def retriever(self, encoder: Encoder, entries: Sequence[ShelfEntry]) -> VectorRetriever:
+        """Search N adapters, all of which have a vector, by the cosines with an encoder's vectors of prompts."""
+        rows = {digest.tobytes(): row for row, digest in enumerate(self.digests)}
+        adapters = self.vectors[[rows[_bytes(entry)] for entry in entries]]
+
+        def scores(vectors: np.ndarray) -> np.ndarray:
+            whitened = unit_rows((vectors - self.center) @ self.whiten.T)
+            return np.asarray(encode_texts(self.parameters, jnp.asarray(whitened, jnp.float32))) @ adapters.T
+
+        return VectorRetriever(encoder, np.repeat(self.threshold, len(entries)), scores)
+
+
+def train_weights(
+    base: BaseModel,
+    entries: Sequence[ShelfEntry],
+    samples: Sequence[np.ndarray],
+    means: MeanVectors,
+    load: Callable[[int], Weights],
+    settings: ProbeSettings,
+) -> tuple[WeightVectors, list[float]]:
+    """Train an encoder on the adapters of a shelf that have samples.
+
+    Returns the encoder with the vectors of all N adapters, and the loss of each step. `samples` are the vectors (m, D)
+    of each adapter's samples, `means` has the whitening, and `load` loads the weights of an adapter by its number.
+
+    Raises:
+        UsageError: fewer than two adapters have samples, or a setting is out of range.
+    """
+    used = [number for number, vectors in enumerate(samples) if len(vectors)]
+    if len(used) < 2:
+        msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --samples with `shelf add`"
+        raise UsageError(msg)
+    whitened = [unit_rows(means.whitened(samples[number])).astype(np.float32) for number in used]
+    held_out = [np.arange(len(vectors)) % _HELD_OUT == _HELD_OUT - 1 for vectors in whitened]
+    shown = [vectors[~held] for vectors, held in zip(whitened, held_out, strict=True)]
+    parameters = first_parameters(base, len(means.center), settings.seed)
+    parameters, losses = train_encoder(parameters, shown, lambda number: load(used[number]), settings)
+    none = np.zeros((0, 32), np.uint8), np.zeros((0, parameters["out"].shape[1]), np.float32)
+    found = WeightVectors(parameters, means.center, means.whiten, np.zeros(1, np.float32), *none)
+    found = found.with_vectors(entries, load)
+    # Very few samples have none left out; those of the training are better than no threshold.
+    judged = [vectors[held] if held.any() else vectors for vectors, held in zip(whitened, held_out, strict=True)]
+    texts = [np.asarray(encode_texts(parameters, jnp.asarray(vectors))) for vectors in judged]
+    scores = [each @ found.vectors[number] for each, number in zip(texts, used, strict=True)]
+    return replace(found, threshold=thresholds_of([np.concatenate(scores)])), losses
+
+
+def _bytes(entry: ShelfEntry) -> bytes:
+    return bytes.fromhex(entry.digest.partition(":")[2])

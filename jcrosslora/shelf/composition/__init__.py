@@ -4,8 +4,18 @@ from jcrosslora.shelf.composition.compose import Additions, add_in_turn, compose
 from jcrosslora.shelf.composition.composed import RATE, Composed, Weights
 from jcrosslora.shelf.composition.composition import Composition, stack_for
 from jcrosslora.shelf.composition.fit import loss_and_gradient, mean_divergence
-from jcrosslora.shelf.composition.gates import Gated, RandomGate, Router
-from jcrosslora.shelf.composition.ways import COMPOSITIONS, Fusion, Mixture, Select, Stack, Uniform, find_composition
+from jcrosslora.shelf.composition.ways import (
+    COMPOSITIONS,
+    Fusion,
+    Gated,
+    Mixture,
+    RandomGate,
+    Router,
+    Select,
+    Stack,
+    Uniform,
+    find_composition,
+)
 
 __all__ = [
     "COMPOSITIONS",

@@ -1,26 +1,30 @@
 """Put adapters of one base together: at once, one after the other, or from a folder that holds a composition."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
 from jcrosslora.adapter.records import restrict
+from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, fast_dtype, load_model
 from jcrosslora.decoder.model import RUN
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
-from jcrosslora.shelf.composition.composed import Composed
-from jcrosslora.shelf.composition.composition import Composition, stack_for
+from jcrosslora.shelf.composition.composed import ADAPTERS, ARRAYS, FACTS, FORM, Composed, digests_of
+from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, module_names, stack_for
 from jcrosslora.shelf.composition.fit import mean_divergence
-from jcrosslora.shelf.composition.saving import read_composition, with_read_arrays
-from jcrosslora.shelf.composition.ways import SHARE, Stack, find_composition
+from jcrosslora.shelf.composition.ways import COMPOSITIONS, SHARE, Stack, find_composition
 from jcrosslora.training.checkpoints import TrainingSettings
 
 _WHY = "adapters are composed in the linear modules alone"
@@ -84,9 +88,79 @@ def load_composition(
         CheckpointError: the base or its tokenizer cannot be read.
     """
     base = base if isinstance(base, BaseModel) else open_base(base)
-    how, adapters, arrays = read_composition(Path(folder), base)
+    place = Path(folder).expanduser()
+    try:
+        how, names, arrays = _read_composition(place, base)
+    except CheckpointError as error:
+        msg = f"{place}: holds no composition that can be read ({error})"
+        raise AdapterError(msg) from error
+    adapters = []
+    for number, name in enumerate(names):
+        adapter = load_adapter(place / ADAPTERS / str(number), base)
+        adapters.append(dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, name=name)))
     found = compose(base, adapters, how, dtype=dtype, model=model, tokenizer=tokenizer)
-    return dataclasses.replace(found, updates=with_read_arrays(found.updates, base, arrays, str(folder)))
+    return dataclasses.replace(found, updates=_with_arrays(found.updates, base, arrays, folder))
+
+
+def _read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[str], dict[str, np.ndarray]]:
+    """Read the composition, the names of its adapters, and its arrays by their names in the file."""
+    facts = read_json_object(folder / FACTS)
+    how, names = _stated(folder, facts), facts["adapters"]
+    stated = facts.get("base_digest")
+    if isinstance(stated, str) and stated != base_digest(base):
+        msg = f"{folder}: was made for another base, {facts.get('base')} ({stated[:19]}...), than {base.ref} "
+        raise AdapterError(msg + f"({base_digest(base)[:19]}...): give that one, or compose the adapters again")
+    digests, stated = digests_of(folder), facts.get("digests")  # an earlier version wrote none
+    for name, digest in stated.items() if isinstance(stated, dict) else ():
+        if digests.get(name) != digest:
+            msg = f"{folder}: {name} is missing or was changed after writing: compose the adapters again"
+            raise AdapterError(msg)
+    arrays = {}
+    if (folder / ARRAYS).exists():
+        opened = SafetensorsFile(folder / ARRAYS)
+        arrays = {name: np.array(opened.array(name)) for name in opened.entries}
+    sizes = {size for array in arrays.values() for size in array.shape}
+    for name, value in dataclasses.asdict(how).items():
+        if value not in sizes:  # before arrays of that size are made
+            msg = f"{folder}: {FACTS} states {name} {value}, and no array in {ARRAYS} has this size: save the "
+            raise AdapterError(msg + "composition again")
+    return how, names, arrays
+
+
+def _stated(folder: Path, facts: Mapping[str, Any]) -> Composition:
+    form, name, settings, names = map(facts.get, ("form", "composition", "settings", "adapters"))
+    kind = COMPOSITIONS.get(name) if form == FORM and isinstance(name, str) else None
+    listed = isinstance(names, list) and names and all(isinstance(one, str) for one in names)
+    if kind is not None and listed and isinstance(settings, dict):
+        numbers = {field: value for field, value in settings.items() if isinstance(value, int)}
+        if numbers.keys() == settings.keys() == {field.name for field in dataclasses.fields(kind)}:
+            return kind(**numbers)
+    msg = f"{folder}: {FACTS} is of form {form!r} and composition {name!r}, which this version does not read: save the "
+    raise AdapterError(msg + "composition again, or update jcrosslora")
+
+
+def _with_arrays(
+    updates: ComposedAdapter, base: BaseModel, arrays: Mapping[str, np.ndarray], folder: str | Path
+) -> ComposedAdapter:
+    """Replace the composition's arrays by those of a file.
+
+    Raises AdapterError if one is missing, has another shape or dtype, or belongs to no module that an adapter updates.
+    """
+    wanted = updates.by_module(base)
+    if wrong := sorted(wanted.keys() ^ arrays.keys()):
+        what = "lacks" if wrong[0] in wanted else "holds"
+        msg = f"{folder}: {ARRAYS} {what} {wrong[0]}, and an array of each module that an adapter updates is wanted: "
+        raise AdapterError(msg + "save the composition again")
+    for name, array in arrays.items():
+        if array.shape != wanted[name].shape or array.dtype != np.float32:
+            came = f"{name} of shape {list(array.shape)} and {array.dtype}"
+            msg = f"{folder}: {came}, wanted float32 {list(wanted[name].shape)}: it belongs to another base"
+            raise AdapterError(msg)
+    found: dict[str, Arrays] = {}
+    for role, one in updates.roles.items():
+        modules = module_names(base, role)
+        found[role] = {name: jnp.stack([arrays[f"{module}.{name}"] for module in modules]) for name in one.arrays}
+    return updates.with_arrays(found)
 
 
 def _open_adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
+from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import describe_base
+from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model, Written
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import OutputError, UsageError, not_finite
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
 from jcrosslora.shelf.composition.composition import ComposedAdapter, Composition
-from jcrosslora.shelf.composition.fit import answer_log_probs, fit_arrays
-from jcrosslora.shelf.composition.saving import write_composition
+from jcrosslora.shelf.composition.fit import Trained, answer_log_probs, loss_and_gradient, sum_by_answer
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.text.reading import template_of
+from jcrosslora.training.batches import Batch, encode
 from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.training.run import train
+from jcrosslora.utils.files import atomic_folder, output_path
 from jcrosslora.utils.progress import track
 
+FACTS, ARRAYS, ADAPTERS = "composition.json", "composition.safetensors", "adapters"
+FORM = 1
 # (P, N) for P prompts and N adapters, or (N,) for all prompts; or a function of the prompts that returns one of them,
 # such as a retrieval. None is 1 for every adapter.
 Weights: TypeAlias = ArrayLike | Callable[[Sequence[Prompt]], ArrayLike] | None
@@ -125,11 +136,19 @@ class Composed:
             UsageError: no example, an answer without any token, or invalid weights.
             AdapterError: log-probabilities are not finite.
         """
-        found = _read(examples)
-        prompts = [as_completion(one).prompt for one in found]
-        shares = _shares_of(self.how, weights, prompts, len(self.adapters))
-        names = self.base.ref, " with ".join(self.names)
-        return answer_log_probs(self.model, self.tokenizer, self.updates, found, shares, names)
+        found = read_examples(examples) if isinstance(examples, str | Path) else list(examples)
+        if not found:
+            msg = "no examples: give at least one"
+            raise UsageError(msg)
+        shares = _shares_of(self.how, weights, [as_completion(one).prompt for one in found], len(self.adapters))
+
+        def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
+            return answer_log_probs(self.model.with_adapter(self.updates.with_shares(shares[members])), batch)
+
+        sums = sum_by_answer([encode(self.tokenizer, one) for one in found], log_probs)
+        if not np.isfinite(sums).all():
+            raise not_finite(self.base.ref, " with ".join(self.names), values="log-probabilities")
+        return sums
 
     def fit(
         self,
@@ -160,10 +179,19 @@ class Composed:
         if len(examples) != len(self.adapters):
             msg = f"examples of {len(examples)} adapters for {len(self.adapters)}: give one entry for each, in order"
             raise UsageError(msg)
-        texts = [_read(each) if isinstance(each, str | Path) else list(each) for each in examples]
-        owned = [(one, owner) for owner, each in enumerate(texts) for one in each]
-        updates = fit_arrays(self.base, self.model, self.tokenizer, self.updates, owned, settings)
-        return dataclasses.replace(self, updates=updates)
+        texts = [read_examples(each) if isinstance(each, str | Path) else list(each) for each in examples]
+        settings.check()
+        owners = np.repeat(np.arange(len(texts), dtype=np.int32), [len(each) for each in texts])
+
+        def gradient_of(arrays: Trained, batch: Batch) -> tuple[jax.Array, Trained]:
+            of_batch = jnp.asarray(owners[np.asarray(batch.members)])
+            return loss_and_gradient(self.model, self.updates, arrays, batch, of_batch, settings.remat)
+
+        # Training donates the buffers of its arrays, and these belong to this composition.
+        start = {role: jax.tree.map(jnp.array, one.arrays) for role, one in self.updates.roles.items()}
+        joined = [one for each in texts for one in each]
+        arrays = train(self.base, joined, settings, start, gradient_of, tokenizer=self.tokenizer)
+        return dataclasses.replace(self, updates=self.updates.with_arrays(arrays))
 
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
         """Make one adapter that does the same as all with these weights; not of gated and router.
@@ -210,23 +238,44 @@ class Composed:
         return adapter
 
     def save(self, out: str | Path) -> Path:
-        """Write the composition as a new folder, which `load_composition` reads.
+        """Write the composition as a new folder, completely or not at all; `load_composition` reads it.
 
-        It holds `composition.safetensors` with the trained arrays, `composition.json`, and each adapter as a PEFT
-        folder, so that nothing else is needed but the base.
+            composition.json           form, composition and its settings, base, and the adapters in their order
+            composition.safetensors    MODULE.ARRAY -> float32, of every module that any adapter updates, if trained
+            adapters/0, adapters/1     PEFT folders, so that nothing else is needed but the base
 
         Raises:
             OutputError: the folder exists already, or cannot be written.
         """
-        return write_composition(Path(out), self.how, self.updates, self.adapters, self.base)
+        out = output_path(Path(out))
+        if os.path.lexists(out):
+            msg = f"{out}: exists already: choose another output for the composition, or remove it yourself"
+            raise OutputError(msg)
+        facts = {
+            "form": FORM,
+            "composition": self.how.name,
+            "settings": dataclasses.asdict(self.how),
+            "base": public_name(self.base.name),
+            "base_digest": base_digest(self.base),
+            "prefix": self.base.prefix,
+            "adapters": [public_name(name) for name in self.names],
+        }
+        arrays = {name: np.asarray(array) for name, array in self.updates.by_module(self.base).items()}
+        info = describe_base(self.base, digest="")
+        with atomic_folder(out) as folder:
+            for number, adapter in enumerate(self.adapters):
+                save_adapter(adapter, folder / ADAPTERS / str(number), base=info)
+            if arrays:
+                (folder / ARRAYS).write_bytes(safetensors_bytes(arrays, {"format": "pt"}))
+            facts["digests"] = digests_of(folder)
+            (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return out
 
 
-def _read(examples: Sequence[Example] | str | Path) -> list[Example]:
-    found = read_examples(examples) if isinstance(examples, str | Path) else list(examples)
-    if not found:
-        msg = "no examples: give at least one"
-        raise UsageError(msg)
-    return found
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file of a composition but its settings, by its path in the folder."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FACTS)
+    return {path.relative_to(folder).as_posix(): MappedFile(path).sha256() for path in paths}
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,6 @@ class Composition:
     This class adds the mean of the adapters' outputs; subclasses change what they do differently.
 
     Attributes:
-        reference: the publication.
         trained: whether it has arrays that are trained.
         needs_weights: whether several adapters with equal weights make no sense.
     """
@@ -51,12 +50,9 @@ class Composition:
         total = weights.sum(axis=1, keepdims=True)
         return weights / np.where(total > 0, total, 1)
 
-    def first_arrays(self, sizes: RoleSizes, count: int, seed: int) -> Arrays:
-        """Make the composition's arrays for a role of `count` adapters, as they are before training.
-
-        By name, float32 with a first axis of the L layers; empty if there are none.
-        """
-        del sizes, count, seed
+    def first_arrays(self, updates: Updates, seed: int) -> Arrays:
+        """Make the arrays for the updates of a role as they are before training: by name, float32 (L, ...)."""
+        del updates, seed
         return {}
 
     def apply(self, x: jax.Array, out: jax.Array, updates: Updates) -> jax.Array:
@@ -72,21 +68,11 @@ class Composition:
     def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Make the one adapter that does the same as all adapters with these shares.
 
-        Raises:
-            UsageError: there is none, because the composition depends on the text.
+        Raises UsageError if there is none, because the composition depends on the text.
         """
         del adapters, shares, arrays
         msg = f"{self.name} decides by token, which no single adapter does: save the composition instead, or take one "
         raise UsageError(msg + "of select, mixture, uniform and fusion")
-
-
-@dataclass(frozen=True)
-class RoleSizes:
-    """The sizes of the modules of a role: layers L, out features O, in features I."""
-
-    layers: int
-    out: int
-    inputs: int
 
 
 @flax.struct.dataclass
@@ -98,7 +84,6 @@ class Updates:
         b: float32 (L, O, N, K), multiplied by the scale.
         shares: float32 (L, B, N), see `Composition.shares`; the same in all layers.
         arrays: of the composition, (L, ...) each.
-        how: the composition.
     """
 
     a: jax.Array
@@ -122,7 +107,7 @@ class ComposedAdapter:
         """Set the shares of a batch of prompts, float32 (B, N), and the composition unless it is None."""
         roles = {}
         for role, one in self.roles.items():
-            whole = jnp.broadcast_to(shares, (one.a.shape[0], *shares.shape))
+            whole = jnp.broadcast_to(shares, (len(one.a), *shares.shape))
             roles[role] = dataclasses.replace(one, shares=whole, how=how or one.how)
         return ComposedAdapter(roles)
 
@@ -158,9 +143,8 @@ def stack_for(how: Composition, adapters: Sequence[Adapter], base: BaseModel, se
     roles = {}
     for number, (role, one) in enumerate(stack_adapters(adapters, base).roles.items()):
         a, b = one.a.swapaxes(0, 1), jnp.moveaxis(one.b, 0, 2)
-        sizes = RoleSizes(a.shape[0], b.shape[1], a.shape[-1])
-        shares = jnp.zeros((sizes.layers, 0, len(adapters)), jnp.float32)
-        roles[role] = Updates(a, b, shares, how.first_arrays(sizes, len(adapters), seed + number), how)
+        plain = Updates(a, b, jnp.zeros((len(a), 0, len(adapters)), jnp.float32), {}, how)
+        roles[role] = dataclasses.replace(plain, arrays=how.first_arrays(plain, seed + number))
     return ComposedAdapter(roles)
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers under composed adapters, and training of gates, routers and magnitudes."""
+"""What a score and a fit of composed adapters compute: log-likelihoods of answers, and divergences with gradients."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,53 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Model, divergence, forward, target_log_probs
-from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
 from jcrosslora.training.batches import Batch, Encoded, encode, make_batch, rounded
-from jcrosslora.training.checkpoints import TrainingSettings
-from jcrosslora.training.run import train
 
 _ROWS = 8
 _LOGITS_AT_ONCE = 128
 Trained = dict[str, Arrays]
 
 
-def answer_log_probs(
-    model: Model,
-    tokenizer: Tokenizer,
-    updates: ComposedAdapter,
-    examples: Sequence[Example],
-    shares: np.ndarray,
-    names: tuple[str, str],
-) -> np.ndarray:
-    """Sum log p(token) over the tokens of each answer, the token that ends it included: float64 (P,), nats.
-
-    `shares` are float32 (P, N) of N adapters for P examples; errors mention `names` of the base and the adapters.
-
-    Raises:
-        UsageError: an answer without any token, or messages that the chat template refuses.
-        AdapterError: a sum is not finite.
-    """
-    encoded = [encode(tokenizer, one) for one in examples]
-
-    def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
-        return _log_probs(model.with_adapter(updates.with_shares(shares[members])), batch)
-
-    found = _sum_by_answer(encoded, log_probs)
-    if not np.isfinite(found).all():
-        raise not_finite(*names, values="log-probabilities")
-    return found
-
-
-def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
+def sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
     """Sum values over the tokens of each of P answers: float64 (P,).
 
-    `values` is called with the numbers of B examples and their batch, and returns float32 (S,), 0 in empty slots.
+    `values` gets the numbers of B examples and their batch, and returns float32 (S,), 0 in empty slots.
     """
     order = np.argsort([one.length for one in encoded], kind="stable")
     slots = rounded(max(one.answer for one in encoded) * _ROWS)
@@ -71,49 +40,15 @@ def _sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Bat
 
 
 @jax.jit
-def _log_probs(model: Model, batch: Batch) -> jax.Array:
-    """float32 (S,): log p of each wanted token, 0 in empty slots."""
+def answer_log_probs(model: Model, batch: Batch) -> jax.Array:
+    """Return log p of each wanted token, the token that ends an answer included: float32 (S,), 0 in empty slots."""
     states = _states(model, batch)
-    found = target_log_probs(model, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
-    return found * batch.used
-
-
-def fit_arrays(
-    base: BaseModel,
-    model: Model,
-    tokenizer: Tokenizer,
-    updates: ComposedAdapter,
-    examples: Sequence[tuple[Example, int]],
-    training: TrainingSettings,
-) -> ComposedAdapter:
-    """Train the arrays of a composition: with all adapters, predict what the one that owns a text predicts.
-
-    Training starts from the arrays in `updates`; each example comes with the number of the adapter that owns it.
-
-    Raises:
-        UsageError: no example, settings out of range, or a loss that is not finite.
-    """
-    training.check()
-    owners = np.array([owner for _, owner in examples], np.int32)
-
-    def gradient_of(arrays: Trained, batch: Batch) -> tuple[jax.Array, Trained]:
-        of_batch = jnp.asarray(owners[np.asarray(batch.members)])
-        return loss_and_gradient(model, updates, arrays, batch, of_batch, training.remat)
-
-    # Training donates the buffers of its arrays, and these belong to the composition that was given.
-    start = {role: jax.tree.map(jnp.array, one.arrays) for role, one in updates.roles.items()}
-    texts = [text for text, _ in examples]
-    return updates.with_arrays(train(base, texts, training, start, gradient_of, tokenizer=tokenizer))
+    return target_log_probs(model, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0] * batch.used
 
 
 @partial(jax.jit, static_argnames="remat")
 def loss_and_gradient(
-    model: Model,
-    updates: ComposedAdapter,
-    arrays: Trained,
-    batch: Batch,
-    owners: jax.Array,
-    remat: bool = False,
+    model: Model, updates: ComposedAdapter, arrays: Trained, batch: Batch, owners: jax.Array, remat: bool = False
 ) -> tuple[jax.Array, Trained]:
     """Compute the mean KL(owner || composition) over the answers' tokens, nats, and its gradient by the arrays.
 
@@ -128,28 +63,19 @@ def loss_and_gradient(
 
 
 def mean_divergence(
-    model: Model,
-    tokenizer: Tokenizer,
-    updates: ComposedAdapter,
-    examples: Sequence[Example],
-    owner: int,
+    model: Model, tokenizer: Tokenizer, updates: ComposedAdapter, examples: Sequence[Example], owner: int
 ) -> float:
     """Compute the mean KL(owner || composition of all) over the tokens of an owner's examples' answers, nats."""
     encoded = [encode(tokenizer, one) for one in examples]
 
     def values(members: np.ndarray, batch: Batch) -> jax.Array:
-        owners = jnp.full(len(members), owner, jnp.int32)
-        return _token_divergences(model, updates, batch, owners)
+        return _token_divergences(model, updates, batch, jnp.full(len(members), owner, jnp.int32))
 
-    return float(_sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
+    return float(sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
 
 
 def _token_divergence(
-    model: Model,
-    updates: ComposedAdapter,
-    batch: Batch,
-    owners: jax.Array,
-    remat: bool = False,
+    model: Model, updates: ComposedAdapter, batch: Batch, owners: jax.Array, remat: bool = False
 ) -> jax.Array:
     """float32 (S,): KL(owner || composition) in front of each token of an answer, 0 in empty slots."""
     count = next(iter(updates.roles.values())).a.shape[1]
