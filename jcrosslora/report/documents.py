@@ -48,29 +48,23 @@ def complete(report: TransferReport, method: Method) -> TransferReport:
 
 
 def published(report: TransferReport, **settings: str) -> TransferReport:
-    """Return a report without local paths.
+    """Return a report, as `complete` returned it, without local paths.
 
-    The report is one that `complete` returned. `settings` (out, profile, dtype) replace those of a transfer in memory
-    in the recipe.
+    `settings` (out, profile, dtype) replace those of a transfer in memory in the recipe.
     """
-    shown = publish(report, replacements(report))
+    shown, target = publish(report, replacements(report)), report.target
     named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
     named |= {name: f"{name} = {_toml(value)}\n" for name, value in settings.items()}
     return msgspec.structs.replace(
         shown,
         recipe_toml="".join(named.values()),
-        source=msgspec.structs.replace(shown.source, name=source_name(report), ref=public_name(report.source.ref)),
-        target=msgspec.structs.replace(
-            shown.target, name=public_name(report.target.name), ref=public_name(report.target.ref)
-        ),
+        source=msgspec.structs.replace(shown.source, name=_source_name(report), ref=public_name(report.source.ref)),
+        target=msgspec.structs.replace(shown.target, name=public_name(target.name), ref=public_name(target.ref)),
     )
 
 
 def documents(report: TransferReport, profile: str) -> dict[str, str]:
-    """Return the files that are saved with a moved adapter, by name.
-
-    The report is one that `published` returned; `profile` is the file format of the adapter.
-    """
+    """Return the files that are saved with a moved adapter of a format, by name; `published` returned the report."""
     head = _HEAD + (_OWN if ":" in report.recipe.method else "")
     return {CARD: model_card(report, profile), REPORT: report_text(report), RECIPE: head + report.recipe_toml}
 
@@ -81,17 +75,14 @@ def report_text(report: TransferReport) -> str:
 
 
 def provenance(report: TransferReport) -> dict[str, str]:
-    """Return the origin of an adapter for the header of its safetensors file, which holds strings only.
-
-    The report is one that `published` returned.
-    """
+    """Return the origin of an adapter for the header of its safetensors file; `published` returned the report."""
     data = report.to_json()
     parts = {f"jcrosslora.{name}": json.dumps(data[name]) for name in ("recipe", "source", "target", "adapter")}
     return {"jcrosslora.version": report.version, **parts}
 
 
-def source_name(report: TransferReport) -> str | None:
-    """Return the name of the source base: the hub id that the adapter's own configuration states, else the file's.
+def _source_name(report: TransferReport) -> str | None:
+    """Return the hub id that the adapter's configuration states, else the name in the source's file.
 
     The `general.name` of a GGUF file is set at training, and often differs from the name of the repository.
     """
@@ -157,10 +148,10 @@ def _toml(value: Any) -> str:
 
 
 def model_card(report: TransferReport, profile: str = "portable") -> str:
-    """Return the text of the card, with the front matter that the hub reads.
+    """Return the text of the card, with the front matter that the hub reads; `published` returned the report.
 
-    The report is one that `published` returned. A target that is a hub id goes into the front matter; a local name,
-    which the hub refuses there, appears in the text only. `profile` is the file format of the adapter.
+    A target that is a hub id goes into the front matter; a local name, which the hub refuses there, appears in the text
+    only. `profile` is the file format of the adapter.
     """
     name, base = public_name(report.adapter.name) or "adapter", report.target.name
     library = "peft" if profile in ("portable", "peft") else profile
@@ -234,11 +225,10 @@ def _module(method: str) -> str:
 
 
 def _bases(report: TransferReport) -> str:
+    ends = {"source": report.source, "target": report.target}
+    columns = "name", "revision", "digest"
     return _markdown(
-        [
-            {"": side, "name": base.name or "-", "revision": base.revision or "-", "digest": base.digest or "-"}
-            for side, base in (("source", report.source), ("target", report.target))
-        ]
+        [{"": side} | {name: getattr(base, name) or "-" for name in columns} for side, base in ends.items()]
     )
 
 

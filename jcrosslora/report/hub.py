@@ -63,16 +63,16 @@ def push_folder(
     with_completions: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Upload an adapter's folder as one commit, see `jcrosslora.push_to_hub`.
-
-    Raises:
-        JCrossLoRAError: the folder is not a whole adapter, or the hub refuses the upload or cannot be reached.
-    """
+    """Upload an adapter's folder as one commit, see `jcrosslora.push_to_hub`."""
     upload = collect(folder, base_model=base_model, with_completions=with_completions)
     repository = Repository.of(repo_id, private=private, token=token)
     found = repository.look()
-    if found is not None:
-        repository.check_weights(found, upload.weights)
+    if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & found.files)):
+        # The configuration of this adapter would not fit them.
+        msg = (
+            f"{repo_id}: holds {others[0]}, which does not go with {upload.weights} of this adapter: remove it there, "
+        )
+        raise OutputError(msg + "or choose another name")
     what = "Adapter moved by jcrosslora" if REPORT in upload.files else "Adapter uploaded by jcrosslora"
     url, commit = repository.send(upload.files, what, create=found is None)
     stays = ("the repository was private and stays so; its settings page makes it public",)
@@ -102,7 +102,7 @@ class Repository:
 
         Raises:
             UsageError: not a name of a repository, or a token with characters that no token has.
-            OutputError: there is no token.
+            OutputError: the user is not logged in.
         """
         from huggingface_hub import get_token
 
@@ -120,8 +120,7 @@ class Repository:
     def look(self) -> Found | None:
         """Return what is there already, None if there is no such repository yet.
 
-        Raises:
-            OutputError: it is public where a private one is wanted, holds a base model, or the hub refuses.
+        Raises OutputError if it is public where a private one is wanted, holds a base model, or the hub refuses.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -144,11 +143,7 @@ class Repository:
     def send(self, files: Mapping[str, Path | bytes], message: str, *, create: bool) -> tuple[str, str]:
         """Upload files, by path or content, as one commit. Other files there stay, equal ones are not sent again.
 
-        Returns:
-            The address of the repository and the commit, which is the last one if all files were there already.
-
-        Raises:
-            OutputError: the hub refuses.
+        Returns the address of the repository and the commit, which is the last one if all files were there already.
         """
         from huggingface_hub import CommitOperationAdd
 
@@ -158,12 +153,6 @@ class Repository:
             added = [CommitOperationAdd(name, content) for name, content in files.items()]
             made = api.create_commit(self.repo_id, added, commit_message=message)
             return f"{api.endpoint}/{self.repo_id}", made.oid
-
-    def check_weights(self, found: Found, weights: str) -> None:
-        """Refuse a repository with weights of another format, which the configuration of the adapter would not fit."""
-        if others := sorted((_ADAPTER_WEIGHTS - {weights}) & found.files):
-            msg = f"{self.repo_id}: holds {others[0]}, which does not go with {weights} of this adapter: remove it "
-            raise OutputError(msg + "there, or choose another name")
 
     @contextmanager
     def _client(self) -> Iterator[HfApi]:
@@ -175,11 +164,7 @@ class Repository:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be the name of a repository.
-
-    Raises:
-        UsageError: it has not the form owner/name, or characters that the hub does not allow.
-    """
+    """Raise UsageError for what is not of the form owner/name, or has characters that the hub does not allow."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -196,34 +181,25 @@ def check_repo_id(repo_id: str) -> None:
 def _quiet() -> Iterator[None]:
     """Keep the hub's client from lines about its retries, and from bars where nobody sees them move."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
+    from huggingface_hub import utils as hub
 
-    before = logging.get_verbosity()
+    before = hub.logging.get_verbosity()
     asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is False
-    bars = not (asked_for or sys.stderr.isatty() or are_progress_bars_disabled())
-    logging.set_verbosity_error()
+    bars = not (asked_for or sys.stderr.isatty() or hub.are_progress_bars_disabled())
+    hub.logging.set_verbosity_error()
     if bars:
-        disable_progress_bars()
+        hub.disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hub.logging.set_verbosity(before)
         if bars:
-            enable_progress_bars()
+            hub.enable_progress_bars()
 
 
 @contextmanager
 def _refusals(repo_id: str) -> Iterator[None]:
-    """Turn every error of the hub's client in the block into one of ours.
-
-    Raises:
-        OutputError: the hub refuses a request, has a fault or cannot be reached.
-    """
+    """Turn every error of the hub's client in the block into OutputError."""
     try:
         yield
     except JCrossLoRAError:

@@ -177,13 +177,10 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         recipe_toml: the transfer as `jcrosslora transfer --recipe` reads it; only what differs from the defaults.
-        schema: the version of this form.
-        version: the version of jcrosslora that made the report.
         scale: factor of every moved update.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
         unmapped_targets: target modules that no source module feeds.
-        unmapped_sources: source modules whose update was not moved.
         energy: ||.||_F^2 of the whole source update, moved or not.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
         choice: why `auto` took this method; None where the user named it.
@@ -192,14 +189,13 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
         added: what was added to the moved update, one sentence without a full stop; None where nothing was.
         wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
-        examples: some of the completions of the fit, if the source wrote their prompts itself; a user sees in them
-            whether the adapter was understood. The user's own prompts are not shown.
+        examples: some of the completions of the fit, if the source wrote their prompts itself; the user's own prompts
+            are not shown.
         truncation: what the truncation to `out_rank` left; None where none was asked for.
         rank_before: the highest rank of the source adapter; None where it is not known.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
         asked: settings by which the source was asked, where its weights were not read.
-        totals: shares of the whole update's energy.
     """
 
     verdict: Verdict = Verdict("unknown", "")
@@ -276,31 +272,23 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.decode(msgspec.json.encode(self, enc_hook=float))  # numpy's numbers are floats too
 
 
-def parse_report(content: bytes, place: str) -> TransferReport:
-    """Read the content of a `transfer_report.json`; `place` names the file in errors.
-
-    Raises:
-        UsageError: it is damaged, or of another schema.
-    """
-    try:
-        found = msgspec.json.decode(content)
-        schema = found.get("schema") if isinstance(found, dict) else None
-        if schema == SCHEMA:
-            return msgspec.convert(found, TransferReport)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{place}: is damaged ({error}): {AGAIN}"
-        raise UsageError(msg) from error
-    msg = f"{place}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}"
-    raise UsageError(msg)
-
-
 def read_report(path: Path) -> TransferReport:
     """Read a `transfer_report.json`.
 
     Raises:
         UsageError: the file cannot be read, is damaged, or is of another schema.
     """
-    return parse_report(read_bytes(path), str(path))
+    content = read_bytes(path)
+    try:
+        found = msgspec.json.decode(content)
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema == SCHEMA:
+            return msgspec.convert(found, TransferReport)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{path}: is damaged ({error}): {AGAIN}"
+        raise UsageError(msg) from error
+    msg = f"{path}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}"
+    raise UsageError(msg)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from rich.console import Console
@@ -21,6 +21,17 @@ _DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
 _TEXTS = 5  # shown in a notebook, evenly spread
 _GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
 _COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
+# Below the first limit there is no effect, below the second a weak one. Ratios are to chance: independently trained
+# models measure 1.0 to 1.3, related ones in the tens and hundreds. Cosines are those of the weights themselves:
+# unrelated models measure below 0.02, a further-trained base above 0.9.
+_RATIOS, _COSINES = (1.5, 5.0), (0.1, 0.5)
+_SAME_COSINE = 0.98
+_LOST = 0.005  # an update that keeps less than this share of its energy has no visible effect in any direction
+_NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
+_LITTLE = "expect little effect; measure before use"
+_MEASURE = "measure the effect with `jcrosslora evaluate`"
+_SOME = "an effect is to be expected; measure it"
+_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
 
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
@@ -38,11 +49,8 @@ def module_rows(report: TransferReport) -> list[dict[str, str]]:
 def print_report(report: TransferReport, console: Console, *, table: TableKind = "role") -> None:
     """Print the table, the unmapped modules, the warnings, and the verdict last.
 
-    Args:
-        report: the report of the transfer.
-        console: to print to.
-        table: "role": a row for each role, with the figures that matter most, in 80 columns; "full": with every figure;
-            "module": every figure, a row for each module.
+    The table is "role", a row for each role, with the figures that matter most, in 80 columns; "full", with every
+    figure; or "module", every figure, a row for each module.
     """
     rows = module_rows(report) if table == "module" else role_rows(report)
     if table == "role":
@@ -115,14 +123,10 @@ def _notes(report: TransferReport) -> list[str]:
         ("not moved", left and _left(report)),
         *(("moved", row.sentence) for row in report.tokens),
         ("without an update", report.unmapped_targets and f"{len(report.unmapped_targets)} target modules"),
-        *(("effect", _row(row)) for row in (report.effect.rows() if report.effect else ())),
+        *(("effect", ", ".join(map(" ".join, row.items()))) for row in (report.effect.rows() if report.effect else ())),
         *(("warning", sentence) for sentence in report.warnings),
     ]
     return [f"{name}: {text}" for name, text in lines if text]
-
-
-def _row(cells: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {cell}" for name, cell in cells.items())
 
 
 def _left(report: TransferReport) -> str:
@@ -174,20 +178,6 @@ def _number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-# Ratios to chance. Independently trained models measure 1.0 to 1.3; related ones measure in the tens and hundreds.
-CHANCE_RATIO, WEAK_RATIO = 1.5, 5.0
-# Cosines of the weights themselves. Unrelated models measure below 0.02; a further-trained base above 0.9.
-CHANCE_COSINE, WEAK_COSINE, SAME_COSINE = 0.1, 0.5, 0.98
-# An update that keeps less than this share of its energy has no visible effect in any direction.
-LOST = 0.005
-
-_NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
-_LITTLE = "expect little effect; measure before use"
-_MEASURE = "measure the effect with `jcrosslora evaluate`"
-_SOME = "an effect is to be expected; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
-
-
 def verdict(report: TransferReport) -> Verdict:
     """Return what to expect of a moved adapter, by its alignment, the energy that is left of it, and its effect."""
     return report.verdict
@@ -213,7 +203,7 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
         return Verdict("unknown", f"nothing tells what method {method.name} made of the update: {_MEASURE}")
     if method.is_control:
         return Verdict("control", "this is a random map, a control: expect no effect")
-    if report.kept < LOST:
+    if report.kept < _LOST:
         return Verdict("lost", f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}")
     if method.measure == "none":
         return Verdict("unknown", f"method {method.name} measures no agreement of the two bases: {_MEASURE}")
@@ -224,9 +214,9 @@ def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
     if measure == "head cosine":
         return _by_heads(cosine)
-    if measure == "part cosine" and cosine >= SAME_COSINE:
+    if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
-    if cosine >= SAME_COSINE:
+    if cosine >= _SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")
     if measure == "vector ratio":
@@ -239,41 +229,32 @@ def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str) -> Verdict:
         figure = weighted(rows, "activation_cosine")
         return Verdict("aligned", f"activations are aligned (cosine {figure:.2f}): {_SOME} with `jcrosslora evaluate`")
     if measure == "subspace similarity":
-        ratio = _mean_similarity(rows)
-        if not math.isnan(ratio):
-            return _by_ratio(ratio)
+        sides = weighted(rows, "similarity_out"), weighted(rows, "similarity_in")
+        if known := [side for side in sides if not math.isnan(side)]:
+            return _by_ratio(sum(known) / len(known))
     return _by_cosine(cosine)
 
 
-def _mean_similarity(rows: tuple[Row, ...]) -> float:
-    sides = [weighted(rows, "similarity_out"), weighted(rows, "similarity_in")]
-    known = [side for side in sides if not math.isnan(side)]
-    return sum(known) / len(known) if known else math.nan
-
-
 def _by_ratio(ratio: float) -> Verdict:
-    if ratio < CHANCE_RATIO:
-        return Verdict("chance", f"alignment is at chance level ({ratio:.2f}x): {_NOTHING}")
-    if ratio < WEAK_RATIO:
-        return Verdict("weak", f"alignment is weak ({ratio:.2f}x chance): {_LITTLE}")
-    return Verdict("aligned", f"the bases are aligned ({ratio:.1f}x chance): {_SOME}")
+    chance, weak = f"alignment is at chance level ({ratio:.2f}x)", f"alignment is weak ({ratio:.2f}x chance)"
+    return _by_limits(ratio, _RATIOS, (chance, weak, f"the bases are aligned ({ratio:.1f}x chance)"))
 
 
 def _by_heads(cosine: float) -> Verdict:
     if math.isnan(cosine):
         return Verdict("unknown", f"alignment cannot be measured (no attention module was moved): {_NOTHING}")
-    figure = f"cosine of their circuits {cosine:.3f}"
-    if cosine < CHANCE_COSINE:
-        return Verdict("chance", f"the attention heads of the two bases are unrelated ({figure}): {_NOTHING}")
-    if cosine < WEAK_COSINE:
-        return Verdict("weak", f"the attention heads of the two bases are distant relatives ({figure}): {_LITTLE}")
-    return Verdict("aligned", f"the attention heads of the two bases are related ({figure}): {_SOME}")
+    relations, figure = ("unrelated", "distant relatives", "related"), f"cosine of their circuits {cosine:.3f}"
+    sentences = [f"the attention heads of the two bases are {one} ({figure})" for one in relations]
+    return _by_limits(cosine, _COSINES, sentences)
 
 
 def _by_cosine(cosine: float) -> Verdict:
-    figure = f"weight cosine {cosine:.3f}"
-    if cosine < CHANCE_COSINE:
-        return Verdict("chance", f"the coordinates of the two bases are unrelated ({figure}): {_NOTHING}")
-    if cosine < WEAK_COSINE:
-        return Verdict("weak", f"the two bases are distant relatives ({figure}): {_LITTLE}")
-    return Verdict("aligned", f"the two bases are related ({figure}): {_SOME}")
+    relations = "coordinates of the two bases are unrelated", "two bases are distant relatives", "two bases are related"
+    return _by_limits(cosine, _COSINES, [f"the {one} (weight cosine {cosine:.3f})" for one in relations])
+
+
+def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:
+    """Judge by a figure; the sentences say what it means below the first limit, below the second, and above."""
+    place = next((place for place, limit in enumerate(limits) if value < limit), 2)
+    level, advice = (("chance", _NOTHING), ("weak", _LITTLE), ("aligned", _SOME))[place]
+    return Verdict(level, f"{sentences[place]}: {advice}")

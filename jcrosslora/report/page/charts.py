@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from jcrosslora.errors import UsageError
-from jcrosslora.report.page.contents import Contents, layer_norms, layer_of, left_shares, source_shares, target_shares
-from jcrosslora.report.page.evaluation import Evaluation
+from jcrosslora.report.page import theme
+from jcrosslora.report.page.contents import LAYER, Contents, Evaluation
 from jcrosslora.report.page.headline import FIGURES, headline, main_figures
-from jcrosslora.report.page.theme import (
-    BASE,
-    INK,
-    LEFT,
-    LINE,
-    MOVED,
-    MUTED,
-    OTHER,
-    TRAINED,
-    Format,
-    drawing,
-    file_of,
-    inline_svg,
-    new_figure,
-    numbered,
-    settle,
-)
-from jcrosslora.report.record import TransferReport
+from jcrosslora.report.page.theme import BASE, INK, LEFT, LINE, MOVED, MUTED, OTHER, TRAINED, numbered
+from jcrosslora.report.record import Row, TransferReport
 from jcrosslora.utils.texts import shortened, visible
 
 if TYPE_CHECKING:
@@ -36,9 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The words, and the key: (variable of a colour, what it stands for).
-Caption: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
-CURVE_HEIGHT, MAP_HEIGHT = 2.9, 3.6  # inches
+Key: TypeAlias = tuple[tuple[str, str], ...]  # the variable of a colour, what it stands for
 _COLOURS = {"base": BASE, "moved": MOVED, "trained": TRAINED}
 _LONGEST = 22  # letters of a model's name
 _STEPS = 5  # of the scale below the heat map
@@ -52,70 +36,66 @@ _MEANINGS = {
     "random": "random adapter: as large as the moved one, but random; a move has to do better than this",
     "other": "another adapter",
 }
-_WORDS = {
-    "curve": "How much the target with the moved adapter predicts otherwise than the source with the original one, on "
-    "texts that were kept aside. It starts with the target alone; 0 would be no difference. A curve that falls and "
-    "then stays level has learned what it can from these texts.",
-    "heat": "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: "
-    "the stronger the colour, the larger; a cell without colour has none. Names with q, k, v and o are parts of the "
-    "attention, gate, up and down of the feed-forward part.",
-}
+_CURVE = (
+    "How much the target with the moved adapter predicts otherwise than the source with the original one, on texts "
+    "that were kept aside. It starts with the target alone; 0 would be no difference. A curve that falls and then "
+    "stays level has learned what it can from these texts."
+)
+_HEAT = (
+    "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: the "
+    "stronger the colour, the larger; a cell without colour has none. Names with q, k, v and o are parts of the "
+    "attention, gate, up and down of the feed-forward part."
+)
 _LETTERS = 70  # in a line of the sheet
 _LINE, _TITLE = 0.2, 0.35  # inches
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, by the question that it answers."""
+    """A picture, by the question that it answers, and what stands below it."""
 
     name: str
     title: str
     heights: tuple[float, ...]  # of its panels, in inches, one below the other
     draw: Callable[[list[Axes]], None]  # on that many axes, within `drawing`
+    words: str
+    key: Key = ()
 
     def figure(self) -> Figure:
         """Draw the picture alone; call it within `drawing`."""
-        figure = new_figure(sum(self.heights))
+        figure = theme.new_figure(sum(self.heights))
         grid = {"height_ratios": self.heights}
         self.draw(list(figure.subplots(len(self.heights), squeeze=False, gridspec_kw=grid)[:, 0]))
-        settle(figure)
+        theme.settle(figure)
         return figure
 
     def svg(self) -> str:
         """Return the picture as an element of the page."""
-        with drawing():
-            return inline_svg(self.figure(), self.name, self.title)
+        with theme.drawing():
+            return theme.inline_svg(self.figure(), self.name, self.title)
 
 
 def pictures(contents: Contents) -> Iterator[Picture]:
     """Yield the pictures for which there is something to show, in the order of the page."""
     evaluation, report = contents.evaluation, contents.moved
-    if evaluation is not None and (heights := bars_height(evaluation)):
-        yield Picture("bars", "Does it work?", tuple(heights), lambda panels: draw_bars(panels, evaluation))
+    if evaluation is not None and (shown := main_figures(evaluation)):
+        heights = (0.75 + 0.3 * len(evaluation.models),) * len(shown)
+        draw = partial(_draw_bars, evaluation)
+        yield Picture("bars", "Does it work?", heights, draw, *_bars(evaluation))
     if report is None:
         return
     looks = [(used, divergence) for used, divergence in report.curve if divergence is not None]
     if len(looks) > 1:
-        height = CURVE_HEIGHT
-        yield Picture("curve", "How did the fit go?", (height,), lambda panels: draw_curve(panels[0], looks))
-    if report.rows and any(layer is not None for layer in report.layers):  # those of a source that was asked are not
-        title, height = "Which layer became which?", MAP_HEIGHT
-        yield Picture("layers", title, (height,), lambda panels: draw_layer_map(panels[0], report))
-    if report.rows:
-        title, height = "Where is the update large?", heat_height(report)
-        yield Picture("heat", title, (height,), lambda panels: draw_heat_map(panels[0], report))
+        yield Picture("curve", "How did the fit go?", (2.9,), partial(_draw_curve, looks), _CURVE)
+    if not report.rows:
+        return
+    if any(layer is not None for layer in report.layers):  # those of a source that was asked are not
+        yield Picture("layers", "Which layer became which?", (3.6,), partial(_draw_layer_map, report), *_layers(report))
+    height = 1.25 + 0.27 * len(layer_norms(report))
+    yield Picture("heat", "Where is the update large?", (height,), partial(_draw_heat_map, report), _HEAT)
 
 
-def caption(name: str, contents: Contents) -> Caption:
-    """Describe a picture by its name."""
-    if name == "bars" and contents.evaluation is not None:
-        return _bars(contents.evaluation)
-    if name == "layers" and contents.moved is not None:
-        return _layers(contents.moved)
-    return _WORDS[name], ()
-
-
-def report_sheet(contents: Contents, form: Format) -> bytes:
+def report_sheet(contents: Contents, form: theme.Format) -> bytes:
     """Draw the sheet, and return the content of its file. The same contents give the same bytes.
 
     Raises:
@@ -129,8 +109,8 @@ def report_sheet(contents: Contents, form: Format) -> bytes:
     lines = [visible(contents.name), f"{verdict.word}: {verdict.sentence}", *map(visible, verdict.reasons)]
     text = [part for line in lines for part in textwrap.wrap(line, _LETTERS)]
     tall = _LINE * (len(text) + 1) + sum(_TITLE + sum(picture.heights) for picture in found)
-    with drawing():
-        sheet = new_figure(tall)
+    with theme.drawing():
+        sheet = theme.new_figure(tall)
         sheet.set_facecolor("white")
         sheet.text(0.02, 1 - _LINE / 2 / tall, "\n".join(text), va="top", fontsize=10, linespacing=1.3)
         top = tall - _LINE * (len(text) + 1)
@@ -138,10 +118,10 @@ def report_sheet(contents: Contents, form: Format) -> bytes:
             sheet.text(0.02, (top - _TITLE / 2) / tall, picture.title, va="center", fontsize=12, fontweight="bold")
             top -= _TITLE + sum(picture.heights)
             picture.draw([sheet.add_axes(place) for place in _places(picture, top, tall)])
-        return file_of(sheet, form)
+        return theme.file_of(sheet, form)
 
 
-def _bars(evaluation: Evaluation) -> Caption:
+def _bars(evaluation: Evaluation) -> tuple[str, Key]:
     what = "examples" if evaluation.written else "questions"
     words = f"Means over {evaluation.count:,} {what}. The thin line and the brackets are the 95% interval: where the "
     words += "mean would probably lie if other questions of this kind were asked; more questions make it shorter. Bars "
@@ -150,7 +130,7 @@ def _bars(evaluation: Evaluation) -> Caption:
     return words, tuple(("other" if part == "random" else part, _MEANINGS[part]) for part in parts)
 
 
-def _layers(report: TransferReport) -> Caption:
+def _layers(report: TransferReport) -> tuple[str, Key]:
     words = "A line joins a layer of the source to the layer of the target that takes its place. Bars are the share of "
     words += "the update that each layer holds, in the original adapter (below) and in the moved one (above). "
     left, shares = report.left_behind, source_shares(report)
@@ -180,12 +160,7 @@ def _places(picture: Picture, bottom: float, tall: float) -> list[tuple[float, f
     return [(left, start + low * share, width, height * share) for left, low, width, height in bounds]
 
 
-def bars_height(evaluation: Evaluation) -> list[float]:
-    """Return the height of each panel in inches, one for each figure that is shown."""
-    return [0.75 + 0.3 * len(evaluation.models)] * len(main_figures(evaluation))
-
-
-def draw_bars(panels: list[Axes], evaluation: Evaluation) -> None:
+def _draw_bars(evaluation: Evaluation, panels: list[Axes]) -> None:
     """Draw a panel for each figure: a bar for each model, a whisker for its interval, and both as numbers."""
     from matplotlib.transforms import blended_transform_factory
 
@@ -214,9 +189,9 @@ def draw_bars(panels: list[Axes], evaluation: Evaluation) -> None:
         title.set_in_layout(False)
 
 
-def draw_curve(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
+def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
     """Draw the divergence at each look in nats, over the completions used, which may be gone through again."""
-    places, values = range(len(curve)), [divergence for _, divergence in curve]
+    (axes,), places, values = panels, range(len(curve)), [divergence for _, divergence in curve]
     last = curve[-1][0]
     again = next(place for place, (used, _) in enumerate(curve) if used == last)
     if again < len(curve) - 1:
@@ -235,9 +210,9 @@ def draw_curve(axes: Axes, curve: Sequence[tuple[int, float]]) -> None:
     axes.tick_params(axis="y", labelsize=9)
 
 
-def draw_layer_map(axes: Axes, report: TransferReport) -> None:
+def _draw_layer_map(report: TransferReport, panels: list[Axes]) -> None:
     """Draw the source's layers below and the target's above, a line for each that feeds another, and shares as bars."""
-    shares = source_shares(report)
+    (axes,), shares = panels, source_shares(report)
     fed = {layer for layer in report.layers if layer is not None}
     count_src = max((*fed, *shares)) + 1
     count_tgt = max(len(report.layers), *(layer_of(row.target) + 1 for row in report.rows))
@@ -280,14 +255,9 @@ def _place(layer: int, count: int) -> float:
     return (layer + 0.5) / count
 
 
-def heat_height(report: TransferReport) -> float:
-    """Return the height of the picture in inches."""
-    return 1.25 + 0.27 * len(layer_norms(report))
-
-
-def draw_heat_map(axes: Axes, report: TransferReport) -> None:
+def _draw_heat_map(report: TransferReport, panels: list[Axes]) -> None:
     """Draw a cell for each role and layer, the stronger the colour the larger; a cell without colour has no update."""
-    norms = layer_norms(report)
+    (axes,), norms = panels, layer_norms(report)
     largest = max((norm for of_role in norms.values() for norm in of_role.values()), default=0.0)
     count = max(len(report.layers), *(layer + 1 for of_role in norms.values() for layer in of_role))
     for place, of_role in enumerate(norms.values()):
@@ -318,3 +288,50 @@ def _cell(axes: Axes, left: float, top: float, share: float, width: float = 1.0)
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((left, top), width, 1, facecolor=(MOVED, share), edgecolor=LINE, linewidth=0.5))
+
+
+def layer_of(name: str) -> int:
+    """Return the number of the layer in a module's name."""
+    match = LAYER.match(name)
+    assert match is not None
+    return int(match[1])
+
+
+def layer_norms(report: TransferReport) -> dict[str, dict[int, float]]:
+    """Map role and target layer to the norm of the moved update, over all modules of a role such as experts."""
+    squares = {role: _squares(rows) for role, rows in report.by_role()}
+    return {role: {layer: math.sqrt(value) for layer, value in sorted(of.items())} for role, of in squares.items()}
+
+
+def target_shares(report: TransferReport) -> dict[int, float]:
+    """Map each target layer to its share of the moved update's squared norm."""
+    sums = _squares(report.rows)
+    total = sum(sums.values())
+    return {layer: value / total for layer, value in sums.items()} if total > 0 else {}
+
+
+def source_shares(report: TransferReport) -> dict[int, float]:
+    """Map each source layer to its share of the original update's squared norm; empty where that is not known."""
+    energy = report.energy
+    if not energy:
+        return {}
+    # A source module may feed several of the target.
+    found = {row.source: row.energy / energy for row in report.rows if row.source and row.energy is not None}
+    found |= {one.source: one.share for one in report.unmapped_sources}
+    return _sums((layer_of(name), share) for name, share in found.items())
+
+
+def left_shares(report: TransferReport) -> dict[int, float]:
+    """Map each source layer to the share of the original update that it held and that was not moved."""
+    return _sums((layer_of(one.source), one.share) for one in report.unmapped_sources)
+
+
+def _squares(rows: Iterable[Row]) -> dict[int, float]:
+    return _sums((layer_of(row.target), (row.norm_after or 0.0) ** 2) for row in rows)
+
+
+def _sums(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    sums: dict[int, float] = {}
+    for layer, value in pairs:
+        sums[layer] = sums.get(layer, 0.0) + value
+    return sums

@@ -1,24 +1,163 @@
-"""What a page is made from: the files of a folder, which adapter is which, and the update in each layer."""
+"""What a page is made from: a transfer, an evaluation, which adapter is which, and the update in each layer."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
 
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import Answers, Scores
+from jcrosslora.errors import UsageError, suggestion
+from jcrosslora.evaluate import Answers, Interval, Scores
 from jcrosslora.evaluate.output import answers_json, scores_json
-from jcrosslora.report.page.evaluation import Evaluation, Roles, called, parse_evaluation
+from jcrosslora.evaluate.score import Direction, word_of
 from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text.completion import COMPLETIONS
 
 _SHOWN = 10
-_LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
+LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
+_ADVICE = "give the output of `jcrosslora evaluate --json`"
+Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
+# A damaged number must not become a picture that cannot be drawn.
+_Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure of one model with its 95% interval, its difference to the base, its share of a trained one's gain."""
+
+    value: _Number
+    low: _Number
+    high: _Number
+    minus_base: Interval | None = None
+    lift: Interval | None = None
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What a model wrote."""
+
+    name: str
+    text: str
+    ended: bool
+    exact: bool
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A prompt, the right answers, and what each model wrote."""
+
+    prompt: str
+    right: list[str]
+    written: list[Written]
+
+
+class _Output(msgspec.Struct, frozen=True):
+    """The output of the command; of questions with choices `questions`, of answers in writing `examples`."""
+
+    models: list[dict[str, str | Figure]]
+    not_scored: list[str]
+    trained: str | None = None
+    questions: _Count = 0
+    examples: _Count = 0
+    answers: list[Example] = []
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of adapters among those evaluated; None where it is not said."""
+
+    moved: str | None = None  # the adapter that the page is about
+    trained: str | None = None  # on the target
+    random: str | None = None  # moved by method `random`
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was evaluated.
+
+    Attributes:
+        name: as the page shows it, without a folder.
+        part: what it stands for; of an adapter "other" until `Evaluation.with_parts` has said so.
+        figures: by their names, such as "exact" or "accuracy".
+    """
+
+    name: str
+    part: Part
+    figures: Mapping[str, Figure]
+
+    @property
+    def title(self) -> str:
+        """Name the model for a newcomer."""
+        return {"base": "without adapter", "other": self.name}.get(self.part, f"{self.part} adapter")
+
+    def direction(self, figure: str) -> Direction | None:
+        """Say whether a figure is better or worse than the base's; None where that is not known."""
+        found = self.figures.get(figure)
+        return None if found is None or found.minus_base is None else word_of(figure, found.minus_base)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures and answers of a base, which is first, and its adapters.
+
+    Attributes:
+        count: how many questions or examples there were.
+        written: whether they were answered in writing.
+        not_scored: what the figures leave out, one sentence each.
+        examples: some of the examples with the answers of all models, in their order.
+        trained: name of the adapter whose gain the shares in the figures are of; None if there are none.
+        guessed: whether the moved adapter is taken to be the one that is left, by whatever name.
+    """
+
+    models: tuple[Model, ...]
+    count: int
+    written: bool
+    not_scored: tuple[str, ...]
+    examples: tuple[Example, ...]
+    trained: str | None = None
+    guessed: bool = False
+
+    def of_part(self, part: Part) -> Model | None:
+        """Return the model that plays a part; None where there is none."""
+        return next((model for model in self.models if model.part == part), None)
+
+    def with_parts(self, roles: Roles, own: str) -> Evaluation:
+        """Say which adapter is which; raise UsageError if there is no such adapter, or one has two parts.
+
+        `own` is what the moved adapter is called if no name of it was given. If there is none of this name either, one
+        that is alone without a part is the moved one.
+        """
+        names = [model.name for model in self.models[1:]]
+        parts: dict[str, Part] = {}
+        stated: dict[Part, str | None] = {"moved": roles.moved, "trained": roles.trained, "random": roles.random}
+        for part, said in stated.items():
+            if said is None:
+                continue
+            name = _called(said, names)
+            if name is None or name in parts:
+                came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
+                known = f"wanted one of {', '.join(names) or 'none: only the base was evaluated'}"
+                msg = f"{part} adapter {said!r} {came}{suggestion(said, names)}: {known}"
+                raise UsageError(msg)
+            parts[name] = part
+        if "trained" not in parts.values() and self.trained in names and self.trained not in parts:
+            parts[self.trained] = "trained"
+        left = [name for name in names if name not in parts]
+        found, guessed = _called(own, left), False
+        if roles.moved is None and found is None and len(left) == 1:
+            found, guessed = left[0], True
+        if roles.moved is None and found is not None:
+            parts[found] = "moved"
+        models = [dataclasses.replace(one, part=parts.get(one.name, "other")) for one in self.models[1:]]
+        if parts.get(self.trained or "") != "trained":  # shares of a gain are of another adapter
+            plain = [{name: msgspec.structs.replace(f, lift=None) for name, f in one.figures.items()} for one in models]
+            models = [dataclasses.replace(one, figures=figures) for one, figures in zip(models, plain, strict=True)]
+        return dataclasses.replace(self, models=(self.models[0], *models), guessed=guessed)
 
 
 @dataclass(frozen=True)
@@ -35,7 +174,7 @@ class Contents:
     texts: tuple[str, ...] = ()
 
 
-def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None = None) -> Contents:
+def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Roles()) -> Contents:
     """Read what a folder holds of a transfer and of an evaluation.
 
     Args:
@@ -46,7 +185,6 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None
     Raises:
         UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no adapter.
     """
-    roles = roles or Roles()
     if not folder.is_dir():
         msg = f"{folder}: is no folder: give one that `jcrosslora transfer` wrote"
         raise UsageError(msg)
@@ -59,11 +197,11 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None
         msg += "give a folder that `jcrosslora transfer` wrote"
         raise UsageError(msg)
     name = folder.resolve().name
-    if evaluation is None and roles != Roles():
-        msg = f"{folder}: no adapter was evaluated, so none has a role: give --answers as well"
-        raise UsageError(msg)
     if evaluation is not None:
         evaluation = evaluation.with_parts(roles, name)
+    elif roles != Roles():
+        msg = f"{folder}: no adapter was evaluated, so none has a role: give --answers as well"
+        raise UsageError(msg)
     return Contents(name, moved, evaluation, _texts(folder / COMPLETIONS) if moved is not None else ())
 
 
@@ -80,20 +218,61 @@ def contents_of(report: TransferReport, answers: Answers | Scores | None, roles:
     if answers is not None:
         # A name that no adapter has is refused with the other roles.
         shown = {public_name(name) or name: name for name in answers.names[1:]}
-        trained = shown.get(called(roles.trained or "", list(shown)) or "")
-        if isinstance(answers, Answers):
-            data = answers_json(answers, show=_SHOWN, trained=trained)
-        else:
-            data = scores_json(answers, trained=trained)
-        evaluation = parse_evaluation(json.dumps(data).encode(), "the answers")
-        evaluation = evaluation.with_parts(roles, own)
+        trained = shown.get(_called(roles.trained or "", list(shown)) or "")
+        written = isinstance(answers, Answers)
+        data = answers_json(answers, show=_SHOWN, trained=trained) if written else scores_json(answers, trained=trained)
+        evaluation = parse_evaluation(json.dumps(data).encode(), "the answers").with_parts(roles, own)
     return Contents(report.adapter.name or "adapter", _checked(report, REPORT), evaluation)
 
 
-def _checked(report: TransferReport, place: str) -> TransferReport:
-    if (name := outside_layers(report)) is not None:
-        msg = f"{place}: is damaged (module {ascii(name)[:60]}, wanted model.layers.N and so on): {AGAIN}"
+def parse_evaluation(content: bytes, place: str) -> Evaluation:
+    """Read the output of `jcrosslora evaluate --json`, or raise UsageError; `place` names the file in errors."""
+    try:
+        found = msgspec.json.decode(content, type=_Output)
+        models = tuple(_model(place, entry) for place, entry in enumerate(found.models))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{place}: is no evaluation, or a damaged one ({error}): {_ADVICE}"
+        raise UsageError(msg) from error
+    names = [model.name for model in models]
+    if not models or not max(found.questions, found.examples) > 0 or len(set(names)) < len(names):
+        msg = f"{place}: has {found.questions or found.examples} examples and the models {', '.join(names) or 'none'}, "
+        msg += f"wanted 1 or more of both and names that differ: {_ADVICE}"
         raise UsageError(msg)
+    if any(len(one.written) != len(models) for one in found.answers):
+        msg = f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}"
+        raise UsageError(msg)
+    return Evaluation(
+        models,
+        found.questions or found.examples,
+        not found.questions,
+        tuple(found.not_scored),
+        tuple(found.answers),
+        found.trained and (public_name(found.trained) or found.trained),
+    )
+
+
+def _called(said: str, names: Sequence[str]) -> str | None:
+    """Find the name that was said among names, or the only one with the same last part; None if there is none."""
+    alike = [name for name in names if PurePath(name).name == PurePath(said).name]
+    return said if said in names else alike[0] if len(alike) == 1 else None
+
+
+def _model(place: int, entry: Mapping[str, str | Figure]) -> Model:
+    name = entry.get("name")
+    if not isinstance(name, str):
+        msg = "a model has no name"
+        raise msgspec.ValidationError(msg)
+    figures = {key: value for key, value in entry.items() if isinstance(value, Figure)}
+    return Model(public_name(name) or name, "other" if place else "base", figures)
+
+
+def _checked(report: TransferReport, place: str) -> TransferReport:
+    """Return a report, or raise UsageError if a module is in no layer, as in a damaged one."""
+    names = [row.target for row in report.rows] + [row.source for row in report.rows if row.source]
+    for name in (*names, *(one.source for one in report.unmapped_sources)):
+        if LAYER.match(name) is None:
+            msg = f"{place}: is damaged (module {ascii(name)[:60]}, wanted model.layers.N and so on): {AGAIN}"
+            raise UsageError(msg)
     return report
 
 
@@ -115,11 +294,7 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def _texts(path: Path) -> tuple[str, ...]:
-    """Take ten of the texts of a fit, evenly spread.
-
-    Raises:
-        UsageError: the file cannot be read, or a line is none that `TransferResult.save` writes.
-    """
+    """Take ten of the texts of a fit, evenly spread; raise UsageError if they cannot be read."""
     if not path.exists():
         return ()
     lines = [line for line in read_bytes(path).split(b"\n") if line.strip()]
@@ -136,59 +311,3 @@ def _text(line: bytes, place: str) -> str:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         msg = f'{place}: is damaged, wanted {{"messages"}} or {{"prompt", "completion"}}: move the adapter again'
         raise UsageError(msg) from error
-
-
-def outside_layers(report: TransferReport) -> str | None:
-    """Return the name of a module that is in no layer, as in a damaged report; None if there is none."""
-    names = [row.target for row in report.rows] + [row.source for row in report.rows if row.source]
-    names += [one.source for one in report.unmapped_sources]
-    return next((name for name in names if _LAYER.match(name) is None), None)
-
-
-def layer_of(name: str) -> int:
-    """Return the number of the layer in a module's name."""
-    match = _LAYER.match(name)
-    assert match is not None
-    return int(match[1])
-
-
-def layer_norms(report: TransferReport) -> dict[str, dict[int, float]]:
-    """Map role and target layer to the norm of the moved update, over all modules of a role such as experts."""
-    roles = dict.fromkeys(row.role for row in report.rows)
-    squares = {role: _sums(_squares(report, role)) for role in roles}
-    return {role: {layer: math.sqrt(value) for layer, value in sorted(of.items())} for role, of in squares.items()}
-
-
-def target_shares(report: TransferReport) -> dict[int, float]:
-    """Map each target layer to its share of the moved update's squared norm."""
-    sums = _sums(_squares(report))
-    total = sum(sums.values())
-    return {layer: value / total for layer, value in sums.items()} if total > 0 else {}
-
-
-def source_shares(report: TransferReport) -> dict[int, float]:
-    """Map each source layer to its share of the original update's squared norm; empty where that is not known."""
-    energy = report.energy
-    if not energy:
-        return {}
-    # A source module may feed several of the target.
-    found = {row.source: row.energy / energy for row in report.rows if row.source and row.energy is not None}
-    found |= {one.source: one.share for one in report.unmapped_sources}
-    return _sums((layer_of(name), share) for name, share in found.items())
-
-
-def left_shares(report: TransferReport) -> dict[int, float]:
-    """Map each source layer to the share of the original update that it held and that was not moved."""
-    return _sums((layer_of(one.source), one.share) for one in report.unmapped_sources)
-
-
-def _squares(report: TransferReport, role: str | None = None) -> Iterable[tuple[int, float]]:
-    rows = (row for row in report.rows if role in (None, row.role))
-    return ((layer_of(row.target), (row.norm_after or 0.0) ** 2) for row in rows)
-
-
-def _sums(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
-    sums: dict[int, float] = {}
-    for layer, value in pairs:
-        sums[layer] = sums.get(layer, 0.0) + value
-    return sums

@@ -8,8 +8,7 @@ from typing import Literal
 from jcrosslora.evaluate.bootstrap import Interval
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.evaluate.score import Direction
-from jcrosslora.report.page.contents import Contents
-from jcrosslora.report.page.evaluation import Evaluation, Figure, Model
+from jcrosslora.report.page.contents import Contents, Evaluation, Figure, Model
 
 _HALF = 0.5  # of a trained adapter's gain in right answers
 
@@ -57,9 +56,9 @@ FIGURES = {
     "nll_per_char": Shown("surprise at the right answer (nats a character)", top=None, lower=True),
     "nll_pooled": Shown("the same, long answers weigh more", top=None, lower=True),
 }
-_RIGHT = "accuracy", "json", "exact"
+_RIGHT = "accuracy", "json", "exact"  # counts of right answers, as shares
 _JOB = (*_RIGHT, "chrf")
-_LIKELY = "nll_per_char", "nll_pooled"
+_LIKELY = "nll_per_char", "nll_pooled"  # how likely the right answers are
 _MAIN = (*_JOB, "nll_per_char")
 
 
@@ -90,21 +89,10 @@ def _job_figure(evaluation: Evaluation) -> str | None:
     return next(filter(counts, found), found[0] if found else None)
 
 
-def _is_count(name: str) -> bool:
-    """Tell whether a figure is a share of right answers."""
-    return name in _RIGHT
-
-
-def _likelihood_figure(evaluation: Evaluation) -> str | None:
-    """Name the figure of how likely the right answers are."""
-    return next((name for name in _LIKELY if name in present(evaluation)), None)
-
-
 def gain_share(evaluation: Evaluation, name: str) -> float | None:
     """Return the moved adapter's gain in a figure over the trained one's: (base - moved) / (base - trained).
 
-    Returns:
-        None where one of them was not evaluated, or the trained adapter is not better than the base.
+    None where one of them was not evaluated, or the trained adapter is not better than the base.
     """
     moved, trained = evaluation.of_part("moved"), evaluation.of_part("trained")
     if moved is None or trained is None or trained.direction(name) is not Direction.BETTER:
@@ -149,7 +137,8 @@ def headline(contents: Contents) -> Headline:
 
 
 def _measured(evaluation: Evaluation, model: Model) -> Headline:
-    job, likely = _job_figure(evaluation), _likelihood_figure(evaluation)
+    shown, job = present(evaluation), _job_figure(evaluation)
+    likely = next((name for name in _LIKELY if name in shown), None)
     found = {name: model.direction(name) for name in (job, likely) if name is not None}
     reasons = tuple(filter(None, (_job(evaluation, model, job), _likelihood(evaluation, model, likely))))
     task = f"On this task, {evaluation.count:,} {'question' if evaluation.count == 1 else 'questions'},"
@@ -157,14 +146,14 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     def told(tone: Tone, word: str, sentence: str) -> Headline:
         return Headline(tone, word, f"{task} {sentence}.", reasons)
 
-    if not any(model.direction(name) for name in present(evaluation)):
+    if not any(map(model.direction, shown)):
         sentence = "The evaluation does not say how the moved adapter differs from the model without one."
         return Headline("open", "Not known", sentence, reasons)
     if Direction.WORSE in found.values():
         if Direction.BETTER in found.values():
             return told("mixed", "Mixed", "the moved adapter helps in one way and harms in another")
         return told("bad", "It harms", "the model answers worse with the moved adapter")
-    helped = [name for name in present(evaluation) if model.direction(name) is Direction.BETTER]
+    helped = [name for name in shown if model.direction(name) is Direction.BETTER]
     if not helped:
         sentence = "no difference between the model with and without the moved adapter can be seen"
         return told("bad", "No effect seen", sentence)
@@ -180,7 +169,7 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     seen = "the right answers become more likely with the moved adapter"
     if likely is None or found[likely] is not Direction.BETTER:
         seen = "the answers come closer to the right ones"
-    better = "in how many are right" if job is None or _is_count(job) else "in the answers themselves"
+    better = "in how many are right" if job is None or job in _RIGHT else "in the answers themselves"
     return told("mixed", "It works in part", f"{seen}, but no clear gain {better} can be seen")
 
 
@@ -197,9 +186,9 @@ def _job(evaluation: Evaluation, model: Model, name: str | None) -> str:
 
     def told(one: Model) -> str:
         value = one.figures[name].value
-        return f"{round(value * count):,}" if _is_count(name) else shown.text(value)
+        return f"{round(value * count):,}" if name in _RIGHT else shown.text(value)
 
-    title = f"Right answers, of {count:,}" if _is_count(name) else f"{shown.title[:1].upper()}{shown.title[1:]}"
+    title = f"Right answers, of {count:,}" if name in _RIGHT else f"{shown.title[:1].upper()}{shown.title[1:]}"
     listed = ", ".join(f"{told(one)} {where}" for where, one in parts.items() if one is not None)
     return f"{title}: {listed}.{_share(evaluation, name)}"
 
@@ -207,10 +196,11 @@ def _job(evaluation: Evaluation, model: Model, name: str | None) -> str:
 def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
     if name is None:
         return ""
-    shown, base = FIGURES[name], evaluation.models[0].figures[name]
-    found = model.figures[name]
-    sentence = f"Surprise at the right answers (lower is better): {shown.text(base.value)} without an adapter, "
-    return f"{sentence}{shown.text(found.value)} with the moved one.{_share(evaluation, name)}"
+    before, after = (FIGURES[name].text(one.figures[name].value) for one in (evaluation.models[0], model))
+    sentence = (
+        f"Surprise at the right answers (lower is better): {before} without an adapter, {after} with the moved one."
+    )
+    return sentence + _share(evaluation, name)
 
 
 def _share(evaluation: Evaluation, name: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from jcrosslora.report.page.charts import Picture, caption, pictures
-from jcrosslora.report.page.contents import Contents
-from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
+from jcrosslora.report.page.charts import Picture, pictures
+from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.theme import POLICY, STYLE
 from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
@@ -44,7 +43,7 @@ def report_page(contents: Contents) -> str:
         UsageError: matplotlib is not installed.
     """
     title = html_text(_title(contents))
-    drawn = {picture.name: _drawn(picture, contents) for picture in pictures(contents)}
+    drawn = {picture.name: _drawn(picture) for picture in pictures(contents)}
     evaluation, moved = contents.evaluation, contents.moved
     body = [
         f"<h1>{title}</h1>",
@@ -57,7 +56,7 @@ def report_page(contents: Contents) -> str:
         _warnings_section(contents),
         "" if evaluation is None else _figures_section(evaluation),
         "" if moved is None else _recipe_section(moved),
-        _missing_section(contents),
+        _section("Not on this page", _list(_missing(contents), ' class="muted"')),
     ]
     head = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -88,18 +87,16 @@ def _introduction(contents: Contents) -> str:
 
 def _verdict(contents: Contents) -> str:
     found = headline(contents)
-    reasons = "".join(f"<li>{html_text(reason)}</li>" for reason in found.reasons)
-    listed = f"<ul>{reasons}</ul>" if reasons else ""
-    return f'<div class="verdict {found.tone}"><p><b>{found.word}.</b> {html_text(found.sentence)}</p>{listed}</div>'
+    sentence = f"<p><b>{found.word}.</b> {html_text(found.sentence)}</p>"
+    return f'<div class="verdict {found.tone}">{sentence}{_list(found.reasons)}</div>'
 
 
-def _drawn(picture: Picture, contents: Contents) -> str:
-    words, key = caption(picture.name, contents)
+def _drawn(picture: Picture) -> str:
     entries = "".join(
         f'<div><span class="key" style="background:var(--{colour})"></span>{html_text(meaning)}</div>'
-        for colour, meaning in key
+        for colour, meaning in picture.key
     )
-    below = f"<figcaption>{entries}<p>{html_text(words)}</p></figcaption>"
+    below = f"<figcaption>{entries}<p>{html_text(picture.words)}</p></figcaption>"
     return _section(picture.title, f"<figure>{picture.svg()}{below}</figure>")
 
 
@@ -153,9 +150,9 @@ def _text_section(contents: Contents) -> str:
         lines.append(_ITS_OWN)
     elif moved.recipe.probes != "none":
         lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
-    texts = moved.examples or map(cut, contents.texts)
-    shown = "".join(f'<li class="text">{html_text(text)}</li>' for text in texts)
-    return _section("What was it made from?", f"{_lines(lines)}{f'<ul>{shown}</ul>' if shown else ''}")
+    said = "".join(f"<p>{html_text(line)}</p>" for line in lines)
+    texts = _list(moved.examples or map(cut, contents.texts), each=' class="text"')
+    return _section("What was it made from?", said + texts)
 
 
 def _warnings_section(contents: Contents) -> str:
@@ -174,8 +171,7 @@ def _warnings_section(contents: Contents) -> str:
         if moved is not None and moved.target.name is not None and base != moved.target.name:
             other = f"The answers are those of {base}, and the adapter was moved to {moved.target.name}"
             lines.append(f"{other}: are they the same model?")
-    items = "".join(f"<li>{html_text(line)}</li>" for line in lines)
-    return _section("Good to know", f"<ul>{items}</ul>") if items else ""
+    return _section("Good to know", _list(lines))
 
 
 def _figures_section(evaluation: Evaluation) -> str:
@@ -221,16 +217,13 @@ def _named(base: Base | SourceAdapter) -> str:
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>"
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def _lines(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{html_text(line)}</p>" for line in lines)
-
-
-def _missing_section(contents: Contents) -> str:
-    items = "".join(f"<li>{html_text(sentence)}</li>" for sentence in _missing(contents))
-    return _section("Not on this page", f'<ul class="muted">{items}</ul>') if items else ""
+def _list(items: Iterable[str], kind: str = "", each: str = "") -> str:
+    """Return an HTML list with attributes of it and of each item; "" without items."""
+    lines = "".join(f"<li{each}>{html_text(item)}</li>" for item in items)
+    return f"<ul{kind}>{lines}</ul>" if lines else ""
 
 
 def _missing(contents: Contents) -> Iterator[str]:

@@ -53,11 +53,7 @@ _UNDATED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationD
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw with the page's settings while the block runs.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw with the page's settings while the block runs; raise UsageError if matplotlib is not installed."""
     try:
         from matplotlib import style
     except ImportError as error:
@@ -79,8 +75,7 @@ def new_figure(height: float) -> Figure:
 def inline_svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an element of a page, in the colours of its style sheet; call it within `drawing`.
 
-    `name` makes the identifiers unlike those of other pictures on the page; `label` says what it shows to those who do
-    not see it.
+    `name` makes the identifiers differ from those of other pictures; `label` is read to those who do not see it.
     """
     text = file_of(figure, "svg").decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
