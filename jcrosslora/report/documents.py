@@ -13,7 +13,8 @@ import msgspec
 from huggingface_hub import ModelCardData
 
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.checkpoint.hub import is_hub_id, is_on_hub, local_names, public_name, publish
+from jcrosslora.checkpoint import is_hub_id
+from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.methods import Method
 from jcrosslora.report.record import REPORT, SourceAdapter, Totals, TransferReport, defined, spread
 from jcrosslora.report.table import judge, role_rows

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, PICKLE, WEIGHTS
-from jcrosslora.checkpoint.hub import cause_of, is_hub_id
+from jcrosslora.checkpoint import is_hub_id
+from jcrosslora.checkpoint.hub import cause_of
 from jcrosslora.checkpoint.shards import INDEX, SINGLE
 from jcrosslora.errors import JCrossLoRAError, OutputError, UsageError
 from jcrosslora.report.record import REPORT
@@ -43,7 +44,7 @@ class Pushed:
     """An adapter on the hub.
 
     Attributes:
-        base_model: the base that the card names, or None.
+        base_model: the base that the card names.
         notes: what the user should know, one sentence each without a full stop.
     """
 
@@ -69,10 +70,8 @@ def push_folder(
     found = repository.look()
     if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & found.files)):
         # The configuration of this adapter would not fit them.
-        msg = (
-            f"{repo_id}: holds {others[0]}, which does not go with {upload.weights} of this adapter: remove it there, "
-        )
-        raise OutputError(msg + "or choose another name")
+        msg = f"{repo_id}: holds {others[0]}, which does not go with {upload.weights} of this adapter: remove it "
+        raise OutputError(msg + "there, or choose another name")
     what = "Adapter moved by jcrosslora" if REPORT in upload.files else "Adapter uploaded by jcrosslora"
     url, commit = repository.send(upload.files, what, create=found is None)
     stays = ("the repository was private and stays so; its settings page makes it public",)
@@ -167,14 +166,12 @@ def check_repo_id(repo_id: str) -> None:
     """Raise UsageError for what is not of the form owner/name, or has characters that the hub does not allow."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repo_id)
-        valid = is_hub_id(repo_id)
-    except HFValidationError:
-        valid = False
-    if not valid:
-        msg = f"{repo_id!r} is not the name of a repository: give one such as owner/name"
-        raise UsageError(msg)
+        if is_hub_id(repo_id):
+            return
+    msg = f"{repo_id!r} is not the name of a repository: give one such as owner/name"
+    raise UsageError(msg)
 
 
 @contextmanager

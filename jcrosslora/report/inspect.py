@@ -11,8 +11,7 @@ from rich.table import Table
 from jcrosslora.adapter import Adapter, Carried, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.adapter.records import describe_change, restrict
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint import BaseModel, is_hub_id, open_base
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
 from jcrosslora.report.record import REPORT, read_report
@@ -22,24 +21,65 @@ from jcrosslora.utils.terminal import say
 def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
     """Open an adapter (of PEFT, MLX or llama.cpp), with the base that some kinds need, or a base model.
 
+    A hub id is opened as an adapter first, which is smaller; if it is neither, the error tells both reasons.
+
     Raises:
         JCrossLoRAError: it is neither, or cannot be read.
         UsageError: a base was given for a base model.
     """
-    path = Path(ref)
-    if is_adapter(path):
-        return _load(ref, revision, base)
-    if path.exists():
-        return _without_base(open_base(ref, revision=revision), ref, base)
-    if not is_hub_id(ref):
+    path, refused = Path(ref), None
+    if not path.exists() and not is_hub_id(ref):
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
-    return _open_hub(ref, revision, base)
+    if not path.exists() or is_adapter(path):
+        try:
+            opened = None if base is None else open_base(base)
+            # Changes of embedding and head alone are opened too, and what replaces tensors of the base is listed.
+            adapter = load_adapter(ref, opened, revision=revision, replaced=True)
+            return restrict(adapter, Carried.EVERYTHING & ~Carried.REPLACED, "")
+        except JCrossLoRAError as error:
+            if path.exists():
+                raise
+            refused = error
+    try:
+        model = open_base(ref, revision=revision)
+    except CheckpointError as error:
+        if refused is None:
+            raise
+        msg = f"{ref} is neither an adapter ({refused}) nor a base model ({error})"
+        raise CheckpointError(msg) from None
+    if base is not None:
+        msg = f"{ref} is a base model, but --base {base} was given, which applies to adapters only: leave it out"
+        raise UsageError(msg)
+    return model
 
 
 def describe(found: Adapter | BaseModel) -> dict[str, Any]:
     """Describe an adapter or a base model as JSON data."""
-    return _adapter_json(found) if isinstance(found, Adapter) else _base_json(found)
+    if isinstance(found, BaseModel):
+        modules = {name: {"shape": list(one.shape), "dtype": one.dtype} for name, one in found.modules.items()}
+        return {
+            "type": "base",
+            "name": found.name,
+            "ref": str(found.ref),
+            "family": found.family.name,
+            "dimensions": dataclasses.asdict(found.dims),
+            "modules": modules,
+            "vocabulary_readable": found.vocabulary().tokens is not None,
+            "notes": list(found.notes),
+        }
+    info = found.info
+    return {
+        "type": "adapter",
+        "name": info.name,
+        "format": info.form,
+        "kind": info.kind,
+        "base": info.base_name,
+        "invocation": info.invocation,
+        "modules": {name: {"rank": one.rank, "norm": float(update_norm(one))} for name, one in found.modules.items()},
+        "token_updates": [describe_change(item.kind, item.modules, item.share) for item in found.tokens],
+        "not_moved": list(info.ignored),
+    }
 
 
 def print_description(found: Adapter | BaseModel, console: Console) -> None:
@@ -57,65 +97,6 @@ def reported_family(path: Path) -> str | None:
         return read_report(folder / REPORT).target.family or None
     except UsageError:
         return None
-
-
-def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | BaseModel:
-    """Open a hub id as an adapter, which is smaller, then as a base model; report both errors if both fail."""
-    try:
-        return _load(ref, revision, base)
-    except JCrossLoRAError as adapter_error:
-        try:
-            model = open_base(ref, revision=revision)
-        except CheckpointError as error:
-            msg = f"{ref} is neither an adapter ({adapter_error}) nor a base model ({error})"
-            raise CheckpointError(msg) from None
-        return _without_base(model, ref, base)
-
-
-def _load(ref: str, revision: str | None, base: str | None) -> Adapter:
-    """Load an adapter, of embedding and head alone too, and list what replaces tensors of its base."""
-    adapter = load_adapter(ref, None if base is None else open_base(base), revision=revision, replaced=True)
-    return restrict(adapter, Carried.EVERYTHING & ~Carried.REPLACED, "")
-
-
-def _without_base(model: BaseModel, ref: str, base: str | None) -> BaseModel:
-    if base is not None:
-        msg = f"{ref} is a base model, but --base {base} was given, which applies to adapters only: leave it out"
-        raise UsageError(msg)
-    return model
-
-
-def _adapter_json(adapter: Adapter) -> dict[str, Any]:
-    info = adapter.info
-    return {
-        "type": "adapter",
-        "name": info.name,
-        "format": info.form,
-        "kind": info.kind,
-        "base": info.base_name,
-        "invocation": info.invocation,
-        "modules": {
-            name: {"rank": factors.rank, "norm": float(update_norm(factors))}
-            for name, factors in adapter.modules.items()
-        },
-        "token_updates": [describe_change(item.kind, item.modules, item.share) for item in adapter.tokens],
-        "not_moved": list(info.ignored),
-    }
-
-
-def _base_json(base: BaseModel) -> dict[str, Any]:
-    return {
-        "type": "base",
-        "name": base.name,
-        "ref": str(base.ref),
-        "family": base.family.name,
-        "dimensions": dataclasses.asdict(base.dims),
-        "modules": {
-            name: {"shape": list(module.shape), "dtype": module.dtype} for name, module in base.modules.items()
-        },
-        "vocabulary_readable": base.vocabulary().tokens is not None,
-        "notes": list(base.notes),
-    }
 
 
 def _print_adapter(adapter: Adapter, console: Console) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.effect import Effect
+from jcrosslora.evaluate import Effect
 from jcrosslora.maps.shifting.records import TokenRow
 from jcrosslora.utils.files import read_file
 

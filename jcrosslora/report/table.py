@@ -10,7 +10,8 @@ from rich.table import Table
 
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.methods import MapMethod, Method
-from jcrosslora.relation.pairing import DEPTH_MAPS, SIMILAR
+from jcrosslora.relation import DEPTH_MAPS
+from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.report.record import Row, TransferReport, Verdict, cut, spread, weighted
 from jcrosslora.utils.terminal import say
 from jcrosslora.utils.texts import html_table, html_text

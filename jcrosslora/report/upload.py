@@ -8,23 +8,15 @@ from typing import Any
 
 import msgspec
 
+from jcrosslora.adapter import find_adapter, split_card
 from jcrosslora.adapter.engines.facts import read_facts
-from jcrosslora.adapter.folder import (
-    CARD,
-    CHAT_TEMPLATE,
-    CONFIG,
-    AdapterFiles,
-    Form,
-    find_adapter,
-    join_card,
-    read_config,
-    split_card,
-)
-from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
+from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, join_card, read_config
+from jcrosslora.checkpoint import is_hub_id
+from jcrosslora.checkpoint.hub import cached_identity, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.documents import PAGE, RECIPE, report_text, without_examples
 from jcrosslora.report.record import REPORT, read_report
-from jcrosslora.text.completion import COMPLETIONS
+from jcrosslora.text import COMPLETIONS
 from jcrosslora.utils.files import read_small_text
 from jcrosslora.utils.texts import markdown_text
 
@@ -36,18 +28,12 @@ _BASE_TAG = "base_model:"
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """An adapter as it is uploaded.
+    """An adapter as it is uploaded."""
 
-    Attributes:
-        files: name in the repository to a file on disk, or to what is sent in its place.
-        base_model: the hub id of its base; None if none is known.
-        notes: what the user should know, one sentence each without a full stop.
-    """
-
-    files: Mapping[str, Path | bytes]
+    files: Mapping[str, Path | bytes]  # name in the repository -> a file on disk, or what is sent in its place
     weights: str
-    base_model: str | None
-    notes: tuple[str, ...]
+    base_model: str | None  # hub id
+    notes: tuple[str, ...]  # what the user should know, one sentence each without a full stop
 
 
 def collect(folder: str | Path, *, base_model: str | None = None, with_completions: bool = False) -> Upload:
@@ -56,8 +42,8 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     Args:
         folder: of an adapter of PEFT or MLX, or with `adapter.gguf`.
         base_model: hub id of the base; None takes the one that the card or the configuration names.
-        with_completions: whether report and card keep the completions that the source wrote, and the files
-            that hold them go along, the page of `jcrosslora report` among them.
+        with_completions: whether report and card keep the completions that the source wrote, and the files that hold
+            them go along, the page of `jcrosslora report` among them.
 
     Raises:
         AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text leads out of it.
@@ -177,29 +163,21 @@ def _card_for_hub(card: str | None, name: str, form: Form, base_model: str | Non
     added where they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
     if none is given.
     """
-    data, body = split_card(f"\n# {markdown_text(name)}\n\n{_sentence(base_model)}\n" if card is None else card)
+    of_base = "" if base_model is None else f" of `{base_model}`"
+    short = f"\n# {markdown_text(name)}\n\nA LoRA adapter{of_base}.\n"
+    data, body = split_card(short if card is None else card)
     several = base_model is None and len(_bases_of(card)) > 1
-    wanted = dict(data) if several else _with_base(data, base_model)
+    wanted = dict(data)
+    if not several:
+        stated = {} if base_model is None else {"base_model": base_model, "base_model_relation": "adapter"}
+        wanted = stated | {
+            key: value for key, value in data.items() if key not in ("base_model", "base_model_relation")
+        }
     if not wanted.get("library_name"):
         wanted["library_name"] = _LIBRARIES[form]
     if not several:
-        wanted["tags"] = _tags(data.get("tags"), base_model)
+        tags = data.get("tags") or ()
+        kept = [str(tag) for tag in ([tags] if isinstance(tags, str) else tags) if not str(tag).startswith(_BASE_TAG)]
+        own = [] if base_model is None else [f"{_BASE_TAG}adapter:{base_model}"]
+        wanted["tags"] = [*own, *kept, *(["lora"] if "lora" not in kept else [])]
     return card if card is not None and wanted == data else join_card(wanted, body)
-
-
-def _with_base(data: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
-    """Return the metadata with this base, in the place where the base was."""
-    base = {} if base_model is None else {"base_model": base_model, "base_model_relation": "adapter"}
-    rest = {key: value for key, value in data.items() if key not in ("base_model", "base_model_relation")}
-    return base | rest
-
-
-def _tags(stated: Any, base_model: str | None) -> list[str]:
-    tags = [stated] if isinstance(stated, str) else list(stated or ())
-    own = [] if base_model is None else [f"{_BASE_TAG}adapter:{base_model}"]
-    kept = [str(tag) for tag in tags if not str(tag).startswith(_BASE_TAG)]
-    return [*own, *kept, *(["lora"] if "lora" not in kept else [])]
-
-
-def _sentence(base_model: str | None) -> str:
-    return "A LoRA adapter." if base_model is None else f"A LoRA adapter of `{base_model}`."

@@ -1,25 +1,16 @@
 """A folder of adapters of one base with an index, in which the adapters that suit a prompt are found."""
 
-from jcrosslora.shelf.index import Index
-from jcrosslora.shelf.judging import ALONE, Accuracy, Judged, accuracy, judge
-from jcrosslora.shelf.records import SAMPLES, ShelfBase, ShelfEntry, labelled_prompts, spread
-from jcrosslora.shelf.retrieval import Retrieved
-from jcrosslora.shelf.shelf import Shelf
-from jcrosslora.shelf.weight_probes import ProbeSettings
-
-__all__ = [
-    "ALONE",
-    "SAMPLES",
-    "Accuracy",
-    "Index",
-    "Judged",
-    "ProbeSettings",
-    "Retrieved",
-    "Shelf",
-    "ShelfBase",
-    "ShelfEntry",
-    "accuracy",
-    "judge",
-    "labelled_prompts",
-    "spread",
-]
+from jcrosslora.shelf.index import Index as Index
+from jcrosslora.shelf.judging import ALONE as ALONE
+from jcrosslora.shelf.judging import Accuracy as Accuracy
+from jcrosslora.shelf.judging import Judged as Judged
+from jcrosslora.shelf.judging import accuracy as accuracy
+from jcrosslora.shelf.judging import judge as judge
+from jcrosslora.shelf.records import SAMPLES as SAMPLES
+from jcrosslora.shelf.records import ShelfBase as ShelfBase
+from jcrosslora.shelf.records import ShelfEntry as ShelfEntry
+from jcrosslora.shelf.records import labelled_prompts as labelled_prompts
+from jcrosslora.shelf.records import spread as spread
+from jcrosslora.shelf.retrieval import Retrieved as Retrieved
+from jcrosslora.shelf.shelf import Shelf as Shelf
+from jcrosslora.shelf.weight_probes import ProbeSettings as ProbeSettings

@@ -7,20 +7,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
+from jcrosslora.adapter import Adapter, find_adapter, load_adapter
+from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
 from jcrosslora.adapter.fused import fit_to_base
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base import BaseInfo
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
-from jcrosslora.report.record import REPORT
+from jcrosslora.report import REPORT
 from jcrosslora.shelf.index import Fresh
 from jcrosslora.shelf.records import (
     Added,
@@ -35,8 +35,6 @@ from jcrosslora.shelf.records import (
 from jcrosslora.utils.files import read_small, read_small_text
 from jcrosslora.utils.progress import track
 
-_HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
-_LARGEST_HEADER = 100 << 20
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
 
 
@@ -213,7 +211,7 @@ def config_digest(files: AdapterFiles) -> str:
 
 
 def _read_record(files: AdapterFiles) -> dict[str, Any]:
-    """Read the record of a transfer from the report in the adapter's folder and from the header of its weights.
+    """Read the record of a transfer from the report in the folder, and from the header of the weights.
 
     The header overrides the report, which may belong to other weights.
     """
@@ -224,24 +222,17 @@ def _read_record(files: AdapterFiles) -> dict[str, Any]:
     for key, value in _metadata(files.weights).items():
         name = key.removeprefix("jcrosslora.")
         if name != key and name != "version":
-            try:
+            with suppress(ValueError, RecursionError):
                 found[name] = json.loads(value)
-            except (ValueError, RecursionError):
-                continue
     return found
 
 
 def _metadata(path: Path) -> Mapping[str, str]:
-    if path.suffix != ".safetensors":
-        return {}
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(_HEADER_LENGTH), "little")
-            header = json.loads(stream.read(length)) if length <= _LARGEST_HEADER else {}
-    except (OSError, ValueError, RecursionError):
-        return {}  # reading the tensors says what is wrong
-    found = _object(_object(header).get("__metadata__"))
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}  # no safetensors file, or a damaged one, of which reading the tensors says what is wrong
 
 
 def _origin(record: Mapping[str, Any]) -> Origin | None:

@@ -14,18 +14,17 @@ import numpy as np
 from jcrosslora.architectures.layer import layer_forward
 from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer, pad_right
+from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, Model, fast_dtype, load_model
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.errors import UsageError, not_finite, suggestion
-from jcrosslora.text import Prompt
-from jcrosslora.text.completion import prompt_text
+from jcrosslora.text import Prompt, prompt_text
 
 HIDDEN, SENTENCES, NOTHING = "hidden", "sentences", "none"
 _DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _SAFE_MAJOR = 6  # first major version of sentence-transformers that runs no code of a model in a local folder
+State = tuple[jax.Array, KVCache | None]
 _WIDTHS, _ROWS = (32, 64, 128), 8  # shapes (B, T): the fewer, the less to compile; further tokens are not read
 
 
@@ -52,9 +51,7 @@ def check_encoder(name: str) -> str:
 def open_encoder(name: str, base: BaseModel) -> Encoder:
     """Load an encoder by its full name, see `check_encoder`.
 
-    Raises:
-        UsageError: sentence-transformers is not installed, or does not have the model.
-        CheckpointError: the base cannot be read, or is not supported by the decoder.
+    Raises UsageError if it cannot be loaded, CheckpointError if the base cannot be read or the decoder lacks it.
     """
     if name == NOTHING:
         return NoEncoder()
@@ -65,18 +62,12 @@ def open_encoder(name: str, base: BaseModel) -> Encoder:
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """The mean of the base's residual stream after its middle layer, over the tokens of a prompt.
+    """The mean of the base's residual stream after its middle layer, over the tokens of a prompt."""
 
-    Attributes:
-        model: the base, for the embedding.
-        layers: the arrays of each layer up to the middle one.
-        name: of the base, for messages.
-    """
-
-    model: Model
+    model: Model  # for the embedding
     tokenizer: Tokenizer
-    layers: tuple[LayerWeights, ...]
-    name: str
+    layers: tuple[LayerWeights, ...]  # up to the middle one
+    name: str  # of the base, for messages
 
     @classmethod
     def of(cls, base: BaseModel) -> HiddenStates:
@@ -90,10 +81,7 @@ class HiddenStates:
         """Encode prompts, float32 (P, H), each row with a root mean square of 1.
 
         At most the first 128 tokens of a prompt are read, and the mean leaves out the first one: models keep large
-        numbers there that do not depend on the text.
-
-        Raises:
-            CheckpointError: the base's predictions are not finite.
+        numbers there that do not depend on the text. Raises CheckpointError if a state is not finite.
         """
         rows = [self.tokenizer.encode(prompt_text(prompt)).ids[: _WIDTHS[-1]] for prompt in prompts]
         found = np.zeros((len(rows), self.model.settings.hidden), np.float32)
@@ -124,12 +112,8 @@ def _embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
-    settings: DecoderSettings,
-    layer: LayerWeights,
-    mask: jax.Array,
-    before: tuple[jax.Array, KVCache | None],
-    inputs: jax.Array | None,
-) -> tuple[jax.Array, KVCache | None]:
+    settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, before: State, inputs: jax.Array | None
+) -> State:
     context = context_of(settings, *positions_of(mask, mask), inputs=inputs)
     return layer_forward(settings, layer, context, *before)[:2]
 
@@ -151,8 +135,7 @@ class SentenceEncoder:
     def __init__(self, model: str) -> None:
         """Load a model by its hub id or from its folder.
 
-        Raises:
-            UsageError: the package is missing or too old, or the model cannot be loaded or needs code of its files.
+        Raises UsageError if the package is missing or too old, or the model cannot be loaded or needs code of its own.
         """
         try:
             from sentence_transformers import SentenceTransformer, __version__
@@ -178,7 +161,7 @@ class SentenceEncoder:
 
 
 class NoEncoder:
-    """Makes empty vectors, for a shelf that is searched only by words or by certainty."""
+    """Makes empty vectors (P, 0), for a shelf that is searched only by words or by certainty."""
 
     def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return float32 (P, 0)."""

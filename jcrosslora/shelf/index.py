@@ -73,8 +73,7 @@ class Index:
     def create(cls, folder: Path, base: ShelfBase, encoder: str) -> Index:
         """Write an empty index, or open the one that another process has just written.
 
-        Raises:
-            OutputError: the folder holds something else, or cannot be written to.
+        Raises OutputError if the folder holds something else, or cannot be written to.
         """
         try:
             # A creation that was stopped leaves the folder of segments, or a part of the head.
@@ -94,11 +93,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> Index:
-        """Read the head and all entries, without vectors.
-
-        Raises:
-            UsageError: there is no shelf, it is damaged, or of another version.
-        """
+        """Read the head and all entries, without vectors; raise UsageError if there is no shelf, or a damaged one."""
         if not (folder / HEAD).is_file():
             msg = f"{folder}: is no shelf, it has no {HEAD}: make one with `jcrosslora shelf add {folder} --base BASE "
             raise UsageError(msg + "ADAPTER ...`")
@@ -121,11 +116,9 @@ class Index:
                 yield part, self._vectors(number, part)
 
     def change(self, fresh: Fresh, removed: Collection[str] = ()) -> Index:
-        """Put entries on the shelf, and take others off; changes that other processes made are kept.
+        """Put entries on the shelf, which replace those of equal names, and take others off by name.
 
-        Args:
-            fresh: they replace those of equal names.
-            removed: names of entries to take off.
+        Changes that other processes made are kept.
 
         Raises:
             OutputError: the folder cannot be written to, or another process has put another adapter of one of these

@@ -12,8 +12,8 @@ import numpy as np
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.records import left_out
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.checkpoint.hub import public_names
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model
 from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
@@ -25,7 +25,7 @@ from jcrosslora.shelf.shelf import Shelf, named
 from jcrosslora.text import Completion
 
 ALONE = "the base alone"
-FIGURE = "nll_per_char"
+_FIGURE = "nll_per_char"
 _TOP = 3
 
 
@@ -49,9 +49,7 @@ class Accuracy:
 def accuracy(found: Retrieved, wanted: Sequence[Collection[str]]) -> Accuracy:
     """Judge a search of P prompts.
 
-    Args:
-        found: the result of the search.
-        wanted: for each prompt the adapters of its task; empty if the base alone is right.
+    `wanted` are for each prompt the adapters of its task; none if the base alone is right.
 
     Raises:
         UsageError: another number of prompts, no prompt with an adapter, or a name that is not on the shelf.
@@ -115,23 +113,19 @@ def judge(
     how: str | Composition = "mixture",
     adapters: Sequence[str] = (),
     *,
-    top: int = 1,
-    by: str | None = None,
     max_new_tokens: int | None = None,
+    **search: Any,
 ) -> Judged:
     """Answer the examples of a task with the adapters that a shelf finds, and with the base and named adapters alone.
 
     The shelf is not told what task the examples are of.
 
+    `Shelf.compose` explains `how` and the search, `top` and `by`; `jcrosslora.answer` explains `max_new_tokens`.
+
     Args:
-        shelf: whose adapters answer.
         examples: at least one; questions with choices, of which the choices are scored, or others, which are answered
             in writing.
-        how: see `jcrosslora.compose`.
         adapters: names on the shelf, or other adapters of its base, for example the one of the task.
-        top: at most so many adapters for an example.
-        by: see `Shelf.search`.
-        max_new_tokens: see `jcrosslora.answer`.
 
     Raises:
         UsageError: see `Shelf.compose`, `jcrosslora.answer` and `jcrosslora.score`.
@@ -142,16 +136,15 @@ def judge(
     questions = [one for one in examples if isinstance(one, Question)]
     prompts = [as_completion(one).prompt for one in examples]
     loaded: dict[str, Any] = {"model": load_model(base, jnp.float32), "tokenizer": load_tokenizer(base)}
-    composed, weights = shelf.compose(prompts, how, top=top, by=by, **loaded)
+    composed, weights = shelf.compose(prompts, how, **search, **loaded)
     name = f"shelf ({how.name})"
-    figures: Answers | Scores
     if questions:
         figures = _with_scores(score(base, questions, opened, **loaded), questions, composed, weights, name)
-        values = figures.by_question(FIGURE)
+        values = figures.by_question(_FIGURE)
     else:
         answers = answer(base, examples, opened, max_new_tokens=max_new_tokens, **loaded)
         figures = _with_answers(answers, composed, weights, name)
-        values = figures.by_example(FIGURE)
+        values = figures.by_example(_FIGURE)
     used = Counter(name for row in weights for name, weight in zip(composed.names, row, strict=True) if weight)
     alone = int((~weights.any(axis=1)).sum())
     chosen = dict(used.most_common()) | ({ALONE: alone} if alone else {})
@@ -190,7 +183,7 @@ def _with_scores(
     ]
     rows, columns, completions = zip(*choices, strict=True)
     log_probs = np.full(found.log_probs.shape[1:], np.nan)
-    log_probs[list(rows), list(columns)] = composed.score(list(completions), weights=weights[list(rows)])
+    log_probs[rows, columns] = composed.score(completions, weights=weights[list(rows)])
     return replace(found, names=_second(found.names, name), log_probs=np.insert(found.log_probs, 1, log_probs, axis=0))
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import read_prompts
-from jcrosslora.text import Message, Prompt
-from jcrosslora.text.completion import COMPLETIONS, prompt_text
+from jcrosslora.text import COMPLETIONS, Message, Prompt, prompt_text
 
 SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
@@ -156,15 +155,9 @@ def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
 def labelled_prompts(
     labelled: Sequence[str], unrelated: str | Path | None, limit: int
 ) -> tuple[list[Prompt], list[tuple[str, ...]]]:
-    """Read prompts and the names of each one's adapters, none for unrelated ones.
+    """Read at most `limit` prompts of each file, and the names of each one's adapters, none for unrelated ones.
 
-    Args:
-        labelled: "NAME=FILE" or "NAME,NAME=FILE" each.
-        unrelated: a file of prompts of no adapter's task, or None.
-        limit: the most prompts of a file.
-
-    Raises:
-        UsageError: a label without a name or a file, or a file that cannot be read.
+    Labels are "NAME=FILE" or "NAME,NAME=FILE"; UsageError is raised for another form, or a file that cannot be read.
     """
     files: list[tuple[tuple[str, ...], str | Path]] = []
     for label in labelled:
@@ -173,8 +166,7 @@ def labelled_prompts(
             msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
             raise UsageError(msg)
         files.append((tuple(names.split(",")), file))
-    if unrelated is not None:
-        files.append(((), unrelated))
+    files += [] if unrelated is None else [((), unrelated)]
     read = [(spread(read_prompts(file), limit), names) for names, file in files]
     prompts = [prompt for each, _ in read for prompt in each]
     return prompts, [names for each, names in read for _ in each]

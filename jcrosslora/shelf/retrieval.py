@@ -21,8 +21,7 @@ import scipy.sparse
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.encoders import Encoder
 from jcrosslora.shelf.records import ShelfEntry
-from jcrosslora.text import Prompt
-from jcrosslora.text.completion import prompt_text
+from jcrosslora.text import Prompt, prompt_text
 
 _MISSED = 0.05  # share of an adapter's samples below its threshold
 _ENOUGH = 8  # samples from which an adapter gets a threshold; with fewer it takes that of the whole shelf

@@ -14,8 +14,7 @@ from safetensors.numpy import save
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import digest_of
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.models import with_own_template
@@ -25,8 +24,7 @@ from jcrosslora.shelf.index import Head, Index, split_samples
 from jcrosslora.shelf.records import ShelfEntry, spread
 from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means, thresholds_of
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
-from jcrosslora.text import Message, Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Message, Prompt, prompt_ids
 from jcrosslora.utils.files import regular_size, write_whole
 from jcrosslora.utils.progress import track
 
@@ -206,7 +204,10 @@ class CertaintyRetriever:
         """Return KL(with adapter || base), float64 (P,), over the last predictions of each prompt, in nats."""
         if not prompts:
             return np.zeros(0)
-        ids = [prompt_ids(source.tokenizer, _as_asked(prompt, entry)) for prompt in prompts]
+        # An adapter whose samples are conversations reads a text as the message of a user.
+        chats = any(not isinstance(one, str) for one in entry.samples)
+        asked = [(Message("user", one),) if chats and isinstance(one, str) else one for one in prompts]
+        ids = [prompt_ids(source.tokenizer, one) for one in asked]
         # The token after a prompt stands for the prediction of the answer's first token; its value does not matter.
         texts = [np.append(row, np.int32(0)) for row in ids]
         starts = [max(1, len(text) - _PREDICTIONS) for text in texts]
@@ -214,9 +215,3 @@ class CertaintyRetriever:
 
     def _scores(self, number: int, changes: np.ndarray) -> np.ndarray:
         return np.log(np.maximum(changes, _LEAST) / max(self._usual[number], _LEAST)).astype(np.float32)
-
-
-def _as_asked(prompt: Prompt, entry: ShelfEntry) -> Prompt:
-    """Read a text as the message of a user if the adapter's samples are conversations."""
-    chats = any(not isinstance(one, str) for one in entry.samples)
-    return (Message("user", prompt),) if chats and isinstance(prompt, str) else prompt

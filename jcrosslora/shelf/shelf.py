@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.adapter import Adapter, find_adapter, load_adapter
 from jcrosslora.cache.store import base_digest
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import describe_base
+from jcrosslora.checkpoint import BaseModel, describe_base, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf import records
@@ -57,7 +55,11 @@ class Shelf:
         if (self.folder / HEAD).is_file() or self._base is None:
             self._index = Index.open(self.folder)
         else:
-            self._index = Index.create(self.folder, _shelf_base(self.folder, self._base), name)
+            opened = self._base
+            ref = str(opened.path or opened.ref) if opened.revision is None else opened.ref
+            place, called = records.stored_place(self.folder, ref), public_name(opened.name) or opened.name
+            info = ShelfBase(called, place, base_digest(opened), opened.family.name, opened.revision)
+            self._index = Index.create(self.folder, info, name)
         if encoder is not None and name != self.encoder_name:
             msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
             raise UsageError(msg)
@@ -96,9 +98,7 @@ class Shelf:
     def base(self) -> BaseModel:
         """The base, opened when it is first used.
 
-        Raises:
-            CheckpointError: it is not where it was, or cannot be read.
-            UsageError: it is not the base of the shelf.
+        Raises CheckpointError if it is not where it was or cannot be read, UsageError if it is not that of the shelf.
         """
         if self._base is None:
             ref = opened_place(self.folder, self.info.place)
@@ -110,11 +110,7 @@ class Shelf:
         return self._base
 
     def entry(self, name: str) -> ShelfEntry:
-        """Return the index's entry of an adapter.
-
-        Raises:
-            UsageError: no adapter has this name.
-        """
+        """Return the index's entry of an adapter; raise UsageError if none has this name."""
         for entry in self._index.entries:
             if entry.name == name:
                 return entry
@@ -154,8 +150,7 @@ class Shelf:
             UsageError: no adapter has one of these names; then all stay on the shelf.
             OutputError: the shelf cannot be written to.
         """
-        several = [names] if isinstance(names, str) else list(names)
-        if gone := [self.entry(name).name for name in several]:
+        if gone := [self.entry(name).name for name in ([names] if isinstance(names, str) else names)]:
             self._index = self._index.change([], gone)
 
     def add(
@@ -220,8 +215,7 @@ class Shelf:
             UsageError: an unknown way to search, one that the shelf has no data for, or no prompt.
             CheckpointError: the base cannot be read.
         """
-        several = as_prompts(prompts)
-        if not several:
+        if not (several := as_prompts(prompts)):
             msg = f"{self.folder}: no prompt was given; give one or more"
             raise UsageError(msg)
         found = self.retriever(by)
@@ -312,9 +306,3 @@ def _check_base(base: BaseModel, folder: Path, info: ShelfBase) -> None:
         wanted = f"{info.name} ({info.digest[:19]}...)"
         msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {folder}, {wanted}: "
         raise UsageError(msg + "give that one, or make another shelf")
-
-
-def _shelf_base(folder: Path, base: BaseModel) -> ShelfBase:
-    ref = str(base.path or base.ref) if base.revision is None else base.ref
-    name = public_name(base.name) or base.name
-    return ShelfBase(name, records.stored_place(folder, ref), base_digest(base), base.family.name, base.revision)

@@ -160,10 +160,8 @@ def train_encoder(
 ) -> tuple[Tree, list[float]]:
     """Train on the samples of N adapters, vectors (m, D) each; return the parameters and the loss of each step.
 
-    `load` loads the weights of an adapter by its number, for each step; at most 1 GB of them is kept.
-
-    Raises:
-        UsageError: a setting is out of range, or a loss that is not finite.
+    `load` loads the weights of an adapter by its number, for each step; at most 1 GB of them is kept. Raises UsageError
+    if a setting is out of range, or a loss is not finite.
     """
     settings.check()
     schedule = optax.cosine_decay_schedule(settings.rate, settings.steps)
@@ -264,13 +262,10 @@ def train_weights(
     load: Callable[[int], Weights],
     settings: ProbeSettings,
 ) -> tuple[WeightVectors, list[float]]:
-    """Train an encoder on the adapters of a shelf that have samples.
+    """Train an encoder on the adapters of a shelf that have samples; there must be two.
 
     Returns the encoder with the vectors of all N adapters, and the loss of each step. `samples` are the vectors (m, D)
     of each adapter's samples, `means` has the whitening, and `load` loads the weights of an adapter by its number.
-
-    Raises:
-        UsageError: fewer than two adapters have samples, or a setting is out of range.
     """
     used = [number for number, vectors in enumerate(samples) if len(vectors)]
     if len(used) < 2:

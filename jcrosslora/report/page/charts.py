@@ -98,8 +98,7 @@ def pictures(contents: Contents) -> Iterator[Picture]:
 def report_sheet(contents: Contents, form: theme.Format) -> bytes:
     """Draw the sheet, and return the content of its file. The same contents give the same bytes.
 
-    Raises:
-        UsageError: there is no picture to draw, or matplotlib is not installed.
+    Raises UsageError if there is no picture to draw, or matplotlib is not installed.
     """
     found = list(pictures(contents))
     if not found:
@@ -183,10 +182,8 @@ def _draw_bars(evaluation: Evaluation, panels: list[Axes]) -> None:
         better = "lower" if shown.lower else "higher"
         axes.set_title(" \n ", linespacing=1.3)  # room for a title that begins at the edge of the picture
         edge = blended_transform_factory(axes.figure.transSubfigure, axes.transAxes)
-        title = axes.text(
-            0.01, 1.05, f"{shown.title}\n{better} is better", transform=edge, va="bottom", linespacing=1.3
-        )
-        title.set_in_layout(False)
+        words = f"{shown.title}\n{better} is better"
+        axes.text(0.01, 1.05, words, transform=edge, va="bottom", linespacing=1.3).set_in_layout(False)
 
 
 def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
@@ -206,8 +203,7 @@ def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
     axes.set_xticks(shown, [f"{curve[place][0]:,}" for place in shown])
     axes.set_xlabel("texts used for the fit so far")
     axes.set_ylabel("difference (nats)")
-    axes.tick_params(axis="x", labelsize=9)
-    axes.tick_params(axis="y", labelsize=9)
+    axes.tick_params(labelsize=9)
 
 
 def _draw_layer_map(report: TransferReport, panels: list[Axes]) -> None:

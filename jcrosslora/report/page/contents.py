@@ -14,11 +14,10 @@ import msgspec
 
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError, suggestion
-from jcrosslora.evaluate import Answers, Interval, Scores
-from jcrosslora.evaluate.output import answers_json, scores_json
+from jcrosslora.evaluate import Answers, Interval, Scores, answers_json, scores_json
 from jcrosslora.evaluate.score import Direction, word_of
 from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
-from jcrosslora.text.completion import COMPLETIONS
+from jcrosslora.text import COMPLETIONS
 
 _SHOWN = 10
 LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
@@ -78,17 +77,11 @@ class Roles:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was evaluated.
+    """A model that was evaluated."""
 
-    Attributes:
-        name: as the page shows it, without a folder.
-        part: what it stands for; of an adapter "other" until `Evaluation.with_parts` has said so.
-        figures: by their names, such as "exact" or "accuracy".
-    """
-
-    name: str
-    part: Part
-    figures: Mapping[str, Figure]
+    name: str  # as the page shows it, without a folder
+    part: Part  # of an adapter "other" until `Evaluation.with_parts` has said what it stands for
+    figures: Mapping[str, Figure]  # by their names, such as "exact" or "accuracy"
 
     @property
     def title(self) -> str:
@@ -103,24 +96,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures and answers of a base, which is first, and its adapters.
-
-    Attributes:
-        count: how many questions or examples there were.
-        written: whether they were answered in writing.
-        not_scored: what the figures leave out, one sentence each.
-        examples: some of the examples with the answers of all models, in their order.
-        trained: name of the adapter whose gain the shares in the figures are of; None if there are none.
-        guessed: whether the moved adapter is taken to be the one that is left, by whatever name.
-    """
+    """The figures and answers of a base, which is first, and its adapters."""
 
     models: tuple[Model, ...]
-    count: int
-    written: bool
-    not_scored: tuple[str, ...]
-    examples: tuple[Example, ...]
-    trained: str | None = None
-    guessed: bool = False
+    count: int  # of questions or examples
+    written: bool  # whether they were answered in writing
+    not_scored: tuple[str, ...]  # what the figures leave out, one sentence each
+    examples: tuple[Example, ...]  # some, with the answers of all models, in their order
+    trained: str | None = None  # the adapter whose gain the shares in the figures are of
+    guessed: bool = False  # whether the moved adapter is taken to be the one that is left, by whatever name
 
     def of_part(self, part: Part) -> Model | None:
         """Return the model that plays a part; None where there is none."""
@@ -162,16 +146,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a page shows; what is None or empty is left out of it.
-
-    Attributes:
-        texts: some of the texts that the update was fitted to, as far as the source wrote them itself.
-    """
+    """What a page shows; what is None or empty is left out of it."""
 
     name: str
     moved: TransferReport | None
     evaluation: Evaluation | None
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # some of those that the update was fitted to, as far as the source wrote them itself
 
 
 def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Roles()) -> Contents:
@@ -180,7 +160,6 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
     Args:
         folder: one that `jcrosslora transfer` wrote, or one with the output of `jcrosslora evaluate --json`, or both.
         answers: the output of `jcrosslora evaluate --json`; None takes the one in the folder, if there is one.
-        roles: which of the adapters evaluated is which.
 
     Raises:
         UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no adapter.
@@ -206,13 +185,9 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
 
 
 def contents_of(report: TransferReport, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
-    """Take a transfer and an evaluation that are in memory.
+    """Take a transfer, as `documents.published` returned it, and an evaluation of the target that are in memory.
 
-    The report is one that `documents.published` returned. The evaluation is of the target with adapters; `own` is the
-    name of the moved adapter, if it is among them.
-
-    Raises:
-        UsageError: a role names no adapter.
+    `own` is the name of the moved adapter, if it was evaluated. A role that names no adapter raises UsageError.
     """
     evaluation = None
     if answers is not None:

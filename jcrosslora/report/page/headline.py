@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.evaluate import Interval
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.evaluate.score import Direction
 from jcrosslora.report.page.contents import Contents, Evaluation, Figure, Model
@@ -197,10 +197,8 @@ def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
     if name is None:
         return ""
     before, after = (FIGURES[name].text(one.figures[name].value) for one in (evaluation.models[0], model))
-    sentence = (
-        f"Surprise at the right answers (lower is better): {before} without an adapter, {after} with the moved one."
-    )
-    return sentence + _share(evaluation, name)
+    figures = f"{before} without an adapter, {after} with the moved one."
+    return f"Surprise at the right answers (lower is better): {figures}{_share(evaluation, name)}"
 
 
 def _share(evaluation: Evaluation, name: str) -> str:

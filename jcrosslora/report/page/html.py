@@ -1,16 +1,21 @@
-"""The page: one HTML file that needs nothing but itself, section by section."""
+"""The page: one HTML file that needs nothing but itself, section by section.
+
+By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.resources import files
 
 from jcrosslora.report.page.charts import Picture, pictures
-from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
+from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Part, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
-from jcrosslora.report.page.theme import POLICY, STYLE
 from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
 from jcrosslora.utils.texts import html_table, html_text
 
+# A page that was made of texts of others loads nothing and runs nothing.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text
 _ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
@@ -24,26 +29,23 @@ _ITS_OWN = (
 _SHARE = "share of the trained adapter's gain"
 _EVALUATE = "jcrosslora evaluate --base TARGET --task FILE.jsonl --adapter DIR --show 10 --json > answers.json"
 _REPORT = "jcrosslora report DIR --answers answers.json"
-_TRAINED = (
-    "How much of what training brings: jcrosslora train TARGET --data TRAIN.jsonl --out trained, "
-    "evaluate the moved one with --trained trained, and report."
-)
-_RANDOM = (
-    "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, evaluate it "
-    "beside the moved one, and report with --random random."
-)
+_ABSENT: dict[Part, str] = {
+    "moved": "Which of the adapters is the moved one: jcrosslora report with --moved NAME.",
+    "trained": "How much of what training brings: jcrosslora train TARGET --data TRAIN.jsonl --out trained, "
+    "evaluate the moved one with --trained trained, and report.",
+    "random": "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, "
+    "evaluate it beside the moved one, and report with --random random.",
+}
 
 
 def report_page(contents: Contents) -> str:
     """Return the whole page; the same contents give the same bytes.
 
-    All texts are escaped. The page loads nothing, holds no script, and is light or dark as the reader's system is.
-
-    Raises:
-        UsageError: matplotlib is not installed.
+    All texts are escaped. The page loads nothing and holds no script. Raises UsageError without matplotlib.
     """
     title = html_text(_title(contents))
     drawn = {picture.name: _drawn(picture) for picture in pictures(contents)}
+    style = (files("jcrosslora") / "data" / "report.css").read_text(encoding="utf-8")
     evaluation, moved = contents.evaluation, contents.moved
     body = [
         f"<h1>{title}</h1>",
@@ -60,9 +62,9 @@ def report_page(contents: Contents) -> str:
     ]
     head = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
     ]
     return "\n".join([*head, *filter(None, body), "</main>\n</body>\n</html>\n"])
 
@@ -228,33 +230,20 @@ def _list(items: Iterable[str], kind: str = "", each: str = "") -> str:
 
 def _missing(contents: Contents) -> Iterator[str]:
     """Yield a sentence for each part that is left out: what it would show, and the command."""
-    if contents.evaluation is None:
+    evaluation, moved = contents.evaluation, contents.moved
+    if evaluation is None:
         yield f"Whether the adapter works, with answers before and after: {_EVALUATE}, then {_REPORT}."
-    else:
-        yield from _of_evaluation(contents.evaluation)
-    if contents.moved is None:
-        yield "How the adapter was made: jcrosslora report on the folder that jcrosslora transfer wrote."
-    else:
-        yield from _of_transfer(contents.moved)
-
-
-def _of_evaluation(evaluation: Evaluation) -> Iterator[str]:
-    if not evaluation.written:
+    elif not evaluation.written:
         yield "Answers before and after: evaluate a task that is answered in writing, see jcrosslora evaluate --help."
     elif not evaluation.examples:
         yield f"Answers before and after: {_EVALUATE}."
-    if len(evaluation.models) == 1:
+    if evaluation is not None and len(evaluation.models) == 1:
         yield f"Whether an adapter works: {_EVALUATE}."
+    elif evaluation is not None:
+        yield from (sentence for part, sentence in _ABSENT.items() if evaluation.of_part(part) is None)
+    if moved is None:
+        yield "How the adapter was made: jcrosslora report on the folder that jcrosslora transfer wrote."
         return
-    if evaluation.of_part("moved") is None:
-        yield "Which of the adapters is the moved one: jcrosslora report with --moved NAME."
-    if evaluation.of_part("trained") is None:
-        yield _TRAINED
-    if evaluation.of_part("random") is None:
-        yield _RANDOM
-
-
-def _of_transfer(moved: TransferReport) -> Iterator[str]:
     if len(moved.curve) < 2:
         yield f"A curve of the fit: method {moved.recipe.method} records none; distill does."
     if not any(layer is not None for layer in moved.layers):

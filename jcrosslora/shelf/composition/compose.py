@@ -13,19 +13,17 @@ from jax.typing import DTypeLike
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
 from jcrosslora.adapter.records import restrict
 from jcrosslora.cache.store import base_digest
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.checkpoint import BaseModel, SafetensorsFile, Tokenizer, load_tokenizer, open_base
 from jcrosslora.checkpoint.store import read_json_object
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, fast_dtype, load_model
 from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
-from jcrosslora.evaluate.examples import Example, read_examples
+from jcrosslora.evaluate import Example, read_examples
 from jcrosslora.shelf.composition.composed import ADAPTERS, ARRAYS, FACTS, FORM, Composed, digests_of
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter, Composition, module_names, stack_for
 from jcrosslora.shelf.composition.fit import mean_divergence
 from jcrosslora.shelf.composition.ways import COMPOSITIONS, SHARE, Stack, find_composition
-from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.training import TrainingSettings
 
 _WHY = "adapters are composed in the linear modules alone"
 
@@ -187,9 +185,8 @@ class Additions:
     def __str__(self) -> str:
         """A table: a row for each addition, a column for the texts of each adapter."""
         names = [Path(name).name for name in self.composed.names]
-        rows = [["KL on texts of", *names]]
-        for name, values in zip(names, self.kl, strict=True):
-            rows.append([f"+ {name}", *("" if np.isnan(value) else f"{value:.4f}" for value in values)])
+        cells = [["" if np.isnan(value) else f"{value:.4f}" for value in row] for row in self.kl]
+        rows = [["KL on texts of", *names], *([f"+ {name}", *row] for name, row in zip(names, cells, strict=True))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -207,8 +204,7 @@ def add_in_turn(
     After each addition the sum is trained to predict, on the texts of an adapter, what this adapter predicts alone.
 
     Args:
-        base: the model.
-        adapters: at least one of it, in the order in which they are added.
+        adapters: at least one of the base, in the order in which they are added.
         examples: for each adapter at least one, or the JSONL file of them.
         settings: of the training after each addition; the rate is a share of an update's magnitude.
         rehearse: whether the texts of earlier adapters are used again; False uses only those of the new one, as SD-LoRA
@@ -237,11 +233,9 @@ def add_in_turn(
 
 def _continued(grown: Composed, before: Composed) -> Composed:
     """Start from the magnitudes that earlier adapters have by now."""
-    arrays = {}
-    for role, one in grown.updates.roles.items():
-        shares = one.arrays[SHARE]
-        if role in before.updates.roles:
-            old = before.updates.roles[role].arrays[SHARE]
-            shares = shares.at[:, : old.shape[1]].set(old)
-        arrays[role] = {SHARE: shares}
+    shares = {role: one.arrays[SHARE] for role, one in grown.updates.roles.items()}
+    for role, one in before.updates.roles.items():
+        old = one.arrays[SHARE]
+        shares[role] = shares[role].at[:, : old.shape[1]].set(old)
+    arrays = {role: {SHARE: array} for role, array in shares.items()}
     return dataclasses.replace(grown, updates=grown.updates.with_arrays(arrays))

@@ -15,26 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, save_adapter, truncate_by_rule
 from jcrosslora.adapter.contents import safetensors_bytes
-from jcrosslora.adapter.save import save_adapter
-from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
+from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.cache.store import base_digest
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base import describe_base
+from jcrosslora.checkpoint import BaseModel, MappedFile, Tokenizer, describe_base
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.store import MappedFile
-from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.errors import OutputError, UsageError, not_finite
-from jcrosslora.evaluate.examples import Example, as_completion, read_examples
+from jcrosslora.evaluate import Example, read_examples
+from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.shelf.composition.composition import ComposedAdapter, Composition
 from jcrosslora.shelf.composition.fit import Trained, answer_log_probs, loss_and_gradient, sum_by_answer
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.text.reading import template_of
-from jcrosslora.training.batches import Batch, encode
-from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.training import Batch, TrainingSettings, encode
 from jcrosslora.training.run import train
 from jcrosslora.utils.files import atomic_folder, output_path
 from jcrosslora.utils.progress import track
@@ -105,10 +101,8 @@ class Composed:
             prompts: one or several: texts, which are continued as they are, or conversations,
                 [{"role", "content"}, ...], which are read in the base's chat template. Only the last 2,048 tokens of
                 each are read.
-            weights: see the class.
             max_new_tokens: the most tokens to write behind each prompt.
             temperature: 0 takes the likeliest token.
-            seed: of the sampling.
 
         Raises:
             UsageError: invalid weights, a number out of range, or a conversation that the template refuses.
@@ -128,9 +122,7 @@ class Composed:
     def score(self, examples: Sequence[Example] | str | Path, *, weights: Weights = None) -> np.ndarray:
         """Return the log-likelihood of each example's right answer, float64 (P,), nats.
 
-        Args:
-            examples: at least one, or the JSONL file of them (see `read_examples`).
-            weights: see the class.
+        `examples` are at least one, or the JSONL file of them (see `read_examples`).
 
         Raises:
             UsageError: no example, an answer without any token, or invalid weights.
@@ -160,14 +152,12 @@ class Composed:
         Base and adapters do not change. With all adapters active, the predictions on the answer of a text should be
         those of the adapter that the text belongs to: the loss is the mean KL divergence from them. No labels are
         needed; the texts may be what each adapter writes itself (`generate` with weights 1 for it and 0 for others).
+        Returns the trained composition; this one does not change.
 
         Args:
             examples: for each adapter, in order, examples or the JSONL file of them (see `read_examples`); an empty
                 list for an adapter without any.
             settings: of the training; rank, alpha and modules are not used. `RATE` is ten times that of a LoRA.
-
-        Returns:
-            The trained composition; this one does not change.
 
         Raises:
             UsageError: a composition without anything to train, settings out of range, another number of entries than
@@ -199,10 +189,8 @@ class Composed:
         Of `mixture`, `uniform` and `stack` the ranks add up; `fusion` has the rank of one, and `select` is the adapter
         itself.
 
-        Args:
-            weights: (N,), see the class.
-            out_rank: cuts every update to its best approximation of a lower rank: a rank, a share of its energy such as
-                0.99, or "auto". `info.read_as` and `info.lost` say what that loses.
+        `weights` are (N,). `out_rank` cuts every update to its best approximation of a lower rank: a rank, a share of
+        its energy such as 0.99, or "auto"; `info.read_as` and `info.lost` say what that loses.
 
         Raises:
             UsageError: invalid weights or rank, or a composition that depends on the text.
@@ -220,18 +208,11 @@ class Composed:
         return dataclasses.replace(adapter, info=info)
 
     def save_adapter(
-        self,
-        out: str | Path,
-        weights: Weights = None,
-        *,
-        out_rank: RankRule | None = None,
-        overwrite: bool = False,
+        self, out: str | Path, weights: Weights = None, *, out_rank: RankRule | None = None, overwrite: bool = False
     ) -> Adapter:
         """Write `as_adapter` as a PEFT folder that engines read; returns the adapter.
 
-        Raises:
-            UsageError: see `as_adapter`.
-            OutputError: the folder exists already, or cannot be written.
+        Raises OutputError if the folder exists already, or cannot be written.
         """
         adapter = self.as_adapter(weights, out_rank=out_rank)
         save_adapter(adapter, out, base=describe_base(self.base, digest=""), overwrite=overwrite)
@@ -244,8 +225,7 @@ class Composed:
             composition.safetensors    MODULE.ARRAY -> float32, of every module that any adapter updates, if trained
             adapters/0, adapters/1     PEFT folders, so that nothing else is needed but the base
 
-        Raises:
-            OutputError: the folder exists already, or cannot be written.
+        Raises OutputError if the folder exists already, or cannot be written.
         """
         out = output_path(Path(out))
         if os.path.lexists(out):
@@ -300,8 +280,7 @@ class _ComposedGenerator(Generator):
 def _shares_of(how: Composition, weights: Weights, prompts: Sequence[Prompt], count: int) -> np.ndarray:
     """Return the shares of N adapters for each of P prompts, float32 (P, N), see `Composition.shares`.
 
-    Raises:
-        UsageError: weights of another shape, one that is negative or not finite, or none if the composition needs them.
+    Raises UsageError for another shape, a weight that is negative or not finite, or none if the composition needs them.
     """
     if weights is None and how.needs_weights and count > 1:
         msg = f"{how.name} with {count} adapters and no weights: give a weight of each, such as 1 for the one to use "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures import ROLE_PATHS
 from jcrosslora.architectures.ops import linear
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import stack_adapters

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder import Model, divergence, forward, target_log_probs
-from jcrosslora.evaluate.examples import Example
+from jcrosslora.evaluate import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
-from jcrosslora.training.batches import Batch, Encoded, encode, make_batch, rounded
+from jcrosslora.training import Batch, Encoded, encode, make_batch
+from jcrosslora.training.batches import rounded
 
 _ROWS = 8
 _LOGITS_AT_ONCE = 128

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
-from jcrosslora.adapter.combining import add_adapters
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, add_adapters
 from jcrosslora.architectures.ops import einsum, layer_norm, linear
 from jcrosslora.errors import AdapterError, UsageError, suggestion
 from jcrosslora.shelf.composition.composition import (
