@@ -22,8 +22,7 @@ from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf import accuracy
 from jcrosslora.shelf.encoders import HiddenStates, check_encoder, open_encoder
-from jcrosslora.shelf.retrieval import fit_means, similarity_to_others, thresholds_of
-from jcrosslora.shelf.searching import WordRetriever
+from jcrosslora.shelf.retrieval import WordRetriever, fit_means, similarity_to_others, thresholds_of
 from jcrosslora.text import Message
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.text.reading import prompt_ids

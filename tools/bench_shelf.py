@@ -16,8 +16,8 @@ import numpy as np
 
 from jcrosslora.shelf import SAMPLES, ShelfBase, ShelfEntry
 from jcrosslora.shelf.index import SEGMENT, Index
-from jcrosslora.shelf.retrieval import MeanVectors, fit_means
-from jcrosslora.shelf.searching import WordRetriever, find_arrays, keep_arrays
+from jcrosslora.shelf.retrieval import MeanVectors, WordRetriever, fit_means
+from jcrosslora.shelf.searching import find_arrays, keep_arrays
 
 WORDS = 5000
 

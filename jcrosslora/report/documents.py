@@ -1,7 +1,5 @@
 """The files of a moved adapter: its recipe, its report and its model card (README.md), without local paths."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

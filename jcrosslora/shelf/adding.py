@@ -1,7 +1,5 @@
 """Find adapters below a folder, read what the index says of each, and put them on a shelf."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -22,16 +20,7 @@ from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.report import REPORT
 from jcrosslora.shelf.index import Fresh
-from jcrosslora.shelf.records import (
-    Added,
-    Origin,
-    Refused,
-    Sample,
-    ShelfEntry,
-    is_there,
-    stored_place,
-    written_samples,
-)
+from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place, written_samples
 from jcrosslora.utils.files import read_small, read_small_text
 from jcrosslora.utils.progress import track
 
@@ -169,13 +158,13 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
     """
     files = find_adapter(found.ref)
     record = _read_record(files)
-    stated = _digest(record.get("target"))
+    stated = _text(record, "target", "digest")
     if stated is not None and stated != info.digest:
-        name = record["target"].get("name")
-        msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
+        msg = f"is of another base by its own record: {record['target'].get('name')} ({stated[:19]}...), and the shelf is of {info.name} "
         raise AdapterError(msg + f"({info.digest[:19]}...)")
     adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
     fit_to_base(adapter, info)
+    origin = (("adapter", "name"), ("source", "name"), ("source", "digest"), ("recipe", "method"))
     entry = ShelfEntry(
         name=found.name,
         place=place,
@@ -186,8 +175,8 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         rank=largest_rank(adapter),
         modules=len(adapter.modules),
         size=files.weights.stat().st_size,
-        origin=_origin(record),
-        verdict=_text(_object(record.get("verdict")).get("level")),
+        origin=Origin(*(_text(record, *keys) for keys in origin)) if isinstance(record.get("recipe"), dict) else None,
+        verdict=_text(record, "verdict", "level"),
         effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
         licence=stated_licences(files).get("licence"),
     )
@@ -215,10 +204,10 @@ def _read_record(files: AdapterFiles) -> dict[str, Any]:
 
     The header overrides the report, which may belong to other weights.
     """
-    try:
-        found = _object(json.loads(read_small_text(files.weights.parent / REPORT)))
-    except (OSError, ValueError, RecursionError):
-        found = {}
+    found: Any = {}
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(read_small_text(files.weights.parent / REPORT))
+    found = found if isinstance(found, dict) else {}
     for key, value in _metadata(files.weights).items():
         name = key.removeprefix("jcrosslora.")
         if name != key and name != "version":
@@ -235,22 +224,8 @@ def _metadata(path: Path) -> Mapping[str, str]:
         return {}  # no safetensors file, or a damaged one, of which reading the tensors says what is wrong
 
 
-def _origin(record: Mapping[str, Any]) -> Origin | None:
-    if not isinstance(record.get("recipe"), dict):
-        return None
-    adapter, base = _object(record.get("adapter")), _object(record.get("source"))
-    method = _text(record["recipe"].get("method"))
-    return Origin(_text(adapter.get("name")), _text(base.get("name")), _digest(base), method)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _digest(value: Any) -> str | None:
-    found = _object(value).get("digest")
-    return found if isinstance(found, str) and found else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _text(record: Any, *keys: str) -> str | None:
+    """Return a text inside nested objects; None if it is not there, empty, or no text."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record if isinstance(record, str) and record else None

@@ -1,7 +1,5 @@
 """Encoders of prompts: the lower half of the base, a model of sentence-transformers, or none."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +68,7 @@ class HiddenStates:
     name: str  # of the base, for messages
 
     @classmethod
-    def of(cls, base: BaseModel) -> HiddenStates:
+    def of(cls, base: BaseModel) -> "HiddenStates":
         """Load a base; raise CheckpointError if it cannot be read or the decoder does not support it."""
         tokenizer, model = load_tokenizer(base), load_model(base, fast_dtype())
         count = max(1, base.dims.layers // 2)

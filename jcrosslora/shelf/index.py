@@ -7,8 +7,6 @@ process that is stopped at any moment, sees the index before or after the change
 noticed when it is read. An index of an earlier version has none, and gets them with its next change.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -70,7 +68,7 @@ class Index:
         return tuple(entry for part in self.parts for entry in part)
 
     @classmethod
-    def create(cls, folder: Path, base: ShelfBase, encoder: str) -> Index:
+    def create(cls, folder: Path, base: ShelfBase, encoder: str) -> "Index":
         """Write an empty index, or open the one that another process has just written.
 
         Raises OutputError if the folder holds something else, or cannot be written to.
@@ -92,7 +90,7 @@ class Index:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> Index:
+    def open(cls, folder: Path) -> "Index":
         """Read the head and all entries, without vectors; raise UsageError if there is no shelf, or a damaged one."""
         if not (folder / HEAD).is_file():
             msg = f"{folder}: is no shelf, it has no {HEAD}: make one with `jcrosslora shelf add {folder} --base BASE "
@@ -115,7 +113,7 @@ class Index:
             if part:
                 yield part, self._vectors(number, part)
 
-    def change(self, fresh: Fresh, removed: Collection[str] = ()) -> Index:
+    def change(self, fresh: Fresh, removed: Collection[str] = ()) -> "Index":
         """Put entries on the shelf, which replace those of equal names, and take others off by name.
 
         Changes that other processes made are kept.
@@ -132,7 +130,7 @@ class Index:
         except OSError as error:
             raise _not_written(self.folder, error) from error
 
-    def _reopened(self, fresh: Fresh) -> Index:
+    def _reopened(self, fresh: Fresh) -> "Index":
         """Read what another process has made of the index."""
         now = Index.open(self.folder)
         old, new = ({entry.name: entry.place for entry in index.entries} for index in (self, now))
@@ -143,7 +141,7 @@ class Index:
             raise OutputError(msg)
         return now
 
-    def _changed(self, fresh: Fresh, left_out: Collection[str]) -> Index:
+    def _changed(self, fresh: Fresh, left_out: Collection[str]) -> "Index":
         kept, items, digests = [], [], {}
         for number, part in zip(self.head.segments, self.parts, strict=True):
             open_ended = number == self.head.segments[-1] and len(part) < SEGMENT

@@ -1,7 +1,5 @@
 """How often a search finds the right adapter, and how well a shelf answers compared with the base and its adapters."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ Hidden states of a base lie in a narrow cone, in which all cosines are near 1: t
 covariance within the adapters' samples, shrunk towards a multiple of the identity.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Open the ways to search a shelf, keep the arrays that they derive from the index, and search by certainty."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`Shelf`: a folder of adapters of one base; add adapters to it, search it, and run what is found."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import suppress

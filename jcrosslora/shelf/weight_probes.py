@@ -7,8 +7,6 @@ adapters, L layers of a role, p probes of a module, d width of the transformer, 
 prompt's vector.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -220,7 +218,7 @@ class WeightVectors:
         return named | {_PARAMETER + name: np.asarray(value) for name, value in self.parameters.items()}
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors | None:
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "WeightVectors | None":
         """Undo `arrays`; None if they are not of this form."""
         others = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
         rest = arrays.keys() - others.keys()
@@ -228,7 +226,7 @@ class WeightVectors:
         wanted = {field.name for field in fields(cls)} - {"parameters"}
         return cls(parameters=parameters, **others) if parameters and others.keys() == wanted else None
 
-    def with_vectors(self, entries: Sequence[ShelfEntry], load: Callable[[int], Weights]) -> WeightVectors:
+    def with_vectors(self, entries: Sequence[ShelfEntry], load: Callable[[int], Weights]) -> "WeightVectors":
         """Add the vectors of adapters that have none."""
         known = {digest.tobytes() for digest in self.digests}
         lacking = [number for number, entry in enumerate(entries) if _bytes(entry) not in known]

@@ -1,7 +1,5 @@
 """What a page is made from: a transfer, an evaluation, which adapter is which, and the update in each layer."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -110,7 +108,7 @@ class Evaluation:
         """Return the model that plays a part; None where there is none."""
         return next((model for model in self.models if model.part == part), None)
 
-    def with_parts(self, roles: Roles, own: str) -> Evaluation:
+    def with_parts(self, roles: Roles, own: str) -> "Evaluation":
         """Say which adapter is which; raise UsageError if there is no such adapter, or one has two parts.
 
         `own` is what the moved adapter is called if no name of it was given. If there is none of this name either, one

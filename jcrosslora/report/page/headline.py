@@ -1,7 +1,5 @@
 """What the figures of an evaluation say: how they are named and written, and the verdict of the page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 
