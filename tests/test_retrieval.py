@@ -16,16 +16,12 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import retrieve
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_model, logits
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf import accuracy
-from jcrosslora.shelf.encoders import HiddenStates, check_encoder, open_encoder
-from jcrosslora.shelf.retrieval import WordRetriever, fit_means, similarity_to_others, thresholds_of
-from jcrosslora.text import Message
-from jcrosslora.text.completion import prompt_text
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.shelf import accuracy, encoders, retrieval, searching
+from jcrosslora.text import Message, prompt_ids, prompt_text
 
 UNRELATED = ["Peter and Anna", "Plants need light", "naïve readers say where"]
 
@@ -59,7 +55,7 @@ def test_scores_are_cosines_in_the_metric_of_the_shrunk_covariance():
     rng = np.random.default_rng(0)
     vectors = clusters(rng, 10, 6, 2.0, 3.0, 4.0).astype(np.float32)
     parts = [(of_samples(10, 0), vectors[:10]), (of_samples(10, 10), vectors[10:]), (of_samples(0), np.zeros((0, 0)))]
-    fitted = fit_means(lambda: parts)
+    fitted = retrieval.fit_means(lambda: parts)
     means = vectors.reshape(3, 10, 6).mean(axis=1, dtype=np.float64)
     centred = (vectors.reshape(3, 10, 6) - means[:, None]).reshape(30, 6)
     scatter, shrink = centred.T @ centred, 6 / (6 + 27)
@@ -77,7 +73,9 @@ def test_scores_are_cosines_in_the_metric_of_the_shrunk_covariance():
 def test_95_percent_of_new_prompts_of_a_task_are_accepted_though_the_samples_are_few_beside_the_width():
     rng = np.random.default_rng(1)
     width, means = 96, (3.0, 4.0, 5.0, 6.0)
-    fitted = fit_means(lambda: [(of_samples(*(24,) * 4), clusters(rng_of(), 24, width, *means).astype(np.float32))])
+    fitted = retrieval.fit_means(
+        lambda: [(of_samples(*(24,) * 4), clusters(rng_of(), 24, width, *means).astype(np.float32))]
+    )
     new = clusters(rng, 200, width, *means).reshape(4, 200, width)
     accepted = [(fitted.scores(part)[:, place] >= fitted.thresholds[place]).mean() for place, part in enumerate(new)]
     assert 0.85 < np.mean(accepted) <= 1
@@ -90,7 +88,7 @@ def rng_of():
 def test_the_similarity_of_a_vector_to_the_others_is_that_without_it():
     rows = np.random.default_rng(3).normal(size=(5, 4))
     total = rows.sum(axis=0)
-    found = similarity_to_others(rows @ total, (rows**2).sum(axis=1), total @ total)
+    found = retrieval.similarity_to_others(rows @ total, (rows**2).sum(axis=1), total @ total)
     for place, row in enumerate(rows):
         others = np.delete(rows, place, axis=0).mean(axis=0)
         assert found[place] == pytest.approx(row @ others / np.linalg.norm(row) / np.linalg.norm(others))
@@ -98,15 +96,15 @@ def test_the_similarity_of_a_vector_to_the_others_is_that_without_it():
 
 def test_a_threshold_leaves_out_a_twentieth_and_few_samples_take_that_of_the_shelf():
     many, few = np.linspace(0, 1, 41), np.array([0.9, 0.9])
-    found = thresholds_of([many, few, np.zeros(0)])
+    found = retrieval.thresholds_of([many, few, np.zeros(0)])
     assert found[0] == pytest.approx(0.05)
     np.testing.assert_allclose(found[1:], np.quantile(np.concatenate([many, few]), 0.05), rtol=1e-6)
-    assert np.isinf(thresholds_of([np.zeros(0)])).all()
+    assert np.isinf(retrieval.thresholds_of([np.zeros(0)])).all()
 
 
 def test_words_are_weighed_as_scikit_learn_weighs_them():
     texts = [["a cat sat", "A cat ran"], ["the dog ran ran"], []]
-    retriever = WordRetriever([SimpleNamespace(samples=tuple(part)) for part in texts])
+    retriever = retrieval.WordRetriever([SimpleNamespace(samples=tuple(part)) for part in texts])
     # By hand: columns a, cat, sat, ran, the, dog; smooth idf over 3 samples; all vectors of length 1.
     counts = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 2, 1, 1]], float)
     idf = np.log(4 / (1 + (counts > 0).sum(axis=0))) + 1
@@ -121,7 +119,7 @@ def test_words_are_weighed_as_scikit_learn_weighs_them():
 
 
 def test_hidden_states_are_the_mean_behind_the_middle_layer_whatever_stands_beside(base):
-    encoder = HiddenStates.of(base)
+    encoder = encoders.HiddenStates.of(base)
     texts = ["Water boils at 100 degrees.", "The fox"]
     found = encoder.encode(texts)
     ours = load_model(base, encoder.model.params.embedding.dtype)
@@ -152,11 +150,9 @@ def test_prompts_find_their_adapter_and_others_find_none(shelf, by):
 
 
 def test_a_shelf_is_searched_from_what_was_kept_and_a_change_makes_it_anew(shelf, monkeypatch):
-    from jcrosslora.shelf import searching as module
-
     calls = []
-    real = module.fit_means
-    monkeypatch.setattr(module, "fit_means", lambda blocks: calls.append(0) or real(blocks))
+    real = searching.fit_means
+    monkeypatch.setattr(searching, "fit_means", lambda blocks: calls.append(0) or real(blocks))
     fresh = jcl.Shelf(shelf.folder)
     (shelf.folder / "text.safetensors").unlink(missing_ok=True)
     first = fresh.search(NEW["fox"])
@@ -197,13 +193,13 @@ def test_accuracy_counts_tasks_of_several_adapters_and_adapters_for_unrelated_pr
 
 
 def test_encoders_are_checked_by_name_and_the_extra_is_named(base, monkeypatch):
-    assert check_encoder("sentences:some/model") == "sentences:some/model"
-    assert check_encoder("sentences").startswith("sentences:sentence-transformers/")
+    assert encoders.check_encoder("sentences:some/model") == "sentences:some/model"
+    assert encoders.check_encoder("sentences").startswith("sentences:sentence-transformers/")
     with pytest.raises(UsageError, match="did you mean 'hidden'"):
-        check_encoder("hiden")
+        encoders.check_encoder("hiden")
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(UsageError, match=r"install jcrosslora\[sentences\]"):
-        open_encoder("sentences:x/y", base)
+        encoders.open_encoder("sentences:x/y", base)
 
 
 def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
@@ -216,7 +212,7 @@ def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
 
     package = SimpleNamespace(SentenceTransformer=Model, __version__="6.2.0")
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
-    found = open_encoder("sentences:x/y", base).encode(["ab", (Message("user", "abc"),)])
+    found = encoders.open_encoder("sentences:x/y", base).encode(["ab", (Message("user", "abc"),)])
     np.testing.assert_allclose(found, [[np.sqrt(2), 0]] * 2, rtol=1e-6)
 
 
@@ -229,7 +225,7 @@ def test_sentence_encoders_with_code_of_their_own_are_refused(base, monkeypatch)
         package = SimpleNamespace(SentenceTransformer=model, __version__=version)
         monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
         with pytest.raises(UsageError, match=said):
-            open_encoder("sentences:./own", base)
+            encoders.open_encoder("sentences:./own", base)
 
 
 def test_a_shelf_finds_its_sentence_encoder_where_both_have_moved_to(base, tmp_path, monkeypatch):

@@ -15,13 +15,6 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, save_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf import ProbeSettings, weight_probes
-from jcrosslora.shelf.weight_probes import (
-    adapter_weights,
-    contrastive_loss,
-    encode_texts,
-    encode_weights,
-    first_parameters,
-)
 from jcrosslora.text import COMPLETIONS, completion_lines
 
 
@@ -51,12 +44,12 @@ def variant(base, task: int, seed: int) -> Adapter:
 
 
 def test_a_probe_is_normed_behind_the_update_and_neither_gauge_nor_size_nor_padding_matter(base, monkeypatch):
-    adapter, parameters = variant(base, 0, 0), first_parameters(base, 8, 0)
+    adapter, parameters = variant(base, 0, 0), weight_probes.first_parameters(base, 8, 0)
     seen = []
     real = weight_probes._normed
     monkeypatch.setattr(weight_probes, "_normed", lambda x: seen.append(real(x)) or seen[-1])
-    weights = adapter_weights(adapter, base, 2)
-    encoded = encode_weights(parameters, weights)
+    weights = weight_probes.adapter_weights(adapter, base, 2)
+    encoded = weight_probes.encode_weights(parameters, weights)
     role = list(weights).index("down_proj")
     one = adapter.modules["model.layers.1.mlp.down_proj"]
     e = np.asarray(parameters["probe.down_proj"], np.float64)[1] @ np.asarray(one.a, np.float64).T @ one.b.T
@@ -70,20 +63,22 @@ def test_a_probe_is_normed_behind_the_update_and_neither_gauge_nor_size_nor_padd
             for name, each in adapter.modules.items()
         }
     )
-    np.testing.assert_allclose(encode_weights(parameters, adapter_weights(turned, base, 5)), encoded, atol=1e-4)
+    np.testing.assert_allclose(
+        weight_probes.encode_weights(parameters, weight_probes.adapter_weights(turned, base, 5)), encoded, atol=1e-4
+    )
 
 
 def test_the_loss_is_the_symmetric_cross_entropy_of_torch(base):
     torch = pytest.importorskip("torch")
-    parameters = first_parameters(base, 8, 0)
-    stacks = [adapter_weights(variant(base, task, 0), base, 2) for task in range(3)]
+    parameters = weight_probes.first_parameters(base, 8, 0)
+    stacks = [weight_probes.adapter_weights(variant(base, task, 0), base, 2) for task in range(3)]
     weights = {role: tuple(np.stack([one[role][side] for one in stacks]) for side in (0, 1)) for role in stacks[0]}
     texts = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    adapters = np.stack([np.asarray(jax.jit(encode_weights)(parameters, one)) for one in stacks])
-    scores = 10 * torch.tensor(np.asarray(encode_texts(parameters, jnp.asarray(texts))) @ adapters.T)
+    adapters = np.stack([np.asarray(jax.jit(weight_probes.encode_weights)(parameters, one)) for one in stacks])
+    scores = 10 * torch.tensor(np.asarray(weight_probes.encode_texts(parameters, jnp.asarray(texts))) @ adapters.T)
     loss = torch.nn.functional.cross_entropy
     wanted = (loss(scores, torch.arange(3)) + loss(scores.T, torch.arange(3))) / 2
-    found = jax.jit(contrastive_loss)(parameters, weights, jnp.asarray(texts))
+    found = jax.jit(weight_probes.contrastive_loss)(parameters, weights, jnp.asarray(texts))
     assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
 

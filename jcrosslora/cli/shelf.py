@@ -228,8 +228,7 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Train, and print the loss at the beginning and the end."""
-        from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.weight_probes import ProbeSettings
+        from jcrosslora.shelf import ProbeSettings, Shelf
 
         settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
         losses = Shelf(self.folder, self.base).train_probes(settings)
@@ -258,9 +257,7 @@ class Evaluate:
 
     def run(self, console: Console) -> None:
         """Print a row for each way to search."""
-        from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.judging import accuracy
-        from jcrosslora.shelf.records import labelled_prompts
+        from jcrosslora.shelf import Shelf, accuracy, labelled_prompts
 
         prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
         shelf = Shelf(self.folder, self.base)

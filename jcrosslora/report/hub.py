@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from jcrosslora.report.upload import collect
 from jcrosslora.utils.texts import safe_line
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelInfo
 
 _BASE_FILES = {"config.json", SINGLE, INDEX}
 _ADAPTER_WEIGHTS = {WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, PICKLE}
@@ -65,26 +65,26 @@ def push_folder(
     token: str | None = None,
 ) -> Pushed:
     """Upload an adapter's folder as one commit, see `jcrosslora.push_to_hub`."""
+    from huggingface_hub import CommitOperationAdd
+
     upload = collect(folder, base_model=base_model, with_completions=with_completions)
     repository = Repository.of(repo_id, private=private, token=token)
     found = repository.look()
-    if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & found.files)):
+    if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & _names(found))):
         # The configuration of this adapter would not fit them.
         msg = f"{repo_id}: holds {others[0]}, which does not go with {upload.weights} of this adapter: remove it "
         raise OutputError(msg + "there, or choose another name")
     what = "Adapter moved by jcrosslora" if REPORT in upload.files else "Adapter uploaded by jcrosslora"
-    url, commit = repository.send(upload.files, what, create=found is None)
+    with repository.client() as api:
+        if found is None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        # Other files there stay, equal ones are not sent again; if all are there already, the commit is the last one.
+        added = [CommitOperationAdd(name, content) for name, content in upload.files.items()]
+        commit = api.create_commit(repo_id, added, commit_message=what).oid
+        url = f"{api.endpoint}/{repo_id}"
     stays = ("the repository was private and stays so; its settings page makes it public",)
     notes = (*upload.notes, *(stays if found is not None and found.private and not private else ()))
     return Pushed(url, commit, tuple(upload.files), upload.base_model, notes)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A repository that is there already, and the names of its files."""
-
-    private: bool
-    files: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Repository:
             raise UsageError(msg)
         return cls(repo_id, private, found)
 
-    def look(self) -> Found | None:
+    def look(self) -> ModelInfo | None:
         """Return what is there already, None if there is no such repository yet.
 
         Raises OutputError if it is public where a private one is wanted, holds a base model, or the hub refuses.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        with self._client() as api:
+        with self.client() as api:
             try:
                 info = api.model_info(self.repo_id)
             except RepositoryNotFoundError as error:
@@ -133,33 +133,23 @@ class Repository:
         if self.private and not info.private:
             msg = f"{self.repo_id}: is there already and is public, a private one was wanted: allow it with --public "
             raise OutputError(msg + "(private=False), or choose another name")
-        names = frozenset(file.rfilename for file in info.siblings or ())
+        names = _names(info)
         if CONFIG not in names and (of_base := sorted(_BASE_FILES & names)):
             msg = f"{self.repo_id}: holds a base model ({of_base[0]}), whose card would be lost: choose another name"
             raise OutputError(msg)
-        return Found(bool(info.private), names)
-
-    def send(self, files: Mapping[str, Path | bytes], message: str, *, create: bool) -> tuple[str, str]:
-        """Upload files, by path or content, as one commit. Other files there stay, equal ones are not sent again.
-
-        Returns the address of the repository and the commit, which is the last one if all files were there already.
-        """
-        from huggingface_hub import CommitOperationAdd
-
-        with self._client() as api:
-            if create:
-                api.create_repo(self.repo_id, private=self.private, exist_ok=True)
-            added = [CommitOperationAdd(name, content) for name, content in files.items()]
-            made = api.create_commit(self.repo_id, added, commit_message=message)
-            return f"{api.endpoint}/{self.repo_id}", made.oid
+        return info
 
     @contextmanager
-    def _client(self) -> Iterator[HfApi]:
+    def client(self) -> Iterator[HfApi]:
         """Provide the hub's client, with its errors as ours."""
         from huggingface_hub import HfApi
 
         with _quiet(), _refusals(self.repo_id):
             yield HfApi(token=self.token, library_name="jcrosslora")
+
+
+def _names(info: ModelInfo) -> set[str]:
+    return {file.rfilename for file in info.siblings or ()}
 
 
 def check_repo_id(repo_id: str) -> None:

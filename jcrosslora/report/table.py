@@ -1,4 +1,4 @@
-"""Judge a moved adapter in one sentence, and show the diagnostics of a transfer in a terminal or a notebook."""
+"""Judge a moved adapter in one sentence, and show the diagnostics of a transfer in a terminal."""
 
 import math
 import re
@@ -8,20 +8,15 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.relation.pairing import SIMILAR
-from jcrosslora.report.record import Row, TransferReport, Verdict, cut, spread, weighted
+from jcrosslora.report.record import Row, TransferReport, Verdict, weighted
 from jcrosslora.utils.terminal import say
-from jcrosslora.utils.texts import html_table, html_text
 
 TableKind = Literal["role", "full", "module"]
 # Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.
 _DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
-_TEXTS = 5  # shown in a notebook, evenly spread
-_GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
-_COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
 # Below the first limit there is no effect, below the second a weak one. Ratios are to chance: independently trained
 # models measure 1.0 to 1.3, related ones in the tens and hundreds. Cosines are those of the weights themselves:
 # unrelated models measure below 0.02, a further-trained base above 0.9.
@@ -60,35 +55,6 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
     for line in _notes(report):
         say(console, line)
     say(console, f"verdict: {report.verdict.text}", style="bold")
-
-
-def result_html(report: TransferReport, texts: Sequence[str]) -> str:
-    """Return the result of a transfer as inline HTML with all text escaped; local paths are in it.
-
-    A few of the texts of the fit are shown.
-    """
-    found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
-    colour = _COLOURS.get(found.level, _BAD)
-    sentences = [f"Method {report.recipe.method}" + (f", because {report.choice}" if report.choice else "") + "."]
-    sentences += [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
-    parts = [
-        f"<b>{html_text('{}: {} to {}'.format(*names))}</b>",
-        f'<div style="border-left:4px solid {colour};padding:2px 8px;margin:6px 0">'
-        f"<b>{html_text(found.level)}</b>: {html_text(found.text)}</div>",
-        *(f"<div>{html_text(sentence)}</div>" for sentence in sentences),
-        html_table(role_rows(report), "Diagnostics"),
-        html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
-        _listed("Warnings", report.warnings),
-        _listed("Text that it was made on", [cut(text) for text in spread(texts, _TEXTS)]),
-    ]
-    return f"<div>{''.join(parts)}</div>"
-
-
-def _listed(title: str, items: Sequence[str]) -> str:
-    if not items:
-        return ""
-    lines = "".join(f'<li style="white-space:pre-wrap">{html_text(item)}</li>' for item in items)
-    return f"<details><summary>{html_text(title)} ({len(items)})</summary><ul>{lines}</ul></details>"
 
 
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:

@@ -21,9 +21,8 @@ from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.report.documents import documents, provenance, published, replacements
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
-from jcrosslora.report.page import Roles, contents_of, report_page
+from jcrosslora.report.page import Roles, contents_of, report_page, result_html
 from jcrosslora.report.record import TransferReport, Verdict
-from jcrosslora.report.table import result_html
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import COMPLETIONS, completion_lines
 

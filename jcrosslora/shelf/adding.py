@@ -160,7 +160,8 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
     record = _read_record(files)
     stated = _text(record, "target", "digest")
     if stated is not None and stated != info.digest:
-        msg = f"is of another base by its own record: {record['target'].get('name')} ({stated[:19]}...), and the shelf is of {info.name} "
+        name = record["target"].get("name")
+        msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
         raise AdapterError(msg + f"({info.digest[:19]}...)")
     adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
     fit_to_base(adapter, info)

@@ -151,6 +151,10 @@ class MeanVectors:
         found = unit_rows(self.whitened(vectors)) @ self.means.T
         return np.where(self.means.any(axis=1), found, -np.inf).astype(np.float32)
 
+    def retriever(self, encoder: Encoder) -> VectorRetriever:
+        """Search by an encoder's vectors of prompts."""
+        return VectorRetriever(encoder, self.thresholds, self.scores)
+
 
 def fit_means(blocks: Blocks) -> MeanVectors:
     """Fit means and whitening; the memory is that of one block, the means, and two matrices (D, D).
@@ -165,12 +169,12 @@ def fit_means(blocks: Blocks) -> MeanVectors:
     similarities: list[np.ndarray] = []
     for fold in range(_FOLDS):
         fitted = _fit(blocks, lambda number, fold=fold: number % _FOLDS != fold, stride)
-        for part in _parts(blocks, lambda number, fold=fold: number % _FOLDS == fold):
-            if len(part.vectors):
-                means = fitted.means[part.owner]
+        for first, _, owner, vectors in _parts(blocks, lambda number, fold=fold: number % _FOLDS == fold):
+            if len(vectors):
+                means = fitted.means[first + owner]
                 known = means.any(axis=1)  # False for an adapter whose only sample is held out
-                owners.append(part.owner[known])
-                similarities.append(np.einsum("sd,sd->s", unit_rows(fitted.whitened(part.vectors)), means)[known])
+                owners.append(first + owner[known])
+                similarities.append(np.einsum("sd,sd->s", unit_rows(fitted.whitened(vectors)), means)[known])
     found = _fit(blocks, lambda number: number >= 0, stride)
     owner, similarity = np.concatenate([np.zeros(0, int), *owners]), np.concatenate([np.zeros(0), *similarities])
     ends = np.cumsum(np.bincount(owner, minlength=len(found.means)))
@@ -178,22 +182,16 @@ def fit_means(blocks: Blocks) -> MeanVectors:
     return replace(found, thresholds=thresholds_of(by_adapter))
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Some samples of a block of adapters."""
+def _parts(blocks: Blocks, used: Used) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Yield the number of a block's first adapter, how many there are, and the used samples of all of them.
 
-    adapters: range  # numbers of the block's adapters on the shelf
-    owner: np.ndarray  # int (S,), the number of each sample's adapter, ascending
-    vectors: np.ndarray  # float32 (S, D)
-
-
-def _parts(blocks: Blocks, used: Used) -> Iterator[_Part]:
+    For S samples these are the places of their adapters in the block, int (S,), ascending, and vectors float32 (S, D).
+    """
     first = 0
     for entries, vectors in blocks():
         counts = np.array([len(entry.samples) for entry in entries], int)
         kept = used(np.concatenate([np.arange(count) for count in counts]))
-        owner = np.repeat(np.arange(first, first + len(entries)), counts)
-        yield _Part(range(first, first + len(entries)), owner[kept], vectors[kept])
+        yield first, len(entries), np.repeat(np.arange(len(entries)), counts)[kept], vectors[kept]
         first += len(entries)
 
 
@@ -202,18 +200,17 @@ def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
     means: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     scatter, freedom = np.zeros((0, 0)), 0
-    for part in _parts(blocks, used):
-        first, count = part.adapters.start, len(part.adapters)
-        sums = np.zeros((count, part.vectors.shape[1]), np.float32)
-        if len(starts := np.flatnonzero(np.diff(part.owner, prepend=-1))):
-            sums[part.owner[starts] - first] = np.add.reduceat(part.vectors, starts, axis=0)
-        counts.append(np.bincount(part.owner - first, minlength=count))
+    for first, count, owner, vectors in _parts(blocks, used):
+        sums = np.zeros((count, vectors.shape[1]), np.float32)
+        if len(starts := np.flatnonzero(np.diff(owner, prepend=-1))):
+            sums[owner[starts]] = np.add.reduceat(vectors, starts, axis=0)
+        counts.append(np.bincount(owner, minlength=count))
         means.append(sums / np.maximum(counts[-1], 1).astype(np.float32)[:, None])
-        chosen = part.owner % stride == 0
+        chosen = (first + owner) % stride == 0
         if chosen.any():
-            centred = part.vectors[chosen] - means[-1][part.owner[chosen] - first]
+            centred = vectors[chosen] - means[-1][owner[chosen]]
             scatter = scatter + centred.T @ centred if len(scatter) else centred.T @ centred
-            freedom += len(centred) - len(np.unique(part.owner[chosen]))
+            freedom += len(centred) - len(np.unique(owner[chosen]))
     width, known = len(scatter), np.concatenate(counts) > 0
     # A block without samples does not know the width.
     whole = np.concatenate([each if each.shape[1] else np.zeros((len(each), width), np.float32) for each in means])

@@ -47,7 +47,7 @@ class Searching:
         """Open a way to search; raise UsageError if it is unknown or the shelf has no data for it."""
         by = by or ("tfidf" if self.index.head.encoder == NOTHING else "text")
         makers: dict[str, Callable[[], Retriever]] = {
-            "text": self._by_vectors,
+            "text": lambda: self.means().retriever(self.encoder()),
             "tfidf": lambda: WordRetriever(self.index.entries),
             "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load),
             "weights": self._by_weights,
@@ -61,6 +61,8 @@ class Searching:
         if by != "weights" and not any(entry.samples for entry in self.index.entries):
             msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --samples FILE`"
             raise UsageError(msg)
+        if by in ("text", "weights"):
+            self._check_encoder(by)
         return makers[by]()
 
     def means(self) -> MeanVectors:
@@ -92,13 +94,7 @@ class Searching:
             raise OutputError(msg)
         return losses
 
-    def _by_vectors(self) -> VectorRetriever:
-        self._check_encoder("text")
-        means = self.means()
-        return VectorRetriever(self.encoder(), means.thresholds, means.scores)
-
     def _by_weights(self) -> VectorRetriever:
-        self._check_encoder("weights")
         folder, entries = self.index.folder, self.index.entries
         path = folder / _WEIGHTS_FILE
         arrays = find_arrays(path, None)

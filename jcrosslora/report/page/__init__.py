@@ -13,3 +13,4 @@ from jcrosslora.report.page.headline import gain_share as gain_share
 from jcrosslora.report.page.headline import headline as headline
 from jcrosslora.report.page.html import answers_section as answers_section
 from jcrosslora.report.page.html import report_page as report_page
+from jcrosslora.report.page.html import result_html as result_html

@@ -1,20 +1,24 @@
-"""The page: one HTML file that needs nothing but itself, section by section.
+"""The page: one HTML file that needs nothing but itself, section by section; and the result in a notebook.
 
 By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.page.charts import Picture, pictures
 from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Part, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
-from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut
+from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut, spread
+from jcrosslora.report.table import role_rows
 from jcrosslora.utils.texts import html_table, html_text
 
 # A page that was made of texts of others loads nothing and runs nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SHOWN = 10
+_TEXTS = 5  # shown in a notebook, evenly spread
+_COLOURS = {"aligned": "#2e7d32"} | dict.fromkeys(("weak", "unknown", "control"), "#b26a00")  # of verdicts there
 _LONGEST = 4000  # characters of a text
 _ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
 # A random or another adapter answers a newcomer's question no better than the bars do.
@@ -65,6 +69,26 @@ def report_page(contents: Contents) -> str:
         f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
     ]
     return "\n".join([*head, *filter(None, body), "</main>\n</body>\n</html>\n"])
+
+
+def result_html(report: TransferReport, texts: Sequence[str]) -> str:
+    """Return the result of a transfer as inline HTML with all text escaped; local paths are in it.
+
+    A few of the texts of the fit are shown.
+    """
+    found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
+    sentences = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
+    parts = [
+        f"<b>{html_text('{}: {} to {}'.format(*names))}</b>",
+        f'<div style="border-left:4px solid {_COLOURS.get(found.level, "#c62828")};padding:2px 8px;margin:6px 0">'
+        f"<b>{html_text(found.level)}</b>: {html_text(found.text)}</div>",
+        *(f"<div>{html_text(sentence)}</div>" for sentence in (_method(report), *sentences)),
+        html_table(role_rows(report), "Diagnostics"),
+        html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
+        _details("Warnings", report.warnings),
+        _details("Text that it was made on", [cut(text) for text in spread(texts, _TEXTS)]),
+    ]
+    return f"<div>{''.join(parts)}</div>"
 
 
 def _title(contents: Contents) -> str:
@@ -141,7 +165,7 @@ def _text_section(contents: Contents) -> str:
     moved = contents.moved
     if moved is None:
         return ""
-    lines = [f"Method {moved.recipe.method}" + (f", because {moved.choice}" if moved.choice else "") + "."]
+    lines = [_method(moved)]
     lines += [f"The update was {moved.fitted}."] if moved.fitted else []
     lines += [f"Added: {moved.added}."] if moved.added else []
     if not moved.fitted:
@@ -214,6 +238,15 @@ def _recipe_section(moved: TransferReport) -> str:
 def _named(base: Base | SourceAdapter) -> str:
     parts = [base.name or "not named", f"revision {base.revision}" if base.revision else "", base.digest or ""]
     return ", ".join(filter(None, parts))
+
+
+def _method(report: TransferReport) -> str:
+    return f"Method {report.recipe.method}{f', because {report.choice}' if report.choice else ''}."
+
+
+def _details(title: str, items: Sequence[str]) -> str:
+    listed = _list(items, each=' style="white-space:pre-wrap"')
+    return f"<details><summary>{html_text(title)} ({len(items)})</summary>{listed}</details>" if items else ""
 
 
 def _section(title: str, body: str) -> str:
