@@ -198,8 +198,8 @@ class WeightVectors:
     """A trained encoder with the vectors of adapters.
 
     Attributes:
-        center: (D,), by which and
-        whiten: (D, D), the vectors of prompts were whitened in the training.
+        center: (D,), subtracted from the vectors of prompts in the training.
+        whiten: (D, D), then multiplied with them, see `MeanVectors`.
         threshold: float32 (1,), of all adapters.
         digests: uint8 (M, 32), of the weights files of the adapters that have a vector.
         vectors: float32 (M, E), of the adapters.
