@@ -44,11 +44,11 @@ if _TYPE_CHECKING:
     from jcrosslora.evaluate import score as score
     from jcrosslora.evaluate.probes import Probes as Probes
     from jcrosslora.evaluate.probes import written_probes as written_probes
-    from jcrosslora.maps.alignment.transport import Transport as Transport
-    from jcrosslora.maps.evidence.records import Evidence as Evidence
-    from jcrosslora.maps.evidence.records import EvidenceKind as EvidenceKind
-    from jcrosslora.maps.evidence.records import Maps as Maps
-    from jcrosslora.maps.shifting.apply import apply as apply
+    from jcrosslora.maps.evidence import Evidence as Evidence
+    from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
+    from jcrosslora.maps.evidence import Maps as Maps
+    from jcrosslora.maps.shift import apply as apply
+    from jcrosslora.maps.transport import Transport as Transport
     from jcrosslora.methods import MapMethod as MapMethod
     from jcrosslora.methods import Method as Method
     from jcrosslora.methods import register_method as register_method
@@ -86,7 +86,7 @@ if _TYPE_CHECKING:
 # a test compares the two.
 _MODULES: dict[str, tuple[str, ...]] = {
     "adapter": ("Adapter", "LoRAFactors", "check_engines", "load_adapter", "stack_adapters", "unstack_adapters"),
-    "maps.alignment.transport": ("Transport",),
+    "maps.transport": ("Transport",),
     "session.batch": ("read_plan", "run_batch"),
     "cache": ("Cache", "open_cache"),
     "checkpoint": ("BaseModel", "open_base"),
@@ -108,7 +108,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("answer", "score"),
     "evaluate.probes": ("Probes", "written_probes"),
-    "maps.evidence.records": ("Evidence", "EvidenceKind", "Maps"),
+    "maps.evidence": ("Evidence", "EvidenceKind", "Maps"),
     "adapter.export": ("ExportSettings", "export_adapter"),
     "adapter.merge": ("MergeSettings", "merge"),
     "relation.base_comparison": ("BaseComparison", "compare_bases"),
@@ -125,7 +125,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("align", "shift", "transfer"),
     "shelf": ("Retrieved", "Shelf"),
-    "maps.shifting.apply": ("apply",),
+    "maps.shift": ("apply",),
     "distill.sources.models": ("ServedModel", "TorchModel"),
     "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }

@@ -39,18 +39,8 @@ from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.stacked import AXIS
-from jcrosslora.maps.alignment import groups, layer_similarity
-from jcrosslora.maps.evidence import (
-    Activations,
-    HeadMatch,
-    Selection,
-    Side,
-    Vocabulary,
-    base_pair,
-    heads,
-    moments,
-)
-from jcrosslora.maps.shifting import shift
+from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity, shift
+from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings, magnitudes
@@ -213,8 +203,8 @@ def alignment_programs() -> Iterator[Program]:
     for name, method in ((name, kind()) for name, kind in METHODS.items() if issubclass(kind, MapMethod)):
         sizes = (25, 19), (25, 19) if method.equal_shapes else (17, 23)
         evidence = evidence_of(method, *sizes)
-        yield Program(groups._map_stack, (evidence, method, None), label=name)
-        maps, _ = jax.eval_shape(lambda one, method=method: groups._map_stack(one, method, None), evidence)
+        yield Program(align._map_stack, (evidence, method, None), label=name)
+        maps, _ = jax.eval_shape(lambda one, method=method: align._map_stack(one, method, None), evidence)
         rows, columns = sizes[0]
         adapters = of(LAYERS, 2, RANK, columns), of(LAYERS, 2, rows, RANK), of(LAYERS, 2)
         yield Program(shift._shift_stack, (maps.terms, *adapters), {"keep_norm": True}, name)
@@ -222,7 +212,7 @@ def alignment_programs() -> Iterator[Program]:
     evidence = evidence_of(method, (25, 19), (17, 23))
     words = divided(evidence.vocabulary, mesh, None)
     evidence = dataclasses.replace(divided(evidence, mesh), vocabulary=words)
-    yield Program(groups._map_stack, (evidence, method, mesh), label="on two devices")
+    yield Program(align._map_stack, (evidence, method, mesh), label="on two devices")
 
 
 def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evidence:
@@ -274,10 +264,10 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
     sides = [heads.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
     yield Program(heads.circuit_cosines, (*sides, of(21, 23)))
     roles, given = tuple(shapes.base.params.weights), ((shapes.tokens, shapes.mask), (shapes.at, told(PLACES)))
-    yield Program(moments._rows, (shapes.base, roles, *given))
-    rows = jax.eval_shape(lambda model, *given: moments._rows(model, roles, *given), shapes.base, *given)
-    totals = jax.eval_shape(partial(moments.zero_moments, grams=True), rows, rows)
-    yield Program(moments.add_rows, (totals, rows, rows, whole(LAYERS), told(PLACES)))
+    yield Program(activations._rows, (shapes.base, roles, *given))
+    rows = jax.eval_shape(lambda model, *given: activations._rows(model, roles, *given), shapes.base, *given)
+    totals = jax.eval_shape(partial(activations.zero_moments, grams=True), rows, rows)
+    yield Program(activations.add_rows, (totals, rows, rows, whole(LAYERS), told(PLACES)))
     names = ("tokens", "mask", "at")
     batch = {f"{name}_{side}": one for side in ("src", "tgt") for name, one in zip(names, shapes.read, strict=True)}
     both = shapes.base, shapes.base

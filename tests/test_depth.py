@@ -14,7 +14,8 @@ from tiny_bases import llama_tensors, open_pair, write_llama
 import jcrosslora as jcl
 from jcrosslora.decoder import forward, load_model
 from jcrosslora.errors import PairingError, UsageError
-from jcrosslora.maps.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.layer_similarity import centred_gram, layer_similarity, ordered_layers
 from jcrosslora.relation import pair_modules, parse_depth
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
@@ -148,7 +149,7 @@ def streams(base, tokens, mask, at):
 def test_similarity_of_layers_over_batches_matches_float64(bases):
     source, target = bases
     batches = [batch(0), batch(1, used=11), batch(2, used=3)]  # the last one is too short to count
-    found = layer_similarity(source, target, batches)
+    found = layer_similarity(BasePair(source, target), batches)
     sums = np.zeros((3, 3, 2)), np.zeros(3), np.zeros(2)
     for item in batches[:2]:
         used = item.valid
@@ -163,7 +164,7 @@ def test_similarity_of_layers_over_batches_matches_float64(bases):
 
 
 def test_every_layer_has_similarity_1_with_itself(bases):
-    found = layer_similarity(bases[0], bases[0], [mirrored(batch(0))])
+    found = layer_similarity(BasePair(bases[0], bases[0]), [mirrored(batch(0))])
     np.testing.assert_allclose(np.diagonal(found), 1, atol=1e-4)
     assert found.max() <= 1 + 1e-4
 
@@ -175,7 +176,7 @@ def mirrored(item):
 
 def test_too_short_texts_are_refused(bases):
     with pytest.raises(UsageError, match="no batch of probe texts has 4 positions that both bases share"):
-        layer_similarity(*bases, [batch(0, used=3)])
+        layer_similarity(BasePair(*bases), [batch(0, used=3)])
 
 
 def test_similar_is_parsed_but_refused_without_running_bases(bases):
@@ -203,6 +204,6 @@ def test_inserted_layer_is_skipped(tmp_path):
     save_file(deeper, tmp_path / "source" / "model.safetensors")
     save_file(tensors, tmp_path / "target" / "model.safetensors")
     source, target = jcl.open_base(tmp_path / "source"), jcl.open_base(tmp_path / "target")
-    found = layer_similarity(source, target, [mirrored(batch(3)), mirrored(batch(4))])
+    found = layer_similarity(BasePair(source, target), [mirrored(batch(3)), mirrored(batch(4))])
     np.testing.assert_allclose(found[[0, 1], [0, 1]], 1, atol=1e-3)
     assert ordered_layers(found) == (0, 1, 3)

@@ -20,7 +20,8 @@ from jcrosslora.decoder import forward, load_model, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
 from jcrosslora.distill.residual import _check
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.maps.evidence.heads import match_heads
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.heads import match_heads
 from jcrosslora.relation import pair_modules
 from jcrosslora.session.timing import Stopwatch
 
@@ -126,7 +127,7 @@ def test_updates_of_what_makes_the_inputs_of_layers_are_listed_as_left_behind(ba
 
 def test_heads_are_matched_where_all_layers_of_a_role_have_keys(base):
     pairing = pair_modules(base.modules, base.modules)
-    found = match_heads(base, base, pairing.pairs, jnp.eye(base.dims.hidden))
+    found = match_heads(BasePair(base, base), pairing.pairs, jnp.eye(base.dims.hidden))
     roles = {base.modules[name].role for name in found}
     assert roles == {"q_proj", "k_proj", "v_proj"}
     np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj"].match, np.eye(4))

@@ -24,7 +24,7 @@ from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import score
-from jcrosslora.maps.evidence import heads
+from jcrosslora.maps import heads
 from jcrosslora.training import TrainingSettings, first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

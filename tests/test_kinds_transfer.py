@@ -21,8 +21,8 @@ from jcrosslora import transfer_files
 from jcrosslora.checkpoint import describe_base, load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
-from jcrosslora.maps.shifting.other_changes import translate, with_invocation
-from jcrosslora.maps.shifting.shift import Shifter
+from jcrosslora.maps.other_changes import translate, with_invocation
+from jcrosslora.maps.shift import Shifter
 from jcrosslora.methods import PadTruncate
 from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.pair_session import PairSession

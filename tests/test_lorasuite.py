@@ -11,7 +11,7 @@ import jcrosslora as jcl
 from jcrosslora import Evidence
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.evidence import HeadMatch, Side, Vocabulary
-from jcrosslora.maps.evidence.heads import (
+from jcrosslora.maps.heads import (
     AttentionWeights,
     best_match,
     circuit_cosines,

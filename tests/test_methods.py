@@ -12,9 +12,9 @@ from user_methods import HalfCopy
 from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
-from jcrosslora.maps.alignment.transport import measure
 from jcrosslora.maps.evidence import Activations, Selection, Side, Vocabulary
-from jcrosslora.maps.evidence.heads import embedding_map
+from jcrosslora.maps.heads import embedding_map
+from jcrosslora.maps.transport import measure
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method
 
 RANK = 5

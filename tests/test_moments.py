@@ -13,7 +13,8 @@ from tiny_bases import open_pair, write_llama
 import jcrosslora as jcl
 from jcrosslora.architectures.names import DENSE_ROLES
 from jcrosslora.decoder import INPUT_SITES, forward, load_model
-from jcrosslora.maps.evidence.moments import add_rows, cross_moments, zero_moments
+from jcrosslora.maps.activations import add_rows, cross_moments, zero_moments
+from jcrosslora.maps.base_pair import BasePair
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 LAYERS = (2, 0)
@@ -56,7 +57,7 @@ def rows(activations, layer, at, valid):
 def test_moments_match_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]
-    moments = cross_moments(source, target, batches, LAYERS, DENSE_ROLES, grams=True)
+    moments = cross_moments(BasePair(source, target), batches, LAYERS, DENSE_ROLES, grams=True)
     assert float(moments.count) == 20
     seen = [
         (captured(source, item.tokens_src, item.mask_src), captured(target, item.tokens_tgt, item.mask_tgt))
@@ -87,7 +88,7 @@ def test_moments_match_float64_over_all_batches(bases):
 
 
 def test_only_requested_moments_are_collected(bases):
-    moments = cross_moments(*bases, [batch(0)], LAYERS, {"q_proj", "v_proj"})
+    moments = cross_moments(BasePair(*bases), [batch(0)], LAYERS, {"q_proj", "v_proj"})
     assert set(moments.inputs) == {"attn_in"}
     assert set(moments.outputs) == {"q_proj", "v_proj"}
     assert moments.input_grams is None
@@ -95,8 +96,8 @@ def test_only_requested_moments_are_collected(bases):
 
 
 def test_layer_without_a_source_does_not_affect_the_others(bases):
-    whole = cross_moments(*bases, [batch(0)], LAYERS, {"v_proj"})
-    part = cross_moments(*bases, [batch(0)], (None, LAYERS[1]), {"v_proj"})
+    whole = cross_moments(BasePair(*bases), [batch(0)], LAYERS, {"v_proj"})
+    part = cross_moments(BasePair(*bases), [batch(0)], (None, LAYERS[1]), {"v_proj"})
     np.testing.assert_array_equal(whole.inputs["attn_in"][1], part.inputs["attn_in"][1])
 
 
@@ -123,6 +124,6 @@ def test_embedding_rows_of_absent_tokens_have_no_effect(bases, tmp_path):
     tensors["model.embed_tokens.weight"][absent] = np.nan
     write_llama(tmp_path, seed=1, **WIDER)
     save_file(tensors, tmp_path / "model.safetensors")
-    found = cross_moments(source, jcl.open_base(tmp_path), [item], LAYERS, {"q_proj"})
-    wanted = cross_moments(source, target, [item], LAYERS, {"q_proj"})
+    found = cross_moments(BasePair(source, jcl.open_base(tmp_path)), [item], LAYERS, {"q_proj"})
+    wanted = cross_moments(BasePair(source, target), [item], LAYERS, {"q_proj"})
     chex.assert_trees_all_equal(found, wanted)

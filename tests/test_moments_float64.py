@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jcrosslora.linalg import procrustes
-from jcrosslora.maps.evidence.moments import add_rows, zero_moments
+from jcrosslora.maps.activations import add_rows, zero_moments
 
 BATCHES, POSITIONS, SRC, TGT = 72, 384, 576, 640
 MASSIVE, SIZE = [7, 100, 333], 1000

@@ -23,7 +23,8 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Change, Effect
-from jcrosslora.maps.shifting.other_changes import target_ids
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.other_changes import target_ids
 
 peft = pytest.importorskip("peft")
 torch_files = pytest.importorskip("safetensors.torch")
@@ -429,12 +430,12 @@ def test_select_takes_the_dimensions_that_the_target_has(tmp_path, bases):
 
 def test_tokens_are_matched_by_their_text(bases, tmp_path):
     source, larger = (jcl.open_base(bases / "tied" / name) for name in ("source", "larger"))
-    np.testing.assert_array_equal(target_ids(source, larger)[0], PLACES)
-    np.testing.assert_array_equal(target_ids(source, source)[0], np.arange(96))
+    np.testing.assert_array_equal(target_ids(BasePair(source, larger))[0], PLACES)
+    np.testing.assert_array_equal(target_ids(BasePair(source, source))[0], np.arange(96))
     source_model("tied").save_pretrained(tmp_path / "mute")
     mute = jcl.open_base(tmp_path / "mute")
-    np.testing.assert_array_equal(target_ids(mute, dataclasses.replace(mute))[0], np.arange(96))
-    places, reason = target_ids(mute, larger)
+    np.testing.assert_array_equal(target_ids(BasePair(mute, dataclasses.replace(mute)))[0], np.arange(96))
+    places, reason = target_ids(BasePair(mute, larger))
     assert places is None
     assert "no tokenizer.json" in reason
 

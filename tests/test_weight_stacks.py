@@ -10,7 +10,7 @@ from tiny_bases import write_llama
 import jcrosslora as jcl
 from jcrosslora.checkpoint.weight_stacks import load_stack
 from jcrosslora.errors import CheckpointError
-from jcrosslora.maps.evidence.base_pair import shared_vocabulary
+from jcrosslora.maps.base_pair import BasePair
 
 EMBEDDING = "model.embed_tokens.weight"
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 8, "layers": 1}
@@ -30,7 +30,7 @@ def test_the_moments_of_the_shared_vocabulary_are_those_of_float64(tmp_path, sha
     """Whatever the number of tokens, those that only one base has left out, with means far from zero."""
     source = with_table(tmp_path / "s", lambda x: 0.02 * x + 3, vocab=shared + 5, hidden=12)
     target = with_table(tmp_path / "t", lambda x: x - 1, vocab=shared + 9, hidden=20, first_token=5, seed=1)
-    vocabulary, reason = shared_vocabulary(source, target)
+    vocabulary, reason = BasePair(source, target).vocabulary
     assert vocabulary is not None, reason
     assert vocabulary.count == shared
     x, y = source.tensor(EMBEDDING)[5:].astype(np.float64), target.tensor(EMBEDDING)[:shared].astype(np.float64)
@@ -56,7 +56,7 @@ def test_a_table_that_has_no_moments_is_one_error_and_no_warning(tmp_path, value
     spoilt = with_table(tmp_path / "spoilt", spoil, vocab=40, hidden=12)
     for pair in ((plain, spoilt), (spoilt, plain)):
         with pytest.raises(CheckpointError, match=r"embedding table of .*download"):
-            shared_vocabulary(*pair)
+            _ = BasePair(*pair).vocabulary
 
 
 def test_weights_of_several_dtypes_are_stacked(tmp_path):

@@ -50,7 +50,7 @@ class AdapterInfo:
         rank_limit: the largest rank that was asked for when it was read, or None.
         chat_template: Jinja template in its folder, which it was probably trained in, or None.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
-        invocation_target: the same text in token ids of the target base, see `maps.shifting.other_changes`.
+        invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
     """
 

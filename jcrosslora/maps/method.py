@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jcrosslora.adapter import Adapter, Carried
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
-from jcrosslora.maps.evidence.records import RUNNING, Evidence, EvidenceKind, Maps
+from jcrosslora.maps.evidence import RUNNING, Evidence, EvidenceKind, Maps
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.cost import Cost
 

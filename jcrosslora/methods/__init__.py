@@ -1,4 +1,4 @@
-"""Transfer methods, one file a method: frozen dataclasses that own their hyper-parameters, listed in one registry.
+"""Transfer methods, one file a method with its variants: frozen dataclasses that own their hyper-parameters.
 
 The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
@@ -10,17 +10,18 @@ from jcrosslora.maps.method import Moved as Moved
 from jcrosslora.maps.method import Task as Task
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import IndexInterp as IndexInterp
+from jcrosslora.methods.copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
 from jcrosslora.methods.copy import Select as Select
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
-from jcrosslora.methods.distill import Distill as Distill
-from jcrosslora.methods.distill import DistilledCopy as DistilledCopy
-from jcrosslora.methods.distill import DistilledSelect as DistilledSelect
-from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
+from jcrosslora.methods.cross_lora import Random as Random
+from jcrosslora.methods.fits import Distill as Distill
+from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
+from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
+from jcrosslora.methods.fits import ResidualFit as ResidualFit
 from jcrosslora.methods.lora_x import LoRAX as LoRAX
 from jcrosslora.methods.lora_x import ProLoRA as ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite
-from jcrosslora.methods.random_map import Random as Random
 from jcrosslora.methods.registry import AUTO as AUTO
 from jcrosslora.methods.registry import METHODS as METHODS
 from jcrosslora.methods.registry import Auto as Auto
@@ -32,6 +33,5 @@ from jcrosslora.methods.registry import make_chosen as make_chosen
 from jcrosslora.methods.registry import make_method as make_method
 from jcrosslora.methods.registry import register_method as register_method
 from jcrosslora.methods.registry import setting_fields as setting_fields
-from jcrosslora.methods.residual_fit import ResidualFit as ResidualFit
 from jcrosslora.methods.theseus import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.theseus import Theseus as Theseus

@@ -19,28 +19,25 @@ chooses them, by information from outside the two matrices.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import TruncatedSVD, dot, low_rank
-from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps, Vocabulary
-from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
+from jcrosslora.linalg import LinearMap, TruncatedSVD, dot, low_rank
+from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Vocabulary
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod
 
 
 @dataclass(frozen=True)
 class CrossLoRA(MapMethod):
     """The i-th singular pair of the source goes to the i-th of the target."""
 
-    name: ClassVar[str] = "cross-lora"
-    summary: ClassVar[str] = "i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'"
-    reference: ClassVar[str] = "arXiv 2508.05232, Eq. 3-7"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset(
-        {EvidenceKind.SINGULAR_VECTORS, EvidenceKind.SHARED_VOCABULARY}
-    )
-    measure: ClassVar[Measure] = "vector ratio"
-    single_vectors: ClassVar[bool] = True
+    name = "cross-lora"
+    summary = "i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'"
+    reference = "arXiv 2508.05232, Eq. 3-7"
+    requires = frozenset({EvidenceKind.SINGULAR_VECTORS, EvidenceKind.SHARED_VOCABULARY})
+    measure = "vector ratio"
+    single_vectors = True
 
     svd_rank: int = DEFAULT_SVD_RANK
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
@@ -50,6 +47,27 @@ class CrossLoRA(MapMethod):
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         signs, ratio = joint_signs(evidence)
         return Maps(((low_rank(tgt.u * signs, src.u), low_rank(tgt.v * signs, src.v)),), ratio)
+
+
+@dataclass(frozen=True)
+class Random(MapMethod):
+    """Uniformly random orthonormal bases instead of singular vectors."""
+
+    name = "random"
+    summary = "control: random orthonormal bases, norm of the update kept"
+    reference = "control"
+    requires = frozenset({EvidenceKind.RANDOM_KEY})
+    is_control = True
+    keeps_norm = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return P_out = Q_t Q_s' and P_in = R_t R_s', uniformly random with inner width R."""
+        (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+        out_key, in_key = jax.random.split(evidence.random_key)
+        return Maps(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
 
 
 # Pairs of vectors up to this distance from the diagonal estimate chance: near in the spectrum, they have a similar size
@@ -105,3 +123,14 @@ def _contrast(squared: jax.Array) -> jax.Array:
     near = (apart > 0) & (apart <= NEIGHBOURS)
     chance = jnp.sum(jnp.where(near, squared, 0)) / jnp.maximum(jnp.sum(near.astype(squared.dtype)), 1)
     return jnp.where(chance > 0, jnp.mean(jnp.diagonal(squared)) / jnp.where(chance > 0, chance, 1), jnp.nan)
+
+
+def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMap:
+    src, tgt = jax.random.split(key)
+    return low_rank(_orthonormal(tgt, size_tgt, rank), _orthonormal(src, size_src, rank))
+
+
+def _orthonormal(key: jax.Array, size: int, rank: int) -> jax.Array:
+    """Draw (size, rank) with orthonormal columns uniformly: QR of a normal matrix, signs of R's diagonal undone."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (size, rank)))
+    return q * jnp.where(jnp.diagonal(r) >= 0, 1.0, -1.0)

@@ -10,25 +10,24 @@ of the update: 2 K. The paper pairs modules by subspace similarity; here the pai
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
-from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
+from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod
 
 
 @dataclass(frozen=True)
 class LoRAX(MapMethod):
     """Projection into the leading singular subspaces of the target. The source's SVD serves the diagnostics only."""
 
-    name: ClassVar[str] = "lora-x"
-    summary: ClassVar[str] = "projection into the target's singular subspaces: U_t U_t' dW V_t V_t'"
-    reference: ClassVar[str] = "arXiv 2501.16559, Eq. 3"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
-    measure: ClassVar[Measure] = "subspace similarity"
-    equal_shapes: ClassVar[bool] = True
+    name = "lora-x"
+    summary = "projection into the target's singular subspaces: U_t U_t' dW V_t V_t'"
+    reference = "arXiv 2501.16559, Eq. 3"
+    requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure = "subspace similarity"
+    equal_shapes = True
 
     svd_rank: int = DEFAULT_SVD_RANK
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
@@ -43,12 +42,12 @@ class LoRAX(MapMethod):
 class ProLoRA(MapMethod):
     """Range and null space of source and target, moved separately, which doubles the rank."""
 
-    name: ClassVar[str] = "prolora"
-    summary: ClassVar[str] = "range and null space of source and target, moved separately; rank 2 K"
-    reference: ClassVar[str] = "arXiv 2506.04244"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
-    measure: ClassVar[Measure] = "subspace similarity"
-    equal_shapes: ClassVar[bool] = True
+    name = "prolora"
+    summary = "range and null space of source and target, moved separately; rank 2 K"
+    reference = "arXiv 2506.04244"
+    requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure = "subspace similarity"
+    equal_shapes = True
 
     svd_rank: int = DEFAULT_SVD_RANK
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""

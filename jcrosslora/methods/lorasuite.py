@@ -23,25 +23,24 @@ trained bases the inverse is unbounded (a condition number of 300 on the one pai
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jcrosslora.linalg import LinearMap, dot, low_rank
-from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import MapMethod, Measure
+from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import MapMethod
 
 
 @dataclass(frozen=True)
 class LoRASuite(MapMethod):
     """Map the stream by the embeddings of shared tokens, attention by matched heads. Its fine-tuning is left out."""
 
-    name: ClassVar[str] = "lorasuite"
-    summary: ClassVar[str] = "the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning"
-    reference: ClassVar[str] = "arXiv 2505.13515"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.EMBEDDING_MAP})
-    measure: ClassVar[Measure] = "head cosine"
+    name = "lorasuite"
+    summary = "the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning"
+    reference = "arXiv 2505.13515"
+    requires = frozenset({EvidenceKind.EMBEDDING_MAP})
+    measure = "head cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return W_h' on the stream's side; by head, or through the source's pseudo-inverse, on the other."""

@@ -22,15 +22,14 @@ by the inverse transpose: with x_t = M x_s and P orthogonal, a_t = a_s M^-1, and
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import LinearMap, dimension_sizes, dot, low_rank, procrustes, psd_power
-from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import MapMethod, Measure
+from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import MapMethod
 
 Pair = tuple[jax.Array, jax.Array]
 # At this exponent the activations of both bases have the same spread in all directions.
@@ -41,10 +40,10 @@ _MOST_WHITENING = 0.5
 class Theseus(MapMethod):
     """Orthogonal maps fitted on the activations of both bases."""
 
-    name: ClassVar[str] = "theseus"
-    summary: ClassVar[str] = "orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)"
-    reference: ClassVar[str] = "arXiv 2602.12952"
-    measure: ClassVar[Measure] = "activation cosine"
+    name = "theseus"
+    summary = "orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)"
+    reference = "arXiv 2602.12952"
+    measure = "activation cosine"
 
     whitening: float = 0.0
     """Exponent of the partial whitening, from 0 (none) to 0.5 (full). Above 0 it takes three times the memory."""
@@ -86,11 +85,11 @@ def _aligned(cross: jax.Array, squares: Pair, grams: Pair | None, whitening: flo
 class ScaledProcrustes(MapMethod):
     """Theseus on activations whose dimensions are divided by their sizes."""
 
-    name: ClassVar[str] = "scaled-procrustes"
-    summary: ClassVar[str] = "theseus on activations whose dimensions are divided by their sizes"
-    reference: ClassVar[str] = "this package"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.ACTIVATIONS})
-    measure: ClassVar[Measure] = "activation cosine"
+    name = "scaled-procrustes"
+    summary = "theseus on activations whose dimensions are divided by their sizes"
+    reference = "this package"
+    requires = frozenset({EvidenceKind.ACTIVATIONS})
+    measure = "activation cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.least_squares`."""

@@ -9,7 +9,7 @@ from jcrosslora.errors import PairingError
 Depth = str | Sequence[int | None]
 # Depth maps that follow from the numbers of layers.
 DEPTH_MAPS = ("proportional", "by-name")
-# Depth map that needs both bases to run on text, see `jcrosslora.maps.alignment.layer_similarity`.
+# Depth map that needs both bases to run on text, see `jcrosslora.maps.layer_similarity`.
 SIMILAR = "similar"
 
 
@@ -50,7 +50,7 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
         depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
             Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
             same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is
-            refused: `jcrosslora.maps.alignment.layer_similarity` turns it into a sequence by running both bases.
+            refused: `jcrosslora.maps.layer_similarity` turns it into a sequence by running both bases.
 
     Raises:
         PairingError: the map is unknown, has the wrong length or a layer that the source lacks, or pairs nothing.

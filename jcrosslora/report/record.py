@@ -12,7 +12,8 @@ import msgspec
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
-from jcrosslora.maps.shifting.records import TokenRow
+from jcrosslora.evaluate.effect import Effect
+from jcrosslora.maps.shifted import TokenRow
 from jcrosslora.utils.files import read_file
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.

@@ -12,9 +12,9 @@ from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.maps.alignment.transport import Transport
-from jcrosslora.maps.shifting.records import ModuleRow
-from jcrosslora.maps.shifting.shift import Shifted
+from jcrosslora.maps.shift import Shifted
+from jcrosslora.maps.shifted import ModuleRow
+from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Method, Moved
 from jcrosslora.report.documents import complete
 from jcrosslora.report.record import (

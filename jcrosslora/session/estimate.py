@@ -14,11 +14,11 @@ from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import held_numbers, mesh_of
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
-from jcrosslora.maps.alignment.groups import ALIGN
-from jcrosslora.maps.alignment.task import AlignmentTask
-from jcrosslora.maps.evidence.providers import evidence_cost
-from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.align import ALIGN
+from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import Sizes
+from jcrosslora.maps.providers import evidence_cost
+from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.session.effect import EFFECT
@@ -137,7 +137,7 @@ def costs_of(
     """
     from jcrosslora.evaluate.effect import effect_cost
     from jcrosslora.evaluate.probes.writing import probes_cost
-    from jcrosslora.maps.alignment.layer_similarity import similarity_cost
+    from jcrosslora.maps.layer_similarity import similarity_cost
 
     method, texts = task.method, prompts or options.probe_count
     found: dict[str, Cost | None] = {}
@@ -146,7 +146,7 @@ def costs_of(
     if task.depth == SIMILAR and not aligned:
         found["compare layers"] = similarity_cost(texts)
     if not (aligned or method.start is None):
-        found[ALIGN] = evidence_cost(task.request, texts)
+        found[ALIGN] = evidence_cost(task, texts)
     found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank))
     if options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = effect_cost(written=isinstance(method, DistillSettings))
@@ -162,9 +162,8 @@ def fitted_modules(method: Method, target: BaseModel) -> int:
 def _group_memory(task: AlignmentTask) -> int:
     """Give the bytes of the largest group: weights as float32, and both factors as decomposed and as maps."""
     largest = 0
-    modules = task.pair.source.modules, task.pair.target.modules
     for pairs in task.chunks():
-        sides = modules[0][pairs[0].source].shape, modules[1][pairs[0].target].shape
+        sides = task.shapes(pairs[0])
         rank = min(task.rank, *sides[0], *sides[1])
         largest = max(largest, len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides))
     return largest

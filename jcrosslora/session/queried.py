@@ -19,8 +19,8 @@ from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.distill.sources.protocol import QueriedSource
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
-from jcrosslora.maps.alignment.transport import AlignRecipe, Transport
-from jcrosslora.maps.shifting.shift import Shifted
+from jcrosslora.maps.shift import Shifted
+from jcrosslora.maps.transport import AlignRecipe, Transport
 from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
 from jcrosslora.relation.pairing import Pairing
 from jcrosslora.session.conclusion import Request, conclude

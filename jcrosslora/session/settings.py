@@ -15,7 +15,7 @@ from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
-from jcrosslora.maps.shifting.records import Calibration
+from jcrosslora.maps.shifted import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
 from jcrosslora.utils.files import read_small_text
 

@@ -20,7 +20,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Model, Params, StackedAdapter, fast_dtype, forward, settings_of
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.linalg import decompose
-from jcrosslora.maps.evidence.base_pair import BasePair
+from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.methods import Method
 from jcrosslora.utils.cost import Cost
 

@@ -12,9 +12,9 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
-from jcrosslora.maps.alignment.task import plan_alignment
-from jcrosslora.maps.alignment.transport import Transport
+from jcrosslora.maps.align import align_groups
+from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
+from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation.pairing import Depth
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer

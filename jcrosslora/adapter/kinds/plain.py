@@ -1,7 +1,7 @@
 """Plain LoRA of any scale and initialisation: dW = s B A on an unchanged base; and activated LoRA.
 
 aLoRA (arXiv 2504.12397) has the weights of a plain LoRA and is active only from the last occurrence of certain tokens
-on. `maps.shifting.invocation` translates the tokens to another tokenizer.
+on. `maps.other_changes` translates the tokens to another tokenizer.
 """
 
 from collections.abc import Sequence

@@ -14,8 +14,8 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
-from jcrosslora.maps.alignment.groups import ALIGN, align_groups
-from jcrosslora.maps.alignment.task import AlignmentTask
+from jcrosslora.maps.align import ALIGN, align_groups
+from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method, make_method
 from jcrosslora.session.batch.outcomes import (
     CompletionLog,

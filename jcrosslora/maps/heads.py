@@ -14,11 +14,11 @@ from jcrosslora.architectures.names import ATTENTION
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot
-from jcrosslora.maps.evidence.records import Evidence, HeadMatch, Vocabulary
-from jcrosslora.maps.evidence.request import AddEvidence, EvidenceRequest, ModuleStack
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import Evidence, HeadMatch, Vocabulary
+from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack
 from jcrosslora.relation.pairing import Pair
 
-_KEYED = frozenset({"k_proj", "v_proj"})
 # The moments are sums in float32: directions of the embeddings weaker than their rounding are noise.
 _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
@@ -44,34 +44,34 @@ class AttentionWeights:
     kv_heads: int = flax.struct.field(pytree_node=False)
 
 
-def collect_embedding_map(request: EvidenceRequest) -> AddEvidence:
+def collect_embedding_map(task: AlignmentTask) -> AddEvidence:
     """Solve for the map of the residual stream, and match the heads of every pair of layers."""
-    pair = request.pair
-    found = pair.vocabulary[0]
+    found = task.pair.vocabulary[0]
     assert found is not None
     stream = embedding_map(found)
     vocabulary = dataclasses.replace(found, stream=stream)
-    heads = match_heads(pair.source, pair.target, request.modules, stream)
+    heads = match_heads(task.pair, task.modules, stream)
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
         evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
         if stack.pairs[0].target not in heads:
             return evidence
-        matches = stack.filled([heads[item.target] for item in stack.pairs])
+        matches = stack.filled([heads[pair.target] for pair in stack.pairs])
         return dataclasses.replace(evidence, heads=jax.tree.map(lambda *leaves: jnp.stack(leaves), *matches))
 
     return add
 
 
-def check_shared_tokens(request: EvidenceRequest) -> None:
+def check_shared_tokens(task: AlignmentTask) -> None:
     """Refuse bases without enough shared tokens.
 
     Raises:
         MethodError: the vocabularies share too few tokens, or one cannot be read.
     """
-    count, reason = request.pair.shared_tokens
+    count, reason = task.pair.shared_tokens
     if not count:
-        msg = f"method {request.method} needs tokens that both bases have: {reason}; use another method"
+        name = (task.method.start or task.method).name
+        msg = f"method {name} needs tokens that both bases have: {reason}; use another method"
         raise MethodError(msg)
 
 
@@ -86,7 +86,7 @@ def embedding_map(vocabulary: Vocabulary) -> jax.Array:
     return jnp.asarray(np.linalg.pinv(gram, rcond=_ROUNDING, hermitian=True) @ cross, jnp.float32)
 
 
-def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], stream: jax.Array) -> dict[str, HeadMatch]:
+def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> dict[str, HeadMatch]:
     """Match the attention heads of every pair of attention modules; the result is by the target's name.
 
     The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time. A
@@ -99,28 +99,21 @@ def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], str
         CheckpointError: a weight that cannot be read.
     """
     by_layers: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
-    found, pairs = {}, [pair for pair in pairs if pair.role in ATTENTION]
-    sides = [(source, pair.source, pair.role) for pair in pairs] + [(target, pair.target, pair.role) for pair in pairs]
-    skipped = {role for base, name, role in sides if not base.modules.keys() >= {*_names(base.modules[name].layer)}}
-    for pair in pairs:
-        if pair.role not in skipped:
-            layers = source.modules[pair.source].layer, target.modules[pair.target].layer
+    found, skipped, attention = {}, set(), [one for one in modules if one.role in ATTENTION]
+    for one in attention:
+        for base, name in zip(pair.bases, (one.source, one.target), strict=True):
+            if not base.modules.keys() >= {*_names(base.modules[name].layer)}:
+                skipped.add(one.role)
+    for one in attention:
+        if one.role not in skipped:
+            layers = pair.source.modules[one.source].layer, pair.target.modules[one.target].layer
             if layers not in by_layers:
-                by_layers[layers] = _match(_attention(source, layers[0]), _attention(target, layers[1]), stream)
+                src, tgt = map(_attention, pair.bases, layers)
+                by_layers[layers] = _match(src, tgt, stream)
             match, cosine = by_layers[layers]
-            if pair.role in _KEYED:
-                match = mean_over_groups(match, target.dims.kv_heads, source.dims.kv_heads)
-            found[pair.target] = HeadMatch(jnp.asarray(match, jnp.float32), jnp.asarray(cosine, jnp.float32))
+            match = mean_over_groups(match, *pair.head_counts(one.role))
+            found[one.target] = HeadMatch(jnp.asarray(match, jnp.float32), jnp.asarray(cosine, jnp.float32))
     return found
-
-
-def head_counts(source: BaseModel, target: BaseModel, role: str) -> tuple[int, int] | None:
-    """Return the numbers of heads of the target and of the source in modules of a role; None for the MLP."""
-    if role not in ATTENTION:
-        return None
-    if role in _KEYED:
-        return target.dims.kv_heads, source.dims.kv_heads
-    return target.dims.heads, source.dims.heads
 
 
 def _match(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Array) -> tuple[np.ndarray, float]:

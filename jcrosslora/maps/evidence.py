@@ -36,7 +36,6 @@ RUNNING = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS, Evidenc
 # Kinds for which the source is run with its adapter: the method fits an update.
 FITTING = frozenset({EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
 
-
 Terms = tuple[tuple[LinearMap, LinearMap], ...]
 
 
@@ -49,8 +48,7 @@ class Vocabulary:
         gram_src: (H_src, H_src), E_src' E_src / V.
         gram_tgt: (H_tgt, H_tgt), E_tgt' E_tgt / V.
         count: V, static.
-        mean_src: (H_src,), the mean row that was subtracted; None where no method asks for it.
-        mean_tgt: (H_tgt,), the same.
+        mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None where no method asks for it.
         stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
     """
 
@@ -133,13 +131,11 @@ class Evidence:
 
     Attributes:
         vocabulary: moments over the shared tokens, the same for all modules; None where they are not available.
-        activations: moments of both bases' activations on the same text; None for methods that do not ask for them.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
-        reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
-            (o, down): the stream is then on the side of its outputs.
+        reads: static; whether the module reads the residual stream (q, k, v, gate, up) or writes it (o, down), with the
+            stream on the side of its outputs.
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
-        selection: for methods that choose rows; None for the others.
         method: static; name of the method that reads it, for errors.
 
     A method reads the evidence that it requires through the properties, which are never None.
@@ -202,10 +198,8 @@ class Evidence:
 
     def _asked_for(self, value: T | None, kind: EvidenceKind) -> T:
         if value is None:
-            msg = (
-                f"method {self.method} reads {kind.value}, which it has not asked for; add EvidenceKind.{kind.name} to "
-            )
-            raise MethodError(msg + "its `requires`")
+            msg = f"method {self.method} reads {kind.value}, which it has not asked for; "
+            raise MethodError(msg + f"add EvidenceKind.{kind.name} to its `requires`")
         return value
 
 

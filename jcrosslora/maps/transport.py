@@ -1,23 +1,23 @@
 """The result of LoRA-Align: the maps that carry any adapter of one base to another, and how well the bases agree."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base import BaseInfo
-from jcrosslora.linalg import TruncatedSVD, cosine, dot
-from jcrosslora.maps.evidence.records import Evidence, Maps, Terms, Vocabulary
+from jcrosslora.checkpoint import BaseInfo, BaseModel
+from jcrosslora.linalg import LinearMap, TruncatedSVD, cosine, dot, place
+from jcrosslora.maps.evidence import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method
 from jcrosslora.relation.pairing import Pair, Pairing
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AlignRecipe:
     """The settings that a transport was made with, and what came of them.
 
@@ -83,6 +83,11 @@ class Agreement:
     weight_cosine: jax.Array
 
 
+MAP_FIELDS = tuple(field.name for field in dataclasses.fields(LinearMap))
+AGREEMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Agreement))
+_SIDES = ("out", "in")
+
+
 @flax.struct.dataclass
 class TransportGroup:
     """The maps of L pairs of modules of the same shapes.
@@ -98,6 +103,33 @@ class TransportGroup:
     agreement: Agreement
     pairs: tuple[Pair, ...] = flax.struct.field(pytree_node=False)
     kernels: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """Return all arrays by name, each with the leading axis."""
+        arrays = {
+            f"term{term}_{side}_{field}": getattr(linear, field)
+            for term, maps in enumerate(self.terms)
+            for side, linear in zip(_SIDES, maps, strict=True)
+            for field in MAP_FIELDS
+        }
+        return arrays | {field: getattr(self.agreement, field) for field in AGREEMENT_FIELDS}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the other fields as JSON values, without the pairs."""
+        return {"terms": len(self.terms), "kernels": list(self.kernels)}
+
+    @classmethod
+    def of(
+        cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+    ) -> "TransportGroup":
+        """Rebuild a group on the local devices."""
+        placed = {name: place(array) for name, array in arrays.items()}
+        terms = tuple(
+            tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)
+            for term in range(facts["terms"])
+        )
+        agreement = Agreement(*(placed[field] for field in AGREEMENT_FIELDS))
+        return cls(terms, agreement, pairs, tuple(facts["kernels"]))  # type: ignore[arg-type]
 
 
 @flax.struct.dataclass
@@ -140,24 +172,22 @@ class Transport:
 
 def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreement:
     """Measure the agreement of a pair; with `by_coordinates` the maps are applied to W_src if the shapes differ."""
-    src, tgt = evidence.src.svd, evidence.tgt.svd
     nan = jnp.full((), jnp.nan)
-    have = src is not None and tgt is not None
+    sides = {"src": evidence.src.svd, "tgt": evidence.tgt.svd}
+    figures = {
+        f"{figure}_{side}": nan if svd is None else getattr(svd, figure)
+        for side, svd in sides.items()
+        for figure in ("energy", "gap", "condition", "error")
+    }
+    unknown = None in sides.values()
     return Agreement(
         rank=jnp.full((), evidence.rank, jnp.int32),
-        energy_src=src.energy if src else nan,
-        energy_tgt=tgt.energy if tgt else nan,
-        gap_src=src.gap if src else nan,
-        gap_tgt=tgt.gap if tgt else nan,
-        condition_src=src.condition if src else nan,
-        condition_tgt=tgt.condition if tgt else nan,
-        error_src=src.error if src else nan,
-        error_tgt=tgt.error if tgt else nan,
-        similarity_out=_similarity(evidence, stream=not evidence.reads) if have else nan,
-        similarity_in=_similarity(evidence, stream=evidence.reads) if have else nan,
+        similarity_out=nan if unknown else _similarity(evidence, stream=not evidence.reads),
+        similarity_in=nan if unknown else _similarity(evidence, stream=evidence.reads),
         vector_ratio=maps.vector_ratio,
         activation_cosine=maps.activation_cosine,
         weight_cosine=_weight_cosine(evidence, maps, by_coordinates),
+        **figures,
     )
 
 

@@ -10,27 +10,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.changes import (
-    EMBEDDING,
-    HEAD,
-    TIED,
-    ExpertUpdate,
-    TokenUpdate,
-    changed_rows,
-    complete_rows,
-    low_rank_rows,
-)
-from jcrosslora.adapter.experts import expert_update
+from jcrosslora.adapter import Adapter, ExpertUpdate, TokenUpdate, expert_update
+from jcrosslora.adapter.changes import EMBEDDING, HEAD, TIED, changed_rows, complete_rows, low_rank_rows
 from jcrosslora.adapter.records import describe_experts
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.checkpoint.vocabulary import shared_ids
+from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer, shared_ids
 from jcrosslora.errors import AdapterError
-from jcrosslora.maps.evidence.base_pair import BasePair
-from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import Method
-from jcrosslora.maps.shifting.records import TokenRow
+from jcrosslora.maps.shifted import TokenRow
 from jcrosslora.relation.structure import LayerMap
 from jcrosslora.relation.weight_similarity import compare_token_names
 
@@ -49,15 +37,15 @@ def carry_tokens(
         AdapterError: the changed tables differ in size from the source's.
         CheckpointError: a weight cannot be read.
     """
-    source, target = pair.source, pair.target
-    ids_tgt, reason = target_ids(source, target)
+    source, target = pair.bases
+    ids_tgt, reason = target_ids(pair)
     if target.family.own_embedding is not None and any(update.table != HEAD for update in adapter.tokens):
         stored = target.family.stored.embedding
         return (), (), f"changes of the embedding of {target.family.name}, {stored}, are not written"
     if ids_tgt is None:
         return (), (), reason
     structure = pair.structure[0] if EvidenceKind.SELECTION in method.requires else None
-    stream = None if structure is None else structure.stream
+    rows_to = _RowMap(pair, ids_tgt, None if structure is None else structure.stream)
     found: list[TokenUpdate] = []
     rows = []
     for update in adapter.tokens:
@@ -69,18 +57,17 @@ def carry_tokens(
             raise AdapterError(msg)
         changed, count, kept = 0, 0, 0.0
         for part in _split(update, target):
-            carry = _factors if part.rows is None else _rows
-            carried, changed, count, kept = carry(part, source, target, ids_tgt, stream)
+            carried, changed, count, kept = rows_to.factors(part) if part.rows is None else rows_to.replaced(part)
             found += [carried] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
         rows.append(TokenRow(update.modules, update.kind, changed, count, update.share, share))
     moved = complete_rows(found, target)
-    for base in (source, target):
+    for base in pair.bases:
         base.release()
     return moved, tuple(rows), ""
 
 
-def target_ids(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:
+def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
     """Find the target's id of every token of the source.
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
@@ -90,6 +77,7 @@ def target_ids(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None,
     Returns:
         int64 (V_src,), -1 for tokens that the target does not have; or None with the reason.
     """
+    source, target = pair.bases
     size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
     same = src.tokens == tgt.tokens and src.special == tgt.special and size == target.dims.vocab
     if same and (src.tokens is not None or source.digest() == target.digest()):
@@ -111,56 +99,62 @@ def target_ids(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None,
 
 def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
     """Split a change of a tied matrix into one for embedding and one for head if the target has two matrices."""
-    if update.table != TIED or target.tied:
-        yield update
-    else:
-        yield dataclasses.replace(update, table=EMBEDDING)
-        yield dataclasses.replace(update, table=HEAD)
+    for table in (EMBEDDING, HEAD) if update.table == TIED and not target.tied else (update.table,):
+        yield dataclasses.replace(update, table=table)
 
 
-Carried = tuple[TokenUpdate, int, int, float]
+_Carried = tuple[TokenUpdate, int, int, float]
 """The change for the target, its number of rows on the source, how many of them move, and the energy of these."""
 
 
-def _factors(
-    update: TokenUpdate, source: BaseModel, target: BaseModel, ids_tgt: np.ndarray, stream: np.ndarray | None
-) -> Carried:
-    del source
-    assert update.factors is not None
-    ids = ids_tgt[update.ids]
-    order = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
-    factors = dataclasses.replace(
-        update.factors, a=_chosen(np.asarray(update.factors.a), stream), b=np.asarray(update.factors.b)[order]
-    )
-    moved = low_rank_rows(update.table, update.kind, target.dims.vocab, ids[order], factors)
-    return moved, len(ids), len(order), moved.energy
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RowMap:
+    """Where the rows of embedding and head go.
 
+    Attributes:
+        ids: (V_src,), the target's id of each token, -1 for none.
+        stream: (D_tgt,), the source's dimension of each of the target's, -1 for none; None keeps all.
+    """
 
-def _rows(
-    update: TokenUpdate, source: BaseModel, target: BaseModel, ids_tgt: np.ndarray, stream: np.ndarray | None
-) -> Carried:
-    name = f"{update.modules[0]}.weight"
-    ids, rows, changed, energy = [], [], 0, 0.0
-    for part in update.parts():
-        old = source.rows(name, update.ids[part])
-        change = update.changed(old, part) - old
-        changes = change.any(axis=1)
-        changed += int(np.count_nonzero(changes))
-        moved_ids = ids_tgt[update.ids[part]]
-        moves = changes & (moved_ids >= 0)
-        change = _chosen(change[moves], stream)
-        energy += float(np.sum(change**2))
-        ids.append(moved_ids[moves])
-        rows.append((target.rows(name, moved_ids[moves]) + change).astype(np.float32))
-    found = np.concatenate(ids)
-    order = np.argsort(found)
-    carried = changed_rows(update.table, update.kind, target, found[order], np.concatenate(rows)[order])
-    return carried, changed, len(found), energy
+    pair: BasePair
+    ids: np.ndarray
+    stream: np.ndarray | None
 
+    def factors(self, update: TokenUpdate) -> _Carried:
+        """Move a change that is held as factors."""
+        assert update.factors is not None
+        ids = self.ids[update.ids]
+        order = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
+        a, b = self._columns(np.asarray(update.factors.a)), np.asarray(update.factors.b)[order]
+        factors = dataclasses.replace(update.factors, a=a, b=b)
+        moved = low_rank_rows(update.table, update.kind, self.pair.target.dims.vocab, ids[order], factors)
+        return moved, len(ids), len(order), moved.energy
 
-def _chosen(matrix: np.ndarray, stream: np.ndarray | None) -> np.ndarray:
-    """Select the target's columns (m, D_tgt) of a matrix (m, D_src), with zeros in columns that the source lacks."""
-    return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
+    def replaced(self, update: TokenUpdate) -> _Carried:
+        """Move a change that is held as whole rows."""
+        source, target = self.pair.bases
+        name = f"{update.modules[0]}.weight"
+        ids, rows, changed, energy = [], [], 0, 0.0
+        for part in update.parts():
+            old = source.rows(name, update.ids[part])
+            change = update.changed(old, part) - old
+            changes = change.any(axis=1)
+            changed += int(np.count_nonzero(changes))
+            moved_ids = self.ids[update.ids[part]]
+            moves = changes & (moved_ids >= 0)
+            change = self._columns(change[moves])
+            energy += float(np.sum(change**2))
+            ids.append(moved_ids[moves])
+            rows.append((target.rows(name, moved_ids[moves]) + change).astype(np.float32))
+        found = np.concatenate(ids)
+        order = np.argsort(found)
+        carried = changed_rows(update.table, update.kind, target, found[order], np.concatenate(rows)[order])
+        return carried, changed, len(found), energy
+
+    def _columns(self, matrix: np.ndarray) -> np.ndarray:
+        """Select the target's columns (m, D_tgt) of a matrix (m, D_src); those that the source lacks are zero."""
+        stream = self.stream
+        return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
 
 
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:

@@ -1,14 +1,14 @@
-"""Distillation: an update of the target fitted to the predictions of the adapted source (see `distill`).
+"""Fits: an update of the target fitted to what the adapter does to the source.
 
-The fit starts from nothing, from a copy of the update, or from the parts of the update that a pruned target has.
+Distillation fits it to the predictions of the adapted source (see `distill`); it starts from nothing, from a copy of
+the update, or from the parts of the update that a pruned target has. The residual fit solves for down_proj, layer by
+layer, so that the residual stream changes alike (see `distill.residual`).
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from jcrosslora.adapter import Carried
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import MapMethod, Method, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
@@ -18,10 +18,10 @@ from jcrosslora.utils.cost import Cost
 class Distill(DistillSettings, Method):
     """An update fitted to completions of the adapted source."""
 
-    name: ClassVar[str] = "distill"
-    summary: ClassVar[str] = "an update fitted to the adapted source's predictions"
-    reference: ClassVar[str] = "this package"
-    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
+    name = "distill"
+    summary = "an update fitted to the adapted source's predictions"
+    reference = "this package"
+    requires = frozenset({EvidenceKind.COMPLETIONS})
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
         """Count the completions that are written and the fit; where there is a budget, one to the first of them."""
@@ -69,10 +69,10 @@ class DistilledCopy(Distill):
     The teacher is the adapted source alone.
     """
 
-    name: ClassVar[str] = "distilled-copy"
-    summary: ClassVar[str] = "the unchanged update, then one fitted on top of it to the adapted source's predictions"
-    requires: ClassVar[frozenset[EvidenceKind]] = Copy.requires | Distill.requires
-    carries: ClassVar[Carried] = Copy.carries | Distill.carries
+    name = "distilled-copy"
+    summary = "the unchanged update, then one fitted on top of it to the adapted source's predictions"
+    requires = Copy.requires | Distill.requires
+    carries = Copy.carries | Distill.carries
 
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
@@ -89,13 +89,40 @@ class DistilledCopy(Distill):
 class DistilledSelect(DistilledCopy):
     """The update of the parts that the target has, then fitted as `distilled-copy` is."""
 
-    name: ClassVar[str] = "distilled-select"
-    summary: ClassVar[str] = (
-        "the update of the parts that the target has, then all modules fitted to the adapted source"
-    )
-    requires: ClassVar[frozenset[EvidenceKind]] = Select.requires | Distill.requires
+    name = "distilled-select"
+    summary = "the update of the parts that the target has, then all modules fitted to the adapted source"
+    requires = Select.requires | Distill.requires
 
     @property
     def start(self) -> MapMethod:
         """Return the selection that the fit starts from."""
         return Select()
+
+
+@dataclass(frozen=True)
+class ResidualFit(Method):
+    """Updates of down_proj that change the target's residual stream as the adapter changes the source's."""
+
+    name = "residual-fit"
+    summary = "down_proj, layer by layer, so that the target's residual stream changes as the source's"
+    reference = "this package"
+    requires = frozenset({EvidenceKind.PROBE_TEXTS})
+
+    residual_scale: float = 0.6
+    """Share of the change of the source's residual stream that the update is fitted to."""
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count the passes of both bases over the probe texts."""
+        from jcrosslora.distill.residual import residual_cost
+
+        return {"fit the residual stream": residual_cost(sizes.probes)}
+
+    def move(self, task: Task) -> Moved:
+        """Run both bases over the probe texts and fit each layer in closed form."""
+        from jcrosslora.decoder import unstack_adapter
+        from jcrosslora.distill.residual import fit_residual
+
+        given = task.base, task.target, task.adapter, None, task.batches, task.layers
+        fitted = fit_residual(*given, scale=self.residual_scale)
+        what = f"{self.residual_scale:g} times the change of the source's residual stream"
+        return Moved(unstack_adapter(fitted, task.target), fitted=f"fitted to {what}, on down_proj alone")

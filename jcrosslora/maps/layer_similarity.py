@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import LayerCapture, Model, forward, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
+from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
 
@@ -30,7 +29,7 @@ def similarity_cost(texts: int) -> Cost:
     return Cost(source=texts * PROBE_TOKENS, target=texts * PROBE_TOKENS, precise=True)
 
 
-def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[ProbeBatch]) -> np.ndarray:
+def layer_similarity(pair: BasePair, batches: Sequence[ProbeBatch]) -> np.ndarray:
     """Compute the linear CKA between the residual streams after every layer of two bases, at matched positions.
 
     CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY')). HSIC is estimated batch by batch without bias
@@ -50,11 +49,11 @@ def layer_similarity(source: BaseModel, target: BaseModel, batches: Sequence[Pro
         UsageError: no batch has four matched positions.
         CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
-    run = partial(_batch_sums, (load_model(source), load_model(target)))
+    models = load_model(pair.source), load_model(pair.target)
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")
     totals = [0.0, 0.0, 0.0]
     for batch in each(batches, "compare layers", "batches"):
-        sums = run({name: jnp.asarray(getattr(batch, name)) for name in names})
+        sums = _batch_sums(models, {name: jnp.asarray(getattr(batch, name)) for name in names})
         totals = [total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)]
     cross, own_src, own_tgt = (np.asarray(total) for total in totals)
     if not (own_src.ndim and own_src.max() > 0 and own_tgt.max() > 0):

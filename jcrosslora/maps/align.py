@@ -1,0 +1,190 @@
+"""The alignment itself: groups of modules of equal shape, one after the other, so that memory is bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jcrosslora.architectures.blocks import READERS
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.weight_stacks import load_stack
+from jcrosslora.distributed import hosts
+from jcrosslora.linalg import mesh_of, over_layers, spread
+from jcrosslora.maps.evidence import Evidence, Maps, Side
+from jcrosslora.maps.method import MapMethod
+from jcrosslora.maps.providers import providers_of
+from jcrosslora.maps.singular_vectors import describe
+from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
+from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, Agreement, TransportGroup, measure
+from jcrosslora.relation.pairing import Pair
+from jcrosslora.utils.progress import track
+
+ALIGN = "align"  # the step, as it names itself on the display
+# Pairs that are aligned together, and their group where it lies in the cache.
+_Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
+_Stacks = tuple[jax.Array, jax.Array]
+
+
+def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
+    """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
+
+    The task has its text if it needs any (see `with_text`).
+    """
+    providers = providers_of(task.kinds)
+    chunks, store = list(task.chunks()), task.pair.store
+    if not chunks:
+        return
+    cache = TransportCache(task) if store is not None and any(provider.is_costly for provider in providers) else None
+
+    @lru_cache  # when the first group is met that is not kept
+    def collected() -> list[AddEvidence]:
+        return [provider.collect(task) for provider in providers]
+
+    found = cache.find(chunks) if cache is not None and hosts.is_first() else itertools.repeat(None)
+    background = store.in_background() if store is not None else nullcontext()
+    with background, track(len(task.modules), ALIGN, "modules") as bar:
+        for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
+            if stacks is None:
+                group = _sent(pairs, group)
+            else:
+                own = _align(task, tuple(hosts.own_part(pairs)), stacks, collected())
+                group = _gathered(pairs, own)
+                if cache is not None:
+                    cache.keep(group)
+            stacks = None  # while the next but one are read
+            yield group
+            bar.update(len(pairs))
+
+
+class TransportCache:
+    """Finds and keeps the groups of a transport in the cache: one entry each, to limit memory to a group."""
+
+    def __init__(self, task: AlignmentTask) -> None:
+        """Derive the key from the method's fields and from what the evidence providers say."""
+        providers, start = providers_of(task.kinds), task.method.start
+        assert task.pair.store is not None
+        assert start is not None
+        facts = [provider.cache_key(task) for provider in providers]
+        parts = start.cache_key(), sorted(task.kinds), task.rank, facts
+        self._store = task.pair.store
+        self._key = task.pair.key(*parts, tokenizers=any(provider.reads_tokenizers for provider in providers))
+        self._what = f"{start.name}, rank {task.rank}, {task.pair.names}"
+
+    def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
+        """Yield the groups of these pairs, one after the other; None for one that is not kept.
+
+        While one is used the next is read: two are in memory.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._load, chunks[0])
+            for following in [*chunks[1:], None]:
+                group = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._load, following)
+                yield group
+
+    def keep(self, group: TransportGroup) -> None:
+        """Keep a group."""
+        what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
+        self._store.save("transport", self._group_key(group.pairs), what, group.arrays(), group.facts())
+
+    def _load(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
+        loaded = self._store.load("transport", self._group_key(pairs))
+        return None if loaded is None else TransportGroup.of(pairs, loaded.arrays, loaded.facts)
+
+    def _group_key(self, pairs: Sequence[Pair]) -> str:
+        return digest_of(self._key, pairs_as_json(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
+
+
+def _read_ahead(task: AlignmentTask, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, _Stacks | None]]:
+    """Yield each chunk, with the weights of this process's part of it where it has to be aligned.
+
+    The weights of a chunk are read and put on the devices while the one before is aligned.
+    """
+
+    def read(pairs: Sequence[Pair]) -> _Stacks:
+        src = load_stack(task.pair.source, [pair.source for pair in pairs])
+        return src, load_stack(task.pair.target, [pair.target for pair in pairs])
+
+    waiting: deque[tuple[_Chunk, Future[_Stacks] | None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        for chunk in itertools.chain(chunks, (None,)):
+            if chunk is not None:
+                is_kept = hosts.exchange("kept", chunk[1] is not None)[0]
+                waiting.append((chunk, None if is_kept else reader.submit(read, hosts.own_part(chunk[0]))))
+            if waiting and (chunk is None or len(waiting) > 1):
+                first, reading = waiting.popleft()
+                stacks = None if reading is None else reading.result()
+                del reading
+                yield first, stacks
+                del stacks
+
+
+def _align(
+    task: AlignmentTask, pairs: tuple[Pair, ...], stacks: _Stacks, evidence_adders: Sequence[AddEvidence]
+) -> TransportGroup:
+    start = task.method.start
+    assert start is not None
+    src, tgt = task.shapes(pairs[0])
+    stack = ModuleStack(pairs, len(stacks[0]))
+    evidence = Evidence(
+        *map(partial(_side, stack), task.pair.bases, stack.names, stacks),
+        vocabulary=None,
+        activations=None,
+        key=None,
+        reads=pairs[0].role in READERS,
+        rank=min(task.rank, *src, *tgt),
+        method=start.name,
+    )
+    for add in evidence_adders:
+        evidence = add(evidence, stack)
+    maps, agreement = _map_stack(evidence, start, mesh_of(stacks[0]))
+    terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (maps.terms, agreement))
+    # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK take
+    # the cores from each other (measured: 6 times slower).
+    return jax.block_until_ready(TransportGroup(terms, agreement, pairs, tuple(stack.kernels)))
+
+
+def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: jax.Array) -> Side:
+    gains = stack.filled([base.residual_gain(name) for name in names])
+    return Side(weights, spread(np.stack(gains)), None)
+
+
+@partial(jax.jit, static_argnames=("method", "mesh"))
+def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, Agreement]:
+    def one(evidence: Evidence, vocabulary: object) -> tuple[Maps, Agreement]:
+        evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
+        maps = method.maps(evidence)
+        return maps, measure(evidence, maps, by_coordinates=method.measure == "weight cosine")
+
+    return over_layers(one, mesh, dataclasses.replace(evidence, vocabulary=None), evidence.vocabulary)
+
+
+def _gathered(pairs: tuple[Pair, ...], own: TransportGroup) -> TransportGroup:
+    """Return the group of all pairs, from the parts that the processes have aligned."""
+    if hosts.count() == 1:
+        return own
+    arrays = {name: np.asarray(array) for name, array in own.arrays().items()}
+    sides = (own.kernels[: len(own.pairs)], own.kernels[len(own.pairs) :]) if own.kernels else ()
+    arrays, kernels = hosts.gather(f"maps of {pairs[0].target}", arrays, sides, len(pairs))
+    return TransportGroup.of(pairs, arrays, own.facts() | {"kernels": [name for side in kernels for name in side]})
+
+
+def _sent(pairs: tuple[Pair, ...], kept: TransportGroup | None) -> TransportGroup:
+    """Return the group that the first process has found in its cache."""
+    if hosts.count() == 1:
+        assert kept is not None
+        return kept
+    facts, own = ({}, {}) if kept is None else (kept.facts(), kept.arrays())
+    arrays = hosts.send({name: np.asarray(array) for name, array in own.items()})
+    return TransportGroup.of(pairs, arrays, hosts.from_first("facts", lambda: facts))

@@ -1,0 +1,147 @@
+"""A pair of bases with the facts that several stages share: structure, shared vocabulary, keys of the cache."""
+
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.cache import Cache
+from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
+from jcrosslora.checkpoint import BaseModel, shared_ids
+from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.errors import CheckpointError
+from jcrosslora.linalg import dot
+from jcrosslora.maps.evidence import Vocabulary
+from jcrosslora.relation import Structure, find_structure
+
+_KEYED = frozenset({"k_proj", "v_proj"})
+_KIND = "vocabulary"  # of the entries of the cache
+_FIELDS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
+_TOKENS_AT_ONCE = 4096
+# Sums of the rows of both sides, and of their products.
+_Sums = tuple[jax.Array, ...]
+
+
+class BasePair:
+    """The source and the target of transfers. Facts about the pair are computed on first use and kept.
+
+    Attributes:
+        store: the disk cache for factors and transports; None disables it.
+    """
+
+    def __init__(self, source: BaseModel, target: BaseModel, store: Cache | None = None) -> None:
+        self.source, self.target, self.store = source, target, store
+
+    @property
+    def bases(self) -> tuple[BaseModel, BaseModel]:
+        """Return the source and the target."""
+        return self.source, self.target
+
+    @cached_property
+    def names(self) -> str:
+        """Return the names of both bases, as listings of the cache show them."""
+        return f"{public_name(self.source.name)} to {public_name(self.target.name)}"
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Return the digests of the weights of both bases; files are read whose digests the cache does not remember."""
+        assert self.store is not None
+        return tuple(weights_key(base, self.store.digests) for base in self.bases)
+
+    def head_counts(self, role: str) -> tuple[int, int]:
+        """Return the numbers of heads of the target and of the source in attention modules of a role."""
+        source, target = self.source.dims, self.target.dims
+        return (target.kv_heads, source.kv_heads) if role in _KEYED else (target.heads, source.heads)
+
+    def key(self, *parts: object, tokenizers: bool) -> str:
+        """Digest everything that an entry of the cache depends on.
+
+        `parts` are JSON values that identify it; `tokenizers` says whether it depends on them as well as on the
+        weights.
+        """
+        return digest_of((*self.weights, *self._tokenizers) if tokenizers else self.weights, numerics_key(), *parts)
+
+    @cached_property
+    def _tokenizers(self) -> tuple[str, ...]:
+        return tuple(map(tokenizer_key, self.bases))
+
+    @cached_property
+    def structure(self) -> tuple[Structure | None, str]:
+        """Return which parts of the target are parts of the source, or None and the reason."""
+        return find_structure(self.source, self.target)
+
+    @cached_property
+    def shared_tokens(self) -> tuple[int, str]:
+        """Return the number of tokens that both bases have, or 0 and the reason."""
+        facts = None if self.store is None else self.store.facts(_KIND, self.key(tokenizers=True))
+        if facts is not None:
+            return facts["count"], ""
+        found, reason = self.vocabulary
+        return (0, reason) if found is None else (found.count, "")
+
+    @cached_property
+    def vocabulary(self) -> tuple[Vocabulary | None, str]:
+        """Return the centred second moments of both embeddings over the tokens that both bases have.
+
+        Only the rows of these tokens are read, a few thousand at a time. None and the reason where there are no
+        moments.
+        """
+        loaded = None if self.store is None else self.store.load(_KIND, self.key(tokenizers=True))
+        if loaded is not None:
+            moments: dict[str, Any] = {name: jnp.asarray(loaded.arrays[name]) for name in _FIELDS}
+            return Vocabulary(count=loaded.facts["count"], **moments), ""
+        ids, reason = shared_ids(self.source, self.target)
+        if ids is None:
+            return None, reason
+        found = self._moments(*ids)
+        if self.store is not None:
+            arrays = {name: getattr(found, name) for name in _FIELDS}
+            what = f"{found.count} tokens, {self.names}"
+            self.store.save(_KIND, self.key(tokenizers=True), what, arrays, {"count": found.count})
+        return found, ""
+
+    def _moments(self, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:
+        sides = (self.source, ids_src), (self.target, ids_tgt)
+        parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
+        totals = None
+        with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
+            # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
+            centres = tuple(base.rows(EMBEDDING, ids[parts[0]]).mean(axis=0) for base, ids in sides)
+            for part in parts:
+                rows = (base.rows(EMBEDDING, ids[part]) for base, ids in sides)
+                totals = _add(totals, *map(_padded, rows, centres))
+        self.source.release()
+        self.target.release()
+        assert totals is not None
+        if not all(np.isfinite(total).all() for total in totals):
+            msg = f"the embedding table of {self.source.ref} or {self.target.ref} holds NaN, infinity or numbers whose "
+            raise CheckpointError(msg + "squares are beyond float32; download the file again")
+        return _finish(totals, *centres, len(ids_src))
+
+
+def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Centre rows, and pad them with zero rows, which add nothing, to the number that `_add` is compiled for."""
+    return np.pad(rows - centre, ((0, _TOKENS_AT_ONCE - len(rows)), (0, 0)))
+
+
+@jax.jit
+def _add(totals: _Sums | None, x: jax.Array, y: jax.Array) -> _Sums:
+    """Add the sums of the rows of X (N, D_src) and Y (N, D_tgt), and X'Y, X'X and Y'Y, to the totals."""
+    sums = x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
+    return sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+
+
+@partial(jax.jit, static_argnames="count")
+def _finish(totals: _Sums, centre_src: jax.Array, centre_tgt: jax.Array, count: int) -> Vocabulary:
+    mean_src, mean_tgt = totals[0] / count, totals[1] / count
+    return Vocabulary(
+        cross=totals[2] / count - jnp.outer(mean_src, mean_tgt),
+        gram_src=totals[3] / count - jnp.outer(mean_src, mean_src),
+        gram_tgt=totals[4] / count - jnp.outer(mean_tgt, mean_tgt),
+        count=count,
+        mean_src=centre_src + mean_src,
+        mean_tgt=centre_tgt + mean_tgt,
+    )

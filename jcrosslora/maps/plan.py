@@ -1,0 +1,168 @@
+"""Plan an alignment: check that it can be done, and give it the text that it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.distributed import hosts
+from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.maps.activations import batch_probes
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
+from jcrosslora.maps.providers import providers_of
+from jcrosslora.maps.task import AlignmentTask
+from jcrosslora.relation.pairing import SIMILAR, Depth, pair_modules
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.probes import Probes
+
+_DEFAULT_DEPTH = "proportional"
+
+
+def plan_alignment(
+    pair: BasePair,
+    method: Method,
+    *,
+    depth: Depth = _DEFAULT_DEPTH,
+    seed: int = 0,
+    sources: Collection[str] | None = None,
+) -> AlignmentTask:
+    """Check an alignment; nothing is computed but what decides whether it can be done.
+
+    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `depth` is
+    explained at `jcrosslora.relation.pairing.pair_modules`.
+
+    Raises:
+        MethodError: the method cannot be used on these bases.
+        PairingError: the modules cannot be paired as asked.
+        UsageError: a truncation rank out of range, or a seed outside 0 to 2^32 - 1 for a method that draws.
+    """
+    if EvidenceKind.SELECTION in method.requires:
+        depth = _selected_layers(pair, depth)
+    # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
+    pairing = pair_modules(pair.source.modules, pair.target.modules, _DEFAULT_DEPTH if depth == SIMILAR else depth)
+    stated = depth if isinstance(depth, str) else _shown(depth)
+    task = AlignmentTask(pair, method, stated, seed, None if sources is None else frozenset(sources), pairing)
+    _check_shapes(task)
+    task = dataclasses.replace(task, rank=_checked_rank(task))
+    for provider in providers_of(method.requires):
+        provider.check(task)
+    return task
+
+
+def check_hosts(task: AlignmentTask) -> None:
+    """Check, where several processes align together, that they can and that all were given the same.
+
+    Raises:
+        MethodError: the bases have to run on text.
+        HostError: the processes were given different input.
+    """
+    if hosts.count() == 1:
+        return
+    if task.runs_bases:
+        what = f"method {task.method.name}" if task.method.runs_bases else f"the depth map {SIMILAR}"
+        msg = (
+            f"{what} runs the bases on text, which several processes do not do together; name a method that looks "
+            "at weights alone, such as cross-lora, or use one process"
+        )
+        raise MethodError(msg)
+    bases = task.pair.bases
+    stated = [
+        [name, module.shape, module.tensor, module.rows] for base in bases for name, module in base.modules.items()
+    ]
+    stated += [[file.stat().st_size for base in bases for file in base.store.files]]
+    settings = task.method.cache_key(), task.rank, task.depth, task.seed
+    found = hosts.exchange("work", digest_of(settings, stated, task.modules))
+    if len(set(found)) > 1:
+        msg = "the processes were not given the same bases, adapter and settings; start all of them alike"
+        raise HostError(msg)
+    digests = hosts.shared(None if task.pair.store is None else task.pair.store.digests)
+    for base in bases:
+        base.digest(digests)
+
+
+def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
+    """Return the task with the text that it is made from, and with the layers that the text pairs.
+
+    `probes` is the text that both bases are run on; None lets the source write it where the maps need any.
+
+    Raises:
+        UsageError: no text has a position that matches.
+        CheckpointError: a base or its tokenizer cannot be read.
+    """
+    if not task.reads_probes:
+        return dataclasses.replace(task, probes=probes)
+    pair = task.pair
+    probes, batches = batch_probes(pair, probes, seed=task.seed)
+    task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
+    if task.depth != SIMILAR:
+        return task
+    pairing = pair_modules(pair.source.modules, pair.target.modules, _similar_layers(task, probes))
+    return dataclasses.replace(task, pairing=dataclasses.replace(pairing, depth_map=SIMILAR))
+
+
+def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ...]:
+    """Return for each target layer the source layer that is alike on the texts, from the cache where it is there."""
+    from jcrosslora.maps.layer_similarity import layer_similarity, ordered_layers
+
+    pair = task.pair
+    key = "" if pair.store is None else pair.key(probes.digest(), tokenizers=True)
+    facts = None if pair.store is None else pair.store.facts("depth", key)
+    if facts is not None:
+        return tuple(facts["layers"])
+    layers = ordered_layers(layer_similarity(pair, task.batches))
+    if pair.store is not None:
+        pair.store.save("depth", key, f"layers that are alike, {pair.names}", {}, {"layers": list(layers)})
+    return layers
+
+
+def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
+    """Return the source layer of every target layer from the structure that two bases share.
+
+    The depth map is the default, or the one that the structure gives.
+
+    Raises:
+        MethodError: neither base consists of parts of the other.
+        UsageError: another depth map was requested.
+    """
+    structure, reason = pair.structure
+    if structure is None:
+        msg = f"method select needs a base that is made of the other's parts: {reason}; use another method"
+        raise MethodError(msg)
+    layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
+    if depth != _DEFAULT_DEPTH and (isinstance(depth, str) or tuple(depth) != layers):
+        msg = f"method select finds the layers by their weights, here {_shown(layers)}; leave the depth map out"
+        raise UsageError(msg)
+    return layers
+
+
+def _shown(layers: Depth) -> str:
+    return ",".join("-" if layer is None else str(layer) for layer in layers)
+
+
+def _check_shapes(task: AlignmentTask) -> None:
+    start = task.method.start
+    for pair in task.modules if start is not None and start.equal_shapes else ():
+        src, tgt = task.shapes(pair)
+        if src != tgt:
+            msg = (
+                f"method {task.method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
+                f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
+            )
+            raise MethodError(msg)
+
+
+def _checked_rank(task: AlignmentTask) -> int:
+    """Return the truncation rank: the method's own, or its default where the modules are smaller; 0 without maps."""
+    widest = max((min(*src, *tgt) for src, tgt in map(task.shapes, task.modules)), default=0)
+    rank = getattr(task.method, "svd_rank", DEFAULT_SVD_RANK)
+    if widest == 0 or rank == getattr(type(task.method), "svd_rank", DEFAULT_SVD_RANK):
+        return min(rank, widest)
+    if not 1 <= rank <= widest:
+        msg = f"svd_rank {rank} is out of range; these bases allow 1 to {widest}, their widest modules' short side"
+        raise UsageError(msg)
+    return rank

@@ -1,0 +1,306 @@
+"""LoRA-Shift (arXiv 2508.05232, section 3): carry adapters through the maps, the same for all methods."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, update_norm
+from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter.kinds.dora import DORA
+from jcrosslora.adapter.records import restrict
+from jcrosslora.checkpoint import BaseInfo
+from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
+from jcrosslora.linalg import product_energy
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import Terms
+from jcrosslora.maps.method import Method
+from jcrosslora.maps.other_changes import carry_experts, carry_tokens
+from jcrosslora.maps.shifted import Calibration, ModuleRow, Shifted, UnmappedSource
+from jcrosslora.maps.transport import Transport, TransportGroup
+from jcrosslora.relation.pairing import Pair
+
+
+@flax.struct.dataclass
+class ShiftedFactors:
+    """One module's moved factors, scale inside b, and its squared Frobenius norm on the way.
+
+    Attributes:
+        a: (K', I_tgt).
+        b: (O_tgt, K').
+        before: (), ||dW_src||_F^2.
+        mapped: (), ||.||_F^2 of what the maps make of it.
+        after: (), ||dW_tgt||_F^2, after calibration.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    before: jax.Array
+    mapped: jax.Array
+    after: jax.Array
+
+
+def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """Move the factors of an adapter through the maps: B_tgt = P_out B and A_tgt = A P_in', term by term.
+
+    Pure and traceable: it works under `jax.jit`, `jax.vmap` (over adapters of equal ranks and scales whose factors are
+    stacked leaf by leaf) and `jax.grad`, with the transport as an argument or closed over. `shift` alone does what
+    follows the maps of some methods, and moves changes of the embedding and the output head.
+
+    Args:
+        transport: from `align`.
+        adapter: factors by module of the source base; fused matrices are split.
+
+    Returns:
+        Factors by module of the target base, scale 1, of rank K for each term of the maps.
+
+    Raises:
+        AdapterError: no module of the adapter feeds a module of the target, an update does not fit its module, or it is
+            a stack of adapters and the call is not vmapped.
+        MethodError: the method fits an update and has no maps.
+    """
+    whole = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
+    modules = fit_to_base(whole, transport.source, every=False).modules
+    start = transport.method.start
+    if start is None:
+        msg = f"method {transport.method.name} has no maps to apply: use jcrosslora.shift, or jcrosslora.transfer"
+        raise MethodError(msg)
+    moved: dict[str, LoRAFactors] = {}
+    for group in transport.groups:
+        for rows in _rows_by_rank(group, modules):
+            some = [modules[group.pairs[row].source] for row in rows]
+            a = jnp.stack([jnp.asarray(item.a, jnp.float32) for item in some])
+            b = jnp.stack([jnp.asarray(item.b, jnp.float32) * item.scale for item in some])
+            found = jax.vmap(partial(_shift_factors, keep_norm=start.keeps_norm))(_terms_of(group, rows), a, b)
+            for index, row in enumerate(rows):
+                moved[group.pairs[row].target] = LoRAFactors(a=found.a[index], b=found.b[index])
+    if not moved:
+        msg = f"none of the {len(modules)} modules of the adapter feeds a module of the target; align for its modules"
+        raise AdapterError(msg)
+    return {name: moved[name] for name in transport.target.shapes if name in moved}
+
+
+class Shifter:
+    """Moves one adapter, group by group, so that the groups of a transport need not all be in memory.
+
+    `adapter` is the adapter to move, with fused matrices split.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        source: BaseInfo,
+        method: Method,
+        *,
+        calibrate: Calibration | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Check that the adapter fits the base, and the settings the method.
+
+        Args:
+            adapter: an adapter of the source.
+            source: the base that it is of.
+            method: of the transfer; without maps its adapter is only checked.
+            calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
+                maps make of it; None is the method's own choice (the random control alone restores the norm).
+            scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
+
+        Raises:
+            AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
+            UsageError: an unknown calibration, or a scale that is zero or not finite.
+        """
+        _check_settings(method, calibrate, scale)
+        if adapter.info.invocation is not None and adapter.info.invocation_target is None:
+            msg = f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's "
+            advice = "first, by jcrosslora.maps.other_changes.with_invocation(adapter, source, target)"
+            raise AdapterError(msg + advice)
+        why = f"method {method.name} does not keep the coordinates of the residual stream"
+        adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
+        adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
+        if scale != 1:
+            adapter = restrict(adapter, Carried.LINEAR, f"scale {scale:g} is of linear layers alone")
+        if not (adapter.modules or adapter.experts):
+            left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
+            msg = (
+                f"adapter {adapter.info.name} has no update of a linear layer, and nothing else of it is moved ({left})"
+            )
+            raise AdapterError(
+                msg + ": use method distill, or copy or select, in profile peft, for a copy of its own base"
+            )
+        self.adapter = fit_to_base(adapter, source)
+        self._method, self._scale = method, scale
+        restores_norm = method.start is not None and method.start.keeps_norm
+        self._keep_norm = restores_norm if calibrate is None else calibrate == "frobenius"
+        self._rows: list[ModuleRow] = []
+        self._modules: dict[str, LoRAFactors] = {}
+
+    def add(self, group: TransportGroup) -> None:
+        """Move what the adapter holds for the pairs of one group."""
+        add_to_all([self], group)
+
+    def finish(self, transport: Transport, pair: BasePair) -> Shifted:
+        """Put the modules in the target's order and close the account.
+
+        The transport may have dropped its groups.
+
+        Raises:
+            PairingError: no update of the adapter was moved.
+        """
+        adapter, method = self.adapter, self._method
+        experts, notes = (), ()
+        if adapter.experts and not method.fits_update:
+            experts, notes = carry_experts(adapter, pair, method)
+        energies = {name: update_norm(item) ** 2 for name, item in adapter.modules.items()}
+        if method.start is None:
+            self._rows = [
+                ModuleRow.unmapped(pair.target, pair.role, pair.source, energies[pair.source])
+                for pair in transport.pairing.pairs
+                if pair.source in energies
+            ]
+        elif not (self._modules or experts or (method.fits_update and adapter.experts)):
+            msg = f"none of the {len(adapter.modules)} modules of {adapter.info.name} is carried over"
+            raise PairingError("; ".join([msg, *notes, "choose another depth map or method"]))
+        tokens, token_rows, reason = (), (), ""
+        if adapter.tokens:
+            tokens, token_rows, reason = carry_tokens(adapter, pair, method)
+        remaining = restrict(adapter, ~Carried.TOKENS, reason) if reason else adapter
+        info = AdapterInfo(
+            name=f"{adapter.info.name}, moved",
+            base_name=transport.target.name,
+            prefix=transport.target.prefix,
+            kind=adapter.info.kind if adapter.info.invocation else "LoRA",
+            invocation=adapter.info.invocation_target,
+        )
+        order = {name: index for index, name in enumerate(transport.target.shapes)}
+        modules = {name: self._modules[name] for name in order if name in self._modules}
+        used, total = {row.source for row in self._rows}, sum(energies.values())
+        return Shifted(
+            adapter=Adapter(modules=modules, info=info, tokens=tokens, experts=experts),
+            original=adapter,
+            rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
+            tokens=token_rows,
+            unmapped=tuple(
+                UnmappedSource(name, energy / (total or 1.0)) for name, energy in energies.items() if name not in used
+            ),
+            energy=total,
+            calibration="frobenius" if self._keep_norm else "none",
+            scale=self._scale,
+            notes=(*_notes(remaining, transport), *notes),
+        )
+
+    def parts(self, group: TransportGroup) -> Iterator[tuple[tuple[int, ...], int, bool]]:
+        """Yield rows of a group that can be moved in one call, with their rank and whether their norm is kept."""
+        modules = self.adapter.modules
+        for rows in _rows_by_rank(group, modules):
+            yield rows, modules[group.pairs[rows[0]].source].rank, self._keep_norm
+
+    def take(self, pairs: Sequence[Pair], agreements: Sequence[dict[str, Any]], moved: ShiftedFactors) -> None:
+        """Keep the moved factors of some pairs; `moved` has their leading axis."""
+        for index, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
+            b = moved.b[index] if self._scale == 1 else moved.b[index] * np.float32(self._scale)
+            self._modules[pair.target] = LoRAFactors(a=moved.a[index], b=b)
+            before = float(moved.before[index])
+            row = ModuleRow(
+                target=pair.target,
+                source=pair.source,
+                role=pair.role,
+                energy=before,
+                kept=float(moved.mapped[index]) / before if before > 0 else 1.0,
+                norm_before=float(np.sqrt(moved.before[index])),
+                norm_after=float(np.sqrt(moved.after[index])) * abs(self._scale),
+                **agreement,
+            )
+            self._rows.append(row)
+
+
+def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
+    """Move what several adapters of one base hold for the pairs of a group, those that agree in one vmapped call."""
+    alike: dict[tuple[tuple[int, ...], int, bool], list[Shifter]] = {}
+    for shifter in shifters:
+        for part in shifter.parts(group):
+            alike.setdefault(part, []).append(shifter)
+    for (rows, _, keep_norm), some in alike.items():
+        pairs = [group.pairs[row] for row in rows]
+        factors = [_stack([shifter.adapter.modules[pair.source] for pair in pairs]) for shifter in some]
+        a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
+        moved = jax.tree.map(np.asarray, _shift_stack(_terms_of(group, rows), a, b, scale, keep_norm))
+        agreement = {key: np.asarray(x)[np.array(rows)] for key, x in dataclasses.asdict(group.agreement).items()}
+        agreements = [{key: x[index].item() for key, x in agreement.items()} for index in range(len(pairs))]
+        for index, shifter in enumerate(some):
+            shifter.take(pairs, agreements, jax.tree.map(lambda x, index=index: x[:, index], moved))
+
+
+@partial(jax.jit, static_argnames=("keep_norm",))
+def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> ShiftedFactors:
+    """Move L pairs of N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
+    b = b * scale[:, :, None, None]
+    shift = partial(_shift_factors, keep_norm=keep_norm)
+    return jax.vmap(jax.vmap(shift, in_axes=(None, 0, 0)))(terms, a, b)
+
+
+def _shift_factors(terms: Terms, a: jax.Array, b: jax.Array, *, keep_norm: bool) -> ShiftedFactors:
+    """Move a (K, I_src) and b (O_src, K) through every term, and put the terms side by side."""
+    before = product_energy(b, a)
+    b_tgt = jnp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
+    a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
+    mapped = after = product_energy(b_tgt, a_tgt)
+    if keep_norm:
+        # Nothing can be restored where the map left nothing but rounding.
+        alive = after > jnp.finfo(after.dtype).eps ** 2 * before
+        factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
+        b_tgt, after = b_tgt * factor, after * factor**2
+    return ShiftedFactors(a_tgt, b_tgt, before, mapped, after)
+
+
+def _rows_by_rank(group: TransportGroup, modules: Mapping[str, LoRAFactors]) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of a group that the modules feed, those of one rank together."""
+    by_rank: dict[int, list[int]] = {}
+    for row, pair in enumerate(group.pairs):
+        if pair.source in modules:
+            by_rank.setdefault(modules[pair.source].rank, []).append(row)
+    yield from map(tuple, by_rank.values())
+
+
+def _terms_of(group: TransportGroup, rows: Sequence[int]) -> Terms:
+    """Return the maps of some rows of a group."""
+    if len(rows) == len(group.pairs):
+        return group.terms
+    return jax.tree.map(lambda x: x[np.array(rows)], group.terms)
+
+
+def _stack(factors: Sequence[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a = np.stack([np.asarray(item.a, np.float32) for item in factors])
+    b = np.stack([np.asarray(item.b, np.float32) for item in factors])
+    return a, b, np.array([item.scale for item in factors], np.float32)
+
+
+def _check_settings(method: Method, calibrate: str | None, scale: float) -> None:
+    if calibrate not in (None, "none", "frobenius"):
+        msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
+        raise UsageError(msg)
+    if not math.isfinite(scale) or scale == 0:
+        msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
+        raise UsageError(msg)
+    given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
+    if given is not None and method.fits_update:
+        msg = (
+            f"{given} has no part in method {method.name}, which fits the size of the update as well; "
+            "leave it out, or use another method"
+        )
+        raise UsageError(msg)
+
+
+def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
+    lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
+    if lossy and transport.source.digest == transport.target.digest:
+        again = ", as does what `jcrosslora export --keep-dora` writes" if adapter.info.kind == DORA.name else ""
+        lossy += (
+            f"both bases have the same weights: the adapter's own file works on the target, and loses nothing{again}.",
+        )
+    return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
