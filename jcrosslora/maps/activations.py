@@ -12,12 +12,10 @@ direction a thousand times smaller, and more with the square of that ratio. `tes
 these figures.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.struct
 import jax
@@ -25,17 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Model, forward, load_model
+from jcrosslora.evaluate.probes import ProbeBatch, Probes, count_positions, probe_batches, written_probes
+from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import ProbeBatch, Probes
 
 # Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4
@@ -47,25 +44,17 @@ _EIGEN = 0.4
 # Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 _Two = tuple[jax.Array, jax.Array]
-Grams = dict[str, _Two]
 
 
 def batch_probes(pair: BasePair, probes: Probes | None, *, seed: int = 0) -> tuple[Probes, list[ProbeBatch]]:
     """Tokenise probe texts for both bases.
 
-    Without `probes` the source base writes the texts.
-
-    Returns:
-        The probes with the number of matched positions filled in, and their batches.
+    Without `probes` the source base writes the texts. The returned probes state the number of matched positions.
 
     Raises:
         UsageError: no text has a position that matches.
         CheckpointError: a base or its tokenizer cannot be read.
     """
-    # Imported here: methods that look at weights alone need neither tokenizers nor the decoder.
-    from jcrosslora.checkpoint import load_tokenizer
-    from jcrosslora.evaluate.probes import count_positions, probe_batches, written_probes
-
     if probes is None:
         probes = written_probes(pair.source, seed=seed)
     tokenizers = load_tokenizer(pair.source), load_tokenizer(pair.target)
@@ -99,13 +88,7 @@ def collect_activations(task: AlignmentTask) -> AddEvidence:
 
 
 def activations_cost(task: AlignmentTask, texts: int) -> Cost:
-    """Count the passes of both bases, the products, and the SVDs of the maps.
-
-    Of each pair of modules the moments of the outputs and of the inputs are decomposed, and with second moments those
-    of each side.
-    """
-    from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
-
+    """Count the passes of both bases, the products, and the SVDs of each pair's moments (and of each side's grams)."""
     tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in task.kinds
     products = _MOMENTS + (_GRAMS if grams else 0)
     svd = 0.0
@@ -129,22 +112,17 @@ class CrossMoments:
 
     Attributes:
         inputs: site -> (L, I_src, I_tgt), sum of x_src x_tgt', see `jcrosslora.decoder.INPUT_SITES`.
-        outputs: role -> (L, O_src, O_tgt), sum of y_src y_tgt'.
-        input_squares: site -> (L, I_src) and (L, I_tgt), sums of the squares of each dimension of x_src and x_tgt.
-        output_squares: role -> (L, O_src) and (L, O_tgt), the same of the outputs.
+        outputs: role -> (L, O_src, O_tgt), sum of y_src y_tgt'; squares and grams by the same keys, see `Activations`.
         count: N, scalar.
-        input_grams: site -> (L, I_src, I_src) and (L, I_tgt, I_tgt), sums of x_src x_src' and of x_tgt x_tgt'; None
-            unless required.
-        output_grams: role -> (L, O_src, O_src) and (L, O_tgt, O_tgt), the same of the outputs.
     """
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
     input_squares: dict[str, _Two]
     output_squares: dict[str, _Two]
-    count: jax.Array
-    input_grams: Grams | None = None
-    output_grams: Grams | None = None
+    count: jax.Array | None
+    input_grams: dict[str, _Two] | None = None
+    output_grams: dict[str, _Two] | None = None
 
 
 def cross_moments(
@@ -162,8 +140,7 @@ def cross_moments(
     little more than twice the memory of the moments (26 million numbers a layer). The embeddings are reduced to the
     rows of the tokens that occur and the output heads dropped; both are held whole only while a base is read.
 
-    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless). With
-    `grams` the second moments of each side are summed as well.
+    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless).
 
     Raises:
         CheckpointError: weights that cannot be read, or a model that the decoder does not know.
@@ -187,21 +164,9 @@ def cross_moments(
 def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
     """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
-
-    def products(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.zeros((layers, x.shape[-1], y.shape[-1]))
-
-    def squares(x: jax.Array, y: jax.Array) -> _Two:
-        return jnp.zeros((layers, x.shape[-1])), jnp.zeros((layers, y.shape[-1]))
-
-    def both(x: jax.Array, y: jax.Array) -> _Two:
-        return products(x, x), products(y, y)
-
-    inputs, outputs = jax.tree.map(products, src, tgt)
-    input_squares, output_squares = jax.tree.map(squares, src, tgt)
-    input_grams, output_grams = jax.tree.map(both, src, tgt) if grams else (None, None)
-    nothing = jnp.zeros(())
-    return CrossMoments(inputs, outputs, input_squares, output_squares, nothing, input_grams, output_grams)
+    one = jax.eval_shape(lambda *rows: _of_layer(*jax.tree.map(lambda x: x[0], rows), grams), src, tgt)
+    zeros = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape)), one)
+    return dataclasses.replace(zeros, count=jnp.zeros(()))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -210,34 +175,35 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
 
     Args:
         totals: the moments so far.
-        src: inputs by site and outputs by role of the source, float32 (L_src, P, width), zero where not valid.
-        tgt: the same of the target, (L, P, width).
+        src: rows of the source, float32 (L_src, P, width), zero where not valid.
+        tgt: rows of the target, (L, P, width).
         layers: int32 (L,), for each target layer the source layer that feeds it.
         valid: bool (P,).
     """
 
     # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
     def one(layer: jax.Array, totals: CrossMoments) -> CrossMoments:
-        def products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-            return total.at[layer].add(dot(x[layers[layer]].T, y[layer]))
+        rows = jax.tree.map(lambda x: x[layers[layer]], src), jax.tree.map(lambda y: y[layer], tgt)
+        sums = _of_layer(*rows, totals.input_grams is not None)
+        return jax.tree.map(lambda total, x: total.at[layer].add(x), totals, sums)
 
-        def squares(x: jax.Array, y: jax.Array, total: _Two) -> _Two:
-            sums = jnp.sum(x[layers[layer]] ** 2, axis=0), jnp.sum(y[layer] ** 2, axis=0)
-            return total[0].at[layer].add(sums[0]), total[1].at[layer].add(sums[1])
+    added = lax.fori_loop(0, len(layers), one, dataclasses.replace(totals, count=None))
+    return dataclasses.replace(added, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
 
-        def both(x: jax.Array, y: jax.Array, total: _Two) -> _Two:
-            x, y = x[layers[layer]], y[layer]
-            return total[0].at[layer].add(dot(x.T, x)), total[1].at[layer].add(dot(y.T, y))
 
-        inputs, outputs = jax.tree.map(products, (totals.inputs, totals.outputs), src, tgt)
-        pairs = totals.input_squares, totals.output_squares
-        input_squares, output_squares = jax.tree.map(squares, src, tgt, pairs)
-        own = totals.input_grams, totals.output_grams
-        input_grams, output_grams = own if totals.input_grams is None else jax.tree.map(both, src, tgt, own)
-        return CrossMoments(inputs, outputs, input_squares, output_squares, totals.count, input_grams, output_grams)
+def _of_layer(src: Rows, tgt: Rows, grams: bool) -> CrossMoments:
+    """Sum the products of the rows (P, width) of one layer; the count is left out."""
 
-    counted = dataclasses.replace(totals, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
-    return lax.fori_loop(0, len(layers), one, counted)
+    def squares(x: jax.Array, y: jax.Array) -> _Two:
+        return jnp.sum(x**2, axis=0), jnp.sum(y**2, axis=0)
+
+    def own(x: jax.Array, y: jax.Array) -> _Two:
+        return dot(x.T, x), dot(y.T, y)
+
+    inputs, outputs = jax.tree.map(lambda x, y: dot(x.T, y), src, tgt)
+    input_squares, output_squares = jax.tree.map(squares, src, tgt)
+    input_grams, output_grams = jax.tree.map(own, src, tgt) if grams else (None, None)
+    return CrossMoments(inputs, outputs, input_squares, output_squares, None, input_grams, output_grams)
 
 
 def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:

@@ -1,7 +1,5 @@
 """The alignment itself: groups of modules of equal shape, one after the other, so that memory is bounded."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import deque
@@ -44,7 +42,7 @@ def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
     chunks, store = list(task.chunks()), task.pair.store
     if not chunks:
         return
-    cache = TransportCache(task) if store is not None and any(provider.is_costly for provider in providers) else None
+    cache = TransportCache(task) if store is not None and any(one.cache_key for one in providers) else None
 
     @lru_cache  # when the first group is met that is not kept
     def collected() -> list[AddEvidence]:
@@ -74,10 +72,10 @@ class TransportCache:
         providers, start = providers_of(task.kinds), task.method.start
         assert task.pair.store is not None
         assert start is not None
-        facts = [provider.cache_key(task) for provider in providers]
+        facts = [None if one.cache_key is None else one.cache_key(task) for one in providers]
         parts = start.cache_key(), sorted(task.kinds), task.rank, facts
         self._store = task.pair.store
-        self._key = task.pair.key(*parts, tokenizers=any(provider.reads_tokenizers for provider in providers))
+        self._key = task.pair.key(*parts, tokenizers=any(one.reads_tokenizers for one in providers))
         self._what = f"{start.name}, rank {task.rank}, {task.pair.names}"
 
     def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:

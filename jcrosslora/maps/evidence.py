@@ -45,8 +45,7 @@ class Vocabulary:
 
     Attributes:
         cross: (H_src, H_tgt), E_src' E_tgt / V.
-        gram_src: (H_src, H_src), E_src' E_src / V.
-        gram_tgt: (H_tgt, H_tgt), E_tgt' E_tgt / V.
+        gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is that of the target.
         count: V, static.
         mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None where no method asks for it.
         stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
@@ -85,10 +84,8 @@ class Activations:
         inputs: (I_src, I_tgt), sum of x_src x_tgt' over the inputs of the module.
         outputs: (O_src, O_tgt), the same of its outputs.
         input_squares: (I_src,) and (I_tgt,), sums of the squares of each dimension of x_src and x_tgt.
-        output_squares: (O_src,) and (O_tgt,), the same of the outputs.
         input_grams: (I_src, I_src) and (I_tgt, I_tgt), sums of x_src x_src' and x_tgt x_tgt'; None for methods that do
-            not ask for them.
-        output_grams: (O_src, O_src) and (O_tgt, O_tgt), the same of the outputs.
+            not ask for them. Squares and grams of the outputs have O in place of I.
     """
 
     inputs: jax.Array

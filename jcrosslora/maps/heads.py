@@ -25,15 +25,9 @@ _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
 @flax.struct.dataclass
 class AttentionWeights:
-    """The weights of one layer's attention; N query heads and G key heads of D features.
+    """The weights of one layer's attention: q (N D, H), k and v (G D, H), o (H, N D).
 
-    Attributes:
-        q: (N D, H).
-        k: (G D, H).
-        v: (G D, H).
-        o: (H, N D).
-        heads: static, N.
-        kv_heads: static, G.
+    N query heads and G key heads have D features; `heads` N and `kv_heads` G are static.
     """
 
     q: jax.Array
@@ -91,9 +85,7 @@ def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> d
 
     The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time. A
     role is skipped that is also in layers without all four, such as o_proj where layers read the keys of others.
-
-    `stream` (H_src, H_tgt) maps rows of the source's residual stream to those of the target. Pairs of the MLP are
-    skipped.
+    `stream` (H_src, H_tgt) maps rows of the source's residual stream to those of the target.
 
     Raises:
         CheckpointError: a weight that cannot be read.
@@ -109,17 +101,13 @@ def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> d
             layers = pair.source.modules[one.source].layer, pair.target.modules[one.target].layer
             if layers not in by_layers:
                 src, tgt = map(_attention, pair.bases, layers)
-                by_layers[layers] = _match(src, tgt, stream)
+                cosines = np.asarray(circuit_cosines(src, tgt, stream))
+                match = best_match(cosines)
+                by_layers[layers] = match, float(cosines[match.T].mean())
             match, cosine = by_layers[layers]
             match = mean_over_groups(match, *pair.head_counts(one.role))
             found[one.target] = HeadMatch(jnp.asarray(match, jnp.float32), jnp.asarray(cosine, jnp.float32))
     return found
-
-
-def _match(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Array) -> tuple[np.ndarray, float]:
-    cosines = np.asarray(circuit_cosines(src, tgt, stream))
-    match = best_match(cosines)
-    return match, float(cosines[match.T].mean())
 
 
 def _attention(base: BaseModel, layer: int) -> AttentionWeights:

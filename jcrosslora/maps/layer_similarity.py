@@ -1,9 +1,6 @@
 """The depth map `similar`: pair layers in order by the similarity of their residual streams (LoRASuite, 2505.13515)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +8,12 @@ import numpy as np
 
 from jcrosslora.decoder import LayerCapture, Model, forward, load_model
 from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.probes import ProbeBatch
 from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import ProbeBatch
 
 # The unbiased estimate divides by n - 3.
 _FEWEST_POSITIONS = 4

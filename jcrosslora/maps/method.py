@@ -5,12 +5,11 @@ A method fits an update to what the adapter does, or it chooses maps that the up
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import marshal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,7 +40,6 @@ class Task:
 
     Attributes:
         source: the base that the adapter was trained on; or a source that can only be queried, with its adapter.
-        target: the base that it is moved to.
         adapter: the original adapter, with fused matrices split; empty where the source can only be queried.
         start: the adapter behind the maps of the method's `start`; None where nothing is mapped.
         layers: for each target layer the source layer that feeds it, or None.
@@ -91,7 +89,6 @@ class Sizes:
     """What is known of a task before any adapter is moved.
 
     Attributes:
-        target: the base that adapters are moved to.
         prompts: how many the user gave.
         probes: how many probe texts are read.
         rank: the truncation rank of the alignment; 0 without one.
@@ -131,14 +128,11 @@ class Method:
     """Base class of all methods. A subclass is a frozen dataclass; its fields are its hyper-parameters.
 
     The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
-    a field needs a default, a type that TOML can hold, and a docstring line beneath it.
-
-    A method that inherits from this class directly fits an update to what the adapter does: `move` is all it needs. One
-    that chooses maps from the weights of both bases inherits from `MapMethod`.
+    a field needs a default, a type that TOML can hold, and a docstring line beneath it. A direct subclass fits an
+    update to what the adapter does; one that chooses maps from the weights of both bases inherits from `MapMethod`.
 
     Attributes:
         name: as given to `--method`.
-        summary: one line.
         reference: where it is published.
         requires: the evidence that has to be collected. A property may derive it from the fields.
         carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
@@ -157,11 +151,7 @@ class Method:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Check the hyper-parameters, before anything is computed.
-
-        Raises:
-            UsageError: one is out of range.
-        """
+        """Raise `UsageError` for hyper-parameters out of range, before anything is computed."""
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
         """Count what `move` takes, by the names of its steps on the display; None where it is not known."""
@@ -170,10 +160,7 @@ class Method:
 
     @property
     def start(self) -> MapMethod | None:
-        """The method whose maps the update goes through before `move`; None where nothing is mapped.
-
-        A map method is its own start. A fit that begins with a moved update names the method that moves it.
-        """
+        """The map method whose result `move` begins with, which is itself for map methods; None without one."""
         return None
 
     @property
@@ -200,7 +187,7 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """Return the hyper-parameters by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def cache_key(self) -> Any:
         """Return what the maps depend on, as a JSON value; for a user's method this includes its code."""
@@ -225,30 +212,25 @@ class Method:
 
     @classmethod
     def _code_digest(cls) -> str:
+        """Digest the file of a user's method; without a file the function that decides what moves."""
         file = cls.source_file()
         if file is None:
-            return hashlib.sha256(marshal.dumps(cls._maths().__code__)).hexdigest()
+            decides = cls.maps if issubclass(cls, MapMethod) else cls.move
+            return hashlib.sha256(marshal.dumps(decides.__code__)).hexdigest()
         return "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
-
-    @classmethod
-    def _maths(cls) -> Any:
-        """Return the function that decides what moves: it stands for the code of a method without a file."""
-        return cls.move
 
 
 @dataclass(frozen=True)
 class MapMethod(Method):
     """Base class of methods that choose two maps for each pair of modules: dW_tgt = P_out dW_src P_in'.
 
-    The alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps) are the same for all
-    map methods; `move` is called behind them.
+    The alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps) are the same for all.
 
     Attributes:
         measure: the diagnostic that says whether the two bases agree in what the method relies on; "none" without one.
-        is_control: whether no effect is expected, by design.
+        is_control: whether no effect is expected, by design. The norm of a control's update is restored after the maps.
         equal_shapes: whether it is defined only for modules of equal shape.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
     """
 
     measure: ClassVar[Measure] = "none"
@@ -256,7 +238,6 @@ class MapMethod(Method):
     equal_shapes: ClassVar[bool] = False
     single_vectors: ClassVar[bool] = False
     carries: ClassVar[Carried] = Carried.LINEAR
-    keeps_norm: ClassVar[bool] = False
 
     def maps(self, evidence: Evidence) -> Maps:
         """Choose the maps of one pair of modules. Pure, traceable and unbatched."""
@@ -274,7 +255,3 @@ class MapMethod(Method):
     def start(self) -> MapMethod:
         """Return the method itself."""
         return self
-
-    @classmethod
-    def _maths(cls) -> Any:
-        return cls.maps

@@ -1,24 +1,20 @@
 """Plan an alignment: check that it can be done, and give it the text that it needs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.maps.layer_similarity import layer_similarity, ordered_layers
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.relation.pairing import SIMILAR, Depth, pair_modules
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import Probes
 
 _DEFAULT_DEPTH = "proportional"
 
@@ -107,8 +103,6 @@ def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
 
 def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ...]:
     """Return for each target layer the source layer that is alike on the texts, from the cache where it is there."""
-    from jcrosslora.maps.layer_similarity import layer_similarity, ordered_layers
-
     pair = task.pair
     key = "" if pair.store is None else pair.key(probes.digest(), tokenizers=True)
     facts = None if pair.store is None else pair.store.facts("depth", key)

@@ -29,20 +29,19 @@ class Provider:
 
     Attributes:
         collect: collects what all modules share, and returns a function that adds the evidence of a stack of modules.
-        is_costly: whether maps made from it take longer to compute than to read from a cache.
         reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
         check: refuses a task that cannot be done, before anything is computed.
         cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence;
             None where it is not known.
-        cache_key: what the evidence depends on besides the bases, the rank and the modules, as a JSON value.
+        cache_key: what the evidence depends on besides the bases, the rank and the modules, as a JSON value; None where
+            maps made from it are computed as fast as they are read from a cache.
     """
 
     collect: Callable[[AlignmentTask], AddEvidence]
-    is_costly: bool = False
     reads_tokenizers: bool = False
     check: Callable[[AlignmentTask], None] = lambda _: None
     cost: Callable[[AlignmentTask, int], Cost | None] = lambda *_: Cost()
-    cache_key: Callable[[AlignmentTask], Any] = lambda _: None
+    cache_key: Callable[[AlignmentTask], Any] | None = None
 
 
 def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
@@ -82,12 +81,9 @@ def _collect_keys(task: AlignmentTask) -> AddEvidence:
 
 
 def _collect_selection(task: AlignmentTask) -> AddEvidence:
-    """Read which rows and columns of the source each target module consists of from the structure of the pair.
-
-    Bases without shared structure are refused when layers are paired.
-    """
+    """Read which rows and columns of the source each target module consists of from the structure of the pair."""
     structure, target = task.pair.structure[0], task.pair.target
-    assert structure is not None
+    assert structure is not None  # checked when the alignment was planned
 
     def stacked(stack: ModuleStack, rows: list[np.ndarray | None]) -> jax.Array:
         found = [row for row in rows if row is not None]
@@ -105,27 +101,22 @@ def _collect_selection(task: AlignmentTask) -> AddEvidence:
 
 PROVIDERS: dict[EvidenceKind, Provider] = {
     EvidenceKind.SINGULAR_VECTORS: Provider(
-        collect_singular_vectors,
-        is_costly=True,
-        cost=singular_vectors_cost,
-        cache_key=lambda task: task.single_vectors,
+        collect_singular_vectors, cost=singular_vectors_cost, cache_key=lambda task: task.single_vectors
     ),
     EvidenceKind.SHARED_VOCABULARY: Provider(_collect_vocabulary, reads_tokenizers=True),
     EvidenceKind.EMBEDDING_MAP: Provider(
         collect_embedding_map,
-        is_costly=True,
         reads_tokenizers=True,
         check=check_shared_tokens,
         cost=lambda *_: None,  # reading embeddings, matching heads and inverting weights are not counted
         cache_key=lambda task: pairs_as_json(task.modules),  # the heads of a layer are matched together
     ),
     EvidenceKind.ACTIVATIONS: Provider(
-        collect_activations, is_costly=True, reads_tokenizers=True, cost=activations_cost, cache_key=activations_key
+        collect_activations, reads_tokenizers=True, cost=activations_cost, cache_key=activations_key
     ),
     EvidenceKind.SELECTION: Provider(_collect_selection),
     EvidenceKind.RANDOM_KEY: Provider(
         _collect_keys,
-        is_costly=True,
         check=lambda task: check_seed(task.seed),  # JAX would truncate a larger one to its lower 32 bits
         cache_key=lambda task: task.seed,
     ),

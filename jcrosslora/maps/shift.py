@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,7 @@ class ShiftedFactors:
     """One module's moved factors, scale inside b, and its squared Frobenius norm on the way.
 
     Attributes:
-        a: (K', I_tgt).
-        b: (O_tgt, K').
+        a: (K', I_tgt), where `b` is (O_tgt, K').
         before: (), ||dW_src||_F^2.
         mapped: (), ||.||_F^2 of what the maps make of it.
         after: (), ||dW_tgt||_F^2, after calibration.
@@ -73,11 +72,11 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
         raise MethodError(msg)
     moved: dict[str, LoRAFactors] = {}
     for group in transport.groups:
-        for rows in _rows_by_rank(group, modules):
+        for rows in _rows_by_rank(group, modules).values():
             some = [modules[group.pairs[row].source] for row in rows]
             a = jnp.stack([jnp.asarray(item.a, jnp.float32) for item in some])
             b = jnp.stack([jnp.asarray(item.b, jnp.float32) * item.scale for item in some])
-            found = jax.vmap(partial(_shift_factors, keep_norm=start.keeps_norm))(_terms_of(group, rows), a, b)
+            found = jax.vmap(partial(_shift_factors, keep_norm=start.is_control))(_terms_of(group, rows), a, b)
             for index, row in enumerate(rows):
                 moved[group.pairs[row].target] = LoRAFactors(a=found.a[index], b=found.b[index])
     if not moved:
@@ -105,7 +104,7 @@ class Shifter:
 
         Args:
             adapter: an adapter of the source.
-            source: the base that it is of.
+            source: the base that it belongs to.
             method: of the transfer; without maps its adapter is only checked.
             calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
                 maps make of it; None is the method's own choice (the random control alone restores the norm).
@@ -116,10 +115,10 @@ class Shifter:
             UsageError: an unknown calibration, or a scale that is zero or not finite.
         """
         _check_settings(method, calibrate, scale)
+        name = adapter.info.name
         if adapter.info.invocation is not None and adapter.info.invocation_target is None:
-            msg = f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's "
-            advice = "first, by jcrosslora.maps.other_changes.with_invocation(adapter, source, target)"
-            raise AdapterError(msg + advice)
+            msg = f"adapter {name} acts only after tokens of its own base; write them in the target's first, by "
+            raise AdapterError(msg + "jcrosslora.maps.other_changes.with_invocation(adapter, source, target)")
         why = f"method {method.name} does not keep the coordinates of the residual stream"
         adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
         adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
@@ -127,16 +126,14 @@ class Shifter:
             adapter = restrict(adapter, Carried.LINEAR, f"scale {scale:g} is of linear layers alone")
         if not (adapter.modules or adapter.experts):
             left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
-            msg = (
-                f"adapter {adapter.info.name} has no update of a linear layer, and nothing else of it is moved ({left})"
-            )
+            msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): "
             raise AdapterError(
-                msg + ": use method distill, or copy or select, in profile peft, for a copy of its own base"
+                msg + "use method distill, or copy or select, in profile peft, for a copy of its own base"
             )
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
-        restores_norm = method.start is not None and method.start.keeps_norm
-        self._keep_norm = restores_norm if calibrate is None else calibrate == "frobenius"
+        is_control = method.start is not None and method.start.is_control
+        self.keep_norm = is_control if calibrate is None else calibrate == "frobenius"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
 
@@ -145,9 +142,7 @@ class Shifter:
         add_to_all([self], group)
 
     def finish(self, transport: Transport, pair: BasePair) -> Shifted:
-        """Put the modules in the target's order and close the account.
-
-        The transport may have dropped its groups.
+        """Put the modules in the target's order and close the account; the transport may have dropped its groups.
 
         Raises:
             PairingError: no update of the adapter was moved.
@@ -189,16 +184,10 @@ class Shifter:
                 UnmappedSource(name, energy / (total or 1.0)) for name, energy in energies.items() if name not in used
             ),
             energy=total,
-            calibration="frobenius" if self._keep_norm else "none",
+            calibration="frobenius" if self.keep_norm else "none",
             scale=self._scale,
             notes=(*_notes(remaining, transport), *notes),
         )
-
-    def parts(self, group: TransportGroup) -> Iterator[tuple[tuple[int, ...], int, bool]]:
-        """Yield rows of a group that can be moved in one call, with their rank and whether their norm is kept."""
-        modules = self.adapter.modules
-        for rows in _rows_by_rank(group, modules):
-            yield rows, modules[group.pairs[rows[0]].source].rank, self._keep_norm
 
     def take(self, pairs: Sequence[Pair], agreements: Sequence[dict[str, Any]], moved: ShiftedFactors) -> None:
         """Keep the moved factors of some pairs; `moved` has their leading axis."""
@@ -221,11 +210,11 @@ class Shifter:
 
 def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
     """Move what several adapters of one base hold for the pairs of a group, those that agree in one vmapped call."""
-    alike: dict[tuple[tuple[int, ...], int, bool], list[Shifter]] = {}
+    alike: dict[tuple[int, tuple[int, ...], bool], list[Shifter]] = {}
     for shifter in shifters:
-        for part in shifter.parts(group):
-            alike.setdefault(part, []).append(shifter)
-    for (rows, _, keep_norm), some in alike.items():
+        for rank, rows in _rows_by_rank(group, shifter.adapter.modules).items():
+            alike.setdefault((rank, tuple(rows), shifter.keep_norm), []).append(shifter)
+    for (_, rows, keep_norm), some in alike.items():
         pairs = [group.pairs[row] for row in rows]
         factors = [_stack([shifter.adapter.modules[pair.source] for pair in pairs]) for shifter in some]
         a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
@@ -258,13 +247,13 @@ def _shift_factors(terms: Terms, a: jax.Array, b: jax.Array, *, keep_norm: bool)
     return ShiftedFactors(a_tgt, b_tgt, before, mapped, after)
 
 
-def _rows_by_rank(group: TransportGroup, modules: Mapping[str, LoRAFactors]) -> Iterator[tuple[int, ...]]:
-    """Yield the rows of a group that the modules feed, those of one rank together."""
+def _rows_by_rank(group: TransportGroup, modules: Mapping[str, LoRAFactors]) -> dict[int, list[int]]:
+    """Return the rows of a group that the modules feed, by the rank of the module."""
     by_rank: dict[int, list[int]] = {}
     for row, pair in enumerate(group.pairs):
         if pair.source in modules:
             by_rank.setdefault(modules[pair.source].rank, []).append(row)
-    yield from map(tuple, by_rank.values())
+    return by_rank
 
 
 def _terms_of(group: TransportGroup, rows: Sequence[int]) -> Terms:

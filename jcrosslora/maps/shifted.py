@@ -1,6 +1,5 @@
 """A moved adapter, with the account of what the maps made of it."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -16,48 +15,39 @@ class ModuleRow:
     """The update of one target module; the fields from `rank` on are those of `Agreement`.
 
     Attributes:
-        target: module of the target base.
         source: module of the source base whose update it received; "" where it was fitted and received none.
         energy: ||dW_src||_F^2.
         kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
             if a map repeats rows (index-interp).
-        norm_before: ||dW_src||_F.
-        norm_after: ||dW_tgt||_F as written, after re-ranking and calibration.
+        norm_before: ||dW_src||_F; `norm_after` is ||dW_tgt||_F as written, after re-ranking and calibration.
     """
 
     target: str
     source: str
     role: str
     energy: float
-    kept: float
-    norm_before: float
-    norm_after: float
-    rank: int
-    energy_src: float
-    energy_tgt: float
-    gap_src: float
-    gap_tgt: float
-    condition_src: float
-    condition_tgt: float
-    error_src: float
-    error_tgt: float
-    similarity_out: float
-    similarity_in: float
-    vector_ratio: float
-    activation_cosine: float
-    weight_cosine: float
+    kept: float = math.nan
+    norm_before: float = math.nan
+    norm_after: float = 0.0
+    rank: int = 0
+    energy_src: float = math.nan
+    energy_tgt: float = math.nan
+    gap_src: float = math.nan
+    gap_tgt: float = math.nan
+    condition_src: float = math.nan
+    condition_tgt: float = math.nan
+    error_src: float = math.nan
+    error_tgt: float = math.nan
+    similarity_out: float = math.nan
+    similarity_in: float = math.nan
+    vector_ratio: float = math.nan
+    activation_cosine: float = math.nan
+    weight_cosine: float = math.nan
 
     @classmethod
     def unmapped(cls, target: str, role: str, source: str = "", energy: float = 0.0) -> "ModuleRow":
-        """Account for a module that no map leads to: of the source's update only the energy is known, if that.
-
-        `source` is the module of the source base that lies at its depth, "" without one, and `energy` its
-        ||dW_src||_F^2.
-        """
-        figures = {field.name: math.nan for field in dataclasses.fields(cls) if field.type is float}
-        figures |= {"energy": energy, "norm_after": 0.0}
-        figures |= {"norm_before": math.sqrt(energy)} if source else {}
-        return cls(target=target, source=source, role=role, rank=0, **figures)
+        """Account for a module that no map leads to; `source` lies at its depth, and is "" where none does."""
+        return cls(target, source, role, energy, norm_before=math.sqrt(energy) if source else math.nan)
 
 
 @dataclass(frozen=True)
@@ -75,8 +65,7 @@ class TokenRow:
     Attributes:
         modules: the changed modules; both, if the source ties them.
         kind: the form it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
-        rows: the number of rows (tokens) that it changes.
-        moved: the number of these rows that the target has.
+        rows: the number of rows (tokens) that it changes, of which the target has `moved`.
         share: ||.||_F^2 of the change over that of the whole adapter.
         kept: the share of the change's own ||.||_F^2 in the moved rows.
     """
@@ -103,10 +92,7 @@ class Shifted:
         adapter: of the target, float32; without modules where the method has no maps.
         original: the adapter before, with fused matrices split.
         rows: one for each moved module, in the target's order.
-        tokens: changes of the embedding and the output head that were moved.
-        unmapped: source modules whose update is not moved.
         energy: ||.||_F^2 of the whole update before.
-        calibration: "none" or "frobenius".
         scale: what every moved update was multiplied by.
         notes: what the user has to know, one sentence each.
     """

@@ -1,10 +1,8 @@
 """An alignment that has been checked: which modules are paired, what the method needs, and how reports state it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from jcrosslora.adapter import Carried
 from jcrosslora.architectures.blocks import READERS
@@ -12,6 +10,7 @@ from jcrosslora.architectures.names import ATTENTION
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import PairingError
+from jcrosslora.evaluate.probes import ProbeBatch, Probes
 from jcrosslora.linalg import describe_kernels
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Evidence, EvidenceKind
@@ -19,9 +18,6 @@ from jcrosslora.maps.method import Method
 from jcrosslora.maps.transport import AlignRecipe, Transport, TransportGroup
 from jcrosslora.relation.pairing import SIMILAR, Pair, Pairing
 from jcrosslora.relation.weight_similarity import compare_token_names
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import ProbeBatch, Probes
 
 T = TypeVar("T")
 Shape = tuple[int, int]

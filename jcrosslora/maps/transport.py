@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -23,7 +23,6 @@ class AlignRecipe:
 
     Attributes:
         method: name of the method, "module:Class" for one of a user's own.
-        depth: name of the depth map, or the list as given.
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
         shared_tokens: how many tokens the vocabularies share, 0 where they were not used.
         probes: the text that both bases were run on, "none" for methods that look at weights alone.
@@ -50,21 +49,16 @@ class Agreement:
 
     Attributes:
         rank: R, the truncation rank of this pair.
-        energy_src: share of ||W_src||_F^2 in its top R singular pairs.
-        energy_tgt: the same for the target.
-        gap_src: (s_R - s_{R+1}) / s_R of the source: a small gap makes the subspace itself arbitrary.
-        gap_tgt: the same for the target.
-        condition_src: s_1 / s_R of the source.
-        condition_tgt: the same for the target.
-        error_src: estimated error (radians) of the singular vectors or subspaces of the source that the method uses.
-        error_tgt: the same for the target.
+        energy_src: share of ||W_src||_F^2 in its top R singular pairs. This and the next have a twin for the target.
+        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary.
+        condition_src: s_1 / s_R.
+        error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
         similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
             is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
             residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
-        similarity_in: the same for the right singular vectors and I.
-        vector_ratio: see `Maps`.
-        activation_cosine: see `Maps`.
-        weight_cosine: cosine of W_src, mapped if shapes differ, with W_tgt, unless `Maps` replaces it.
+            `similarity_in` is the same for the right singular vectors and I.
+        weight_cosine: cosine of W_src, mapped if shapes differ, with W_tgt, unless `Maps` replaces it; `Maps` explains
+            the others.
     """
 
     rank: jax.Array
@@ -93,9 +87,7 @@ class TransportGroup:
     """The maps of L pairs of modules of the same shapes.
 
     Attributes:
-        terms: pairs (P_out, P_in) of linear maps, with a leading axis L on every array.
-        agreement: diagnostics, leading axis L.
-        pairs: static, the L pairs in the order of the axis.
+        terms: pairs (P_out, P_in) of linear maps, with a leading axis L on every array, as in `agreement`.
         kernels: static, what each matrix was decomposed by, the source's first; see `jcrosslora.linalg.decompose`.
     """
 
@@ -119,9 +111,7 @@ class TransportGroup:
         return {"terms": len(self.terms), "kernels": list(self.kernels)}
 
     @classmethod
-    def of(
-        cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
-    ) -> "TransportGroup":
+    def of(cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Self:
         """Rebuild a group on the local devices."""
         placed = {name: place(array) for name, array in arrays.items()}
         terms = tuple(
@@ -137,14 +127,10 @@ class Transport:
     """All maps from one base to another. A pytree: it may be an argument of a function that is compiled.
 
     Attributes:
-        groups: one for each combination of shapes (large ones are split to bound memory).
-        method: static, the method that made them.
-        recipe: static, the settings and their outcome.
-        source: static, the base that adapters come from.
-        target: static, the base that they go to.
-        pairing: static, which module feeds which.
-        bases: static, both bases as they were opened, for what follows the maps; None where they are gone.
-        warnings: static, one sentence each.
+        groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
+        recipe: the settings and their outcome.
+        bases: both bases as they were opened, for what follows the maps; None where they are gone.
+        warnings: one sentence each.
     """
 
     groups: tuple[TransportGroup, ...]

@@ -3,7 +3,6 @@
 The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
 
-from jcrosslora.maps.method import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
 from jcrosslora.maps.method import MapMethod as MapMethod
 from jcrosslora.maps.method import Method as Method
 from jcrosslora.maps.method import Moved as Moved

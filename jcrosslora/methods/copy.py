@@ -22,19 +22,28 @@ from jcrosslora.utils.cost import Cost
 
 
 @dataclass(frozen=True)
-class Copy(MapMethod):
+class PadTruncate(MapMethod):
+    """Rows and columns cut off or filled with zeros."""
+
+    name = "pad-truncate"
+    summary = "rows and columns cut off or filled with zeros"
+    reference = "github.com/ootyzzz/PAW, lora_x_core.py"
+    measure = "weight cosine"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return rectangular identities, which for equal shapes leave the update as it is."""
+        return padded_maps(evidence)
+
+
+@dataclass(frozen=True)
+class Copy(PadTruncate):
     """The unchanged update."""
 
     name = "copy"
     summary = "the unchanged update"
     reference = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
-    measure = "weight cosine"
     equal_shapes = True
     carries = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
-
-    def maps(self, evidence: Evidence) -> Maps:
-        """Return identities."""
-        return padded_maps(evidence)
 
 
 @dataclass(frozen=True)
@@ -65,20 +74,6 @@ class InterpolatedCopy(Copy):
             task.shared[self] = interpolate_to_source(task.base, task.target, self.interpolation, rank=task.rank)
         found = task.shared[self]
         return Moved(_sum(task.target, task.mapped, found), added=_sentence(found, self.interpolation))
-
-
-@dataclass(frozen=True)
-class PadTruncate(MapMethod):
-    """Rows and columns cut off or filled with zeros."""
-
-    name = "pad-truncate"
-    summary = "rows and columns cut off or filled with zeros"
-    reference = "github.com/ootyzzz/PAW, lora_x_core.py"
-    measure = "weight cosine"
-
-    def maps(self, evidence: Evidence) -> Maps:
-        """Return rectangular identities."""
-        return padded_maps(evidence)
 
 
 @dataclass(frozen=True)
@@ -120,10 +115,7 @@ def _choice(index: jax.Array, size: int) -> LinearMap:
 
 
 def padded_maps(evidence: Evidence) -> Maps:
-    """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros.
-
-    For equal shapes they copy the update.
-    """
+    """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros."""
     (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
     return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
 

@@ -58,7 +58,6 @@ class Random(MapMethod):
     reference = "control"
     requires = frozenset({EvidenceKind.RANDOM_KEY})
     is_control = True
-    keeps_norm = True
 
     svd_rank: int = DEFAULT_SVD_RANK
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""

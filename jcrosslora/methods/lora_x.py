@@ -39,18 +39,12 @@ class LoRAX(MapMethod):
 
 
 @dataclass(frozen=True)
-class ProLoRA(MapMethod):
+class ProLoRA(LoRAX):
     """Range and null space of source and target, moved separately, which doubles the rank."""
 
     name = "prolora"
     summary = "range and null space of source and target, moved separately; rank 2 K"
     reference = "arXiv 2506.04244"
-    requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
-    measure = "subspace similarity"
-    equal_shapes = True
-
-    svd_rank: int = DEFAULT_SVD_RANK
-    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return two terms: through both ranges, and through both complements."""

@@ -41,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+@dataclasses.dataclass(init=False, repr=False, unsafe_hash=True)
 class Auto:
     """Choose the method from the weights of the two bases (see `relation.method_selection`).
 
@@ -48,15 +49,11 @@ class Auto:
         settings: hyper-parameters for whichever method is chosen, sorted by name; those that it lacks are left out.
     """
 
+    settings: tuple[tuple[str, Any], ...]
+
     def __init__(self, **settings: Any) -> None:
         """Take hyper-parameters by name, such as `completions=600`."""
-        self.settings: tuple[tuple[str, Any], ...] = tuple(sorted(settings.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Auto) and self.settings == other.settings
-
-    def __hash__(self) -> int:
-        return hash(self.settings)
+        self.settings = tuple(sorted(settings.items()))
 
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.settings)})"
