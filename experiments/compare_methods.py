@@ -20,7 +20,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import print_scores, read_task, score
-from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.maps import EvidenceKind
 from jcrosslora.methods import find_method
 
 

@@ -44,9 +44,9 @@ if _TYPE_CHECKING:
     from jcrosslora.evaluate import score as score
     from jcrosslora.evaluate.probes import Probes as Probes
     from jcrosslora.evaluate.probes import written_probes as written_probes
-    from jcrosslora.maps.evidence import Evidence as Evidence
-    from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
-    from jcrosslora.maps.evidence import Maps as Maps
+    from jcrosslora.maps import Evidence as Evidence
+    from jcrosslora.maps import EvidenceKind as EvidenceKind
+    from jcrosslora.maps import Maps as Maps
     from jcrosslora.maps.shift import apply as apply
     from jcrosslora.maps.transport import Transport as Transport
     from jcrosslora.methods import MapMethod as MapMethod
@@ -108,7 +108,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("answer", "score"),
     "evaluate.probes": ("Probes", "written_probes"),
-    "maps.evidence": ("Evidence", "EvidenceKind", "Maps"),
+    "maps": ("Evidence", "EvidenceKind", "Maps"),
     "adapter.export": ("ExportSettings", "export_adapter"),
     "adapter.merge": ("MergeSettings", "merge"),
     "relation.base_comparison": ("BaseComparison", "compare_bases"),

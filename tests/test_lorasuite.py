@@ -10,7 +10,7 @@ from tiny_bases import ROLES, delta, llama_tensors, random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora import Evidence
 from jcrosslora.errors import MethodError
-from jcrosslora.maps.evidence import HeadMatch, Side, Vocabulary
+from jcrosslora.maps import HeadMatch, Side, Vocabulary
 from jcrosslora.maps.heads import (
     AttentionWeights,
     best_match,

@@ -12,7 +12,7 @@ from user_methods import HalfCopy
 from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
-from jcrosslora.maps.evidence import Activations, Selection, Side, Vocabulary
+from jcrosslora.maps import Activations, Selection, Side, Vocabulary
 from jcrosslora.maps.heads import embedding_map
 from jcrosslora.maps.transport import measure
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method

@@ -8,7 +8,7 @@ import pytest
 from jcrosslora import Evidence
 from jcrosslora.linalg import dimension_sizes
 from jcrosslora.linalg.least_squares import FLOOR
-from jcrosslora.maps.evidence import Activations, Side
+from jcrosslora.maps import Activations, Side
 from jcrosslora.methods import ScaledProcrustes, Theseus
 
 WIDTHS = 14, 9  # out and in features of the source

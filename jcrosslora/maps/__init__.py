@@ -1,1 +1,16 @@
 """What methods share: their two base classes, and for those with maps the evidence, the alignment and the shift."""
+
+from jcrosslora.maps.evidence import Activations as Activations
+from jcrosslora.maps.evidence import Evidence as Evidence
+from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
+from jcrosslora.maps.evidence import HeadMatch as HeadMatch
+from jcrosslora.maps.evidence import Maps as Maps
+from jcrosslora.maps.evidence import Selection as Selection
+from jcrosslora.maps.evidence import Side as Side
+from jcrosslora.maps.evidence import Vocabulary as Vocabulary
+from jcrosslora.maps.method import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
+from jcrosslora.maps.method import MapMethod as MapMethod
+from jcrosslora.maps.method import Method as Method
+from jcrosslora.maps.method import Moved as Moved
+from jcrosslora.maps.method import Sizes as Sizes
+from jcrosslora.maps.method import Task as Task

@@ -1,15 +1,12 @@
 """Activations of both bases on the same text: probe texts to batches, batches to moments, moments to evidence.
 
-Both bases run over the same text, and only sums of products of matched activations are kept.
-
-float32 is enough for the sums, whatever the sizes of the dimensions. An entry sums products of two dimensions only, so
-its rounding error is relative to these two (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), and a dimension
-that is a thousand times larger does not affect the others. Dividing the dimensions by their sizes before the products
-gains nothing. Small dimensions are lost after the sums: an SVD or a solve in float32 has errors relative to the largest
-singular value, so the sums must be divided before it. `CrossMoments` holds the squares of each dimension for that.
-float32 sums do lose directions next to a much larger one that is spread over all dimensions, such as a mean: 0.5 % of a
-direction a thousand times smaller, and more with the square of that ratio. `tests/test_moments_float64.py` measures
-these figures.
+Only sums of products of matched activations are kept. float32 is enough for them: the rounding error of an entry is
+relative to its two dimensions alone (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so dividing the
+dimensions by their sizes before the products gains nothing. Small dimensions are lost after the sums, in an SVD or a
+solve whose errors are relative to the largest singular value: the sums must be divided before it, for which
+`CrossMoments` holds the squares of each dimension. The sums do lose directions next to a much larger one that is spread
+over all dimensions, such as a mean: 0.5 % of a direction a thousand times smaller, and more with the square of that
+ratio. `tests/test_moments_float64.py` measures these figures.
 """
 
 import dataclasses
@@ -135,12 +132,12 @@ def cross_moments(
 ) -> CrossMoments:
     """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
 
-    Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
-    models), and the activations of both bases in all layers at the matched positions of one batch. The grams add a
-    little more than twice the memory of the moments (26 million numbers a layer). The embeddings are reduced to the
-    rows of the tokens that occur and the output heads dropped; both are held whole only while a base is read.
-
     `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless).
+
+    Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
+    models, 26 million more with the grams), and the activations in all layers at the matched positions of one batch.
+    The embeddings are reduced to the rows of the tokens that occur and the output heads dropped; both are held whole
+    only while a base is read.
 
     Raises:
         CheckpointError: weights that cannot be read, or a model that the decoder does not know.

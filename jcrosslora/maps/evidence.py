@@ -68,7 +68,7 @@ class Side:
         weight: (O, I), float32.
         gain: (H,), the norm gain between the residual stream and the module (in front of a module that reads the
             stream, behind one that writes it; ones where there is no norm).
-        svd: its truncated SVD, or None for methods that do not ask for it.
+        svd: None for methods that do not ask for it.
     """
 
     weight: jax.Array
@@ -111,12 +111,7 @@ class HeadMatch:
 
 @flax.struct.dataclass
 class Selection:
-    """Which rows and columns of the source module those of the target module are; -1 for none.
-
-    Attributes:
-        outputs: (O_tgt,) int32.
-        inputs: (I_tgt,) int32.
-    """
+    """Which rows, outputs (O_tgt,), and columns, inputs (I_tgt,), of the source module the target has; -1 for none."""
 
     outputs: jax.Array
     inputs: jax.Array

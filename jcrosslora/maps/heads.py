@@ -57,11 +57,7 @@ def collect_embedding_map(task: AlignmentTask) -> AddEvidence:
 
 
 def check_shared_tokens(task: AlignmentTask) -> None:
-    """Refuse bases without enough shared tokens.
-
-    Raises:
-        MethodError: the vocabularies share too few tokens, or one cannot be read.
-    """
+    """Raise `MethodError` for bases whose vocabularies share too few tokens, or cannot be read."""
     count, reason = task.pair.shared_tokens
     if not count:
         name = (task.method.start or task.method).name
@@ -70,10 +66,7 @@ def check_shared_tokens(task: AlignmentTask) -> None:
 
 
 def embedding_map(vocabulary: Vocabulary) -> jax.Array:
-    """Solve E_src W = E_tgt for the least-squares solution W (H_src, H_tgt) of smallest norm, from the moments.
-
-    The solve runs in float64 on the host, once per pair of bases.
-    """
+    """Solve E_src W = E_tgt for the least-squares W (H_src, H_tgt) of smallest norm, in float64 on the host."""
     mean_src, mean_tgt = np.asarray(vocabulary.mean_src, np.float64), np.asarray(vocabulary.mean_tgt, np.float64)
     gram = np.asarray(vocabulary.gram_src, np.float64) + np.outer(mean_src, mean_src)
     cross = np.asarray(vocabulary.cross, np.float64) + np.outer(mean_src, mean_tgt)
@@ -128,12 +121,8 @@ def circuit_cosines(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Ar
     """Compute the cosine of [M'Q'K M, M'V'O'M] of each source head with [Q'K, V'O'] of each target head.
 
     Key and value heads are repeated for the query heads that they serve. No H x H matrix is formed for a head:
-    the inner product of Q_1'K_1 and Q_2'K_2 is the sum of (Q_1 Q_2') * (K_1 K_2').
-
-    `stream` is M (H_src, H_tgt), which maps rows of the source's residual stream to those of the target.
-
-    Returns:
-        (N_src, N_tgt).
+    the inner product of Q_1'K_1 and Q_2'K_2 is the sum of (Q_1 Q_2') * (K_1 K_2'). `stream` is M (H_src, H_tgt), which
+    maps rows of the source's residual stream to those of the target; the cosines are (N_src, N_tgt).
     """
     carried = AttentionWeights(
         dot(src.q, stream), dot(src.k, stream), dot(src.v, stream), dot(stream.T, src.o), src.heads, src.kv_heads
@@ -144,11 +133,7 @@ def circuit_cosines(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Ar
 
 
 def best_match(cosines: np.ndarray) -> np.ndarray:
-    """Pair heads one to one so that the sum of their cosines (N_src, N_tgt) is largest.
-
-    Returns:
-        bool (N_tgt, N_src), True for the min(N_src, N_tgt) pairs.
-    """
+    """Pair heads one to one so that the sum of their cosines (N_src, N_tgt) is largest; bool (N_tgt, N_src)."""
     # Imported here: importing scipy.optimize takes as long as importing the rest of the package.
     from scipy.optimize import linear_sum_assignment
 

@@ -107,8 +107,7 @@ def _batch_sums(models: tuple[Model, Model], batch: dict[str, jax.Array]) -> tup
 def centred_gram(x: jax.Array, valid: jax.Array) -> jax.Array:
     """Centre the Gram matrix of n valid rows of x (P, H): two have the inner product n (n - 3) times the unbiased HSIC.
 
-    Returns:
-        (P, P), zero on the diagonal and in invalid rows and columns; every row and column sums to zero.
+    The result (P, P) is zero on the diagonal and in invalid rows and columns; every row and column sums to zero.
     """
     valid = valid.astype(x.dtype)
     count = jnp.sum(valid)

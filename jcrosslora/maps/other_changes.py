@@ -28,10 +28,8 @@ def carry_tokens(
 ) -> tuple[tuple[TokenUpdate, ...], tuple[TokenRow, ...], str]:
     """Move the changes of embedding and head to the target.
 
-    A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree.
-
-    Returns:
-        The changes for the target, one report row for each change of the adapter, and "" or why nothing is moved.
+    A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree. The
+    changes come with a report row for each change of the adapter, and with "" or why nothing is moved.
 
     Raises:
         AdapterError: the changed tables differ in size from the source's.
@@ -103,8 +101,8 @@ def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
         yield dataclasses.replace(update, table=table)
 
 
+# The change for the target, its number of rows on the source, how many of them move, and the energy of these.
 _Carried = tuple[TokenUpdate, int, int, float]
-"""The change for the target, its number of rows on the source, how many of them move, and the energy of these."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,12 +156,9 @@ class _RowMap:
 
 
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:
-    """Give each expert of the target the update of the source expert that it corresponds to, exactly.
+    """Give each expert of the target the update of the source expert that it corresponds to, and say what was left.
 
     A method that selects layers takes updates from any layer; others only from the layer of the same number.
-
-    Returns:
-        The updates of the target, and what the user has to know, one sentence each.
     """
     structure, reason = pair.structure
     selects = EvidenceKind.SELECTION in method.requires
@@ -192,9 +187,7 @@ def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: i
 
 
 def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> Adapter:
-    """Return the adapter with its invocation in the tokens of the target.
-
-    An adapter without an invocation, or with one for the target, is returned unchanged.
+    """Return the adapter with its invocation, if it has one, in the tokens of the target.
 
     Raises:
         AdapterError: one of the tokenizers does not reproduce the text of the invocation.

@@ -29,8 +29,8 @@ def plan_alignment(
 ) -> AlignmentTask:
     """Check an alignment; nothing is computed but what decides whether it can be done.
 
-    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `depth` is
-    explained at `jcrosslora.relation.pairing.pair_modules`.
+    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `pair_modules`
+    explains `depth`.
 
     Raises:
         MethodError: the method cannot be used on these bases.
@@ -117,11 +117,9 @@ def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ..
 def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
     """Return the source layer of every target layer from the structure that two bases share.
 
-    The depth map is the default, or the one that the structure gives.
-
     Raises:
         MethodError: neither base consists of parts of the other.
-        UsageError: another depth map was requested.
+        UsageError: another depth map than this one or the default was requested.
     """
     structure, reason = pair.structure
     if structure is None:

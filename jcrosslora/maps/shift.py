@@ -126,10 +126,8 @@ class Shifter:
             adapter = restrict(adapter, Carried.LINEAR, f"scale {scale:g} is of linear layers alone")
         if not (adapter.modules or adapter.experts):
             left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
-            msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): "
-            raise AdapterError(
-                msg + "use method distill, or copy or select, in profile peft, for a copy of its own base"
-            )
+            msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): use "
+            raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its own base")
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
         is_control = method.start is not None and method.start.is_control
@@ -263,7 +261,7 @@ def _terms_of(group: TransportGroup, rows: Sequence[int]) -> Terms:
     return jax.tree.map(lambda x: x[np.array(rows)], group.terms)
 
 
-def _stack(factors: Sequence[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stack(factors: Sequence[LoRAFactors]) -> tuple[np.ndarray, ...]:
     a = np.stack([np.asarray(item.a, np.float32) for item in factors])
     b = np.stack([np.asarray(item.b, np.float32) for item in factors])
     return a, b, np.array([item.scale for item in factors], np.float32)
@@ -278,11 +276,8 @@ def _check_settings(method: Method, calibrate: str | None, scale: float) -> None
         raise UsageError(msg)
     given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
     if given is not None and method.fits_update:
-        msg = (
-            f"{given} has no part in method {method.name}, which fits the size of the update as well; "
-            "leave it out, or use another method"
-        )
-        raise UsageError(msg)
+        msg = f"{given} has no part in method {method.name}, which fits the size of the update as well; "
+        raise UsageError(msg + "leave it out, or use another method")
 
 
 def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ _DIGITS = 32
 
 
 def collect_singular_vectors(task: AlignmentTask) -> AddEvidence:
-    """Return a function that decomposes a stack, or reads what the cache has; modules share nothing."""
+    """Return a function that decomposes a stack, or reads what the cache has."""
     pair, vectors = task.pair, task.single_vectors
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
@@ -53,9 +53,8 @@ def singular_vectors_cost(task: AlignmentTask, texts: int) -> Cost:
 class FactorCache:
     """Decomposes modules of one base, or reads decompositions that this pair or another has cached.
 
-    An entry holds the modules of one stack. Entries are looked up by the first half of their key, so modules of any
-    stack are found. `decompose` treats every matrix on its own: a module's factors are the same in any stack on a
-    CPU, and equal to within rounding where an accelerator works on all matrices at once.
+    An entry holds the modules of one stack, and is found by the first half of its key for modules of any stack: their
+    factors are the same on a CPU, and equal to within rounding where an accelerator works on all matrices at once.
     """
 
     def __init__(self, store: Cache, base: BaseModel, weights: str, rank: int, *, vectors: bool) -> None:
@@ -64,11 +63,7 @@ class FactorCache:
         self._scope = digest_of(weights, rank, vectors, numerics_key(), _FIELDS)[:_DIGITS]
 
     def decompose(self, names: Sequence[str], stack: jax.Array) -> tuple[TruncatedSVD, Sequence[str]]:
-        """Return the truncated SVDs of L modules, whose weights are a stack (L', O, I) from `load_stack`.
-
-        Returns:
-            The decomposition with a leading axis L' on every field, and the kernel that computed each of the L modules.
-        """
+        """Return the truncated SVDs of a stack (L', O, I) of L modules, and the kernel that computed each of the L."""
         found = self._find(names)
         missing = [name for name in names if name not in found]
         if missing:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseInfo, BaseModel
-from jcrosslora.linalg import LinearMap, TruncatedSVD, cosine, dot, place
+from jcrosslora.linalg import LinearMap, cosine, dot, place
 from jcrosslora.maps.evidence import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method
 from jcrosslora.relation.pairing import Pair, Pairing
@@ -181,18 +181,14 @@ def _similarity(evidence: Evidence, *, stream: bool) -> jax.Array:
     src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
     inner = stream == evidence.reads
     x, y = (src.v, tgt.v) if inner else (src.u, tgt.u)
-    if x.shape[0] == y.shape[0]:
-        return _similarity_by_coordinates(src, tgt, x, y)
+    size = x.shape[0]
+    if size == y.shape[0]:
+        ranks = (src.numerical_rank * tgt.numerical_rank).astype(x.dtype)
+        informative = (jnp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
+        return jnp.where(informative, jnp.sum(dot(x.T, y) ** 2) * size / jnp.maximum(ranks, 1), jnp.nan)
     if stream and evidence.vocabulary is not None:
         return _similarity_by_tokens(evidence, evidence.vocabulary)
     return jnp.full((), jnp.nan)
-
-
-def _similarity_by_coordinates(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Array, y: jax.Array) -> jax.Array:
-    size = x.shape[0]
-    ranks = (src.numerical_rank * tgt.numerical_rank).astype(x.dtype)
-    informative = (jnp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
-    return jnp.where(informative, jnp.sum(dot(x.T, y) ** 2) * size / jnp.maximum(ranks, 1), jnp.nan)
 
 
 def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
@@ -203,22 +199,15 @@ def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Arr
     equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
     """
     x, y = evidence.stream_vectors
-    part = _common(dot(dot(x.T, vocabulary.cross), y), _spread(x, vocabulary.gram_src), _spread(y, vocabulary.gram_tgt))
     gain_src, gain_tgt = evidence.src.gain, evidence.tgt.gain
-    whole = _common(
-        gain_src[:, None] * vocabulary.cross * gain_tgt,
-        jnp.sum(jnp.diagonal(vocabulary.gram_src) * gain_src**2),
-        jnp.sum(jnp.diagonal(vocabulary.gram_tgt) * gain_tgt**2),
+    part = jnp.sum(dot(dot(x.T, vocabulary.cross), y) ** 2) / (
+        jnp.sum(x * dot(vocabulary.gram_src, x)) * jnp.sum(y * dot(vocabulary.gram_tgt, y))
+    )
+    whole = jnp.sum((gain_src[:, None] * vocabulary.cross * gain_tgt) ** 2) / (
+        jnp.sum(jnp.diagonal(vocabulary.gram_src) * gain_src**2)
+        * jnp.sum(jnp.diagonal(vocabulary.gram_tgt) * gain_tgt**2)
     )
     return part / whole
-
-
-def _spread(vectors: jax.Array, gram: jax.Array) -> jax.Array:
-    return jnp.sum(vectors * dot(gram, vectors))
-
-
-def _common(cross: jax.Array, spread_src: jax.Array, spread_tgt: jax.Array) -> jax.Array:
-    return jnp.sum(cross**2) / (spread_src * spread_tgt)
 
 
 def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> jax.Array:

@@ -3,10 +3,10 @@
 The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
 
-from jcrosslora.maps.method import MapMethod as MapMethod
-from jcrosslora.maps.method import Method as Method
-from jcrosslora.maps.method import Moved as Moved
-from jcrosslora.maps.method import Task as Task
+from jcrosslora.maps import MapMethod as MapMethod
+from jcrosslora.maps import Method as Method
+from jcrosslora.maps import Moved as Moved
+from jcrosslora.maps import Task as Task
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import IndexInterp as IndexInterp
 from jcrosslora.methods.copy import InterpolatedCopy as InterpolatedCopy

@@ -16,8 +16,7 @@ from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distill.interpolation import SourceInterpolation, check_share, interpolate_to_source, interpolation_cost
 from jcrosslora.linalg import LinearMap, cosine, select
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import MapMethod, Moved, Sizes, Task
+from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Sizes, Task
 from jcrosslora.utils.cost import Cost
 
 

@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.linalg import LinearMap, TruncatedSVD, dot, low_rank
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Vocabulary
-from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod
+from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,8 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     Without a shared vocabulary: the entry of largest magnitude of the vector on the stream's side is made positive in
     each base. This depends on the basis and does not make two bases agree; it only makes the result reproducible.
 
-    Returns:
-        d (R,), of +1 and -1, and the ratio () of the mean squared correlation of the pairs (i, i) to that of the
-        pairs (i, j) nearby (1 is chance; NaN without a vocabulary).
+    d comes with the ratio () of the mean squared correlation of the pairs (i, i) to that of the pairs (i, j) nearby
+    (1 is chance; NaN without a vocabulary).
     """
     if evidence.vocabulary is None:
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt

@@ -8,8 +8,7 @@ layer, so that the residual stream changes alike (see `distill.residual`).
 from dataclasses import dataclass, replace
 
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.method import MapMethod, Method, Moved, Sizes, Task
+from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
 

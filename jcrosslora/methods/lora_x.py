@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import jax
 
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod
+from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.linalg import LinearMap, dot, low_rank
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import MapMethod
+from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
-from jcrosslora.maps.method import MapMethod, Method
+from jcrosslora.maps import MapMethod, Method
 from jcrosslora.methods.copy import Copy, IndexInterp, InterpolatedCopy, PadTruncate, Select
 from jcrosslora.methods.cross_lora import CrossLoRA, Random
 from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect, ResidualFit
@@ -65,8 +65,7 @@ MethodLike = str | Method | type[Method] | Auto
 def register_method(method: type[M]) -> type[M]:
     """Add a user's own method to the registry and return it, as a class decorator does.
 
-    It is a frozen dataclass with a name and a default for every field. It inherits from `MapMethod` and has `maps`, or
-    from `Method` and has `move`.
+    It is a frozen dataclass with a name and a default for every field, and has `maps` (a `MapMethod`) or `move`.
 
     Raises:
         MethodError: the class does not meet these conditions, or another class has its name.
@@ -93,8 +92,7 @@ def register_method(method: type[M]) -> type[M]:
 def allow_module(name: str) -> None:
     """Import a module of the user's own, also from the current folder, so that its methods go by "module:Class".
 
-    The name, "module" or "module:Class", is always one that the user typed, never one from a file, which may be
-    somebody else's.
+    The name is always one that the user typed, never one from a file, which may be somebody else's.
 
     Raises:
         MethodError: it does not exist, or cannot be imported.
@@ -134,9 +132,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
-    """Make a method object, or `Auto`, from a name, a class or an object.
-
-    `settings` are hyper-parameters by name, which are also applied to an object.
+    """Make a method object, or `Auto`, from a name, a class or an object, with hyper-parameters by name.
 
     Raises:
         MethodError: the method is not registered.

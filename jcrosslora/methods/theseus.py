@@ -28,8 +28,7 @@ import jax.numpy as jnp
 
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import LinearMap, dimension_sizes, dot, low_rank, procrustes, psd_power
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps
-from jcrosslora.maps.method import MapMethod
+from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps
 
 Pair = tuple[jax.Array, jax.Array]
 # At this exponent the activations of both bases have the same spread in all directions.
