@@ -161,7 +161,7 @@ def cross_moments(
 def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
     """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
-    one = jax.eval_shape(lambda *rows: _of_layer(*jax.tree.map(lambda x: x[0], rows), grams), src, tgt)
+    one = jax.eval_shape(lambda rows: _of_layer(jax.tree.map(lambda x: x[0], rows), grams), (src, tgt))
     zeros = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape)), one)
     return dataclasses.replace(zeros, count=jnp.zeros(()))
 
@@ -181,15 +181,17 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
     # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
     def one(layer: jax.Array, totals: CrossMoments) -> CrossMoments:
         rows = jax.tree.map(lambda x: x[layers[layer]], src), jax.tree.map(lambda y: y[layer], tgt)
-        sums = _of_layer(*rows, totals.input_grams is not None)
+        sums = _of_layer(rows, totals.input_grams is not None)
         return jax.tree.map(lambda total, x: total.at[layer].add(x), totals, sums)
 
     added = lax.fori_loop(0, len(layers), one, dataclasses.replace(totals, count=None))
+    assert totals.count is not None
     return dataclasses.replace(added, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
 
 
-def _of_layer(src: Rows, tgt: Rows, grams: bool) -> CrossMoments:
-    """Sum the products of the rows (P, width) of one layer; the count is left out."""
+def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> CrossMoments:
+    """Sum the products of the rows (P, width) of one layer of both bases; the count is left out."""
+    src, tgt = rows
 
     def squares(x: jax.Array, y: jax.Array) -> _Two:
         return jnp.sum(x**2, axis=0), jnp.sum(y**2, axis=0)
