@@ -171,11 +171,8 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
     """Add the products of P positions to the moments. The buffers of `totals` are donated to the result.
 
     Args:
-        totals: the moments so far.
-        src: rows of the source, float32 (L_src, P, width), zero where not valid.
-        tgt: rows of the target, (L, P, width).
+        src: rows of the source, float32 (L_src, P, width), zero where not valid; `tgt` (L, P, width) of the target.
         layers: int32 (L,), for each target layer the source layer that feeds it.
-        valid: bool (P,).
     """
 
     # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.

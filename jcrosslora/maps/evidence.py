@@ -46,7 +46,6 @@ class Vocabulary:
     Attributes:
         cross: (H_src, H_tgt), E_src' E_tgt / V.
         gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is that of the target.
-        count: V, static.
         mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None where no method asks for it.
         stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
     """
@@ -200,7 +199,6 @@ class Maps:
     """The maps of one pair of modules: dW_tgt = sum over terms of P_out dW_src P_in'.
 
     Attributes:
-        terms: pairs (P_out, P_in).
         vector_ratio: (), squared correlation over the shared vocabulary of singular vectors with equal index in both
             bases, relative to vectors with other indices; 1 is chance, NaN is not measured.
         activation_cosine: (), cosine of the source's activations, mapped to the target, with the target's, over inputs

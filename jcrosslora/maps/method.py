@@ -132,8 +132,6 @@ class Method:
     update to what the adapter does; one that chooses maps from the weights of both bases inherits from `MapMethod`.
 
     Attributes:
-        name: as given to `--method`.
-        reference: where it is published.
         requires: the evidence that has to be collected. A property may derive it from the fields.
         carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
             if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by

@@ -33,9 +33,7 @@ class ShiftedFactors:
 
     Attributes:
         a: (K', I_tgt), where `b` is (O_tgt, K').
-        before: (), ||dW_src||_F^2.
-        mapped: (), ||.||_F^2 of what the maps make of it.
-        after: (), ||dW_tgt||_F^2, after calibration.
+        before: (), ||dW_src||_F^2, which the maps turn into `mapped`, and calibration into `after`.
     """
 
     a: jax.Array
@@ -53,7 +51,6 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
     follows the maps of some methods, and moves changes of the embedding and the output head.
 
     Args:
-        transport: from `align`.
         adapter: factors by module of the source base; fused matrices are split.
 
     Returns:
@@ -103,8 +100,7 @@ class Shifter:
         """Check that the adapter fits the base, and the settings the method.
 
         Args:
-            adapter: an adapter of the source.
-            source: the base that it belongs to.
+            source: the base that the adapter belongs to.
             method: of the transfer; without maps its adapter is only checked.
             calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
                 maps make of it; None is the method's own choice (the random control alone restores the norm).

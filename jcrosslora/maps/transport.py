@@ -50,8 +50,7 @@ class Agreement:
     Attributes:
         rank: R, the truncation rank of this pair.
         energy_src: share of ||W_src||_F^2 in its top R singular pairs. This and the next have a twin for the target.
-        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary.
-        condition_src: s_1 / s_R.
+        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary. The condition is s_1 / s_R.
         error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
         similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
             is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
@@ -130,7 +129,6 @@ class Transport:
         groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
         recipe: the settings and their outcome.
         bases: both bases as they were opened, for what follows the maps; None where they are gone.
-        warnings: one sentence each.
     """
 
     groups: tuple[TransportGroup, ...]
