@@ -39,8 +39,7 @@ from jcrosslora.evaluate.harness import requests
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.stacked import AXIS
-from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity
-from jcrosslora.session.transfer import shift
+from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity, shift
 from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing

@@ -12,7 +12,6 @@ import msgspec
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
-from jcrosslora.evaluate.effect import Effect
 from jcrosslora.maps.shifted import TokenRow
 from jcrosslora.utils.files import read_file
 
