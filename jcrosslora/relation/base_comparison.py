@@ -4,7 +4,7 @@ Bases that look equal in a sample are read whole, because no sample can show tha
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ import numpy as np
 from jcrosslora.architectures.names import COMMON_KEYS, EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
+from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method
-from jcrosslora.relation.relation import Relation, relation_of
+from jcrosslora.relation.relation import Relation, TensorComparison, compare_modules, compare_other_tensors, relation_of
 from jcrosslora.relation.structure import Part, count_parts
 from jcrosslora.relation.structure_search import find_structure
-from jcrosslora.relation.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
-from jcrosslora.relation.weight_similarity import compare_token_names
 from jcrosslora.relation.wording import change_phrases, structure_phrases, unequal_phrase
 
 # Configuration keys whose values the parts show, or that say how the file is stored.
@@ -39,6 +38,7 @@ _COVERED_KEYS = frozenset(
         "mlp_layer_types",
     }
 )
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -82,42 +82,34 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
-    sides = {"source": source, "target": target}
-    notes = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
+    bases = Bases(source, target)
+    sides = zip(("source", "target"), bases, strict=True)
+    notes = [f"{side} base: {note}" for side, base in sides for note in base.notes]
     structure, reason = find_structure(source, target)
-    modules = [] if structure is None else compare_modules(source, target, structure)
+    modules = [] if structure is None else compare_modules(structure)
     choice = choose_method(source, target, (structure, reason), modules)
     if structure is None:
         sentence = f"the two bases are unrelated: {reason}"
         return BaseComparison((Relation.UNRELATED,), sentence, (), (), (), tuple(notes), choice)
-    parts = count_parts(structure, source, target)
-    compared = [*modules, *compare_other_tensors(source, target, structure)]
+    parts = count_parts(structure)
+    compared = [*modules, *compare_other_tensors(structure)]
     relation = relation_of(parts, compared)
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not relation:
-        same, sentence = _compare_fully(source, target)
+        same, sentence = _compare_fully(bases)
         relation.add(same)
     names = compare_token_names(source, target)
     if names is not None and (names.moved or names.contradict):
         relation = (relation - {Relation.SAME}) | {Relation.OTHER_TOKENIZER}
         sentence += f"; {names.sentence}"
-    notes += _notes(source, target, structure.by_embedding)
+    notes += _notes(bases, structure.by_embedding)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
     words = tuple(item for item in Relation if item in relation)
     return BaseComparison(words, sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
-def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[Relation, str]:
-    """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
-    if same_bytes(source, target):
-        return Relation.SAME, "the weight files are equal, byte by byte"
-    unequal = unequal_tensors(source, target)
-    if not unequal:
-        return Relation.SAME, "all numbers of all tensors are equal, though the files are not"
-    return Relation.TRAINED, unequal_phrase(unequal)
-
-
-def _notes(source: BaseModel, target: BaseModel, by_embedding: bool) -> Iterator[str]:
+def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
+    source, target = bases
     if source.family.name != target.family.name:
         yield f"the families differ: {source.family.name} and {target.family.name}"
     if not by_embedding:
@@ -129,75 +121,71 @@ def _notes(source: BaseModel, target: BaseModel, by_embedding: bool) -> Iterator
         yield f"the configurations differ: {values}"
 
 
-_ROWS_AT_ONCE = 4096
+def _compare_fully(bases: Bases) -> tuple[Relation, str]:
+    """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
+    if _same_bytes(bases):
+        return Relation.SAME, "the weight files are equal, byte by byte"
+    unequal = _unequal_tensors(bases)
+    if not unequal:
+        return Relation.SAME, "all numbers of all tensors are equal, though the files are not"
+    return Relation.TRAINED, unequal_phrase(unequal)
 
 
-def same_bytes(source: BaseModel, target: BaseModel) -> bool:
-    """Return whether the weight files of two bases are equal, by size and SHA-256."""
-    sizes = [[path.stat().st_size for path in base.store.files] for base in (source, target)]
-    return sizes[0] == sizes[1] and source.digest() == target.digest()
+def _same_bytes(bases: Bases) -> bool:
+    """Whether the weight files of two bases are equal, by size and SHA-256."""
+    sizes = [[path.stat().st_size for path in base.store.files] for base in bases]
+    return sizes[0] == sizes[1] and bases.source.digest() == bases.target.digest()
 
 
-def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
+def _unequal_tensors(bases: Bases) -> list[str]:
     """Read all rows of two bases of one layout and return the names of the tensors that differ.
 
     Tensors that the model does not use, such as the rotary frequencies in older files, are ignored.
     """
-    in_modules = {module.tensor for base in (source, target) for module in base.modules.values()}
-    in_modules |= {
-        name for base in (source, target) for layer in base.layers_with("router") for name in base.expert_names(layer)
-    }
-    names_src, names_tgt = (set(base.tensor_shapes()) for base in (source, target))
+    in_modules = {module.tensor for base in bases for module in base.modules.values()}
+    in_modules |= {name for base in bases for layer in base.layers_with("router") for name in base.expert_names(layer)}
+    names_src, names_tgt = (set(base.tensor_shapes()) for base in bases)
     shared = (names_src | {HEAD}) & (names_tgt | {HEAD})  # A tied head can be read although it is not stored.
     others = sorted((names_src | names_tgt) - in_modules)
-    found = [name for name in others if name not in shared or not _equal(source, target, name)]
-    for name, module in target.modules.items():
-        other = source.modules[name]
-        first_src, first_tgt = (0 if item.rows is None else item.rows[0] for item in (other, module))
-        if not all(
-            np.array_equal(source.rows(other.tensor, first_src + ids), target.rows(module.tensor, first_tgt + ids))
-            for ids in _batches(module.shape[0])
-        ):
+    found = [name for name in others if name not in shared or not _equal(bases, name)]
+    for name, module in bases.target.modules.items():
+        batches = _batches(module.shape[0])
+        if not all(_same(stored_rows(base, name, ids) for base in bases) for ids in batches):
             found.append(name)
-        source.release()
-        target.release()
-    for layer in target.layers_with("router"):
-        found += [f"{name} of the experts of layer {layer}" for name in _unequal_experts(source, target, layer)]
-        source.release()
-        target.release()
+        bases.release()
+    for layer in bases.target.layers_with("router"):
+        found += [f"{name} of the experts of layer {layer}" for name in _unequal_experts(bases, layer)]
+        bases.release()
     return found
 
 
-def _unequal_experts(source: BaseModel, target: BaseModel, layer: int) -> Iterator[str]:
+def _unequal_experts(bases: Bases, layer: int) -> Iterator[str]:
     """Yield the names of `expert_tensors` that differ in a layer, in whatever layouts they are stored."""
-    experts = target.family.experts
-    assert experts is not None
-    for name in expert_tensors(experts):
+    target = bases.target
+    assert target.family.experts is not None
+    for name in expert_tensors(target.family.experts):
         if name not in MATRICES:
-            src, tgt = (base.expert_tensor(layer, name).astype(np.float32) for base in (source, target))
-            if not np.array_equal(src, tgt):
+            if not _same(base.expert_tensor(layer, name).astype(np.float32) for base in bases):
                 yield name
             continue
         shape = target.expert_shape(name)
         every = itertools.product(range(shape[0]), _batches(shape[target.expert_axis(name)]))
-        if not all(
-            np.array_equal(source.expert_rows(layer, name, expert, ids), target.expert_rows(layer, name, expert, ids))
-            for expert, ids in every
-        ):
+        if not all(_same(base.expert_rows(layer, name, *part) for base in bases) for part in every):
             yield name
 
 
-def _equal(source: BaseModel, target: BaseModel, name: str) -> bool:
-    shape, other = _shape(target, name), _shape(source, name)
+def _equal(bases: Bases, name: str) -> bool:
+    shape, other = (tuple(base.store.shape(EMBEDDING if name == HEAD and base.tied else name)) for base in bases)
     if shape != other:  # such as embeddings of different vocabularies
         return False
     if len(shape) != 2:
-        return np.array_equal(source.tensor(name).astype(np.float32), target.tensor(name).astype(np.float32))
-    return all(np.array_equal(source.rows(name, ids), target.rows(name, ids)) for ids in _batches(shape[0]))
+        return _same(base.tensor(name).astype(np.float32) for base in bases)
+    return all(_same(base.rows(name, ids) for base in bases) for ids in _batches(shape[0]))
 
 
-def _shape(base: BaseModel, name: str) -> tuple[int, ...]:
-    return tuple(base.store.shape(EMBEDDING if name == HEAD and base.tied else name))
+def _same(arrays: Iterable[np.ndarray]) -> bool:
+    src, tgt = arrays
+    return np.array_equal(src, tgt)
 
 
 def _batches(rows: int) -> Iterator[np.ndarray]:

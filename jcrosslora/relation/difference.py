@@ -45,7 +45,7 @@ class Change(StrEnum):
     TRAINED = "trained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """The difference of a target matrix from its counterpart in the source.
 
@@ -65,14 +65,14 @@ class Difference:
     change: Change
     cosine: float
     distance: float
-    scale: float
+    scale: float = 1.0
     equal: float
     explained: float
-    rank: int | None
+    rank: int | None = None
     grids: tuple[str, str]
-    rounded: Side | None
-    quantised: bool
-    hidden: float
+    rounded: Side | None = None
+    quantised: bool = False
+    hidden: float = 0.0
     zeroed: float = 0.0
 
     @property
@@ -91,14 +91,14 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     grids = from_src.grid, from_tgt.grid
     equal = float(np.mean(src == tgt)) if src.size else 1.0
     if equal == 1.0:
-        return Difference(Change.EQUAL, 1.0, 0.0, 1.0, 1.0, 1.0, None, grids, None, quantised=False, hidden=0.0)
-    if not (norms[0] and norms[1]):
-        return Difference(Change.TRAINED, 0.0, 1.0, 1.0, equal, equal, None, grids, None, quantised=False, hidden=0.0)
-    kept = tgt != 0
-    if np.mean(~kept & ((src < from_tgt.low) | (src > from_tgt.high))) >= _MIN_ZEROED:
-        # As a matrix of one row, which has no low rank.
-        rest = compare_rows(src[kept][None], tgt[kept][None], _at(from_src, kept), _at(from_tgt, kept))
-        return replace(rest, zeroed=float(np.mean(~kept & (src != 0))))
+        return Difference(change=Change.EQUAL, cosine=1.0, distance=0.0, equal=1.0, explained=1.0, grids=grids)
+    if not all(norms):
+        return Difference(change=Change.TRAINED, cosine=0.0, distance=1.0, equal=equal, explained=equal, grids=grids)
+    zeros = tgt == 0
+    if np.mean(zeros & ((src < from_tgt.low) | (src > from_tgt.high))) >= _MIN_ZEROED:
+        others = tuple(axis[None] for axis in np.nonzero(tgt))  # a matrix of one row, which has no low rank
+        rest = compare_rows(src[others], tgt[others], from_src.at(others), from_tgt.at(others))
+        return replace(rest, zeroed=float(np.mean(zeros & (src != 0))))
     cosine = float(np.sum(src * tgt)) / (norms[0] * norms[1])
     scale = _scale(src, tgt, norms)
     src, from_src = scale * src, _times(from_src, scale)
@@ -109,27 +109,36 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     # If the target was computed from stored numbers, only its own later rounding is noise; otherwise both are.
     ranks = [_low_rank(delta, noise / np.sqrt(12)) for noise in (finer, float(np.hypot(finer, coarser)))]
     steps = _in_steps(delta, max(from_src, from_tgt, key=lambda side: side.width))
-    one_sided = from_src.coarse != from_tgt.coarse
+    coarse, one_sided = from_src.coarse or from_tgt.coarse, from_src.coarse != from_tgt.coarse
     wanted = _MIN_EXPLAINED if from_src.declared and from_tgt.declared else _MIN_EXPLAINED_INFERRED
-    rank, quantised = None, False
+    rank, quantised = None, one_sided and steps >= _MIN_ERROR
     exact = distance < FLOAT32_NOISE and np.abs(delta).max() < 16 * FLOAT32_NOISE * np.abs(tgt).max()
     if exact or found.share >= wanted:
-        change = Change.ROUNDED
-        quantised = not exact and (from_src.coarse or from_tgt.coarse) and found.coarse
+        change, quantised = Change.ROUNDED, not exact and coarse and found.coarse
     elif ranks[0] is not None:
-        change, rank = Change.LOW_RANK, ranks[0]
+        change, rank, quantised = Change.LOW_RANK, ranks[0], False
     elif ranks[1] is not None:
-        change, rank, quantised = Change.LOW_RANK, ranks[1], one_sided and steps >= _MIN_ERROR
-    elif (from_src.coarse or from_tgt.coarse) and steps < 1 and (steps >= _MIN_ERROR or not one_sided):
-        change = Change.TRAINED_OR_ROUNDED
+        change, rank = Change.LOW_RANK, ranks[1]
+    elif coarse and steps < 1 and (steps >= _MIN_ERROR or not one_sided):
+        change, quantised = Change.TRAINED_OR_ROUNDED, False
     else:
-        change, quantised = Change.TRAINED, one_sided and steps >= _MIN_ERROR
+        change = Change.TRAINED
     # Noise of size s crosses the middle between two levels, a step apart, with a chance of 0.8 s / step. Less than half
     # a step of the finer grid is invisible, unless both sides lie on the same levels.
     unseen = (finer / 2 if found.side else 0) + (1 - wanted) / 0.8 * coarser
-    hidden = unseen / _rms(tgt) + HALF_PRECISION * (coarser > 0)
-    explained = equal + (1 - equal) * found.share
-    return Difference(change, cosine, distance, scale, equal, explained, rank, grids, found.side, quantised, hidden)
+    return Difference(
+        change=change,
+        cosine=cosine,
+        distance=distance,
+        scale=scale,
+        equal=equal,
+        explained=equal + (1 - equal) * found.share,
+        rank=rank,
+        grids=grids,
+        rounded=found.side,
+        quantised=quantised,
+        hidden=unseen / float(np.sqrt(np.mean(np.square(tgt)))) + HALF_PRECISION * (coarser > 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -172,10 +181,6 @@ def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, f
     return best
 
 
-def _at(rounding: Rounding, kept: np.ndarray) -> Rounding:
-    return replace(rounding, low=rounding.low[kept][None], high=rounding.high[kept][None])
-
-
 def _times(rounding: Rounding, scale: float) -> Rounding:
     ends = rounding.low * scale, rounding.high * scale
     return replace(rounding, low=np.minimum(*ends), high=np.maximum(*ends))
@@ -186,10 +191,6 @@ def _in_steps(delta: np.ndarray, rounding: Rounding) -> float:
     width = rounding.high - rounding.low
     some = (width > 0) & (delta != 0)
     return float(np.mean(np.abs(delta)[some] / width[some])) if some.any() else np.inf
-
-
-def _rms(numbers: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(numbers))))
 
 
 def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> float:

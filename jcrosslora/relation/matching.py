@@ -4,9 +4,9 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.config import Dims
-from jcrosslora.relation.weight_similarity import check_finite, cosine_similarity, evenly_spaced
+from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, finite, some_of
 
-# Cosine from which a column is taken for a trained or rounded copy of another, see `weight_similarity`. Few rows reach
+# Cosine from which a column is taken for a trained or rounded copy of another, see `method_selection`. Few rows reach
 # it by chance, so `_threshold` raises it for them.
 _MIN_COSINE = 0.7
 # Cosine with the column at the same index from which no other index is searched: heads of SmolLM2-135M that do nearly
@@ -155,19 +155,19 @@ def _heads(columns: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return heads, orders
 
 
-def same_form(source: BaseModel, target: BaseModel) -> bool:
+def same_form(bases: Bases) -> bool:
     """Whether neither of two bases has experts, or both have some of the same shape that are stored alike."""
-    forms = []
-    for base in (source, target):
-        if not base.layers_with("router"):
-            forms.append(None)
-            continue
-        forms.append([(base.expert_shape(matrix)[1:], base.expert_axis(matrix)) for matrix in MATRICES])
-    return forms[0] == forms[1]
+    source, target = (
+        [(base.expert_shape(matrix)[1:], base.expert_axis(matrix)) for matrix in MATRICES]
+        if base.layers_with("router")
+        else None
+        for base in bases
+    )
+    return source == target
 
 
-def match_experts(source: BaseModel, target: BaseModel, layer_src: int, layer_tgt: int) -> np.ndarray:
-    """Find the source expert of every target expert of a layer.
+def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
+    """Find the source expert of every target expert of a layer of the source and one of the target.
 
     Both bases have experts of the `same_form`.
 
@@ -177,34 +177,37 @@ def match_experts(source: BaseModel, target: BaseModel, layer_src: int, layer_tg
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
-    routers = [_router(base, layer) for base, layer in ((source, layer_src), (target, layer_tgt))]
-    found = match_columns(*(router.T for router in routers))
+    router_src, router_tgt = (
+        finite(base, f"the router of layer {layer}", base.expert_tensor(layer, "router"))
+        for base, layer in zip(bases, layers, strict=True)
+    )
+    nothing = np.full(len(router_tgt), -1)
+    found = match_columns(router_src.T, router_tgt.T)
     if found is None:  # other routers, perhaps of the same experts
-        found = np.arange(len(routers[1])) if len(routers[0]) == len(routers[1]) else np.full(len(routers[1]), -1)
-    matched = np.flatnonzero(found >= 0)
-    some = matched[evenly_spaced(len(matched), _CHECKED)] if len(matched) else matched
+        found = np.arange(len(router_tgt)) if len(router_src) == len(router_tgt) else nothing
     cosines = [
-        cosine_similarity(
-            expert_rows(source, layer_src, matrix, int(found[expert]), _ROWS),
-            expert_rows(target, layer_tgt, matrix, int(expert), _ROWS),
-        )
-        for expert in some
+        cosine_similarity(*expert_rows(bases, layers, (int(found[expert]), int(expert)), matrix, _ROWS))
+        for expert in some_of(np.flatnonzero(found >= 0), _CHECKED)
         for matrix in MATRICES
     ]
-    return found if cosines and np.mean(cosines) >= MIN_MEAN_COSINE else np.full(len(found), -1)
+    return found if cosines and np.mean(cosines) >= MIN_MEAN_COSINE else nothing
 
 
-def expert_rows(base: BaseModel, layer: int, matrix: str, expert: int, count: int) -> np.ndarray:
-    """Read at most `count` evenly spaced rows of a matrix of one expert, as it is stored: float32 (n, columns).
+def expert_rows(
+    bases: Bases, layers: tuple[int, int], experts: tuple[int, int], matrix: str, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read at most `count` evenly spaced rows of a matrix of one expert of each base, as it is stored.
+
+    Returns:
+        float32 (n, columns) each.
 
     Raises:
         CheckpointError: a row holds NaN or infinity.
     """
-    rows = evenly_spaced(base.expert_shape(matrix)[base.expert_axis(matrix)], count)
-    name = f"expert {expert} of layer {layer}"
-    return check_finite(base, name, base.expert_rows(layer, matrix, expert, rows))
 
+    def read(base: BaseModel, layer: int, expert: int) -> np.ndarray:
+        rows = evenly_spaced(base.expert_shape(matrix)[base.expert_axis(matrix)], count)
+        return finite(base, f"expert {expert} of layer {layer}", base.expert_rows(layer, matrix, expert, rows))
 
-def _router(base: BaseModel, layer: int) -> np.ndarray:
-    router = base.expert_tensor(layer, "router").astype(np.float32)
-    return check_finite(base, f"the router of layer {layer}", router)
+    src, tgt = map(read, bases, layers, experts)
+    return src, tgt

@@ -1,16 +1,25 @@
 """Select the method that `auto` stands for, by comparing the weights and files of a pair of bases."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jcrosslora.checkpoint import BaseModel
+import numpy as np
+
+from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.relation.relation import Finding, Likeness, Relation, relation_of
+from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, module_rows
+from jcrosslora.relation.relation import (
+    Finding,
+    Likeness,
+    Relation,
+    TensorComparison,
+    WeightSimilarity,
+    compare_modules,
+    relation_of,
+)
 from jcrosslora.relation.structure import Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
-from jcrosslora.relation.tensor_comparison import TensorComparison, compare_modules
-from jcrosslora.relation.weight_similarity import WeightSimilarity, compare_weights
 from jcrosslora.relation.wording import choice_reason, finding_phrase
 
 # For unlike bases: where both can be run on text, and where they cannot.
@@ -41,6 +50,7 @@ _WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fi
 # of about normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and
 # by 0.01 with 8. What a copy loses there: docs/compressed-bases.md.
 _COMPRESSED = 0.06
+_LAYERS, _ROWS = 4, 64  # sampled layers of each role, and rows of each module
 _STRAY = 1.25  # ratio of distances up to which parts at another index are taken for strays of the match
 
 
@@ -78,7 +88,8 @@ def choose_method(
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
-    finding = _examine(source, target, (found or find_structure(source, target))[0], compared)
+    structure, _ = found or find_structure(source, target)
+    finding = _examine(Bases(source, target), structure, compared)
     method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
     choice = Choice(method, choice_reason(phrase, method), phrase)
     obstacle = why_not_run(source, target) if method in _WITHOUT_FIT else None
@@ -116,17 +127,15 @@ def _instead(choice: Choice, hindrance: str) -> Choice:
     return Choice(method, choice_reason(choice.found, method, hindrance), choice.found)
 
 
-def _examine(
-    source: BaseModel, target: BaseModel, structure: Structure | None, compared: Sequence[TensorComparison] | None
-) -> Finding:
-    similarity = compare_weights(source, target)
+def _examine(bases: Bases, structure: Structure | None, compared: Sequence[TensorComparison] | None) -> Finding:
+    similarity = compare_weights(bases.source, bases.target)
     if structure is None:
         near = similarity is not None and similarity.near
         return Finding(Likeness.COPY if near else Likeness.NONE, similarity)
-    parts = [part for part in count_parts(structure, source, target) if part.name != "tokens"]
+    parts = [part for part in count_parts(structure) if part.name != "tokens"]
     lacking = [part.name for part in parts if part.used < part.source]
-    if not structure.in_place(source):
-        by_parts = compare_weights(source, target, structure)
+    if not structure.in_place:
+        by_parts = compare_weights(bases.source, bases.target, structure)
         near = by_parts is not None and by_parts.near and all(part.nested for part in parts)
         if by_parts is not None and near and not _as_near(similarity, by_parts):
             return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
@@ -134,7 +143,7 @@ def _examine(
         return Finding(Likeness.NONE, similarity, unmatched=structure.lacking)
     if "experts" in lacking:
         return Finding(Likeness.FEWER_EXPERTS, similarity)
-    return _examine_copies(source, target, similarity, compared or compare_modules(source, target, structure))
+    return _examine_copies(bases, similarity, compared or compare_modules(structure))
 
 
 def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> bool:
@@ -142,12 +151,10 @@ def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> b
     return in_place is not None and in_place.near and in_place.distance <= _STRAY * by_parts.distance
 
 
-def _examine_copies(
-    source: BaseModel, target: BaseModel, similarity: WeightSimilarity, compared: Sequence[TensorComparison]
-) -> Finding:
+def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
-    stated = [bool(quantisation_of(base.config)) for base in (source, target)]
+    stated = [bool(quantisation_of(base.config)) for base in bases]
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
     by_source = 2 * sum(item.difference.rounded == "source" for item in compared) > len(compared)
     by_source = by_source or stated == [True, False]
@@ -159,3 +166,51 @@ def _examine_copies(
         return Finding(Likeness.TRAINED_COPY, similarity)
     coarse = relation and not by_source and similarity.distance >= _COMPRESSED
     return Finding(Likeness.COARSE_COPY if coarse else Likeness.COPY, similarity, by_quantiser)
+
+
+def compare_weights(
+    source: BaseModel, target: BaseModel, structure: Structure | None = None
+) -> WeightSimilarity | None:
+    """Compare 64 evenly spaced rows of each module, in four layers from first to last for every role.
+
+    The sample is the same on every run, and only its rows are read and dequantised. `structure` says which parts
+    correspond; without it modules of the same name are compared.
+
+    Returns:
+        The similarity. None if names or shapes of the modules differ, or, with a structure, if no sampled module has a
+        counterpart.
+
+    Raises:
+        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
+    """
+    if structure is None:
+        shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+        if shapes[0] != shapes[1]:
+            return None
+        pairs = [_compare(*(_sample(base, name) for base in (source, target))) for name in _sampled_modules(source)]
+    else:
+        samples = (structure.sample(target.modules[name], _ROWS) for name in _sampled_modules(target))
+        pairs = [_compare(*(rows[:, columns] for rows, columns in sample)) for sample in samples if sample is not None]
+    if not pairs:
+        return None
+    Bases(source, target).release()
+    cosine, distance = np.mean(pairs, axis=0)
+    return WeightSimilarity(float(cosine), float(distance), len(pairs))
+
+
+def _sampled_modules(base: BaseModel) -> Iterator[str]:
+    for role in ROLES:
+        names = [name for name, module in base.modules.items() if module.role == role]
+        yield from (names[index] for index in evenly_spaced(len(names), _LAYERS))
+
+
+def _sample(base: BaseModel, name: str) -> np.ndarray:
+    return module_rows(base, name, evenly_spaced(base.modules[name].shape[0], _ROWS))
+
+
+def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
+    """Return cosine and relative distance; a zero matrix is at distance 0 of another, and 1 of anything else."""
+    src, tgt = src.astype(np.float64), tgt.astype(np.float64)
+    norm = float(np.linalg.norm(src))
+    distance = float(np.linalg.norm(tgt - src)) / norm if norm else float(tgt.any())
+    return cosine_similarity(src, tgt), distance

@@ -1,15 +1,34 @@
-"""Describe how two bases are related, in flags and figures. `wording` makes sentences from them."""
+"""How two bases are related, in flags and figures, from a sample of the rows of every tensor.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Tensors are compared through the structure that the bases share. `wording` makes sentences from what is found.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 
+import numpy as np
+
+from jcrosslora.architectures.names import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.relation.difference import Change
-from jcrosslora.relation.matching import MIN_MEAN_COSINE
-from jcrosslora.relation.structure import Part
-from jcrosslora.relation.tensor_comparison import TensorComparison
-from jcrosslora.relation.weight_similarity import WeightSimilarity
+from jcrosslora.checkpoint.layout import Module, expert_tensors
+from jcrosslora.relation.bases import Both, evenly_spaced, finite, some_of
+from jcrosslora.relation.difference import Change, Difference, compare_rows
+from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
+from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding
+from jcrosslora.relation.structure import Part, Structure
+
+_ROWS = 64  # of each module
+# Norms whose features are no dimensions of the stream.
+_OF_HEADS = frozenset({"q", "k", "global_q", "global_k", "q_a", "kv_a"})
+# 64 rows cannot show the rank of an adapter of rank 64, which is in use, so a few modules are read further.
+_MORE_ROWS, _MODULES_READ_FURTHER = 512, 2
+# Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
+# Gemma-3-270M, 64 rows of each, stay below 0.05. Rounding these two models to 4 bits (Q4_0) moves a module by at most
+# 0.14 of its norm and leaves a cosine of 0.99 or more. An independent change of relative size d leaves a cosine of
+# 1 / sqrt(1 + d^2): 0.89 for d = 0.5, 0.8 for d = 0.75. The limits lie there, nearer to copies than to unrelated
+# weights; the distance separates a copy from a scaled one.
+_NEAR_COSINE, _NEAR_DISTANCE = 0.8, 0.75
 
 
 class Relation(StrEnum):
@@ -48,6 +67,25 @@ class Likeness(Enum):
 
 
 @dataclass(frozen=True)
+class WeightSimilarity:
+    """The similarity of corresponding weights, as means over the sampled modules.
+
+    Attributes:
+        cosine: of the sampled weights W_src and W_tgt of a module.
+        distance: ||W_tgt - W_src||_F / ||W_src||_F.
+    """
+
+    cosine: float
+    distance: float
+    modules: int
+
+    @property
+    def near(self) -> bool:
+        """Whether an update of one base can be used on the other unchanged."""
+        return self.cosine > _NEAR_COSINE and self.distance < _NEAR_DISTANCE
+
+
+@dataclass(frozen=True)
 class Finding:
     """What the choice of a method depends on.
 
@@ -63,6 +101,29 @@ class Finding:
     unmatched: int = 0
 
 
+@dataclass(frozen=True)
+class TensorComparison:
+    """A tensor of the target compared with its counterpart in the source.
+
+    Attributes:
+        role: of a linear module, e.g. "q_proj"; "experts"; or "embedding", "head", "norms", "biases", "routers" (with
+            the biases of experts), "mixer tensors" (that are no linear modules), "layer inputs" (what makes them).
+        target: name of the target module, or which expert of which layer; for other tensors the role.
+        source: name of the source module; for other tensors the role.
+    """
+
+    role: str
+    target: str
+    source: str
+    difference: Difference
+
+    @property
+    def replaced(self) -> bool:
+        """Whether an embedding or a head is another one, and not that of the source after training."""
+        far = abs(self.difference.cosine) < MIN_MEAN_COSINE
+        return self.role in _REPLACED and self.difference.change in (Change.TRAINED, Change.LOW_RANK) and far
+
+
 _LINEAR = {*ROLES, "experts"}
 _REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
 
@@ -70,7 +131,7 @@ _REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REP
 def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
     """Return what holds of the structure and of the weights; nothing if all parts and all compared numbers agree."""
     linear = [item.difference for item in compared if item.role in _LINEAR]
-    others = [item.difference for item in compared if item.role not in _LINEAR and not replaced(item)]
+    others = [item.difference for item in compared if item.role not in _LINEAR and not item.replaced]
     every, changes, other_changes = [*linear, *others], {one.change for one in linear}, {one.change for one in others}
     low_rank = Change.LOW_RANK in changes and Change.TRAINED not in changes
     trained = Change.TRAINED in changes or (not low_rank and bool(other_changes & {Change.TRAINED, Change.LOW_RANK}))
@@ -92,10 +153,194 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
         Relation.ROUNDED: rounded and not quantised,
     }
     found = {relation for relation, true in applies.items() if true}
-    return found | {_REPLACED[item.role] for item in compared if replaced(item)}
+    return found | {_REPLACED[item.role] for item in compared if item.replaced}
 
 
-def replaced(item: TensorComparison) -> bool:
-    """Whether an embedding or a head is another one, and not that of the source after training."""
-    far = abs(item.difference.cosine) < MIN_MEAN_COSINE
-    return item.role in _REPLACED and item.difference.change in (Change.TRAINED, Change.LOW_RANK) and far
+def compare_modules(structure: Structure) -> list[TensorComparison]:
+    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    found = []
+    for module in structure.bases.target.modules.values():
+        comparison = _compare_module(structure, module, _ROWS)
+        if comparison is not None:
+            found.append(comparison)
+        structure.bases.release()
+    return [*_read_ranks(structure, found), *_compare_experts(structure)]
+
+
+def compare_other_tensors(structure: Structure) -> list[TensorComparison]:
+    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    tied = all(base.tied for base in structure.bases)
+    pieces = {
+        "embedding": _compare_table(structure, EMBEDDING),
+        "head": None if tied else _compare_table(structure, HEAD),
+        "norms": _compare_vectors(_norms(structure)),
+        "biases": _compare_vectors(_biases(structure)),
+        "routers": _compare_vectors(_routers(structure)),
+        "mixer tensors": _compare_vectors(_mixer_tensors(structure)),
+        "layer inputs": _compare_vectors(_layer_inputs(structure)),
+    }
+    return [TensorComparison(role, role, role, piece) for role, piece in pieces.items() if piece is not None]
+
+
+def _compare_module(structure: Structure, module: Module, rows: int) -> TensorComparison | None:
+    name, sample = structure.counterpart(module), structure.sample(module, rows)
+    if name is None or sample is None:
+        return None
+    difference = _compare(*sample, (structure.bases.source.modules[name].dtype, module.dtype))
+    return TensorComparison(module.role, module.name, name, difference)
+
+
+def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[TensorComparison]:
+    """Read more rows of the first and the last module of each role that looks trained, and replace their results.
+
+    If all of them turn out to be of low rank, the other modules of these roles are taken for low rank too, with an
+    unknown rank. Otherwise the list is returned unchanged.
+    """
+    modules = structure.bases.target.modules
+    trained: dict[str, list[TensorComparison]] = {}
+    for item in found:
+        if item.difference.change is Change.TRAINED and modules[item.target].shape[0] > _ROWS:
+            trained.setdefault(item.role, []).append(item)
+    closer: dict[str, TensorComparison] = {}
+    for items in trained.values():
+        for index in evenly_spaced(len(items), _MODULES_READ_FURTHER):
+            again = _compare_module(structure, modules[items[index].target], _MORE_ROWS)
+            assert again is not None
+            closer[again.target] = again
+    if not closer or any(item.difference.change is not Change.LOW_RANK for item in closer.values()):
+        return found
+
+    def corrected(item: TensorComparison) -> TensorComparison:
+        if item not in trained.get(item.role, ()):
+            return item
+        low_rank = replace(item, difference=replace(item.difference, change=Change.LOW_RANK))
+        return closer.get(item.target, low_rank)
+
+    return [corrected(item) for item in found]
+
+
+def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
+    """Compare 64 rows of the matrices of one expert of each layer, of another expert in each."""
+    bases = structure.bases
+    for layers, (others, experts) in structure.matched_experts():
+        if not len(experts):
+            continue
+        place = layers[1] % len(experts)
+        pair = int(others[place]), int(experts[place])
+        for matrix in MATRICES:
+            src, tgt = expert_rows(bases, layers, pair, matrix, _ROWS)
+            every = np.arange(src.shape[1])
+            name_src, name_tgt = (
+                f"{matrix} of expert {expert} of layer {layer}" for expert, layer in zip(pair, layers, strict=True)
+            )
+            dtypes = bases.source.expert_dtype(layers[0], matrix), bases.target.expert_dtype(layers[1], matrix)
+            yield TensorComparison("experts", name_tgt, name_src, _compare((src, every), (tgt, every), dtypes))
+        bases.release()
+
+
+def _compare(src: Both, tgt: Both, dtypes: tuple[str, str]) -> Difference:
+    """Compare the corresponding columns of whole rows of each side, given with their stored dtypes."""
+    x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
+    if np.array_equal(x, y):  # their roundings make no difference
+        return compare_rows(x, y, *(Rounding(x, x, dtype, coarse=False) for dtype in dtypes))
+    sides = zip((src, tgt), dtypes, strict=True)
+    roundings = (infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides)
+    return compare_rows(x, y, *roundings)
+
+
+def _compare_table(structure: Structure, name: str) -> Difference:
+    """Compare rows of the embedding or the head."""
+    bases, (dims_src, dims_tgt) = structure.bases, structure.dimensions
+    every = np.arange(min(base.dims.vocab for base in bases))
+    ids_src, ids_tgt = structure.tokens if structure.by_embedding else (every, every)
+    src, tgt = bases.rows(name, (some_of(ids_src, _ROWS), some_of(ids_tgt, _ROWS)))
+    dtype_src, dtype_tgt = (base.store.dtype(EMBEDDING if name != HEAD or base.tied else name) for base in bases)
+    return _compare((src, dims_src), (tgt, dims_tgt), (dtype_src, dtype_tgt))
+
+
+def _compare_vectors(pairs: Iterable[Both]) -> Difference | None:
+    """Concatenate all vectors of one kind and compare them as a matrix of one row, which has no low rank."""
+    both = list(pairs)
+    if not both:
+        return None
+    src, tgt = (np.concatenate([piece.reshape(-1) for piece in side])[None] for side in zip(*both, strict=True))
+    return compare_rows(src, tgt, float_rounding(src), float_rounding(tgt))
+
+
+def _norms(structure: Structure) -> Iterator[Both]:
+    """Yield the norm weights that both families have, in the dimensions that correspond."""
+    (source, target), (dims_src, dims_tgt) = structure.bases, structure.dimensions
+    norms_src, norms_tgt = source.architecture.norms, target.architecture.norms
+    shared = [norm for norm in norms_tgt if norm in norms_src and norm not in _OF_HEADS]
+    names = [(source.family.final_norm, target.family.final_norm)]
+    names += [
+        (f"model.layers.{layer.layer}.{norms_src[norm][0]}", f"model.layers.{number}.{norms_tgt[norm][0]}")
+        for number, layer in structure.matched()
+        for norm in shared
+        if number in target.layers_with(norm) and layer.layer in source.layers_with(norm)
+    ]
+    # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
+    offset = np.float32(target.family.gain_offset - source.family.gain_offset)
+    for name_src, name_tgt in names:
+        src, tgt = structure.bases.tensors(f"{name_src}.weight", f"{name_tgt}.weight")
+        yield src[dims_src], (tgt + offset)[dims_tgt]
+
+
+def _biases(structure: Structure) -> Iterator[Both]:
+    source, target = structure.bases
+    for module in target.modules.values():
+        name, rows = structure.counterpart(module), structure.outputs(module.layer, module.role)
+        if name is None or rows is None:
+            continue
+        src, tgt = source.bias(name), target.bias(module.name)
+        if src is not None and tgt is not None:
+            src, tgt = finite(source, f"{name}.bias", src), finite(target, f"{module.name}.bias", tgt)
+            yield src[rows[rows >= 0]], tgt[rows >= 0]
+
+
+def _routers(structure: Structure) -> Iterator[Both]:
+    """Yield the tensors of matched experts that are not their matrices."""
+    bases = structure.bases
+    kinds = [{*expert_tensors(base.family.experts)} if base.family.experts else set() for base in bases]
+    for layers, experts in structure.matched_experts():
+        for name in sorted((kinds[0] & kinds[1]) - set(MATRICES)):
+            src, tgt = (
+                finite(base, f"{name} of layer {layer}", base.expert_tensor(layer, name))[own]
+                for base, layer, own in zip(bases, layers, experts, strict=True)
+            )
+            yield src, tgt
+
+
+def _mixer_tensors(structure: Structure) -> Iterator[Both]:
+    """Yield a sample of the rows of the tensors of mixers that are no linear modules."""
+    source, target = (base.architecture.tensors for base in structure.bases)
+    for number, layer in structure.matched():
+        for name in sorted(source.keys() & target.keys()):
+            if number in structure.bases.target.layers_with(name):
+                src, tgt = structure.bases.tensors(
+                    f"model.layers.{layer.layer}.{source[name].path}", f"model.layers.{number}.{target[name].path}"
+                )
+                some = evenly_spaced(len(tgt), _ROWS)
+                yield src[some], tgt[some]
+
+
+def _layer_inputs(structure: Structure) -> Iterator[Both]:
+    """Yield a sample of the tensors that make further inputs of layers, if both bases have equally many of these."""
+    bases, (dims_src, dims_tgt) = structure.bases, structure.dimensions
+    source, target = (base.architecture.layer_inputs * base.dims.layers for base in bases)
+    if not source or source != target:
+        return
+    ids_src, ids_tgt = structure.tokens
+    yield bases.rows(LAYER_EMBEDDING, (some_of(ids_src, _ROWS), some_of(ids_tgt, _ROWS)))
+    some = evenly_spaced(source, _ROWS)
+    src, tgt = bases.rows(LAYER_INPUT_PROJECTION, (some, some))
+    yield src[:, dims_src], tgt[:, dims_tgt]
+    yield bases.tensors(LAYER_INPUT_NORM, LAYER_INPUT_NORM)

@@ -7,8 +7,11 @@ without overlap, something else has changed as well.
 The levels that the blocks of a quantised row were rounded to are inferred from the numbers alone.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,11 +42,9 @@ _GRID_ROWS = 8  # rows from which a grid is inferred
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """The intervals that the numbers of a matrix may have been rounded from.
+    """The intervals that the numbers of a matrix may have been rounded from: float64, of the matrix's shape.
 
     Attributes:
-        low: float64, of the matrix's shape.
-        high: float64, of the matrix's shape.
         grid: the number format in words, such as "BF16", "Q4_0" or "a grid in blocks of 32".
         coarse: whether it is a quantisation to 8 bits or fewer.
         declared: whether the file states the format; otherwise it is inferred from the numbers.
@@ -54,6 +55,10 @@ class Rounding:
     grid: str
     coarse: bool
     declared: bool = True
+
+    def at(self, index: Any) -> Rounding:
+        """Take some of the numbers, as an array is indexed."""
+        return replace(self, low=self.low[index], high=self.high[index])
 
     @property
     def width(self) -> float:
@@ -95,7 +100,7 @@ def float_rounding(rows: np.ndarray, dtype: str = "F32") -> Rounding:
 
 
 def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Return the intervals of numbers that round to the levels of their block.
+    """Return the intervals of numbers that round to the levels of their block: float64 low and high, (n, I).
 
     Levels are multiples of the smallest distance in the block. In blocks of few levels that are not multiples, and in
     formats with uneven levels, the levels are the numbers that occur. The outermost numbers of a block may stand for
@@ -103,9 +108,6 @@ def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple
 
     `rows` are (n, I); `block` numbers share a scale, and `even` says whether the levels of the format are evenly
     spaced.
-
-    Returns:
-        float64 low and high, (n, I).
     """
     ranked = _rank(rows, block)
     step = ranked.step[:, None]
@@ -152,7 +154,7 @@ class _Ranked:
 
     Attributes:
         order: (B, M), the index of each number in its block.
-        values: (B, M), the numbers.
+        values: (B, M).
         gaps: (B, M - 1), distances of neighbours, 0 where they are equal but for rounding.
         step: (B,), the common divisor of the gaps, or else the smallest gap; 0 if all gaps are 0.
         uniform: (B,), whether there is a common divisor.

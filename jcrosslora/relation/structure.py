@@ -3,13 +3,13 @@
 The shares of layers, dimensions, heads, neurons and tokens that correspond are counted from it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import Module
+from jcrosslora.relation.bases import Bases, Both, module_rows, some_of
 
 # The index array of a structure that holds the rows (_OUTPUTS) and the columns (_INPUTS) of each module.
 _OUTPUTS: Mapping[str, str] = {
@@ -72,10 +72,28 @@ class Structure:
         layers: a map for every target layer, None for a layer without a counterpart.
     """
 
+    bases: Bases
     stream: np.ndarray
     by_embedding: bool
-    tokens: tuple[np.ndarray, np.ndarray]
+    tokens: Both
     layers: tuple[LayerMap | None, ...]
+
+    @property
+    def dimensions(self) -> Both:
+        """Two (N,): the dimensions of the stream that correspond, in the source and in the target."""
+        matched = np.flatnonzero(self.stream >= 0)
+        return self.stream[matched], matched
+
+    def matched(self) -> Iterator[tuple[int, LayerMap]]:
+        """Yield the number and the map of every target layer that has a counterpart."""
+        return ((number, layer) for number, layer in enumerate(self.layers) if layer is not None)
+
+    def matched_experts(self) -> Iterator[tuple[tuple[int, int], Both]]:
+        """Yield the source and the target layer, and the experts that correspond, of every layer with experts."""
+        for number, layer in self.matched():
+            if layer.experts is not None:
+                matched = np.flatnonzero(layer.experts >= 0)
+                yield (layer.layer, number), (layer.experts[matched], matched)
 
     def outputs(self, layer: int, role: str) -> np.ndarray | None:
         """Return (O_tgt,), the source row of every row of a target module; None if the layer has no counterpart."""
@@ -86,27 +104,46 @@ class Structure:
         return self._index(layer, role, 1)
 
     def counterpart(self, module: Module) -> str | None:
-        """Return the name of the source module of a target module; None if its layer has no counterpart."""
+        """Return the name of the source module of a target module; None if the source has none."""
         layer = self.layers[module.layer]
-        return None if layer is None else module.name.replace(f".{module.layer}.", f".{layer.layer}.", 1)
+        name = None if layer is None else module.name.replace(f".{module.layer}.", f".{layer.layer}.", 1)
+        return name if name in self.bases.source.modules else None
 
-    def in_place(self, source: BaseModel) -> bool:
-        """Return whether every target module is the source module of the same name, row by row and without gaps."""
-        if len(self.layers) != source.dims.layers or len(self.stream) != source.dims.hidden:
+    def sample(self, module: Module, count: int) -> tuple[Both, Both] | None:
+        """Read at most `count` rows of a target module, evenly spaced over those with a counterpart, and these.
+
+        Returns:
+            For the source and for the target: float32 (n, I) whole rows and (m,) the columns that correspond. None if
+            the module has no counterpart.
+
+        Raises:
+            CheckpointError: a row holds NaN or infinity.
+        """
+        other = self.counterpart(module)
+        outputs, inputs = self.outputs(module.layer, module.role), self.inputs(module.layer, module.role)
+        if other is None or outputs is None or inputs is None or not (_some(outputs) and _some(inputs)):
+            return None
+        rows, columns = some_of(np.flatnonzero(outputs >= 0), count), np.flatnonzero(inputs >= 0)
+        src = module_rows(self.bases.source, other, outputs[rows])
+        return (src, inputs[columns]), (module_rows(self.bases.target, module.name, rows), columns)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every target module is the source module of the same name, row by row and without gaps."""
+        source = self.bases.source
+        if len(self.layers) != source.dims.layers or not _counts_up(self.stream, source.dims.hidden):
             return False
         axes = {
             axis: size
             for role, shape in source.architecture.role_shapes.items()
             if role in _OUTPUTS
             for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
+            if axis != "stream"
         }
-        return np.array_equal(self.stream, np.arange(len(self.stream))) and all(
+        return all(
             layer is not None
             and layer.layer == number
-            and all(
-                not len(index) or np.array_equal(index, np.arange(size))
-                for index, size in ((getattr(layer, axis), size) for axis, size in axes.items() if axis != "stream")
-            )
+            and all(not len(index := getattr(layer, axis)) or _counts_up(index, size) for axis, size in axes.items())
             for number, layer in enumerate(self.layers)
         )
 
@@ -127,6 +164,10 @@ class Structure:
 
 def _some(index: np.ndarray) -> bool:
     return bool((index >= 0).any())
+
+
+def _counts_up(index: np.ndarray, size: int) -> bool:
+    return np.array_equal(index, np.arange(size))
 
 
 @dataclass(frozen=True)
@@ -158,10 +199,10 @@ class Part:
         return self.found == self.target or self.used == self.source
 
 
-def count_parts(structure: Structure, source: BaseModel, target: BaseModel) -> tuple[Part, ...]:
+def count_parts(structure: Structure) -> tuple[Part, ...]:
     """Count the parts that two bases share; tokens only if their embeddings agree."""
-    src, tgt = source.dims, target.dims
-    layers = [layer for layer in structure.layers if layer is not None]
+    src, tgt = (base.dims for base in structure.bases)
+    layers = [layer for _, layer in structure.matched()]
     attend = [layer for layer in layers if len(layer.queries)]
     dense = [layer for layer in layers if len(layer.neurons)]
     sparse = [layer.experts for layer in layers if layer.experts is not None]
@@ -180,8 +221,8 @@ def count_parts(structure: Structure, source: BaseModel, target: BaseModel) -> t
     if dense:
         found.append(_count("neurons", (layer.neurons for layer in dense), tgt.intermediate, src.intermediate))
     if sparse:
-        counts = (base.expert_shape("down")[0] for base in (target, source))
-        found.append(_count("experts", sparse, *counts))
+        experts_src, experts_tgt = (base.expert_shape("down")[0] for base in structure.bases)
+        found.append(_count("experts", sparse, experts_tgt, experts_src))
     if structure.by_embedding:
         # A sample shows whether tokens correspond; their number follows from the sizes of the embeddings.
         shared = min(src.vocab, tgt.vocab)

@@ -7,9 +7,8 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.relation.difference import FLOAT32_NOISE, Change
-from jcrosslora.relation.relation import Finding, Likeness, Relation, replaced
+from jcrosslora.relation.relation import Finding, Likeness, Relation, TensorComparison
 from jcrosslora.relation.structure import Part
-from jcrosslora.relation.tensor_comparison import TensorComparison
 
 _SHOWN_NAMES = 3  # tensors named in one sentence
 _COPY, _PARTS = "the two bases are nearly identical{}", "one of the two bases is made of the other's parts{}"
@@ -95,7 +94,7 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         Change.ROUNDED: _rounded,
     }
     phrases = []
-    others = [item for item in compared if replaced(item)]
+    others = [item for item in compared if item.replaced]
     for change, write in writers.items():
         items = [item for item in compared if item.difference.change is change and not item.difference.only_scaled]
         items = [item for item in items if item not in others]

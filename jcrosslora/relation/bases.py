@@ -1,0 +1,150 @@
+"""A pair of bases, and samples of their weights: the same rows on every run, so that most of a file is never read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.errors import CheckpointError
+
+_TOKENS, _MIN_COSINE = 512, 0.7  # sampled rows of the embeddings, and the cosine of a row and its copy, see `matching`
+
+Both = tuple[np.ndarray, np.ndarray]  # of the source and of the target
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """The base that adapters come from, and the base that they go to."""
+
+    source: BaseModel
+    target: BaseModel
+
+    def __iter__(self) -> Iterator[BaseModel]:
+        return iter((self.source, self.target))
+
+    def rows(self, name: str, ids: Both) -> Both:
+        """Read rows of a matrix that both have, such as the embedding: float32 (n, columns) each; see `finite`."""
+        what = "the embedding" if name == EMBEDDING else name
+        src, tgt = (finite(base, what, base.rows(name, own)) for base, own in zip(self, ids, strict=True))
+        return src, tgt
+
+    def tensors(self, name_src: str, name_tgt: str) -> Both:
+        """Read a tensor of each as float32; see `finite`."""
+        names = zip(self, (name_src, name_tgt), strict=True)
+        src, tgt = (finite(base, name, base.tensor(name)) for base, name in names)
+        return src, tgt
+
+    def release(self) -> None:
+        """Give the memory of what was read back, see `BaseModel.release`."""
+        for base in self:
+            base.release()
+
+
+def finite(base: BaseModel, name: str, array: np.ndarray) -> np.ndarray:
+    """Return a weight as float32.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    if not np.isfinite(array := array.astype(np.float32, copy=False)).all():
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
+    return array
+
+
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Return at most `wanted` different integers from 0 to count - 1, evenly spaced and with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def some_of(items: np.ndarray, wanted: int) -> np.ndarray:
+    """Return at most `wanted` of the items, evenly spaced and with both ends."""
+    return items[evenly_spaced(len(items), wanted)]
+
+
+def stored_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
+    """Read rows of a linear module as float32 (n, I); in a fused matrix, ids count from the module's first row."""
+    module = base.modules[name]
+    return base.rows(module.tensor, ids if module.rows is None else module.rows[0] + ids)
+
+
+def module_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
+    """Read rows as `stored_rows` does, which have to be finite.
+
+    Raises:
+        CheckpointError: a row does not exist, or holds NaN or infinity.
+    """
+    return finite(base, name, stored_rows(base, name, ids))
+
+
+def cosine_similarity(src: np.ndarray, tgt: np.ndarray) -> float:
+    """Return the cosine of two matrices as vectors, in float64; 1 if both are zero, 0 if one is."""
+    src, tgt = src.astype(np.float64), tgt.astype(np.float64)
+    norms = float(np.linalg.norm(src)), float(np.linalg.norm(tgt))
+    if not (norms[0] and norms[1]):
+        return float(norms[0] == norms[1])
+    return float(np.sum(src * tgt)) / (norms[0] * norms[1])
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """What two tokenizers call the ids of one embedding.
+
+    Attributes:
+        differ: number of ids that stand for other tokens.
+        both: number of ids that both tokenizers list.
+        moved: whether one of the tokens at these ids has another id in the target.
+    """
+
+    differ: int
+    both: int
+    moved: bool
+
+    @property
+    def contradict(self) -> bool:
+        """Whether the embeddings agree id by id, but most ids stand for other tokens: one tokenizer is not its own."""
+        return 2 * self.differ > self.both
+
+    @property
+    def sentence(self) -> str:
+        """The figures as a clause."""
+        return (
+            f"the embeddings agree id by id, but {self.differ:,} of {self.both:,} ids stand for other tokens in the "
+            "two tokenizers"
+        )
+
+
+def compare_token_names(source: BaseModel, target: BaseModel) -> TokenNames | None:
+    """Compare what the tokenizers of two bases call the ids that both list.
+
+    Returns:
+        The comparison; None if a tokenizer cannot be read, all names agree, or the embeddings do not agree at the ids
+        with other names, so that the ids are not the same tokens.
+
+    Raises:
+        CheckpointError: a sampled row holds NaN or infinity.
+    """
+    if source.dims.hidden != target.dims.hidden:
+        return None
+    names_src, names_tgt = _names(source.vocabulary()), _names(target.vocabulary())
+    both = names_src.keys() & names_tgt.keys()
+    differ = sorted(index for index in both if names_src[index] != names_tgt[index])
+    if not differ or not _rows_agree(Bases(source, target), np.array(differ)):
+        return None
+    known = set(names_tgt.values())
+    return TokenNames(len(differ), len(both), any(names_src[index] in known for index in differ))
+
+
+def _names(vocabulary: Vocabulary) -> dict[int, bytes]:
+    return {index: name for name, index in {**(vocabulary.tokens or {}), **vocabulary.special}.items()}
+
+
+def _rows_agree(bases: Bases, ids: np.ndarray) -> bool:
+    some = some_of(ids, _TOKENS)
+    src, tgt = bases.rows(EMBEDDING, (some, some))
+    sizes = np.linalg.norm(src, axis=1) * np.linalg.norm(tgt, axis=1)
+    used = sizes > 0
+    return bool(used.any()) and float(np.mean(np.sum(src * tgt, axis=1)[used] / sizes[used])) >= _MIN_COSINE
