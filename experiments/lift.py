@@ -41,7 +41,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import read_questions
-from jcrosslora.evaluate.probes import read_texts
+from jcrosslora.evaluate.examples import read_texts
 from jcrosslora.training import TrainingSettings
 
 # Between a base and its own further-trained version: the recommended method, the literature's, and the control.

@@ -34,8 +34,7 @@ from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.sources.served import predictions
-from jcrosslora.evaluate import effect, log_probs
-from jcrosslora.evaluate.harness import requests
+from jcrosslora.evaluate import effect, harness, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.stacked import AXIS
@@ -72,7 +71,7 @@ def compiled_functions() -> set[str]:
     """The names of all functions of the package that are compiled where they are defined."""
     for module in pkgutil.walk_packages(jcl.__path__, "jcrosslora."):
         # The command line runs when it is imported; the harness's model needs a package that may be missing.
-        needs_more = module.name.endswith("harness.model")
+        needs_more = module.name.endswith("harness_model")
         if not module.name.endswith("__main__") and not module.name.startswith(ELSEWHERE) and not needs_more:
             importlib.import_module(module.name)
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "jcrosslora"]
@@ -315,7 +314,7 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
 
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
-    yield Program(requests._compare, (shapes.base, states, wanted))
+    yield Program(harness._compare, (shapes.base, states, wanted))
     yield Program(effect._states, (shapes.model, *shapes.read[:2]))
     yield Program(effect._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)

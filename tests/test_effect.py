@@ -34,7 +34,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(folder / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
-    return source, target, random_adapter(source, scale=0.01), random_adapter(target, scale=0.01, seed=5)
+    return (source, random_adapter(source, scale=0.01)), (target, random_adapter(target, scale=0.01, seed=5))
 
 
 def scaled(adapter, factor):
@@ -59,8 +59,8 @@ def exact_log_probs(base, adapter, ids) -> np.ndarray:
 
 def by_brute_force(pair, texts, side):
     """For each text: mean divergence, NLL without and NLL with the adapter."""
-    source, target, *adapters = pair
-    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    base, adapter = pair[side]
+    tokenizers = [load_tokenizer(one) for one, _ in pair]
     rows = []
     for text in texts:
         encoded = [
@@ -70,7 +70,7 @@ def by_brute_force(pair, texts, side):
         matches = [(x, y) for x, y in zip(*match_positions(*encoded), strict=True) if min(x, y) > 0]
         places = [match[side] for match in matches]
         ids = encoded[side].ids
-        plain, adapted = (exact_log_probs((source, target)[side], one, ids) for one in (None, adapters[side]))
+        plain, adapted = (exact_log_probs(base, one, ids) for one in (None, adapter))
         kl = [np.sum(np.exp(plain[p]) * (plain[p] - adapted[p])) for p in places[:-1]]
         nll = [-sum(log[p, ids[p + 1]] for p in range(places[0], places[-1])) / len(kl) for log in (plain, adapted)]
         rows.append((np.mean(kl), *nll, len(kl)))
@@ -98,33 +98,30 @@ def test_without_written_texts_growth_is_relative_to_the_source(pair):
     assert not effect.written
 
 
-def test_preloaded_weights_and_tokenizers_give_the_same_effect(pair):
-    source, target, *_ = pair
-    kept, tokenizers = LoadedBases([np.dtype(np.float32)]), (load_tokenizer(source), load_tokenizer(target))
-    given = {"loaded": kept, "tokenizers": tokenizers}
-    assert check_effect(*pair, TEXTS, **given) == check_effect(*pair, TEXTS)
+def test_preloaded_weights_give_the_same_effect(pair):
+    source, kept = pair[0][0], LoadedBases([np.dtype(np.float32)])
+    assert check_effect(*pair, TEXTS, loaded=kept) == check_effect(*pair, TEXTS)
     assert kept.model(source) is kept.model(source)
 
 
 def test_adapter_on_its_own_base_is_plausible(pair):
-    source, _, adapter, _ = pair
-    effect = check_effect(source, source, adapter, adapter, TEXTS)
+    effect = check_effect(pair[0], pair[0], TEXTS)
     assert effect.source == effect.target
     assert (effect.share, effect.excess, effect.outcome) == (1, 0, "plausible")
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(0, "ineffective"), (0.01, "ineffective"), (50, "destructive")])
 def test_weak_update_is_ineffective_and_huge_one_destructive(pair, factor, outcome):
-    source, target, adapter, moved = pair
-    effect = check_effect(source, target, adapter, scaled(moved, factor), TEXTS)
+    original, (target, moved) = pair
+    effect = check_effect(original, (target, scaled(moved, factor)), TEXTS)
     assert effect.outcome == outcome
     assert outcome in effect.sentence
     assert (effect.target.kl == 0) == (factor == 0)
 
 
 def test_update_with_infinite_predictions_is_destructive_and_valid_json(pair):
-    source, target, adapter, moved = pair
-    effect = check_effect(source, target, adapter, scaled(moved, 1e30), TEXTS)
+    original, (target, moved) = pair
+    effect = check_effect(original, (target, scaled(moved, 1e30)), TEXTS)
     assert effect.outcome == "destructive"
     data = json.loads(json.dumps(effect.to_json(), allow_nan=False))
     assert data["target"]["kl"] is None
@@ -133,14 +130,14 @@ def test_update_with_infinite_predictions_is_destructive_and_valid_json(pair):
 
 
 def test_non_finite_original_is_refused(pair):
-    source, target, adapter, moved = pair
+    (source, adapter), moved = pair
     with pytest.raises(AdapterError, match="not finite"):
-        check_effect(source, target, scaled(adapter, 1e30), moved, TEXTS)
+        check_effect((source, scaled(adapter, 1e30)), moved, TEXTS)
 
 
 def test_original_without_effect_gives_outcome_unmeasured(pair):
-    source, target, adapter, moved = pair
-    assert check_effect(source, target, scaled(adapter, 0), moved, TEXTS).outcome == "unmeasured"
+    (source, adapter), moved = pair
+    assert check_effect((source, scaled(adapter, 0)), moved, TEXTS).outcome == "unmeasured"
 
 
 @pytest.mark.parametrize("texts", [[], ["a"]])
@@ -213,7 +210,7 @@ def test_outcome_changes_at_its_bounds(share, excess, error, outcome):
 
 
 def test_adapter_texts_are_written_with_the_adapter(pair, monkeypatch):
-    source, _, adapter, _ = pair
+    source, adapter = pair[0]
     texts = adapter_texts(source, adapter, seed=3)
     assert len(set(texts)) == effect_module.TEXTS
 
@@ -227,7 +224,7 @@ def test_adapter_texts_are_written_with_the_adapter(pair, monkeypatch):
 
 @pytest.fixture(scope="module")
 def report(pair):
-    source, target, adapter, _ = pair
+    (source, adapter), (target, _) = pair
     return jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).report
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.harness.requests import Options, read_options
+from jcrosslora.evaluate.harness import Options, read_options
 
-MODEL = "jcrosslora.evaluate.harness.model"
+MODEL = "jcrosslora.evaluate.harness_model"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, MODEL, raising=False)
     with pytest.raises(UsageError, match=r"pip install 'jcrosslora\[eval\]'"):
         importlib.import_module(MODEL)
-    main = importlib.import_module("jcrosslora.evaluate.harness.__main__").main
+    main = importlib.import_module("jcrosslora.evaluate.harness").main
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import FIGURES, Interval, Question, Scores, intervals, lift_recovered, print_scores, read_task
-from jcrosslora.evaluate.score import word_of
+from jcrosslora.evaluate.bootstrap import word_of
 
 GOOD = {"question": "Which?", "choices": ["a", "bc"], "answer": 1}
 

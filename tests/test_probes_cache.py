@@ -18,11 +18,11 @@ from jcrosslora import written_probes
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.probes import writing
-from jcrosslora.evaluate.probes.writing import find_texts, keep_texts, texts_key
+from jcrosslora.evaluate import probes as writing
+from jcrosslora.evaluate.probes import TextSettings, find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]
-SETTINGS = (2, 8, 1.0, 0)
+SETTINGS = TextSettings(2, 8)
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def writes(monkeypatch):
     """Calls of the writing itself, which gives two texts that tell the calls apart."""
     calls = []
 
-    def write(base, count, **settings):
+    def write(base, settings, adapter):
         calls.append(settings)
-        return [f"call {len(calls)} text {number}" for number in range(count)]
+        return [f"call {len(calls)} text {number}" for number in range(settings.count)]
 
     monkeypatch.setattr(writing, "write_texts", write)
     return calls
@@ -75,10 +75,10 @@ def test_settings_out_of_range_are_refused_with_a_cache(base, folder):
 
 
 def test_every_setting_changes_the_key(base):
-    wanted = texts_key(base, *SETTINGS, None)
-    assert texts_key(open_base(base.path), *SETTINGS, None) == wanted
+    wanted = texts_key(base, SETTINGS, None)
+    assert texts_key(open_base(base.path), SETTINGS, None) == wanted
     others = [(3, 8, 1.0, 0), (2, 9, 1.0, 0), (2, 8, 0.5, 0), (2, 8, 1.0, 1), (8, 2, 1.0, 0)]
-    keys = {texts_key(base, *settings, None) for settings in others}
+    keys = {texts_key(base, TextSettings(*settings), None) for settings in others}
     assert len(keys | {wanted}) == len(others) + 1
 
 
@@ -102,19 +102,19 @@ def other_special_tokens(folder: Path) -> None:
 @pytest.mark.parametrize("change", [other_weights, other_config, other_tokenizer, other_special_tokens])
 def test_every_property_of_the_base_changes_the_key(base, tmp_path, change):
     shutil.copytree(base.path, tmp_path / "other")
-    key = partial(texts_key, count=2, length=8, temperature=1.0, seed=0, adapter=None)
+    key = partial(texts_key, settings=SETTINGS, adapter=None)
     assert key(open_base(tmp_path / "other")) == key(base)
     change(tmp_path / "other")
     assert key(open_base(tmp_path / "other")) != key(base)
 
 
 def test_procedure_and_platform_change_the_key(base, monkeypatch):
-    keys = {texts_key(base, *SETTINGS, None)}
+    keys = {texts_key(base, SETTINGS, None)}
     with monkeypatch.context() as patch:
         patch.setattr(writing, "PROCEDURE", writing.PROCEDURE + 1)
-        keys.add(texts_key(base, *SETTINGS, None))
+        keys.add(texts_key(base, SETTINGS, None))
     monkeypatch.setattr(writing.jax, "default_backend", lambda: "gpu")
-    keys.add(texts_key(base, *SETTINGS, None))
+    keys.add(texts_key(base, SETTINGS, None))
     assert len(keys) == 3
 
 
@@ -122,7 +122,7 @@ def test_sampling_dtype_changes_the_key(base, monkeypatch):
     keys = set()
     for dtype in ("float32", "bfloat16"):
         monkeypatch.setattr(writing, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
-        keys.add(texts_key(base, *SETTINGS, None))
+        keys.add(texts_key(base, SETTINGS, None))
     assert len(keys) == 2
 
 
@@ -135,7 +135,7 @@ def test_factors_of_an_adapter_change_the_key(base):
         return Adapter(modules={**rest, name: dataclasses.replace(factors, **change)})
 
     def key(adapter: Adapter | None) -> str:
-        return texts_key(base, *SETTINGS, adapter)
+        return texts_key(base, SETTINGS, adapter)
 
     assert key(changed()) == key(adapter)  # the same modules in another order
     others = [None, changed(scale=0.5), changed(a=factors.a * 1.001), changed(b=-factors.b), Adapter(modules=rest)]
@@ -176,7 +176,7 @@ def block_by_a_file(folder: Path, base) -> None:
 
 
 def block_by_a_folder(folder: Path, base) -> None:
-    key = texts_key(base, 2, 8, 1.0, 0, None)
+    key = texts_key(base, SETTINGS, None)
     (folder / f"{key}.json" / "inside").mkdir(parents=True)
 
 
@@ -229,7 +229,7 @@ def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
 
 HAMMER = """
 import sys
-from jcrosslora.evaluate.probes.writing import find_texts, keep_texts
+from jcrosslora.evaluate.probes import find_texts, keep_texts
 texts = [sys.argv[1] * 50_000, "x"]
 for _ in range(60):
     keep_texts("ab", texts)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jcrosslora import Probes
 from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.evaluate.probes import read_texts, save_texts
+from jcrosslora.evaluate.examples import read_texts, save_texts
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.text import Message
 

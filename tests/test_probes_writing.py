@@ -1,7 +1,6 @@
 """Texts that a base writes itself."""
 
 from collections import Counter
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from jcrosslora import written_probes
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import fast_dtype, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.evaluate.probes import probe_batches, write_texts
-from jcrosslora.evaluate.probes.writing import start_words
+from jcrosslora.evaluate.probes import TextSettings, probe_batches, start_words, write_texts
 
 LENGTH = 24
 HOT = 20.0  # the logits of a random tied model are so far apart that it would repeat its last token at 1
@@ -28,7 +26,9 @@ def base(request, tmp_path_factory):
     return open_base(write_base(tmp_path_factory.mktemp("base"), 150, bos=request.param))
 
 
-write = partial(write_texts, length=LENGTH, temperature=HOT, batch=4)
+def write(base, count, *, adapter=None, batch=4, model=None, **settings):
+    settings = {"length": LENGTH, "temperature": HOT} | settings
+    return write_texts(base, TextSettings(count, **settings), adapter, batch=batch, model=model)
 
 
 def written_by_whole_passes(base, adapter, words):
@@ -141,7 +141,7 @@ def test_base_without_a_tokenizer_is_refused(tmp_path):
     (folder / "tokenizer.json").unlink()
     base = open_base(folder)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        write_texts(base, 1)
+        write_texts(base, TextSettings(1))
 
 
 def test_start_words_repeat_only_after_all_were_used():
@@ -158,7 +158,7 @@ def test_start_words_repeat_only_after_all_were_used():
 def test_written_probes_name_their_base_seed_and_temperature(base, tmp_path, monkeypatch):
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path))
     probes = written_probes(base, 2, length=LENGTH, temperature=HOT, seed=9)
-    assert list(probes.texts) == write_texts(base, 2, length=LENGTH, temperature=HOT, seed=9)
+    assert list(probes.texts) == write_texts(base, TextSettings(2, LENGTH, HOT, 9))
     assert base.name in probes.describe()
     assert "seed 9" in probes.describe()
     assert "temperature 20" in probes.describe()

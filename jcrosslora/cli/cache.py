@@ -121,7 +121,7 @@ def _entries(cache: Cache, kind: Kind) -> list[Entry]:
 
 
 def _text_files(cache: Cache) -> list[Path]:
-    from jcrosslora.evaluate.probes.writing import TEXTS
+    from jcrosslora.evaluate.probes import TEXTS
 
     return [path for path in (cache.root / TEXTS).glob("*.json") if path.is_file()]
 
@@ -134,7 +134,7 @@ def _text_entry(path: Path) -> Entry:
 def _verify(cache: Cache, entry: Entry) -> str | None:
     if entry.kind != _TEXTS:
         return cache.verify(entry)
-    from jcrosslora.evaluate.probes.writing import find_texts
+    from jcrosslora.evaluate.probes import find_texts
 
     return "its content differs from what was written" if find_texts(entry.key) is None else None
 

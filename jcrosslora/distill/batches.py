@@ -16,7 +16,7 @@ from jcrosslora.decoder import DecoderSettings, settings_of
 from jcrosslora.decoder.sharding import stack_shapes
 from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.probes.batches import MatchedTokens, match_positions
+from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions
 from jcrosslora.text import Completion, Reading, read
 from jcrosslora.utils.cost import TEXT
 

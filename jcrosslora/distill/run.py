@@ -38,7 +38,7 @@ from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.errors import CheckpointError
-from jcrosslora.evaluate.probes.writing import check_seed
+from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import ending, template_of
 from jcrosslora.training.checkpoints import Checkpoints

@@ -4,8 +4,8 @@ from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers, answer
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, intervals, lift_recovered
 from jcrosslora.evaluate.effect import Change, Effect, check_effect
 from jcrosslora.evaluate.examples import Example, Question, read_examples, read_task
-from jcrosslora.evaluate.output import answers_json, answers_page, print_answers, scores_json
-from jcrosslora.evaluate.score import FIGURES, Scores, print_scores, read_questions, score
+from jcrosslora.evaluate.output import answers_json, answers_page, print_answers, print_scores, scores_json
+from jcrosslora.evaluate.score import FIGURES, Scores, read_questions, score
 
 __all__ = [
     "ANSWER_FIGURES",

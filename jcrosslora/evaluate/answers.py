@@ -185,9 +185,7 @@ class Answers(Evaluated):
             self._computed[figure] = self._compute(figure)
         return self._computed[figure]
 
-    def values(self, figure: str) -> np.ndarray:
-        """Return `by_example`."""
-        return self.by_example(figure)
+    values = by_example
 
     def _compute(self, figure: str) -> np.ndarray:
         if figure == "ended":

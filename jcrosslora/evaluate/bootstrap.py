@@ -5,6 +5,7 @@ B. Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -28,8 +29,28 @@ class Interval:
         return not self.low <= number <= self.high
 
 
+class Direction(StrEnum):
+    """What a difference to the base means, as the word that is printed."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "neither"
+
+
+def word_of(figure: str, difference: Interval) -> Direction:
+    """Name a difference to the base; it is unclear where its interval includes 0."""
+    if not difference.excludes(0):
+        return Direction.UNCLEAR
+    return Direction.BETTER if (difference.value < 0) == (figure in LOWER_IS_BETTER) else Direction.WORSE
+
+
 class Evaluated(ABC):
     """Figures of n questions under A models, the base first, with 95% intervals over resampled questions."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> tuple[str, ...]:
+        """Name the figures that say something here."""
 
     @abstractmethod
     def values(self, figure: str) -> np.ndarray:

@@ -1,9 +1,8 @@
 """The effect of a moved adapter on the target, compared with that of the original on the source, on the same text."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import jax
@@ -17,10 +16,11 @@ from jcrosslora.decoder import LoadedBases, Model, divergence, forward, stack_ad
 from jcrosslora.decoder.forward import Divergence
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
-from jcrosslora.evaluate.probes import ProbeBatch, probe_batches, write_texts
+from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
+Adapted = tuple[BaseModel, Adapter]  # a base with an adapter of it
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
 # Bounds of the target's divergence over the source's. An adapter for ARC-Easy of SmolLM2-135M-Instruct, moved to
 # Gemma-3-270M by theseus at scales 0.3, 1 and 2, has ratios of 0.15, 1.7 and 6.8; the answers to 32 training questions
@@ -129,34 +129,19 @@ class Effect:
             "unmeasured": f"the effect cannot be judged: the original update changes nothing on these texts ({kl})",
         }[self.outcome]
 
-    def rows(self) -> list[dict[str, str]]:
-        """Format a row for each base, for tables."""
-        return [
-            {
-                "base": name,
-                "KL (nats a position)": f"{_number(one.kl)} ± {_number(one.kl_spread)}",
-                "NLL without": _number(one.nll),
-                "NLL with the adapter": _number(one.nll_adapted),
-            }
-            for name, one in (("source", self.source), ("target", self.target))
-        ]
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data with the outcome and its sentence; figures that are not finite become null."""
-        data = dataclasses.asdict(self) | {"share": self.share, "outcome": self.outcome, "sentence": self.sentence}
+        data = asdict(self) | {"share": self.share, "outcome": self.outcome, "sentence": self.sentence}
         return _finite(data)
 
 
 def check_effect(
-    source: BaseModel,
-    target: BaseModel,
-    adapter: Adapter,
-    moved: Adapter,
+    original: Adapted,
+    moved: Adapted,
     texts: Sequence[str],
     *,
     written: Sequence[str] = (),
     loaded: LoadedBases | None = None,
-    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
 ) -> Effect:
     """Measure the change by a moved adapter on the target, and by the original on the source.
 
@@ -164,44 +149,43 @@ def check_effect(
     unless `loaded` keeps them.
 
     Args:
-        source: the base of `adapter`.
-        target: the base of `moved`.
-        adapter: the original, with fused matrices split (see `fit_to_base`).
-        moved: the result of the transfer.
+        original: the source with its adapter, whose fused matrices are split (see `fit_to_base`).
+        moved: the target with the result of the transfer.
         texts: probe texts, for the divergences; if there are none, `written` is used for both.
         written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there are
             none, `texts` is used for both.
         loaded: gives the weights of both bases; None loads them.
-        tokenizers: tokenizers of source and target, if they are loaded already.
 
     Raises:
         UsageError: no text at all, or none of either kind with two positions at which tokens of both bases end.
         AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or its predictions are not finite.
     """
-    tokenizers = tokenizers or (load_tokenizer(source), load_tokenizer(target))
+    tokenizers = load_tokenizer(original[0]), load_tokenizer(moved[0])
     kinds = [_batches(kind, tokenizers) for kind in (texts, written)]
     batches = [kind for kind in kinds if kind]
     if not batches:
         msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
         raise UsageError(msg)
-    src, tgt, loaded = [], [], loaded or LoadedBases()
+    found, loaded = [], loaded or LoadedBases()
     with track(2 * len(batches), "measure the effect", "passes") as bar:
-        for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
-            model = loaded.model(base).with_adapter(stack_adapter(one, base))
+        for side, (base, adapter) in enumerate((original, moved)):
+            model = loaded.model(base).with_adapter(stack_adapter(adapter, base))
             for kind in batches:
                 found.append(measure(model, [part_of(batch, side) for batch in kind]))
                 bar.update()
             del model
-    _check_finite(src, source, adapter)
-    _check_finite(tgt, target, None)
+    src, tgt = found[: len(batches)], found[len(batches) :]
+    _check_finite(src, *original)
+    _check_finite(tgt, moved[0], None)
     growth_src, growth_tgt = (side[-1].nll_adapted - side[-1].nll for side in (src, tgt))
     excess = growth_tgt if kinds[1] else growth_tgt - growth_src
+    change_src, change_tgt = (Change.of(side[0].kl, side[-1].nll, side[-1].nll_adapted) for side in (src, tgt))
     return Effect(
-        Change.of(src[0].kl, src[-1].nll, src[-1].nll_adapted),
-        Change.of(tgt[0].kl, tgt[-1].nll, tgt[-1].nll_adapted),
-        float(np.mean(excess)),
-        _deviation(excess) / math.sqrt(len(excess)),
+        source=change_src,
+        target=change_tgt,
+        excess=float(np.mean(excess)),
+        excess_error=_deviation(excess) / math.sqrt(len(excess)),
         texts=sum(len(one.kl) for one in src),
         positions=sum(one.positions for one in src),
         written=bool(kinds[1]),
@@ -210,10 +194,6 @@ def check_effect(
 
 def _deviation(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "-"
 
 
 def _finite(data: Any) -> Any:
@@ -276,7 +256,7 @@ def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, model: 
         CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
     """
     try:
-        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, model=model)
+        return write_texts(source, TextSettings(TEXTS, LENGTH, seed=seed), adapter, model=model)
     except MethodError:
         return []
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from jcrosslora.checkpoint.hub import public_name, public_names
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
-from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.evaluate.score import FIGURES, Scores, word_of
+from jcrosslora.evaluate.bootstrap import Interval, word_of
+from jcrosslora.evaluate.score import Scores
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.texts import html_table, html_text, visible
 
@@ -25,6 +25,12 @@ TITLES = {
     "rouge_l": "ROUGE-L",
     "ended": "answers ended",
     "nll_per_char": "nats a character",
+}
+_TITLES_OF_CHOICES = {
+    "accuracy": "accuracy",
+    "accuracy_norm": "accuracy per character",
+    "nll_per_char": "nats per character",
+    "nll_pooled": "the same, pooled",
 }
 # The system colours of `color-scheme` are light or dark as the reader has set it.
 _STYLE = """
@@ -57,7 +63,7 @@ def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str 
     """
     return {
         "questions": len(scores.answers),
-        "models": _models(scores, FIGURES, trained),
+        "models": _models(scores, trained),
         "not_scored": list(not_scored),
         **_trained(scores, trained),
     }
@@ -77,11 +83,27 @@ def answers_json(
     found = {
         "examples": len(answers.examples),
         "max_new_tokens": answers.max_new_tokens,
-        "models": _models(answers, answers.figures, trained),
+        "models": _models(answers, trained),
         "not_scored": list(not_scored),
         **_trained(answers, trained),
     }
     return found | ({"answers": [_example(answers, place) for place in spread(answers, show)]} if show else {})
+
+
+def print_scores(scores: Scores, console: Console) -> None:
+    """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
+    console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
+    for place, (name, rows) in enumerate(figure_rows(scores)):
+        # Names have a line each, for the figures to fit 80 columns.
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("", min_width=max(map(len, _TITLES_OF_CHOICES.values())))
+        table.add_column("value", justify="right", min_width=len("0.000 [0.000, 0.000]"))
+        table.add_column("minus base" if place else "", justify="right")
+        table.add_column("")
+        for row in rows:
+            table.add_row(*map(Text, (row.figure, row.value, row.minus_base, row.word)))
+        console.print(table)
 
 
 def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
@@ -143,11 +165,11 @@ def _trained(found: Scores | Answers, trained: str | None) -> dict[str, str]:
     return {} if trained is None else {"trained": public_names(found.names)[place_of(found.names, trained)]}
 
 
-def _models(scores: Scores | Answers, figures: Sequence[str], trained: str | None) -> list[dict[str, Any]]:
+def _models(scores: Scores | Answers, trained: str | None) -> list[dict[str, Any]]:
     """Give every figure of every model with its interval, its difference to the base, and its share of a gain."""
     oracle = None if trained is None else place_of(scores.names, trained)
     models: list[dict[str, Any]] = [{"name": name} for name in public_names(scores.names)]
-    for figure in figures:
+    for figure in scores.figures:
         found = zip(models, scores.bootstrap(figure), scores.differences(figure), strict=True)
         for place, (model, value, difference) in enumerate(found):
             model[figure] = asdict(value) | ({"minus_base": asdict(difference)} if place else {})
@@ -178,8 +200,7 @@ def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval |
 
 def lift_lines(found: Scores | Answers, trained: int) -> list[str]:
     """Say the shares of each adapter in a line."""
-    figures = found.figures if isinstance(found, Answers) else FIGURES
-    shares = {figure: lifts(found, figure, trained) for figure in figures}
+    shares = {figure: lifts(found, figure, trained) for figure in found.figures}
     return [
         _line(name, {figure: of[place] for figure, of in shares.items()})
         for place, name in enumerate(found.names)
@@ -228,14 +249,14 @@ class FigureRow:
 
 
 @lru_cache(maxsize=1)  # the intervals take seconds, and the table and the page show the same ones
-def figure_rows(answers: Answers) -> list[tuple[str, list[FigureRow]]]:
+def figure_rows(found: Scores | Answers) -> list[tuple[str, list[FigureRow]]]:
     """Format each figure of each model, with the model's name."""
-    models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in answers.names]
-    for figure in answers.figures:
-        found = zip(answers.bootstrap(figure), answers.differences(figure), strict=True)
-        for place, (value, change) in enumerate(found):
+    titles = _TITLES_OF_CHOICES if isinstance(found, Scores) else TITLES
+    models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in found.names]
+    for figure in found.figures:
+        for place, (value, change) in enumerate(zip(found.bootstrap(figure), found.differences(figure), strict=True)):
             others = (_text(figure, change, "+"), word_of(figure, change)) if place else ("", "")
-            models[place][1].append(FigureRow(TITLES[figure], _text(figure, value), *others))
+            models[place][1].append(FigureRow(titles[figure], _text(figure, value), *others))
     return models
 
 

@@ -1,25 +1,21 @@
-"""Score the choices of questions under a base and its adapters: accuracy, likelihood, and their table."""
+"""Score the choices of questions under a base and its adapters: accuracy and likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import LOWER_IS_BETTER, Evaluated, Interval
+from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Question, read_task
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums, tokenize
 
@@ -90,9 +86,12 @@ class Scores(Evaluated):
         ranked = np.where(exists, self.log_probs if figure == "accuracy" else per_char, -np.inf)
         return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
 
-    def values(self, figure: str) -> np.ndarray:
-        """Return `by_question`."""
-        return self.by_question(figure)
+    values = by_question
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of all figures."""
+        return FIGURES
 
 
 def score(
@@ -155,49 +154,3 @@ def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: To
             msg += f"{base.ref} reads {longest:,} at most: leave it out, or make it shorter"
             raise UsageError(msg)
     return items
-
-
-_TITLES = {
-    "accuracy": "accuracy",
-    "accuracy_norm": "accuracy per character",
-    "nll_per_char": "nats per character",
-    "nll_pooled": "the same, pooled",
-}
-
-
-def print_scores(scores: Scores, console: Console) -> None:
-    """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
-    found = {figure: (scores.bootstrap(figure), scores.differences(figure)) for figure in FIGURES}
-    console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
-    for index, name in enumerate(scores.names):
-        # Names have a line each, for the figures to fit 80 columns.
-        console.print(Text(name, style="bold"), soft_wrap=True)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("", min_width=max(map(len, _TITLES.values())))
-        table.add_column("value", justify="right", min_width=len("0.000 [0.000, 0.000]"))
-        table.add_column("minus base" if index else "", justify="right")
-        table.add_column("")
-        for figure in FIGURES:
-            value, difference = found[figure][0][index], found[figure][1][index]
-            row = _TITLES[figure], _text(value), *((_text(difference, "+"), word_of(figure, difference)) * bool(index))
-            table.add_row(*map(Text, row))
-        console.print(table)
-
-
-class Direction(StrEnum):
-    """What a difference to the base means, as the word that is printed."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    UNCLEAR = "neither"
-
-
-def word_of(figure: str, difference: Interval) -> Direction:
-    """Name a difference to the base; it is unclear where its interval includes 0."""
-    if not difference.excludes(0):
-        return Direction.UNCLEAR
-    return Direction.BETTER if (difference.value < 0) == (figure in LOWER_IS_BETTER) else Direction.WORSE
-
-
-def _text(found: Interval, sign: str = "") -> str:
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"

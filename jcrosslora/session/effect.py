@@ -58,7 +58,7 @@ def measure_effect(
             written = written or _texts(source, original, options.seed, loaded)
             if not texts and not written:
                 return None, ()
-            found = check_effect(source, target, original, moved, texts, written=written, loaded=loaded)
+            found = check_effect((source, original), (target, moved), texts, written=written, loaded=loaded)
     # A finished transfer is not given up for a check that was not requested.
     except (UsageError, ShortMemoryError) as error:
         if options.effect == "always":

@@ -136,7 +136,9 @@ def costs_of(
     `prompts` texts were given by the user; with `aligned` the maps are there already.
     """
     from jcrosslora.evaluate.effect import effect_cost
+    from jcrosslora.evaluate.probes import probes_cost
     from jcrosslora.evaluate.probes.writing import probes_cost
+    from jcrosslora.maps.alignment.layer_similarity import similarity_cost
     from jcrosslora.maps.layer_similarity import similarity_cost
 
     method, texts = task.method, prompts or options.probe_count

@@ -154,7 +154,8 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     """
     if prompts is None:
         return None
-    from jcrosslora.evaluate.probes import Probes, read_prompts
+    from jcrosslora.evaluate.examples import read_prompts
+    from jcrosslora.evaluate.probes import Probes
 
     if isinstance(prompts, str | Path):
         return Probes.given(read_prompts(prompts), f"read from {Path(prompts).name}", str(prompts))

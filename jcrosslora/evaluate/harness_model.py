@@ -15,21 +15,9 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapters
 from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.harness.requests import (
-    Options,
-    Pair,
-    check_dtype,
-    check_finite,
-    end_token,
-    generate,
-    group_prompts,
-    judge,
-    positive,
-    prefix_token,
-    read_options,
-)
+from jcrosslora.evaluate import harness
+from jcrosslora.evaluate.harness import ModelSettings, Options, Pair
 from jcrosslora.evaluate.log_probs import Models
-from jcrosslora.evaluate.probes.writing import check_seed
 from jcrosslora.utils.progress import show_progress, track
 
 try:
@@ -57,29 +45,14 @@ class JCrossLoRALM(TemplateLM):
         self,
         base: str | Path | BaseModel,
         adapter: str | Path | Adapter | None = None,
-        *,
-        dtype: str = "float32",
-        batch_tokens: int = 4096,
-        max_length: int | None = None,
-        prefix_token_id: int | None = None,
-        seed: int = 0,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
+        **settings: Any,
     ) -> None:
         """Load the weights.
 
         Args:
             base: a folder of safetensors, a GGUF file, a hub id, or an open base.
             adapter: of this base, applied unmerged: a folder, a hub id, or a loaded adapter; None for the base alone.
-            dtype: of the weights, float32 or bfloat16.
-            batch_tokens: token positions in memory at once.
-            max_length: the most tokens that the model reads; None takes the number in its configuration.
-            prefix_token_id: token in front of a text without context; None takes bos, or eos where there is no bos.
-            seed: of the sampling, in tasks with a temperature.
-            batch_size: accepted for the harness and not used, see `batch_tokens`.
-            max_batch_size: accepted and not used.
-            device: accepted and not used; JAX picks the device.
+            settings: the fields of `ModelSettings`.
 
         Raises:
             UsageError: a setting out of range.
@@ -87,27 +60,25 @@ class JCrossLoRALM(TemplateLM):
             AdapterError: the adapter cannot be read, or does not fit the base.
         """
         super().__init__()
-        del batch_size, max_batch_size, device
-        self.dtype, self.batch_tokens = check_dtype(dtype), positive("batch_tokens", batch_tokens)
-        self.seed = positive("seed", seed, least=0)
-        check_seed(self.seed)
+        self.settings = ModelSettings(**settings)
         self.base = base if isinstance(base, BaseModel) else open_base(base)
-        stated = self.base.config.get("max_position_embeddings")
-        self.max_length = positive("max_length", stated if max_length is None else max_length)
+        stated, given = self.base.config.get("max_position_embeddings"), self.settings.max_length
+        self.max_length = harness.positive("max_length", stated if given is None else given)
         self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)
         if self.adapter is not None:
             for sentence in left_out(self.adapter, RUN, "bases are run without it"):
                 _LOG.warning("not scored: %s: %s", self.adapter.info.name, sentence)
         self._text = load_tokenizer(self.base)
-        self._prefix = prefix_token(self.base, self._text, prefix_token_id)
+        self._prefix = harness.prefix_token(self.base, self._text, self.settings.prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
-        self._models = Models(load_model(self.base, dtype).with_adapter(stacked), (self.base.name,))
-        self._generator = Generator.of(self.base, self.adapter, model=self._models.model, tokenizer=self._text)
+        model = load_model(self.base, self.settings.dtype).with_adapter(stacked)
+        self._models = Models(model, (self.base.name,))
+        self._generator = Generator.of(self.base, self.adapter, model=model, tokenizer=self._text)
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return end_token(self.base, self._text)
+        return harness.end_token(self.base, self._text)
 
     @property
     def prefix_token_id(self) -> int:
@@ -163,13 +134,13 @@ class JCrossLoRALM(TemplateLM):
         Raises:
             UsageError: a setting that is not supported, or no room for a context.
         """
-        keys = jax.random.key(self.seed)
+        keys = jax.random.key(self.settings.seed)
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
         with show_progress(not disable_tqdm), track(len(requests), "write", "texts") as bar:
-            for number, (options, members) in enumerate(group_prompts(prompts, self.batch_tokens)):
+            for number, (options, members) in enumerate(harness.group_prompts(prompts, self.settings.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
-                written = generate(self._generator, rows, options, jax.random.fold_in(keys, number))
+                written = harness.generate(self._generator, rows, options, jax.random.fold_in(keys, number))
                 for index, text in zip(members, written, strict=True):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
@@ -189,7 +160,7 @@ class JCrossLoRALM(TemplateLM):
             "base": public_name(self.base.name),
             "base_revision": self.base.revision,
             "adapter": adapter,
-            "dtype": self.dtype,
+            "dtype": self.settings.dtype,
         }
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -219,8 +190,8 @@ class JCrossLoRALM(TemplateLM):
 
     def _judge(self, pairs: Sequence[Pair], quiet: bool) -> list[tuple[float, bool]]:
         with show_progress(not quiet):
-            found = judge(self._models, pairs, self.batch_tokens)
-        check_finite(found, self.base, self.adapter)
+            found = harness.judge(self._models, pairs, self.settings.batch_tokens)
+        harness.check_finite(found, self.base, self.adapter)
         return found
 
     def _windows(self, text: str) -> list[Pair]:
@@ -229,7 +200,7 @@ class JCrossLoRALM(TemplateLM):
         return [make_disjoint_window(pair) for pair in found]
 
     def _prompt(self, context: str, given: dict[str, Any]) -> tuple[list[int], Options]:
-        options = read_options(given)
+        options = harness.read_options(given)
         room = self.max_length - options.length
         if room < 1:
             msg = f"{options.length} tokens were asked for, but the model reads {self.max_length}: lower max_gen_toks"

@@ -24,19 +24,22 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Model, fast_dtype
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.evaluate.probe_batches import ProbeBatch as ProbeBatch
+from jcrosslora.evaluate.probe_batches import count_positions as count_positions
+from jcrosslora.evaluate.probe_batches import match_positions as match_positions
+from jcrosslora.evaluate.probe_batches import probe_batches as probe_batches
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.progress import track
 
-PROBE_TOKENS = 96  # of a text, at most
-_TRIES = 4
-_SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
-COUNT, LENGTH = 288, 96
+COUNT, PROBE_TOKENS = 288, 96  # texts, and tokens of a text at most
+TEXTS = "probes"  # the folder, below the cache's root
 # Version of `write_texts` and `start_words`: raise it whenever its texts change.
 PROCEDURE = 1
-TEXTS = "probes"  # the folder, below the cache's root
+_TRIES = 4
+_SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
 
 @dataclass(frozen=True)
@@ -76,24 +79,55 @@ class Probes:
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@dataclass(frozen=True)
+class TextSettings:
+    """What the texts that a base writes depend on besides the base.
+
+    Attributes:
+        length: maximum number of tokens after the first word; a text ends earlier where the model stops.
+        temperature: of the sampling; 0 is greedy.
+        seed: for the words and the sampling; the same base, settings and seed give the same texts on one kind of
+            machine.
+
+    Raises:
+        UsageError: count or length below 1, a temperature that is negative or not finite, or a seed outside 0 to
+            2^32 - 1.
+    """
+
+    count: int
+    length: int = PROBE_TOKENS
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.length) < 1:
+            msg = f"{self.count} texts of {self.length} tokens were asked for: each must be at least 1"
+            raise UsageError(msg)
+        if not 0 <= self.temperature < float("inf"):
+            msg = f"temperature {self.temperature} was asked for, wanted a finite number from 0 on, such as 1"
+            raise UsageError(msg)
+        check_seed(self.seed)
+
+
 def written_probes(
     base: BaseModel,
     count: int = COUNT,
     *,
-    length: int = LENGTH,
+    length: int = PROBE_TOKENS,
     temperature: float = 1.0,
     seed: int = 0,
     adapter: Adapter | None = None,
 ) -> Probes:
-    """Let a base write probe texts; arguments and errors are those of `write_texts`.
+    """Let a base write probe texts; arguments and errors are those of `TextSettings` and `write_texts`.
 
     Texts of the same base, adapter and settings are read from the disk cache (see this module;
     the environment variable JCROSSLORA_CACHE moves the folder).
     """
-    key = texts_key(base, count, length, temperature, seed, adapter)
+    settings = TextSettings(count, length, temperature, seed)
+    key = texts_key(base, settings, adapter)
     texts = find_texts(key)
     if texts is None:
-        texts = write_texts(base, count, length=length, temperature=temperature, seed=seed, adapter=adapter)
+        texts = write_texts(base, settings, adapter)
         keep_texts(key, texts)
     writer = base.name if adapter is None else f"{base.name} with an adapter"
     return Probes(tuple(texts), f"written by {writer} at temperature {temperature:g}", seed)
@@ -101,45 +135,39 @@ def written_probes(
 
 def write_texts(
     base: BaseModel,
-    count: int,
-    *,
-    length: int = PROBE_TOKENS,
-    temperature: float = 1.0,
-    seed: int = 0,
+    settings: TextSettings,
     adapter: Adapter | None = None,
+    *,
     batch: int = 48,
     model: Model | None = None,
 ) -> list[str]:
     """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
-    Texts with fewer than 8 tokens after the word (fewer than `length`, if that is smaller), texts that repeat a single
-    token, and duplicates are dropped and replaced. At most 4 times `count` texts are tried, in whole batches.
+    Texts with fewer than 8 tokens after the word (fewer than the length, if that is smaller), texts that repeat a
+    single token, and duplicates are dropped and replaced. At most 4 times as many texts are tried, in whole batches.
 
     Args:
         base: the model; it needs a tokenizer.
-        count: number of texts.
-        length: maximum number of tokens after the first word; a text ends earlier where the model stops.
-        temperature: sampling temperature; 0 is greedy.
-        seed: for the words and the sampling; the same base, settings and seed give the same texts on one kind of
-            machine.
+        settings: how many texts, and how they are sampled.
         adapter: applied to the base; None for the base alone.
         batch: maximum batch size; on a CPU batches of 32 take two thirds of the time of batches of 16.
         model: the base if it is loaded already; None loads it in `fast_dtype()`.
 
     Raises:
-        UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
-            0 to 2^32 - 1.
+        UsageError: a batch below 1.
         MethodError: too few of the generated texts were usable.
         AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
         CheckpointError: the tokenizer or the weights cannot be read, or the predictions are not finite.
     """
-    _check(count, length, temperature, batch)
-    check_seed(seed)
+    if batch < 1:
+        msg = f"texts in batches of {batch} were asked for: wanted 1 or more"
+        raise UsageError(msg)
+    count, length, temperature = settings.count, settings.length, settings.temperature
     generator = Generator.of(base, adapter, model=model)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
     rows, rounds = _plan(count, batch)
-    words = start_words(_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
-    keys = jax.random.key(seed)
+    words = start_words(_vocabulary(base), rounds * rows, settings.seed).reshape(rounds, rows)
+    keys = jax.random.key(settings.seed)
     texts: list[str] = []
     with track(count, "write", "texts") as bar:
         for number in range(rounds):
@@ -165,15 +193,6 @@ def _plan(count: int, batch: int) -> tuple[int, int]:
     wanted = count + count // 16 + 1
     rows = -(-wanted // -(-wanted // batch))
     return rows, -(-_TRIES * count // rows)
-
-
-def _check(count: int, length: int, temperature: float, batch: int) -> None:
-    if min(count, length, batch) < 1:
-        msg = f"{count} texts of {length} tokens in batches of {batch} were asked for: each must be at least 1"
-        raise UsageError(msg)
-    if not 0 <= temperature < float("inf"):
-        msg = f"temperature {temperature} was asked for, wanted a finite number from 0 on, such as 1"
-        raise UsageError(msg)
 
 
 def _vocabulary(base: BaseModel) -> dict[bytes, int]:
@@ -202,10 +221,7 @@ def start_words(tokens: Mapping[bytes, int], count: int, seed: int) -> np.ndarra
     space in front: pieces of words, such as "Th", mostly lack that form. If there are no such tokens (a script without
     capitals), tokens of letters are drawn, and if there are none of these either, any normal tokens.
 
-    Args:
-        tokens: bytes of a token -> its id, not empty.
-        count: number of words.
-        seed: for the order; no word is repeated before all have been used.
+    `tokens` maps the bytes of a token to its id, and is not empty. No word is repeated before all have been used.
 
     Returns:
         int32 (count,). A larger count continues the list of a smaller one.
@@ -242,15 +258,15 @@ def _text(token: bytes) -> str:
     return token.decode("utf-8", errors="replace")  # U+FFFD is no letter
 
 
-def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
+def texts_key(base: BaseModel, settings: TextSettings, adapter: Adapter | None) -> str:
     """Hash everything that the texts of `write_texts` depend on (SHA-256, hex); reads the weight files once.
 
     These are the base's weights, configuration and tokenizer, the adapter's factors, the settings, the version of the
     procedure, JAX's platform and its fast dtype: sampling repeats exactly on one kind of machine only.
     """
-    settings = [count, length, float(temperature), seed]
+    chosen = [settings.count, settings.length, float(settings.temperature), settings.seed]
     # `default` handles numpy scalars and any other values in a configuration.
-    parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), settings]
+    parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), chosen]
     stated = json.dumps(parts, sort_keys=True, default=str)
     return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
 
@@ -280,8 +296,7 @@ def keep_texts(key: str, texts: list[str]) -> None:
         write_whole(path, content.encode())
 
 
-def _path(key: str) -> Path | None:
-    """Return the file of a key; None for a user without a home folder."""
+def _path(key: str) -> Path | None:  # None for a user without a home folder
     root = cache_root()
     return None if root is None else root / TEXTS / f"{key}.json"
 

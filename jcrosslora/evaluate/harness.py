@@ -1,9 +1,38 @@
-"""Answer the requests of lm-evaluation-harness: read their settings, score continuations, and generate."""
+r"""A base with an adapter as a model of lm-evaluation-harness, for all of its tasks.
 
+Needs `pip install 'jcrosslora[eval]'`; nothing else in the package imports it. From Python, on a task of your own
+that needs no network (`task.jsonl` has lines {"question", "choices", "answer"}):
+
+    import lm_eval
+    from jcrosslora.evaluate.harness import JCrossLoRALM
+
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "task.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    model = JCrossLoRALM(base="models/gemma-3-270m", adapter="moved")
+    print(lm_eval.simple_evaluate(model=model, tasks=[task])["results"]["mine"])
+
+With these lines the log-likelihoods are those of `jcrosslora.evaluate.score`. On the command line, with all options of
+`lm_eval`, whose `--include_path` names a folder of task files:
+
+    python -m jcrosslora.evaluate.harness run --model jcrosslora --tasks arc_easy \
+        --model_args base=models/gemma-3-270m,adapter=moved
+"""
+
+import importlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +42,13 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model, logits
-from jcrosslora.errors import UsageError, not_finite
+from jcrosslora.errors import JCrossLoRAError, UsageError, not_finite
 from jcrosslora.evaluate.log_probs import Models, Tokens, token_states
+from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.utils.progress import track
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.harness_model import JCrossLoRALM as JCrossLoRALM
 
 Pair = tuple[Sequence[int], Sequence[int]]
 _LOGITS_AT_ONCE = 128
@@ -25,6 +58,39 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 _READ = {"until", "do_sample", "temperature", *_LENGTHS}
 _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {"top_p": (1, None), "top_k": (0, None), "num_beams": (1, None)}
 _DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a base is run for the harness.
+
+    Attributes:
+        dtype: of the weights, float32 or bfloat16.
+        batch_tokens: token positions in memory at once.
+        max_length: the most tokens that the model reads; None takes the number in its configuration.
+        prefix_token_id: token in front of a text without context; None takes bos, or eos where there is no bos.
+        seed: of the sampling, in tasks with a temperature.
+        batch_size: accepted for the harness and not used, as the next two: see `batch_tokens`; JAX picks the device.
+
+    Raises:
+        UsageError: dtype, batch_tokens or seed out of range.
+    """
+
+    dtype: str = "float32"
+    batch_tokens: int = 4096
+    max_length: int | None = None
+    prefix_token_id: int | None = None
+    seed: int = 0
+    batch_size: int | str | None = None
+    max_batch_size: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            msg = f"dtype {self.dtype!r} was asked for, wanted {' or '.join(_DTYPES)}"
+            raise UsageError(msg)
+        positive("batch_tokens", self.batch_tokens)
+        check_seed(positive("seed", self.seed, least=0))
 
 
 @dataclass(frozen=True)
@@ -188,14 +254,6 @@ def _refuse(name: str, came: Any, wanted: str) -> NoReturn:
     raise UsageError(msg)
 
 
-def check_dtype(name: Any) -> str:
-    """Check the name of a dtype."""
-    if name not in _DTYPES:
-        msg = f"dtype {name!r} was asked for, wanted {' or '.join(_DTYPES)}"
-        raise UsageError(msg)
-    return name
-
-
 def positive(name: str, value: Any, *, least: int = 1) -> int:
     """Check a whole number.
 
@@ -237,3 +295,25 @@ def end_token(base: BaseModel, tokenizer: Tokenizer) -> int:
 
 def _is_token(index: Any, base: BaseModel) -> TypeGuard[int]:
     return type(index) is int and 0 <= index < base.dims.vocab
+
+
+def __getattr__(name: str) -> Any:
+    # Imported late, so that the command line can say in one line that lm_eval is missing.
+    if name == "JCrossLoRALM":
+        return importlib.import_module("jcrosslora.evaluate.harness_model").JCrossLoRALM
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def main() -> None:
+    """Run `lm_eval` with the arguments given and the model "jcrosslora"; exit with 2 after an error of the user's."""
+    try:
+        importlib.import_module("jcrosslora.evaluate.harness_model")  # registers the model
+        importlib.import_module("lm_eval.__main__").cli_evaluate()
+    except JCrossLoRAError as error:
+        print(f"jcrosslora: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
