@@ -52,9 +52,9 @@ if _TYPE_CHECKING:
     from jcrosslora.methods import MapMethod as MapMethod
     from jcrosslora.methods import Method as Method
     from jcrosslora.methods import register_method as register_method
-    from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
-    from jcrosslora.relation.base_comparison import compare_bases as compare_bases
-    from jcrosslora.relation.pairing import Pairing as Pairing
+    from jcrosslora.relation import BaseComparison as BaseComparison
+    from jcrosslora.relation import Pairing as Pairing
+    from jcrosslora.relation import compare_bases as compare_bases
     from jcrosslora.report.record import TransferReport as TransferReport
     from jcrosslora.report.table import verdict as verdict
     from jcrosslora.session.batch import read_plan as read_plan
@@ -111,8 +111,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "maps": ("Evidence", "EvidenceKind", "Maps"),
     "adapter.export": ("ExportSettings", "export_adapter"),
     "adapter.merge": ("MergeSettings", "merge"),
-    "relation.base_comparison": ("BaseComparison", "compare_bases"),
-    "relation.pairing": ("Pairing",),
+    "relation": ("BaseComparison", "Pairing", "compare_bases"),
     "utils.logs": ("log_to",),
     "utils.progress": ("show_progress",),
     "methods": ("MapMethod", "Method", "register_method"),

@@ -9,8 +9,17 @@ import pytest
 from rich.console import Console
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import FIGURES, Interval, Question, Scores, intervals, lift_recovered, print_scores, read_task
-from jcrosslora.evaluate.bootstrap import word_of
+from jcrosslora.evaluate import (
+    FIGURES,
+    Interval,
+    Question,
+    Scores,
+    intervals,
+    lift_recovered,
+    print_scores,
+    read_task,
+    word_of,
+)
 
 GOOD = {"question": "Which?", "choices": ["a", "bc"], "answer": 1}
 

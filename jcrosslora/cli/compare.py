@@ -12,8 +12,7 @@ from rich.table import Table
 from jcrosslora.cli.output import print_json, say
 
 if TYPE_CHECKING:
-    from jcrosslora.relation import Part, TensorComparison
-    from jcrosslora.relation.base_comparison import BaseComparison
+    from jcrosslora.relation import BaseComparison, Part, TensorComparison
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
@@ -36,7 +35,7 @@ class Compare:
     def run(self, console: Console) -> None:
         """Compare, and print the evidence and the relation."""
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.relation.base_comparison import compare_bases
+        from jcrosslora.relation import compare_bases
 
         source = open_base(self.source, revision=self.source_revision)
         relation = compare_bases(source, open_base(self.target, revision=self.target_revision))

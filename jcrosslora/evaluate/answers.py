@@ -52,7 +52,7 @@ def equal_json(text: str, references: Sequence[str]) -> float:
 
 def chrf(text: str, references: Sequence[str]) -> float:
     """Compute chrF against the nearest of the references, 0 to 100."""
-    return float(_chrf_scorer().sentence_score(text.strip(), [one.strip() for one in references]).score)
+    return float(_scorer("chrf").sentence_score(text.strip(), [one.strip() for one in references]).score)
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
@@ -60,7 +60,7 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
     Words are runs of a to z and digits, in lower case and without stemming; other letters count as space.
     """
-    return float(_rouge_scorer().score_multi(list(references), text)["rougeL"].fmeasure)
+    return float(_scorer("rouge_l").score_multi(list(references), text)["rougeL"].fmeasure)
 
 
 def parse_json(text: str) -> tuple[Any] | None:
@@ -91,18 +91,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @cache
-def _chrf_scorer() -> Any:
-    return _library("chrf", "sacrebleu.metrics").CHRF()
-
-
-@cache
-def _rouge_scorer() -> Any:
-    return _library("rouge_l", "rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-
-
-def _library(figure: str, module: str) -> Any:
+def _scorer(figure: str) -> Any:
+    """Make what computes "chrf" or "rouge_l"."""
     try:
-        return import_module(module)
+        if figure == "chrf":
+            return import_module("sacrebleu.metrics").CHRF()
+        return import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     except ImportError as error:
         msg = f"figure {figure!r} needs the package {LIBRARIES[figure].replace('_', '-')} ({error}): "
         msg += "pip install 'jcrosslora[scores]'"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,9 +14,9 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import LoadedBases, Model, divergence, forward, stack_adapter
-from jcrosslora.decoder.forward import Divergence
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
+from jcrosslora.evaluate.log_probs import in_pieces
 from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
@@ -60,6 +61,11 @@ class Change:
         return cls(float(np.mean(kl)), _deviation(kl), float(np.mean(nll)), float(np.mean(nll_adapted)))
 
     @property
+    def finite(self) -> bool:
+        """Whether the predictions with the adapter are finite."""
+        return math.isfinite(self.kl) and math.isfinite(self.nll_adapted)
+
+    @property
     def growth(self) -> float:
         """Growth of the NLL by the adapter; negative where the text becomes more likely."""
         return self.nll_adapted - self.nll
@@ -95,10 +101,6 @@ class Effect:
         return self.target.kl / self.source.kl if self.source.kl > _ROUNDING else math.nan
 
     @property
-    def _finite(self) -> bool:
-        return math.isfinite(self.target.kl) and math.isfinite(self.target.nll_adapted)
-
-    @property
     def outcome(self) -> Outcome:
         """Judge the effect.
 
@@ -107,7 +109,7 @@ class Effect:
         errors. "ineffective": the target's divergence is a small share of the source's. "unmeasured": the original
         adapter changes nothing on these texts. "plausible": none of these.
         """
-        if not self._finite:
+        if not self.target.finite:
             return "destructive"
         if math.isnan(self.share):
             return "unmeasured"
@@ -118,7 +120,7 @@ class Effect:
     @property
     def sentence(self) -> str:
         """The outcome with its figures, without a full stop."""
-        if not self._finite:
+        if not self.target.finite:
             return "the moved update is destructive: with it the target's predictions are not finite numbers"
         kl = f"KL {self.target.kl:.2g} nats a position against {self.source.kl:.2g} on the source"
         growth = f"log-likelihood of the text {-self.target.growth:+.2g} against {-self.source.growth:+.2g}"
@@ -287,10 +289,8 @@ def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter 
 
 def part_of(batch: ProbeBatch, side: int) -> Part:
     """Take the source's (side 0) or the target's (side 1) part; texts with less than two matches have no positions."""
-    tokens, mask, at = (
-        (batch.tokens_src, batch.mask_src, batch.at_src),
-        (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt),
-    )[side]
+    source = batch.tokens_src, batch.mask_src, batch.at_src
+    tokens, mask, at = (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt) if side else source
     width, matches = tokens.shape[1], at[batch.valid]
     scored, matched = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
     matched.reshape(-1)[matches] = True
@@ -306,39 +306,25 @@ def measure(model: Model, parts: Sequence[Part]) -> Figures:
 
     The parts are batches of one shape, with one position or more in all; texts without any are left out of the figures.
     """
+
+    def states(one: Model, part: Part) -> np.ndarray:
+        hidden = _states(one, part.tokens, part.mask)
+        return np.asarray(hidden.reshape(-1, hidden.shape[-1]))[part.at]
+
     # The base is the adapter of zeros: one compiled program serves both.
     base = model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
-    plain, adapted = (
-        np.concatenate([_picked(_states(one, part.tokens, part.mask), part) for part in parts]) for one in (base, model)
-    )
+    plain, adapted = (np.concatenate([states(one, part) for part in parts]) for one in (base, model))
     wanted = np.concatenate([part.tokens.reshape(-1)[part.at + 1] for part in parts])
-    found = _through_head(model.with_adapter(None), plain, adapted, wanted)
+    found = in_pieces(partial(_compare, model.with_adapter(None)), _AT_ONCE, plain, adapted, wanted)
     matched = np.concatenate([part.matched for part in parts])
     text = np.concatenate([number * len(part.tokens) + part.text for number, part in enumerate(parts)])
-    return _by_text(found, text, matched)
-
-
-def _by_text(found: Divergence, text: np.ndarray, matched: np.ndarray) -> Figures:
     counts = np.bincount(text, weights=matched)
-    there = counts > 0
 
     def mean(values: jax.Array | np.ndarray) -> np.ndarray:
-        return np.bincount(text, weights=np.asarray(values, np.float64))[there] / counts[there]
+        return np.bincount(text, weights=np.asarray(values, np.float64))[counts > 0] / counts[counts > 0]
 
     kl = np.where(matched, found.kl, 0)
     return Figures(mean(kl), mean(-found.log_probs_a), mean(-found.log_probs_b), int(matched.sum()))
-
-
-def _picked(hidden: jax.Array, part: Part) -> np.ndarray:
-    return np.asarray(hidden.reshape(-1, hidden.shape[-1]))[part.at]
-
-
-def _through_head(model: Model, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray) -> Divergence:
-    """Give the head the same number of states in each call, so that it is compiled once."""
-    count = len(wanted)
-    rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE).clip(max=count - 1).reshape(-1, _AT_ONCE)
-    found = [_compare(model, plain[part], adapted[part], wanted[part]) for part in rows]
-    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)
 
 
 @jax.jit

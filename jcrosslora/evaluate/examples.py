@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -136,7 +136,16 @@ def save_texts(path: str | Path, texts: Sequence[str]) -> None:
     """
     path = Path(path)
     json_lines = path.suffix.lower() in _JSON_LINES
-    _check(texts, path, json_lines)
+    if not texts:
+        msg = f"{path}: no texts to save, at least one was wanted"
+        raise UsageError(msg)
+    for number, text in enumerate(texts):
+        if not text.strip() or not _is_utf8(text):
+            msg = f"{path}: text {number} is empty or has no UTF-8 form: leave it out"
+            raise UsageError(msg)
+        if not json_lines and any(sign in text for sign in ("\n", "\r", "\0", _BOM)):
+            msg = f"{path}: text {number} does not fit on one line: save to a name that ends in .jsonl"
+            raise UsageError(msg)
     lines = (json.dumps({"text": text}, ensure_ascii=False) if json_lines else text for text in texts)
     # Whole or not at all: an interrupted run must not leave a file with half of the texts.
     write_output(path, "".join(f"{line}\n" for line in lines).encode(), "choose another output")
@@ -144,12 +153,7 @@ def save_texts(path: str | Path, texts: Sequence[str]) -> None:
 
 def _read_lines(path: Path) -> list[tuple[int, bytes]]:
     """Read the lines of a JSONL file that are not blank, with their numbers from 1; skip a byte order mark in front."""
-    try:
-        content = read_file(path)
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file"
-        raise UsageError(msg) from error
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = _bytes(path, "wanted a JSONL file").removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -209,14 +213,17 @@ def _object(line: bytes) -> dict[str, Any]:
         return {}
 
 
+def _bytes(path: Path, wanted: str) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): {wanted}"
+        raise UsageError(msg) from error
+
+
 def _read(path: Path) -> str:
     try:
-        content = read_file(path)
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): name a file with one text a line"
-        raise UsageError(msg) from error
-    try:
-        text = content.decode("utf-8")
+        text = _bytes(path, "name a file with one text a line").decode("utf-8")
     except UnicodeDecodeError as error:
         msg = f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8 with one text a line"
         raise UsageError(msg) from error
@@ -238,20 +245,6 @@ def _prompt_of(line: str, place: str) -> Prompt:
         msg = f"{place}: the text has half of a surrogate pair: write whole characters"
         raise UsageError(msg)
     return text
-
-
-def _check(texts: Iterable[str], path: Path, json_lines: bool) -> None:
-    texts = list(texts)
-    if not texts:
-        msg = f"{path}: no texts to save, at least one was wanted"
-        raise UsageError(msg)
-    for number, text in enumerate(texts):
-        if not text.strip() or not _is_utf8(text):
-            msg = f"{path}: text {number} is empty or has no UTF-8 form: leave it out"
-            raise UsageError(msg)
-        if not json_lines and any(sign in text for sign in ("\n", "\r", "\0", _BOM)):
-            msg = f"{path}: text {number} does not fit on one line: save to a name that ends in .jsonl"
-            raise UsageError(msg)
 
 
 def _is_utf8(text: str) -> bool:

@@ -32,6 +32,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import jax
@@ -43,7 +44,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Model, logits
 from jcrosslora.errors import JCrossLoRAError, UsageError, not_finite
-from jcrosslora.evaluate.log_probs import Models, Tokens, token_states
+from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.utils.progress import track
 
@@ -130,10 +131,11 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int) -> list[tupl
     """
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+    base = models.model.with_adapter(None)
     with track(len(pairs), "score", "continuations") as bar:
         for part in models.batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
             states = token_states(models, part)
-            found, likeliest = _judged(models, states.hidden[0], states.wanted)
+            found, likeliest = in_pieces(partial(_compare, base), _LOGITS_AT_ONCE, states.hidden[0], states.wanted)
             owners = np.array([groups[item][choice] for item, choice in states.places])
             np.add.at(sums, owners, found.astype(np.float64))
             np.logical_and.at(greedy, owners, likeliest)
@@ -166,21 +168,9 @@ def _tokens(pairs: Sequence[Pair], group: list[int]) -> Tokens:
     return Tokens(context[:-1], tails, (1,) * len(group))
 
 
-def _judged(models: Models, hidden: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (S,) and bool (S,), from states (S, H) in front of tokens (S,)."""
-    padding = -len(wanted) % _LOGITS_AT_ONCE
-    states = np.pad(hidden, ((0, padding), (0, 0))).reshape(-1, _LOGITS_AT_ONCE, hidden.shape[-1])
-    tokens = np.pad(wanted, (0, padding)).reshape(-1, _LOGITS_AT_ONCE)
-    base = models.model.with_adapter(None)
-    found = [_compare(base, *part) for part in zip(states, tokens, strict=True)]
-    values, likeliest = (
-        np.concatenate(list(map(np.asarray, each)))[: len(wanted)] for each in zip(*found, strict=True)
-    )
-    return values, likeliest
-
-
 @jax.jit
 def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities float32 (S,) of tokens from states (S, H) in front of them, and whether these are likeliest."""
     scores = logits(model, hidden)
     chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted

@@ -3,9 +3,10 @@
 The tokens that all choices of a question share are run once, then each choice continues them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,11 +138,8 @@ def log_prob_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the log-probabilities of the scored tokens of each choice of n questions with C choices at most.
 
-    Args:
-        models: from `Models.of`; all run in one pass.
-        items: the questions as tokens.
-        batch_tokens: token positions in memory at once, over all models.
-        unit: what is counted while it runs, in the plural.
+    All models run in one pass, with `batch_tokens` token positions in memory at once, over all of them; `unit` is what
+    is counted while it runs, in the plural.
 
     Returns:
         float64 (A, n, C), nats, NaN where a question has fewer choices; int64 (n, C), the scored tokens.
@@ -224,6 +222,14 @@ def _log_probs(model: Model, states: jax.Array, wanted: jax.Array) -> jax.Array:
     return target_log_probs(model, states, targets, chunk=_LOGITS_AT_ONCE)
 
 
+def in_pieces(function: Callable[..., Any], size: int, *arrays: np.ndarray) -> Any:
+    """Call a function of rows with `size` rows at a time, so that it is compiled once, and join what it returns."""
+    count = len(arrays[0])
+    padded = [np.pad(array, ((0, -count % size), *[(0, 0)] * (array.ndim - 1))) for array in arrays]
+    found = [function(*(array[start : start + size] for array in padded)) for start in range(0, count, size)]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)
+
+
 def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
     """Encode prompt and choice as one text for each choice.
 
@@ -249,9 +255,7 @@ def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
 def batches(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
     """Batch all questions in few shapes, the longest first, so that memory runs out at once or never.
 
-    Args:
-        items: the questions.
-        positions: the most token positions of a batch, padding included; a batch has at least one question.
+    A batch has at most `positions` token positions, padding included, or a single question.
     """
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(items):

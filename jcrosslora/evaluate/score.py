@@ -1,10 +1,9 @@
 """Score the choices of questions under a base and its adapters: accuracy and likelihood."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,14 +40,14 @@ class Scores(Evaluated):
     tokens: np.ndarray
     answers: np.ndarray
 
-    @staticmethod
-    def of(names: Sequence[str], questions: Sequence[Question], log_probs: np.ndarray, tokens: np.ndarray) -> Scores:
+    @classmethod
+    def of(cls, names: Sequence[str], questions: Sequence[Question], log_probs: np.ndarray, tokens: np.ndarray) -> Self:
         """Take characters and answers from the questions."""
         characters = np.zeros(tokens.shape, np.int64)
         for row, question in zip(characters, questions, strict=True):
             row[: len(question.choices)] = [len(choice) for choice in question.choices]
         answers = np.array([question.answer for question in questions], np.int64)
-        return Scores(tuple(names), log_probs, characters, tokens, answers)
+        return cls(tuple(names), log_probs, characters, tokens, answers)
 
     def accuracy(self) -> np.ndarray:
         """float64 (A,): share of questions whose right choice has the highest log-probability."""

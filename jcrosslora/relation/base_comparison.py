@@ -75,10 +75,6 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     Reads a sample of rows, the same on every run. Only if the whole sample is equal are all rows read, because "same"
     claims nothing less.
 
-    Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """

@@ -72,11 +72,7 @@ def stored_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
 
 
 def module_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
-    """Read rows as `stored_rows` does, which have to be finite.
-
-    Raises:
-        CheckpointError: a row does not exist, or holds NaN or infinity.
-    """
+    """Read rows as `stored_rows` does, and check them, see `finite`."""
     return finite(base, name, stored_rows(base, name, ids))
 
 

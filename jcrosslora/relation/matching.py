@@ -169,13 +169,10 @@ def same_form(bases: Bases) -> bool:
 def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
     """Find the source expert of every target expert of a layer of the source and one of the target.
 
-    Both bases have experts of the `same_form`.
+    Both bases have experts of the `same_form`; the weights are checked by `finite`.
 
     Returns:
         int64 (E_tgt,), -1 for an expert without a counterpart.
-
-    Raises:
-        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
     router_src, router_tgt = (
         finite(base, f"the router of layer {layer}", base.expert_tensor(layer, "router"))
@@ -196,13 +193,9 @@ def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
 def expert_rows(
     bases: Bases, layers: tuple[int, int], experts: tuple[int, int], matrix: str, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read at most `count` evenly spaced rows of a matrix of one expert of each base, as it is stored.
+    """Read at most `count` evenly spaced rows of a matrix of one expert of each base, as stored: float32 (n, columns).
 
-    Returns:
-        float32 (n, columns) each.
-
-    Raises:
-        CheckpointError: a row holds NaN or infinity.
+    The rows are checked by `finite`.
     """
 
     def read(base: BaseModel, layer: int, expert: int) -> np.ndarray:

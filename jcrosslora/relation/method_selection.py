@@ -136,19 +136,15 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
     lacking = [part.name for part in parts if part.used < part.source]
     if not structure.in_place:
         by_parts = compare_weights(bases.source, bases.target, structure)
-        near = by_parts is not None and by_parts.near and all(part.nested for part in parts)
-        if by_parts is not None and near and not _as_near(similarity, by_parts):
+        nested = by_parts is not None and by_parts.near and all(part.nested for part in parts)
+        # A pruned neuron may resemble another's most: parts in the source's order may explain the target as well.
+        if nested and not (similarity and similarity.near and similarity.distance <= _STRAY * by_parts.distance):
             return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
     if similarity is None or not similarity.near or structure.lacking:
         return Finding(Likeness.NONE, similarity, unmatched=structure.lacking)
     if "experts" in lacking:
         return Finding(Likeness.FEWER_EXPERTS, similarity)
     return _examine_copies(bases, similarity, compared or compare_modules(structure))
-
-
-def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> bool:
-    """Whether parts in the source's order explain the target as well: a pruned neuron may resemble another's most."""
-    return in_place is not None and in_place.near and in_place.distance <= _STRAY * by_parts.distance
 
 
 def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
@@ -187,7 +183,9 @@ def compare_weights(
         shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
         if shapes[0] != shapes[1]:
             return None
-        pairs = [_compare(*(_sample(base, name) for base in (source, target))) for name in _sampled_modules(source)]
+        rows = {name: evenly_spaced(shape[0], _ROWS) for name, shape in shapes[0].items()}
+        names = _sampled_modules(source)
+        pairs = [_compare(*(module_rows(base, name, rows[name]) for base in (source, target))) for name in names]
     else:
         samples = (structure.sample(target.modules[name], _ROWS) for name in _sampled_modules(target))
         pairs = [_compare(*(rows[:, columns] for rows, columns in sample)) for sample in samples if sample is not None]
@@ -202,10 +200,6 @@ def _sampled_modules(base: BaseModel) -> Iterator[str]:
     for role in ROLES:
         names = [name for name, module in base.modules.items() if module.role == role]
         yield from (names[index] for index in evenly_spaced(len(names), _LAYERS))
-
-
-def _sample(base: BaseModel, name: str) -> np.ndarray:
-    return module_rows(base, name, evenly_spaced(base.modules[name].shape[0], _ROWS))
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:

@@ -45,8 +45,8 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     """Pair the modules of two bases by role and by a map of the layers.
 
     Args:
-        source: the source base's modules by name.
-        target: the target base's modules by name.
+        source: modules by name.
+        target: modules by name.
         depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
             Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
             same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is
@@ -55,25 +55,22 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     Raises:
         PairingError: the map is unknown, has the wrong length or a layer that the source lacks, or pairs nothing.
     """
-    layers_src, layers_tgt = _layer_count(source), _layer_count(target)
+    layers_src, layers_tgt = (1 + max(module.layer for module in base.values()) for base in (source, target))
     layers = _layer_map(depth, layers_src, layers_tgt)
-    by_layer_and_role: dict[tuple[int | None, str], str] = {
-        (module.layer, module.role): module.name for module in source.values()
-    }
-    pairs, unmapped_targets = [], []
-    for module in target.values():
-        name = by_layer_and_role.get((layers[module.layer], module.role))
-        if name is None:
-            unmapped_targets.append(module.name)
-        else:
-            pairs.append(Pair(module.name, name, module.role))
+    names = {(module.layer, module.role): module.name for module in source.values()}
+    found = [(module, names.get((layers[module.layer], module.role))) for module in target.values()]
+    pairs = tuple(Pair(module.name, name, module.role) for module, name in found if name is not None)
     if not pairs:
         msg = f"depth map {depth!r} pairs no module of the two bases; name at least one source layer"
         raise PairingError(msg)
     used = {pair.source for pair in pairs}
-    unused = tuple(name for name in source if name not in used)
-    kind = depth if isinstance(depth, str) else "explicit"
-    return Pairing(kind, layers, tuple(pairs), tuple(unmapped_targets), unused)
+    return Pairing(
+        depth if isinstance(depth, str) else "explicit",
+        layers,
+        pairs,
+        unmapped_targets=tuple(module.name for module, name in found if name is None),
+        unused=tuple(name for name in source if name not in used),
+    )
 
 
 def parse_depth(text: str) -> Depth:
@@ -90,10 +87,6 @@ def parse_depth(text: str) -> Depth:
         names = " nor ".join((*DEPTH_MAPS, SIMILAR))
         msg = f"depth map {text!r} is neither {names} nor a list of source layers like 0,1,3,-,5"
         raise PairingError(msg) from None
-
-
-def _layer_count(modules: Mapping[str, Module]) -> int:
-    return 1 + max(module.layer for module in modules.values())
 
 
 def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | None, ...]:

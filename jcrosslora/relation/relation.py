@@ -157,11 +157,7 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
 
 
 def compare_modules(structure: Structure) -> list[TensorComparison]:
-    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts.
-
-    Raises:
-        CheckpointError: a weight cannot be read, or holds NaN or infinity.
-    """
+    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts."""
     found = []
     for module in structure.bases.target.modules.values():
         comparison = _compare_module(structure, module, _ROWS)
@@ -172,11 +168,7 @@ def compare_modules(structure: Structure) -> list[TensorComparison]:
 
 
 def compare_other_tensors(structure: Structure) -> list[TensorComparison]:
-    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
-
-    Raises:
-        CheckpointError: a weight cannot be read, or holds NaN or infinity.
-    """
+    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases."""
     tied = all(base.tied for base in structure.bases)
     pieces = {
         "embedding": _compare_table(structure, EMBEDDING),

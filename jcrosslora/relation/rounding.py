@@ -7,11 +7,9 @@ without overlap, something else has changed as well.
 The levels that the blocks of a quantised row were rounded to are inferred from the numbers alone.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -56,7 +54,7 @@ class Rounding:
     coarse: bool
     declared: bool = True
 
-    def at(self, index: Any) -> Rounding:
+    def at(self, index: Any) -> Self:
         """Take some of the numbers, as an array is indexed."""
         return replace(self, low=self.low[index], high=self.high[index])
 

@@ -11,20 +11,15 @@ import numpy as np
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.bases import Bases, Both, module_rows, some_of
 
-# The index array of a structure that holds the rows (_OUTPUTS) and the columns (_INPUTS) of each module.
-_OUTPUTS: Mapping[str, str] = {
-    "q_proj": "queries",
-    "k_proj": "keys",
-    "v_proj": "values",
-    "o_proj": "stream",
-    "gate_proj": "neurons",
-    "up_proj": "neurons",
-    "down_proj": "stream",
-}
-_INPUTS: Mapping[str, str] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "stream"),
-    "o_proj": "attended",
-    "down_proj": "neurons",
+# The index arrays of a structure that hold the rows and the columns of each module.
+_AXES: Mapping[str, tuple[str, str]] = {
+    "q_proj": ("queries", "stream"),
+    "k_proj": ("keys", "stream"),
+    "v_proj": ("values", "stream"),
+    "o_proj": ("stream", "attended"),
+    "gate_proj": ("neurons", "stream"),
+    "up_proj": ("neurons", "stream"),
+    "down_proj": ("stream", "neurons"),
 }
 
 
@@ -113,11 +108,8 @@ class Structure:
         """Read at most `count` rows of a target module, evenly spaced over those with a counterpart, and these.
 
         Returns:
-            For the source and for the target: float32 (n, I) whole rows and (m,) the columns that correspond. None if
-            the module has no counterpart.
-
-        Raises:
-            CheckpointError: a row holds NaN or infinity.
+            For the source and for the target: float32 (n, I) whole rows, see `finite`, and (m,) the columns that
+            correspond. None if the module has no counterpart.
         """
         other = self.counterpart(module)
         outputs, inputs = self.outputs(module.layer, module.role), self.inputs(module.layer, module.role)
@@ -136,8 +128,8 @@ class Structure:
         axes = {
             axis: size
             for role, shape in source.architecture.role_shapes.items()
-            if role in _OUTPUTS
-            for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
+            if role in _AXES
+            for axis, size in zip(_AXES[role], shape, strict=True)
             if axis != "stream"
         }
         return all(
@@ -158,7 +150,7 @@ class Structure:
             return None
         if role in found.in_place:
             return np.arange(found.in_place[role][side])
-        axis = (_OUTPUTS, _INPUTS)[side][role]
+        axis = _AXES[role][side]
         return self.stream if axis == "stream" else getattr(found, axis)
 
 
@@ -181,7 +173,7 @@ class Part:
         target: number of target parts (in a layer).
         used: number of source parts that occur in the target; the smallest of any layer.
         source: number of source parts (in a layer).
-        in_order: whether they are in the source's order.
+        in_order: whether the target has them in the source's order.
         repeated: whether a source part occurs in the target more than once.
     """
 

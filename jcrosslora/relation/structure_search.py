@@ -196,9 +196,6 @@ def _whole_layers(bases: Bases) -> Iterator[LayerMap | None]:
     """Yield the map of every layer, None for a layer that resembles none of the source with the same parts.
 
     The layer of the same number is preferred.
-
-    Raises:
-        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
     source, target = bases
     samples: dict[int, dict[str, np.ndarray]] = {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.evaluate import Interval
+from jcrosslora.evaluate import Direction, Interval
 from jcrosslora.evaluate.bootstrap import Direction, Interval
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.evaluate.score import Direction
