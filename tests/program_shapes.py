@@ -34,7 +34,7 @@ from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.sources.served import predictions
-from jcrosslora.evaluate import effect, harness, log_probs
+from jcrosslora.evaluate import effect, harness_requests, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.stacked import AXIS
@@ -314,7 +314,7 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
 
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
-    yield Program(harness._compare, (shapes.base, states, wanted))
+    yield Program(harness_requests._compare, (shapes.base, states, wanted))
     yield Program(effect._states, (shapes.model, *shapes.read[:2]))
     yield Program(effect._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.harness import Options, read_options
+from jcrosslora.evaluate.harness_requests import Options, read_options
 
 MODEL = "jcrosslora.evaluate.harness_model"
 

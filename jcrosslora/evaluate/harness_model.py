@@ -15,8 +15,8 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapters
 from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import harness
-from jcrosslora.evaluate.harness import ModelSettings, Options, Pair
+from jcrosslora.evaluate import harness_requests as harness
+from jcrosslora.evaluate.harness_requests import ModelSettings, Options, Pair
 from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.utils.progress import show_progress, track
 

@@ -119,18 +119,13 @@ def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
 
 def _compare_fully(bases: Bases) -> tuple[Relation, str]:
     """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
-    if _same_bytes(bases):
+    sizes = [[path.stat().st_size for path in base.store.files] for base in bases]
+    if sizes[0] == sizes[1] and bases.source.digest() == bases.target.digest():
         return Relation.SAME, "the weight files are equal, byte by byte"
     unequal = _unequal_tensors(bases)
     if not unequal:
         return Relation.SAME, "all numbers of all tensors are equal, though the files are not"
     return Relation.TRAINED, unequal_phrase(unequal)
-
-
-def _same_bytes(bases: Bases) -> bool:
-    """Whether the weight files of two bases are equal, by size and SHA-256."""
-    sizes = [[path.stat().st_size for path in base.store.files] for base in bases]
-    return sizes[0] == sizes[1] and bases.source.digest() == bases.target.digest()
 
 
 def _unequal_tensors(bases: Bases) -> list[str]:
