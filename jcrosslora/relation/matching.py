@@ -6,7 +6,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, finite, some_of
 
-# Cosine from which a column is taken for a trained or rounded copy of another, see `method_selection`. Few rows reach
+# Cosine from which a column is taken for a trained or rounded copy of another, see `relation`. Few rows reach
 # it by chance, so `_threshold` raises it for them.
 _MIN_COSINE = 0.7
 # Cosine with the column at the same index from which no other index is searched: heads of SmolLM2-135M that do nearly

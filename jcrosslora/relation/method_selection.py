@@ -136,10 +136,11 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
     lacking = [part.name for part in parts if part.used < part.source]
     if not structure.in_place:
         by_parts = compare_weights(bases.source, bases.target, structure)
-        nested = by_parts is not None and by_parts.near and all(part.nested for part in parts)
-        # A pruned neuron may resemble another's most: parts in the source's order may explain the target as well.
-        if nested and not (similarity and similarity.near and similarity.distance <= _STRAY * by_parts.distance):
-            return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
+        if by_parts is not None and by_parts.near and all(part.nested for part in parts):
+            # A pruned neuron may resemble another's most: parts in the source's order may explain the target as well.
+            most = _STRAY * by_parts.distance
+            if similarity is None or not similarity.near or similarity.distance > most:
+                return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
     if similarity is None or not similarity.near or structure.lacking:
         return Finding(Likeness.NONE, similarity, unmatched=structure.lacking)
     if "experts" in lacking:

@@ -57,7 +57,7 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     """
     layers_src, layers_tgt = (1 + max(module.layer for module in base.values()) for base in (source, target))
     layers = _layer_map(depth, layers_src, layers_tgt)
-    names = {(module.layer, module.role): module.name for module in source.values()}
+    names: dict[tuple[int | None, str], str] = {(one.layer, one.role): one.name for one in source.values()}
     found = [(module, names.get((layers[module.layer], module.role))) for module in target.values()]
     pairs = tuple(Pair(module.name, name, module.role) for module, name in found if name is not None)
     if not pairs:
