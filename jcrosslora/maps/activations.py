@@ -22,8 +22,7 @@ from jax import lax
 
 from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Model, forward, load_model
-from jcrosslora.evaluate.probes import ProbeBatch, Probes, count_positions, probe_batches, written_probes
-from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
+from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch, Probes, count_positions, probe_batches, written_probes
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind

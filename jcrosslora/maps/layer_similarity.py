@@ -9,7 +9,6 @@ import numpy as np
 from jcrosslora.decoder import LayerCapture, Model, forward, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch
-from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.utils.cost import Cost

@@ -19,10 +19,7 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.shifted import TokenRow
-from jcrosslora.maps.shifting.records import TokenRow
 from jcrosslora.relation import LayerMap, compare_token_names
-from jcrosslora.relation.structure import LayerMap
-from jcrosslora.relation.weight_similarity import compare_token_names
 
 
 def carry_tokens(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.evaluate.probes.writing import check_seed
+from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
 from jcrosslora.maps.evidence import Evidence, EvidenceKind, Selection
 from jcrosslora.maps.heads import check_shared_tokens, collect_embedding_map

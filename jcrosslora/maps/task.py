@@ -16,8 +16,8 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Evidence, EvidenceKind
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.transport import AlignRecipe, Transport, TransportGroup
+from jcrosslora.relation.bases import compare_token_names
 from jcrosslora.relation.pairing import SIMILAR, Pair, Pairing
-from jcrosslora.relation.weight_similarity import compare_token_names
 
 T = TypeVar("T")
 Shape = tuple[int, int]

@@ -137,8 +137,6 @@ def costs_of(
     """
     from jcrosslora.evaluate.effect import effect_cost
     from jcrosslora.evaluate.probes import probes_cost
-    from jcrosslora.evaluate.probes.writing import probes_cost
-    from jcrosslora.maps.alignment.layer_similarity import similarity_cost
     from jcrosslora.maps.layer_similarity import similarity_cost
 
     method, texts = task.method, prompts or options.probe_count

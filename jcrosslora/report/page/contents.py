@@ -13,7 +13,7 @@ import msgspec
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.evaluate import Answers, Interval, Scores, answers_json, scores_json
-from jcrosslora.evaluate.score import Direction, word_of
+from jcrosslora.evaluate.bootstrap import Direction, word_of
 from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text import COMPLETIONS
 

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.evaluate import Direction, Interval
-from jcrosslora.evaluate.bootstrap import Direction, Interval
 from jcrosslora.evaluate.output import TITLES
-from jcrosslora.evaluate.score import Direction
 from jcrosslora.report.page.contents import Contents, Evaluation, Figure, Model
-from jcrosslora.report.page.evaluation import Evaluation, Figure, Model
 
 _HALF = 0.5  # of a trained adapter's gain in right answers
 
