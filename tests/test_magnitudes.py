@@ -16,7 +16,7 @@ from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, fit_magnitudes, train_lora
 from jcrosslora.training.batches import answer_loss
-from jcrosslora.training.magnitudes import first_magnitudes, loss_and_magnitude_gradient, with_magnitudes
+from jcrosslora.training.run import first_magnitudes, loss_and_magnitude_gradient, with_magnitudes
 
 SETTINGS = TrainingSettings(steps=40, batch=4, rate=0.1, dtype="float32")
 

@@ -3,8 +3,7 @@
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.training.batches import Batch, Encoded, Plan, encode, first_factors, loss_and_gradient, make_batch
 from jcrosslora.training.checkpoints import TrainingSettings
-from jcrosslora.training.magnitudes import fit_magnitudes
-from jcrosslora.training.run import save_trained, train_lora
+from jcrosslora.training.run import fit_magnitudes, save_trained, train_lora
 
 __all__ = [
     "Batch",
