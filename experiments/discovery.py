@@ -31,6 +31,7 @@ from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import NOTHING, choose_writer
 from jcrosslora.distill.task_search.answers import Scored
+from jcrosslora.distill.templates import Sampler
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 
@@ -79,13 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     base, judge = jcl.open_base(arguments.base), judge_of(arguments.expect)
     model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
-    settings = DistillSettings(completions=arguments.completions, discovery=arguments.discovery)
+    sampler = Sampler(arguments.completions, seed=arguments.seed)
     target = None if arguments.target is None else DecoderSource.of(jcl.open_base(arguments.target))
     for ref in arguments.adapter:
         generator = DecoderSource.of(base, jcl.load_adapter(ref, base), model=model, tokenizer=tokenizer)
         begun = time.monotonic(), time.process_time()
         writer = generator.alone() if target is None else choose_writer(generator, target)
-        found = write_completions(generator, writer, settings, arguments.seed)
+        found = write_completions(generator, writer, sampler, arguments.discovery)
         wall, busy = time.monotonic() - begun[0], time.process_time() - begun[1]
         task = found.task or NOTHING
         headers = "step", "texts", "score", "as expected", "different", "score of these", "of others"

@@ -34,13 +34,15 @@ from jcrosslora.decoder import (
     stack_adapter,
     unstack_adapter,
 )
+from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
-from jcrosslora.distill.fit import fit
+from jcrosslora.distill.fit import Fit
 from jcrosslora.distill.run import end_tokens, hold_out
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
+from jcrosslora.distill.templates import Sampler
 from jcrosslora.evaluate import answer
 from jcrosslora.methods import Distill, make_method
 from jcrosslora.text import Completion, Message
@@ -88,16 +90,16 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     known = [as_completion(one) for one in read_examples(arguments.data)]
     known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
     judged = known[-JUDGED - arguments.write :]
-    wanted = Distill(completions=arguments.completions, answer_temperature=arguments.temperature)
+    sampler = Sampler(arguments.completions, temperature=arguments.temperature, seed=arguments.seed)
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{arguments.temperature:g}.jsonl"
     path = arguments.work / name
     if not path.exists():
         generator = DecoderSource.of(source, adapter, model=models[0], tokenizer=tokenizers[0])
         writer = choose_writer(generator, DecoderSource.of(target, model=models[1], tokenizer=tokenizers[1]))
         if given:
-            made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed)
+            made = answer_given(generator, writer, [one.prompt for one in given], sampler)
         else:
-            made = write_completions(generator, writer, wanted, arguments.seed)
+            made = write_completions(generator, writer, sampler, Distill.discovery)
         arguments.work.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
     items = load_completions(path)
@@ -123,19 +125,19 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         settings = dict(parse_row(f"{arguments.method}:{text}").settings)
         method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
-        batches, held_out, _ = hold_out(items, tokenizers, method, arguments.seed)
-        ends = end_tokens(tokenizers, items)
-        stops = tokenizers[0].stops, tokenizers[1].stops
-        read = [*batches, *held_out]
-        symbols = find_symbols(source, target, read, method.compared_tokens, stops, ends)
+        parts = hold_out(items, method.held_out, arguments.seed)
+        batches, held_out = (make_batches(part, tokenizers, method.prompt_weight) for part in parts)
+        ends, read = end_tokens(tokenizers, items), [*batches, *held_out]
+        symbols = find_symbols(source, target, read, method.compared_tokens, ends)
         src, tgt = (
-            RestrictedModel.of(model, symbols.heads(side), len(ends[side])) for side, model in enumerate(models)
+            RestrictedModel.of(model, symbols.heads(side), len(ends.symbol[side])) for side, model in enumerate(models)
         )
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
-        teacher = Teacher(reader, tgt, method, symbols, arguments.known)
+        teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known), method.token_share)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        found = fit(teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed)
+        run = Fit(teacher, kept_back, method, start, begun=begun, seed=arguments.seed)
+        found = run.run(batches, lambda *_: [])
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")

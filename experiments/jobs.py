@@ -33,7 +33,7 @@ from rich.console import Console
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_model
-from jcrosslora.distill.sources.models import with_own_template
+from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion, Prompt

@@ -27,9 +27,9 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.decoder import load_model
 from jcrosslora.distill.run import Distilled, distill
+from jcrosslora.distill.sources import Source
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.protocol import Source
-from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.methods import Distill
 from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, compare, demo_questions, shipped

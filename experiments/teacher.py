@@ -40,16 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     items = [as_completion(one) for one in examples]
     # One completion a call keeps track of whole answers; of few shapes all the same.
     batches = [make_batches([item], tokenizers, 0.0)[0] for item in items]
-    stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, items)
-    symbols = find_symbols(source, target, batches, 6000, stops, ends)
+    symbols = find_symbols(source, target, batches, 6000, end_tokens(tokenizers, items))
     src, tgt = (
-        RestrictedModel.of(load_model(base, fast_dtype()), symbols.heads(side), len(ends[side]))
+        RestrictedModel.of(load_model(base, fast_dtype()), symbols.heads(side), len(symbols.ends[side]))
         for side, base in enumerate((source, target))
     )
     stacked = stack_adapter(adapter, source)
     sums: dict[tuple[float, ...], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
     column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
-    teacher = Teacher(DecoderReader(src.with_adapter(stacked)), tgt, DistillSettings(), symbols)
+    teacher = Teacher(DecoderReader(src.with_adapter(stacked)), tgt, symbols, DistillSettings().teacher_weights(1.0))
     for batch in batches:
         found, base, adapted = teacher.sides(batch)
         rows = np.flatnonzero(batch.answer)

@@ -20,19 +20,17 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
-from jcrosslora.distill.pilot import behind_best, judge_templates, known_templates
-from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.templates import templates_of
+from jcrosslora.distill.templates import Sampler, behind_best, judge_templates, known_templates, templates_of
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console, settings = Console(width=None if sys.stdout.isatty() else 120), DistillSettings()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     base = jcl.open_base(arguments.base)
     model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
     for ref in arguments.adapter:
         generator = DecoderSource.of(base, jcl.load_adapter(ref, base), model=model, tokenizer=tokenizer)
-        completions = write_pilot(generator, settings, arguments.seed, arguments.each)
+        completions = write_pilot(generator, Sampler(seed=arguments.seed), arguments.each)
         if not completions:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"
             raise jcl.MethodError(msg)

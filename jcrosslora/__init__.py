@@ -25,8 +25,8 @@ if _TYPE_CHECKING:
     from jcrosslora.cache import open_cache as open_cache
     from jcrosslora.checkpoint import BaseModel as BaseModel
     from jcrosslora.checkpoint import open_base as open_base
-    from jcrosslora.distill.sources.models import ServedModel as ServedModel
-    from jcrosslora.distill.sources.models import TorchModel as TorchModel
+    from jcrosslora.distill.sources import ServedModel as ServedModel
+    from jcrosslora.distill.sources import TorchModel as TorchModel
     from jcrosslora.errors import AdapterError as AdapterError
     from jcrosslora.errors import BatchError as BatchError
     from jcrosslora.errors import CacheError as CacheError
@@ -124,8 +124,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("align", "shift", "transfer"),
     "shelf": ("Retrieved", "Shelf"),
+    "distill.sources": ("ServedModel", "TorchModel"),
     "maps.shift": ("apply",),
-    "distill.sources.models": ("ServedModel", "TorchModel"),
     "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")

@@ -32,6 +32,7 @@ from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher
 from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
+from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.sources.served import predictions
 from jcrosslora.evaluate import effect, harness_requests, log_probs
@@ -42,8 +43,9 @@ from jcrosslora.maps import activations, align, base_pair, heads, layer_similari
 from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
-from jcrosslora.training import Batch, TrainingSettings, magnitudes
+from jcrosslora.training import Batch, TrainingSettings
 from jcrosslora.training import batches as training_batches
+from jcrosslora.training import run as training_run
 
 # Sizes that no other test has: JAX remembers what it traced, and these are traced as on an accelerator.
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
@@ -281,8 +283,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
     ways = symbols.Splits(whole(BATCH), whole(BATCH), of(BATCH)), whole(PLACES), whole(PLACES), whole(PLACES)
-    sizes = {"shared": shapes.vocab - 2, "own": 1, "end": True}
-    yield Program(symbols.in_target_symbols, (said, *ways), sizes)
+    yield Program(symbols.in_target_symbols, (said, symbols.Moves(*ways), (shapes.vocab - 2, 1, True)))
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
     one = of(PLACES)
@@ -309,7 +310,7 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
         yield Program(training_batches.update, (chosen, state, adapter), label=optimizer)
     own = {role: of(LAYERS) for role in adapter.roles}
     given = shapes.base, adapter, own, shapes.batch(), False
-    yield Program(magnitudes.loss_and_magnitude_gradient, given)
+    yield Program(training_run.loss_and_magnitude_gradient, given)
 
 
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:

@@ -12,9 +12,9 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
-from jcrosslora.distill import completions, pilot
+from jcrosslora.distill import completions, templates
 from jcrosslora.distill.run import distill
-from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.task_search import KINDS, search
 from jcrosslora.distill.templates import templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
@@ -143,8 +143,8 @@ def test_torch_imports_no_module_that_an_adapter_names(places, tmp_path):
 @pytest.mark.full
 def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, server, monkeypatch):
     """Every question of a fit is put to the server: both kinds of writing, scores and predictions."""
-    monkeypatch.setattr(pilot, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes
-    for module in (completions, pilot):  # fewer, for the sake of time
+    monkeypatch.setattr(templates, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes
+    for module in (completions, templates):  # fewer, for the sake of time
         monkeypatch.setattr(module, "templates_of", lambda tokenizer: templates_of(tokenizer)[-2:])
     monkeypatch.setattr(search, "KINDS", KINDS[:2])
     monkeypatch.setattr(search, "_TURNS", 1)

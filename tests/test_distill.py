@@ -35,12 +35,13 @@ from jcrosslora.decoder import (
     logits,
     stack_adapter,
 )
-from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, pilot, templates_of
+from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, templates_of
 from jcrosslora.distill import completions as completions_module
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill import run as run_module
 from jcrosslora.distill import settings as settings_module
 from jcrosslora.distill import teacher as teacher_module
+from jcrosslora.distill import templates as templates_module
 from jcrosslora.distill.batches import BATCH, make_batches
 from jcrosslora.distill.completions import (
     JUDGED_TOKENS,
@@ -49,15 +50,14 @@ from jcrosslora.distill.completions import (
     answer_length,
     write_completions,
 )
-from jcrosslora.distill.fit import first_state, fit, gradient_step, mean_kl, needs_remat, schedule
-from jcrosslora.distill.pilot import first_sentence, judge_templates, known_templates
+from jcrosslora.distill.fit import Fit, first_state, gradient_step, mean_kl, needs_remat, schedule
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel, shared_log_probs
-from jcrosslora.distill.sources.protocol import Compared
-from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
-from jcrosslora.distill.templates import in_template
+from jcrosslora.distill.templates import Sampler, first_sentence, in_template, judge_templates, known_templates
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS
 from jcrosslora.report import complete, cut, model_card, print_report, published, spread
@@ -189,7 +189,7 @@ def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
         "gradient_step",
         lambda *given, remat, **more: seen.append(remat) or step(*given, remat=False, **more),
     )
-    fit(teacher, batches, held_out, lambda *_: [], SMALL, begun=time.monotonic())
+    Fit(teacher, held_out, SMALL, begun=time.monotonic()).run(batches, lambda *_: [])
     assert set(seen) == {True}
 
 
@@ -299,10 +299,10 @@ def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     source, _, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = [f"Anna said {number}" for number in range(30)]
-    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=20), 0)
+    found = answer_given(generator, generator.alone(), prompts, Sampler(20))
     assert [item.prompt for item in found.items] == prompts[:20]
     assert found.description == "20 answers of at most 5 tokens (100% ended) to the first 20 of 30 given prompts"
-    all_used = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=60), 0)
+    all_used = answer_given(generator, generator.alone(), prompts, Sampler(60))
     assert all_used.description == "60 answers of at most 5 tokens (100% ended) to 30 given prompts"
 
 
@@ -310,7 +310,7 @@ def test_long_prompts_are_read_from_their_end_and_counted(pair):
     source, target, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = ["Anna said " * 1500 + "Where?", "Water boils at"]
-    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=16), 0)
+    found = answer_given(generator, generator.alone(), prompts, Sampler(16))
     assert "to 2 given prompts, of which 1 are cut to their last 2,048 tokens" in found.description
     assert {item.prompt for item in found.items} == set(prompts)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
@@ -340,22 +340,22 @@ def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
 
     prompts = [f"Anna said {number}" for number in range(20)]
     slow = Slow.of(pair[0], pair[2])
-    answer_given(slow, slow.alone(), prompts, DistillSettings(completions=16), 0)
+    answer_given(slow, slow.alone(), prompts, Sampler(16))
     assert asked == most
 
 
 def test_a_base_without_answers_is_refused(pair):
     generator = Silent.of(pair[0], pair[2])
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
-        answer_given(generator, generator.alone(), CORPUS, SMALL, 0)
+        answer_given(generator, generator.alone(), CORPUS, Sampler(48, 6))
     with pytest.raises(MethodError, match="answered 0 prompts"):
-        write_completions(generator, generator.alone(), SMALL, 0)
+        write_completions(generator, generator.alone(), Sampler(48, 6), 0)
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
 def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, monkeypatch):
     source, target, _ = pair
-    monkeypatch.delattr("jcrosslora.distill.run.fit")
+    monkeypatch.delattr("jcrosslora.distill.run.Fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
@@ -397,20 +397,20 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         return Compared(change, nll, nll)
 
     text = " is the first of all things? And more\nthan that"
-    monkeypatch.setattr(pilot, "compare", compare)
+    monkeypatch.setattr(templates_module, "compare", compare)
 
     class Fluent(Parrot):
         says = text
 
     generator = Fluent.of(pair[0])
-    found = write_completions(generator, generator.alone(), DistillSettings(completions=100, discovery=0), 0)
+    found = write_completions(generator, generator.alone(), Sampler(100), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]
     assert {named[item.origin] for item in found.items} == known
     assert all(item.prompt.startswith(named[item.origin].before) for item in found.items)
     assert all(item.prompt.endswith("?" + named[item.origin].after) for item in found.items)
     assert "'Q:', 'Task:'" in found.description
-    few = write_completions(generator, generator.alone(), DistillSettings(completions=20, discovery=0), 0).items
+    few = write_completions(generator, generator.alone(), Sampler(20), 0).items
     assert len(few) == 20
     assert {named[item.origin] for item in few} == known
 
@@ -445,7 +445,7 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
         numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
         return Compared(numbers, np.array([float(names.index(item.origin)) for item in completions]), numbers)
 
-    monkeypatch.setattr(pilot, "compare", compare)
+    monkeypatch.setattr(templates_module, "compare", compare)
     change, base_nll = judge_templates(DecoderSource.of(pair[0]), told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
     np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
@@ -520,7 +520,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     # The token that ends the answer is predicted, and not read.
     np.testing.assert_array_equal(whole[0].tokens_tgt, cut[0].tokens_tgt)
     stops = tokenizers[0].stops, tokenizers[1].stops
-    symbols = find_symbols(source, target, whole, 400, stops, ((1,), (1, 5)))
+    symbols = find_symbols(source, target, whole, 400, Ends(stops, ((1,), (1, 5))))
     ids = symbols.heads(1)[:-2]
     assert 1 not in symbols.shared[0]
     model = load_model(target)
@@ -554,7 +554,7 @@ def test_completions_are_compared_each_by_itself(pair):
     generator = DecoderSource.of(source, adapter, model=model, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
-    figures = pilot.compare(generator, completions, 3)
+    figures = templates_module.compare(generator, completions, 3)
     for place, item in enumerate(completions):
         begin = len(tokenizer.encode(item.prompt).ids)
         ids = tokenizer.encode(item.text).ids[: begin + 3]
@@ -577,7 +577,7 @@ def test_answers_are_read_as_far_as_they_are_compared(pair, monkeypatch):
     wanted = generator.compare([whole[0].ids], [whole[0].answer], 3)
     seen, real = [], DecoderSource.compare
     monkeypatch.setattr(DecoderSource, "compare", lambda *given: seen.extend(given[1]) or real(*given))
-    figures = pilot.compare(generator, items, 3)
+    figures = templates_module.compare(generator, items, 3)
     assert [len(ids) for ids in seen] == [one.answer + 3 for one in whole]
     for found, other in zip(figures, wanted, strict=True):
         assert found[0] == pytest.approx(other[0], rel=1e-4)
@@ -714,8 +714,8 @@ def _recipe(card):
 def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
     tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
     items = [Completion(text, " and water") for text in CORPUS[:2]]
-    batches, held_out, prompts = run_module.hold_out(items, tokenizers, DistillSettings(held_out=share), 0)
-    assert len(batches) == len(held_out) == len(prompts) == 1
+    batches, held_out = (make_batches(part, tokenizers, 1.0) for part in run_module.hold_out(items, share, 0))
+    assert len(batches) == len(held_out) == 1
 
 
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
@@ -738,7 +738,11 @@ def teaching(pair):
     symbols = find_symbols(source, target, batches, 400)
     src, tgt = (RestrictedModel.of(load_model(base), symbols.heads(side)) for side, base in enumerate(pair[:2]))
     reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
-    return lambda settings, *known: Teacher(reader, tgt, settings, symbols, *known), batches
+
+    def teacher(settings, known=1.0):
+        return Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
+
+    return teacher, batches
 
 
 def test_the_teacher_follows_the_source_where_it_is_sure():
@@ -808,7 +812,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
         return batches
 
     asked = dataclasses.replace(LONG, completions=FIRST + 9 * ROUND, polish=0.25)
-    found = fit(teacher, batches, held_out, fresh, asked, begun=time.monotonic())
+    found = Fit(teacher, held_out, asked, begun=time.monotonic()).run(batches, fresh)
     assert found.stopped
     assert found.looks[-1].completions > 0
     best = min(look.divergence for look in found.looks)
@@ -825,7 +829,7 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimiz
     asked = dataclasses.replace(LONG, optimizer=optimizer)
 
     def run(fresh, states):
-        return fit(teacher, batches, held_out, fresh, asked, begun=time.monotonic(), checkpoints=states)
+        return Fit(teacher, held_out, asked, begun=time.monotonic()).run(batches, fresh, states)
 
     def fresh(number, _):
         if number == 2 and not seen:
@@ -885,7 +889,7 @@ def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
 
     monkeypatch.setattr(fit_module, "schedule", lambda share: shares.append(share) or schedule(share))
     monkeypatch.setattr(fit_module.time, "monotonic", lambda: now[0])
-    found = fit(teacher, batches, held_out, fresh, dataclasses.replace(LONG, budget="90s"), begun=0.0)
+    found = Fit(teacher, held_out, dataclasses.replace(LONG, budget="90s"), begun=0.0).run(batches, fresh)
     assert seen == [1, 2]
     # The second of these rounds is written when the time is over.
     assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
@@ -903,7 +907,7 @@ def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginnin
         raise AssertionError
 
     def run(begun, **changed):
-        return fit(teacher, batches, held_out, fresh, dataclasses.replace(LONG, **changed), begun=begun)
+        return Fit(teacher, held_out, dataclasses.replace(LONG, **changed), begun=begun).run(batches, fresh)
 
     found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=FIRST)
     assert found.looks[-1].divergence < found.looks[0].divergence

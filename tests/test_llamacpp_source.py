@@ -14,9 +14,9 @@ from real_models import real_model
 
 import jcrosslora as jcl
 from jcrosslora.decoder import load_model
-from jcrosslora.distill.pilot import compare
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.served import ServedSource
+from jcrosslora.distill.templates import compare
 from jcrosslora.session.demo import SMOLLM2, SOURCE_ADAPTER, demo_questions, shipped
 from jcrosslora.text import Completion
 

@@ -11,11 +11,11 @@ from tiny_bases import random_adapter
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import Written
-from jcrosslora.distill.pilot import compare
+from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.protocol import Compared
 from jcrosslora.distill.task_search import KINDS, choose_writer
 from jcrosslora.distill.task_search.request_writer import ask_about, resemble
+from jcrosslora.distill.templates import compare
 from jcrosslora.text import Completion
 
 EXAMPLES = KINDS[0].examples

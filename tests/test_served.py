@@ -13,9 +13,9 @@ from source_server import BASE, MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.distill.sources.models import ServedModel
-from jcrosslora.distill.sources.served.client import Client, _stated_wait
-from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources import ServedModel
+from jcrosslora.distill.sources.client import Client, _stated_wait
+from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.errors import SourceError, UsageError
 
 KEY = jax.random.key(0)

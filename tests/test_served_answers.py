@@ -11,8 +11,8 @@ from source_server import MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.distill.sources.served.client import Client
-from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.client import Client
+from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.errors import SourceError
 
 FIT = jcl.methods.Distill(completions=22, passes=1, fit_rank=2, answer_tokens=4, compared_tokens=300)

@@ -9,11 +9,11 @@ from probe_bases import write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import StackedAdapter, Written
-from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.completions import answer_given
 from jcrosslora.distill.settings import ROUND
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import SIMILAR, find_form
+from jcrosslora.distill.templates import Sampler
 from jcrosslora.text import Message, prompt_text
 
 LINES = [f"{verb} the {noun} now" for verb in ("play", "stop", "find") for noun in ("song", "film", "book", "game")]
@@ -81,7 +81,7 @@ def adapted(actor, name):
 
 def test_where_more_answers_are_wanted_other_prompts_are_written(base):
     source = adapted(Actor.of(base), "the adapter")
-    found = answer_given(source, source.alone(), CHATS, DistillSettings(completions=40), 0)
+    found = answer_given(source, source.alone(), CHATS, Sampler(40))
     assert [item.prompt for item in found.items[: len(CHATS)]] == CHATS
     own = [item for item in found.items if item.origin == SIMILAR]
     assert len(own) == 40 - len(CHATS) == len({item.prompt for item in own})
@@ -101,7 +101,7 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
 def test_prompts_that_were_not_answered_come_first_in_further_rounds(base):
     source = adapted(Actor.of(base), "the adapter")
     chats = [(Message("user", f"As JSON.\nCommand: number {number} now"),) for number in range(16 + ROUND + 10)]
-    found = answer_given(source, source.alone(), chats, DistillSettings(completions=16), 0)
+    found = answer_given(source, source.alone(), chats, Sampler(16))
     assert [item.prompt for item in found.items] == chats[:16]
     first, second, third = ([item.prompt for item in found.more(number, (), source)] for number in (1, 2, 3))
     assert first == chats[16 : 16 + ROUND]
@@ -117,18 +117,18 @@ def test_other_prompts_are_written_once_for_all_adapters(base):
 
     shared, before = {}, requests()
     one, other = (adapted(Actor.of(base), name) for name in "ab")
-    first = answer_given(one, one.alone(), CHATS, DistillSettings(completions=40), 0, shared=shared)
+    first = answer_given(one, one.alone(), CHATS, Sampler(40), shared=shared)
     written = requests() - before
     assert written == 40 - len(CHATS)
-    again = answer_given(other, other.alone(), CHATS, DistillSettings(completions=40), 0, shared=shared)
+    again = answer_given(other, other.alone(), CHATS, Sampler(40), shared=shared)
     assert requests() - before == written
     assert [item.prompt for item in again.items] == [item.prompt for item in first.items]
-    answer_given(other, other.alone(), CHATS, DistillSettings(completions=40), 1, shared=shared)
+    answer_given(other, other.alone(), CHATS, Sampler(40, seed=1), shared=shared)
     assert requests() - before == 2 * written
 
 
 def test_without_a_form_given_prompts_are_answered_again(base):
     source = adapted(Actor.of(base), "the adapter")
-    found = answer_given(source, source.alone(), CHATS[:4], DistillSettings(completions=20), 0)
+    found = answer_given(source, source.alone(), CHATS[:4], Sampler(20))
     assert [item.prompt for item in found.items] == CHATS[:4] * 5
     assert "others like these" not in found.description

@@ -16,14 +16,13 @@ import jcrosslora as jcl
 from jcrosslora import ServedModel, TorchModel
 from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_model, logits
-from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.pilot import compare
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel
-from jcrosslora.distill.sources.served.predictions import TopTokens, divergence, spread
-from jcrosslora.distill.sources.served.source import ServedSource
-from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.sources.predictions import TopTokens, divergence, spread
+from jcrosslora.distill.sources.served import ServedSource
+from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import Teacher
+from jcrosslora.distill.templates import compare
 from jcrosslora.text import Completion, Message
 
 KEY = jax.random.key(0)
@@ -129,7 +128,7 @@ def lesson(pair, decoder, tmp_path_factory):
     often = dataclasses.replace(decoder.tokenizer, stops=(1, 5))
     texts = [Completion(text, " and water") for text in CORPUS[:4]]
     batches = make_batches(texts, (often, often), 1.0)
-    symbols = find_symbols(base, target, batches, 400, ((1, 5), (1, 5)), ((1, 5), (1,)))
+    symbols = find_symbols(base, target, batches, 400, Ends(((1, 5), (1, 5)), ((1, 5), (1,))))
     other = DecoderSource.of(target)
     reduced = RestrictedModel.of(other.model, symbols.heads(1), 1)
     return batches, symbols, reduced
@@ -138,7 +137,7 @@ def lesson(pair, decoder, tmp_path_factory):
 def sides(source, lesson):
     batches, symbols, target = lesson
     reader = source.reader(symbols.heads(0), 2)
-    return Teacher(reader, target, DistillSettings(), symbols).sides(batches[0])
+    return Teacher(reader, target, symbols, (0.5, 1.0, 0.25)).sides(batches[0])
 
 
 def test_all_predict_the_same_columns(source, decoder, lesson):

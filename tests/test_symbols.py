@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_probes_matching import PieceTokenizer
 
 from jcrosslora.distill.batches import DistillationBatch, make_batches
-from jcrosslora.distill.symbols import NO_SPLITS, Symbols, _count_splits, in_target_symbols
+from jcrosslora.distill.symbols import NO_SPLITS, Moves, Symbols, _count_splits, in_target_symbols
 from jcrosslora.text import Completion
 
 # Source: int 10, ent 11, in 12, cat 13; target: intent 20, in 22, cat 23, ca 24, t 25. Shared: in, cat.
@@ -34,15 +34,14 @@ def batch_of(next_src, next_tgt, answer):
 def test_tokens_that_begin_another_split_give_their_probability_to_the_targets_token():
     #        the same token   int -> intent   cat -> ca    inside ca, t   nothing follows   a split in the prompt
     next_src, next_tgt = [13, 10, 13, -1, -1, 10], [23, 20, 24, 25, -1, 20]
-    moved, to, weight = SYMBOLS.columns(batch_of(next_src, next_tgt, [True] * 5 + [False]))
+    moves, weight = SYMBOLS.moves(batch_of(next_src, next_tgt, [True] * 5 + [False]))
+    moved, to = moves.moved, moves.to
     assert moved.tolist() == [-1, INT, CAT, -1, -1, -1]
     assert to.tolist() == [-1, INTENT, CA, T, -1, -1]
     assert weight.tolist() == [1, 1, 1, 1, 1, 0]
     p = np.array([0.1, 0.2, 0.4, 0.3])
     source = np.log(np.tile(p, (6, 1))).astype(np.float32)
-    found = np.exp(
-        np.asarray(in_target_symbols(source, NO_SPLITS, moved, moved, to, shared=2, own=3, end=False), np.float64)
-    )
+    found = np.exp(np.asarray(in_target_symbols(source, Moves(NO_SPLITS, moved, moved, to), (2, 3, False)), np.float64))
     np.testing.assert_allclose(found[0], np.array([0.1, 0.2, 0, 0, 0]) / 0.3, atol=1e-6)
     np.testing.assert_allclose(found[1], np.array([0.1, 0.2, 0.4, 0, 0]) / 0.7, atol=1e-6)
     np.testing.assert_allclose(found[2], np.array([0.1, 0, 0, 0.2, 0]) / 0.3, atol=1e-6)
@@ -60,7 +59,7 @@ def test_tokens_are_split_as_they_are_elsewhere():
     p = np.array([0.1, 0.2, 0.4, 0.3])
     source = np.log(np.tile(p, (3, 1))).astype(np.float32)
     said, none = np.array([-1, CAT, INT], np.int32), np.full(3, -1, np.int32)
-    given = in_target_symbols(source, found, said, none, none, shared=2, own=3, end=False)
+    given = in_target_symbols(source, Moves(found, said, none, none), (2, 3, False))
     other, cat, int_ = np.exp(np.asarray(given, np.float64))
     # The columns: in, cat; intent, ca, t.
     wanted = np.array([0.1, 0.2 * 4 / 5, 0.4 * 2 / 3, 0.2 / 5, 0])
@@ -80,7 +79,8 @@ def test_without_splits_nothing_is_counted():
 
 
 def test_tokens_without_a_column_are_left_out():
-    moved, to, weight = SYMBOLS.columns(batch_of([99, 10, -1], [20, 99, 99], [True] * 3))
+    moves, weight = SYMBOLS.moves(batch_of([99, 10, -1], [20, 99, 99], [True] * 3))
+    moved, to = moves.moved, moves.to
     assert moved.tolist() == to.tolist() == [-1] * 3
     assert weight.tolist() == [0, 0, 0]
 
@@ -95,7 +95,7 @@ def test_probabilities_stay_those_of_the_text(seed, end):
     moved, to = rng.integers(-1, shared + 2, count), rng.integers(-1, shared + own, count)
     moved = np.where(to < 0, -1, moved).astype(np.int32)
     found = np.asarray(
-        in_target_symbols(source, NO_SPLITS, moved, moved, to.astype(np.int32), shared=shared, own=own, end=end),
+        in_target_symbols(source, Moves(NO_SPLITS, moved, moved, to.astype(np.int32)), (shared, own, end)),
         np.float64,
     )
     assert found.shape == (count, shared + own + end)

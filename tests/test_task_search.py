@@ -10,10 +10,10 @@ from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import StackedAdapter, Written
-from jcrosslora.distill import TEMPLATES, DistillSettings, templates_of
+from jcrosslora.distill import TEMPLATES, templates_of
 from jcrosslora.distill.completions import completions_cost, write_completions
+from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.protocol import Compared
 from jcrosslora.distill.task_search import KINDS, NOTHING, Questioner, find_task, search
 from jcrosslora.distill.task_search.answers import (
     Scored,
@@ -27,7 +27,7 @@ from jcrosslora.distill.task_search.answers import (
 from jcrosslora.distill.task_search.request_writer import choose_examples
 from jcrosslora.distill.task_search.search import share_of
 from jcrosslora.distill.task_search.topics import starts
-from jcrosslora.distill.templates import ConversationTemplate
+from jcrosslora.distill.templates import ConversationTemplate, Sampler
 from jcrosslora.text import Completion, prompt_text
 from jcrosslora.utils.progress import Track
 
@@ -149,7 +149,7 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
         bars[:] = [self]
 
     monkeypatch.setattr(Track, "update", counted)
-    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
+    found = write_completions(actor, actor.alone(), Sampler(60), 12)
     task = found.task
     assert task.said[0].answer.startswith(SAID)
     assert task.job == "text to JSON"
@@ -195,7 +195,7 @@ def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as
 
 def test_fewer_requests_than_prompts_of_the_source_stand_in_a_plain_template(actor, monkeypatch):
     monkeypatch.setattr(search, "choose_templates", lambda _: [TEMPLATES[0]])
-    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
+    found = write_completions(actor, actor.alone(), Sampler(60), 12)
     assert found.task.share == 0.3
     searched = [item for item in found.items if item.origin.startswith("requests found")]
     assert len(searched) == pytest.approx(0.3 * len(found.items), abs=1)
@@ -226,8 +226,8 @@ def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
     pilot = [Completion(one.wrap(words(turn)), text, True, one.name) for turn, (one, text) in enumerate(answers)]
 
     def found(pilot):
-        questioner = Questioner(actor, [plain, chat], DistillSettings(discovery=12), 20, 0)
-        return find_task(questioner, actor.alone(), pilot)
+        questioner = Questioner(actor, [plain, chat], Sampler(tokens=20))
+        return find_task(questioner, actor.alone(), pilot, 12)
 
     assert found(pilot).templates == [chat]
     assert found(pilot).share > 0.99
@@ -244,7 +244,7 @@ def test_what_is_explained_goes_by_the_share_of_the_search_and_its_answers():
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):
     monkeypatch.setattr(Actor, "said", "42")
-    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
+    found = write_completions(actor, actor.alone(), Sampler(60), 12)
     assert found.task.job == "text to JSON"
     assert {one.item.answer for one in found.task.guessed} == {"42"}
     assert found.task.further
@@ -265,7 +265,7 @@ class Describer(Actor):
 
 def test_data_are_written_in_several_notations(actor):
     describer = Describer(*(getattr(actor, field.name) for field in dataclasses.fields(actor)))
-    found = write_completions(describer, describer.alone(), DistillSettings(completions=60, discovery=40), 0).task
+    found = write_completions(describer, describer.alone(), Sampler(60), 40).task
     assert found.job == "data to text"
     inputs = [DATA.input_of(one.text) for one in found.further]
     assert set(inputs) <= set(found.about)
@@ -285,17 +285,16 @@ def test_the_texts_that_are_counted_come_up_to_a_total_that_is_known_from_the_be
 ):
     names = [field.name for field in dataclasses.fields(DecoderSource)]
     source = kind(*(getattr(actor, name) for name in names))
-    settings = DistillSettings(completions=60, discovery=search)
-    write_completions(source, source.alone(), settings, 0)
+    write_completions(source, source.alone(), Sampler(60), search)
     shown = re.findall(r"([\d,]+) of ([\d,]+) texts", capsys.readouterr().err)
     done, totals = (np.array([int(one.replace(",", "")) for one in side]) for side in zip(*shown, strict=True))
     assert len(done) > 4
-    assert set(totals) == {completions_cost(settings, templates=len(templates_of(source.tokenizer))).texts}
+    assert set(totals) == {completions_cost(60, None, search, templates=len(templates_of(source.tokenizer))).texts}
     assert (np.diff(done) >= 0).all()
     assert 0.9 * totals[-1] < done[-1] <= totals[-1]
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):
-    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=0), 0)
+    found = write_completions(actor, actor.alone(), Sampler(60), 0)
     assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}
     assert not found.task.said

@@ -7,38 +7,29 @@ shows in how much it changes the predictions of its base where the answer begins
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
-from jcrosslora.distill.pilot import (
-    answer_prompts,
+from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND
+from jcrosslora.distill.sources import Source, Writer
+from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, search_cost
+from jcrosslora.distill.task_search.request_writer import FEWEST, SIMILAR, find_form, requests_cost
+from jcrosslora.distill.templates import (
+    PROMPT_TOKENS,
+    TEMPLATES,
+    Sampler,
     comparing_cost,
     judge_templates,
     known_templates,
-    prompts_cost,
+    templates_of,
     write_prompts,
 )
-from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, DistillSettings
-from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.task_search import (
-    FEWEST,
-    NOTHING,
-    SIMILAR,
-    FoundTask,
-    Questioner,
-    find_form,
-    find_task,
-    requests_cost,
-    search_cost,
-)
-from jcrosslora.distill.templates import TEMPLATES, templates_of
 from jcrosslora.errors import MethodError
-from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Completion, Prompt, prompt_ids
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track, track
 
@@ -70,36 +61,34 @@ class Completions:
     task: FoundTask | None = None
 
 
-def completions_cost(settings: DistillSettings, prompts: int = 0, *, templates: int = len(TEMPLATES)) -> Cost:
-    """Count the completions that are written before a fit, at most; without `prompts` the source writes prompts too."""
-    count = settings.rounds[0]
-    answers = writing_cost(count, expected_tokens(settings))
+def completions_cost(
+    count: int, tokens: int | None, search: int, *, prompts: int = 0, templates: int = len(TEMPLATES)
+) -> Cost:
+    """Count the completions that are written before a fit, at most; without `prompts` the source writes prompts too.
+
+    Answers have at most so many tokens, or as many as is learnt; the search has so many texts in each step.
+    """
+    answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
     if prompts:
         similar = count - prompts if FEWEST <= prompts < count else 0
         return answers + requests_cost(similar)
-    pilot, tokens = PILOT * templates, settings.answer_tokens or PILOT_TOKENS
+    pilot, most = PILOT * templates, tokens or PILOT_TOKENS
     judged = comparing_cost(pilot * templates)  # every pilot in every template
-    piloted = prompts_cost(pilot) + writing_cost(pilot, tokens) + judged
-    return piloted + search_cost(settings, tokens) + prompts_cost(count) + answers
+    piloted = writing_cost(pilot, PROMPT_TOKENS) + writing_cost(pilot, most) + judged
+    return piloted + search_cost(search, most) + writing_cost(count, PROMPT_TOKENS) + answers
 
 
-def round_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
+def round_cost(tokens: int | None, prompts: int = 0) -> Cost:
     """Count the completions of a further round."""
-    written = Cost() if prompts else prompts_cost(ROUND)
-    return written + writing_cost(ROUND, expected_tokens(settings))
-
-
-def expected_tokens(settings: DistillSettings) -> int:
-    """Return the tokens of an answer, as far as they are known before some are written."""
-    return settings.answer_tokens or PILOT_TOKENS // 2
+    written = Cost() if prompts else writing_cost(ROUND, PROMPT_TOKENS)
+    return written + writing_cost(ROUND, tokens or PILOT_TOKENS // 2)
 
 
 def answer_given(
     source: Source,
     writer: Writer,
     prompts: Sequence[Prompt],
-    settings: DistillSettings,
-    seed: int,
+    sampler: Sampler,
     *,
     shared: dict[Any, Any] | None = None,
 ) -> Completions:
@@ -115,7 +104,7 @@ def answer_given(
     """
     form = find_form(prompts, writer.tokenizer)
     kept: dict[Any, list[Completion]] = {} if shared is None else shared
-    wanted, temperature = settings.rounds[0], settings.answer_temperature
+    wanted, seed = sampler.count, sampler.seed
     further = 0 if form is None else max(0, wanted - len(prompts))
 
     def similar(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
@@ -130,11 +119,11 @@ def answer_given(
         return list(kept[key])
 
     with track(wanted + further, "write completions", "texts") as bar:
-        tokens = settings.answer_tokens or _given_length(source, prompts, temperature, seed)
+        sampler = replace(sampler, tokens=sampler.tokens or _given_length(source, prompts, sampler))
         asked = [Completion(prompt) for prompt in prompts[:wanted]]
         asked += similar(wanted - len(asked), seed, bar)
         asked += [Completion(prompts[place % len(prompts)]) for place in range(wanted - len(asked))]
-        found = answer_prompts(source, asked, tokens, temperature, seed, bar)
+        found = sampler.answer(source, asked, bar=bar)
     _check_enough(found, source)
     used = set(prompts[:wanted])
     first = f"the first {wanted} of " if len(prompts) > wanted else ""
@@ -142,118 +131,115 @@ def answer_given(
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
-        later = _LATER + seed + number
+        later = _LATER + number
         usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
         # Those that were not answered yet come first, once each.
         waiting = [prompt for prompt in usable if prompt not in used][(number - 1) * ROUND :][:ROUND]
         missing = ROUND - len(waiting)
         again = missing if form is None else missing // 2
-        places = np.random.default_rng(later).permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
+        rng = np.random.default_rng(seed + later)
+        places = rng.permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
         asked = [Completion(prompt) for prompt in [*waiting, *(usable[place] for place in places)]]
-        return answer_prompts(answerer, asked + similar(missing - again, later), tokens, temperature, later, None)
+        return sampler.answer(answerer, asked + similar(missing - again, seed + later), later)
 
-    description = f"{len(found)} answers{_ended(found, tokens)} to {first}{len(prompts)} given prompts{cut}"
+    description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)
     description += f", {own} of them to others like these that a base wrote" if own else ""
     return Completions(found, description, more)
 
 
-def write_completions(source: Source, writer: Writer, settings: DistillSettings, seed: int) -> Completions:
+def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`known_templates`); what it was trained to say shows where
-    its change is amplified (`find_task`). The source writes the prompts of a known template, `writer` the others.
+    its change is amplified (`find_task`, with so many texts in each step, 0 for no search). The source writes the
+    prompts of a known template, `writer` the others.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    templates = templates_of(source.tokenizer)
-    cost = completions_cost(settings, templates=len(templates))
+    templates, seed = templates_of(source.tokenizer), sampler.seed
+    cost = completions_cost(sampler.count, sampler.tokens, search, templates=len(templates))
     with track(cost.texts, "write completions", "texts") as bar:
-        pilot = write_pilot(source, settings, seed, bar=bar)
+        pilot = write_pilot(source, sampler, bar=bar)
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
         found = [item for item in pilot if named[item.origin] in known]
         task = NOTHING
-        if settings.discovery:
-            tokens = settings.answer_tokens or PILOT_TOKENS
-            task = find_task(Questioner(source, known, settings, tokens, seed, bar), writer, found)
-        wanted = round(task.share * settings.rounds[0])
+        if search:
+            task = find_task(Questioner(source, known, _with_most(sampler), bar), writer, found, search)
+        wanted = round(task.share * sampler.count)
         found += [one.item for one in task.further[:wanted]]
-        tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
+        sampler = replace(sampler, tokens=sampler.tokens or _written_length(source, found, sampler))
 
         def asked(items: Sequence[Completion]) -> int:
             return sum(item.origin not in named for item in items)
 
-        def write(count: int, requests: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        def write(count: int, requests: int, turn: int, bar: Track | None = None) -> list[Completion]:
             own = [known[place % len(known)] for place in range(count - requests)] if known else []
-            return task.write(writer, requests, seed, bar) + write_prompts(source, own, seed, bar)
+            return task.write(writer, requests, seed + turn, bar) + write_prompts(source, own, seed + turn, bar)
 
         for turn in range(1, _TURNS + 1):
-            missing = max(0, settings.rounds[0] - len(found)) if known else 0
+            missing = max(0, sampler.count - len(found)) if known else 0
             bar.skip_to(bar.total - 2 * missing)
             if missing:
                 lacking = max(0, wanted - asked(found))
-                prompts = write(missing, min(missing, lacking), seed + turn, bar)
-                found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + turn, bar)
+                found += sampler.answer(source, write(missing, min(missing, lacking), turn, bar), turn, bar)
     # Shuffled, so that a part of them comes from all templates.
-    order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
+    order = np.random.default_rng(seed).permutation(len(found))[: sampler.count]
     found = [found[place] for place in order]
     _check_enough(found, source)
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
-        later = _LATER + seed + number
-        prompts = [item for item in write(ROUND, round(task.share * ROUND), later) if item.prompt not in excluded]
-        return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, later, None)
+        prompts = write(ROUND, round(task.share * ROUND), _LATER + number)
+        return sampler.answer(answerer, [one for one in prompts if one.prompt not in excluded], _LATER + number)
 
     where = ", ".join(template.name for template in known)
-    description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
+    description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"
     if asked(found):
         description += f", {asked(found)} of them answers to requests found by a search (it knows best: {task.job})"
     return Completions(found, description, more, task)
 
 
-def write_pilot(
-    source: Source, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: Track | None = None
-) -> list[Completion]:
+def write_pilot(source: Source, sampler: Sampler, each: int = PILOT, *, bar: Track | None = None) -> list[Completion]:
     """Write prompts and answers in all templates, at most `each` in each."""
     wanted = [template for template in templates_of(source.tokenizer) for _ in range(each)]
-    prompts, tokens = write_prompts(source, wanted, seed, bar), settings.answer_tokens or PILOT_TOKENS
-    return answer_prompts(source, prompts, tokens, settings.answer_temperature, seed, bar)
+    return _with_most(sampler).answer(source, write_prompts(source, wanted, sampler.seed, bar), bar=bar)
+
+
+def _with_most(sampler: Sampler) -> Sampler:
+    """Bound answers whose length is not known yet."""
+    return replace(sampler, tokens=sampler.tokens or PILOT_TOKENS)
 
 
 def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
-    """Find the 95th percentile of the lengths of answers.
-
-    Returns:
-        None if fewer than half of them have ended.
-    """
+    """Find the 95th percentile of the lengths of answers; None if fewer than half of them have ended."""
     if not lengths or 2 * sum(ended) < len(ended):
         return None
     return math.ceil(np.percentile(lengths, _PERCENTILE))
 
 
-def _given_length(source: Source, prompts: Sequence[Prompt], temperature: float, seed: int) -> int:
+def _given_length(source: Source, prompts: Sequence[Prompt], sampler: Sampler) -> int:
     """Learn from a few answers how many tokens answers take."""
-    key = jax.random.fold_in(jax.random.key(seed), 2)
+    key = jax.random.fold_in(jax.random.key(sampler.seed), 2)
     few = prompts[:: max(1, len(prompts) // _LENGTH_PILOT)][:_LENGTH_PILOT]
     for count, tokens in ((_LENGTH_PILOT, PILOT_TOKENS), (_LONG_PILOT, MOST_TOKENS)):
-        found = source.write(few[:count], tokens, temperature, key)
+        found = source.write(few[:count], tokens, sampler.temperature, key)
         learnt = answer_length([one.tokens for one in found], [one.ended for one in found])
         if learnt is not None:
             return learnt
     return _ENDLESS_TOKENS
 
 
-def _written_length(source: Source, pilot: Sequence[Completion], temperature: float, seed: int) -> int:
+def _written_length(source: Source, pilot: Sequence[Completion], sampler: Sampler) -> int:
     """Learn how many tokens answers take from the answers of the pilot, or from longer ones to some of its prompts."""
     lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) + 1 for item in pilot]
     learnt = answer_length(lengths, [item.ended for item in pilot])
-    return learnt or _given_length(source, [item.prompt for item in pilot], temperature, seed)
+    return learnt or _given_length(source, [item.prompt for item in pilot], sampler)
 
 
-def _ended(found: Sequence[Completion], tokens: int) -> str:
+def _ended(found: Sequence[Completion], tokens: int | None) -> str:
     share = sum(item.ended for item in found) / max(1, len(found))
     return f" of at most {tokens} tokens ({share:.0%} ended)"
 

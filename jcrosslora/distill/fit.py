@@ -6,8 +6,6 @@ corrects it (on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). Hel
 batches, decide which update is the best.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -43,11 +41,7 @@ Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 @flax.struct.dataclass
 class FitState:
-    """What changes from step to step.
-
-    Attributes:
-        best: the factors with the lowest divergence so far.
-    """
+    """What changes from step to step; the best factors are those with the lowest divergence so far."""
 
     step: jax.Array
     factors: StackedAdapter
@@ -57,11 +51,9 @@ class FitState:
 
 @dataclass(frozen=True)
 class Look:
-    """A look at the held-out completions.
+    """A look at the held-out completions: KL(teacher || target with the update), nats a position.
 
-    Attributes:
-        seconds: since the beginning, writing and reading completions included.
-        divergence: KL(teacher || target with the update), nats a position.
+    The seconds are those since the beginning, writing and reading completions included.
     """
 
     seconds: float
@@ -94,174 +86,152 @@ def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
     looks = 1 + settings.passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * settings.passes * used)
-    return sum([round_cost(settings, prompts)] * (len(settings.rounds) - 1), read)
+    further = [round_cost(settings.answer_tokens, prompts)] * (len(settings.rounds) - 1)
+    return sum(further, read)
 
 
-def fit(
-    teacher: Teacher,
-    first: Sequence[DistillationBatch],
-    held_out: Sequence[TaughtBatch],
-    fresh: Fresh,
-    settings: DistillSettings,
-    start: StackedAdapter | None = None,
-    *,
-    begun: float,
-    checkpoints: Checkpoints | None = None,
-    seed: int = 0,
-) -> Fitted:
-    """Fit an update of the target to the teacher, until the completions or the time are used up.
-
-    The completions that are written already are used in any case.
-
-    Ctrl-C ends the fit with the best update so far.
+class Fit:
+    """A fit of an update of the target to the teacher: its state, and how far it has come.
 
     Args:
         teacher: with the target in it.
-        first: the batches that are written already; they are used first.
         held_out: completions that decide which update is the best, read by the teacher.
-        fresh: writes the completions of further rounds.
-        settings: of the fit.
-        start: an update of the target that stays as it is, and beside which factors are trained.
+        start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
-        checkpoints: where the state is saved behind each round; a fit continues from the newest one.
         seed: of the first factors, and of the order of batches.
     """
-    run, stopped = _Run(teacher, held_out, settings, start, begun, seed), False
-    if checkpoints is not None:
-        run.restore(checkpoints)
-    total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
-    with track(total, "fit", unit) as bar:
-        try:
-            while run.share() < 1:
-                own = run.adapter if run.rounds and run.share() >= 1 - settings.polish else None
-                run.use(fresh(run.rounds, own) if run.rounds else first, bar, own=own is not None)
-                if checkpoints is not None:
-                    run.save(checkpoints)
-        except KeyboardInterrupt:
-            stopped = True
-            run.look(bar)
-    return Fitted(run.joined(run.state.best), tuple(run.looks), run.own, stopped)
-
-
-class _Run:
-    """A fit on its way: its state, and how far it has come."""
 
     def __init__(
         self,
         teacher: Teacher,
         held_out: Sequence[TaughtBatch],
         settings: DistillSettings,
-        start: StackedAdapter | None,
+        start: StackedAdapter | None = None,
+        *,
         begun: float,
-        seed: int,
+        seed: int = 0,
     ) -> None:
         self._teacher, self._held_out, self._settings = teacher, held_out, settings
         self._start, self._begun, self._seed = start, begun, seed
-        self.state = first_state(teacher.target.model, settings, seed)
-        self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
-        self.looks = [Look(self._seconds(), 0, self._divergence())]
-        record({"divergence": self.looks[0].divergence, "completions": 0}, 0)
+        self._state = first_state(teacher.target.model, settings, seed)
+        self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
+        self._looks = [Look(self._seconds(), 0, self._divergence())]
+        record({"divergence": self._looks[0].divergence, "completions": 0}, 0)
 
-    @property
-    def adapter(self) -> StackedAdapter:
-        return self.joined(self.state.factors)
+    def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
+        """Take steps until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
 
-    def joined(self, factors: StackedAdapter) -> StackedAdapter:
+        Args:
+            first: the batches that are written already; they are used first, and in any case.
+            fresh: writes the completions of further rounds.
+            checkpoints: where the state is saved behind each round; a fit continues from the newest one.
+        """
+        settings, stopped = self._settings, False
+        if checkpoints is not None:
+            self._restore(checkpoints)
+        total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
+        with track(total, "fit", unit) as bar:
+            try:
+                while self._share() < 1:
+                    polishes = self._rounds > 0 and self._share() >= 1 - settings.polish
+                    own = self._joined(self._state.factors) if polishes else None
+                    self._use(fresh(self._rounds, own) if self._rounds else first, bar, own=polishes)
+                    if checkpoints is not None:
+                        self._save(checkpoints)
+            except KeyboardInterrupt:
+                stopped = True
+                self._look(bar)
+        return Fitted(self._joined(self._state.best), tuple(self._looks), self._own, stopped)
+
+    def _joined(self, factors: StackedAdapter) -> StackedAdapter:
         return factors if self._start is None else join_stacked(self._start, factors)
 
-    def share(self) -> float:
-        """How much of the budget, or of the rounds, is used."""
+    def _share(self) -> float:
+        """Return how much of the budget, or of the rounds, is used."""
         if self._settings.seconds is not None:
             used = self._seconds() / self._settings.seconds
             # To write the first completions may take longer than the budget: they are used all the same.
-            return used if self.rounds else min(used, self._part)
+            return used if self._rounds else min(used, self._part)
         sizes = self._settings.rounds
-        return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
+        return 1.0 if self._rounds >= len(sizes) else sum(sizes[: self._rounds]) / sum(sizes) + self._part
 
-    def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
+    def _use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
         """Take the steps of a round, in an order without a pattern: batches come by width.
 
         The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
         """
         target, settings = self._teacher.target.with_adapter(self._start), self._settings
-        size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
-        before = self.share()
-        rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
+        size = settings.rounds[self._rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
+        before, read = self._share(), _remembering(self._teacher, batches)
+        rng = np.random.default_rng([self._seed, 3, self._rounds])
         order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
         for place, index in enumerate(order.tolist()):
-            if self.share() >= 1:
+            if self._share() >= 1:
                 break
             batch, first = batches[index], place < len(batches)
-            rate = jnp.float32(settings.rate * schedule(self.share()))
-            state = gradient_step(
-                target,
-                settings.optimizer,
-                self.state,
-                read(index),
-                rate,
-                remat=needs_remat(target.model.settings, batch.tokens_tgt.shape),
-            )
-            self.state = jax.block_until_ready(state)
+            rate = jnp.float32(settings.rate * schedule(self._share()))
+            remat = needs_remat(target.model.settings, batch.tokens_tgt.shape)
+            state = gradient_step(target, settings.optimizer, self._state, read(index), rate, remat=remat)
+            self._state = jax.block_until_ready(state)
             self._used += batch.rows * first
-            self.own += batch.rows * own * first
+            self._own += batch.rows * own * first
             self._part = size * (place + 1) / len(order)
-            if int(self.state.step) % LOOK == 0:
-                self.look(bar)
+            if int(self._state.step) % LOOK == 0:
+                self._look(bar)
             worked = (1 + place + min(1 + place, len(batches))) / (len(order) + len(batches))
-            done = before + size * worked if settings.seconds is None else self.share()
+            done = before + size * worked if settings.seconds is None else self._share()
             bar.update(int(bar.total * done) - bar.done)
-        self.rounds, self._part = self.rounds + 1, 0.0
-        if self.share() >= 1:
-            self.look(bar)
+        self._rounds, self._part = self._rounds + 1, 0.0
+        if self._share() >= 1:
+            self._look(bar)
 
-    def look(self, bar: Track) -> None:
+    def _look(self, bar: Track) -> None:
         """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
-        if self._seen == int(self.state.step):
+        if self._seen == int(self._state.step):
             return
-        self._seen = int(self.state.step)
-        found = self._divergence()
-        if found < min(look.divergence for look in self.looks):
-            self.state = replace(self.state, best=self.state.factors)
-        self.looks.append(Look(self._seconds(), self._used, found))
+        self._seen, found = int(self._state.step), self._divergence()
+        if found < min(look.divergence for look in self._looks):
+            self._state = replace(self._state, best=self._state.factors)
+        self._looks.append(Look(self._seconds(), self._used, found))
         record({"divergence": found, "completions": self._used}, self._seen)
-        bar.note = f"divergence {min(look.divergence for look in self.looks):.3f}"
+        bar.note = f"divergence {min(look.divergence for look in self._looks):.3f}"
 
     def _divergence(self) -> float:
-        return mean_kl(self._teacher.target.with_adapter(self.adapter), self._held_out)
+        return mean_kl(self._teacher.target.with_adapter(self._joined(self._state.factors)), self._held_out)
 
-    def restore(self, checkpoints: Checkpoints) -> None:
+    def _restore(self, checkpoints: Checkpoints) -> None:
         """Take up the newest saved state, if there is one."""
-        self.state, notes = checkpoints.restore(self.state)
+        self._state, notes = checkpoints.restore(self._state)
         if notes:
-            self.rounds, self.own, self._used = notes["rounds"], notes["own"], notes["used"]
-            self.looks = [Look(*look) for look in notes["looks"]]
+            self._rounds, self._own, self._used = notes["rounds"], notes["own"], notes["used"]
+            self._looks = [Look(*look) for look in notes["looks"]]
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        looks = [[look.seconds, look.completions, look.divergence] for look in self.looks]
-        progress = {"rounds": self.rounds, "own": self.own, "used": self._used, "seen": self._seen}
-        checkpoints.save(self.state, {**progress, "seconds": self._seconds(), "looks": looks})
+    def _save(self, checkpoints: Checkpoints) -> None:
+        looks = [[look.seconds, look.completions, look.divergence] for look in self._looks]
+        progress = {"rounds": self._rounds, "own": self._own, "used": self._used, "seen": self._seen}
+        checkpoints.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun
 
 
-class _Remembered:
-    """The teacher's predictions on the batches of a round; as many are kept as memory allows."""
+def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch]) -> Callable[[int], TaughtBatch]:
+    """Read the batches of a round by their indices; as many of the teacher's predictions are kept as memory allows."""
+    kept: dict[int, TaughtBatch] = {}
+    size = 0
 
-    def __init__(self, teacher: Teacher, batches: Sequence[DistillationBatch]) -> None:
-        self._teacher, self._batches = teacher, batches
-        self._kept: dict[int, TaughtBatch] = {}
-        self._bytes = 0
-
-    def __call__(self, index: int) -> TaughtBatch:
-        if index in self._kept:
-            return self._kept[index]
-        found = self._teacher.read(self._batches[index])
-        self._bytes += found.teacher.nbytes
-        if self._bytes <= MOST_REMEMBERED:
-            self._kept[index] = found
+    def read(index: int) -> TaughtBatch:
+        nonlocal size
+        if index in kept:
+            return kept[index]
+        found = teacher.read(batches[index])
+        size += found.teacher.nbytes
+        if size <= MOST_REMEMBERED:
+            kept[index] = found
         return found
+
+    return read
 
 
 def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:

@@ -1,7 +1,5 @@
 """Distillation as a whole: write completions, make batches, fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import time
@@ -17,26 +15,19 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
 from jcrosslora.cache.keys import digest_of
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import (
-    Generator,
-    LoadedBases,
-    StackedAdapter,
-    fast_dtype,
-    stack_adapter,
-    unstack_adapter,
-)
+from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
+from jcrosslora.decoder import Generator, LoadedBases, StackedAdapter, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
-from jcrosslora.distill.fit import Fitted, Look, fit
+from jcrosslora.distill.fit import Fit, Fitted, Look
 from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
-from jcrosslora.distill.sources.models import with_own_template
-from jcrosslora.distill.sources.protocol import Source, Writer
-from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.sources.opening import with_own_template
+from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
+from jcrosslora.distill.templates import Sampler
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
@@ -95,11 +86,9 @@ def distill(
     Args:
         source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried, with its
             adapter.
-        target: the base to update.
         adapter: of a source that our decoder runs, with fused matrices split (see `fit_to_base`); else not used.
         start: an update of the target to start from; None starts from nothing.
         prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
-        settings: of the fit.
         seed: of all that is sampled.
         states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
         loaded: gives the weights of both bases; None loads them for this fit.
@@ -127,32 +116,34 @@ def distill(
     writer: Writer = source.alone()
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
+    sampler = Sampler(settings.rounds[0], settings.answer_tokens, settings.answer_temperature, seed)
     if prompts:
-        completions = answer_given(source, writer, prompts, settings, seed, shared=shared)
+        completions = answer_given(source, writer, prompts, sampler, shared=shared)
     else:
-        completions = write_completions(source, writer, settings, seed)
-    batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
-    stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
-    rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
-    symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
-    reader = source.reader(symbols.heads(0), len(ends[0]))
-    tgt = RestrictedModel.of(model, symbols.heads(1), len(ends[1]))
+        completions = write_completions(source, writer, sampler, settings.discovery)
+    fitted_to, held_out = hold_out(completions.items, settings.held_out, seed)
+    batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (fitted_to, held_out))
+    ends = end_tokens(tokenizers, completions.items)
+    rounded, read = isinstance(source, DecoderSource), [*batches, *judged]
+    symbols = find_symbols(source, target, read, settings.compared_tokens, ends, rounded=rounded)
+    reader = source.reader(symbols.heads(0), len(symbols.ends[0]))
+    tgt = RestrictedModel.of(model, symbols.heads(1), len(symbols.ends[1]))
+    kept_back = {item.prompt for item in held_out}
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
-        answerer = source if own is None else student
-        items = completions.more(number, kept_back, answerer)
+        items = completions.more(number, kept_back, source if own is None else student)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
     known = 1.0 if completions.task is None else completions.task.explained
-    teacher = Teacher(reader, tgt, settings, symbols, known)
-    judged = [teacher.read(batch) for batch in held_out]
+    teacher = Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
+    taught = [teacher.read(batch) for batch in judged]
     kept = nullcontext()
     if states is not None and settings.grows:
         digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
-        fitted = fit(teacher, batches, judged, fresh, settings, begun, begun=clock, checkpoints=checkpoints, seed=seed)
+        fitted = Fit(teacher, taught, settings, begun, begun=clock, seed=seed).run(batches, fresh, checkpoints)
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
     chats = any(not isinstance(item.prompt, str) for item in completions.items)
@@ -167,34 +158,28 @@ def distill(
     )
 
 
-def hold_out(
-    completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], settings: DistillSettings, seed: int
-) -> tuple[list[DistillationBatch], list[DistillationBatch], set[Prompt]]:
-    """Make the batches to fit to, and those held out, with their prompts; answers to one are all on one side."""
+def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:
+    """Divide completions into those to fit to and those held out; answers to one prompt are all on one side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
     # At least one prompt on each side.
-    count = min(max(1, round(settings.held_out * len(prompts))), len(prompts) - 1)
-    kept_back = {prompts[index] for index in order[:count]}
-    held_out = [item for item in completions if item.prompt in kept_back]
-    rest = [item for item in completions if item.prompt not in kept_back]
-    batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (rest, held_out))
-    return batches, judged, kept_back
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    held_out = {prompts[index] for index in order[:count]}
+    rest = [item for item in completions if item.prompt not in held_out]
+    return rest, [item for item in completions if item.prompt in held_out]
 
 
-def end_tokens(
-    tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> Ends:
     """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
 
-    Returns:
-        Their ids; none on both sides if one side has none, as the end then cannot be compared.
+    The symbol has none on both sides if one side has none, as the end then cannot be compared.
     """
+    stops = tokenizers[0].stops, tokenizers[1].stops
     chats = {not isinstance(item.prompt, str) for item in completions}
     found = {ending(tokenizers[1], chat=chat) for chat in chats}
-    if None in found or not tokenizers[0].stops:
-        return (), ()
-    return tokenizers[0].stops, tuple(sorted(end for end in found if end is not None))
+    if None in found or not stops[0]:
+        return Ends(stops)
+    return Ends(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:

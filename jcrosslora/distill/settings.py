@@ -71,61 +71,43 @@ class DistillSettings:
         """Whether completions are written as the fit goes."""
         return self.budget is not None or len(self.rounds) > 1
 
-    def source_weights(self, known: float) -> tuple[float, float]:
-        """Return the shares of the adapted source where it is unsure, and where it is sure.
+    def teacher_weights(self, known: float) -> tuple[float, float, float]:
+        """Return the shares of the adapted source where it is unsure and where it is sure, and the contrast's weight.
 
-        They depend on how well its task is known, 0 to 1: 1 where prompts are given, see `FoundTask.explained`.
+        They depend on how well the adapter's task is known, 0 to 1: 1 where prompts are given, see
+        `FoundTask.explained`.
         """
-        if self.sure_weight is not None:
-            return self.teacher_weight, self.sure_weight
-        return self.teacher_weight, self.teacher_weight + (1 - self.teacher_weight) * known
+        sure = self.sure_weight
+        if sure is None:
+            sure = self.teacher_weight + (1 - self.teacher_weight) * known
+        return self.teacher_weight, sure, self.contrast_weight
 
     @property
     def seconds(self) -> float | None:
-        """The budget in seconds, None without one."""
-        return None if self.budget is None else parse_duration(self.budget)
+        """The budget in seconds, such as 90s, 20min or 1.5h; None without one, and for any other text or no time."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", (self.budget or "").strip())
+        return (float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else 0.0) or None
 
     def check(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UsageError: a setting is out of range.
-        """
-        least = {
-            "fit_rank": 1,
-            "passes": 1,
-            "completions": FEWEST_COMPLETIONS,
-            "answer_tokens": 1,
-            "compared_tokens": 1,
-            "discovery": 0,
-        }
-        found = {name: getattr(self, name) for name in least}
+        """Raise UsageError if a setting is out of range."""
+        least = {"fit_rank": 1, "passes": 1, "completions": FEWEST_COMPLETIONS}
+        least |= {"answer_tokens": 1, "compared_tokens": 1, "discovery": 0}
         rules = {
-            name: (found[name] is None or found[name] >= fewest, f"{fewest} or more") for name, fewest in least.items()
+            name: ((value := getattr(self, name)) is None or value >= fewest, f"{fewest} or more")
+            for name, fewest in least.items()
         }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
-        rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
-        rules["sure_weight"] = self.sure_weight is None or 0 <= self.sure_weight <= 1, "a share from 0 to 1"
+        for name in ("teacher_weight", "sure_weight", "polish"):
+            rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
-        rules["polish"] = 0 <= self.polish <= 1, "a share from 0 to 1"
         rules["rate"] = 0 < self.rate < math.inf, "a positive number"
         rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
         rules["roles"] = known, f"some of {', '.join(ROLES)}"
-        timed = self.budget is None or parse_duration(self.budget) is not None
+        timed = self.budget is None or self.seconds is not None
         rules["budget"] = timed, "a time such as 90s, 20min or 1.5h"
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"
         for name, (holds, wanted) in rules.items():
             if not holds:
                 msg = f"distill with {name} {getattr(self, name)} was asked for, wanted {wanted}"
                 raise UsageError(msg)
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
-
-
-def parse_duration(text: str) -> float | None:
-    """Return the seconds of a time such as 90s, 20min or 1.5h; None for any other text, and for no time at all."""
-    found = _DURATION.fullmatch(text.strip())
-    seconds = float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else 0.0
-    return seconds or None

@@ -7,12 +7,11 @@ that the target learns to write "int" where it would have to write "intent". Wha
 is split as it is elsewhere: where all answers with "int" are answers with "intent" to the target, so is this one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -45,12 +44,40 @@ class Splits:
     share: np.ndarray
 
 
+class Moves(NamedTuple):
+    """What moves from the source's columns to the target's at P positions.
+
+    Attributes:
+        splits: of tokens that the text does not have at a position.
+        said: int32 (P,), the column of the source's next token, which the text splits; -1 where there is none.
+        moved: int32 (P,), the column whose probability moves, or -1.
+        to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
+    """
+
+    splits: Splits
+    said: jax.Array
+    moved: jax.Array
+    to: jax.Array
+
+
+class Ends(NamedTuple):
+    """Ids of tokens of source and target that end a text.
+
+    Attributes:
+        stops: all of them. They are no shared tokens, as the end is a symbol of its own.
+        symbol: those that are this symbol; none on both sides if one has none.
+    """
+
+    stops: tuple[Sequence[int], Sequence[int]] = ((), ())
+    symbol: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
 NO_SPLITS = Splits(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class Symbols:
-    """The symbols of a fit. Columns of the source: shared, own, end; of the target: shared, own, end.
+    """The symbols of a fit. Columns of either side: shared, own, end.
 
     Attributes:
         shared: ids of the shared tokens in source and target, int32 (V,) each.
@@ -85,13 +112,14 @@ class Symbols:
         """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
         return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
 
-    def columns(self, batch: DistillationBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def moves(self, batch: DistillationBatch) -> tuple[Moves, jax.Array]:
         """Find what moves from which of the source's columns to which of the target's, at each position of a batch.
 
+        Where the source has no position and the target has one, the target's token alone is given: the text itself is
+        the teacher.
+
         Returns:
-            int32 (P,) columns of the source's next tokens, -1 where nothing moves; int32 (P,) of the target's, -1
-            likewise; and float32 (P,) the weights, 0 where the target's next token has no column. Where the source has
-            no position and the target has one, the target's token alone is given: the text itself is the teacher.
+            The moves, and float32 (P,) the weights, 0 where the target's next token has no column.
         """
         src, tgt = self.following(batch, 0), self.following(batch, 1)
         known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
@@ -100,27 +128,22 @@ class Symbols:
         alone = (batch.next_src < 0) & (batch.next_tgt >= 0)
         # Prompts are not what the source says: other splits of them teach nothing.
         lost = (moves & (~batch.answer | (src < 0) | (tgt < 0))) | (alone & (tgt < 0))
-        return (
-            np.where(moves & ~lost, src, -1).astype(np.int32),
-            np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32),
-            np.where(lost, 0, batch.weight).astype(np.float32),
-        )
+        moved = np.where(moves & ~lost, src, -1).astype(np.int32)
+        to = np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32)
+        weight = np.where(lost, 0, batch.weight).astype(np.float32)
+        return Moves(self.splits, *map(jnp.asarray, (src, moved, to))), jnp.asarray(weight)
 
     def following(self, batch: DistillationBatch, side: int = 1) -> np.ndarray:
         """Return int32 (P,) the columns of a side's next tokens, -1 where there is none or it has no column."""
-        return _places((batch.next_src, batch.next_tgt)[side], self.tokens(side)).astype(np.int32)
+        tokens, ids = (batch.next_src, batch.next_tgt)[side], self.tokens(side)
+        order = np.argsort(ids)
+        found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
+        places = order[found]
+        return np.where((ids[places] == tokens) & (tokens >= 0), places, -1).astype(np.int32)
 
 
 def _filled(ids: np.ndarray, count: int) -> np.ndarray:
     return np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN)
-
-
-def _places(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Find the columns of tokens among their ids, -1 where there is none."""
-    order = np.argsort(ids)
-    found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
-    places = order[found]
-    return np.where((ids[places] == tokens) & (tokens >= 0), places, -1)
 
 
 def find_symbols(
@@ -128,8 +151,7 @@ def find_symbols(
     target: HasVocabulary,
     batches: Sequence[DistillationBatch],
     commonest: int,
-    stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
-    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    ends: Ends = Ends(),  # noqa: B008
     *,
     rounded: bool = False,
 ) -> Symbols:
@@ -138,12 +160,8 @@ def find_symbols(
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
 
     Args:
-        source: the source.
-        target: the target.
         batches: all batches of the fit.
         commonest: how many of the source's lowest ids to take, whether they occur or not.
-        stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
-        ends: those of them that are the symbol, see `Symbols`.
         rounded: see `Symbols`; the source's reader then has to know `NO_TOKEN`.
 
     Raises:
@@ -157,15 +175,14 @@ def find_symbols(
     ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
     kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))
     kept |= np.arange(len(ids_src)) < commonest
-    kept &= ~np.isin(ids_src, list(stops[0])) & ~np.isin(ids_tgt, list(stops[1]))
+    stops = [list(side) for side in ends.stops]
+    kept &= ~np.isin(ids_src, stops[0]) & ~np.isin(ids_tgt, stops[1])
     shared = ids_src[kept], ids_tgt[kept]
     own = []
     for side in (0, 1):
         tokens = np.concatenate([(batch.next_src, batch.next_tgt)[side][batch.answer] for batch in batches])
-        own.append(
-            np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], list(stops[side])])).astype(np.int32)
-        )
-    found = Symbols(shared, (own[0], own[1]), ends, rounded)
+        own.append(np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], stops[side]])).astype(np.int32))
+    found = Symbols(shared, (own[0], own[1]), ends.symbol, rounded)
     return replace(found, splits=_count_splits(found, batches))
 
 
@@ -185,30 +202,14 @@ def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Spl
     )
 
 
-@partial(jax.jit, static_argnames=("shared", "own", "end"))
-def in_target_symbols(
-    source: jax.Array,
-    splits: Splits,
-    said: jax.Array,
-    moved: jax.Array,
-    to: jax.Array,
-    *,
-    shared: int,
-    own: int,
-    end: bool,
-) -> jax.Array:
+@partial(jax.jit, static_argnames="sizes")
+def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bool]) -> jax.Array:
     """Give the source's predictions in the target's columns: float32 (P, shared + own + end).
 
-    Args:
-        source: float32 (P, C), log-probabilities of the source's columns.
-        splits: of tokens that the text does not have at a position.
-        said: int32 (P,), the column of the source's next token, which the text splits; -1 where there is none.
-        moved: int32 (P,), the column whose probability moves, or -1.
-        to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
-        shared: V.
-        own: E, the target's own tokens.
-        end: whether the last column is the end of the text.
+    `source` float32 (P, C) are log-probabilities of the source's columns; the sizes are the numbers of shared tokens
+    and of the target's own, and whether the last column is the end of the text.
     """
+    (splits, said, moved, to), (shared, own, end) = moves, sizes
     # Columns in front, so that a split adds whole rows.
     probability = jnp.exp(source).T
     part = probability[splits.source] * jnp.where(splits.source[:, None] == said, 0, splits.share[:, None])

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources import Reader
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
-from jcrosslora.distill.sources.protocol import Reader
 from jcrosslora.distill.symbols import Symbols, in_source_symbols, in_target_symbols
 
 
@@ -20,12 +19,7 @@ from jcrosslora.distill.symbols import Symbols, in_source_symbols, in_target_sym
 class TaughtBatch:
     """A batch as the target reads it, with the teacher's predictions.
 
-    Attributes:
-        tokens: int32 (B, T).
-        mask: bool (B, T).
-        at: int32 (P,), flat positions.
-        weight: float32 (P,).
-        teacher: float32 (P, V), log-probabilities.
+    The shapes are (B, T), bool (B, T), flat positions (P,), float32 (P,), and float32 (P, V) log-probabilities.
     """
 
     tokens: jax.Array
@@ -40,28 +34,27 @@ class Teacher:
 
     Args:
         source: reads with and without the adapter.
-        known: how well the adapter's task is known, 0 to 1, see `DistillSettings.source_weights`.
+        weights: see `mix_teacher` and `DistillSettings.teacher_weights`.
+        token_share: of an answer's tokens that are fitted, see `chosen_weights`.
     """
 
     def __init__(
         self,
         source: Reader,
         target: RestrictedModel,
-        settings: DistillSettings,
         symbols: Symbols,
-        known: float = 1.0,
+        weights: tuple[float, float, float],
+        token_share: float = 1.0,
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        self._weights = *settings.source_weights(known), settings.contrast_weight
-        self._token_share = settings.token_share
+        self._weights, self._token_share = weights, token_share
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
-        teacher_weight, sure_weight, contrast_weight = self._weights
-        # What has no weight is not worth a pass.
+        *shares, contrast = self._weights
         chosen = self._token_share < 1
-        own = min(teacher_weight, sure_weight) < 1
-        taught, base, adapted = self.sides(batch, own=own, base=contrast_weight != 0 or chosen)
+        # Skip models whose weight is zero.
+        taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0 or chosen)
         if chosen:
             answer, following = jnp.asarray(batch.answer), jnp.asarray(self._symbols.following(batch))
             share = jnp.float32(self._token_share)
@@ -75,13 +68,11 @@ class Teacher:
     ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
         """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
 
-        Args:
-            batch: to read.
-            own: whether the target's own predictions are wanted; if not, they may be those of the adapted source.
-            base: whether those of the source without its adapter are wanted; likewise.
+        Unless `own`, the target's own predictions may be those of the adapted source; unless `base`, those of the
+        source without its adapter may be too.
 
         Returns:
-            The batch with the target's own predictions in place of the teacher's; and the source's predictions without
+            The batch with the target's own predictions instead of the teacher's; and the source's predictions without
             and with its adapter.
         """
         symbols = self._symbols
@@ -91,13 +82,12 @@ class Teacher:
             found = shared_log_probs(self.target, *read)
         if found is not None and not self._source.complete:
             spread = in_source_symbols(found, symbols)
-        moved, to, weight = map(jnp.asarray, symbols.columns(batch))
-        ways = symbols.splits, jnp.asarray(symbols.following(batch, 0)), moved, to
+        moves, weight = symbols.moves(batch)
         shared, _, alone = symbols.sizes
-        sizes = {"shared": shared, "own": alone, "end": len(symbols.ends[0]) > 0}
+        sizes = shared, alone, len(symbols.ends[0]) > 0
         sides = self._source.read(batch, spread, base=base)
-        adapted = in_target_symbols(sides[1], *ways, **sizes)
-        plain = in_target_symbols(sides[0], *ways, **sizes) if base else adapted
+        adapted = in_target_symbols(sides[1], moves, sizes)
+        plain = in_target_symbols(sides[0], moves, sizes) if base else adapted
         return TaughtBatch(*read, weight, adapted if found is None else found), plain, adapted
 
 
@@ -120,13 +110,8 @@ def mix_teacher(
     is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
     predict something else than the target does.
 
-    Args:
-        target: (P, V), log-probabilities of the target.
-        base: (P, V), of the source.
-        adapted: (P, V), of the source with its adapter.
-        teacher_weight: (), share of the adapted source where many tokens are equally likely for it.
-        sure_weight: (), its share where it is sure of one token.
-        contrast_weight: (), weight of the source's change.
+    Target, base and adapted are log-probabilities (P, V) of the target, and of the source without and with its adapter;
+    the weights are scalars.
     """
     entropy = -jnp.sum(jnp.exp(adapted) * adapted, axis=-1, keepdims=True)
     share = teacher_weight + (sure_weight - teacher_weight) * jnp.exp(-entropy)
@@ -153,12 +138,11 @@ def chosen_weights(
     Positions of prompts, and those that no known token follows, such as the end of an answer, keep their weights.
 
     Args:
-        weight: float32 (P,), of each position.
+        weight: float32 (P,).
         answer: bool (P,), whether a token of the answer follows.
         following: int32 (P,), column of the token that follows, -1 where there is none.
-        base: float32 (P, V), log-probabilities of the source.
-        adapted: float32 (P, V), of the source with its adapter.
-        share: float32 scalar, 0 to 1, of the answer's tokens in the batch that are kept.
+        base: float32 (P, V), log-probabilities of the source, as `adapted` with its adapter.
+        share: of the answer's tokens in the batch that are kept, 0 to 1.
     """
     judged = answer & (weight > 0) & (following >= 0)
     columns = jnp.maximum(following, 0)[:, None]

@@ -22,7 +22,7 @@ from jcrosslora.utils.cost import Cost
 
 if TYPE_CHECKING:
     from jcrosslora.decoder import LoadedBases
-    from jcrosslora.distill.sources.protocol import Source
+    from jcrosslora.distill.sources import Source
     from jcrosslora.evaluate.probes import ProbeBatch
 
 Measure = Literal[

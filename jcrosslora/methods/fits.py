@@ -29,7 +29,8 @@ class Distill(DistillSettings, Method):
 
         first = replace(self, completions=self.rounds[0]) if self.budget is not None else self
         fit = replace(fit_cost(first, sizes.prompts), budget=self.seconds)
-        return {"write completions": completions_cost(self, sizes.prompts), "fit": fit}
+        written = completions_cost(self.rounds[0], self.answer_tokens, self.discovery, prompts=sizes.prompts)
+        return {"write completions": written, "fit": fit}
 
     def move(self, task: Task) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.

@@ -6,7 +6,7 @@ from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import open_base
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.methods import make_method
 from jcrosslora.relation.pairing import parse_depth

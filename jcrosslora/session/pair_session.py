@@ -17,7 +17,7 @@ from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_pro
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import BaseInfo, describe_base
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.activations import batch_probes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jcrosslora.adapter import Adapter
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.maps.align import align_groups

@@ -20,7 +20,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import AmplifiedGenerator, AppliedAdapter, Generator, Model, divergence, forward, logits
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.sources import Compared
 
 _WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared
 _divergence = jax.jit(divergence)

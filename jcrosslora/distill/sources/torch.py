@@ -21,9 +21,8 @@ from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources.models import TorchModel, open_tokenizer, with_own_template
-from jcrosslora.distill.sources.protocol import Compared
-from jcrosslora.distill.sources.torch_loading import find_peft_adapter, load_model
+from jcrosslora.distill.sources import Compared, TorchModel
+from jcrosslora.distill.sources.opening import find_peft_adapter, load_model, open_tokenizer, with_own_template
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids

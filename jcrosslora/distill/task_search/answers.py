@@ -1,7 +1,5 @@
 """The adapter's answers to requests, and how well they show what it was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +7,15 @@ from functools import cached_property
 import numpy as np
 
 from jcrosslora.decoder.prompt_batches import writing_cost
-from jcrosslora.distill.pilot import answer_prompts, compare, comparing_cost
-from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.protocol import Source
-from jcrosslora.distill.templates import ConversationTemplate, PromptTemplate, templates_of
+from jcrosslora.distill.sources import Source
+from jcrosslora.distill.templates import (
+    ConversationTemplate,
+    PromptTemplate,
+    Sampler,
+    compare,
+    comparing_cost,
+    templates_of,
+)
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
@@ -32,8 +35,8 @@ class Scored:
 
     Attributes:
         change: KL(with adapter || without) in nats, summed over the judged tokens.
-        surprise: the part of the answer that surprises the base, in nats, summed over the same tokens: see `score`.
-        doubt: NLL of the answer with the adapter, in nats, summed over the same tokens.
+        surprise: the part of the answer that surprises the base, in nats, summed over them: see `score`.
+        doubt: NLL of the answer with the adapter, in nats, summed over them.
     """
 
     item: Completion
@@ -59,15 +62,13 @@ class Questioner:
 
     Attributes:
         known: the templates that the adapter knows.
-        seed: seed of all that the search samples.
+        sampler: with the most tokens of an answer, and the seed of all that the search samples.
         bar: advances by one for each text.
     """
 
     source: Source
     known: Sequence[PromptTemplate]
-    settings: DistillSettings
-    tokens: int
-    seed: int
+    sampler: Sampler
     bar: Track | None = None
 
     @cached_property
@@ -92,14 +93,12 @@ class Questioner:
             AdapterError: with the adapter the base's predictions are not finite.
         """
         prompts = [prompt_in(text, templates[place % len(templates)]) for place, text in enumerate(requests)]
-        seed, temperature = self.seed + turn, self.settings.answer_temperature
-        return self.score(answer_prompts(self.source, prompts, tokens or self.tokens, temperature, seed, self.bar))
+        return self.score(self.sampler.answer(self.source, prompts, turn, self.bar, tokens))
 
     def ask_base(self, requests: Sequence[str], template: PromptTemplate, turn: int) -> list[tuple[str, str]]:
         """Put requests to the base without the adapter; return those that it answers, with the first tokens."""
-        prompts, temperature = [prompt_in(text, template) for text in requests], self.settings.answer_temperature
-        base, seed = self.source.alone(), self.seed + turn
-        answered = answer_prompts(base, prompts, JUDGED_TOKENS, temperature, seed, self.bar)
+        prompts = [prompt_in(text, template) for text in requests]
+        answered = self.sampler.answer(self.source.alone(), prompts, turn, self.bar, JUDGED_TOKENS)
         return [(template.unwrap(item.prompt), item.answer) for item in answered]
 
     def score(self, items: Sequence[Completion]) -> list[Scored]:
@@ -148,9 +147,7 @@ def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
     comes close to the base's NLL of the answer. It stays far below where the adapter is unsure as well, as it is when
     it goes on from text of another kind, and where the base itself is sure.
 
-    Args:
-        change: (n,), KL(with adapter || without) in nats, the mean over each answer.
-        base_nll: (n,), NLL of the answers under the base alone in nats, the mean over each answer.
+    Both figures are means over each answer, (n,) nats: KL(with adapter || without), and the NLL under the base alone.
     """
     return change / _surprise(base_nll)
 
@@ -193,12 +190,9 @@ def _common(scored: Sequence[Scored], figure: Callable[[Scored], float]) -> floa
 
 
 def distinct(texts: Sequence[str], known: Collection[str] = ()) -> list[int]:
-    """Choose texts that are no near-duplicates of known ones, nor of texts in front of them.
+    """Return the indices of texts that are no near-duplicates of known ones, nor of texts in front of them.
 
     Letters count as lower case, and any space as one.
-
-    Returns:
-        Their indices, in order.
     """
     kept, found = [pieces(text) for text in known], []
     for index, text in enumerate(texts):

@@ -1,7 +1,5 @@
 """Kinds of jobs that models are often trained for, and the choice of the one that an adapter was trained on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ common. A few hundred prompts do not show all that an adapter can do: of 77 kind
 once or not at all.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +15,11 @@ import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
-from jcrosslora.distill.pilot import compare
-from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.task_search.answers import Scored, best_of, distinct
 from jcrosslora.distill.task_search.kinds import KINDS, JobKind
 from jcrosslora.distill.task_search.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
+from jcrosslora.distill.templates import compare
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.cost import TEXT, Cost
 from jcrosslora.utils.progress import Track

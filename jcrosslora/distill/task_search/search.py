@@ -5,15 +5,12 @@ trained on. It also says what it was trained to say. A base writes requests abou
 for, and those that are answered as they were meant show it how to write others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources.protocol import Writer
+from jcrosslora.distill.sources import Writer
 from jcrosslora.distill.task_search.answers import (
     JUDGED_TOKENS,
     Questioner,
@@ -93,9 +90,8 @@ class FoundTask:
 NOTHING = FoundTask([], [], [], [], [], {}, [], 0.0)
 
 
-def search_cost(settings: DistillSettings, tokens: int) -> Cost:
-    """Count a search with answers of at most so many tokens."""
-    count = settings.discovery
+def search_cost(count: int, tokens: int) -> Cost:
+    """Count a search with so many texts in each step and answers of at most so many tokens."""
     if not count:
         return Cost()
     turns = [requests_cost(count) + asking_cost(count, tokens) for _ in range(1 + _TURNS)]
@@ -108,14 +104,14 @@ def _kinds_cost() -> Cost:
     return asked + asked
 
 
-def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion]) -> FoundTask:
+def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion], count: int) -> FoundTask:
     """Find out what an adapter is for.
 
     Args:
         questioner: asks the adapter; its bar advances by about as many texts as `search_cost` counts.
-        writer: writes requests.
         pilot: answers to prompts that the source wrote in templates that the adapter knows; the search is measured
             against those in the templates of its requests, if there are any.
+        count: texts of each step.
 
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
@@ -140,20 +136,20 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
         bar.skip_to(behind)
     kind = kinds[0][0]
     requests = [questioner.named[item.origin].unwrap(item.prompt) for item in pilot]
-    found = _search_topics(questioner, writer, kind, kind.answers_in(probed), requests)
+    begun = starts(questioner.source.tokenizer, templates, requests, count)
+    found = _search_topics(questioner, writer, kind, kind.answers_in(probed), begun, count)
     alike = [item for item in pilot if questioner.named[item.origin] in found.templates] or pilot
     share = share_of(common_odds(found.further), common_odds(questioner.score(alike)))
     return replace(found, kinds=kinds, share=min(share, _most(found.templates)))
 
 
 def _search_topics(
-    questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], requests: Sequence[str]
+    questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], begun: Sequence[str], count: int
 ) -> FoundTask:
-    """Search for requests of a kind about what the adapter speaks of, behind its answers and other requests."""
-    source, seed, bar, settings = questioner.source, questioner.seed, questioner.bar, questioner.settings
-    templates, count = questioner.templates, settings.discovery
+    """Search for requests of a kind about what the adapter speaks of, behind its answers and beginnings of texts."""
+    seed, bar, templates = questioner.sampler.seed, questioner.bar, questioner.templates
 
-    said = sample_amplified(source, starts(source.tokenizer, templates, requests, count), seed, bar)
+    said = sample_amplified(questioner.source, begun, seed, bar)
     # The worse half of it is what the adapter says anyway.
     heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
     about = write_inputs(writer, Findings(kind, answered, {}, heard=heard), count, seed, bar)
@@ -163,7 +159,7 @@ def _search_topics(
     answered = [*answered, *(one for one in guessed if one.template in templates)]
     further: list[Scored] = []
     for turn in range(1, _TURNS + 1):
-        if len(further) >= _most(templates) * settings.rounds[0]:  # more than the fit can use
+        if len(further) >= _most(templates) * questioner.sampler.count:  # more than the fit can use
             break
         later = write_inputs(writer, Findings(kind, answered, about, examples), count, seed + turn, bar)
         about |= later

@@ -9,8 +9,6 @@ turns of phrase. A small base can hardly tell what an answer in JSON was an answ
 a few words.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,10 +19,9 @@ import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
-from jcrosslora.distill.pilot import compare, comparing_cost
-from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.task_search.answers import distinct, score
-from jcrosslora.distill.templates import PromptTemplate
+from jcrosslora.distill.templates import PromptTemplate, compare, comparing_cost
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track

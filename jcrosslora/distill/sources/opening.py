@@ -1,20 +1,76 @@
-"""Load a base with transformers and an adapter with PEFT; torch is imported when that is asked for."""
-
-from __future__ import annotations
+"""Open what torch or a server runs: a base and its adapter with transformers and PEFT, and tokenizers."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
-from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.distill.sources.models import TorchModel
+from jcrosslora.checkpoint import Tokenizer, Vocabulary, is_hub_id
+from jcrosslora.checkpoint.hub import fetch_companions
+from jcrosslora.checkpoint.opening import read_template
+from jcrosslora.checkpoint.store import read_json_object
+from jcrosslora.checkpoint.tokenizer import read_tokenizer
+from jcrosslora.checkpoint.tokenizer_gguf import read_metadata
+from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
+from jcrosslora.checkpoint.vocabulary import read_tokenizer as read_vocabulary
+from jcrosslora.distill.sources import TorchModel
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 
 _FACTOR = ".lora_"
 _NOT_LOADED = "missing adapter keys"  # PEFT's warning of a file that holds other modules than the model has
+
+
+def open_tokenizer(
+    ref: str | Path, *, revision: str | None = None, chat_template: str | Path | None = None, vocab: int | None = None
+) -> tuple[Tokenizer, Vocabulary]:
+    """Open a tokenizer with its vocabulary.
+
+    Args:
+        ref: a folder with tokenizer.json, a tokenizer.json, a GGUF file, or a hub id.
+        revision: of a hub id.
+        chat_template: a file with the template that takes the place of the tokenizer's own.
+        vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+        UsageError: the template cannot be read.
+    """
+    path = _found(ref, revision)
+    template = None if chat_template is None else read_template(Path(chat_template))
+    tokenizer = read_tokenizer(path, str(ref), vocab, None if path.is_file() else _stated_ends(path), template)
+    if path.is_file():
+        return tokenizer, gguf_vocabulary(read_metadata(path), tokenizer.vocab)
+    return tokenizer, read_vocabulary(path, tokenizer.vocab)
+
+
+def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """Read conversations in another template, such as that beside an adapter, if there is one."""
+    return tokenizer if template is None else replace(tokenizer, chat_template=template)
+
+
+def _found(ref: str | Path, revision: str | None) -> Path:
+    path = Path(ref).expanduser()
+    if path.name == "tokenizer.json" and path.is_file():
+        return path.parent
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if not path.exists() and isinstance(ref, str) and is_hub_id(ref):
+        return fetch_companions(ref, revision)
+    msg = f"{ref}: holds no tokenizer: give a folder with tokenizer.json, a .gguf file, or a hub id such as owner/name"
+    raise CheckpointError(msg)
+
+
+def _stated_ends(folder: Path) -> list[Any]:
+    """List the tokens that end a text as the files beside a tokenizer state them."""
+    found: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            stated = read_json_object(folder / name).get("eos_token_id")
+            found += stated if isinstance(stated, list) else [stated]
+    return found
 
 
 def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:

@@ -1,18 +1,25 @@
-"""What servers answer, as types: completions with log-probabilities in both forms, lists of models and of adapters.
+"""What servers answer, as types, what keeps answers, and how servers differ.
 
-Every answer is read here and nowhere else, so what passes has the types and ranges that are stated.
+Every answer is read as one of these types, so what passes has the types and ranges that are stated.
+
+vLLM and SGLang serve an adapter as a model of its own, whose `parent` is the base, and tell the predictions at all
+positions of a given text (`echo` with `logprobs`). llama.cpp serves one model, whose adapter a request switches on or
+off (`lora`); it ignores `echo`, so it is asked for the token behind every prefix.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from jcrosslora.cache.keys import digest_of
-from jcrosslora.errors import SourceError
+from jcrosslora.distill.sources import ServedModel
+from jcrosslora.distill.sources.client import Client, DamagedError, RefusedError, read_reply
+from jcrosslora.errors import SourceError, suggestion
 from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.unfinished import remove_unchanged
 
@@ -22,10 +29,6 @@ Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 _NOTHING = -9000.0  # vLLM writes -9999 for minus infinity, llama.cpp the lowest float
 _SAMPLE = "sample.json"
-
-
-class DamagedError(SourceError):
-    """An answer is none to what was asked; the message names the field."""
 
 
 class Likely(msgspec.Struct, frozen=True):
@@ -124,18 +127,6 @@ class LoadedAdapter(msgspec.Struct, frozen=True):
     path: str = ""
 
 
-def read_reply(content: bytes, kind: type[T]) -> T:
-    """Read JSON as a type; fields that it does not have are passed over.
-
-    Raises:
-        DamagedError: the content is not JSON, or not of this type.
-    """
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DamagedError(str(error)) from None
-
-
 class Answers:
     """Answers of one model on one server. Without a folder nothing is kept; the state of the disk raises no error."""
 
@@ -187,3 +178,100 @@ class Answers:
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / key[:2] / f"{key[2:24]}.json"
+
+
+Kind = Literal["vllm", "sglang", "llamacpp", "other"]
+Fields = Mapping[str, Any]
+# Distributions as the model makes them: servers fill in what the model's own files or they themselves prefer.
+_NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# What a kind of server is sent in each request, and in those that read.
+_FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vllm": (_NEUTRAL, {"return_tokens_as_token_ids": True, "ignore_eos": True}),
+    "sglang": (_NEUTRAL, {"ignore_eos": True}),
+    # Its cache of prompts takes no heed of adapters: of requests side by side the base got states of the adapter.
+    "llamacpp": ({"samplers": ["temperature"], "cache_prompt": False}, {}),
+    "other": ({"top_p": 1.0}, {}),
+}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server is asked.
+
+    Attributes:
+        adapted: fields of requests to the base with its adapter.
+        base: those of requests to the base alone.
+        base_name: the server's name of the base.
+        prefixes: how many prompts a request may have.
+    """
+
+    kind: Kind
+    adapted: Fields
+    base: Fields
+    base_name: str
+    prefixes: int = 1
+
+    def sampling(self, stops: Sequence[int]) -> dict[str, Any]:
+        """Return the fields of requests that write."""
+        ends = {"stop_token_ids": list(stops)} if self.kind in ("vllm", "sglang") else {}
+        return _FIELDS[self.kind][0] | ends
+
+    def reading(self, whole: int | None) -> dict[str, Any]:
+        """Return the fields of requests that read.
+
+        llama.cpp tells nothing where it draws the first part of a character, so it is made to draw the token `whole`,
+        which is a whole character; what it tells stays.
+        """
+        drawn = {"logit_bias": [[whole, 100.0]]} if self.kind == "llamacpp" and whole is not None else {}
+        always, reading = _FIELDS[self.kind]
+        return always | reading | drawn
+
+
+def find_dialect(client: Client, served: ServedModel) -> Dialect:
+    """Ask a server what it is, and find the base and the adapter on it.
+
+    Raises:
+        SourceError: it does not answer, does not have the models, or does not say which of them is the base.
+    """
+    try:
+        listed = client.get("models", Cards | list[Card])  # Together.ai has the second
+    except RefusedError:  # the list is no part of the standard that every server has
+        listed = []
+    cards = listed if isinstance(listed, list) else (listed.data or [])
+    owners = {(card.owned_by or "").lower() for card in cards}
+    kind: Kind = next((one for one in _FIELDS if one in owners), "other")
+    known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
+    wanted = [name for name in (served.model, served.base_model) if name is not None]
+    for name in wanted:
+        # SGLang takes base:adapter as well.
+        if known and name not in known and not (kind == "sglang" and name.partition(":")[0] in known):
+            msg = (
+                f"{client.url}: has no model {name!r}{suggestion(name, known)}: its models are {', '.join(known[:20])}"
+            )
+            raise SourceError(msg)
+    if kind == "llamacpp" and served.base_model in (None, served.model):
+        return _switched(client, served)
+    parent = next((card.parent for card in cards if card.id == served.model), None)
+    base = served.base_model or (parent if parent in {card.id for card in cards} else None)
+    if base is None or base == served.model:
+        msg = f"{client.url}: does not say which model is the base of {served.model}: give its name on the server with "
+        raise SourceError(msg + "--source-base-model; what the adapter changes is measured against it")
+    return Dialect(kind, {"model": served.model}, {"model": base}, base)
+
+
+def _switched(client: Client, served: ServedModel) -> Dialect:
+    """Find the adapter that llama.cpp loaded: the one that is called as the model, or the only one."""
+    adapters = client.get("/lora-adapters", list[LoadedAdapter])
+    paths = [PurePath(one.path) for one in adapters]
+    named = [served.model in (str(path), path.name, path.stem, path.parent.name) for path in paths]
+    chosen = [one for one, fits in zip(adapters, named, strict=True) if fits] or adapters
+    if len(chosen) != 1:
+        had = ", ".join(path.name for path in paths) or "none"
+        msg = f"{client.url}: one adapter was wanted, and the server has {had}: start it with --lora adapter.gguf"
+        raise SourceError(msg)
+
+    def scaled(scale: float) -> dict[str, Any]:
+        others = [{"id": one.id, "scale": 0.0} for one in adapters if one is not chosen[0]]
+        return {"model": served.model, "lora": [{"id": chosen[0].id, "scale": scale}, *others]}
+
+    return Dialect("llamacpp", scaled(1.0), scaled(0.0), f"{served.model} without its adapter", prefixes=32)

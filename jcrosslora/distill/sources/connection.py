@@ -1,26 +1,25 @@
 """A server with an open model: what it writes behind tokens, and what it predicts at their places."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
 
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.decoder.generate import UNFINISHED
-from jcrosslora.distill.sources.served.client import Client, RefusedError
-from jcrosslora.distill.sources.served.dialects import Dialect, Fields
-from jcrosslora.distill.sources.served.predictions import Entry, TokenNames, TopTokens, divergence
-from jcrosslora.distill.sources.served.replies import (
+from jcrosslora.distill.sources.client import Client, RefusedError
+from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens, divergence
+from jcrosslora.distill.sources.replies import (
     Answers,
     Choice,
     Completion,
     DamagedError,
+    Dialect,
+    Fields,
     Index,
     LogProb,
     LogProbs,
@@ -227,7 +226,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
     noise: float
 
     @classmethod
-    def take(cls, connection: Connection, encode: Callable[[str], np.ndarray]) -> Fingerprint:
+    def take(cls, connection: Connection, encode: Callable[[str], np.ndarray]) -> Self:
         """Ask for both models twice."""
         texts = [(ids, range(max(0, len(ids) - _PLACES), len(ids))) for ids in map(encode, TEXTS)]
         sides = (connection.dialect.base, connection.dialect.adapted)
@@ -247,7 +246,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
         """Whether the adapter changes more than noise does."""
         return self.change > self._limit
 
-    def is_of(self, other: Fingerprint) -> bool:
+    def is_of(self, other: Self) -> bool:
         """Whether another run met the same base and adapter, as far as noise allows to say."""
         pairs = (self.plain, other.plain), (self.adapted, other.adapted)
         return all(len(a) == len(b) and _apart(a, b) <= self._limit for a, b in pairs)

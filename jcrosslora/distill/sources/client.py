@@ -3,8 +3,6 @@
 The key goes into one header and nowhere else.
 """
 
-from __future__ import annotations
-
 import email.utils
 import http.client
 import io
@@ -24,8 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from jcrosslora.distill.sources.models import ServedModel
-from jcrosslora.distill.sources.served.replies import DamagedError, read_reply
+from jcrosslora.distill.sources import ServedModel
 from jcrosslora.errors import SourceError, UsageError
 from jcrosslora.utils.progress import Track
 
@@ -41,8 +38,24 @@ _FEWEST_BYTES, _BYTES = 16 << 20, 4096 * 256
 _PIECE = 1 << 16  # bytes
 
 
+class DamagedError(SourceError):
+    """An answer is none to what was asked; the message names the field."""
+
+
 class RefusedError(SourceError):
     """The server refused a request for what it asks, with status 400, 404 or 422."""
+
+
+def read_reply(content: bytes, kind: type[T]) -> T:
+    """Read JSON as a type; fields that it does not have are passed over.
+
+    Raises:
+        DamagedError: the content is not JSON, or not of this type.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedError(str(error)) from None
 
 
 class Client:
@@ -59,9 +72,10 @@ class Client:
         self._stopped = threading.Event()
         self._wait = wait or self._stopped.wait
         # No proxy stands in front of the machine itself, whatever the environment says.
-        direct = urlsplit(self.url).hostname in _LOOPBACK
-        most = max(_FEWEST_BYTES, _BYTES * (served.top_logprobs + 1))
-        self._transport = Transport(served.timeout, most, direct=direct)
+        proxies = [urllib.request.ProxyHandler({})] if urlsplit(self.url).hostname in _LOOPBACK else []
+        self._opener = urllib.request.build_opener(_NoRedirect, _Plain, _Secure, *proxies)
+        self._most = max(_FEWEST_BYTES, _BYTES * (served.top_logprobs + 1))
+        self._seconds = served.timeout
 
     def get(self, path: str, kind: type[T]) -> T:
         """Fetch JSON of a type from an address below the server's, or, with a leading /, from its root.
@@ -138,11 +152,26 @@ class Client:
         raise SourceError(msg + " to go on")
 
     def _once(self, url: str, data: bytes | None) -> bytes:
+        """Return the content of an answer.
+
+        Raises:
+            urllib.error.HTTPError: the status is not 200; what it reads of the answer has the same deadline.
+            OSError, http.client.HTTPException: there is no answer, or none in time.
+            SourceError: the answer is too large.
+        """
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "jcrosslora"}
         request = urllib.request.Request(url, data, headers)
         if self._key is not None:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        return self._transport.fetch(request)
+        content = bytearray()
+        with self._opener.open(request, timeout=self._seconds) as answer:
+            # In pieces, since a read of all allocates what the server says it will send.
+            while piece := answer.read(_PIECE):
+                content += piece
+                if len(content) > self._most:
+                    msg = f"{url}: answers with more than {self._most >> 20} MB, more than what was asked "
+                    raise SourceError(msg + "for can have: check what runs behind this address")
+        return bytes(content)
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """Return what a server says of an error, in one line."""
@@ -186,37 +215,6 @@ def _stated_wait(text: str | None) -> float | None:
         parsed = email.utils.parsedate_tz(text)
         return None if parsed is None else max(0.0, email.utils.mktime_tz(parsed) - time.time())
     return None
-
-
-class Transport:
-    """Sends requests. Redirects are not followed, because they would carry a key along."""
-
-    def __init__(self, seconds: float, most: int, *, direct: bool) -> None:
-        """Set the limits: seconds that reaching the server, sending and reading may take, each; and bytes of an answer.
-
-        A direct transport passes by the proxies of the environment.
-        """
-        self._seconds, self._most = seconds, most
-        proxies = [urllib.request.ProxyHandler({})] if direct else []
-        self._opener = urllib.request.build_opener(_NoRedirect, _Plain, _Secure, *proxies)
-
-    def fetch(self, request: urllib.request.Request) -> bytes:
-        """Return the content of an answer.
-
-        Raises:
-            urllib.error.HTTPError: the status is not 200; what it reads of the answer has the same deadline.
-            OSError, http.client.HTTPException: there is no answer, or none in time.
-            SourceError: the answer is too large.
-        """
-        content = bytearray()
-        with self._opener.open(request, timeout=self._seconds) as answer:
-            # In pieces, since a read of all allocates what the server says it will send.
-            while piece := answer.read(_PIECE):
-                content += piece
-                if len(content) > self._most:
-                    msg = f"{request.full_url}: answers with more than {self._most >> 20} MB, more than what was asked "
-                    raise SourceError(msg + "for can have: check what runs behind this address")
-        return bytes(content)
 
 
 class _Timely(io.RawIOBase):
@@ -269,4 +267,4 @@ class _Secure(urllib.request.HTTPSHandler):
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
-        """Follow none."""
+        """Follow none, as they would carry a key along."""

@@ -20,13 +20,12 @@ from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
 from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources.models import ServedModel, open_tokenizer
-from jcrosslora.distill.sources.protocol import Compared
-from jcrosslora.distill.sources.served.client import Client
-from jcrosslora.distill.sources.served.connection import TEXTS, Connection, Fingerprint
-from jcrosslora.distill.sources.served.dialects import Fields, find_dialect
-from jcrosslora.distill.sources.served.predictions import TokenNames, TopTokens, divergence, spread
-from jcrosslora.distill.sources.served.replies import Answers
+from jcrosslora.distill.sources import Compared, ServedModel
+from jcrosslora.distill.sources.client import Client
+from jcrosslora.distill.sources.connection import TEXTS, Connection, Fingerprint
+from jcrosslora.distill.sources.opening import open_tokenizer
+from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
+from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids

@@ -4,11 +4,10 @@ A server tells the probabilities of k tokens. The rest of the mass is known, 1 l
 other token: the last of the k.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder.generate import UNFINISHED
-from jcrosslora.distill.sources.served.replies import DamagedError, Index, Likely, LogProb, LogProbs, Position
+from jcrosslora.distill.sources.replies import DamagedError, Index, Likely, LogProb, LogProbs, Position
 
 _LEAST = 1e-9  # of the rest of the mass, which rounding may make negative
 _BY_ID = "token_id:"  # how vLLM names tokens where it is asked for ids
@@ -40,7 +39,7 @@ class TopTokens:
     bound: float
 
     @classmethod
-    def of(cls, top: dict[int, float], unnamed: float, told: tuple[int, float] | None = None) -> TopTokens:
+    def of(cls, top: dict[int, float], unnamed: float, told: tuple[int, float] | None = None) -> Self:
         """Take the likeliest tokens, and one more.
 
         Args:
