@@ -18,6 +18,7 @@ train`, which answers train examples in front of the prompts; never on the test 
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Pa
     base = jcl.open_base(ref)
     states, tokenizer = out.with_suffix(".states"), load_tokenizer(base)
     adapter = train_lora(base, examples, settings, checkpoints=states, tokenizer=tokenizer)
-    save_trained(adapter, out, base, settings, {"examples": len(examples)}, chat_template=template_of(tokenizer))
+    made = {**dataclasses.asdict(settings), "examples": len(examples)}
+    save_trained(adapter, out, base, made, chat_template=template_of(tokenizer))
 
 
 def timed(out: Path, make: Callable[[], Any]) -> float:

@@ -172,7 +172,7 @@ class Work:
         self._say(f"training {out.name}: {settings.steps} steps on {len(examples)} examples")
         base, checkpoints = jcl.open_base(ref), self.folder / "checkpoints" / out.name
         adapter = train(base, examples, settings, checkpoints=checkpoints)
-        save_trained(adapter, out, base, settings, dict(facts))
+        save_trained(adapter, out, base, made)
         shutil.rmtree(checkpoints, ignore_errors=True)
         _forget()
 

@@ -1,5 +1,6 @@
 """A shelf on disk: what is added, what is refused and listed, and what a stop leaves."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_an_adapter_without_a_record_is_accepted_by_its_shapes_and_said_to_be_so
 
 def test_what_training_writes_names_its_base(base, tmp_path):
     adapter = random_adapter(base, rank=2, scale=0.1)
-    save_trained(adapter, tmp_path / "trained", base, TrainingSettings(), {})
+    save_trained(adapter, tmp_path / "trained", base, dataclasses.asdict(TrainingSettings()))
     shelf = jcl.Shelf(tmp_path / "shelf", base, encoder="none")
     shelf.add(tmp_path / "trained")
     entry = shelf.entry("trained")

@@ -17,7 +17,7 @@ from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient, train_lora
-from jcrosslora.training import run as training_run
+from jcrosslora.training import batches as training_batches
 from jcrosslora.training.batches import to_adapter
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
@@ -41,7 +41,7 @@ def same(one, other) -> bool:
 
 def stop_behind(monkeypatch, steps: int) -> list[int]:
     """Interrupt training in front of the update that follows so many; returns the steps that were made."""
-    made, real = [], training_run.update
+    made, real = [], training_batches.update
 
     def update(settings, state, gradient):
         if len(made) == steps:
@@ -49,7 +49,7 @@ def stop_behind(monkeypatch, steps: int) -> list[int]:
         made.append(int(state.step))
         return real(settings, state, gradient)
 
-    monkeypatch.setattr(training_run, "update", update)
+    monkeypatch.setattr(training_batches, "update", update)
     return made
 
 

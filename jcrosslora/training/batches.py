@@ -72,11 +72,9 @@ def digest(examples: Sequence[Encoded]) -> str:
 
 @flax.struct.dataclass
 class Batch:
-    """Examples padded on the right; B examples, T tokens, S slots for answer tokens.
+    """Examples padded on the right: tokens int32 and mask bool (B, T); S slots for answer tokens.
 
     Attributes:
-        tokens: int32 (B, T).
-        mask: bool (B, T), False at padding.
         picked: int32 (S,), index into the flattened (B, T): the position in front of each answer token.
         wanted: int32 (S,), the answer tokens.
         used: float32 (S,), 1 for a token, 0 for an empty slot.
@@ -101,7 +99,7 @@ class Plan:
     def __init__(self, examples: Sequence[Encoded], batch: int, steps: int, seed: int):
         """Decide the order of `steps` batches of `batch` examples each."""
         self._examples = examples
-        lengths, answers = (np.array([getattr(one, name) for one in examples]) for name in ("length", "answer"))
+        lengths, answers = np.array([(one.length, one.answer) for one in examples]).T
         self.members = _order(lengths, batch, steps, seed)
         self.widths = _widths(lengths[self.members].max(axis=1))
         found = answers[self.members].sum(axis=1)
@@ -166,8 +164,7 @@ class TrainState:
     """The state of a training between two updates.
 
     Attributes:
-        trained: the trained arrays, in float32; of a LoRA A and B of every role, without the scale.
-        optimizer: state of `optimizer_of`.
+        trained: arrays in float32; of a LoRA A and B of every role, without the scale.
         step: int32 scalar, updates made.
     """
 
@@ -187,13 +184,12 @@ def rate_at(settings: TrainingSettings) -> optax.Schedule:
     return rate
 
 
-def optimizer_of(settings: TrainingSettings) -> optax.GradientTransformation:
+def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     """Make the optimiser: AdamW behind a clip of the gradient's norm, or LoRA-RITE, which clips inside."""
-    rate = rate_at(settings)
+    rate, decay = rate_at(settings), settings.weight_decay
     if settings.optimizer == "lora-rite":
-        return lora_rite(rate, clip=settings.clip, weight_decay=settings.weight_decay)
-    adam = optax.adamw(rate, weight_decay=settings.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
+        return lora_rite(rate, clip=settings.clip, weight_decay=decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=decay))
 
 
 def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
@@ -202,16 +198,14 @@ def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
     Raises:
         UsageError: the optimiser is of LoRA factors, and the arrays are others.
     """
-    return TrainState(trained, optimizer_of(settings).init(trained), jnp.zeros((), jnp.int32))
+    return TrainState(trained, _optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
 
 
 def answer_loss(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
     """Compute the mean of -log p(token) over the batch's answer tokens: float32 scalar, nats.
 
     Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
-    layers together.
-
-    An adapter of the model has the scale inside B. `remat` recomputes each layer in the backward pass.
+    layers together. An adapter of the model has the scale inside B. `remat` recomputes each layer in the backward pass.
     """
     hidden = forward(model, batch.tokens, mask=batch.mask, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
@@ -239,10 +233,9 @@ def loss_and_gradient(
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> TrainState:
     """Update the state; the given one is used up."""
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # optax relies on it, and a program around this one may have set "strict"
-        changes, optimizer = optimizer_of(settings).update(gradient, state.optimizer, state.trained)
+    # optax relies on it, and a program around this one may have set "strict".
+    with jax.numpy_dtype_promotion("standard"):
+        changes, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, changes)
     return TrainState(trained, optimizer, state.step + 1)
 
@@ -273,15 +266,12 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
 
 def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
     """Multiply B by the scale, as the decoder wants it."""
-    roles = {
-        role: StackedFactors(one.a, one.b * jnp.asarray(scale, jnp.float32)) for role, one in factors.roles.items()
-    }
-    return StackedAdapter(roles)
+    times = jnp.asarray(scale, jnp.float32)
+    return StackedAdapter({role: StackedFactors(one.a, one.b * times) for role, one in factors.roles.items()})
 
 
 def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
     """Make an adapter of the factors, the scale inside B."""
     host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
-    return Adapter(
-        unstack_adapter(host, base).modules, AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix)
-    )
+    info = AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix)
+    return Adapter(unstack_adapter(host, base).modules, info)

@@ -1,6 +1,5 @@
 """The settings of a training, and its states on disk, from which a stopped run continues; Orbax writes them whole."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -56,31 +55,21 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise UsageError if a setting is out of range."""
-        positive, counted = (lambda value: 0 < value < math.inf), (lambda value: value >= 1)
-        rules = {
-            "steps": (counted, "1 or more"),
-            "batch": (counted, "1 or more"),
-            "rank": (counted, "1 or more"),
-            "rate": (positive, "a positive number"),
-            "alpha": (positive, "a positive number"),
-            "clip": (positive, "a positive number"),
-            "optimizer": (lambda value: value in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"),
-            "weight_decay": (lambda value: 0 <= value < math.inf, "a number from 0 on"),
-            "seed": (lambda value: 0 <= value < 1 << 32, "an integer from 0 to 2^32 - 1"),
-            "dtype": (lambda value: value in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
-            "modules": (_are_roles, f"a tuple of different ones of {', '.join(ROLES)}"),
-        }
+        modules, wanted = self.modules, "a tuple of different ones of " + ", ".join(ROLES)
+        # Compiled functions are cached by the settings, and a list cannot be hashed.
+        listed = modules is None or (isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)))
+        rules = {name: (getattr(self, name) >= 1, "1 or more") for name in ("steps", "batch", "rank")}
+        for name in ("rate", "alpha", "clip"):
+            rules[name] = 0 < getattr(self, name) < math.inf, "a positive number"
+        for name, known in (("optimizer", get_args(Optimizer)), ("dtype", get_args(Dtype))):
+            rules[name] = getattr(self, name) in known, f"one of {', '.join(known)}"
+        rules["weight_decay"] = 0 <= self.weight_decay < math.inf, "a number from 0 on"
+        rules["seed"] = 0 <= self.seed < 1 << 32, "an integer from 0 to 2^32 - 1"
+        rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), wanted
         for name, (holds, wanted) in rules.items():
-            if not holds(getattr(self, name)):
+            if not holds:
                 msg = f"training with {name} {getattr(self, name)!r}: wanted {wanted}"
                 raise UsageError(msg)
-
-
-def _are_roles(modules: tuple[str, ...] | None) -> bool:
-    if modules is None:
-        return True
-    # Compiled functions are cached by the settings, and a list cannot be hashed.
-    return isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)) and set(modules) <= set(ROLES)
 
 
 _KEPT = 2
@@ -89,12 +78,10 @@ _SEAL = "sha256"  # in the run's identity on disk: Orbax has no checksum of the 
 
 
 class Stepped(Protocol):
-    """A pytree that counts its steps."""
+    """A pytree that counts its steps, in an int32 scalar."""
 
     @property
-    def step(self) -> jax.Array:
-        """int32 scalar."""
-        ...
+    def step(self) -> jax.Array: ...  # noqa: D102
 
 
 State = TypeVar("State", bound=Stepped)
@@ -108,9 +95,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder.
-
-        `run` is what the numbers depend on, from `identity`; the folder is for this run alone.
+        """Open or make the folder of this run alone; `run` is what the numbers depend on.
 
         Raises:
             OutputError: the folder cannot be made or written to.
@@ -140,7 +125,12 @@ class Checkpoints:
         args = self._ocp.args
         run = dict(self._read(step, run=args.JsonRestore())["run"])
         stated = run.pop(_SEAL, None)  # an earlier version wrote none
-        self._check_run(run)
+        wanted = json.loads(json.dumps(self._run))
+        for key in [*wanted, *run]:
+            if run.get(key) != wanted.get(key):
+                came = f"{key} was {run.get(key)!r} there and is {wanted.get(key)!r} here"
+                msg = f"{self._folder}: checkpoints of another run ({came}): give another folder, or the same settings"
+                raise UsageError(msg)
         shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         found = self._read(step, state=args.StandardRestore(shapes), notes=args.JsonRestore())
         state, notes = jax.device_get(found["state"]), found["notes"]
@@ -180,22 +170,9 @@ class Checkpoints:
         msg = f"{self._folder / str(step)}: not a readable checkpoint ({reason}): remove it, or the whole folder"
         return CheckpointError(msg)
 
-    def _check_run(self, found: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(self._run))
-        for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                came = f"{key} was {found.get(key)!r} there and is {wanted.get(key)!r} here"
-                msg = f"{self._folder}: checkpoints of another run ({came}): give another folder, or the same settings"
-                raise UsageError(msg)
-
     def _unwritable(self, error: OSError) -> OutputError:
         reason = error.strerror or error
         return OutputError(f"{self._folder}: cannot be written ({reason}): choose another folder, or free space")
-
-
-def identity(settings: TrainingSettings, base: str, examples: str) -> dict[str, Any]:
-    """Collect what the numbers of a run depend on: its settings, and digests of the base and of the examples."""
-    return {**dataclasses.asdict(settings), "base": base, "examples": examples}
 
 
 def _digest(state: Any, notes: Mapping[str, Any]) -> str:

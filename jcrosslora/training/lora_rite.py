@@ -36,11 +36,7 @@ class Moments:
 
 @flax.struct.dataclass
 class LoraRiteState:
-    """The state of `lora_rite`.
-
-    Attributes:
-        moments: role -> moments of B and of A', stacked over L layers.
-    """
+    """The state of `lora_rite`: of each role the moments of B and of A', stacked over L layers."""
 
     count: jax.Array
     moments: dict[str, tuple[Moments, Moments]]
@@ -76,13 +72,8 @@ def lora_rite(
     here the change is at most rate (|M_B| + |M_A|). R^-1 leaves out directions in which the columns depend on each
     other; so B = 0 is a valid start, from which the first step moves B alone. Weight decay is decoupled, as in AdamW.
 
-    Args:
-        rate: learning rate, or a schedule of it that counts steps from 0.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        clip: the norm over all G is clipped to this.
-        weight_decay: share of a factor that is taken from it, times the rate.
+    A schedule of the rate counts steps from 0; b1 and b2 are the decays of the two moments, eps is added to the root of
+    the second, and clip is the most that the norm over all G can be.
 
     Raises:
         UsageError: from `init`, the parameters are not a `StackedAdapter`; from `update`, they are missing.

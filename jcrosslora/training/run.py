@@ -1,9 +1,9 @@
-"""Whole trainings: of a LoRA adapter, or of anything else of a base that has a gradient."""
+"""Whole trainings: of a LoRA adapter, of an adapter's magnitudes, or of anything else of a base that has a gradient."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -15,33 +15,20 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, save_adapter, split_fused
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.architectures.blocks import ROLE_PATHS
 from jcrosslora.cache.store import base_digest
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import describe_base
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, Tokenizer, describe_base, load_tokenizer, open_base
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model, stack_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
-from jcrosslora.training.batches import (
-    Batch,
-    Plan,
-    TrainState,
-    answer_loss,
-    digest,
-    encode,
-    first_factors,
-    first_state,
-    loss_and_gradient,
-    to_adapter,
-    update,
-)
-from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings, identity
+from jcrosslora.training import batches
+from jcrosslora.training.batches import Batch, Plan, TrainState, answer_loss
+from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
 
 Trained = TypeVar("Trained")
+Magnitudes = dict[str, jax.Array]
 
 
 def train_lora(
@@ -51,7 +38,6 @@ def train_lora(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
-    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
     """Train a LoRA adapter to give the right answers, on the mean loss of the answers' tokens.
@@ -65,10 +51,8 @@ def train_lora(
         base: the model, opened, or what `open_base` opens; its weights do not change.
         examples: at least one, or the JSONL file of them (see `read_examples`). Conversations are read in the base's
             chat template. The token that ends an answer is part of it.
-        settings: of the training.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
-        model: the base in `settings.dtype`, if it is loaded already.
         tokenizer: of the base, if it is loaded already.
 
     Returns:
@@ -81,40 +65,80 @@ def train_lora(
         OutputError: a checkpoint cannot be written.
     """
     settings.check()
-    base = base if isinstance(base, BaseModel) else open_base(base)
-    scale = settings.alpha / settings.rank
+    base, examples = _opened(base, examples)
 
     @cache
     def loaded() -> Model:  # with the first step: a finished run needs none
-        return model or load_model(base, settings.dtype)
+        return load_model(base, settings.dtype)
 
     def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
-        return loss_and_gradient(loaded(), factors, batch, scale, settings.remat)
+        return batches.loss_and_gradient(loaded(), factors, batch, settings.alpha / settings.rank, settings.remat)
 
-    factors = train(
-        base,
-        read_examples(examples) if isinstance(examples, str | Path) else examples,
-        settings,
-        first_factors(base, settings),
-        gradient_of,
-        checkpoints=checkpoints,
-        every=every,
-        tokenizer=tokenizer,
-    )
-    return to_adapter(factors, settings, base)
+    start, states = batches.first_factors(base, settings), {"checkpoints": checkpoints, "every": every}
+    factors = train(base, examples, settings, start, gradient_of, **states, tokenizer=tokenizer)
+    return batches.to_adapter(factors, settings, base)
+
+
+def fit_magnitudes(
+    base: BaseModel | str | Path,
+    examples: Sequence[Example] | str | Path,
+    adapter: Adapter,
+    settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Adapter:
+    """Train the magnitude of every update of an adapter on examples; the directions stay as they are.
+
+    It is the cheapest fit: a model of 30 layers has 210 numbers to train. They are trained in units of the
+    adapter's own magnitudes, so that `settings.rate` is a share of them for each step, whatever their sizes.
+
+    Args:
+        base: the model, opened, or what `open_base` opens.
+        examples: at least one, or the JSONL file of them (see `read_examples`).
+        adapter: of this base, such as one that was moved to it.
+        settings: only updates of its `modules` are trained; its rank and alpha are not used.
+        tokenizer: of the base, if it is loaded already.
+
+    Returns:
+        The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
+
+    Raises:
+        UsageError: settings out of range, the optimiser lora-rite, which is for factors, an adapter without updates
+            of the modules, or as `train_lora`.
+        AdapterError: the adapter does not fit the base.
+        CheckpointError: the base or its tokenizer cannot be read.
+    """
+    settings.check()
+    base, examples = _opened(base, examples)
+    adapter = split_fused(adapter, base.fused)
+    stacked = stack_adapter(adapter, base)
+    modules = tuple(stacked.roles) if settings.modules is None else settings.modules
+    units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
+    if not any(np.any(norms) for norms in units.values()):
+        msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
+        raise UsageError(msg)
+    model = load_model(base, settings.dtype)
+
+    def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
+        magnitudes = jax.tree.map(jnp.multiply, shares, units)
+        loss, gradient = loss_and_magnitude_gradient(model, stacked, magnitudes, batch, settings.remat)
+        return loss, jax.tree.map(jnp.multiply, gradient, units)
+
+    start = jax.tree.map(jnp.ones_like, units)
+    shares = train(base, examples, settings, start, gradient_of, tokenizer=tokenizer)
+    return _rescaled(adapter, base, {role: np.asarray(values) for role, values in shares.items()})
 
 
 def save_trained(
     adapter: Adapter,
     out: Path,
     base: BaseModel,
-    settings: TrainingSettings,
-    facts: dict[str, Any],
+    made: Mapping[str, Any],
     *,
     overwrite: bool = False,
     chat_template: str | None = None,
 ) -> None:
-    """Write a trained adapter as a PEFT folder, with the settings and facts of its training in the file's metadata.
+    """Write a trained adapter as a PEFT folder; how it was `made` goes to the file's metadata, as JSON.
 
     A chat template goes into the same folder, for those who use or move the adapter.
 
@@ -125,7 +149,7 @@ def save_trained(
         adapter,
         out,
         base=describe_base(base, digest=base_digest(base)),
-        metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
+        metadata={"jcrosslora.training": json.dumps(made)},
         documents={} if chat_template is None else {CHAT_TEMPLATE: chat_template},
         overwrite=overwrite,
     )
@@ -147,9 +171,6 @@ def train(
     The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
     batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up.
 
-    Returns:
-        The arrays after the last step.
-
     Raises:
         UsageError: as `train_lora`; or the optimiser is lora-rite, and the arrays are not a `StackedAdapter`.
         CheckpointError, OutputError: see `train_lora`.
@@ -158,12 +179,13 @@ def train(
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
         raise UsageError(msg)
     tokenizer = tokenizer or load_tokenizer(base)
-    encoded = [encode(tokenizer, one) for one in examples]
+    encoded = [batches.encode(tokenizer, one) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
-    state = first_state(start, settings)
-    kept = None
+    state, kept = batches.first_state(start, settings), None
     if checkpoints is not None:
-        kept = Checkpoints(checkpoints, identity(settings, base.digest(), digest(encoded)))
+        # What the numbers of a run depend on.
+        run = {**dataclasses.asdict(settings), "base": base.digest(), "examples": batches.digest(encoded)}
+        kept = Checkpoints(checkpoints, run)
     with nullcontext() if kept is None else closing(kept):
         state = state if kept is None else kept.restore(state)[0]
         for state in _states(base, gradient_of, plan, settings, state):  # noqa: B020
@@ -171,6 +193,13 @@ def train(
             if kept is not None and (step % every == 0 or step == settings.steps):
                 kept.save(state)
     return state.trained
+
+
+def _opened(
+    base: BaseModel | str | Path, examples: Sequence[Example] | str | Path
+) -> tuple[BaseModel, Sequence[Example]]:
+    base = base if isinstance(base, BaseModel) else open_base(base)
+    return base, read_examples(examples) if isinstance(examples, str | Path) else examples
 
 
 def _states(
@@ -186,17 +215,13 @@ def _states(
         for step in range(start, settings.steps):
             loss, gradient = gradient_of(state.trained, plan.batch(step))
             if not math.isfinite(loss):
-                came = f"the loss is {float(loss)} at step {step}"
-                msg = f"{base.ref}: {came}: lower the rate, which is {settings.rate:g}"
-                raise UsageError(msg)
-            state = update(settings, state, gradient)
+                msg = f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is "
+                raise UsageError(msg + f"{settings.rate:g}")
+            state = batches.update(settings, state, gradient)
             record({"loss": float(loss)}, step + 1)
             bar.note = f"loss {float(loss):.3f}"
             bar.update()
             yield state
-
-
-Magnitudes = dict[str, jax.Array]
 
 
 def first_magnitudes(adapter: StackedAdapter) -> Magnitudes:
@@ -210,11 +235,8 @@ def first_magnitudes(adapter: StackedAdapter) -> Magnitudes:
 def with_magnitudes(adapter: StackedAdapter, magnitudes: Magnitudes) -> StackedAdapter:
     """Give the updates other magnitudes: each becomes m dW / ||dW||, after SD-LoRA (Wu et al., ICLR 2025).
 
-    SD-LoRA divides by ||B|| ||A||, which depends on how the update is split into factors; here it is ||B A||.
-
-    Args:
-        adapter: A (L, K, I) and B (L, O, K) of each role.
-        magnitudes: role -> m, float32 (L,); other roles keep theirs. An update of zero stays zero.
+    SD-LoRA divides by ||B|| ||A||, which depends on how the update is split into factors; here it is ||B A||. The
+    magnitudes are m, float32 (L,) of each role; other roles keep theirs. An update of zero stays zero.
     """
     norms, roles = first_magnitudes(adapter), dict(adapter.roles)
     for role, magnitude in magnitudes.items():
@@ -238,64 +260,6 @@ def loss_and_magnitude_gradient(
         return answer_loss(model.with_adapter(with_magnitudes(adapter, magnitudes)), batch, remat)
 
     return jax.value_and_grad(loss)(magnitudes)
-
-
-def fit_magnitudes(
-    base: BaseModel | str | Path,
-    examples: Sequence[Example] | str | Path,
-    adapter: Adapter,
-    settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
-    *,
-    model: Model | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> Adapter:
-    """Train the magnitude of every update of an adapter on examples; the directions stay as they are.
-
-    It is the cheapest fit: a model of 30 layers has 210 numbers to train. They are trained in units of the
-    adapter's own magnitudes, so that `settings.rate` is a share of them for each step, whatever their sizes.
-
-    Args:
-        base: the model, opened, or what `open_base` opens.
-        examples: at least one, or the JSONL file of them (see `read_examples`).
-        adapter: of this base, such as one that was moved to it.
-        settings: of the training. Only updates of its `modules` are trained; its rank and alpha are not used.
-        model: the base in `settings.dtype`, if it is loaded already.
-        tokenizer: of the base, if it is loaded already.
-
-    Returns:
-        The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
-
-    Raises:
-        UsageError: settings out of range, the optimiser lora-rite, which is for factors, an adapter without updates
-            of the modules, or as `train_lora`.
-        AdapterError: the adapter does not fit the base.
-        CheckpointError: the base or its tokenizer cannot be read.
-    """
-    settings.check()
-    base = base if isinstance(base, BaseModel) else open_base(base)
-    adapter = split_fused(adapter, base.fused)
-    stacked = stack_adapter(adapter, base)
-    modules = tuple(stacked.roles) if settings.modules is None else settings.modules
-    units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
-    if not any(np.any(norms) for norms in units.values()):
-        msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
-        raise UsageError(msg)
-    loaded = model or load_model(base, settings.dtype)
-
-    def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
-        magnitudes = jax.tree.map(jnp.multiply, shares, units)
-        loss, gradient = loss_and_magnitude_gradient(loaded, stacked, magnitudes, batch, settings.remat)
-        return loss, jax.tree.map(jnp.multiply, gradient, units)
-
-    shares = train(
-        base,
-        read_examples(examples) if isinstance(examples, str | Path) else examples,
-        settings,
-        jax.tree.map(jnp.ones_like, units),
-        gradient_of,
-        tokenizer=tokenizer,
-    )
-    return _rescaled(adapter, base, {role: np.asarray(values) for role, values in shares.items()})
 
 
 def _rescaled(adapter: Adapter, base: BaseModel, shares: dict[str, np.ndarray]) -> Adapter:
