@@ -58,6 +58,20 @@ class Compared(NamedTuple):
     adapted_nll: np.ndarray
 
 
+def answer_places(ids: np.ndarray, start: int, tokens: int) -> np.ndarray:
+    """Return the places of the first tokens of the answer in a text, int (n,), in front of which are others.
+
+    An answer whose first token is joined to the prompt still has one.
+    """
+    return np.arange(max(1, min(start, len(ids) - 1)), len(ids))[:tokens]
+
+
+def seeds_of(key: jax.Array, count: int) -> np.ndarray:
+    """Draw uint32 seeds from a key, for samplers that have no keys."""
+    words = np.asarray(jax.random.key_data(key)).ravel().tolist()
+    return np.random.SeedSequence(words).generate_state(count)
+
+
 class Reader(Protocol):
     """The predictions of a source on chosen columns.
 

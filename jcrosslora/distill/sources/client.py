@@ -73,7 +73,7 @@ class Client:
         self._wait = wait or self._stopped.wait
         # No proxy stands in front of the machine itself, whatever the environment says.
         proxies = [urllib.request.ProxyHandler({})] if urlsplit(self.url).hostname in _LOOPBACK else []
-        self._opener = urllib.request.build_opener(_NoRedirect, _Plain, _Secure, *proxies)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Timed, *proxies)
         self._most = max(_FEWEST_BYTES, _BYTES * (served.top_logprobs + 1))
         self._seconds = served.timeout
 
@@ -255,12 +255,10 @@ class _SecureConnection(http.client.HTTPSConnection):
     response_class = _Answer
 
 
-class _Plain(urllib.request.HTTPHandler):
+class _Timed(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_PlainConnection, req)
 
-
-class _Secure(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_SecureConnection, req)
 

@@ -11,24 +11,12 @@ import numpy as np
 
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.decoder.generate import UNFINISHED
-from jcrosslora.distill.sources.client import Client, RefusedError
+from jcrosslora.distill.sources.client import Client, DamagedError, RefusedError
 from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens, divergence
-from jcrosslora.distill.sources.replies import (
-    Answers,
-    Choice,
-    Completion,
-    DamagedError,
-    Dialect,
-    Fields,
-    Index,
-    LogProb,
-    LogProbs,
-)
+from jcrosslora.distill.sources.replies import Answers, Choice, Completion, Dialect, Fields, Index, LogProb, LogProbs
 from jcrosslora.errors import SourceError
-from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
-R = TypeVar("R")
 _PATH = "completions"
 _WRITTEN = 4  # tokens that are written to check the tokenizer
 _FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
@@ -54,15 +42,11 @@ class Connection:
         self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
     ) -> None:
         """Use a server; `top` is the number of likeliest tokens that it is asked for."""
-        self.dialect, self.stops = dialect, tuple(stops)
+        self.dialect, self.stops, self.map = dialect, tuple(stops), client.map
         self._client, self._names, self._top, self._answers = client, names, top, answers
         self._told: Counter[int] = Counter()
         self._counting = threading.Lock()
         self._echoes: bool | None = False if dialect.kind == "llamacpp" else None
-
-    def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
-        """Call a function on every item, several at a time."""
-        return self._client.map(function, items, bar)
 
     @property
     def told(self) -> Counter[int]:
@@ -77,14 +61,8 @@ class Connection:
 
     def write(self, side: Fields, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> tuple[str, bool]:
         """Return the text behind tokens, and whether the model ended it."""
-        body = {
-            **side,
-            **self.dialect.sampling(self.stops),
-            "prompt": ids.tolist(),
-            "max_tokens": tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
+        fields = {"prompt": ids.tolist(), "max_tokens": tokens, "temperature": temperature, "seed": seed}
+        body = {**side, **self.dialect.sampling(self.stops), **fields}
 
         def check(answer: Completion) -> tuple[str, bool]:
             (choice,) = answer.of(1)
@@ -132,10 +110,8 @@ class Connection:
         found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
         whole = known and len(known) == len(tokens) and UNFINISHED not in text + found
         if whole and found.split() != text.split():
-            msg = (
-                f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: check "
-            )
-            raise SourceError(msg + "that --source-tokenizer is that of the model")
+            msg = f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: "
+            raise SourceError(msg + "check that --source-tokenizer is that of the model")
 
     def _by_echo(self, side: Fields, ids: np.ndarray, keep: bool) -> list[Entry] | None:
         """Read a text whole: an entry for each token and one behind it. None where the server does not echo."""
@@ -213,12 +189,10 @@ class Connection:
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
-    """Predictions on the texts.
+    """Predictions on the texts without and with the adapter.
 
-    Attributes:
-        plain: of the base: the likeliest tokens of each place with their log-probabilities, and the bound of others.
-        adapted: of the base with its adapter.
-        noise: mean divergence of answers to the same question, in nats.
+    They are the likeliest tokens of each place with their log-probabilities, and the bound of others. The noise is the
+    mean divergence of answers to the same question, in nats.
     """
 
     plain: _Seen

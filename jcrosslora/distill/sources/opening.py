@@ -29,8 +29,7 @@ def open_tokenizer(
     """Open a tokenizer with its vocabulary.
 
     Args:
-        ref: a folder with tokenizer.json, a tokenizer.json, a GGUF file, or a hub id.
-        revision: of a hub id.
+        ref: a folder with tokenizer.json, a tokenizer.json, a GGUF file, or a hub id with its revision.
         chat_template: a file with the template that takes the place of the tokenizer's own.
         vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
 
@@ -90,10 +89,7 @@ def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFi
 
 
 def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
-    """Load a base with its adapter, in bfloat16 on a GPU and in float32 on a CPU.
-
-    Returns:
-        The `peft.PeftModel`, and the device.
+    """Load a base with its adapter, in bfloat16 on a GPU and in float32 on a CPU: a `peft.PeftModel`, and the device.
 
     Raises:
         UsageError: torch or PEFT is not installed, or the device is none.
@@ -102,7 +98,7 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     """
     try:
         import torch
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
         from transformers import AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         msg = f"--source-backend torch needs torch and peft, and {error.name} is not installed: "
@@ -126,30 +122,20 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
         try:
             model = PeftModel.from_pretrained(base, str(adapter.weights.parent))
         except Exception as error:
-            msg = (
-                f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): check that it is of this base"
-            )
-            raise AdapterError(msg) from error
+            msg = f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): "
+            raise AdapterError(msg + "check that it is of this base") from error
     lost = [str(one.message) for one in heard if _NOT_LOADED in str(one.message).lower()]
-    lost += _without_place(adapter, model)
+    # Factors that the model has no module for are left out without a word. Whether embeddings were changed would be
+    # looked up on the hub.
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    lost += [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
     if lost:
-        msg = (
-            f"{adapter.name}: holds other modules than {source.ref} has ({lost[0][:200]}): give the base that it is of"
-        )
-        raise AdapterError(msg)
+        msg = f"{adapter.name}: holds other modules than {source.ref} has ({lost[0][:200]}): "
+        raise AdapterError(msg + "give the base that it is of")
     # The model's own settings, such as a top_k, would change what is sampled.
     for one in (model, base):
         vars(one)["generation_config"] = GenerationConfig()
     return model.eval().to(device), device
-
-
-def _without_place(adapter: AdapterFiles, model: Any) -> list[str]:
-    """List the factors in an adapter's file that the model has no module for, which PEFT leaves out without a word."""
-    from peft import get_peft_model_state_dict
-
-    # Whether embeddings were changed would be looked up on the hub.
-    placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    return [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
 
 
 def _place(source: TorchModel) -> dict[str, Any]:

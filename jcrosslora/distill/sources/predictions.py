@@ -40,12 +40,9 @@ class TopTokens:
 
     @classmethod
     def of(cls, top: dict[int, float], unnamed: float, told: tuple[int, float] | None = None) -> Self:
-        """Take the likeliest tokens, and one more.
+        """Take the likeliest tokens, id -> log-probability, at least one, and one more, if it is told.
 
-        Args:
-            top: id -> log-probability, at least one.
-            unnamed: the highest log-probability of a token that was told by a name that stands for none, else -inf.
-            told: a token with its log-probability, or None.
+        `unnamed` is the highest log-probability of a token that was told by a name that stands for none, else -inf.
         """
         bound = max(unnamed, min(top.values()))
         if told is not None:
@@ -96,9 +93,6 @@ def spread(known: jax.Array, rest: jax.Array, bound: jax.Array, own: jax.Array) 
         rest: float32 (P,), log of the probability of all that is not known.
         bound: float32 (P,), the most that a column that is not known can have.
         own: float32 (P, C), log-probabilities of the other model.
-
-    Returns:
-        float32 (P, C), normalised.
     """
     unknown = jnp.isneginf(known)
     others = jnp.where(unknown, own, -jnp.inf)
@@ -113,7 +107,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         token: its id, None if its name stands for none.
-        log_prob: of it; None for the first token of a text.
+        log_prob: None for the first token of a text.
         top: id -> log-probability of the likeliest tokens in its place.
         unnamed: the highest log-probability of those whose names stand for none; None if there are none.
     """

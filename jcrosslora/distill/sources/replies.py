@@ -120,6 +120,9 @@ class Cards(msgspec.Struct, frozen=True):
     data: list[Card] | None = None
 
 
+_LISTS: Any = Cards | list[Card]  # Together.ai has the second
+
+
 class LoadedAdapter(msgspec.Struct, frozen=True):
     """An adapter that llama.cpp loaded."""
 
@@ -131,20 +134,16 @@ class Answers:
     """Answers of one model on one server. Without a folder nothing is kept; the state of the disk raises no error."""
 
     def __init__(self, parent: Path | None, identity: Any) -> None:
-        """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None.
-
-        Folders that did not change for 30 days are removed.
-        """
-        self._folder: Path | None = None
-        if parent is not None:
-            self._folder = parent / digest_of(identity)[:24]
+        """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None."""
+        self._folder = None if parent is None else parent / digest_of(identity)[:24]
+        if parent is not None and self._folder is not None:
             remove_unchanged(parent, self._folder)
 
     def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
         """Drop all answers of another model under the same name.
 
-        `sample` is what the model answers to the same questions in every run; `is_of` tells whether that of an earlier
-        run is of this model.
+        `sample` is what the model answers to the same questions in every run; `is_of` tells whether an earlier one is
+        of this model.
         """
         if self._folder is None:
             return
@@ -158,14 +157,14 @@ class Answers:
 
     def find(self, key: str, kind: type[T]) -> T | None:
         """Return an answer of a type; None if there is none."""
-        return None if self._folder is None else self._read(self._path(key), kind)
+        return None if self._folder is None else self._read(_path(self._folder, key), kind)
 
     def keep(self, key: str, answer: Any) -> None:
         """Keep an answer."""
         if self._folder is None:
             return
         with suppress(OSError):
-            path = self._path(key)
+            path = _path(self._folder, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, msgspec.json.encode(answer))
 
@@ -175,9 +174,9 @@ class Answers:
             return read_reply(path.read_bytes(), kind)
         return None
 
-    def _path(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / key[:2] / f"{key[2:24]}.json"
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key[2:24]}.json"
 
 
 Kind = Literal["vllm", "sglang", "llamacpp", "other"]
@@ -234,7 +233,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
         SourceError: it does not answer, does not have the models, or does not say which of them is the base.
     """
     try:
-        listed = client.get("models", Cards | list[Card])  # Together.ai has the second
+        listed = client.get("models", _LISTS)
     except RefusedError:  # the list is no part of the standard that every server has
         listed = []
     cards = listed if isinstance(listed, list) else (listed.data or [])
@@ -245,10 +244,8 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
     for name in wanted:
         # SGLang takes base:adapter as well.
         if known and name not in known and not (kind == "sglang" and name.partition(":")[0] in known):
-            msg = (
-                f"{client.url}: has no model {name!r}{suggestion(name, known)}: its models are {', '.join(known[:20])}"
-            )
-            raise SourceError(msg)
+            msg = f"{client.url}: has no model {name!r}{suggestion(name, known)}: its models are "
+            raise SourceError(msg + ", ".join(known[:20]))
     if kind == "llamacpp" and served.base_model in (None, served.model):
         return _switched(client, served)
     parent = next((card.parent for card in cards if card.id == served.model), None)

@@ -13,22 +13,19 @@ import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.cache.keys import sha256
+from jcrosslora.checkpoint import Tokenizer, Vocabulary
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.checkpoint.vocabulary import Vocabulary
-from jcrosslora.decoder import Written
+from jcrosslora.decoder import LONGEST, Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
-from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources import Compared, ServedModel
+from jcrosslora.distill.sources import Compared, ServedModel, answer_places, seeds_of
 from jcrosslora.distill.sources.client import Client
 from jcrosslora.distill.sources.connection import TEXTS, Connection, Fingerprint
 from jcrosslora.distill.sources.opening import open_tokenizer
 from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
 from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
-from jcrosslora.text import Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Prompt, prompt_ids
 from jcrosslora.utils.progress import Track
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +49,7 @@ class ServedWriter:
     ) -> list[Written]:
         """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
-        seeds = _seeds(key, len(ids))
+        seeds = (seeds_of(key, len(ids)) >> 1).tolist()  # 31 bits, which every server takes
 
         def one(place: int) -> Written:
             return self._answer(ids[place], max_new_tokens, temperature, seeds[place])
@@ -77,10 +74,8 @@ class AmplifiedWriter(ServedWriter):
     def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
         rng, row = np.random.default_rng(seed), ids
         while len(row) < len(ids) + tokens:
-            adapted, base = (
-                self._connection.predict(side, row, [len(row) - 1])[0]
-                for side in (self._connection.dialect.adapted, self._connection.dialect.base)
-            )
+            sides = self._connection.dialect.adapted, self._connection.dialect.base
+            adapted, base = (self._connection.predict(side, row, [len(row) - 1])[0] for side in sides)
             row = np.append(row, self._drawn(adapted, base, temperature, rng)).astype(np.int32)
             if row[-1] in self.tokenizer.stops:
                 break
@@ -153,17 +148,17 @@ class ServedSource(ServedWriter):
     @property
     def how(self) -> str:
         """Say how it was queried, the end of a sentence."""
-        how = f"asked as {self.adapter_name} over the OpenAI API, for the {self.told} at each position"
-        return f"{how}, beside {self.name}"
+        told, asked = self._connection.told, self._connection.asked
+        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
+        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
+        most = f"{self._served.top_logprobs} likeliest tokens{fewer}"
+        return f"asked as {self.adapter_name} over the OpenAI API, for the {most} at each position, beside {self.name}"
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that query it again, by name; the address is not among them."""
         served = self._served
-        settings: dict[str, Any] = {
-            "source_model": public_name(served.model),
-            "source_base_model": public_name(served.base_model),
-            "source_tokenizer": public_name(str(served.tokenizer)),
-        }
+        names = {"model": served.model, "base_model": served.base_model, "tokenizer": str(served.tokenizer)}
+        settings: dict[str, Any] = {f"source_{name}": public_name(value) for name, value in names.items()}
         most = {} if served.top_logprobs == ServedModel.top_logprobs else {"source_top_logprobs": served.top_logprobs}
         return settings | most
 
@@ -177,18 +172,13 @@ class ServedSource(ServedWriter):
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare predictions on answers, see `Source.compare`; where tokens are not known, all are rather too low."""
-        places = [
-            [place - 1 for place in range(max(1, min(start, len(ids) - 1)), len(ids))][:tokens]
-            for ids, start in zip(texts, starts, strict=True)
-        ]
-        both = self._predict([(ids, where) for ids, where in zip(texts, places, strict=True)], base=True)
+        places = [answer_places(ids, start, tokens) for ids, start in zip(texts, starts, strict=True)]
+        both = self._predict([(ids, at - 1) for ids, at in zip(texts, places, strict=True)], base=True)
         figures = Compared(*np.zeros((3, len(texts))))
-        for number, (ids, where) in enumerate(zip(texts, places, strict=True)):
-            plain, adapted = both[number]
+        for number, (ids, at, (plain, adapted)) in enumerate(zip(texts, places, both, strict=True)):
             figures.change[number] = np.mean([divergence(a, b) for a, b in zip(adapted, plain, strict=True)])
             for nll, side in ((figures.base_nll, plain), (figures.adapted_nll, adapted)):
-                told = [top.log_prob(int(ids[place + 1])) for top, place in zip(side, where, strict=True)]
-                nll[number] = -np.mean(told)
+                nll[number] = -np.mean([top.log_prob(int(token)) for top, token in zip(side, ids[at], strict=True)])
         return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> ServedReader:
@@ -196,12 +186,12 @@ class ServedSource(ServedWriter):
         return ServedReader(self, columns, ends)
 
     def _predict(
-        self, rows: Sequence[tuple[np.ndarray, Sequence[int]]], *, base: bool
+        self, rows: Sequence[tuple[np.ndarray, np.ndarray]], *, base: bool
     ) -> list[tuple[list[TopTokens], list[TopTokens]]]:
         """Return the predictions without and with the adapter at places of texts; both are the latter unless `base`."""
         dialect = self._connection.dialect
         sides = (dialect.base, dialect.adapted) if base else (dialect.adapted,)
-        calls = [(side, *row) for side in sides for row in rows]
+        calls = [(side, ids, at.tolist()) for side in sides for ids, at in rows]
         found = self._connection.map(lambda call: self._connection.predict(*call), calls)
         return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
 
@@ -214,14 +204,6 @@ class ServedSource(ServedWriter):
         if (most := max(self._connection.told)) < self._connection.asked:
             msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
             _LOG.warning(msg, url, most, self._connection.asked)
-
-    @property
-    def told(self) -> str:
-        """How many of the likeliest tokens the server was asked for, and told where those are others."""
-        told, asked = self._connection.told, self._connection.asked
-        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
-        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
-        return f"{self._served.top_logprobs} likeliest tokens{fewer}"
 
 
 class ServedReader:
@@ -241,14 +223,14 @@ class ServedReader:
         width = batch.tokens_src.shape[1]
         # Nothing is compared at the first position of a text: it stands for positions that the source does not have.
         asked = np.unique(batch.at_src[(batch.weight > 0) & (batch.at_src % width > 0)])
-        rows = [(row, (asked[asked // width == row] % width).tolist()) for row in np.unique(asked // width)]
+        rows = [(row, asked[asked // width == row] % width) for row in np.unique(asked // width).tolist()]
         texts = [(batch.tokens_src[row][batch.mask_src[row]], places) for row, places in rows]
         found = self._source._predict(texts, base=base)
         plain, adapted = (
             {
                 row * width + place: top
                 for (row, places), both in zip(rows, found, strict=True)
-                for place, top in zip(places, both[side], strict=True)
+                for place, top in zip(places.tolist(), both[side], strict=True)
             }
             for side in (0, 1)
         )
@@ -269,9 +251,3 @@ class ServedReader:
             # Several tokens that end a text are one column.
             np.logaddexp.at(found[row], columns[columns >= 0], top.log_probs[columns >= 0])
         return spread(*(jnp.asarray(values, jnp.float32) for values in (found, rest, bound)), own)
-
-
-def _seeds(key: jax.Array, count: int) -> list[int]:
-    """Draw a seed for each request, 31 bits that every server takes."""
-    words = np.asarray(jax.random.key_data(key)).ravel().tolist()
-    return (np.random.SeedSequence(words).generate_state(count) >> 1).tolist() if count else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,18 +15,15 @@ import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences, stated_template
+from jcrosslora.checkpoint import Tokenizer, Vocabulary, pad_right
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
-from jcrosslora.checkpoint.vocabulary import Vocabulary
-from jcrosslora.decoder import Written
+from jcrosslora.decoder import LONGEST, Written
 from jcrosslora.decoder.generate import as_written
-from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources import Compared, TorchModel
+from jcrosslora.distill.sources import Compared, TorchModel, answer_places, seeds_of
 from jcrosslora.distill.sources.opening import find_peft_adapter, load_model, open_tokenizer, with_own_template
 from jcrosslora.errors import AdapterError, not_finite
-from jcrosslora.text import Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Prompt, prompt_ids
 from jcrosslora.utils.progress import Track
 
 _ROWS, _READ_ROWS = 16, 8  # texts that are continued together, and read
@@ -81,11 +79,10 @@ class TorchWriter:
         import torch
 
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
-        words = np.asarray(jax.random.key_data(key)).ravel().tolist()
         found = [Written("", 0, False)] * len(ids)
         devices = [self._model.device] if self._model.device.startswith("cuda") else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            torch.manual_seed(int(seeds_of(key, 1)[0]))
             for places in self._groups(ids):
                 rows = self._continue([ids[place] for place in places], max_new_tokens, temperature)
                 for place, row in zip(places, rows, strict=True):
@@ -120,7 +117,9 @@ class TorchWriter:
                 **(sampled if temperature > 0 else {"do_sample": False}),
             )
         rows = found[:, width:].cpu().numpy().astype(np.int32)
-        return [row[: _length(row, stops)] for row in rows]
+        # Up to and including the first token that ends a text.
+        ends = [np.flatnonzero(np.isin(row, stops)) for row in rows]
+        return [row[: end[0] + 1 if end.size else None] for row, end in zip(rows, ends, strict=True)]
 
     def _scores(self, ids: Any, scores: Any) -> Any:
         """Check the logits of the next token."""
@@ -147,8 +146,6 @@ class AmplifiedTorchWriter(TorchWriter):
 
     def _scores(self, ids: Any, scores: Any) -> Any:
         """Amplify the logits of the next token; the base reads the whole text again."""
-        import math
-
         import torch
 
         scores = super()._scores(ids, scores)
@@ -237,8 +234,7 @@ class TorchSource(TorchWriter):
             adapted, plain = (self._model.log_probs(*batch, adapter=on) for on in (True, False))
             for row, place in enumerate(part):
                 ids = texts[place]
-                # An answer whose first token is joined to the prompt still has one.
-                where = np.arange(max(1, min(starts[place], len(ids) - 1)), len(ids))[:tokens]
+                where = answer_places(ids, starts[place], tokens)
                 one, other = (each[row, where - 1].double() for each in (adapted, plain))
                 told = np.arange(len(where)), ids[where]
                 figures.change[place] = float(torch.nan_to_num(one.exp() * (one - other), nan=0.0).sum(-1).mean())
@@ -300,9 +296,3 @@ def _describe(files: AdapterFiles, digest: str, revision: str | None) -> Adapter
         kind=str(config.get("peft_type", "LoRA")),
         **stated_licences(files),
     )
-
-
-def _length(row: np.ndarray, stops: Sequence[int]) -> int:
-    """Count the tokens up to and including the first that ends a text."""
-    ends = np.flatnonzero(np.isin(row, stops))
-    return int(ends[0]) + 1 if ends.size else len(row)
