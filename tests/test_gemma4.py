@@ -18,7 +18,7 @@ from jcrosslora.architectures.names import LAYER_EMBEDDING
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.decoder import forward, load_model, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
-from jcrosslora.distill.residual import _check
+from jcrosslora.distill.residual import ResidualFit
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.heads import match_heads
@@ -93,7 +93,7 @@ def test_streams_advanced_by_layer_equal_the_whole_pass(base):
 
 def test_the_residual_fit_refuses_layers_that_change_the_stream_behind_their_mlp(base):
     with pytest.raises(UsageError, match=r"layers of gemma4_text change the stream behind down_proj, .*; use distill"):
-        _check(base, base, [object()], range(6), 1, 8)
+        ResidualFit(base, base, [object()], range(6))
 
 
 def test_keys_of_layers_that_read_those_of_others_are_ignored_as_in_transformers(folder, base, tmp_path):

@@ -85,12 +85,7 @@ def round_cost(tokens: int | None, prompts: int = 0) -> Cost:
 
 
 def answer_given(
-    source: Source,
-    writer: Writer,
-    prompts: Sequence[Prompt],
-    sampler: Sampler,
-    *,
-    shared: dict[Any, Any] | None = None,
+    source: Source, writer: Writer, prompts: Sequence[Prompt], sampler: Sampler, *, shared: dict[Any, Any] | None = None
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 

@@ -269,13 +269,7 @@ def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitS
 # The state is not donated: the best update and the one that writes share its arrays.
 @partial(jax.jit, static_argnames=("optimizer", "remat"))
 def gradient_step(
-    target: RestrictedModel,
-    optimizer: Optimizer,
-    state: FitState,
-    batch: TaughtBatch,
-    rate: jax.Array,
-    *,
-    remat: bool,
+    target: RestrictedModel, optimizer: Optimizer, state: FitState, batch: TaughtBatch, rate: jax.Array, *, remat: bool
 ) -> FitState:
     """Take a step on the weighted mean of KL(teacher || target) over a batch; an adapter of the target stays."""
     start: Any = target.model.adapter

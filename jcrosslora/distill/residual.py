@@ -19,11 +19,8 @@ The streams, with and without adapter, are kept at all positions and advanced a 
 computed once. The fit of a layer needs sums of products over the positions, which are linear in the map M.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -36,13 +33,11 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, stack_adapter
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
-from jcrosslora.evaluate.probes import PROBE_TOKENS
+from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch
+from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dimension_sizes, dot, recompress, reduced_rank_ridge, ridge
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import ProbeBatch
 
 ROLE = "down_proj"
 PENALTY = 1e-2  # ridge penalty, relative to the mean diagonal, which is that of a correlation matrix
@@ -57,86 +52,127 @@ def residual_cost(texts: int) -> Cost:
     return Cost(source=2 * tokens, target=4 * tokens, precise=True)
 
 
-def fit_residual(
-    source: BaseModel,
-    target: BaseModel,
-    adapter: Adapter,
-    current: StackedAdapter | None,
-    batches: Sequence[ProbeBatch],
-    layers: Sequence[int | None],
-    *,
-    rank: int = 16,
-    scale: float = 0.6,
-    models: tuple[Model, Model] | None = None,
-) -> StackedAdapter:
-    """Fit updates of the target's down_proj that change its residual stream as an adapter changes the source's.
+class ResidualFit:
+    """Fits of the target's down_proj to what adapters change in the source's residual stream.
 
     Memory: the layers of both bases as float32; for every position of every batch, padding included, two streams of
     each base, and of the target the input and the output of one layer's down_proj (23 kB a position for a pair of 600
     wide models, 0.9 GB for 38,000 positions); the sums of one layer. Time: two forward passes of each base, and the
     products of down_proj's inputs.
-
-    Args:
-        source: the base that the adapter was trained on.
-        target: the base that the updates are for.
-        adapter: an adapter of the source, with fused matrices split (see `fit_to_base`).
-        current: an adapter that the target has already, or None; its effect is subtracted from the wanted change.
-        batches: at least one; each shape among them is compiled once.
-        layers: for each target layer the source layer whose stream it follows, or None for no update of that layer.
-            Every step back in this list repeats the source's forward passes.
-        rank: R of each update.
-        scale: factor of the source's change.
-        models: source and target, if they are loaded already.
-
-    Returns:
-        The updates without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero in
-        layers without an update.
-
-    Raises:
-        UsageError: the rank is below 1 or above the short side of down_proj, there are no batches, or the target's
-            layers change the stream behind their MLP.
-        PairingError: `layers` does not fit the bases, or feeds no layer.
-        AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
-        CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
-    hidden, inner = target.architecture.role_shapes[ROLE]
-    _check(source, target, batches, layers, rank, min(hidden, inner))
-    stacked = stack_adapter(adapter, source)
-    texts_src, texts_tgt = (
-        Texts(base, None if models is None else models[side], [_tokens_of(batch, side) for batch in batches])
-        for side, base in enumerate((source, target))
-    )
-    teacher, taught = Stream(texts_src, None), Stream(texts_src, stacked)
-    plain, student = Stream(texts_tgt, None), Stream(texts_tgt, current)
-    held = target.layers_with(ROLE)
-    layers = [feeder if layer in held else None for layer, feeder in enumerate(layers)]
-    a, b = np.zeros((len(held), rank, inner), np.float32), np.zeros((len(held), hidden, rank), np.float32)
-    last = max(layer for layer, feeder in enumerate(layers) if feeder is not None)
-    for layer in each(range(last + 1), "fit the residual stream", "layers"):
-        plain.run_to(layer)
-        feeder = layers[layer]
-        if feeder is None:
-            student.run_to(layer)
-            continue
-        downs = student.run_layer()
-        teacher.run_to(feeder)
-        taught.run_to(feeder)
-        streams = [teacher.states, taught.states, plain.states, student.states]
-        settings = texts_tgt.model.settings
-        sums = _summed(settings.eps if settings.normed_behind(layer) else None, batches, streams, downs)
-        factors = jax.block_until_ready(_solve(sums, student.gain(layer), jnp.float32(scale), rank))
-        place = held.index(layer)
-        a[place], b[place] = np.asarray(factors.a), np.asarray(factors.b)
-        if not (np.isfinite(a[place]).all() and np.isfinite(b[place]).all()):
-            msg = (
-                f"{adapter.info.name}: the residual stream of {source.ref} with it, or of {target.ref} with the update "
-                f"fitted so far, is not finite after layer {layer}: the factors are too large or not numbers"
-            )
-            raise AdapterError(msg)
-        student.apply(downs, factors)
-        # Free the activations of this layer's down_proj before those of the next are computed.
-        del downs
-    return StackedAdapter({ROLE: StackedFactors(jnp.asarray(a), jnp.asarray(b))})
+
+    def __init__(
+        self,
+        source: BaseModel,
+        target: BaseModel,
+        batches: Sequence[ProbeBatch],
+        layers: Sequence[int | None],
+        models: tuple[Model, Model] | None = None,
+    ) -> None:
+        """Read the texts.
+
+        Args:
+            batches: at least one; each shape among them is compiled once.
+            layers: for each target layer the source layer whose stream it follows, or None for no update of that
+                layer. Every step back in this list repeats the source's forward passes.
+            models: source and target, if they are loaded already.
+
+        Raises:
+            UsageError: there are no batches, or the target's layers change the stream behind their MLP.
+            PairingError: `layers` does not fit the bases, or feeds no layer.
+            CheckpointError: weights cannot be read, or the decoder does not know the model.
+        """
+        _check(source, target, batches, layers)
+        self._source, self._target, self._batches = source, target, batches
+        self._held = target.layers_with(ROLE)
+        self._layers = [feeder if layer in self._held else None for layer, feeder in enumerate(layers)]
+        src, tgt = (None, None) if models is None else models
+        self._texts = (
+            Texts(source, src, [(one.tokens_src, one.mask_src) for one in batches]),
+            Texts(target, tgt, [(one.tokens_tgt, one.mask_tgt) for one in batches]),
+        )
+
+    def fit(
+        self, adapter: Adapter, current: StackedAdapter | None = None, *, rank: int = 16, scale: float = 0.6
+    ) -> StackedAdapter:
+        """Fit an update of each layer.
+
+        Args:
+            adapter: of the source, with fused matrices split (see `fit_to_base`).
+            current: an adapter that the target has already; its effect is subtracted from the wanted change.
+            rank: R of each update.
+            scale: factor of the source's change.
+
+        Returns:
+            The updates without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero
+            in layers without an update.
+
+        Raises:
+            UsageError: the rank is below 1 or above the short side of down_proj.
+            AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
+        """
+        target, (texts_src, texts_tgt) = self._target, self._texts
+        hidden, inner = target.architecture.role_shapes[ROLE]
+        if not 1 <= rank <= min(hidden, inner):
+            msg = f"rank {rank} is out of range; {ROLE} of {target.ref} allows 1 to {min(hidden, inner)}"
+            raise UsageError(msg)
+        teacher, taught = Stream(texts_src, None), Stream(texts_src, stack_adapter(adapter, self._source))
+        plain, student = Stream(texts_tgt, None), Stream(texts_tgt, current)
+        a = np.zeros((len(self._held), rank, inner), np.float32)
+        b = np.zeros((len(self._held), hidden, rank), np.float32)
+        last = max(layer for layer, feeder in enumerate(self._layers) if feeder is not None)
+        for layer in each(range(last + 1), "fit the residual stream", "layers"):
+            plain.run_to(layer)
+            feeder = self._layers[layer]
+            if feeder is None:
+                student.run_to(layer)
+                continue
+            downs = student.run_layer()
+            teacher.run_to(feeder)
+            taught.run_to(feeder)
+            streams = [teacher.states, taught.states, plain.states, student.states]
+            sums = self._summed(layer, streams, downs)
+            factors = jax.block_until_ready(_solve(sums, student.gain(layer), jnp.float32(scale), rank))
+            place = self._held.index(layer)
+            a[place], b[place] = np.asarray(factors.a), np.asarray(factors.b)
+            if not (np.isfinite(a[place]).all() and np.isfinite(b[place]).all()):
+                where = f"the residual stream of {self._source.ref} with it, or of {target.ref} with the update fitted"
+                msg = f"{adapter.info.name}: {where} so far, is not finite after layer {layer}: "
+                raise AdapterError(msg + "the factors are too large or not numbers")
+            student.apply(downs, factors)
+            # Free the activations of this layer's down_proj before those of the next are computed.
+            del downs
+        return StackedAdapter({ROLE: StackedFactors(jnp.asarray(a), jnp.asarray(b))})
+
+    def _summed(self, layer: int, streams: Sequence[Sequence[jax.Array]], downs: Sequence[Down]) -> "_Sums":
+        """Sum over all batches; `streams` are the four of `_States`, with one array for each batch."""
+        settings = self._texts[1].model.settings
+        eps = settings.eps if settings.normed_behind(layer) else None
+        sums = _no_sums(tuple(stream[0] for stream in streams), downs[0])
+        for batch, down, *states in zip(self._batches, downs, *streams, strict=True):
+            places = jnp.asarray(batch.at_src), jnp.asarray(batch.at_tgt), jnp.asarray(batch.valid)
+            sums = jax.block_until_ready(_add(eps, sums, tuple(states), down, places))
+        return sums
+
+
+def _check(source: BaseModel, target: BaseModel, batches: Sequence[ProbeBatch], layers: Sequence[int | None]) -> None:
+    if not batches:
+        msg = "no probe batches were given to fit the residual stream on; give at least one"
+        raise UsageError(msg)
+    if "layer_scale" in target.architecture.tensors:
+        msg = f"{target.ref}: layers of {target.family.name} change the stream behind {ROLE}, which the residual fit "
+        raise UsageError(msg + "does not know; use distill")
+    depth_src, depth_tgt = source.dims.layers, target.dims.layers
+    if len(layers) != depth_tgt:
+        msg = f"the layer map names {len(layers)} layers but the target has {depth_tgt}; name a source layer for each"
+        raise PairingError(msg)
+    fed = [feeder for feeder in layers if feeder is not None]
+    if not set(target.layers_with(ROLE)) & {layer for layer, feeder in enumerate(layers) if feeder is not None}:
+        msg = f"the layer map names source layers {fed}, wanted one for a layer of {target.ref} that has {ROLE}"
+        raise PairingError(msg)
+    if not 0 <= min(fed) <= max(fed) < depth_src:
+        msg = f"the layer map names source layers {fed}, wanted at least one, of 0 to {depth_src - 1}"
+        raise PairingError(msg)
 
 
 @flax.struct.dataclass
@@ -153,7 +189,6 @@ class _Sums:
         wanted: (I, H_src), sum of x ds'.
         present: (I, H_tgt), sum of x dt'.
         written: (H_tgt,), sum of the squares of down_proj's outputs over their rms; zeros where there is no norm.
-        count: (), number of positions.
     """
 
     source: jax.Array
@@ -170,20 +205,6 @@ class _Sums:
 _States = tuple[jax.Array, ...]
 
 
-def _summed(
-    eps: float | None,
-    batches: Sequence[ProbeBatch],
-    streams: Sequence[Sequence[jax.Array]],
-    downs: Sequence[Down],
-) -> _Sums:
-    """Sum over all batches; `streams` are the four of `_States`, with one array for each batch."""
-    sums = _no_sums(tuple(stream[0] for stream in streams), downs[0])
-    for batch, down, *states in zip(batches, downs, *streams, strict=True):
-        places = jnp.asarray(batch.at_src), jnp.asarray(batch.at_tgt), jnp.asarray(batch.valid)
-        sums = jax.block_until_ready(_add(eps, sums, tuple(states), down, places))
-    return sums
-
-
 def _no_sums(states: _States, down: Down) -> _Sums:
     assert down.read is not None
     src, tgt, inner = states[0].shape[-1], states[2].shape[-1], down.read.shape[-1]
@@ -193,11 +214,7 @@ def _no_sums(states: _States, down: Down) -> _Sums:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add(
-    eps: float | None,
-    sums: _Sums,
-    states: _States,
-    down: Down,
-    places: tuple[jax.Array, jax.Array, jax.Array],
+    eps: float | None, sums: _Sums, states: _States, down: Down, places: tuple[jax.Array, jax.Array, jax.Array]
 ) -> _Sums:
     """Add the positions of one batch; places are `at_src`, `at_tgt` and `valid` of a `ProbeBatch`."""
     at_src, at_tgt, valid = places
@@ -245,38 +262,3 @@ def _solve(sums: _Sums, gain: jax.Array, scale: jax.Array, rank: int) -> Stacked
     # Split the singular values evenly: factors of equal size lose least in low-precision formats.
     b, a, _ = recompress(right / weight[:, None], left.T / size_in, rank)
     return StackedFactors(a, b)
-
-
-def _tokens_of(batch: ProbeBatch, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens and the mask, (B, T) each, for the source (0) or the target (1)."""
-    return (batch.tokens_tgt, batch.mask_tgt) if side else (batch.tokens_src, batch.mask_src)
-
-
-def _check(
-    source: BaseModel,
-    target: BaseModel,
-    batches: Sequence[ProbeBatch],
-    layers: Sequence[int | None],
-    rank: int,
-    widest: int,
-) -> None:
-    if not 1 <= rank <= widest:
-        msg = f"rank {rank} is out of range; {ROLE} of {target.ref} allows 1 to {widest}"
-        raise UsageError(msg)
-    if not batches:
-        msg = "no probe batches were given to fit the residual stream on; give at least one"
-        raise UsageError(msg)
-    if "layer_scale" in target.architecture.tensors:
-        msg = f"{target.ref}: layers of {target.family.name} change the stream behind {ROLE}, which the residual fit "
-        raise UsageError(msg + "does not know; use distill")
-    depth_src, depth_tgt = source.dims.layers, target.dims.layers
-    if len(layers) != depth_tgt:
-        msg = f"the layer map names {len(layers)} layers but the target has {depth_tgt}; name a source layer for each"
-        raise PairingError(msg)
-    fed = [feeder for feeder in layers if feeder is not None]
-    if not set(target.layers_with(ROLE)) & {layer for layer, feeder in enumerate(layers) if feeder is not None}:
-        msg = f"the layer map names source layers {fed}, wanted one for a layer of {target.ref} that has {ROLE}"
-        raise PairingError(msg)
-    if not 0 <= min(fed) <= max(fed) < depth_src:
-        msg = f"the layer map names source layers {fed}, wanted at least one, of 0 to {depth_src - 1}"
-        raise PairingError(msg)

@@ -22,11 +22,9 @@ _Record = tuple[tuple[str, str], ...]  # keys with values
 
 @dataclass(frozen=True)
 class Notation:
-    """A way to write a record of keys and values: data sets differ in it, and an adapter knows the one of its own.
+    """A way to write a record of keys and values: data sets differ in it, and an adapter knows that of its own.
 
-    Attributes:
-        colon: text between a key and its value.
-        comma: text between a value and the next key.
+    A colon stands between a key and its value, a comma between a value and the next key.
     """
 
     before: str
@@ -117,12 +115,7 @@ def write_plain(text: str) -> str:
     return text if record is None else PLAIN.write(record)
 
 
-def _read_kinds() -> tuple[JobKind, ...]:
-    text = (files("jcrosslora") / "data" / "job_kinds.json").read_bytes()
-    return msgspec.json.decode(text, type=tuple[JobKind, ...])
-
-
-KINDS = _read_kinds()
+KINDS = msgspec.json.decode((files("jcrosslora") / "data" / "job_kinds.json").read_bytes(), type=tuple[JobKind, ...])
 
 
 def choose_kind(
@@ -137,10 +130,8 @@ def choose_kind(
     several kinds nearly as well, but its answers have the look of one. Kinds that are near the best get more answers,
     until one leads clearly or the turns are used up.
 
-    Args:
-        probed: `ANSWERS` answers to each request of every kind, or fewer, at least one in all.
-        ask: answers requests with the adapter; the number is that of the turn.
-        ask_base: answers requests without the adapter, and returns them with their answers.
+    `probed` are `ANSWERS` answers to each request of every kind, or fewer, at least one in all. The others answer
+    requests in a turn, with the adapter and without it.
 
     Returns:
         The kinds that have answers, with the common scores of these; behind the first by their scores.
@@ -175,13 +166,10 @@ def _likeness_gain(kind: JobKind, probed: Sequence[Scored], plain: Sequence[tupl
     """Return how much more the adapter's answers look like those of the examples than the base's do."""
     own = [one.item.answer for one in kind.answers_in(probed)]
     others = [answer for request, answer in plain if request in kind.requests]
-    return _mean_likeness(kind, own) - _mean_likeness(kind, others)
-
-
-def _mean_likeness(kind: JobKind, answers: Sequence[str]) -> float:
-    """Compare each answer with the example's answer that is most like it; 0 for no answers."""
-    looks = [max(likeness(answer, known) for _, known in kind.examples) for answer in answers]
-    return float(np.mean(looks)) if looks else 0.0
+    # Each answer is compared with the example's answer that is most like it.
+    looks = ([max(likeness(one, known) for _, known in kind.examples) for one in side] for side in (own, others))
+    gain, base = (float(np.mean(side)) if side else 0.0 for side in looks)
+    return gain - base
 
 
 def _requests(kinds: Sequence[JobKind]) -> list[str]:

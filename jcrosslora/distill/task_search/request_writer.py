@@ -71,7 +71,7 @@ class Findings:
 
     Attributes:
         about: topics by the inputs, "" for an input without one.
-        examples: the best requests, which are shown to the writer with the kind's own examples.
+        examples: the best requests, which are shown to the writer with the kind's own.
         heard: further answers with topics, each behind its input, "" if it has none.
     """
 
@@ -156,13 +156,10 @@ def list_prompts(requests: Sequence[str], count: int, seed: int, shown: int = _S
 def write_lines(
     base: Writer, prompts: Sequence[str], known: Sequence[str], seed: int, bar: Track | None, tokens: int | None = None
 ) -> list[tuple[int, str]]:
-    """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request.
+    """Continue prompts; return what is a whole line and no near-duplicate, with the indices of the prompts.
 
-    A line has at most so many tokens; None is half as many again as the longest known request has, of which there is at
-    least one. The bar advances by one for each prompt.
-
-    Returns:
-        Indices of the prompts, with what was written behind them.
+    A line is compared with others and with known requests. It has at most so many tokens; None is half as many again as
+    the longest known request has, of which there is at least one. The bar advances by one for each prompt.
     """
     if tokens is None:
         longest = max(len(base.tokenizer.encode(request, special=False).ids) for request in known)
@@ -194,8 +191,7 @@ class SharedForm:
 
     Attributes:
         prompts: the given ones, each once.
-        before: what all of them begin with; of conversations, what their last messages begin with.
-        after: what all of them end with, likewise.
+        before, after: what all of them begin and end with; of conversations, what their last messages do.
         differing: the line between the two, of each prompt that has a single one there.
         tokens: the most tokens of such a line.
     """
@@ -222,9 +218,8 @@ class SharedForm:
 def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | None:
     """Find what prompts have in common; the tokenizer is that of the base that is to write others.
 
-    Returns:
-        None for fewer than eight different prompts, and where what differs is not one line of at most 128 tokens in
-        nearly all of them: a small base does not write others like those.
+    It is None for fewer than eight different prompts, and where what differs is not one line of at most 128 tokens in
+    nearly all of them: a small base does not write others like those.
     """
     given = tuple(dict.fromkeys(prompts))
     contents = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in given]

@@ -19,14 +19,15 @@ import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
-from jcrosslora.distill.sources import Source, Writer
+from jcrosslora.distill.sources import Source
 from jcrosslora.distill.task_search.answers import distinct, score
 from jcrosslora.distill.templates import PromptTemplate, compare, comparing_cost
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
-# Strengths, each with the tokens that are amplified: the stronger, the sooner a text falls to pieces.
+# Strengths, each with the tokens that are amplified: the stronger, the sooner a text falls to pieces. Tokens that are
+# less plausible are noise.
 _STRENGTHS, _PLAUSIBLE = ((2.0, 8), (4.0, 4)), 1e-3
 _SAMPLE = 32  # tokens of a whole sample
 _JUDGED = 8  # tokens by which beginnings are judged
@@ -67,7 +68,7 @@ def sample_amplified(source: Source, starts: Sequence[str], seed: int, bar: Trac
     """
     key, begun = jax.random.key(seed), []
     for number, (strength, tokens) in enumerate(_STRENGTHS):
-        loud = amplify(source, strength)
+        loud = source.amplified(strength, _PLAUSIBLE)
         written = loud.write(starts, tokens, 1.0, jax.random.fold_in(key, number), bar=bar)
         begun += [Completion(start, one.text) for start, one in zip(starts, written, strict=True) if one.text.strip()]
     # Only the better half is worth going on with.
@@ -85,30 +86,18 @@ def amplified_cost(starts: int) -> Cost:
     return sum([*begun, *alone], writing_cost(starts, _SAMPLE - _JUDGED) + comparing_cost(starts))
 
 
-def amplify(source: Source, strength: float) -> Writer:
-    """Amplify the change of the adapter, among tokens that are not noise."""
-    return source.amplified(strength, _PLAUSIBLE)
-
-
 def _ranked(source: Source, items: Sequence[Completion], tokens: int) -> list[Completion]:
     if not items:
         return []
-    found = compare(source, items, tokens)
-    figures = score(found.change, found.base_nll)
-    return [items[place] for place in (-figures).argsort(kind="stable").tolist()]
+    change, base_nll, _ = compare(source, items, tokens)
+    return [items[place] for place in (-score(change, base_nll)).argsort(kind="stable").tolist()]
 
 
 def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Find what answers say by themselves: their parts, the words between two marks.
+    """Find what answers say by themselves: their parts, the words between two marks, in lower case.
 
-    A part is left out if all of its words are in the request and no other answer says it unasked; then, if others are
-    left, if more than half of the answers have it. The first part is the subject.
-
-    Args:
-        asked: requests, "" where there is none, with their answers.
-
-    Returns:
-        The parts of each answer, in lower case.
+    A part is left out if all of its words are in the request, "" where there is none, and no other answer says it
+    unasked; then, if others are left, if more than half of the answers have it. The first part is the subject.
     """
     parts, known = [_parts(answer) for _, answer in asked], [_words(request) for request, _ in asked]
     unasked = [
@@ -116,12 +105,10 @@ def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
     ]
     counts, itself = (Counter(part for own in listed for part in own) for listed in (parts, unasked))
     most = max(1, _COMMON * len(asked))
-    found = []
-    for every, own in zip(parts, unasked, strict=True):
-        said = [part for part in every if part in own or itself[part] > 1]
-        telling = [part for part in said if counts[part] <= most] or said
-        found.append(telling)
-    return found
+    said = [
+        [part for part in every if part in own or itself[part] > 1] for every, own in zip(parts, unasked, strict=True)
+    ]
+    return [[part for part in one if counts[part] <= most] or one for one in said]
 
 
 def topic_of(parts: Sequence[str]) -> str:
@@ -135,11 +122,8 @@ def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted
     Three quarters of the topics take each subject that is not doubted equally often, so that one to which much leads
     does not crowd out the others. The rest are of all subjects, by the root of how often these come.
 
-    Args:
-        parts: parts of each answer to choose from, see `parts_of`.
-        count: how many topics to choose; none are chosen if there are no subjects.
-        seed: seed of the choice.
-        doubted: subjects that may not be the adapter's, see `doubted_subjects`.
+    The parts are those of each answer, see `parts_of`; where none has a subject no topic is chosen. Doubted subjects
+    may not be the adapter's, see `doubted_subjects`.
     """
     subjects = defaultdict(list)
     for own in filter(None, parts):
@@ -161,16 +145,13 @@ def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted
 
 
 def _subject(topic: str) -> str:
-    """Return the first part of a topic."""
     return topic.split(",", 1)[0]
 
 
 def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, str]) -> set[str]:
-    """Return the subjects of requests that no answer has as a part.
+    """Return the subjects of requests that no answer has as a part; of the topics that requests were written about.
 
-    Args:
-        answered: pairs of a request and its answer.
-        about: topics by the requests that were written about one.
+    `answered` are pairs of a request and its answer.
     """
     asked = [(_subject(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
     return {subject for subject, _ in asked} - {subject for subject, parts in asked if subject in parts}
@@ -183,7 +164,6 @@ def is_about(answer: str, topic: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    """List the parts of a text, each once."""
     return list(dict.fromkeys(" ".join(found.split()) for found in _PART.findall(_plain(text))))
 
 
