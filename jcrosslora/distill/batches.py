@@ -6,12 +6,12 @@ Also the memory that a fit to them takes on top of the weights of both bases.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jcrosslora.checkpoint import ROLES, BaseModel
-from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, pad_right
+from jcrosslora.checkpoint import ROLES, BaseModel, Encoded, Tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, settings_of
 from jcrosslora.decoder.sharding import stack_shapes
 from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
@@ -58,8 +58,7 @@ class DistillationBatch(MatchedTokens):
         return int((self.weight > 0).sum())
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
+class _Pair(NamedTuple):
     """One completion: tokens of both bases up to the last match, and the compared positions, as in a batch."""
 
     ids: tuple[np.ndarray, np.ndarray]
@@ -68,22 +67,14 @@ class _Pair:
     answer: np.ndarray
     weight: np.ndarray
 
-    @property
-    def length(self) -> int:
-        return max(map(len, self.ids))
-
 
 def make_batches(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float
 ) -> list[DistillationBatch]:
     """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
 
-    Of a completion of more than 2,560 tokens the last ones are used.
-
-    Args:
-        completions: at least one with a match.
-        tokenizers: of source and target.
-        prompt_weight: weight of predictions inside a prompt; those of the answer's tokens have 1.
+    Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
+    those inside a prompt `prompt_weight`.
 
     Raises:
         UsageError: no completion has a matched position.
@@ -94,7 +85,7 @@ def make_batches(
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
         raise UsageError(msg)
-    shapes, found = [row_shape(pair.length) for pair in pairs], []
+    shapes, found = [row_shape(max(map(len, pair.ids))) for pair in pairs], []
     for rows, width in sorted(set(shapes), key=lambda shape: shape[1]):
         group = [pair for pair, own in zip(pairs, shapes, strict=True) if own == (rows, width)]
         found += [_batch(group[start : start + rows], rows, width) for start in range(0, len(group), rows)]
@@ -113,7 +104,7 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
     of the target inside the answer that match nothing are compared with the text alone.
     """
-    at_src, at_tgt = match_positions(_placed(src), _placed(tgt))
+    at_src, at_tgt = match_positions(*(Encoded(one.ids, _ends(one)) for one in (src, tgt)))
     inside = (at_src > 0) & (at_tgt > 0)
     at_src, at_tgt = at_src[inside], at_tgt[inside]
     last = int(at_tgt[-1]) if len(at_tgt) else 0
@@ -134,18 +125,16 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     )
 
 
-def _placed(reading: Reading) -> Encoded:
-    """Count the places of all contents in one row of numbers from 1 on, so that equal ones are one place."""
-    places = reading.content.astype(np.int64) * _PLACES + reading.end + 1
-    return Encoded(reading.ids, np.where(reading.content >= 0, places, -1))
+def _ends(reading: Reading) -> np.ndarray:
+    """Count the ends of all contents in one row of numbers from 1 on, so that equal ones are one place; else -1."""
+    return np.where(reading.content >= 0, reading.content.astype(np.int64) * _PLACES + reading.end + 1, -1)
 
 
 def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut a reading behind its last place and, if it is too long, in front.
 
-    Returns:
-        The tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
-        where none or the one that ends the answer follows.
+    Return the tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
+    where none or the one that ends the answer follows.
     """
     last = int(places.max(initial=-1)) + 1
     first = max(0, last - LONGEST)
@@ -174,8 +163,7 @@ def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:
     """int32, ascending: the tokens that occur in the batches of the source (side 0) or the target (side 1)."""
-    rows = [(batch.tokens_src, batch.tokens_tgt)[side].ravel() for batch in batches]
-    return np.unique(np.concatenate(rows))
+    return np.unique(np.concatenate([(one.tokens_src, one.tokens_tgt)[side].ravel() for one in batches]))
 
 
 def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
@@ -187,10 +175,7 @@ def most_beside(target: BaseModel, settings: DistillSettings) -> int:
     """Return the bytes that a fit may take on top of the weights of both bases, with prompts of a usual length.
 
     They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it
-    fits, four times: in training, the best ones, and two moments.
-
-    Raises:
-        CheckpointError: the decoder does not support the target.
+    fits, four times: in training, the best ones, and two moments. The decoder has to support the target.
     """
     shapes = [shape for name, shape in stack_shapes(target).items() if name in (settings.roles or ROLES)]
     factors = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)

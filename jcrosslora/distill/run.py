@@ -43,7 +43,6 @@ class Distilled:
     Attributes:
         adapter: the update that the fit started from and the fitted one, scale 1.
         looks: at held-out completions, before the first step and as the fit went.
-        positions: predictions in the completions that were written before the fit.
         sentence: a summary for reports, without a full stop.
         completions: that were written before the fit.
         chat_template: of the target, in which it read conversations; None if there were none.
@@ -51,7 +50,6 @@ class Distilled:
 
     adapter: Adapter
     looks: tuple[Look, ...]
-    positions: int
     sentence: str
     completions: tuple[Completion, ...]
     chat_template: str | None = None
@@ -151,7 +149,6 @@ def distill(
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
         fitted.looks,
-        positions,
         _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
         template_of(tokenizers[1]) if chats else None,
@@ -183,11 +180,7 @@ def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Co
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
-    """Blame the target where a fit is not finite: the source's predictions were finite while it wrote.
-
-    Raises:
-        CheckpointError: the target's predictions were not finite.
-    """
+    """Raise CheckpointError for the target if a fit is not finite: the source's predictions were while it wrote."""
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
     if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"
@@ -209,13 +202,9 @@ def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: 
 
 @contextmanager
 def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
-    """Open the folder of a fit, and remove it when the block ends without an exception.
+    """Open the folder of a fit, named by what the fit depends on; remove it when the block ends without an exception.
 
-    Its name is a digest of what the fit depends on. Folders that did not change for 30 days are removed as well.
-
-    Raises:
-        OutputError: the folder cannot be made or written to.
-        CheckpointError: a state in it cannot be read.
+    Folders that did not change for 30 days are removed as well. Errors are those of `Checkpoints`.
     """
     folder = parent / digest_of(run)[:24]
     remove_unchanged(parent, folder)

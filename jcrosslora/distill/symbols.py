@@ -106,7 +106,9 @@ class Symbols:
     def tokens(self, side: int) -> np.ndarray:
         """Return the ids of the columns of a side, int32, but for the end; `NO_TOKEN` for those without a token."""
         shared, *own = self.sizes
-        return np.concatenate([_filled(self.shared[side], shared), _filled(self.own[side], own[side])])
+        columns = (self.shared[side], shared), (self.own[side], own[side])
+        filled = (np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN) for ids, count in columns)
+        return np.concatenate([*filled])
 
     def heads(self, side: int) -> np.ndarray:
         """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
@@ -140,10 +142,6 @@ class Symbols:
         found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
         places = order[found]
         return np.where((ids[places] == tokens) & (tokens >= 0), places, -1).astype(np.int32)
-
-
-def _filled(ids: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN)
 
 
 def find_symbols(
@@ -218,13 +216,13 @@ def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bo
     left = jnp.where(splits.source < shared, splits.source, len(found))
     found = found.at[splits.target].add(part).at[left].add(-part, mode="drop")
     found = jnp.log(jnp.maximum(found, math.exp(_NEVER))).T
-    rows, moves, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
+    rows, shifts, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
     mass = jnp.take_along_axis(source, jnp.maximum(moved, 0)[:, None], axis=1)[:, 0]
     place = jnp.maximum(to, 0)
-    emptied = jnp.arange(found.shape[1])[None] == jnp.where(moves & (moved < shared), moved, -1)[:, None]
+    emptied = jnp.arange(found.shape[1])[None] == jnp.where(shifts & (moved < shared), moved, -1)[:, None]
     found = jnp.where(emptied | alone[:, None], _NEVER, found)
     added = jnp.where(alone, 0.0, jnp.logaddexp(found[rows, place], mass))
-    found = found.at[rows, place].set(jnp.where(moves | alone, added, found[rows, place]))
+    found = found.at[rows, place].set(jnp.where(shifts | alone, added, found[rows, place]))
     return jax.nn.log_softmax(jnp.maximum(found, _NEVER), axis=-1)
 
 

@@ -121,12 +121,9 @@ class Sampler:
         bar: Track | None = None,
         tokens: int | None = None,
     ) -> list[Completion]:
-        """Add answers to prompts; leave out prompts that get none.
+        """Add answers to prompts; leave out prompts that get none. Errors are those of `Generator.continue_tokens`.
 
         The turn is added to the seed. Answers have at most `tokens`; None is as many as those of the fit.
-
-        Raises:
-            AdapterError, CheckpointError: see `Generator.continue_tokens`.
         """
         key, most = jax.random.fold_in(jax.random.key(self.seed + turn), 1), tokens or self.tokens
         assert most is not None
@@ -166,10 +163,8 @@ def judge_templates(source: Source, completions: Sequence[Completion], tokens: i
     """Measure an adapter in each of `templates_of` its base on the same completions, put into one after the other.
 
     The figures then differ by the template alone: they differ more between completions than between templates. The
-    origins of the n completions are the names of their templates.
-
-    Returns:
-        The change and the base NLL of `compare`, float64 (templates, n) each.
+    origins of the n completions are the names of their templates. The figures are the change and the base NLL of
+    `compare`, float64 (templates, n) each.
     """
     templates = templates_of(source.tokenizer)
     named = {template.name: template for template in templates}

@@ -52,11 +52,7 @@ class Encoded:
 
 
 def encode(tokenizer: Tokenizer, example: Example) -> Encoded:
-    """Tokenize a prompt and its right answer.
-
-    Raises:
-        UsageError: the answer has no token of its own, or the base's chat template refuses the messages.
-    """
+    """Tokenize a prompt and its right answer; errors are those of `jcrosslora.text.read`."""
     found = read(tokenizer, as_completion(example))
     return Encoded(found.ids, found.answer)
 
@@ -112,11 +108,7 @@ class Plan:
 
 
 def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slots: int) -> Batch:
-    """Pad some of the examples.
-
-    `members` int (B,) are the indices of the examples. T, the width, is at least the tokens of each; S, the slots, at
-    least the tokens of all their answers.
-    """
+    """Pad the examples with the indices `members` int (B,), in T tokens, the width, and S slots for all answers."""
     tokens, mask = np.zeros((len(members), width), np.int32), np.zeros((len(members), width), bool)
     picked = np.zeros(slots, np.int32)
     wanted, used = np.zeros_like(picked), np.zeros(picked.shape, np.float32)
@@ -193,11 +185,7 @@ def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
 
 
 def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
-    """Make the state before the first update.
-
-    Raises:
-        UsageError: the optimiser is of LoRA factors, and the arrays are others.
-    """
+    """Make the state before the first update; raise UsageError if the optimiser is for factors of a LoRA alone."""
     return TrainState(trained, _optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
 
 

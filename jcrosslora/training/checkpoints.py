@@ -95,11 +95,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder of this run alone; `run` is what the numbers depend on.
-
-        Raises:
-            OutputError: the folder cannot be made or written to.
-        """
+        """Open or make the folder, or raise OutputError; `run` is what the numbers depend on."""
         import orbax.checkpoint as ocp
 
         self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp
@@ -140,11 +136,7 @@ class Checkpoints:
         return jax.tree.map(jnp.array, state), notes
 
     def save(self, state: Stepped, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a state with notes, which JSON can hold, and remove all older ones but the last.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Write a state with notes, which JSON can hold, or raise OutputError; keep only the last of older ones."""
         args, notes = self._ocp.args, dict(notes or {})
         saved = {
             "state": args.StandardSave(state),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
 from jcrosslora.training import batches
-from jcrosslora.training.batches import Batch, Plan, TrainState, answer_loss
+from jcrosslora.training.batches import Batch, Plan, answer_loss
 from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
@@ -188,10 +188,19 @@ def train(
         kept = Checkpoints(checkpoints, run)
     with nullcontext() if kept is None else closing(kept):
         state = state if kept is None else kept.restore(state)[0]
-        for state in _states(base, gradient_of, plan, settings, state):  # noqa: B020
-            step = int(state.step)
-            if kept is not None and (step % every == 0 or step == settings.steps):
-                kept.save(state)
+        begun = int(state.step)
+        with track(settings.steps, "train", "steps", done=begun) as bar:
+            for step in range(begun, settings.steps):
+                loss, gradient = gradient_of(state.trained, plan.batch(step))
+                if not math.isfinite(loss):
+                    msg = f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is "
+                    raise UsageError(msg + f"{settings.rate:g}")
+                state = batches.update(settings, state, gradient)
+                record({"loss": float(loss)}, step + 1)
+                bar.note = f"loss {float(loss):.3f}"
+                bar.update()
+                if kept is not None and ((step + 1) % every == 0 or step + 1 == settings.steps):
+                    kept.save(state)
     return state.trained
 
 
@@ -200,28 +209,6 @@ def _opened(
 ) -> tuple[BaseModel, Sequence[Example]]:
     base = base if isinstance(base, BaseModel) else open_base(base)
     return base, read_examples(examples) if isinstance(examples, str | Path) else examples
-
-
-def _states(
-    base: BaseModel,
-    gradient_of: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
-    plan: Plan,
-    settings: TrainingSettings,
-    state: TrainState,
-) -> Iterator[TrainState]:
-    """Yield the state after each remaining step; it is used up when the next one is asked for."""
-    start = int(state.step)
-    with track(settings.steps, "train", "steps", done=start) as bar:
-        for step in range(start, settings.steps):
-            loss, gradient = gradient_of(state.trained, plan.batch(step))
-            if not math.isfinite(loss):
-                msg = f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is "
-                raise UsageError(msg + f"{settings.rate:g}")
-            state = batches.update(settings, state, gradient)
-            record({"loss": float(loss)}, step + 1)
-            bar.note = f"loss {float(loss):.3f}"
-            bar.update()
-            yield state
 
 
 def first_magnitudes(adapter: StackedAdapter) -> Magnitudes:

@@ -181,11 +181,7 @@ class ServedModel:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            UsageError: the address is none, or holds a password or a query; or a number is out of range.
-        """
+        """Raise UsageError if the address is none, or holds a password or a query, or a number is out of range."""
         try:
             parts = urlsplit(self.url)
             port = parts.port

@@ -47,11 +47,7 @@ class RefusedError(SourceError):
 
 
 def read_reply(content: bytes, kind: type[T]) -> T:
-    """Read JSON as a type; fields that it does not have are passed over.
-
-    Raises:
-        DamagedError: the content is not JSON, or not of this type.
-    """
+    """Read JSON as a type, or raise DamagedError; fields that the type does not have are passed over."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -78,11 +74,7 @@ class Client:
         self._seconds = served.timeout
 
     def get(self, path: str, kind: type[T]) -> T:
-        """Fetch JSON of a type from an address below the server's, or, with a leading /, from its root.
-
-        Raises:
-            SourceError: see `post`.
-        """
+        """Fetch JSON of a type from an address below the server's, or, with a leading /, from its root; see `post`."""
         parts = urlsplit(self.url)
         url = f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/") else f"{self.url}/{path}"
         return self._ask(url, None, lambda content: read_reply(content, kind))

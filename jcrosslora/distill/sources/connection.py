@@ -32,11 +32,7 @@ _Seen = list[tuple[dict[Index, LogProb], LogProb]]
 
 
 class Connection:
-    """Requests of a fit to a server.
-
-    Attributes:
-        stops: ids of the tokens that end a text.
-    """
+    """Requests of a fit to a server; `stops` are ids of the tokens that end a text."""
 
     def __init__(
         self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
@@ -93,11 +89,7 @@ class Connection:
         return self._by_prefix(side, ids, places, keep)
 
     def check_tokenizer(self, side: Fields, ids: np.ndarray, decode: Callable[[Sequence[int]], str]) -> None:
-        """Let a model write a few tokens, and check that they are to this tokenizer the text that they are to its own.
-
-        Raises:
-            SourceError: they are not.
-        """
+        """Let a model write a few tokens; raise SourceError if they are another text to this tokenizer."""
         fields = {"prompt": ids.tolist(), "max_tokens": _WRITTEN, "temperature": 0.0, "logprobs": 1}
         body = {**side, **self.dialect.reading(None), **fields}
 
@@ -125,7 +117,12 @@ class Connection:
             if len(entries) != len(ids) + 1:
                 msg = f"{len(entries)} log-probabilities for a text of {len(ids)} tokens and one behind it"
                 raise DamagedError(msg)
-            self._check_names(entries, ids)
+            told = [(one.token, int(token)) for one, token in zip(entries, ids, strict=False)]
+            known = [pair for pair in told if pair[0] is not None]
+            if any(token != sent for token, sent in known) or len(known) < _FEWEST_KNOWN * len(told):
+                msg = f"{self._client.url}: names other tokens than it was sent: check that --source-tokenizer is "
+                msg += "that of the model; names of sentencepiece tokens are ambiguous but by vLLM and llama.cpp"
+                raise SourceError(msg)
             return entries
 
         return self._asked("read", body, list[Entry], check, keep) or None
@@ -167,14 +164,6 @@ class Connection:
             self._told[len(top)] += 1
         told = None if token is None or entry.log_prob is None else (token, entry.log_prob)
         return TopTokens.of(top, -math.inf if entry.unnamed is None else entry.unnamed, told)
-
-    def _check_names(self, entries: Sequence[Entry], ids: np.ndarray) -> None:
-        """Check that the tokens of a text are told back as they were sent."""
-        told = [(one.token, int(token)) for one, token in zip(entries, ids, strict=False)]
-        known = [pair for pair in told if pair[0] is not None]
-        if any(token != sent for token, sent in known) or len(known) < _FEWEST_KNOWN * len(told):
-            msg = f"{self._client.url}: names other tokens than it was sent: check that --source-tokenizer is that of "
-            raise SourceError(msg + "the model; names of sentencepiece tokens are ambiguous but by vLLM and llama.cpp")
 
     def _asked(
         self, kind: str, body: dict[str, Any], form: type[T], check: Callable[[Completion], T], keep: bool = True

@@ -15,9 +15,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import sha256
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
-from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint import BaseModel, Tokenizer, Vocabulary, pad_right
 from jcrosslora.decoder import AmplifiedGenerator, AppliedAdapter, Generator, Model, divergence, forward, logits
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared
@@ -30,11 +28,7 @@ _NEVER = -1e4  # added to the logit of a column without a token: its probability
 
 @dataclass(frozen=True, eq=False)
 class DecoderSource(Generator):
-    """A base with an adapter.
-
-    Attributes:
-        opened: the base and its adapter as they were opened, for their digests; None for one that is not fitted from.
-    """
+    """A base with an adapter, which are `opened`; None for a base that is not fitted from."""
 
     opened: tuple[BaseModel, Adapter] | None = None
 
@@ -83,8 +77,14 @@ class DecoderSource(Generator):
         for first in range(0, len(order), _ROWS):
             part = order[first : first + _ROWS]
             width = next((width for width in _WIDTHS if len(texts[part[-1]]) <= width), _WIDTHS[-1])
-            at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
-            rows = [texts[place][-width:] for place in part]
+            at, token, used = (np.zeros((_ROWS, tokens), dtype) for dtype in (np.int32, np.int32, bool))
+            for row, place in enumerate(part):
+                ids = texts[place]
+                # An answer whose first token is joined to the prompt still has one.
+                told = np.arange(min(starts[place], len(ids) - 1), len(ids))[:tokens]
+                at[row, : len(told)] = row * width + np.maximum(told - 1 - max(0, len(ids) - width), 0)
+                token[row, : len(told)], used[row, : len(told)] = ids[told], True
+            rows = [texts[place][-width:] for place in part]  # the end of those that are longer
             batch = tuple(map(jnp.asarray, pad_right(rows, (_ROWS, width))))
             plain = _hidden(base, *batch)[at.ravel()]
             adapted = plain if self.model.adapter is None else _hidden(self.model, *batch)[at.ravel()]
@@ -123,23 +123,6 @@ def digest_values(adapter: Adapter) -> str:
     return sha256(*(part for path, leaf in leaves for part in (str(path).encode(), np.asarray(leaf).tobytes())))
 
 
-def _answer_positions(
-    rows: Sequence[tuple[np.ndarray, int]], width: int, tokens: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the flat positions in front of the answers' tokens, these tokens, and which of them exist; (8, tokens) each.
-
-    Rows are token ids with the index of the answer's first token; those longer than `width` keep their end.
-    """
-    shape = _ROWS, tokens
-    at, token, used = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for row, (ids, start) in enumerate(rows):
-        # An answer whose first token is joined to the prompt still has one.
-        places = np.arange(min(start, len(ids) - 1), len(ids))[:tokens]
-        at[row, : len(places)] = row * width + np.maximum(places - 1 - max(0, len(ids) - width), 0)
-        token[row, : len(places)], used[row, : len(places)] = ids[places], True
-    return at, token, used
-
-
 def _without(model: Model) -> Model:
     """Set the adapter to zeros, so that one compiled program serves both."""
     return model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
@@ -154,10 +137,9 @@ def _hidden(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class RestrictedModel:
-    """A model that predicts its columns of the symbols of a fit.
+    """A model that predicts its columns of the symbols of a fit: its head has a row for each predicted token.
 
     Attributes:
-        model: whose head has a row for each predicted token.
         ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
     """
 
@@ -179,20 +161,18 @@ class RestrictedModel:
         return RestrictedModel(self.model.with_adapter(adapter), self.ends)
 
 
-def shared_scores(restricted: RestrictedModel, states: jax.Array) -> jax.Array:
-    """float32 (P, V): logits of the next symbol from hidden states (P, H); the end of a text is one."""
-    scores, ends = logits(restricted.model, states), restricted.ends
-    if ends < 2:
-        return scores
-    end = jax.nn.logsumexp(scores[:, -ends:], axis=-1, keepdims=True)
-    return jnp.concatenate([scores[:, :-ends], end], axis=-1)
-
-
 @partial(jax.jit, static_argnames="remat")
 def shared_log_probs(
     restricted: RestrictedModel, tokens: jax.Array, mask: jax.Array, at: jax.Array, *, remat: bool = False
 ) -> jax.Array:
-    """float32 (P, V): log-probabilities of the next symbol among those of the head, at flat positions (P,)."""
+    """float32 (P, V): log-probabilities of the next symbol among those of the head, at flat positions (P,).
+
+    The end of a text is one symbol.
+    """
     hidden = forward(restricted.model, tokens, mask=mask, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[at]
-    return jax.nn.log_softmax(shared_scores(restricted, states), axis=-1)
+    scores, ends = logits(restricted.model, states), restricted.ends
+    if ends > 1:
+        end = jax.nn.logsumexp(scores[:, -ends:], axis=-1, keepdims=True)
+        scores = jnp.concatenate([scores[:, :-ends], end], axis=-1)
+    return jax.nn.log_softmax(scores, axis=-1)

@@ -73,11 +73,7 @@ def _stated_ends(folder: Path) -> list[Any]:
 
 
 def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
-    """Find an adapter that PEFT can load.
-
-    Raises:
-        AdapterError: there is none, it has another format, or PEFT would import a module that it names.
-    """
+    """Find an adapter; raise AdapterError if it is not of PEFT, or PEFT would import a module that it names."""
     found = find_adapter(ref, revision)
     if found.form != "PEFT":
         msg = f"{ref}: is an adapter of {found.form}, which PEFT does not load: convert it by `jcrosslora export "

@@ -132,11 +132,7 @@ class TokenNames:
         return next((index for index in found if index is not None), None)
 
     def entries(self, log_probs: LogProbs) -> list[Entry]:
-        """Find the tokens in the `logprobs` of a choice.
-
-        Raises:
-            DamagedError: an id is out of range, or probabilities sum to more than 1.
-        """
+        """Find tokens; raise DamagedError if an id is out of range, or probabilities sum to more than 1."""
         return [self._entry(one) for one in log_probs.positions()]
 
     def _entry(self, one: Position) -> Entry:

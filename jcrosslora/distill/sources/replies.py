@@ -60,11 +60,7 @@ class LogProbs(msgspec.Struct, frozen=True):
     top_logprobs: list[dict[str, LogProb | None] | None] = []
 
     def positions(self) -> list[Position]:
-        """Return the tokens of a text in either form.
-
-        Raises:
-            DamagedError: the lists have different lengths.
-        """
+        """Return the tokens of a text in either form; raise DamagedError if the lists have different lengths."""
         if self.content is not None:
             return self.content
         sizes = [len(self.tokens or ()), len(self.token_logprobs), len(self.top_logprobs)]
@@ -93,11 +89,7 @@ class Completion(msgspec.Struct, frozen=True):
     choices: list[Choice]
 
     def of(self, prompts: int) -> list[Choice]:
-        """Return the answers in the order of the prompts.
-
-        Raises:
-            DamagedError: there is not one for each.
-        """
+        """Return the answers in the order of the prompts; raise DamagedError if there is not one for each."""
         found = sorted(self.choices, key=lambda choice: choice.index)
         if [choice.index for choice in found] != list(range(prompts)):
             msg = f"choices have the indices {[choice.index for choice in found][:40]}, wanted 0 to {prompts - 1}"
@@ -195,13 +187,9 @@ _FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a server is asked.
+    """How a server is asked: fields of requests to the base with its adapter, and to the base alone.
 
-    Attributes:
-        adapted: fields of requests to the base with its adapter.
-        base: those of requests to the base alone.
-        base_name: the server's name of the base.
-        prefixes: how many prompts a request may have.
+    The name is the server's for the base; a request may have as many prompts as `prefixes`.
     """
 
     kind: Kind
@@ -238,7 +226,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
         listed = []
     cards = listed if isinstance(listed, list) else (listed.data or [])
     owners = {(card.owned_by or "").lower() for card in cards}
-    kind: Kind = next((one for one in _FIELDS if one in owners), "other")
+    kind: Kind = next((one for one in _FIELDS if owners & {one}), "other")
     known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
     wanted = [name for name in (served.model, served.base_model) if name is not None]
     for name in wanted:

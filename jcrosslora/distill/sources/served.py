@@ -92,16 +92,12 @@ class AmplifiedWriter(ServedWriter):
 
 
 class ServedSource(ServedWriter):
-    """A base with its adapter on a server. Predictions are those of the likeliest tokens that the server tells.
+    """A base with its adapter on a server, under its names of both.
 
-    Attributes:
-        ref: the server's name of the base.
-        adapter_name: its name of the base with the adapter.
-        adapter: that name alone, as a server says no more of an adapter.
-        rank: None, as a server does not say it.
+    Predictions are those of the likeliest tokens that the server tells.
     """
 
-    rank = None
+    rank = None  # no server says it
 
     def __init__(
         self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary

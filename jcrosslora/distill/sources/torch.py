@@ -42,11 +42,7 @@ class _Model:
         return nullcontext() if on else self.model.disable_adapter()
 
     def log_probs(self, tokens: np.ndarray, mask: np.ndarray, *, adapter: bool) -> Any:
-        """Return float32 (B, T, V) log-probabilities behind every token.
-
-        Raises:
-            AdapterError, CheckpointError: they are not finite.
-        """
+        """Return float32 (B, T, V) log-probabilities behind every token; raise `not_finite` if they are not."""
         import torch
 
         with torch.inference_mode(), self.adapter(on=adapter):
@@ -156,15 +152,7 @@ class AmplifiedTorchWriter(TorchWriter):
 
 
 class TorchSource(TorchWriter):
-    """A base with its adapter.
-
-    Attributes:
-        ref: the path or hub id of the base.
-        adapter_name: the path or hub id of the adapter.
-        adapter: what its files say of it.
-        rank: of the adapter, None if its files do not say it.
-        how: how it is queried, the end of a sentence.
-    """
+    """A base with its adapter, by their paths or hub ids."""
 
     how = "run by transformers and PEFT"
 
@@ -181,8 +169,7 @@ class TorchSource(TorchWriter):
     def open(cls, source: TorchModel, adapter: str | Path, *, revision: str | None = None) -> TorchSource:
         """Load a base and an adapter, a folder of PEFT or a hub id with its revision, and check that the adapter acts.
 
-        Raises:
-            UsageError, CheckpointError, AdapterError: see `load_model`; or the adapter changes nothing.
+        Errors are those of `load_model`, and AdapterError if the adapter changes nothing.
         """
         files = find_peft_adapter(adapter, revision)
         digest = f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}"

@@ -2,11 +2,9 @@
 
 from jcrosslora.distill.task_search.answers import Questioner as Questioner
 from jcrosslora.distill.task_search.kinds import KINDS as KINDS
-from jcrosslora.distill.task_search.request_writer import FEWEST as FEWEST
 from jcrosslora.distill.task_search.request_writer import SIMILAR as SIMILAR
 from jcrosslora.distill.task_search.request_writer import choose_writer as choose_writer
 from jcrosslora.distill.task_search.request_writer import find_form as find_form
-from jcrosslora.distill.task_search.request_writer import requests_cost as requests_cost
 from jcrosslora.distill.task_search.search import NOTHING as NOTHING
 from jcrosslora.distill.task_search.search import FoundTask as FoundTask
 from jcrosslora.distill.task_search.search import find_task as find_task

@@ -31,12 +31,10 @@ _NEAR_DUPLICATES = 0.6  # share of the pieces of two texts that both have
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer of the adapted base.
+    """An answer of the adapted base, with figures in nats, summed over the judged tokens.
 
-    Attributes:
-        change: KL(with adapter || without) in nats, summed over the judged tokens.
-        surprise: the part of the answer that surprises the base, in nats, summed over them: see `score`.
-        doubt: NLL of the answer with the adapter, in nats, summed over them.
+    They are KL(with adapter || without), the part of the answer that surprises the base (see `score`), and the NLL of
+    the answer with the adapter.
     """
 
     item: Completion
@@ -87,10 +85,7 @@ class Questioner:
     ) -> list[Scored]:
         """Put requests to the adapter, in templates that take turns; return its answers, the best first.
 
-        Answers have at most `tokens`; None is as many as the search allows. The turn is added to the seed.
-
-        Raises:
-            AdapterError: with the adapter the base's predictions are not finite.
+        For the turn, the tokens and errors see `Sampler.answer`.
         """
         prompts = [prompt_in(text, templates[place % len(templates)]) for place, text in enumerate(requests)]
         return self.score(self.sampler.answer(self.source, prompts, turn, self.bar, tokens))

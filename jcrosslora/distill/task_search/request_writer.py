@@ -45,9 +45,6 @@ def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None 
     The better model of text writes the better requests, and mostly that is the newer one, the target. Each input stands
     behind others of its kind, as requests do that are to be written. The choice holds for all adapters of a pair: it
     is looked for in `shared`, and added.
-
-    Raises:
-        SourceError: a source behind a server does not answer.
     """
     known = {} if shared is None else shared
     if choose_writer not in known:
