@@ -38,6 +38,7 @@ def train_lora(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
     """Train a LoRA adapter to give the right answers, on the mean loss of the answers' tokens.
@@ -53,7 +54,7 @@ def train_lora(
             chat template. The token that ends an answer is part of it.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
-        tokenizer: of the base, if it is loaded already.
+        model: the base in `settings.dtype`, if it is loaded already, as `tokenizer` is its tokenizer.
 
     Returns:
         The adapter, in float32, its scale inside B.
@@ -69,7 +70,7 @@ def train_lora(
 
     @cache
     def loaded() -> Model:  # with the first step: a finished run needs none
-        return load_model(base, settings.dtype)
+        return model or load_model(base, settings.dtype)
 
     def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
         return batches.loss_and_gradient(loaded(), factors, batch, settings.alpha / settings.rank, settings.remat)
@@ -85,6 +86,7 @@ def fit_magnitudes(
     adapter: Adapter,
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
     *,
+    model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
     """Train the magnitude of every update of an adapter on examples; the directions stay as they are.
@@ -97,7 +99,7 @@ def fit_magnitudes(
         examples: at least one, or the JSONL file of them (see `read_examples`).
         adapter: of this base, such as one that was moved to it.
         settings: only updates of its `modules` are trained; its rank and alpha are not used.
-        tokenizer: of the base, if it is loaded already.
+        model: the base in `settings.dtype`, if it is loaded already, as `tokenizer` is its tokenizer.
 
     Returns:
         The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
@@ -117,11 +119,11 @@ def fit_magnitudes(
     if not any(np.any(norms) for norms in units.values()):
         msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
         raise UsageError(msg)
-    model = load_model(base, settings.dtype)
+    loaded = model or load_model(base, settings.dtype)
 
     def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
         magnitudes = jax.tree.map(jnp.multiply, shares, units)
-        loss, gradient = loss_and_magnitude_gradient(model, stacked, magnitudes, batch, settings.remat)
+        loss, gradient = loss_and_magnitude_gradient(loaded, stacked, magnitudes, batch, settings.remat)
         return loss, jax.tree.map(jnp.multiply, gradient, units)
 
     start = jax.tree.map(jnp.ones_like, units)
