@@ -27,7 +27,7 @@ from jcrosslora.distill.task_search.answers import (
 from jcrosslora.distill.task_search.request_writer import choose_examples
 from jcrosslora.distill.task_search.search import share_of
 from jcrosslora.distill.task_search.topics import starts
-from jcrosslora.distill.templates import ConversationTemplate, Sampler
+from jcrosslora.distill.templates import ChatTemplate, Sampler
 from jcrosslora.text import Completion, prompt_text
 from jcrosslora.utils.progress import Track
 
@@ -183,7 +183,7 @@ def test_examples_are_requests_that_are_answered_as_they_were_meant():
 
 
 def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as_well_as_any():
-    chat = ConversationTemplate("", "")
+    chat = ChatTemplate("", "")
     known = dict(zip([chat, *TEMPLATES[:3]], (0.75, 0.8, 0.78, 0.4), strict=True))
     answered = [dataclasses.replace(scored("Sing", value), template=one) for one, value in known.items()]
     assert choose_templates(answered) == [chat]

@@ -1,4 +1,4 @@
-"""Fits of an update: to predictions (distill), to the residual stream, and to the difference of two bases' weights."""
+"""Fits of an update of the target: to predictions (`distill`), and to what an adapter does to the residual stream."""
 
 from jcrosslora.distill.settings import DistillSettings as DistillSettings
 from jcrosslora.distill.templates import TEMPLATES as TEMPLATES

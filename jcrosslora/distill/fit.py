@@ -63,12 +63,9 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The result of a fit.
+    """The best update by the held-out completions, what it started from included, with all looks at them.
 
-    Attributes:
-        adapter: the best update by the held-out completions, what it started from included.
-        looks: before the first step, and at each look.
-        own: completions that the target wrote.
+    `own` counts the completions that the target wrote.
     """
 
     adapter: StackedAdapter

@@ -30,13 +30,10 @@ _NEVER = -30.0  # log-probability of what a side cannot predict
 
 @flax.struct.dataclass
 class Splits:
-    """Tokens of the source that begin where the target has another token, in answers. M pairs of tokens.
+    """Tokens of the source that begin where the target has another token, in answers: M pairs of columns, int32 (M,).
 
-    Attributes:
-        source: int32 (M,), columns of the source.
-        target: int32 (M,), columns of the target.
-        share: float32 (M,), of the occurrences of the source's token those where the target has this one, counted as if
-            it had the same token once more.
+    The share, float32 (M,), is of the occurrences of the source's token those where the target has this one, counted as
+    if it had the same token once more.
     """
 
     source: np.ndarray
@@ -115,13 +112,10 @@ class Symbols:
         return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
 
     def moves(self, batch: DistillationBatch) -> tuple[Moves, jax.Array]:
-        """Find what moves from which of the source's columns to which of the target's, at each position of a batch.
+        """Find what moves at each position of a batch, with float32 (P,) weights, 0 where a next token has no column.
 
         Where the source has no position and the target has one, the target's token alone is given: the text itself is
         the teacher.
-
-        Returns:
-            The moves, and float32 (P,) the weights, 0 where the target's next token has no column.
         """
         src, tgt = self.following(batch, 0), self.following(batch, 1)
         known = (batch.next_src >= 0) & (batch.next_tgt >= 0)

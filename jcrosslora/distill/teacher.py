@@ -68,12 +68,9 @@ class Teacher:
     ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
         """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
 
-        Unless `own`, the target's own predictions may be those of the adapted source; unless `base`, those of the
-        source without its adapter may be too.
-
-        Returns:
-            The batch with the target's own predictions instead of the teacher's; and the source's predictions without
-            and with its adapter.
+        They are the batch with the target's own predictions instead of the teacher's, and the source's predictions
+        without and with its adapter. Unless `own`, the target's may be those of the adapted source; unless `base`,
+        those of the source without its adapter may be too.
         """
         symbols = self._symbols
         read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)

@@ -53,7 +53,7 @@ class PromptTemplate:
 
 
 @dataclass(frozen=True)
-class ConversationTemplate(PromptTemplate):
+class ChatTemplate(PromptTemplate):
     """A base's own chat template, with one message of the user."""
 
     @property
@@ -96,7 +96,7 @@ def templates_of(tokenizer: Tokenizer) -> tuple[PromptTemplate, ...]:
     before = rendered.text[:first]
     if tokenizer.bos is not None:  # which is put in front of plain text as well
         before = before.removeprefix(tokenizer.bos_name)
-    return (*TEMPLATES, ConversationTemplate(before, rendered.text[last:]))
+    return (*TEMPLATES, ChatTemplate(before, rendered.text[last:]))
 
 
 @dataclass(frozen=True)

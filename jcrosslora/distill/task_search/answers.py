@@ -8,19 +8,13 @@ import numpy as np
 
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.sources import Source
-from jcrosslora.distill.templates import (
-    ConversationTemplate,
-    PromptTemplate,
-    Sampler,
-    compare,
-    comparing_cost,
-    templates_of,
-)
+from jcrosslora.distill.templates import ChatTemplate, PromptTemplate, Sampler, compare, comparing_cost, templates_of
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 JUDGED_TOKENS = 24  # of an answer
+_ORIGIN = "requests found, in "
 _NEAR_TEMPLATE = 0.9  # share of the best score from which a template may be the one of the training
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
 _LEAST_DOUBT = 0.01  # share of what surprises the base
@@ -72,8 +66,8 @@ class Questioner:
     @cached_property
     def named(self) -> Mapping[str, PromptTemplate]:
         """The base's chat template, if it has one, and the known ones, by their names and the origins of requests."""
-        chat = [one for one in templates_of(self.source.tokenizer) if isinstance(one, ConversationTemplate)]
-        return {name: one for one in [*chat, *self.known] for name in (one.name, origin_of(one))}
+        chat = [one for one in templates_of(self.source.tokenizer) if isinstance(one, ChatTemplate)]
+        return {name: one for one in [*chat, *self.known] for name in (one.name, f"{_ORIGIN}{one.name}")}
 
     @property
     def templates(self) -> list[PromptTemplate]:
@@ -119,12 +113,7 @@ def asking_cost(count: int, tokens: int) -> Cost:
 
 def prompt_in(text: str, template: PromptTemplate) -> Completion:
     """Put a request in a template."""
-    return Completion(template.wrap(text), origin=origin_of(template))
-
-
-def origin_of(template: PromptTemplate) -> str:
-    """Return the origin of requests in a template."""
-    return f"requests found, in {template.name}"
+    return Completion(template.wrap(text), origin=f"{_ORIGIN}{template.name}")
 
 
 def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
@@ -132,7 +121,7 @@ def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
     found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
     scores = {template: common_score(same) for template, same in found.items()}
     near = [template for template, score in scores.items() if score >= _NEAR_TEMPLATE * max(scores.values())]
-    return [one for one in near if isinstance(one, ConversationTemplate)] or near
+    return [one for one in near if isinstance(one, ChatTemplate)] or near
 
 
 def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:

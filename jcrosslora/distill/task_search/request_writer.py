@@ -6,6 +6,7 @@ once or not at all.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -128,14 +129,9 @@ def ask_about(
 
     Returns the topics by the requests. The bar advances by one for each topic.
     """
-    orders = _orders(examples, len(topics), seed)
-
-    def prompt(index: int) -> str:
-        pairs = [*orders[index // _SHARED][:_SHOWN], ("", topics[index])]
-        return "\n\n".join(f"Topic: {topic}\nRequest: {text}" for text, topic in pairs).rstrip()
-
-    known = [request for request, _ in examples]
-    written = write_lines(base, [prompt(index) for index in range(len(topics))], known, seed, bar)
+    behind = _behind(examples, [("", topic) for topic in topics], seed, _SHOWN)
+    prompts = ["\n\n".join(f"Topic: {topic}\nRequest: {text}" for text, topic in pairs).rstrip() for pairs in behind]
+    written = write_lines(base, prompts, [request for request, _ in examples], seed, bar)
     return {text: topics[index] for index, text in written}
 
 
@@ -146,8 +142,7 @@ def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: 
 
 def list_prompts(requests: Sequence[str], count: int, seed: int, shown: int = _SHOWN) -> list[str]:
     """Make prompts for requests like given ones: each lists some of them, in an order drawn with the seed."""
-    orders = _orders(requests, count, seed)
-    return [_listed([*orders[index // _SHARED][:shown], ""]) for index in range(count)]
+    return [_listed(texts) for texts in _behind(requests, [""] * count, seed, shown)]
 
 
 def write_lines(
@@ -176,10 +171,11 @@ def _listed(requests: Sequence[str]) -> str:
     return "\n\n".join(f"Request: {text}" for text in requests).rstrip()
 
 
-def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
-    """Shuffle items, once for every `_SHARED` of so many texts."""
+def _behind(items: Sequence[T], lasts: Sequence[T], seed: int, shown: int) -> list[list[T]]:
+    """Put some of the items in front of each last one; `_SHARED` of these have the same ones, in the same order."""
     rng = np.random.default_rng(seed)
-    return [[items[index] for index in rng.permutation(len(items))] for _ in range(-(-count // _SHARED))]
+    orders = [rng.permutation(len(items))[:shown] for _ in range(-(-len(lasts) // _SHARED))]
+    return [[*(items[place] for place in orders[index // _SHARED]), last] for index, last in enumerate(lasts)]
 
 
 @dataclass(frozen=True)
@@ -235,11 +231,7 @@ def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | N
 
 def _common_start(texts: Sequence[str]) -> str:
     """Return what all texts begin with, up to a space or the end of a line, so that no word is cut."""
-    first, last = min(texts), max(texts)  # what these two begin with, all of them do
-    length = next(
-        (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
-    )
-    common = first[:length]
+    common = os.path.commonprefix(texts)  # noqa: RUF071
     return common[: max(common.rfind(mark) for mark in " \n") + 1]
 
 

@@ -24,7 +24,7 @@ from jcrosslora.distill.task_search.answers import (
 from jcrosslora.distill.task_search.kinds import ANSWERS, KINDS, JobKind, choose_kind
 from jcrosslora.distill.task_search.request_writer import Findings, choose_examples, requests_cost, write_inputs
 from jcrosslora.distill.task_search.topics import amplified_cost, sample_amplified, starts
-from jcrosslora.distill.templates import ConversationTemplate, PromptTemplate
+from jcrosslora.distill.templates import ChatTemplate, PromptTemplate
 from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
@@ -38,16 +38,16 @@ _MOST_PLAIN = 0.3
 
 @dataclass(frozen=True, eq=False)
 class FoundTask:
-    """What an adapter is for, as far as the search has found out.
+    """What an adapter is for, as far as the search has found out; answers are sorted, the best first.
 
     Attributes:
         kinds: kinds of jobs with the scores of answers to their requests, see `choose_kind`.
-        said: what the adapter says where its change is amplified, the best first.
-        guessed: answers to requests about that, the best first.
-        further: answers to requests about what was answered to these, the best first.
+        said: what the adapter says where its change is amplified.
+        guessed: answers to requests about that.
+        further: answers to requests about what was answered to these.
         examples: the best requests of all, which `write` shows to the writer.
         about: the topics of the requests, by their inputs.
-        templates: the templates that `write` puts requests in.
+        templates: that `write` puts requests in.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
 
@@ -175,7 +175,7 @@ def _search_topics(
 
 def _most(templates: Sequence[PromptTemplate]) -> float:
     """Return the largest share of requests in these templates."""
-    return 1.0 if any(isinstance(one, ConversationTemplate) for one in templates) else _MOST_PLAIN
+    return 1.0 if any(isinstance(one, ChatTemplate) for one in templates) else _MOST_PLAIN
 
 
 def share_of(found: float, written: float) -> float:
