@@ -15,7 +15,7 @@ from sharded_session import CASES, base_of
 import jcrosslora as jcl
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import divided_axis, held_numbers
-from jcrosslora.distill.batches import most_beside
+from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import Distill
 from jcrosslora.session import estimate
@@ -153,7 +153,7 @@ def needed(places, count):
 
 def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, capsys):
     there = jax.local_device_count()
-    beside = most_beside(jcl.open_base(places[2]), Distill())
+    beside = peak_bytes(jcl.open_base(places[2]), Distill())
     monkeypatch.setattr(estimate, "free_of_each", lambda: needed(places, 1) + beside - 1)
     command(places, tmp_path, "--method", "distill", "--dry-run", "--json")
     found = json.loads(capsys.readouterr().out)

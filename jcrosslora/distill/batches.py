@@ -171,7 +171,7 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     return _activations(settings, shape) > _MOST_KEPT
 
 
-def most_beside(target: BaseModel, settings: DistillSettings) -> int:
+def peak_bytes(target: BaseModel, settings: DistillSettings) -> int:
     """Return the bytes that a fit may take on top of the weights of both bases, with prompts of a usual length.
 
     They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it

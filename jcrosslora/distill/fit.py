@@ -9,7 +9,7 @@ batches, decide which update is the best.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -205,7 +205,7 @@ class Fit:
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
     def _save(self, checkpoints: Checkpoints) -> None:
-        looks = [[look.seconds, look.completions, look.divergence] for look in self._looks]
+        looks = [astuple(look) for look in self._looks]
         progress = {"rounds": self._rounds, "own": self._own, "used": self._used, "seen": self._seen}
         checkpoints.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
 

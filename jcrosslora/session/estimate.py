@@ -227,7 +227,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
     # Imported here: methods that look at weights alone need no optimiser.
-    from jcrosslora.distill.batches import most_beside
+    from jcrosslora.distill.batches import peak_bytes
 
     fits = isinstance(method, DistillSettings)
     checks = options.checks_effect(runs_bases=method.runs_bases)
@@ -239,7 +239,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         return max(fitted(count), _CHECKED * max(held_numbers(base, count) for base in bases) if checks else 0)
 
     free = free_of_each()
-    beside = most_beside(bases[-1], method) if isinstance(method, DistillSettings) else 0
+    beside = peak_bytes(bases[-1], method) if isinstance(method, DistillSettings) else 0
     placement = choose_placement(largest, beside, jax.local_device_count(), free, options.divide)
     needed = fitted(placement.devices)
     if free is not None and needed > free:

@@ -124,8 +124,7 @@ def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slo
 
 def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
     """int64 (steps, batch): the examples of each batch."""
-    rng = np.random.default_rng(seed)
-    total = steps * batch
+    rng, total = np.random.default_rng(seed), steps * batch
     passes = [rng.permutation(len(lengths)) for _ in range(-(-total // len(lengths)))]
     order = np.concatenate(passes)[:total]
     window = _WINDOW * batch
