@@ -136,8 +136,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known), method.token_share)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        run = Fit(teacher, kept_back, method, start, begun=begun, seed=arguments.seed)
-        found = run.run(batches, lambda *_: [])
+        fit = Fit(teacher, kept_back, method, start, begun=begun, seed=arguments.seed)
+        found = fit.run(batches, lambda *_: [])
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
