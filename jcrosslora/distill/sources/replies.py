@@ -226,7 +226,8 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
         listed = []
     cards = listed if isinstance(listed, list) else (listed.data or [])
     owners = {(card.owned_by or "").lower() for card in cards}
-    kind: Kind = next((one for one in _FIELDS if owners & {one}), "other")
+    found = [one for one in _FIELDS if one in owners]
+    kind: Kind = found[0] if found else "other"
     known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
     wanted = [name for name in (served.model, served.base_model) if name is not None]
     for name in wanted:
