@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -226,7 +226,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
         listed = []
     cards = listed if isinstance(listed, list) else (listed.data or [])
     owners = {(card.owned_by or "").lower() for card in cards}
-    found = [one for one in _FIELDS if one in owners]
+    found = [one for one in get_args(Kind) if one in owners]
     kind: Kind = found[0] if found else "other"
     known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
     wanted = [name for name in (served.model, served.base_model) if name is not None]
