@@ -34,7 +34,6 @@ from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.distill.sources.served import predictions
 from jcrosslora.evaluate import effect, harness_requests, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine

@@ -34,7 +34,6 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, stack_adap
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch
-from jcrosslora.evaluate.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dimension_sizes, dot, recompress, reduced_rank_ridge, ridge
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each

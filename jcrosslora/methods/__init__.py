@@ -10,7 +10,6 @@ from jcrosslora.maps import Moved as Moved
 from jcrosslora.maps import Task as Task
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import IndexInterp as IndexInterp
-from jcrosslora.methods.copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
 from jcrosslora.methods.copy import Select as Select
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
@@ -19,6 +18,7 @@ from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
 from jcrosslora.methods.fits import ResidualFit as ResidualFit
+from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX as LoRAX
 from jcrosslora.methods.lora_x import ProLoRA as ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite

@@ -120,9 +120,9 @@ class ResidualFit(Method):
     def move(self, task: Task) -> Moved:
         """Run both bases over the probe texts and fit each layer in closed form."""
         from jcrosslora.decoder import unstack_adapter
-        from jcrosslora.distill.residual import fit_residual
+        from jcrosslora.distill.residual import ResidualFit as Fit
 
-        given = task.base, task.target, task.adapter, None, task.batches, task.layers
-        fitted = fit_residual(*given, scale=self.residual_scale)
+        fit = Fit(task.base, task.target, task.batches, task.layers)
+        fitted = fit.fit(task.adapter, scale=self.residual_scale)
         what = f"{self.residual_scale:g} times the change of the source's residual stream"
         return Moved(unstack_adapter(fitted, task.target), fitted=f"fitted to {what}, on down_proj alone")

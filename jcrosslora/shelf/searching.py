@@ -15,7 +15,7 @@ from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.models import with_own_template
+from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Head, Index, split_samples

@@ -1,0 +1,151 @@
+"""Interpolated copy: the unchanged update, on weights between those of the two bases.
+
+Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
+applies twice whatever T and dW have in common: the more alike the two trainings, the more it overshoots. A share of T
+is therefore subtracted while the adapter is on, so that it works on weights between the two bases,
+W_src + (1 - share) T + dW.
+
+Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
+vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, LoRAFactors, fuse, split_fused
+from jcrosslora.adapter.combining import add_factors
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.linalg import decompose
+from jcrosslora.maps import Moved, Sizes, Task
+from jcrosslora.methods.copy import Copy
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import track
+
+# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was asked for.
+ENERGY = 0.99
+
+
+@dataclass(frozen=True)
+class InterpolatedCopy(Copy):
+    """The unchanged update, plus a share of the difference from the target's weights to the source's."""
+
+    name = "interpolated-copy"
+    summary = "the unchanged update, on weights interpolated from the target towards the source"
+    reference = "this package; interpolation of weights: arXiv 2109.01903"
+
+    interpolation: float = 0.75
+    """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
+    svd_rank: int = 8
+    """Truncation rank of the difference. Its first directions hold what the two trainings have in common; a higher
+    rank removes more of the target's own training."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a share that is below 0, above 1 or NaN."""
+        if not 0 <= self.interpolation <= 1:
+            msg = f"interpolation {self.interpolation:g} is out of range; it must be from 0 (a copy) to 1 (the weights "
+            raise UsageError(msg + "of the source)")
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count a decomposition of each of the target's modules."""
+        shapes = [module.shape for module in sizes.target.modules.values()]
+        return {"interpolate": Cost(decomposed=tuple((shape, min(sizes.rank, *shape), False) for shape in shapes))}
+
+    def move(self, task: Task) -> Moved:
+        """Add the low-rank difference, which is computed once for all adapters of a pair."""
+        if self not in task.shared:
+            task.shared[self] = interpolate_to_source(task.base, task.target, self.interpolation, rank=task.rank)
+        found = task.shared[self]
+        return Moved(_sum(task.target, task.mapped, found), added=_sentence(found, self.interpolation))
+
+
+@dataclass(frozen=True)
+class SourceInterpolation:
+    """A share of the difference between the weights of the two bases, low rank.
+
+    Attributes:
+        modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
+        kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 where nothing differs.
+    """
+
+    modules: Mapping[str, LoRAFactors]
+    kept: float
+
+
+def interpolate_to_source(source: BaseModel, target: BaseModel, share: float, *, rank: int) -> SourceInterpolation:
+    """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
+
+    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
+    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
+
+    The share goes from 0 (target) to 1 (source).
+
+    Raises:
+        MethodError: the modules of the two bases are not the same, by name and shape.
+        CheckpointError: a weight cannot be read or is not finite.
+    """
+    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
+        msg = f"{target.name} and {source.name} differ in {odd}, so there is no difference between their weights to add"
+        raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
+    modules: dict[str, LoRAFactors] = {}
+    whole = left = 0.0
+    with track(len(target.modules), "interpolate", "modules") as bar:
+        for names in bounded_groups(
+            list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
+        ):
+            src, tgt = load_stack(source, names), load_stack(target, names)
+            found, energies = _truncated(src - tgt, rank)
+            for name, one, (of, held) in zip(names, found, energies, strict=False):
+                whole, left = whole + of, left + held
+                if one.rank and share:
+                    modules[name] = LoRAFactors(a=one.a, b=one.b * np.float32(share))
+            bar.update(len(names))
+    return SourceInterpolation(
+        {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
+    )
+
+
+def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:
+    # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
+    terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
+    whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
+    parts = split_fused(Adapter(whole), target.fused).modules
+    return Adapter({name: parts[name] for name in target.modules if name in moved.modules or name in found.modules})
+
+
+def _sentence(found: SourceInterpolation, share: float) -> str:
+    if not found.modules:
+        reason = (
+            "the two bases have the same weights in all modules" if share else "an interpolation of 0 was asked for"
+        )
+        return f"nothing is added to the copy: {reason}"
+    highest = max(factors.rank for factors in found.modules.values())
+    return (
+        f"{share:.0%} of the difference from the target's weights to the source's is added to the copy, in "
+        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; while "
+        f"the adapter is on, the target gives up {share:.0%} of what they hold of its further training"
+    )
+
+
+def _truncated(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:
+    """Return the factors of each matrix of (L, O, I), and its squared norm before and after truncation."""
+    # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
+    svd, _ = decompose(stack, min(rank, *stack.shape[1:]), vectors=False, tolerance=float("inf"))
+    wholes = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
+    u, s, v = (np.asarray(field) for field in (svd.u, svd.s, svd.v))
+    factors, energies = [], []
+    for place, whole in enumerate(wholes):
+        held = np.cumsum(s[place].astype(np.float64) ** 2)
+        count = min(int(np.searchsorted(held, ENERGY * whole)) + 1, len(held)) if whole > 0 else 0
+        b, a = u[place][:, :count] * s[place][:count], v[place][:, :count].T
+        factors.append(LoRAFactors(a=np.ascontiguousarray(a), b=np.ascontiguousarray(b)))
+        energies.append((float(whole), min(float(held[count - 1]), float(whole)) if count else 0.0))
+    return factors, energies
