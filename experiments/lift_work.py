@@ -35,7 +35,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.evaluate import read_task
 from jcrosslora.evaluate.examples import save_texts
-from jcrosslora.session.files import transfer_files
+from jcrosslora.session.transfer import transfer_files
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 
 # Seed of the further training, apart from those of adapters, so that no adapter starts from the same factors.

@@ -34,7 +34,7 @@ import jcrosslora as jcl
 from jcrosslora.methods import CrossLoRA
 from jcrosslora.relation.pairing import pair_modules
 from jcrosslora.session.batch import read_plan, run_batch
-from jcrosslora.session.files import transfer_files
+from jcrosslora.session.transfer import transfer_files
 
 
 def with_torch(source_ref: str, target_ref: str, adapter_ref: str, rank: int, out: Path) -> None:

@@ -105,7 +105,7 @@ class _Transfer:
         from jcrosslora.distributed import hosts
         from jcrosslora.report.documents import published
         from jcrosslora.report.table import print_report
-        from jcrosslora.session.files import transfer_files
+        from jcrosslora.session.transfer import transfer_files
 
         settings = self.settings()
         log = self.log if hosts.is_first() else None
@@ -137,7 +137,7 @@ class _Transfer:
             raise OutputError(msg) from error
 
     def _estimate(self, console: Console) -> int:
-        from jcrosslora.session.files import estimate_files
+        from jcrosslora.session.transfer import estimate_files
 
         found = estimate_files(self.settings())
         if self.json:

@@ -1,58 +1,42 @@
 """The end of every transfer: ranks as the format holds them, the check of the effect, and the report."""
 
-from __future__ import annotations
-
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.maps.shift import Shifted
-from jcrosslora.maps.shifted import ModuleRow
-from jcrosslora.maps.transport import Transport
-from jcrosslora.methods import Method, Moved
-from jcrosslora.report.documents import complete
-from jcrosslora.report.record import (
-    Base,
-    MeasuredEffect,
-    Recipe,
-    Row,
-    SourceAdapter,
-    TransferReport,
-    Unmapped,
-    cut,
-    defined,
-    spread,
-    taken,
-)
+from jcrosslora.decoder import LoadedBases, fast_dtype
+from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
+from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
+from jcrosslora.maps.alignment.transport import Transport
+from jcrosslora.maps.shifting.records import ModuleRow
+from jcrosslora.maps.shifting.shift import Shifted
+from jcrosslora.methods import Method, Moved, Task
+from jcrosslora.relation import why_not_run
+from jcrosslora.report import MeasuredEffect, Recipe, SourceAdapter, TransferReport, Unmapped, complete, record, spread
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.utils import version
-from jcrosslora.utils.logs import record
+from jcrosslora.utils import logs, version
+from jcrosslora.utils.cost import enough_memory
+from jcrosslora.utils.progress import begin
 
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.effect import Effect
-
+EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
 _EXAMPLES = 10  # completions of a fit that the report shows
 
 # Measures the effect of the moved adapter: what it found, if anything, and what the user has to know.
-Check = Callable[[Adapter], "tuple[Effect | None, tuple[str, ...]]"]
+Check = Callable[[Adapter], tuple[Effect | None, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What was asked for.
+class Move:
+    """A checked request to move an adapter.
 
     Attributes:
-        method: the method of the transfer.
-        reason: why `auto` chose it; None if the user named it.
-        options: the options of the transfer.
-        profile: the intended file format of the result.
+        reason: why `auto` chose the method; None if the user named it.
         queried: settings by which the source was queried, where its weights were not read.
         rank: the rank of the source adapter, where its factors were not read; None if that is not known.
         known: singular vectors of the target's weights that other adapters needed; new ones are added.
@@ -68,7 +52,7 @@ class Request:
 
 
 def conclude(
-    request: Request,
+    move: Move,
     transport: Transport,
     shifted: Shifted,
     update: Moved,
@@ -79,18 +63,16 @@ def conclude(
     """Bring an update to the ranks of its format, check its effect, and report on it.
 
     Args:
-        request: what was asked for.
         transport: how the bases were aligned, with or without its groups.
         shifted: the adapter behind the maps.
         update: what the method made of it.
-        target: the base of the update.
         check: measures the effect; None leaves it unmeasured.
     """
-    options = request.options
-    moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
+    options = move.options
+    moved = replace(shifted.adapter, modules=update.adapter.modules)
     norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
     moved, truncation, frozen = truncate_for_profile(
-        moved, target, request.profile, options.out_rank, norms, request.known
+        moved, target, move.profile, options.out_rank, norms, move.known
     )
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
@@ -98,35 +80,35 @@ def conclude(
     rows = _rows(shifted, update, moved, target) if changed else shifted.rows
     report = TransferReport(
         version=version(),
-        recipe=taken(Recipe, transport.recipe),
-        source=taken(Base, transport.source),
-        target=taken(Base, transport.target),
-        adapter=taken(SourceAdapter, shifted.original.info),
+        recipe=record.taken(Recipe, transport.recipe),
+        source=record.taken(record.Base, transport.source),
+        target=record.taken(record.Base, transport.target),
+        adapter=record.taken(SourceAdapter, shifted.original.info),
         calibration=shifted.calibration,
         scale=shifted.scale,
         layers=transport.pairing.layers,
-        rows=tuple(taken(Row, row) for row in rows),
+        rows=tuple(record.taken(record.Row, row) for row in rows),
         unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
         # A fit uses the whole adapter, so no source module is left out.
-        unmapped_sources=() if update.fitted else tuple(taken(Unmapped, one) for one in shifted.unmapped),
-        energy=defined(shifted.energy),
+        unmapped_sources=() if update.fitted else tuple(record.taken(Unmapped, one) for one in shifted.unmapped),
+        energy=record.defined(shifted.energy),
         warnings=(*transport.warnings, *shifted.notes, *(() if frozen is None else (READERS,)), *warnings),
         out_rank=options.out_rank if truncation is None else truncation.rule,
-        choice=request.reason,
+        choice=move.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
         fitted=update.fitted,
         curve=tuple(update.curve),
         added=update.added,
         wrote_prompts=update.wrote_prompts,
-        examples=tuple(map(cut, spread(texts, _EXAMPLES))) if update.wrote_prompts else (),
+        examples=tuple(map(record.cut, spread(texts, _EXAMPLES))) if update.wrote_prompts else (),
         truncation=truncation,
-        rank_before=max(_ranks(shifted.original).values(), default=request.rank),
+        rank_before=max(_ranks(shifted.original).values(), default=move.rank),
         ranks=_ranks(moved),
         tokens=shifted.tokens,
-        asked=dict(request.queried),
+        asked=dict(move.queried),
     )
-    report = complete(report, request.method)
-    record(report.figures)
+    report = complete(report, move.method)
+    logs.record(report.figures)
     kept = update.completions if update.wrote_prompts else ()
     return TransferResult(moved, report, transport.target, texts, frozen, update.chat_template, kept)
 
@@ -135,12 +117,12 @@ def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) ->
     """Return the account of each module of the moved adapter, in the target's order."""
     norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
     if not update.fitted:
-        return tuple(dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
+        return tuple(replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
     # The share that the maps kept is undefined for a fitted update.
-    rows = {row.target: dataclasses.replace(row, norm_after=0.0, kept=math.nan) for row in shifted.rows}
+    rows = {row.target: replace(row, norm_after=0.0, kept=math.nan) for row in shifted.rows}
     for name, norm in norms.items():
         row = rows.get(name) or ModuleRow.unmapped(name, target.modules[name].role)
-        rows[name] = dataclasses.replace(row, norm_after=norm)
+        rows[name] = replace(row, norm_after=norm)
     places = {name: place for place, name in enumerate(target.modules)}
     return tuple(sorted(rows.values(), key=lambda row: places.get(row.target, len(places))))
 
@@ -149,3 +131,53 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     """Return the rank of each module, and of each parameter of experts."""
     of_experts = {update.name: update.a.shape[1] for update in adapter.experts}
     return {name: factors.rank for name, factors in adapter.modules.items()} | of_experts
+
+
+def measure_effect(
+    task: Task, moved: Adapter, move: Move, texts: Sequence[str], written: Sequence[str]
+) -> tuple[Effect | None, tuple[str, ...]]:
+    """Measure the effect of the moved adapter next to that of the original, if the options ask for it.
+
+    Args:
+        task: both bases, with the original adapter; it loads one base at a time where it has no loaded bases.
+        texts: that both bases were run on.
+        written: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in text of
+            another kind, so these come first.
+
+    Returns:
+        The effect, or None if it is not requested or cannot be measured, and warnings.
+
+    Raises:
+        UsageError: the effect is requested "always", and there is no text to measure it on.
+        CheckpointError: it is requested "always", and a base cannot be run.
+    """
+    options, runs_bases = move.options, move.method.runs_bases
+    source, original, loaded = task.base, task.adapter, task.loaded
+    if not options.checks_effect(runs_bases=runs_bases):
+        return None, ()
+    begin(EFFECT)
+    # A method that runs the bases has already shown that they can be run.
+    if not runs_bases and (obstacle := why_not_run(source, task.target)) is not None:
+        msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
+        raise CheckpointError(msg)
+    try:
+        with enough_memory("leave out the check with --effect never"):
+            if written:
+                texts = ()
+            else:
+                written = _texts(source, original, options.seed, loaded)
+            if not texts and not written:
+                return None, ()
+            found = check_effect(source, task.target, original, moved, texts, written=written, loaded=loaded)
+    # A finished transfer is not given up for a check that was not requested.
+    except (UsageError, ShortMemoryError) as error:
+        if options.effect == "always":
+            raise
+        return None, (f"the effect was not measured: {error}",)
+    return found, ()
+
+
+def _texts(source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None) -> Sequence[str]:
+    """Let the source write with its adapter; its weights are dropped afterwards unless `loaded` keeps them."""
+    model = None if loaded is None else loaded.model(source, fast_dtype())
+    return adapter_texts(source, original, seed=seed, model=model)

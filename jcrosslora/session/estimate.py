@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,22 +12,26 @@ from jax.sharding import Mesh
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import held_numbers, mesh_of
+from jcrosslora.distill.batches import most_beside
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
-from jcrosslora.maps.align import ALIGN
-from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.evaluate.effect import effect_cost
+from jcrosslora.evaluate.probes.writing import probes_cost
+from jcrosslora.maps.alignment.groups import ALIGN
+from jcrosslora.maps.alignment.layer_similarity import similarity_cost
+from jcrosslora.maps.alignment.task import AlignmentTask
+from jcrosslora.maps.evidence.providers import evidence_cost
+from jcrosslora.maps.evidence.records import EvidenceKind
 from jcrosslora.maps.method import Sizes
 from jcrosslora.maps.providers import evidence_cost
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method
-from jcrosslora.relation.pairing import SIMILAR
-from jcrosslora.session.effect import EFFECT
+from jcrosslora.relation.pairing import SIMILAR, Pair
+from jcrosslora.session.conclusion import EFFECT
 from jcrosslora.session.settings import Divide, TransferOptions
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.utils.cost import Cost, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
-
-if TYPE_CHECKING:
-    from jcrosslora.session.timing import Stopwatch
 
 _SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
 _CHECKED = 4  # bytes of a number in the check of the effect, which holds one base at a time
@@ -38,8 +42,7 @@ class Estimate:
     """What an alignment, and the transfer of one adapter through it, take.
 
     Attributes:
-        method: the one that will be used, also where "auto" was asked for.
-        reason: why "auto" chose it; None where the user named it.
+        reason: why "auto" chose the method; None where the user named it.
         modules: how many are aligned, or fitted.
         rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None where neither is.
         steps: seconds of each step, in order; None where they are not known.
@@ -58,9 +61,7 @@ class Estimate:
 
     def seconds(self, adapters: int = 1) -> float:
         """Sum the steps that are known, for adapters that share the alignment."""
-        return sum(
-            value * (1 if name in _SHARED else adapters) for name, value in self.steps.items() if value is not None
-        )
+        return sum((value or 0) * (1 if name in _SHARED else adapters) for name, value in self.steps.items())
 
     def record(self) -> dict[str, Any]:
         """Return the figures for one adapter as a JSON value."""
@@ -81,10 +82,8 @@ class Estimate:
         yield "modules", str(self.modules)
         if self.rank is not None:
             yield "rank", f"up to {self.rank}"
-        parts = [
-            f"{name} {'not estimated' if value is None else duration(value)}" for name, value in self.steps.items()
-        ]
-        yield "time", f"{self.time()} ({', '.join(parts)})"
+        parts = ((name, "not estimated" if value is None else duration(value)) for name, value in self.steps.items())
+        yield "time", f"{self.time()} ({', '.join(map(' '.join, parts))})"
         yield "memory", self.size()
         if self.placement is not None and self.placement.was_chosen:
             yield "devices", self.placement.text()
@@ -135,10 +134,6 @@ def costs_of(
 
     `prompts` texts were given by the user; with `aligned` the maps are there already.
     """
-    from jcrosslora.evaluate.effect import effect_cost
-    from jcrosslora.evaluate.probes import probes_cost
-    from jcrosslora.maps.layer_similarity import similarity_cost
-
     method, texts = task.method, prompts or options.probe_count
     found: dict[str, Cost | None] = {}
     if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in method.requires):
@@ -161,12 +156,14 @@ def fitted_modules(method: Method, target: BaseModel) -> int:
 
 def _group_memory(task: AlignmentTask) -> int:
     """Give the bytes of the largest group: weights as float32, and both factors as decomposed and as maps."""
-    largest = 0
-    for pairs in task.chunks():
-        sides = task.shapes(pairs[0])
+
+    def held(pairs: Sequence[Pair]) -> int:
+        first, source, target = pairs[0], task.pair.source, task.pair.target
+        sides = source.modules[first.source].shape, target.modules[first.target].shape
         rank = min(task.rank, *sides[0], *sides[1])
-        largest = max(largest, len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides))
-    return largest
+        return len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides)
+
+    return max(map(held, task.chunks()), default=0)
 
 
 @dataclass(frozen=True)
@@ -226,9 +223,6 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         UsageError: the weights have to be divided, and cannot be.
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
-    # Imported here: methods that look at weights alone need no optimiser.
-    from jcrosslora.distill.batches import peak_bytes
-
     fits = isinstance(method, DistillSettings)
     checks = options.checks_effect(runs_bases=method.runs_bases)
 
@@ -264,7 +258,6 @@ def choose_placement(
         beside: bytes on each on top of them.
         there: how many devices there are.
         free: bytes that are free on each; None where that is not known.
-        divide: "auto" divides what does not fit into one.
 
     Raises:
         UsageError: `divide` is "always", and no number of devices divides the weights.

@@ -1,29 +1,31 @@
 """The orchestrator of transfers: holds the facts of a pair of bases, and moves adapters between them."""
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jcrosslora.adapter import Adapter, Carried, load_adapter
+from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
 from jcrosslora.adapter.lora_xs import Known, span_rank
 from jcrosslora.adapter.records import check_always_active
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.save import Profile, check_holds, check_profile
 from jcrosslora.cache import Cache
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base import BaseInfo, describe_base
-from jcrosslora.distill.sources import ServedModel, TorchModel
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
+from jcrosslora.decoder import LoadedBases, loaded_within
+from jcrosslora.decoder.sharding import held_numbers
+from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.maps.activations import batch_probes
-from jcrosslora.maps.align import align_groups
-from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.evidence import FITTING, EvidenceKind
+from jcrosslora.evaluate.effect import Effect
+from jcrosslora.evaluate.probes import Probes, written_probes
+from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
+from jcrosslora.maps.alignment.task import AlignmentTask, plan_alignment
+from jcrosslora.maps.alignment.transport import Transport, TransportGroup
+from jcrosslora.maps.evidence.activations import batch_probes
+from jcrosslora.maps.evidence.base_pair import BasePair
+from jcrosslora.maps.evidence.records import FITTING, EvidenceKind
 from jcrosslora.maps.method import FINISH
 from jcrosslora.maps.other_changes import with_invocation
 from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
@@ -31,32 +33,44 @@ from jcrosslora.maps.shift import Shifted, Shifter, add_to_all
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.maps.transport import Transport, TransportGroup
 from jcrosslora.methods import Auto, Method, Task, make_chosen
-from jcrosslora.relation.method_selection import MENDED, Choice, choose_method, without_fit
-from jcrosslora.relation.pairing import parse_depth
-from jcrosslora.session.conclusion import Request, conclude
-from jcrosslora.session.effect import measure_effect
+from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
+from jcrosslora.relation.method_selection import MENDED
+from jcrosslora.session.conclusion import Move, conclude, measure_effect
+from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferOptions, TransferSettings
+from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.utils.cost import free_memory
 from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
-
-if TYPE_CHECKING:
-    from jcrosslora.decoder import LoadedBases
-    from jcrosslora.evaluate.effect import Effect
-    from jcrosslora.evaluate.probes import Probes
-    from jcrosslora.session.estimate import Estimate
-    from jcrosslora.session.timing import Stopwatch
 
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Move(Request):
-    """A checked request to move one adapter.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a session is asked to do: move an adapter by a method, or estimate that.
 
     Attributes:
-        shifter: collects the shifted updates.
+        adapter: in memory, a path or a hub id; None for a server, which has its own. An estimate takes None for an
+            adapter that has all modules of the source.
+        probes: the user's text; None where there is none.
+        profile: the file format that the result is meant for.
+        revision: of the adapter's hub id.
+        rank: read no update of the adapter at more than this rank. A source that can only be queried reads all.
     """
+
+    adapter: Any
+    method: Method | Auto
+    options: TransferOptions
+    probes: Probes | None = None
+    profile: Profile = "peft"
+    revision: str | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairMove(Move):
+    """A checked request between two bases; `shifter` collects the shifted updates."""
 
     shifter: Shifter
 
@@ -69,52 +83,45 @@ class PairSession:
 
     Attributes:
         pair: the two bases, with the facts that stages share.
+        stopwatch: times the parts of an estimate.
         loaded: keeps the weights of both bases for what runs them; None loads them anew each time.
     """
 
-    def __init__(self, source: BaseModel, target: BaseModel, *, store: Cache | None = None) -> None:
+    def __init__(
+        self, source: BaseModel, target: BaseModel, *, store: Cache | None = None, stopwatch: Stopwatch | None = None
+    ) -> None:
         self.pair = BasePair(source, target, store)
+        self.stopwatch = stopwatch or Stopwatch()
         self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
 
+    def transfer(self, request: Request) -> TransferResult:
+        """Move one adapter."""
+        adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
+        move = self.start(adapter, request.method, request.options, request.profile)
+        task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
+        # After everything has been checked: writing texts takes a minute.
+        with self.steps(task, request.options, request.probes):
+            task = self.collect_text(task, request.options, request.probes)
+            transport = self.carry([move], task)
+            return self.finish(move, task, transport, request.probes)
+
+    def estimate(self, request: Request) -> Estimate:
+        """Estimate the transfer of an adapter; None is one that has all modules of the source."""
+        options = request.options
+        if request.adapter is None:
+            (method, reason), sources = self.resolve(request.method), None
+        else:
+            adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
+            move = self.start(adapter, request.method, options, request.profile)
+            method, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
+        prompts = 0 if request.probes is None else len(request.probes.texts)
+        return estimate(self.plan(method, options, sources), options, prompts, self.stopwatch, reason)
+
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
         """Load an adapter of the source, see `load_adapter`."""
         return load_adapter(adapter, self.pair.source, revision=revision, rank=rank)
-
-    def keep_bases(self, method: Method, options: TransferOptions) -> None:
-        """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
-        self.loaded = self.loaded or self._bases(method, options, keep=True)
-
-    def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
-        """Return what loads the bases of a transfer to their devices; None where they are not run by it.
-
-        Raises:
-            UsageError, MemoryError: see `place_bases`.
-        """
-        if not (method.runs_bases or options.effect == "always"):
-            return None
-        # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.decoder import LoadedBases, loaded_within
-        from jcrosslora.decoder.sharding import held_numbers
-        from jcrosslora.session.estimate import place_bases
-
-        bases = self.pair.source, self.pair.target
-        placement = place_bases(bases, method, options)
-        placement.announce()
-        if not keep:
-            return LoadedBases(mesh=placement.mesh)
-        numbers = [held_numbers(base, placement.devices) for base in bases]
-        return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
-
-    @cached_property
-    def source_info(self) -> BaseInfo:
-        """Return the description of the source without its weights."""
-        return describe_base(self.pair.source)
-
-    @cached_property
-    def _choice(self) -> Choice:
-        return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
     def resolve(
         self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None
@@ -127,9 +134,13 @@ class PairSession:
             choice = without_fit(choice, reason)
         return make_chosen(choice.method, method), choice.reason
 
+    @cached_property
+    def _choice(self) -> Choice:
+        return choose_method(self.pair.source, self.pair.target, self.pair.structure)
+
     def start(
         self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
-    ) -> Move:
+    ) -> PairMove:
         """Check an adapter for every error that later stages could raise.
 
         Raises:
@@ -151,8 +162,12 @@ class PairSession:
             check_always_active(adapter, "so its effect cannot be measured: leave out --effect always", MethodError)
         if Carried.TOKENS in chosen.carries:
             adapter = for_profile(adapter, profile)
-        shifter = Shifter(adapter, self.source_info, chosen, calibrate=options.calibrate, scale=options.scale)
-        return Move(chosen, reason, options, profile, known=self._known, shifter=shifter)
+        shifter = Shifter(adapter, self._source_info, chosen, calibrate=options.calibrate, scale=options.scale)
+        return PairMove(chosen, reason, options, profile, known=self._known, shifter=shifter)
+
+    @cached_property
+    def _source_info(self) -> BaseInfo:
+        return describe_base(self.pair.source)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
         """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""
@@ -170,17 +185,15 @@ class PairSession:
         probes, reads = given, EvidenceKind.PROBE_TEXTS in task.method.requires
         # Completions are generated later, with the adapter.
         if probes is None and (task.reads_probes or reads):
-            from jcrosslora.evaluate.probes import written_probes
-
             probes = written_probes(self.pair.source, options.probe_count, seed=options.seed)
         task = with_text(task, probes)
         if reads and not task.batches:
-            probes, batches = batch_probes(self.pair, probes, seed=options.seed)
-            task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
+            probes, batches = batch_probes(self.pair.source, self.pair.target, probes, seed=options.seed)
+            task = replace(task, probes=probes, batches=tuple(batches))
         return task
 
     def carry(
-        self, moves: Sequence[Move], task: AlignmentTask, groups: Iterable[TransportGroup] | None = None
+        self, moves: Sequence[PairMove], task: AlignmentTask, groups: Iterable[TransportGroup] | None = None
     ) -> Transport:
         """Align the modules group by group and shift all adapters through each group.
 
@@ -199,7 +212,7 @@ class PairSession:
         return task.transport((), kernels)
 
     def finish(
-        self, move: Move, task: AlignmentTask, transport: Transport, given: Probes | None = None
+        self, move: PairMove, task: AlignmentTask, transport: Transport, given: Probes | None = None
     ) -> TransferResult:
         """Run what follows the maps: the method's own stage, truncation, and the check of the effect."""
         shifted = move.shifter.finish(transport, self.pair)
@@ -214,14 +227,13 @@ class PairSession:
                 warnings += (_WITHOUT_TOKENS,)
             if given is not None and task.probes is None:
                 text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
-                unread = f"{text} was not read: method {move.method.name} asks for none"
-                warnings = (unread, *warnings)
+                warnings = (f"{text} was not read: method {move.method.name} asks for none", *warnings)
             return effect, warnings
 
         result = conclude(move, transport, shifted, update, self.pair.target, check=check)
-        return result if result.texts else dataclasses.replace(result, texts=tuple(probes))
+        return result if result.texts else replace(result, texts=tuple(probes))
 
-    def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
+    def finish_aligned(self, move: PairMove, transport: Transport, given: Probes | None = None) -> TransferResult:
         """Shift an adapter through an existing transport with its groups, and finish it."""
         task = AlignmentTask(
             pair=self.pair,
@@ -239,42 +251,6 @@ class PairSession:
                 move.shifter.add(group)
             return self.finish(move, task, transport, given)
 
-    def transfer(
-        self,
-        adapter: Adapter,
-        method: Method | Auto,
-        options: TransferOptions,
-        *,
-        probes: Probes | None = None,
-        profile: Profile = "peft",
-    ) -> TransferResult:
-        """Move one adapter."""
-        move = self.start(adapter, method, options, profile)
-        task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
-        # After everything has been checked: writing texts takes a minute.
-        with self.steps(task, options, probes):
-            task = self.collect_text(task, options, probes)
-            transport = self.carry([move], task)
-            return self.finish(move, task, transport, probes)
-
-    def estimate(
-        self,
-        adapter: Adapter | None,
-        method: Method | Auto,
-        settings: TransferSettings,
-        prompts: int,
-        stopwatch: Stopwatch,
-    ) -> Estimate:
-        """Estimate the transfer of an adapter; None is one that has all modules of the source."""
-        from jcrosslora.session.estimate import estimate
-
-        if adapter is None:
-            (chosen, reason), sources = self.resolve(method), None
-        else:
-            move = self.start(adapter, method, settings, settings.profile)
-            chosen, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
-        return estimate(self.plan(chosen, settings, sources), settings, prompts, stopwatch, reason)
-
     def steps(
         self,
         task: AlignmentTask,
@@ -291,27 +267,43 @@ class PairSession:
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))
-        # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.session.estimate import costs_of
-        from jcrosslora.session.timing import Stopwatch
-
         prompts = 0 if given is None else len(given.texts)
         runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
         found = costs_of(task, options, prompts, aligned=aligned)
         timing = timed and runs_bases
-        seconds = Stopwatch().seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
+        seconds = self.stopwatch.seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
 
-    def _task(self, shifted: Shifted, task: AlignmentTask, move: Move) -> Task:
+    def keep_bases(self, method: Method, options: TransferOptions) -> None:
+        """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
+        self.loaded = self.loaded or self._bases(method, options, keep=True)
+
+    def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
+        """Return what loads the bases of a transfer to their devices; None where they are not run by it.
+
+        Raises:
+            UsageError, MemoryError: see `place_bases`.
+        """
+        if not (method.runs_bases or options.effect == "always"):
+            return None
+        bases = self.pair.source, self.pair.target
+        placement = place_bases(bases, method, options)
+        placement.announce()
+        if not keep:
+            return LoadedBases(mesh=placement.mesh)
+        numbers = [held_numbers(base, placement.devices) for base in bases]
+        return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
+
+    def _task(self, shifted: Shifted, task: AlignmentTask, move: PairMove) -> Task:
         """Return what the method moves: the adapter behind the maps, with the prompts and the loaded bases."""
-        given = task.probes is not None and task.probes.seed is None
+        given = task.probes if task.probes is not None and task.probes.seed is None else None
         return Task(
             source=self.pair.source,
             target=self.pair.target,
             adapter=shifted.original,
             start=None if move.method.start is None else shifted.adapter,
             layers=task.pairing.layers,
-            prompts=(task.probes.prompts or task.probes.texts) if given and task.probes is not None else (),
+            prompts=() if given is None else given.prompts or given.texts,
             batches=task.batches,
             rank=task.rank,
             shared=self._shared,
@@ -332,7 +324,7 @@ def lighter(method: Method | Auto, source: Any = None) -> str:
 
 def with_one_writer(options: TransferOptions) -> TransferOptions:
     """Return the options for this process: if several work together, only the first checks the effect."""
-    return options if hosts.is_first() else dataclasses.replace(options, effect="never")
+    return options if hosts.is_first() else replace(options, effect="never")
 
 
 def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: bool) -> str | None:

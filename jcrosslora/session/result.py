@@ -1,30 +1,29 @@
-"""The result of a transfer: the adapter for the target, with its report."""
+"""The result of a transfer, the adapter for the target with its report; and adapters written and uploaded."""
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from jcrosslora.adapter import Adapter, to_peft, to_pytree
+from jcrosslora.adapter import Adapter, save, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
-from jcrosslora.adapter.save import Profile, save_adapter, why_linear_alone
-from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.adapter.save import Profile
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.report.documents import documents, provenance, published, replacements
+from jcrosslora.report import TransferReport, Verdict, documents
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
-from jcrosslora.report.page import Roles, contents_of, report_page, result_html
-from jcrosslora.report.record import TransferReport, Verdict
-from jcrosslora.text import Completion
-from jcrosslora.text.completion import COMPLETIONS, completion_lines
+from jcrosslora.report.page import Roles, contents_of, report_page
+from jcrosslora.report.table import result_html
+from jcrosslora.text import COMPLETIONS, Completion, completion_lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,25 +76,24 @@ class TransferResult:
             OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
         """
         adapter, report = self._held_by(profile)
-        shown = published(report, out=Path(out).name, profile=profile, dtype=dtype)
-        # It may have been given another name, and its revision is none of that.
-        target = dataclasses.replace(self.base, name=shown.target.name or self.base.name, revision=None)
-        return save_adapter(
+        shown = documents.published(report, out=Path(out).name, profile=profile, dtype=dtype)
+        files = documents.documents(shown, profile)
+        if self.chat_template is not None:  # the adapter is used as it was fitted
+            files[CHAT_TEMPLATE] = self.chat_template
+        if self.completions:
+            files[COMPLETIONS] = completion_lines(self.completions)
+        return save.save_adapter(
             adapter,
             out,
-            base=target,
+            # It may have been given another name, and its revision is none of that.
+            base=replace(self.base, name=shown.target.name or self.base.name, revision=None),
             profile=profile,
             dtype=dtype,
             overwrite=overwrite,
             frozen=self.frozen,
-            documents=documents(shown, profile) | self._companions(),
-            metadata=provenance(shown),
+            documents=files,
+            metadata=documents.provenance(shown),
         )
-
-    def _companions(self) -> dict[str, str]:
-        """Return the chat template, so that the adapter is used as it was fitted, and the completions, as files."""
-        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
-        return template | ({COMPLETIONS: completion_lines(self.completions)} if self.completions else {})
 
     def html(
         self, answers: Answers | Scores | None = None, *, trained: str | None = None, random: str | None = None
@@ -111,8 +109,8 @@ class TransferResult:
         Raises:
             UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.
         """
-        own = public_name(self.adapter.info.name) or ""
-        return report_page(contents_of(published(self.report), answers, Roles(trained=trained, random=random), own))
+        report, roles = documents.published(self.report), Roles(trained=trained, random=random)
+        return report_page(contents_of(report, answers, roles, public_name(self.adapter.info.name) or ""))
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.
@@ -144,24 +142,9 @@ class TransferResult:
         with_completions: bool = False,
         token: str | None = None,
     ) -> Pushed:
-        """Upload the adapter with its card, recipe and report. Repeated, it sends only what is not there yet.
+        """Upload the adapter with its card, recipe and report, see `jcrosslora.push_to_hub`.
 
-        Args:
-            repo_id: "owner/name" on the hub; the repository is created if it does not exist.
-            private: whether the repository is private; False allows a public one.
-            profile: see `jcrosslora.save_adapter`.
-            dtype: number format of the file.
-            base_model: hub id of the target, where it was not opened by one.
-            with_completions: whether report and card keep the completions that the source wrote.
-            token: hub token; None uses the token of `hf auth login` or of the environment.
-
-        Returns:
-            The address, the commit, and notes such as that no base model is named.
-
-        Raises:
-            UsageError: `repo_id` or `base_model` has not the form of a hub id.
-            OutputError: not logged in, the repository is public or holds something else, the hub refuses the upload, or
-                it cannot be reached.
+        Repeated, it sends only what is not there yet. `profile` and `dtype` are those of `save`.
         """
         check_repo_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
@@ -181,14 +164,96 @@ class TransferResult:
         return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
 
     def _repr_html_(self) -> str:
-        return publish(result_html(self.report, self.texts), replacements(self.report))
+        return publish(result_html(self.report, self.texts), documents.replacements(self.report))
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""
-        why = why_linear_alone(profile)
+        why = save.why_linear_alone(profile)
         if not self.adapter.tokens or not why:
             return self.adapter, self.report
         left = [ignored_sentence(row.kind, row.modules, row.share, why) for row in self.report.tokens]
         warnings = (*self.report.warnings, *(f"not written: {text}" for text in left))
         report = msgspec.structs.replace(self.report, tokens=(), warnings=warnings)
-        return dataclasses.replace(self.adapter, tokens=()), report
+        return replace(self.adapter, tokens=()), report
+
+
+def save_adapter(
+    adapter: Adapter,
+    out: str | Path,
+    *,
+    base: BaseModel | None = None,
+    base_name: str | None = None,
+    profile: Profile = "portable",
+    dtype: FileDtype = "float32",
+    overwrite: bool = False,
+    frozen: Frozen | None = None,
+) -> Path:
+    """Write an adapter as a folder. Results of `transfer` have their own method `save`.
+
+    Args:
+        adapter: what to write. Its changes of embedding and head are written by profile "peft" only.
+        out: the folder; it appears whole or not at all.
+        base: the base that it is for; profiles gguf and lora-xs need it.
+        base_name: `base_model_name_or_path`; None is the name of the base.
+        profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
+            engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
+            "gguf" the file `adapter.gguf` of llama.cpp; "lora-xs" holds the part of each update in the span of
+            `frozen`.
+        dtype: number format of the file.
+        overwrite: whether an adapter already there may be replaced.
+        frozen: for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.
+    """
+    return save.save_adapter(
+        adapter,
+        out,
+        base=None if base is None else describe_base(base, digest=""),
+        base_name=base_name,
+        profile=profile,
+        dtype=dtype,
+        overwrite=overwrite,
+        frozen=frozen,
+    )
+
+
+def push_to_hub(
+    adapter: str | Path | TransferResult,
+    repo_id: str,
+    *,
+    private: bool = True,
+    base_model: str | None = None,
+    with_completions: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Upload an adapter to the hub as one commit: weights, configuration, model card, report and recipe.
+
+    The folder is checked to be a whole adapter before anything is sent, and is not changed. Other files in the
+    folder are not uploaded, and other files in the repository stay. After a failure the same call goes on: what was
+    uploaded is not sent again.
+
+    Args:
+        adapter: a folder of PEFT or MLX or with `adapter.gguf`, such as `transfer` writes; or the result of a transfer,
+            which is written in profile "portable" (its own `push_to_hub` takes others).
+        repo_id: "owner/name"; the repository is created if it does not exist.
+        private: whether the repository is private; False allows a public one.
+        base_model: hub id of the base, for card and configuration; None takes the one that they name. A base that was
+            a local file has none.
+        with_completions: whether report and card keep the completions that the source wrote.
+        token: hub token; None uses the token of the environment or of `hf auth login`.
+
+    Returns:
+        The address, the commit, the names of the files, and notes such as that no base model is named.
+
+    Raises:
+        AdapterError: the folder is not a whole adapter, or its card or report is damaged.
+        UsageError: `repo_id` or `base_model` has not the form of a hub id.
+        OutputError: not logged in, the repository is public where a private one is wanted or holds something else, the
+            hub refuses the upload, or it cannot be reached.
+    """
+    push = adapter.push_to_hub if isinstance(adapter, TransferResult) else partial(push_folder, adapter)
+    return push(repo_id, private=private, base_model=base_model, with_completions=with_completions, token=token)

@@ -1,10 +1,8 @@
 """Seconds of what was counted: one matrix of each shape and a few layers of each base are timed on this machine."""
 
-from __future__ import annotations
-
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import starmap
 from math import prod
@@ -142,7 +140,7 @@ def _layer_size(base: BaseModel) -> int:
 
 def _few_layers(base: BaseModel) -> DecoderSettings:
     settings, layers = settings_of(base), max(1, min(_LAYERS, _MOST_WEIGHTS // _layer_size(base)))
-    return dataclasses.replace(
+    return replace(
         settings,
         layers=layers,
         vocab=_VOCABULARY,

@@ -1,32 +1,33 @@
-"""`jcrosslora.transfer`, `align` and `shift`: transfers in memory, at once and in two steps (arXiv 2508.05232)."""
-
-from __future__ import annotations
+"""`jcrosslora.transfer`, `align` and `shift`: transfers at once and in two steps (arXiv 2508.05232), and from files."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, find_adapter
+from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.maps.align import align_groups
-from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
-from jcrosslora.maps.transport import Transport
+from jcrosslora.evaluate.probes import Probes, read_prompts
+from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
+from jcrosslora.maps.alignment.task import plan_alignment
+from jcrosslora.maps.alignment.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
+from jcrosslora.relation import parse_depth
 from jcrosslora.relation.pairing import Depth
-from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
-from jcrosslora.session.queried import QueriedModel, QueriedSession
+from jcrosslora.session.estimate import Estimate
+from jcrosslora.session.pair_session import PairSession, Request, lighter, with_one_writer
+from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.settings import TransferOptions, TransferSettings
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils.cost import enough_memory
-
-if TYPE_CHECKING:
-    from jcrosslora.evaluate.probes import Probes
+from jcrosslora.utils.files import ensure_free
 
 
 def transfer(
@@ -63,8 +64,7 @@ def transfer(
     wanted, chosen = make_method(method), TransferOptions(**options)
     with hosts.together(), enough_memory(lighter(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        loaded = session.load(adapter)
-        return session.transfer(loaded, wanted, with_one_writer(chosen), probes=given_probes(prompts))
+        return session.transfer(Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts)))
 
 
 def align(
@@ -146,6 +146,97 @@ def shift(
         return session.finish_aligned(move, transport, given_probes(prompts))
 
 
+def transfer_files(settings: TransferSettings) -> TransferResult:
+    """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
+
+    If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
+    only the first checks the effect, if requested, and writes.
+
+    Returns:
+        The result; it is already written to `settings.out`.
+
+    Raises:
+        JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
+    """
+    with hosts.together(), enough_memory(_lighter(settings)):
+        if hosts.is_first():
+            ensure_free(Path(settings.out), settings.overwrite)
+        parse_depth(settings.depth)  # refused before anything is read
+        span_rank(settings.profile, settings.out_rank)
+        if settings.adapter:  # a server has its own
+            find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
+        result = session_of(settings).transfer(_request(settings, settings.adapter))
+        if hosts.is_first():
+            save_as(result, settings)
+    return result
+
+
+def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = None) -> Estimate:
+    """Check a transfer as `transfer_files` does, and estimate what it takes; nothing is computed or written.
+
+    Raises:
+        JCrossLoRAError: the input, the settings or the output folder is invalid.
+    """
+    ensure_free(Path(settings.out), settings.overwrite)
+    return estimate_pair(settings, stopwatch, settings.adapter)
+
+
+def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch | None, adapter: str | None = None) -> Estimate:
+    """Estimate transfers of one adapter between two bases, or of any that has all modules of the source (None).
+
+    Of the weights only those are read that `auto` looks at.
+
+    Raises:
+        JCrossLoRAError: a file cannot be opened, or the bases, the adapter and the settings do not fit.
+    """
+    session = session_of(settings, store=False, stopwatch=stopwatch)
+    with enough_memory(_lighter(settings)):
+        return session.estimate(_request(settings, adapter))
+
+
+def save_as(result: TransferResult, settings: TransferSettings) -> None:
+    """Write a result to the folder and in the format of the settings."""
+    result.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
+
+
+def session_of(
+    settings: TransferSettings, *, store: bool = True, stopwatch: Stopwatch | None = None
+) -> PairSession | QueriedSession:
+    """Open both bases of a transfer, and the cache if the settings and `store` have it take part."""
+    revision, template = settings.source_revision, settings.source_template
+    source = _queried_model(settings) or open_base(settings.source, revision=revision, chat_template=template)
+    target = open_base(
+        settings.target,
+        revision=settings.target_revision,
+        name=settings.target_name,
+        chat_template=settings.target_template,
+    )
+    return open_session(source, target, open_cache() if settings.cache and store else None, stopwatch)
+
+
+def open_session(
+    source: BaseModel | QueriedModel | str | Path,
+    target: BaseModel | str | Path,
+    store: Cache | None,
+    stopwatch: Stopwatch | None = None,
+) -> PairSession | QueriedSession:
+    """Open what moves adapters of a base, or of a source that can only be queried, to a target.
+
+    All processes take the digests of the weights that the cache of any of them remembers, so that files are not read
+    again.
+    """
+    digests = hosts.shared(None if store is None else store.digests)
+    if isinstance(source, ServedModel | TorchModel):
+        opened = [open_base(target)]
+        session = QueriedSession(source, opened[-1], store=store)
+    else:
+        opened = [open_base(source), open_base(target)]
+        session = PairSession(*opened, store=store, stopwatch=stopwatch)
+    for base in opened if digests is not None else ():
+        base.digest(digests)
+    return session
+
+
 def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     """Return the user's texts and conversations, from a list or from a file; None if none was given.
 
@@ -154,9 +245,6 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     """
     if prompts is None:
         return None
-    from jcrosslora.evaluate.examples import read_prompts
-    from jcrosslora.evaluate.probes import Probes
-
     if isinstance(prompts, str | Path):
         return Probes.given(read_prompts(prompts), f"read from {Path(prompts).name}", str(prompts))
 
@@ -171,21 +259,28 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     return Probes.given([parsed(number, prompt) for number, prompt in enumerate(prompts)], "given")
 
 
-def open_session(
-    source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
-) -> PairSession | QueriedSession:
-    """Open what moves adapters of a base, or of a source that can only be queried, to a target.
+def _request(settings: TransferSettings, adapter: str | None) -> Request:
+    return Request(
+        adapter,
+        make_method(settings.method),
+        with_one_writer(settings),
+        given_probes(settings.probe_text),
+        settings.profile,
+        settings.adapter_revision,
+        settings.adapter_rank,
+    )
 
-    All processes take the digests of the weights that the cache of any of them remembers, so that files are not read
-    again.
-    """
-    digests = hosts.shared(None if store is None else store.digests)
-    if isinstance(source, ServedModel | TorchModel):
-        opened = [open_base(target)]
-        session = QueriedSession(source, opened[-1], store=store)
-    else:
-        opened = [open_base(source), open_base(target)]
-        session = PairSession(*opened, store=store)
-    for base in opened if digests is not None else ():
-        base.digest(digests)
-    return session
+
+def _lighter(settings: TransferSettings) -> str:
+    return lighter(make_method(settings.method), _queried_model(settings))
+
+
+def _queried_model(settings: TransferSettings) -> QueriedModel | None:
+    """Return the source if it can only be queried."""
+    if settings.source_url is not None and settings.source_model and settings.source_tokenizer:
+        named = settings.source_url, settings.source_model, settings.source_tokenizer, settings.source_base_model
+        return ServedModel(*named, settings.source_template, settings.source_top_logprobs, settings.source_requests)
+    if settings.source_backend == "torch":
+        more = settings.source_revision, settings.source_tokenizer, settings.source_template
+        return TorchModel(settings.source, *more)
+    return None

@@ -13,7 +13,7 @@ from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError
 from jcrosslora.session.batch.plan import BatchPlan, Unit, share_of, units_of
 from jcrosslora.session.batch.run import CHUNK_BYTES
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.files import estimate_pair
+from jcrosslora.session.transfer import estimate_pair
 from jcrosslora.session.settings import flat_method
 from jcrosslora.session.timing import Stopwatch
 

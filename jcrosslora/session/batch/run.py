@@ -27,7 +27,7 @@ from jcrosslora.session.batch.outcomes import (
     stamp_of,
 )
 from jcrosslora.session.batch.plan import BatchPlan, Job, Unit, share_of, units_of
-from jcrosslora.session.files import save_as, session_of
+from jcrosslora.session.transfer import save_as, session_of
 from jcrosslora.session.pair_session import Move, PairSession, lighter
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings

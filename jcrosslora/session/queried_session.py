@@ -1,0 +1,144 @@
+"""Transfers from a source that can only be queried: without its weights nothing is aligned, and an update is fitted."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from jcrosslora.adapter import Adapter, AdapterInfo, find_adapter
+from jcrosslora.adapter.lora_xs import span_rank
+from jcrosslora.adapter.save import check_profile
+from jcrosslora.cache import Cache
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
+from jcrosslora.decoder import LoadedBases
+from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources.protocol import QueriedSource
+from jcrosslora.distributed import hosts
+from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.maps.shift import Shifted
+from jcrosslora.maps.transport import AlignRecipe, Transport
+from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
+from jcrosslora.relation import Pairing
+from jcrosslora.session.conclusion import Move, conclude
+from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, place_bases
+from jcrosslora.session.pair_session import Request
+from jcrosslora.session.result import TransferResult
+from jcrosslora.utils.progress import steps
+
+_CHOICE = "the source is asked and its weights are not read, so an update is fitted to what it predicts"
+_STEPS = "write completions", "fit"
+
+QueriedModel = ServedModel | TorchModel
+
+
+class QueriedSession:
+    """Transfers from a queried source to a base, asked for as those of a `PairSession`."""
+
+    def __init__(self, model: QueriedModel, target: BaseModel, *, store: Cache | None = None) -> None:
+        self._model, self._target, self._root = model, target, None if store is None else store.root
+
+    def transfer(self, request: Request) -> TransferResult:
+        """Fit an update of the target to what the source predicts with its adapter."""
+        opening = self._opening(request)
+        move = self._check(request)
+        source, target, probes = opening(), self._target, request.probes
+        move = replace(move, queried=source.settings(), rank=source.rank)
+        placement = self._placement(move)
+        placement.announce()
+        before = Adapter({}, source.adapter)
+        task = Task(
+            source=source,
+            target=target,
+            adapter=before,
+            prompts=() if probes is None else probes.prompts or probes.texts,
+            seed=move.options.seed,
+            states=None if self._root is None else self._root / "fits",
+            loaded=LoadedBases(mesh=placement.mesh),
+        )
+        with steps(dict.fromkeys(_STEPS)):
+            update = move.method.move(task)
+        update = replace(update, fitted=f"{update.fitted}; the source was {source.how}")
+        info = AdapterInfo(name=f"{source.adapter.name}, moved", base_name=target.name, prefix=target.prefix)
+        unmapped = Shifted(Adapter({}, info), before, (), (), (), math.nan, "none", 1.0, ())
+        return conclude(move, self._transport(source, request, move.method), unmapped, update, target)
+
+    def estimate(self, request: Request) -> Estimate:
+        """Estimate the memory of the target; how long a source takes shows when it is queried. A server is reached."""
+        opening = self._opening(request)
+        move = self._check(request)
+        if isinstance(self._model, ServedModel):
+            opening()
+        placed, method = self._placement(move), move.method
+        rank = method.fit_rank if isinstance(method, Distill) else None
+        modules, memory = fitted_modules(method, self._target), placed.weights + placed.beside
+        return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed)
+
+    def _opening(self, request: Request) -> Callable[[], QueriedSource]:
+        """Return what opens the source with its adapter, which may take minutes.
+
+        Raises:
+            UsageError: an adapter where none is wanted, or none where one is.
+        """
+        model, adapter = self._model, request.adapter
+        if isinstance(model, ServedModel):
+            if adapter and adapter != model.model:
+                msg = f"adapter {str(adapter)[:200]} was given beside a served model, which has its own: leave it out, "
+                raise UsageError(msg + "and name the served adapter with --source-model")
+            from jcrosslora.distill.sources.served.source import ServedSource
+
+            return partial(ServedSource.open, model, None if self._root is None else self._root / "answers")
+        if not isinstance(adapter, str | Path):
+            msg = "a source on torch needs an adapter in files: give a folder of PEFT or a hub id"
+            raise UsageError(msg)
+        find_adapter(adapter, request.revision)
+        from jcrosslora.distill.sources.torch import TorchSource
+
+        return partial(TorchSource.open, model, adapter, revision=request.revision)
+
+    def _check(self, request: Request) -> Move:
+        """Check a request before the source is opened.
+
+        Raises:
+            MethodError: the method needs the source's weights.
+            UsageError: an option needs the source or its adapter, or is out of range.
+            HostError: several processes work together.
+        """
+        if hosts.count() > 1:
+            msg = f"{hosts.count()} processes work together, and a source that is asked is asked by one: start one"
+            raise HostError(msg)
+        method, options, profile, target = request.method, request.options, request.profile, self._target
+        chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method
+        if not isinstance(chosen, Distill) or chosen.start is not None:
+            msg = f"method {chosen.name} needs the weights of the source, which are not read where it is asked: use "
+            raise MethodError(msg + "--method distill, or give the weights with --source")
+        chosen.check()
+        unfit = {"scale": options.scale != 1, "calibrate": options.calibrate not in (None, "none")}
+        unfit["effect"] = options.effect == "always"
+        for name in (name for name, given in unfit.items() if given):
+            msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
+            raise UsageError(msg + "is asked and not read: leave it out")
+        span_rank(profile, options.out_rank)
+        check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
+        return Move(chosen, _CHOICE if isinstance(method, Auto) else None, options, profile)
+
+    def _placement(self, move: Move) -> Placement:
+        # The check of the effect needs the weights of the source.
+        return place_bases([self._target], move.method, replace(move.options, effect="never"))
+
+    def _transport(self, source: QueriedSource, request: Request, method: Method) -> Transport:
+        """Return the record of an alignment that there is none of."""
+        recipe = AlignRecipe(
+            method=method.name,
+            settings=method.settings(),
+            depth=request.options.depth,
+            seed=request.options.seed,
+            signs="not needed",
+            shared_tokens=0,
+            probes="none" if request.probes is None else request.probes.describe(),
+            probe_text=None if request.probes is None else request.probes.path,
+        )
+        described = BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
+        layers = (None,) * self._target.dims.layers
+        pairing = Pairing("none", layers, pairs=(), unmapped_targets=(), unused=())
+        return Transport((), method, recipe, described, describe_base(self._target), pairing)
