@@ -32,7 +32,7 @@ from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.methods import Distill
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, compare, demo_questions, shipped
+from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER, compare, demo_questions, shipped
 
 TOKENS = 12  # of a greedy answer
 

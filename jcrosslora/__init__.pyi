@@ -51,15 +51,15 @@ from jcrosslora.report.table import verdict as verdict
 from jcrosslora.session.batch import read_plan as read_plan
 from jcrosslora.session.batch import run_batch as run_batch
 from jcrosslora.session.estimate import Estimate as Estimate
-from jcrosslora.session.transfer import estimate_files as estimate_files
-from jcrosslora.session.transfer import transfer_files as transfer_files
 from jcrosslora.session.result import TransferResult as TransferResult
 from jcrosslora.session.result import push_to_hub as push_to_hub
 from jcrosslora.session.result import save_adapter as save_adapter
 from jcrosslora.session.settings import TransferSettings as TransferSettings
 from jcrosslora.session.transfer import align as align
+from jcrosslora.session.transfer import estimate_files as estimate_files
 from jcrosslora.session.transfer import shift as shift
 from jcrosslora.session.transfer import transfer as transfer
+from jcrosslora.session.transfer import transfer_files as transfer_files
 from jcrosslora.shelf import Retrieved as Retrieved
 from jcrosslora.shelf import Shelf as Shelf
 from jcrosslora.shelf.composition import Composed as Composed

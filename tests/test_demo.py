@@ -21,7 +21,7 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import Question, Scores
 from jcrosslora.session.demo import demo_questions, fetch, run, shipped
 from jcrosslora.session.demo.fetch import PackagedModel, fetch_models
-from jcrosslora.session.demo.job import (
+from jcrosslora.session.demo.run import (
     SOURCE_ADAPTER,
     TARGET_ADAPTER,
     Comparison,

@@ -25,7 +25,7 @@ from jcrosslora.maps.other_changes import translate, with_invocation
 from jcrosslora.maps.shift import Shifter
 from jcrosslora.methods import PadTruncate
 from jcrosslora.session.batch import read_plan, run_batch
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.pair_session import PairSession, Request
 from jcrosslora.session.settings import TransferOptions
 
 pytestmark = [
@@ -148,7 +148,7 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     (source, read), (target, also_read) = recorded(source), recorded(target)
     adapter, options = jcl.load_adapter(where["adapter"], source), TransferOptions(out_rank=4)
     with pytest.raises(OutputError, match=said):
-        PairSession(source, target).transfer(adapter, PadTruncate(), options, profile=profile)
+        PairSession(source, target).transfer(Request(adapter, PadTruncate(), options, profile=profile))
     assert not read.read + also_read.read
     exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
     with pytest.raises(OutputError, match="aLoRA"):

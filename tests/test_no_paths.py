@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora.cli import cache, shelf
 from jcrosslora.cli.main import COMMANDS, main
 from jcrosslora.session.demo import run
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER
+from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER
 
 # Of the HTTP library that the client of the hub uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

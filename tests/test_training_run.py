@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.cli.train import Train
+from jcrosslora.cli.adapters import Train
 from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score

@@ -69,8 +69,7 @@ def real_digests() -> Iterator[tuple[str, str]]:
     from rich.console import Console
 
     from jcrosslora.session.demo.fetch import fetch_models
-    from jcrosslora.session.demo.job import shipped
-    from jcrosslora.session.demo.run import SOURCE_ADAPTER
+    from jcrosslora.session.demo.run import SOURCE_ADAPTER, shipped
 
     source, target = map(jcl.open_base, fetch_models(None, Console(stderr=True)))
     with shipped(SOURCE_ADAPTER) as adapter:

@@ -15,7 +15,7 @@ from jcrosslora.errors import BatchError, UsageError
 from jcrosslora.utils.logs import LogName
 
 if TYPE_CHECKING:
-    from jcrosslora.session.batch import BatchPlan, Summary
+    from jcrosslora.session.batch import Summary
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Batch:
     def run(self, console: Console) -> int:
         """Run or show the plan, and print the outcome of each job."""
         from jcrosslora.methods import allow_module
-        from jcrosslora.session.batch import estimate_batch, print_estimates, read_plan
+        from jcrosslora.session.batch import estimate_batch, print_estimates, read_plan, run_batch, run_on_ray
 
         for module in self.allow_module:
             allow_module(module)
@@ -64,8 +64,12 @@ class Batch:
             else:
                 print_estimates(plan, console, shard=shard)
             return 0
+        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite}
         try:
-            summary = self._run(plan, shard)
+            if self.ray is None:
+                summary = run_batch(plan, **shared, log=self.log)
+            else:
+                summary = run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
         except KeyboardInterrupt:
             return fail("interrupted; finished jobs stay, and the same command goes on from there", INTERRUPTED)
         if self.json:
@@ -77,18 +81,10 @@ class Batch:
             raise BatchError(msg)
         return exit_code(self.fail_on, _levels(summary))
 
-    def _run(self, plan: "BatchPlan", shard: tuple[int, int]) -> "Summary":
-        from jcrosslora.session.batch import run_batch, run_on_ray
-
-        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite}
-        if self.ray is None:
-            return run_batch(plan, **shared, log=self.log)
-        return run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
-
 
 def _levels(summary: "Summary") -> Iterator[str]:
     """Read the verdicts' levels from the reports next to the adapters, of this run and of earlier ones."""
-    from jcrosslora.report.record import REPORT, read_report
+    from jcrosslora.report import REPORT, read_report
 
     for outcome in summary.outcomes.values():
         path = Path(outcome.out) / REPORT

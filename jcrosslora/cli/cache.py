@@ -3,16 +3,16 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
 from jcrosslora.cache import Cache, Entry
 from jcrosslora.cache.store import cache_root
-from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.output import print_json, print_table, say
 from jcrosslora.errors import CacheError
 
 Kind = Literal["all", "factors", "transport", "vocabulary", "depth", "texts"]
@@ -28,21 +28,24 @@ class List:
 
     def run(self, console: Console) -> None:
         """Print the table."""
-        cache = _cache()
-        entries = _entries(cache, "all")
+        cache, entries = _opened()
         if self.json:
-            print_json({"folder": str(cache.root), "limit": cache.limit, "entries": list(map(_to_json, entries))})
+            shown = [
+                {"kind": one.kind, "content": one.what, "path": str(one.path), "bytes": one.size, "used": one.used}
+                for one in entries
+            ]
+            print_json({"folder": str(cache.root), "limit": cache.limit, "entries": shown})
             return
-        table = Table()
-        for name in ("kind", "content", "size", "last used"):
-            table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
-        for entry in reversed(entries):
-            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-            table.add_row(entry.kind, Text(entry.what), _megabytes(entry.size), used)
+        rows = (
+            (one.kind, Text(one.what), _megabytes(one), time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used)))
+            for one in reversed(entries)
+        )
+        columns = [Column(name, overflow="fold") for name in ("kind", "content", "size", "last used")]
+        columns[2].justify = "right"
         if entries:
-            console.print(table)
-        total, limit = _megabytes(sum(entry.size for entry in entries)), _megabytes(cache.limit)
-        say(console, f"{cache.root}: {len(entries)} entries, {total}; without texts at most {limit}")
+            print_table(console, columns, rows)
+        limit = f"{cache.limit / 1e6:,.1f} MB"
+        say(console, f"{cache.root}: {len(entries)} entries, {_megabytes(*entries)}; without texts at most {limit}")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ class Verify:
 
     def run(self, console: Console) -> None:
         """Print the damaged entries."""
-        cache = _cache()
-        entries = _entries(cache, "all")
+        cache, entries = _opened()
         damaged = 0
         for entry in entries:
             if (reason := _verify(cache, entry)) is not None:
@@ -79,12 +81,10 @@ class Clear:
 
     def run(self, console: Console) -> None:
         """Remove them, and print how much was removed."""
-        cache = _cache()
-        entries = _entries(cache, self.kind)
+        cache, entries = _opened(self.kind)
         for entry in entries:
             _remove(cache, entry)
-        total = _megabytes(sum(entry.size for entry in entries))
-        say(console, f"{cache.root}: {len(entries)} entries removed, {total}")
+        say(console, f"{cache.root}: {len(entries)} entries removed, {_megabytes(*entries)}")
 
 
 Action = (
@@ -106,24 +106,19 @@ class CacheCommand:
         self.action.run(console)
 
 
-def _cache() -> Cache:
+def _opened(kind: Kind = "all") -> tuple[Cache, list[Entry]]:
+    """Return the cache, and its entries of a kind, those first that were not used for the longest time."""
+    from jcrosslora.evaluate.probes.writing import TEXTS
+
     root = cache_root()
     if root is None:
         msg = "no cache folder: the user has no home folder; name one in the environment variable JCROSSLORA_CACHE"
         raise CacheError(msg)
-    return Cache(root)
-
-
-def _entries(cache: Cache, kind: Kind) -> list[Entry]:
-    kept = [] if kind == _TEXTS else cache.entries(None if kind == "all" else kind)
-    texts = [_text_entry(path) for path in _text_files(cache)] if kind in ("all", _TEXTS) else []
-    return sorted([*kept, *texts], key=lambda entry: entry.used)
-
-
-def _text_files(cache: Cache) -> list[Path]:
-    from jcrosslora.evaluate.probes import TEXTS
-
-    return [path for path in (cache.root / TEXTS).glob("*.json") if path.is_file()]
+    cache = Cache(root)
+    found = [] if kind == _TEXTS else cache.entries(None if kind == "all" else kind)
+    texts = (root / TEXTS).glob("*.json") if kind in ("all", _TEXTS) else ()
+    found = [*found, *(_text_entry(path) for path in texts if path.is_file())]
+    return cache, sorted(found, key=lambda entry: entry.used)
 
 
 def _text_entry(path: Path) -> Entry:
@@ -150,9 +145,5 @@ def _remove(cache: Cache, entry: Entry) -> None:
         raise CacheError(msg) from error
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _to_json(entry: Entry) -> dict[str, Any]:
-    return {"kind": entry.kind, "content": entry.what, "path": str(entry.path), "bytes": entry.size, "used": entry.used}
+def _megabytes(*entries: Entry) -> str:
+    return f"{sum(entry.size for entry in entries) / 1e6:,.1f} MB"

@@ -10,12 +10,14 @@ from rich.console import Console
 
 from jcrosslora.cli.output import PAGE, opened_base, opened_shelf, print_json, say, writable_file
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.files import write_output
 
 if TYPE_CHECKING:
-    from jcrosslora.evaluate import Answers, Example, Scores
+    from jcrosslora.evaluate import Answers, Scores
 
 Form = Literal["html", "svg", "pdf", "png"]
 _ENDINGS: dict[Form, tuple[str, ...]] = {"html": PAGE, "svg": (".svg",), "pdf": (".pdf",), "png": (".png",)}
+_ADVICE = "free space, or choose another file"  # where a file cannot be written
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,22 @@ class Evaluate:
         from jcrosslora.checkpoint.hub import public_names
         from jcrosslora.decoder.model import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
+        from jcrosslora.shelf import judge
 
         examples = read_examples(self.task)
         questions = [one for one in examples if isinstance(one, Question)]
         self._check(written=not questions)
         refs = [ref for group in self.adapter for ref in group if ref != self.trained]
         if self.shelf is not None:
-            self._judge_shelf(self.shelf, examples[: self.limit], refs, console)
+            shelf = opened_shelf(self.shelf, self.base, self.template)
+            judged = judge(
+                *(shelf, examples[: self.limit], self.compose, refs),
+                top=self.top,
+                max_new_tokens=self.max_new_tokens,
+            )
+            self._print(judged.figures, judged.not_scored, console, {"shelf": judged.to_json()})
+            for line in () if self.json else judged.lines():
+                say(console, line)
             return
         refs += [] if self.trained is None else [self.trained]
         base = opened_base(self.base, self.template)
@@ -105,31 +116,19 @@ class Evaluate:
         if self.html is not None:
             writable_file(self.html, PAGE)
 
-    def _judge_shelf(self, folder: Path, examples: "Sequence[Example]", refs: list[str], console: Console) -> None:
-        from jcrosslora.shelf import judge
-
-        shelf = opened_shelf(folder, self.base, self.template)
-        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=self.max_new_tokens)
-        self._print(found.figures, found.not_scored, console, {"shelf": found.to_json()})
-        if not self.json:
-            for line in found.lines():
-                say(console, line)
-
     def _print(
         self, found: "Scores | Answers", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
     ) -> None:
         """Print the figures, as JSON with `more`, and write the page."""
-        from jcrosslora.evaluate import Answers, answers_page, print_answers, print_scores
-        from jcrosslora.evaluate.output import answers_json, lift_lines, scores_json
-        from jcrosslora.utils.files import write_output
+        from jcrosslora.evaluate import Answers, answers_json, answers_page, print_answers, print_scores, scores_json
+        from jcrosslora.evaluate.output import lift_lines
 
         trained = None if self.trained is None else found.names[-1]
-        written = found if isinstance(found, Answers) else None
-        if self.html is not None and written is not None:
-            page = answers_page(written).encode()
-            write_output(writable_file(self.html, PAGE), page, "free space, or choose another file")
+        written = isinstance(found, Answers)
+        if self.html is not None and written:
+            write_output(writable_file(self.html, PAGE), answers_page(found).encode(), _ADVICE)
         if self.json:
-            if isinstance(found, Answers):
+            if written:
                 data = answers_json(found, notes, show=self.show, trained=trained)
             else:
                 data = scores_json(found, notes, trained=trained)
@@ -137,13 +136,13 @@ class Evaluate:
             return
         for note in notes:
             say(console, f"not scored: {note}")
-        if isinstance(found, Answers):
+        if written:
             print_answers(found, console, show=self.show)
         else:
             print_scores(found, console)
         for line in [] if trained is None else lift_lines(found, len(found.names) - 1):
             say(console, line)
-        if self.html is not None and written is not None:
+        if self.html is not None and written:
             say(console, f"written: {self.html}")
 
 
@@ -169,13 +168,12 @@ class Report:
     def run(self, console: Console) -> None:
         """Write the file, and print its name."""
         from jcrosslora.report.page import Roles, find_contents, report_page, report_sheet
-        from jcrosslora.utils.files import write_output
 
         form = self._form()
         contents = find_contents(self.folder, self.answers, Roles(self.moved, self.trained, self.random))
         out = writable_file(self.out or self.folder / f"report.{form}", _ENDINGS[form])
         content = report_page(contents).encode() if form == "html" else report_sheet(contents, form)
-        write_output(out, content, "free space, or choose another file")
+        write_output(out, content, _ADVICE)
         say(console, f"written: {out}")
 
     def _form(self) -> Form:

@@ -11,6 +11,7 @@ A command may have
 import ast
 import inspect
 import textwrap
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
@@ -27,8 +28,7 @@ from jcrosslora.errors import UsageError
 def attribute_docs(cls: type) -> dict[str, str]:
     """Return the docstring beneath each annotated attribute of a class and its bases, on one line each.
 
-    Args:
-        cls: a class whose source can be read; one whose source cannot gives nothing.
+    A class whose source cannot be read gives nothing.
     """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -37,13 +37,10 @@ def attribute_docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue
         body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
-        for statement, below in pairwise(body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                text = (
-                    below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-                )
-                if isinstance(text, str) and text:
-                    found[statement.target.id] = " ".join(text.split())
+        for statement in pairwise(body):
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))) if text:
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -54,22 +51,16 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
     """Read the arguments of a command; tyro prints help and errors, and exits with 0 or 2.
 
     Args:
-        command: the dataclass of its flags.
-        arguments: those behind the command's name.
-        prog: what stands in front of them, for usage lines.
+        prog: what stands in front of the arguments, for usage lines.
 
     Raises:
         UsageError: what has no flag was given by one.
     """
     _check_flags(command, arguments, prog)
-    defaults = command.defaults(arguments) if hasattr(command, "defaults") else {}  # type: ignore[attr-defined]
+    kind = flags_type(command, getattr(command, "defaults", lambda _: {})(arguments))
     description = inspect.cleandoc(command.__doc__ or "")
-    kind = flags_type(command, defaults)
-    parsed = tyro.cli(kind, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
-    values: dict[str, Any] = {}
-    for group in fields(kind):
-        values |= vars(getattr(parsed, group.name))
-    return command(**values)
+    parsed: Any = tyro.cli(kind, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
+    return command(**ChainMap(*map(vars, vars(parsed).values())))
 
 
 def _check_flags(command: type, arguments: Sequence[str], prog: str) -> None:
@@ -86,12 +77,11 @@ def flags_type(command: type, defaults: Mapping[str, Any] | None = None, *, comp
     """Build the nested dataclass that tyro reads: one inner dataclass for each group of a command's fields.
 
     Args:
-        command: the dataclass of its flags.
         defaults: values in place of the fields' own defaults.
         completing: whether it is for a completion script, which lists `choices` and accepts nothing else.
     """
     hints, docs = get_type_hints(command, include_extras=True), attribute_docs(command) | getattr(command, "DOCS", {})
-    choices = command.choices() if hasattr(command, "choices") else {}
+    choices = getattr(command, "choices", dict)()
     groups: dict[str, tuple[str, ...]] = getattr(command, "GROUPS", {})
     grouped = {name for names in groups.values() for name in names}
     boxes = {"": tuple(one.name for one in fields(command) if one.name not in grouped), **groups}
@@ -100,7 +90,7 @@ def flags_type(command: type, defaults: Mapping[str, Any] | None = None, *, comp
     for title, names in boxes.items():
         inner = []
         for name in names:
-            default = _default(every[name], defaults)
+            default = _default(every[name], defaults or {})
             hint = _annotated(name, hints[name], docs.get(name, ""), choices.get(name, ()), default, completing)
             inner.append((name, hint) if default is MISSING else (name, hint, field(default=default)))
         kind = make_dataclass(title or "flags", inner, kw_only=True)
@@ -117,8 +107,8 @@ def settings_of(command: Any, kind: type[C]) -> C:
     return kind(**{one.name: getattr(command, one.name) for one in fields(kind)})  # type: ignore[arg-type]
 
 
-def _default(one: Field[Any], defaults: Mapping[str, Any] | None) -> Any:
-    if defaults is not None and one.name in defaults:
+def _default(one: Field[Any], defaults: Mapping[str, Any]) -> Any:
+    if one.name in defaults:
         return defaults[one.name]
     return one.default if one.default_factory is MISSING else one.default_factory()
 

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import one_line, opened_base, opened_shelf, print_json, say
+from jcrosslora.cli.output import opened_base, opened_shelf, print_json, say, title_of
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.texts import visible
 
@@ -79,14 +79,17 @@ class Generate:
             asked, weights=weights, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
         if self.json:
-            pairs = zip(prompts, found, strict=True)
-            print_json([{"prompt": _shown(each), "text": one.text, "ended": one.ended} for each, one in pairs])
+            from jcrosslora.text.completion import message_entries
+
+            shown = [one if isinstance(one, str) else message_entries(one) for one in prompts]
+            pairs = zip(shown, found, strict=True)
+            print_json([{"prompt": prompt, "text": one.text, "ended": one.ended} for prompt, one in pairs])
             return
         for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
             if len(prompts) > 1:
                 if number:
                     say(console, "")
-                say(console, f"> {_title(prompt)}")
+                say(console, f"> {title_of(prompt, _TITLE)}")
             for line in one.text.split("\n"):
                 say(console, line)
 
@@ -129,10 +132,8 @@ class Generate:
         if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():
             return compose(base, self.adapter, self.compose, seed=self.seed)
         if self.adapter:
-            msg = (
-                f"{self.compose} brings its adapters, and {self.adapter[0]} was given beside it: leave one of them out"
-            )
-            raise UsageError(msg)
+            msg = f"{self.compose} brings its adapters, and {self.adapter[0]} was given beside it: "
+            raise UsageError(msg + "leave one of them out")
         return load_composition(self.compose, base)
 
     def _weights(self) -> "Weights":
@@ -159,25 +160,11 @@ def _notes(composed: "Composed", how: str) -> list[str]:
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
     notes += composed.other_templates()
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:
-        notes.append(
-            f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"
-        )
+        notes += [f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"]
     return notes
 
 
 def _chosen(prompts: "Sequence[Prompt]", names: Sequence[str], weights: "np.ndarray") -> list[str]:
     """Say which adapters each prompt gets."""
     found = [", ".join(name for name, weight in zip(names, row, strict=True) if weight) for row in weights]
-    return [f"{own or 'the base alone'}: {_title(prompt)}" for prompt, own in zip(prompts, found, strict=True)]
-
-
-def _shown(prompt: "Prompt") -> Any:
-    from jcrosslora.text.completion import message_entries
-
-    return prompt if isinstance(prompt, str) else message_entries(prompt)
-
-
-def _title(prompt: "Prompt") -> str:
-    from jcrosslora.text.completion import prompt_text
-
-    return one_line(prompt_text(prompt), _TITLE)
+    return [f"{own or 'the base alone'}: {title_of(one, _TITLE)}" for one, own in zip(prompts, found, strict=True)]

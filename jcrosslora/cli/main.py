@@ -23,6 +23,16 @@ _SHELLS = ("bash", "zsh", "fish")
 _ANSWERED = threading.Event()
 _ANSWERED.set()  # nobody listens yet
 _MOST_SECONDS = 1.0  # that a line on stderr takes
+_HELP = """usage: jcrosslora COMMAND ...
+
+Move LoRA adapters between base models.
+
+commands:
+{}
+
+jcrosslora COMMAND --help   the options of a command
+jcrosslora --version        the version
+jcrosslora --tyro-write-completion bash FILE   tab completion (bash, zsh, fish)"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,8 @@ class Command:
     """A line of the table of commands.
 
     Attributes:
-        place: "module:class". The class is a dataclass of the flags with `run(console) -> int | None`. A function in
-            its place makes the class from the arguments.
+        place: "module:class" below `jcrosslora.cli`. The class is a dataclass of the flags with
+            `run(console) -> int | None`. A function in its place makes the class from the arguments.
         summary: what it does, one line of at most 66 characters.
         computes: whether it runs JAX, so that compiled programs are worth keeping.
     """
@@ -45,44 +55,39 @@ class Command:
         from importlib import import_module
 
         module, _, name = self.place.partition(":")
-        found = getattr(import_module(module), name)
+        found = getattr(import_module(f"jcrosslora.cli.{module}"), name)
         return found if isinstance(found, type) else found(arguments)
 
 
 COMMANDS = {
-    "demo": Command("jcrosslora.cli.demo:Demo", "Move the shipped adapter between two small real models."),
-    "transfer": Command("jcrosslora.cli.transfer:transfer_command", "Move an adapter to another base model."),
-    "batch": Command("jcrosslora.cli.batch:Batch", "Make many transfers by a plan, and resume after any stop."),
-    "evaluate": Command("jcrosslora.cli.evaluate:Evaluate", "Judge a base with and without adapters by a task."),
-    "shelf": Command("jcrosslora.cli.shelf:ShelfCommand", "Keep adapters of one base, and find those for a prompt."),
-    "report": Command("jcrosslora.cli.evaluate:Report", "Write a page on a moved adapter.", computes=False),
-    "generate": Command("jcrosslora.cli.generate:Generate", "Write with an adapter, or with several at once."),
-    "inspect": Command("jcrosslora.cli.inspect:Inspect", "Show what an adapter or a base model is."),
-    "compare": Command("jcrosslora.cli.compare:Compare", "Say how two base models are related, from their weights."),
-    "check": Command("jcrosslora.cli.inspect:Check", "Say which engines will read an adapter.", computes=False),
-    "export": Command("jcrosslora.cli.export:Export", "Write an adapter again: for another engine, rank, or as a sum."),
-    "merge": Command("jcrosslora.cli.export:Merge", "Merge an adapter into its base model."),
-    "push": Command("jcrosslora.cli.export:Push", "Upload an adapter's folder to the hub.", computes=False),
-    "train": Command("jcrosslora.cli.train:Train", "Train a LoRA adapter of a base model on examples."),
-    "methods": Command("jcrosslora.cli.inspect:Methods", "List the transfer methods.", computes=False),
-    "cache": Command(
-        "jcrosslora.cli.cache:CacheCommand", "List, verify or clear the files kept on disk.", computes=False
-    ),
+    "demo": Command("inspect:Demo", "Move the shipped adapter between two small real models."),
+    "transfer": Command("transfer:transfer_command", "Move an adapter to another base model."),
+    "batch": Command("batch:Batch", "Make many transfers by a plan, and resume after any stop."),
+    "evaluate": Command("evaluate:Evaluate", "Judge a base with and without adapters by a task."),
+    "shelf": Command("shelf:ShelfCommand", "Keep adapters of one base, and find those for a prompt."),
+    "report": Command("evaluate:Report", "Write a page on a moved adapter.", computes=False),
+    "generate": Command("generate:Generate", "Write with an adapter, or with several at once."),
+    "inspect": Command("inspect:Inspect", "Show what an adapter or a base model is."),
+    "compare": Command("inspect:Compare", "Say how two base models are related, from their weights."),
+    "check": Command("inspect:Check", "Say which engines will read an adapter.", computes=False),
+    "export": Command("adapters:Export", "Write an adapter again: for another engine, rank, or as a sum."),
+    "merge": Command("adapters:Merge", "Merge an adapter into its base model."),
+    "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),
+    "train": Command("adapters:Train", "Train a LoRA adapter of a base model on examples."),
+    "methods": Command("inspect:Methods", "List the transfer methods.", computes=False),
+    "cache": Command("cache:CacheCommand", "List, verify or clear the files kept on disk.", computes=False),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command line.
+    """Run a command line: the arguments, or those of this process if None.
 
     Exits with 0; with 2 after an error of the user's; with 3 where `--fail-on` asks for it; with 130 after Ctrl-C.
-
-    Args:
-        args: the arguments; those of this process if None.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None
     if own_process:
-        _answer_interrupts(INTERRUPTED)
+        _answer_interrupts()
     try:
         code = _run(arguments, own_process)
     except KeyboardInterrupt:
@@ -101,22 +106,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and give the exit code back."""
-    if code == INTERRUPTED:
-        _wait_for_answer()
+    if code == INTERRUPTED:  # what is said of the end comes behind the answer to Ctrl-C
+        _ANSWERED.wait(_MOST_SECONDS)
     sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code
 
 
-def _answer_interrupts(code: int) -> None:
+def _answer_interrupts() -> None:
     """Say "stopping" at the first Ctrl-C, and end the process at the second.
 
     Python hears of Ctrl-C only when what it has called, such as XLA's compiler, returns. Its handler writes the signal
     to a socket at once, and a thread that reads there answers; the main thread raises the exception as ever.
 
     Nothing changes where Ctrl-C does not raise `KeyboardInterrupt`, as in a shell's background jobs, which ignore it.
-
-    Args:
-        code: the exit code of a process that is ended.
     """
     from jcrosslora.utils.progress import DISPLAY
 
@@ -136,14 +138,9 @@ def _answer_interrupts(code: int) -> None:
         while signal.SIGINT not in heard.recv(1):
             pass
         written.close()  # which keeps it open until here
-        os._exit(code)
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=answer, daemon=True).start()
-
-
-def _wait_for_answer() -> None:
-    """Wait until the first Ctrl-C is answered: what the main thread says of its end comes behind that."""
-    _ANSWERED.wait(_MOST_SECONDS)
 
 
 def _run(arguments: list[str], own_process: bool) -> int:
@@ -203,21 +200,8 @@ def _leave(code: int) -> NoReturn:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: jcrosslora COMMAND ...",
-            "",
-            "Move LoRA adapters between base models.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "jcrosslora COMMAND --help   the options of a command",
-            "jcrosslora --version        the version",
-            "jcrosslora --tyro-write-completion bash FILE   tab completion (bash, zsh, fish)",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return _HELP.format(lines)
 
 
 def _print_completion(arguments: list[str]) -> int:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.utils.files import output_path
 from jcrosslora.utils.terminal import say as say
 from jcrosslora.utils.texts import shortened
 
@@ -17,54 +19,9 @@ if TYPE_CHECKING:
     from jcrosslora.checkpoint import BaseModel
     from jcrosslora.report.hub import Pushed
     from jcrosslora.shelf import Shelf
+    from jcrosslora.text import Prompt
 
 PAGE = (".html", ".htm")  # endings of a page
-
-
-def one_line(text: str, most: int) -> str:
-    """Return a text in one line of at most so many characters."""
-    return shortened(" ".join(text.split()), most)
-
-
-def print_json(data: Any) -> None:
-    """Print data as JSON on stdout."""
-    json.dump(data, sys.stdout, indent=2, allow_nan=False)
-    print()
-
-
-def print_pushed(pushed: "Pushed", console: Console) -> None:
-    """Print the notes on an upload, and where it is."""
-    for note in pushed.notes:
-        say(console, f"note: {note}")
-    say(console, f"uploaded: {pushed.url} (commit {pushed.commit[:12]}, {len(pushed.files)} files)")
-
-
-def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
-    """Check that a file of the user's can be written, before any work is done for it.
-
-    Args:
-        path: of the file, which may exist and is replaced then.
-        endings: the endings that its name may have, in lower case; one of another kind may be another file.
-
-    Returns:
-        The path with ~ expanded.
-
-    Raises:
-        OutputError: its name has another ending, or its folder does not exist or cannot be written to.
-    """
-    from jcrosslora.utils.files import output_path
-
-    path = output_path(path)
-    if path.suffix.lower() not in endings:
-        what = "a page" if endings == PAGE else "such a file"
-        msg = f"{path}: is no name of {what}, and may be that of another file: give one that ends in {endings[0]}"
-        raise OutputError(msg)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
-        raise OutputError(msg)
-    return path
-
-
 FailOn = Literal["never", "no-effect"]
 FailOnLoss = Literal["never", "loss"]
 ASKED_FOR = 3  # the exit code of a failure that `--fail-on` asks for
@@ -77,13 +34,59 @@ def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
     return ASKED_FOR if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0
 
 
-def opened_base(base: str | None, template: Path | None) -> "BaseModel":
-    """Open a base, with a chat template that replaces its own where one is given.
+def print_json(data: Any) -> None:
+    """Print data as JSON on stdout."""
+    json.dump(data, sys.stdout, indent=2, allow_nan=False)
+    print()
+
+
+def print_table(
+    console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[Any]], title: str | None = None
+) -> None:
+    """Print a table whose cells are texts as they are; columns that are named take their width from the cells."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False, markup=False)
+
+
+def title_of(prompt: "Prompt", most: int) -> str:
+    """Return a prompt on one line of at most so many characters."""
+    from jcrosslora.text import prompt_text
+
+    return shortened(" ".join(prompt_text(prompt).split()), most)
+
+
+def print_pushed(pushed: "Pushed", console: Console) -> None:
+    """Print the notes on an upload, and where it is."""
+    for note in pushed.notes:
+        say(console, f"note: {note}")
+    say(console, f"uploaded: {pushed.url} (commit {pushed.commit[:12]}, {len(pushed.files)} files)")
+
+
+def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
+    """Check that a file of the user's can be written or replaced, before any work is done for it.
+
+    Args:
+        path: its ~ is expanded.
+        endings: the endings that its name may have, in lower case; one of another kind may be another file.
 
     Raises:
-        UsageError: no base was given, or the template cannot be read.
-        CheckpointError: the base cannot be read.
+        OutputError: its name has another ending, or its folder does not exist or cannot be written to.
     """
+    path = output_path(path)
+    if path.suffix.lower() not in endings:
+        what = "a page" if endings == PAGE else "such a file"
+        msg = f"{path}: is no name of {what}, and may be that of another file: give one that ends in {endings[0]}"
+        raise OutputError(msg)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
+        raise OutputError(msg)
+    return path
+
+
+def opened_base(base: str | None, template: Path | None) -> "BaseModel":
+    """Open a base, with a chat template that replaces its own where one is given."""
     from jcrosslora.checkpoint import open_base
 
     if base is None:
@@ -93,12 +96,7 @@ def opened_base(base: str | None, template: Path | None) -> "BaseModel":
 
 
 def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shelf":
-    """Open a shelf, and its base with a chat template where one is given.
-
-    Raises:
-        UsageError: a template without the base, another base, or no shelf.
-        CheckpointError: the base cannot be read.
-    """
+    """Open a shelf, and its base with a chat template where one is given."""
     from jcrosslora.shelf import Shelf
 
     if base is None and template is not None:

@@ -1,29 +1,32 @@
 """`jcrosslora shelf`: keep adapters of one base, and find those for a prompt."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
-from jcrosslora.cli.output import one_line, print_json, say
+from jcrosslora.cli.output import print_json, print_table, say, title_of
 from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
-    from jcrosslora.evaluate.bootstrap import Interval
-    from jcrosslora.shelf import ShelfEntry
+    from jcrosslora.evaluate import Interval
+    from jcrosslora.shelf import Shelf, ShelfEntry
 
 
 @dataclass(frozen=True)
-class Add:
-    """Add adapters, or all below a folder such as the output of a batch; a shelf that is not there is made."""
-
+class _OnShelf:
     folder: tyro.conf.Positional[Path]
     """The folder of the shelf."""
+
+
+@dataclass(frozen=True)
+class Add(_OnShelf):
+    """Add adapters, or all below a folder such as the output of a batch; a shelf that is not there is made."""
+
     adapters: tyro.conf.Positional[tuple[str, ...]]
     """Adapters, hub ids, or folders with adapters below."""
     base: str | None = None
@@ -70,11 +73,9 @@ class Add:
 
 
 @dataclass(frozen=True)
-class List:
+class List(_OnShelf):
     """Show every adapter with its rank, samples, origin and what is known of its effect."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     json: bool = False
     """Print the entries as JSON, without samples."""
 
@@ -84,37 +85,32 @@ class List:
 
         shelf = Shelf(self.folder)
         if self.json:
-            base = dataclasses.asdict(shelf.info)
-            print_json(
-                {"base": base, "encoder": shelf.encoder_name, "adapters": [_json(shelf, e) for e in shelf.entries]}
-            )
+            found = [_json(shelf, entry) for entry in shelf.entries]
+            print_json({"base": asdict(shelf.info), "encoder": shelf.encoder_name, "adapters": found})
             return
-        table = Table()
-        for name in ("adapter", "rank", "samples", "base", "moved from", "expected", "lift", "files"):
-            table.add_column(name, overflow="fold")
-        for entry in shelf.entries:
-            origin = entry.origin and f"{entry.origin.adapter} ({entry.origin.base})"
-            table.add_row(
+        names = ("adapter", "rank", "samples", "base", "moved from", "expected", "lift", "files")
+        rows = (
+            (
                 Text(entry.name),
                 str(entry.rank),
                 f"{len(entry.samples)} ({entry.samples_from})",
                 "verified" if entry.verified else "not verified",
-                Text(origin or "-"),
+                Text(f"{entry.origin.adapter} ({entry.origin.base})" if entry.origin else "-"),
                 entry.verdict or "-",
                 "-" if entry.lift is None else f"{entry.lift:.2f}",
                 "missing" if shelf.missing(entry) else f"{entry.size / 1e6:.1f} MB",
             )
+            for entry in shelf.entries
+        )
         if len(shelf):
-            console.print(table)
+            print_table(console, [Column(name, overflow="fold") for name in names], rows)
         say(console, f"{self.folder}: {len(shelf)} adapters of {shelf.info.name}, encoder {shelf.encoder_name}")
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(_OnShelf):
     """Show what is known of one adapter, with its samples."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     name: tyro.conf.Positional[str]
     """The adapter."""
     json: bool = False
@@ -123,7 +119,7 @@ class Show:
     def run(self, console: Console) -> None:
         """Print it, one fact a line."""
         from jcrosslora.shelf import Shelf
-        from jcrosslora.text.completion import prompt_text
+        from jcrosslora.text import prompt_text
 
         shelf = Shelf(self.folder)
         entry = shelf.entry(self.name)
@@ -149,11 +145,9 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Remove:
+class Remove(_OnShelf):
     """Take adapters off the shelf; their files stay."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     names: tyro.conf.Positional[tuple[str, ...]]
     """The adapters."""
 
@@ -169,11 +163,9 @@ class Remove:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(_OnShelf):
     """Find the adapters whose task a prompt is of; "none" where it is of no adapter's, and the base alone suits."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """One or more prompts."""
     prompts: Path | None = None
@@ -192,31 +184,23 @@ class Search:
         """Print a line for each prompt."""
         from jcrosslora.evaluate.examples import read_prompts
         from jcrosslora.shelf import Shelf
-        from jcrosslora.text import Prompt
-        from jcrosslora.text.completion import prompt_text
 
-        given: list[Prompt] = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
-        shelf = Shelf(self.folder, self.base)
-        found = shelf.search(given, self.by).best(self.top)
+        given = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
+        found = Shelf(self.folder, self.base).search(given, self.by).best(self.top)
         if self.json:
-            print_json(
-                [
-                    {"prompt": _sample_json(one), "adapters": [_scored(*each) for each in best]}
-                    for one, best in zip(given, found, strict=True)
-                ]
-            )
+            shown = [[{"adapter": name, "score": score} for name, score in best] for best in found]
+            pairs = zip(map(_sample_json, given), shown, strict=True)
+            print_json([{"prompt": prompt, "adapters": best} for prompt, best in pairs])
             return
         for prompt, best in zip(given, found, strict=True):
             names = ", ".join(f"{name} ({score:.2f})" for name, score in best)
-            say(console, f"{names or 'none'}: {one_line(prompt_text(prompt), 80)}")
+            say(console, f"{names or 'none'}: {title_of(prompt, 80)}")
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(_OnShelf):
     """Train the encoder of adapters by their weights, for `shelf search --by weights`."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     steps: int = 300
     """Updates of the encoder, each with 8 adapters and a sample of each."""
     rate: float = 1e-3
@@ -236,11 +220,9 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_OnShelf):
     """Judge ways to search by prompts whose adapters are known."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
     samples: tyro.conf.UseAppendAction[tuple[str, ...]]
     """NAME=FILE, or NAME,NAME=FILE where several adapters are of the task; may be given several times. FILE holds
     prompts of the task that are not among the adapter's samples."""
@@ -263,12 +245,11 @@ class Evaluate:
         shelf = Shelf(self.folder, self.base)
         found = {by: accuracy(shelf.search(prompts, by), wanted) for by in self.by or ("text", "tfidf")}
         if self.json:
-            print_json({"prompts": len(prompts), "by": {by: dataclasses.asdict(one) for by, one in found.items()}})
+            print_json({"prompts": len(prompts), "by": {by: asdict(one) for by, one in found.items()}})
             return
-        table = Table("by", "top-1", "top-3", "answered by a right one", "adapter for unrelated")
-        for by, one in found.items():
-            table.add_row(by, *map(_interval, (one.top1, one.top3, one.answered, one.false)))
-        console.print(table)
+        names = "by", "top-1", "top-3", "answered by a right one", "adapter for unrelated"
+        rows = ((by, *map(_interval, (one.top1, one.top3, one.answered, one.false))) for by, one in found.items())
+        print_table(console, names, rows)
 
 
 Action = (
@@ -295,15 +276,14 @@ class ShelfCommand:
 
 
 def _facts(entry: "ShelfEntry") -> str:
-    samples = (
-        f"{len(entry.samples)} samples from {entry.samples_from}" if entry.samples else "no samples: give --samples"
-    )
+    count = len(entry.samples)
+    samples = f"{count} samples from {entry.samples_from}" if count else "no samples: give --samples"
     return samples if entry.verified else f"{samples}; its base is not verified, its shapes fit"
 
 
-def _json(shelf: Any, entry: "ShelfEntry") -> dict[str, Any]:
-    fields = dataclasses.asdict(entry) | {"samples": len(entry.samples), "missing": shelf.missing(entry)}
-    return fields | {"place": shelf.place(entry.name)}
+def _json(shelf: "Shelf", entry: "ShelfEntry") -> dict[str, Any]:
+    more = {"samples": len(entry.samples), "missing": shelf.missing(entry), "place": shelf.place(entry.name)}
+    return asdict(entry) | more
 
 
 def _sample_json(prompt: Any) -> Any:
@@ -315,7 +295,3 @@ def _sample_json(prompt: Any) -> Any:
 
 def _interval(value: "Interval | None") -> str:
     return "-" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def _scored(name: str, score: float) -> dict[str, Any]:
-    return {"adapter": name, "score": score}

@@ -99,12 +99,10 @@ class _Transfer:
             find_log(self.log)
         if self.dry_run:
             return self._estimate(console)
-        from jcrosslora.distributed.hosts import join
-
-        join(self.coordinator, self.processes, self.process)
         from jcrosslora.distributed import hosts
-        from jcrosslora.report.documents import published
-        from jcrosslora.report.table import print_report
+
+        hosts.join(self.coordinator, self.processes, self.process)
+        from jcrosslora.report import print_report, published
         from jcrosslora.session.transfer import transfer_files
 
         settings = self.settings()
@@ -142,8 +140,7 @@ class _Transfer:
         found = estimate_files(self.settings())
         if self.json:
             print_json(found.record())
-            return 0
-        for name, text in found.lines():
+        for name, text in () if self.json else found.lines():
             say(console, f"{name:<8}{text}")
         return 0
 
@@ -157,49 +154,30 @@ class _Transfer:
 def transfer_command(arguments: Sequence[str]) -> type:
     """Make the dataclass of the flags: settings of a transfer, and hyper-parameters of all methods.
 
-    Args:
-        arguments: modules of the user's own that they name are imported first, and their methods registered.
+    Modules of the user's own that the arguments name are imported first, and their methods registered.
     """
     named = _value_of("--method", arguments) or AUTO
     for module in (*_values_of("--allow-module", arguments), *([named] if ":" in named else [])):
         allow_module(module)
     if ":" in named:
         find_method(named)
-    recipe = _Transfer.defaults(arguments)
-    served = (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None
-    flags = _method_flags()
-    names = tuple(name for name, _, _ in flags)
-    groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *names)}
+    kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
+    kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
+    defaults = {name: field.default for name, field in OWN_FIELDS.items()}  # those without one are required
+    if (_value_of("--source-url", arguments) or _Transfer.defaults(arguments).get("source_url")) is not None:
+        defaults |= {"adapter": "", "source": ""}  # the server has both
+    own = hyper_types()
+    kinds |= {name: kind | None for name, kind in own.items()}
+    defaults |= dict.fromkeys(own)  # None leaves a method's default
+    groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *own)}
     return dataclasses.make_dataclass(
         "Transfer",
-        [*_setting_flags(served=served), *flags],
+        [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()],
         bases=(_Transfer,),
-        namespace={"GROUPS": groups, "DOCS": _flag_docs(), "METHOD_FLAGS": names, "__doc__": _Transfer.__doc__},
+        namespace={"GROUPS": groups, "DOCS": _flag_docs(), "METHOD_FLAGS": tuple(own), "__doc__": _Transfer.__doc__},
         frozen=True,
         kw_only=True,
     )
-
-
-Flag = tuple[str, Any, Any]
-
-
-def _setting_flags(*, served: bool = False) -> list[Flag]:
-    """Return the settings of a transfer as dataclass fields; those without a default are required.
-
-    Args:
-        served: whether the source is behind a server, which has the adapter too.
-    """
-    kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
-    kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
-    defaults = {name: field.default for name, field in OWN_FIELDS.items()}
-    if served:
-        defaults |= {"adapter": "", "source": ""}
-    return [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()]
-
-
-def _method_flags() -> list[Flag]:
-    """Return the hyper-parameters of all methods as optional dataclass fields; None leaves a method's default."""
-    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in hyper_types().items()]
 
 
 def _flag_docs() -> dict[str, str]:
@@ -211,14 +189,11 @@ def _flag_docs() -> dict[str, str]:
         text = next(attribute_docs(METHODS[method]).get(name, "") for method in by_method)
         defaults: dict[str, list[str]] = {}
         for method, each in by_method.items():
-            defaults.setdefault(_shown_default(each.default), []).append(method)
+            shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
+            defaults.setdefault(shown, []).append(method)
         stated = "; ".join(f"{', '.join(names)}: {value}" for value, names in defaults.items())
         docs[name] = f"{text} ({stated})"
     return docs
-
-
-def _shown_default(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

@@ -71,9 +71,7 @@ def conclude(
     options = move.options
     moved = replace(shifted.adapter, modules=update.adapter.modules)
     norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
-    moved, truncation, frozen = truncate_for_profile(
-        moved, target, move.profile, options.out_rank, norms, move.known
-    )
+    moved, truncation, frozen = truncate_for_profile(moved, target, move.profile, options.out_rank, norms, move.known)
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
     texts = tuple(item.text for item in update.completions)

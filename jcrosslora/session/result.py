@@ -19,7 +19,8 @@ from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.report import TransferReport, Verdict, documents
+from jcrosslora.report import TransferReport, Verdict
+from jcrosslora.report.documents import documents, provenance, published, replacements
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
 from jcrosslora.report.page import Roles, contents_of, report_page
 from jcrosslora.report.table import result_html
@@ -76,8 +77,8 @@ class TransferResult:
             OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
         """
         adapter, report = self._held_by(profile)
-        shown = documents.published(report, out=Path(out).name, profile=profile, dtype=dtype)
-        files = documents.documents(shown, profile)
+        shown = published(report, out=Path(out).name, profile=profile, dtype=dtype)
+        files = documents(shown, profile)
         if self.chat_template is not None:  # the adapter is used as it was fitted
             files[CHAT_TEMPLATE] = self.chat_template
         if self.completions:
@@ -92,7 +93,7 @@ class TransferResult:
             overwrite=overwrite,
             frozen=self.frozen,
             documents=files,
-            metadata=documents.provenance(shown),
+            metadata=provenance(shown),
         )
 
     def html(
@@ -109,7 +110,7 @@ class TransferResult:
         Raises:
             UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.
         """
-        report, roles = documents.published(self.report), Roles(trained=trained, random=random)
+        report, roles = published(self.report), Roles(trained=trained, random=random)
         return report_page(contents_of(report, answers, roles, public_name(self.adapter.info.name) or ""))
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
@@ -164,7 +165,7 @@ class TransferResult:
         return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
 
     def _repr_html_(self) -> str:
-        return publish(result_html(self.report, self.texts), documents.replacements(self.report))
+        return publish(result_html(self.report, self.texts), replacements(self.report))
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""

@@ -1,9 +1,8 @@
 """The settings of a transfer: options that determine the moved adapter, locations of files, and their form in TOML."""
 
-import dataclasses
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -153,17 +152,14 @@ class TransferSettings(TransferOptions):
     @classmethod
     def of(cls, **settings: Any) -> "TransferSettings":
         """Make settings from the flat names of files and commands, which include the method's hyper-parameters."""
-        own: dict[str, Any] = {name: value for name, value in settings.items() if name in OWN_FIELDS}
+        own: dict[str, Any] = {name: settings.pop(name) for name in OWN_FIELDS if name in settings}
         if own.get("source_url") is not None:  # whose server has both
             own = {"adapter": "", "source": ""} | own
-        rest = {name: value for name, value in settings.items() if name not in OWN_FIELDS}
-        own["method"] = make_method(own.get("method", AUTO), rest)
-        return cls(**own)
+        return cls(**own | {"method": make_method(own.get("method", AUTO), settings)})
 
     def flat(self) -> dict[str, Any]:
         """Return the settings by flat names, with the name of the method and its hyper-parameters."""
-        values = {name: getattr(self, name) for name in OWN_FIELDS}
-        return values | flat_method(self.method)
+        return {name: getattr(self, name) for name in OWN_FIELDS} | flat_method(self.method)
 
     def paths(self) -> dict[str, str]:
         """Return the paths among the settings with their public names, for `publish`."""
@@ -172,11 +168,10 @@ class TransferSettings(TransferOptions):
     def published(self) -> dict[str, Any]:
         """Return the settings that are not the defaults, for others to see: files by their last part, no server."""
         plain = {name: field.default for name, field in OWN_FIELDS.items()}
-        values = {name: value for name, value in self.flat().items() if value != plain.get(name, MISSING)}
         return {
             name: public_name(value) if name in _REFERENCES else value
-            for name, value in values.items()
-            if name not in _OF_THIS_MACHINE
+            for name, value in self.flat().items()
+            if name not in _OF_THIS_MACHINE and value != plain.get(name, MISSING)
         }
 
 
@@ -188,7 +183,7 @@ _REFERENCES = frozenset(
     }
 )
 _OF_THIS_MACHINE = frozenset({"out", "source_url", "overwrite", "cache", "divide"})
-OWN_FIELDS = {field.name: field for field in dataclasses.fields(TransferSettings)}
+OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}
 
 
 def flat_method(method: MethodLike) -> dict[str, Any]:
@@ -205,12 +200,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Args:
-        path: the file.
-        what: its kind, for errors: "recipe" or "plan".
-        example: a valid line, for errors.
+    """Read a TOML file; errors name `what` it is, a recipe or a plan, and show an `example` of a line.
 
     Raises:
         UsageError: the file cannot be read, or is not TOML.
@@ -231,7 +221,6 @@ def read_table(
     """Check the keys of a table, and convert its values to their types: 2 to 2.0, a list to a tuple.
 
     Args:
-        values: the table.
         kinds: type of each key that it may have; the description of a `Meta` names one in errors.
         place: its location, for errors.
         required: keys that it must have.
@@ -250,10 +239,9 @@ def read_table(
         except ValidationError:
             msg = f"{place} sets {key} to {value!r}; it must be {_wanted(kinds[key])}"
             raise UsageError(msg) from None
-    for key in required:
-        if key not in values:
-            msg = f"{place} has no {key}; give it {_wanted(kinds[key])}"
-            raise UsageError(msg)
+    if missing := [key for key in required if key not in values]:
+        msg = f"{place} has no {missing[0]}; give it {_wanted(kinds[missing[0]])}"
+        raise UsageError(msg)
     return found
 
 

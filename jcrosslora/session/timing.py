@@ -56,9 +56,8 @@ class Stopwatch:
 
     def _of(self, cost: Cost, pair: BasePair, method: Method) -> float:
         dtype, total = jnp.float32 if cost.precise else fast_dtype(), 0.0
-        for base, tokens, predicted in zip(
-            (pair.source, pair.target), (cost.source, cost.target), cost.predicted, strict=True
-        ):
+        read = zip((pair.source, pair.target), (cost.source, cost.target), cost.predicted, strict=True)
+        for base, tokens, predicted in read:
             if tokens:
                 layers = base.dims.layers * tokens + _head(base) * predicted
                 total += layers / prod(_READ) * self.layer(base, _READ, dtype)
@@ -83,11 +82,8 @@ class Stopwatch:
         return self._fastest((shape, rank, vectors), make, 1)
 
     def _full_svd(self) -> float:
-        """Time the full SVD of a square matrix with `_SVD_SIDE` rows."""
-
         def make() -> Callable[[], Any]:
-            matrix = jax.random.normal(jax.random.key(0), (_SVD_SIDE, _SVD_SIDE))
-            return lambda: jnp.linalg.svd(matrix)
+            return partial(jnp.linalg.svd, jax.random.normal(jax.random.key(0), (_SVD_SIDE, _SVD_SIDE)))
 
         return self._fastest("full SVD", make, _RUNS)
 
@@ -172,29 +168,24 @@ def _numbers(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 def _made_up_model(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Model:
     """Make the layers as `load_model` would: bfloat16 as bits, norms as float32."""
-    packed = dtype == jnp.bfloat16
+    layers, own, width = settings.layers, settings.stack[0], base.architecture.layer_inputs
 
-    def matrix(*shape: int) -> jax.Array:
-        return jnp.asarray(_numbers(shape, dtype))
+    def matrix(*shape: int, packed: bool = False) -> jax.Array:
+        numbers = _numbers(shape, dtype)
+        return jnp.asarray(numbers.view(np.uint16) if packed else numbers)
 
     def ones(*shape: int) -> jax.Array:
         return jnp.asarray(np.ones(shape, np.float32))
 
-    def role_matrix(role: str) -> jax.Array:
-        numbers = _numbers((layers, *base.architecture.role_shapes[role]), dtype)
-        return jnp.asarray(numbers.view(np.uint16) if packed else numbers)
-
-    layers, own, family = settings.layers, settings.stack[0], base.family
-    weights = {role: role_matrix(role) for role in own.shapes}
-    width = base.architecture.layer_inputs
+    shapes = {role: (layers, *base.architecture.role_shapes[role]) for role in own.shapes}
     params = Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
         final_norm=ones(settings.hidden),
-        weights=weights,
-        biases={role: matrix(layers, w.shape[1]) for role, w in weights.items() if role in settings.biased_roles},
+        weights={role: matrix(*shape, packed=dtype == jnp.bfloat16) for role, shape in shapes.items()},
+        biases={role: matrix(*shape[:2]) for role, shape in shapes.items() if role in settings.biased_roles},
         norms={place: ones(layers, size) for place, (_, size) in base.architecture.norms_of(own)},
-        activation=tuple(ones(layers, 1) for _ in family.activation_tensors),
+        activation=tuple(ones(layers, 1) for _ in base.family.activation_tensors),
         tensors={name: ones(layers, *tensor.shape) for name, tensor in own.tensors.items()},
         layer_inputs=LayerInputWeights(
             matrix(settings.vocab, layers * width), matrix(layers * width, settings.hidden), ones(width)

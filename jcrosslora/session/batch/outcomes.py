@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from jcrosslora.adapter import AdapterInfo
-from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.adapter import AdapterInfo, find_adapter
 from jcrosslora.cache.keys import digest_of, file_state, is_settled, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import publish
@@ -33,7 +32,6 @@ class Outcome:
     """The outcome of one job.
 
     Attributes:
-        name: name of the job.
         status: "done" in this run, "kept" from an earlier run, "failed", or "open" (not reached).
         text: the verdict on the moved adapter, or the error.
         seconds: time since the end of the previous job; for the first job of a unit this includes the shared work.
@@ -52,31 +50,27 @@ class Summary:
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, jobs: Iterable[Job]) -> Summary:
+        """List jobs that nobody has reached yet."""
+        return cls({job.name: Outcome(job.name, job.settings.out) for job in jobs})
+
     def count(self, status: Status) -> int:
         """Count the jobs with a status."""
         return sum(outcome.status == status for outcome in self.outcomes.values())
 
     def to_json(self) -> str:
         """Return the counts and every outcome as JSON."""
-        counts = {status: self.count(status) for status in ("done", "kept", "failed", "open")}
+        counts = {status: self.count(status) for status in get_args(Status)}
         return json.dumps({**counts, "jobs": [asdict(one) for one in self.outcomes.values()]}, indent=2) + "\n"
 
     def save(self, path: Path, jobs: Iterable[Job]) -> None:
-        """Write `to_json` to a file, atomically and without local paths.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, self._public(jobs).to_json().encode())
-        except OSError as error:
-            msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
-            raise OutputError(msg) from error
-
-    def _public(self, jobs: Iterable[Job]) -> Summary:
+        """Write `to_json` to a file, atomically and without local paths."""
         paths = {job.name: job.settings.paths() for job in jobs if job.name in self.outcomes}
-        return Summary({name: Outcome(**publish(asdict(self.outcomes[name]), own)) for name, own in paths.items()})
+        shown = {name: Outcome(**publish(asdict(self.outcomes[name]), own)) for name, own in paths.items()}
+        with _writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, Summary(shown).to_json().encode())
 
     def print_to(self, console: Console) -> None:
         """Print a table of all jobs."""
@@ -86,7 +80,6 @@ class Summary:
         console.print(table, markup=False)  # print brackets in names and reasons literally
 
 
-FOLDER = ".batch"
 # Settings that do not change the result: locations of files, and cache and overwriting.
 _NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache", "divide")
 
@@ -101,23 +94,22 @@ class CompletionLog:
     """
 
     def __init__(self, out: Path) -> None:
-        self._folder = out / FOLDER
+        self._folder = out / ".batch"
 
     def is_done(self, job: Job, fingerprint: str) -> bool:
         """Tell whether the job's folder exists and its inputs had this fingerprint (see `fingerprint_of`)."""
-        return self._says(job, "fingerprint", fingerprint)
+        return self._entry(job).get("fingerprint") == fingerprint
 
     def is_untouched(self, job: Job, stamp: str | None) -> bool:
         """Tell whether the job's folder exists and its inputs had this stamp (see `stamp_of`)."""
-        return stamp is not None and self._says(job, "stamp", stamp)
+        return stamp is not None and self._entry(job).get("stamp") == stamp
 
-    def _says(self, job: Job, name: str, text: str) -> bool:
-        if not Path(job.settings.out).is_dir():
-            return False
+    def _entry(self, job: Job) -> dict[str, Any]:
         try:
-            return json.loads(self._path(job).read_bytes())[name] == text
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            found = json.loads(self._path(job).read_bytes()) if Path(job.settings.out).is_dir() else {}
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @contextmanager
     def writing(self, job: Job, fingerprint: str, stamp: str | None) -> Iterator[None]:
@@ -125,39 +117,31 @@ class CompletionLog:
 
         The entry of a new folder is written first: if the run is killed in between, the folder is missing and the job
         not done. The entry of a replaced folder is written last, otherwise the old folder would count as the new.
-
-        Raises:
-            OutputError: the log cannot be written.
         """
         replaces = Path(job.settings.out).exists()
         if replaces:
-            self._forget(job)
-        else:
-            self._write(job, fingerprint, stamp)
-        yield
-        if replaces:
-            self._write(job, fingerprint, stamp)
-
-    def _forget(self, job: Job) -> None:
-        with self._changing():
-            self._path(job).unlink(missing_ok=True)
-
-    def _write(self, job: Job, fingerprint: str, stamp: str | None) -> None:
-        entry = {"fingerprint": fingerprint, "stamp": stamp}
-        with self._changing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path(job), json.dumps(entry).encode(), sync=True)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        try:
+            with _writable(self._folder):
+                self._path(job).unlink(missing_ok=True)
             yield
-        except OSError as error:
-            msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
-            raise OutputError(msg) from error
+        with _writable(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            entry = {"fingerprint": fingerprint, "stamp": stamp}
+            write_whole(self._path(job), json.dumps(entry).encode(), sync=True)
+        if not replaces:
+            yield
 
     def _path(self, job: Job) -> Path:
         return self._folder / f"{job.name}.json"
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn what keeps a file or a folder from being written in the block into an `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
+        raise OutputError(msg) from error
 
 
 def base_fingerprint(base: BaseModel) -> str:
@@ -165,22 +149,17 @@ def base_fingerprint(base: BaseModel) -> str:
     return digest_of(weights_key(base), tokenizer_key(base))
 
 
-def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
+def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
     """Digest all inputs of a job, as a hex string.
 
     Of the adapter the weights and the configuration count, which scales them; of the settings all but locations.
-
-    Args:
-        job: the job.
-        adapter: its adapter.
-        source: fingerprint of the source, from `base_fingerprint`.
-        target: fingerprint of the target.
-        texts: digest of the texts of `probe_text`; "" if the settings name no file.
+    `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the texts of
+    `probe_text`, "" if the settings name no file.
     """
-    return digest_of(*_asked(job), adapter.digest, adapter.config, source, target, texts)
+    return digest_of(*_asked(job), adapter.digest, adapter.config, *shared)
 
 
-def stamp_of(job: Job, source: str, target: str, texts: str) -> str | None:
+def stamp_of(job: Job, *shared: str) -> str | None:
     """Digest all inputs of a job as `fingerprint_of` does, but its adapter by size and times of its files.
 
     Returns:
@@ -197,7 +176,7 @@ def stamp_of(job: Job, source: str, target: str, texts: str) -> str | None:
     now = time.time_ns()
     if not all(state is not None and is_settled(state, now) for state in states):
         return None
-    return digest_of(*_asked(job), states, source, target, texts)
+    return digest_of(*_asked(job), states, *shared)
 
 
 def _asked(job: Job) -> tuple[object, ...]:

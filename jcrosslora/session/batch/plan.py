@@ -1,24 +1,27 @@
-"""The plan of a batch: which adapters go from which base to which others and how, grouped into units for shards."""
-
-from __future__ import annotations
+"""The plan of a batch: which adapters go from which base to which others and how; its units, and what they take."""
 
 import dataclasses
-import fnmatch
 import heapq
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta
+from rich.console import Console
+from rich.table import Column, Table
 
 from jcrosslora.adapter.folder import GGUF_ENDING
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError, UsageError
 from jcrosslora.methods import AUTO, find_method, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
+from jcrosslora.session.estimate import Estimate
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, flat_method, read_table, read_toml, setting_types
+from jcrosslora.session.timing import Stopwatch
+from jcrosslora.session.transfer import estimate_pair
 
 _Text = Annotated[str, Meta(min_length=1)]
 _Names = Annotated[_Text | Annotated[list[_Text], Meta(min_length=1)], Meta(description="a list of names")]
@@ -36,16 +39,19 @@ assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
 # A batch reads the weights of its sources.
 _ASKED = tuple(name for name in OWN_FIELDS if name.startswith("source_") and name not in _OWN_BASES)
 _WILD = re.compile(r"[*?\[]")
+_Base = dict[str, str]  # with the keys of _BASE
+# Settings that determine the alignment; all others concern a single adapter.
+_ALIGNING = (
+    *("source", "target", "source_revision", "target_revision", "target_name", "source_template", "target_template"),
+    *("method", "depth", "seed", "probe_text", "probe_count", "cache"),
+)
+# Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
+CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to one base by one method.
-
-    Attributes:
-        name: name of the folder that it writes, unique in the plan.
-        settings: the settings of the transfer.
-    """
+    """One adapter to one base by one method; `name` is that of the folder that it writes, unique in the plan."""
 
     name: str
     settings: TransferSettings
@@ -53,17 +59,10 @@ class Job:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """All jobs of a batch, in the order of the plan.
-
-    Attributes:
-        out: the folder that all results are written into.
-    """
+    """All jobs of a batch, in the order of the plan, and the folder that all results are written into."""
 
     out: Path
     jobs: tuple[Job, ...]
-
-
-_Base = dict[str, str]  # with the keys of _BASE
 
 
 def read_plan(path: str | Path) -> BatchPlan:
@@ -91,18 +90,13 @@ def read_plan(path: str | Path) -> BatchPlan:
     for number, move in enumerate(plan["moves"], 1):
         for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
             if job.name in jobs:
-                msg = f"{place}, move {number}: {job.name} is made by two jobs{_clash(job, jobs[job.name])}"
+                first, second = jobs[job.name].settings.adapter, job.settings.adapter
+                advice = f", of {first} and {second}; rename one of the two, or name a link to it"
+                advice = "; give one of the moves a label" if first == second else advice
+                msg = f"{place}, move {number}: {job.name} is made by two jobs{advice}"
                 raise UsageError(msg)
             jobs[job.name] = job
     return BatchPlan(out, tuple(jobs.values()))
-
-
-def _clash(job: Job, other: Job) -> str:
-    """Advise how to give two jobs different names."""
-    names = other.settings.adapter, job.settings.adapter
-    if names[0] == names[1]:
-        return "; give one of the moves a label"
-    return f", of {names[0]} and {names[1]}; rename one of the two, or name a link to it"
 
 
 def _jobs(
@@ -113,30 +107,27 @@ def _jobs(
     out: Path,
     place: str,
 ) -> Iterator[Job]:
-    own = [key for key in table if key in _OWN + _OWN_BASES]
-    if own:
+    if own := [key for key in table if key in _OWN + _OWN_BASES]:
         msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
         raise UsageError(msg)
     if asked := [key for key in table if key in _ASKED]:
         msg = f"{place} sets {asked[0]}, and a batch reads its sources itself: make this transfer by "
         raise UsageError(msg + "`jcrosslora transfer`")
-    given = {key: value for key, value in table.items() if key in _MOVE}
-    move = read_table(given, _MOVE, place, required=("from", "to"))
+    own_keys = {key: value for key, value in table.items() if key in _MOVE}
+    move = read_table(own_keys, _MOVE, place, required=("from", "to"))
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
     known = {method: _known_settings(method, place) for method in methods}  # which registers a user's own method
     rest = {key: value for key, value in table.items() if key not in _MOVE}
     settings = read_table(rest, _MOVE | setting_types(), place)
-    for key in settings:
-        if not any(key in names for names in known.values()):
-            msg = f"{place} sets {key}, which none of its methods has: {', '.join(methods)}; leave it out"
-            raise UsageError(msg)
+    if strange := [key for key in settings if not any(key in names for names in known.values())]:
+        msg = f"{place} sets {strange[0]}, which none of its methods has: {', '.join(methods)}; leave it out"
+        raise UsageError(msg)
     if "probe_text" in settings:  # never a hub id
         settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
     source, label = move["from"], move.get("label", "")
-    for name in (source, *targets):
-        if name not in bases:
-            msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
-            raise UsageError(msg)
+    if missing := [name for name in (source, *targets) if name not in bases]:
+        msg = f"{place} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}"
+        raise UsageError(msg)
     chosen = _chosen(_names(move.get("adapters", "*")), adapters.get(source, []), source, place)
     for target, method, adapter in itertools.product(targets, methods, chosen):
         name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
@@ -162,11 +153,11 @@ def _end(side: str, base: _Base) -> dict[str, str]:
 
 
 def _chosen(wanted: list[str], refs: list[str], source: str, place: str) -> list[str]:
-    for pattern in wanted:
-        if not any(fnmatch.fnmatchcase(Path(ref).name, pattern) for ref in refs):
-            msg = f"{place}: no adapter of {source} is named {pattern}; the plan has {len(refs)} of that base"
-            raise UsageError(msg)
-    return [ref for ref in refs if any(fnmatch.fnmatchcase(Path(ref).name, pattern) for pattern in wanted)]
+    named = {pattern: [ref for ref in refs if fnmatchcase(Path(ref).name, pattern)] for pattern in wanted}
+    if unknown := [pattern for pattern, found in named.items() if not found]:
+        msg = f"{place}: no adapter of {source} is named {unknown[0]}; the plan has {len(refs)} of that base"
+        raise UsageError(msg)
+    return [ref for ref in refs if any(ref in found for found in named.values())]
 
 
 def _base(value: str | dict[str, Any], folder: Path, place: str) -> _Base:
@@ -224,20 +215,9 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-.")
 
 
-# Settings that determine the alignment; all others concern a single adapter.
-_ALIGNING = (
-    *("source", "target", "source_revision", "target_revision", "target_name", "source_template", "target_template"),
-    *("method", "depth", "seed", "probe_text", "probe_count", "cache"),
-)
-
-
 @dataclass(frozen=True)
 class Unit:
-    """Jobs that share one alignment.
-
-    Attributes:
-        jobs: at least one, in the order of the plan.
-    """
+    """Jobs that share one alignment: at least one, in the order of the plan."""
 
     jobs: tuple[Job, ...]
 
@@ -273,12 +253,63 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     if not 1 <= index <= count:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
         raise UsageError(msg)
-    parts = list(enumerate(cut(units, count)))
-    loads = [(0, shard) for shard in range(count)]
-    mine = []
-    for place, unit in sorted(parts, key=lambda part: (-len(part[1].jobs), part[0])):
+    parts, loads, mine = cut(units, count), [(0, shard) for shard in range(count)], set[int]()
+    for place in sorted(range(len(parts)), key=lambda place: -len(parts[place].jobs)):
         load, shard = heapq.heappop(loads)
-        heapq.heappush(loads, (load + len(unit.jobs), shard))
+        heapq.heappush(loads, (load + len(parts[place].jobs), shard))
         if shard == index - 1:
-            mine.append((place, unit))
-    return [unit for _, unit in sorted(mine, key=lambda part: part[0])]
+            mine.add(place)
+    return [unit for place, unit in enumerate(parts) if place in mine]
+
+
+@dataclass(frozen=True)
+class UnitEstimate:
+    """What the jobs of a unit take, if their adapters have all modules; those with fewer take less.
+
+    Attributes:
+        found: the estimate of one adapter, or why the jobs cannot be done.
+    """
+
+    unit: Unit
+    found: Estimate | str
+
+    def record(self) -> dict[str, Any]:
+        """Return the figures as a JSON value."""
+        settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
+        own = {"source": settings.source, "target": settings.target, "jobs": jobs}
+        if isinstance(found, str):
+            return own | {"method": flat_method(settings.method)["method"], "error": found}
+        return own | found.record() | {"seconds": found.seconds(jobs), "memory_bytes": found.memory + 2 * CHUNK_BYTES}
+
+    def row(self) -> tuple[str, ...]:
+        """Return the figures as cells of the table."""
+        settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
+        if isinstance(found, str):
+            method, figures = flat_method(settings.method)["method"], ("", "", found)
+        else:  # with a chunk of adapters, before and after
+            method, figures = found.method.name, (str(found.modules), found.time(jobs), found.size(2 * CHUNK_BYTES))
+        return settings.source, settings.target, method, str(jobs), *figures
+
+
+def estimate_batch(
+    plan: BatchPlan, *, shard: tuple[int, int] = (1, 1), stopwatch: Stopwatch | None = None
+) -> Iterator[UnitEstimate]:
+    """Estimate the units of a plan or of a shard (i, n); no adapter is read, and nothing is written."""
+    stopwatch = stopwatch or Stopwatch()
+    for unit in share_of(units_of(plan.jobs), *shard):
+        try:
+            yield UnitEstimate(unit, estimate_pair(unit.settings, stopwatch))
+        except JCrossLoRAError as error:
+            # An adapter without the modules that fail may be moved.
+            of_modules = isinstance(error, MethodError | PairingError)
+            what = "an adapter of all modules cannot be moved" if of_modules else "cannot be done"
+            yield UnitEstimate(unit, f"{what}: {error}")
+
+
+def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
+    """Print a table of what the units of a plan (or of a shard) take, or why they cannot be done."""
+    names = ("source", "target", "method", "jobs", "modules", "time", "memory")
+    table = Table(*(Column(name, overflow="fold") for name in names))
+    for one in estimate_batch(plan, shard=shard):
+        table.add_row(*one.row())
+    console.print(table, markup=False)

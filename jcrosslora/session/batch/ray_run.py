@@ -1,7 +1,5 @@
 """Run a plan on a Ray cluster with a shared file system: each worker runs one unit at a time."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -17,12 +15,9 @@ from jcrosslora.session.batch.run import do_unit, summarised
 from jcrosslora.utils.progress import track
 
 LOCAL = "local"
-# How often Ray restarts a unit whose worker died.
-_RETRIES = 1
-# Seconds to wait for a connection to the cluster.
-_PATIENCE = 30
-# Prefixes of the environment variables that workers receive.
-_PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")
+_RETRIES = 1  # of a unit whose worker died, by Ray
+_PATIENCE = 30  # seconds to wait for a connection to the cluster
+_PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")  # prefixes of the environment variables that workers receive
 
 
 def run_on_ray(
@@ -34,20 +29,17 @@ def run_on_ray(
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
 ) -> Summary:
-    """Run all unfinished jobs of a plan on the workers of a Ray cluster; see `run_batch`.
+    """Run all unfinished jobs of a plan, or of a shard, on the workers of a Ray cluster; see `run_batch`.
 
     Every machine of the cluster must have this package, and see the plan's folder, its files and the current folder
     under the same paths. If the worker of a unit dies, the unit is retried. If the retry dies too, its jobs run one by
     one, so that only the job that kills a worker fails.
 
     Args:
-        plan: see `read_plan`.
         address: HOST:PORT or ray://HOST:PORT of the cluster, "auto" for the cluster that this machine belongs to, or
             "local" for a new cluster of this machine's processes. Ignored if Ray is initialised.
         cpus: CPUs for a unit; None takes all CPUs of the smallest machine.
         gpus: GPUs for a unit; None takes all GPUs of the smallest machine with GPUs.
-        shard: (i, n): only the i-th of n parts.
-        overwrite: whether adapter folders that were made from other input may be replaced.
 
     Returns:
         The outcome of each job; also written as by `run_batch`.
@@ -156,11 +148,7 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _reach(address: str) -> None:
-    """Check that HOST:PORT accepts connections; Ray itself would wait without a limit.
-
-    Raises:
-        OSError: it does not.
-    """
+    """Check that HOST:PORT accepts connections, or raise an `OSError`; Ray itself would wait without a limit."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()

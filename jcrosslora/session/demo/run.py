@@ -1,34 +1,45 @@
-"""Run the demo: fetch two bases, move an adapter, and compare the target's answers before and after."""
+"""The demo: fetch two bases, move an adapter between them, and compare the target's answers before and after.
 
+The job of the shipped adapters is to answer science questions in JSON.
+"""
+
+from __future__ import annotations
+
+import json
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.resources import as_file, files
 from pathlib import Path
 
+import jax
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
+from jcrosslora.decoder import Generator, fast_dtype, load_model
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, read_task, score
 from jcrosslora.methods import AUTO, Auto, find_method, make_method
-from jcrosslora.report.table import print_report
+from jcrosslora.report import print_report
 from jcrosslora.session.demo.fetch import GEMMA3, fetch_models
-from jcrosslora.session.demo.job import (
-    SOURCE_ADAPTER,
-    TARGET_ADAPTER,
-    Comparison,
-    compare,
-    demo_questions,
-    print_answers,
-    print_figures,
-    shipped,
-)
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import transfer
 from jcrosslora.utils import progress
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.terminal import say
 
+SOURCE_ADAPTER, TARGET_ADAPTER = "smollm2_json_answers", "gemma3_json_answers"
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
 _WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
+_ANSWER_TOKENS = 20  # of a written answer: enough for the first line of most
+# The demo is to be over in minutes: a third of the usual completions, and half of the usual texts in each step of the
+# search. Its answers are short.
+COMPLETIONS, _SEARCHED, ANSWER_TOKENS = 100, 24, 16
 _FETCH = "fetch SmolLM2-135M-Instruct and Gemma-3-270M"
 _MOVE = "move an adapter from SmolLM2 to Gemma by method"
 _MOVE_OTHERS = "move it by a random map and by the paper's map (cross-lora) for comparison"
@@ -41,11 +52,8 @@ def run_demo(
     """Fetch two bases, move the shipped adapter, compare the target's answers, and print.
 
     Args:
-        out: folder for the moved adapter.
-        console: where to print.
-        method: how to move it.
+        out: folder for the moved adapter; with `overwrite` one that is there is replaced.
         models: folder of the base models; None is `models` in the cache folder.
-        overwrite: whether an adapter in `out` may be replaced.
 
     Raises:
         JCrossLoRAError: the method or the output folder cannot be used, or the models cannot be fetched.
@@ -102,11 +110,6 @@ def _print(result: Comparison, moved: str, console: Console) -> None:
     print_figures(result, TRAINED, console)
 
 
-# The demo is to be over in minutes: a third of the usual completions, and half of the usual texts in each step of the
-# search. Its answers are short.
-COMPLETIONS, _SEARCHED, ANSWER_TOKENS = 100, 24, 16
-
-
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
     """Move an adapter by any method; an update is fitted to fewer completions than usual.
 
@@ -119,3 +122,132 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
         chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
     # The demo scores the target's answers in place of the effect.
     return transfer(adapter, *bases, chosen, effect="never")
+
+
+def shipped(name: str) -> AbstractContextManager[Path]:
+    """Open a file or folder of the package's data, such as the adapter `SOURCE_ADAPTER`."""
+    return as_file(files("jcrosslora") / "data" / name)
+
+
+def demo_questions() -> list[Question]:
+    """Return the package's own science questions, which no shipped adapter was trained on, with JSON as choices."""
+    with shipped("science_questions.jsonl") as path:
+        return in_json(read_task(path))
+
+
+def in_json(questions: Sequence[Question]) -> list[Question]:
+    """Return the questions with every choice as the JSON that the job asks for.
+
+    A choice ends with a line break, so that training teaches where an answer ends.
+    """
+    return [replace(one, choices=tuple(f"{json_answer(choice)}\n" for choice in one.choices)) for one in questions]
+
+
+def json_answer(text: str) -> str:
+    """Return the JSON object of an answer, on one line."""
+    return json.dumps({"answer": text.rstrip(" .")}, ensure_ascii=False)
+
+
+def is_json_answer(written: str) -> bool:
+    """Tell whether a written line is one JSON object of the form `{"answer": text}`."""
+    try:
+        found = json.loads(written)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and list(found) == ["answer"] and isinstance(found["answer"], str)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Models of one base side by side: the base itself, then the base with each adapter.
+
+    Attributes:
+        scores: of all models, in the order of `names`.
+        names: of the models, "base" first.
+        written: name -> what the model writes, one line for each of the first questions, without spaces around it.
+    """
+
+    questions: Sequence[Question]
+    scores: Scores
+    names: tuple[str, ...]
+    written: Mapping[str, Sequence[str]]
+
+    def log_likelihoods(self) -> dict[str, float]:
+        """Return for each model log p(right answers) / their characters, in nats."""
+        return dict(zip(self.names, -self.scores.nll_pooled(), strict=True))
+
+    def accuracies(self) -> dict[str, float]:
+        """Return for each model the share of questions whose right choice is the likeliest."""
+        return dict(zip(self.names, self.scores.accuracy(), strict=True))
+
+    def json_shares(self) -> dict[str, float]:
+        """Return for each model the share of its written answers that are JSON."""
+        return {name: sum(map(is_json_answer, lines)) / len(lines) for name, lines in self.written.items()}
+
+    def lift(self, name: str, trained: str) -> Interval:
+        """Return the share of `trained`'s gain in log-likelihood that another model has.
+
+        Raises:
+            UsageError: `trained` has no gain that can be told from 0.
+        """
+        figures = self.scores.by_question("nll_pooled")
+        base, moved, oracle = (figures[self.names.index(one)] for one in (self.names[0], name, trained))
+        return lift_recovered(base, moved, oracle)
+
+
+def compare(
+    base: BaseModel, adapters: Mapping[str, Adapter], questions: Sequence[Question], *, written: int
+) -> Comparison:
+    """Score a base alone and with each adapter, and let all of them write answers.
+
+    The models answer the first `written` of the questions in writing, by the likeliest token each time.
+    """
+    model, tokenizer = load_model(base, fast_dtype()), load_tokenizer(base)
+    scores = score(base, questions, list(adapters.values()), model=model, tokenizer=tokenizer)
+    models: dict[str, Adapter | None] = {"base": None, **adapters}
+    prompts, lines = [question.prompt for question in questions[:written]], {}
+    for name, adapter in progress.each(models.items(), "write answers", "models"):
+        generator = Generator.of(base, adapter, model=model, tokenizer=tokenizer)
+        found = generator.continue_texts(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
+        lines[name] = [text.strip(" ").partition("\n")[0].rstrip() for text in found]
+    return Comparison(questions, scores, tuple(models), lines)
+
+
+def print_answers(comparison: Comparison, names: Sequence[str], count: int, console: Console) -> None:
+    """Print what some of the models write in answer to the first `count` questions, one model below the other."""
+    width = max(map(len, names))
+    for place, question in enumerate(comparison.questions[:count]):
+        console.print(Text(question.question, style="bold"), soft_wrap=True)
+        for name in names:
+            written = comparison.written[name][place] or "(nothing)"
+            console.print(Text(f"  {name:<{width}}  {written}"), soft_wrap=True)
+
+
+def print_figures(comparison: Comparison, trained: str, console: Console) -> None:
+    """Print log-likelihood, accuracy, share of JSON and lift of every model; `trained` has the whole lift."""
+    nats, accuracy, shares = comparison.log_likelihoods(), comparison.accuracies(), comparison.json_shares()
+    written = len(comparison.written[trained])
+    caption = (
+        f"{len(comparison.questions)} questions. log p / char: log-likelihood of the right answer, nats per character. "
+        f"In JSON: of the first {written} answers in writing. "
+        f"Lift: share of the gain in log-likelihood of '{trained}', with its 95% interval."
+    )
+    figures = ("log p / char", "accuracy", "in JSON", "lift recovered")
+    columns = Column("model", overflow="fold"), *(Column(name, justify="right") for name in figures)
+    table = Table(*columns, caption=caption, caption_justify="left")
+    for name in comparison.names:
+        shown = (f"{nats[name]:.3f}", f"{accuracy[name]:.0%}", f"{shares[name]:.0%}", _lift(comparison, name, trained))
+        table.add_row(Text(name), *map(Text, shown))
+    console.print(table)
+
+
+def _lift(comparison: Comparison, name: str, trained: str) -> str:
+    if name == comparison.names[0]:
+        return "0"
+    if name == trained:
+        return "1"
+    try:
+        found = comparison.lift(name, trained)
+    except UsageError:  # an interval that includes 0: no share of such a gain can be told
+        return "-"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
