@@ -164,7 +164,7 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
 
 def test_transfer_with_too_short_texts_warns_and_measures_no_effect(tmp_path, monkeypatch):
     given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
-    monkeypatch.setattr(effect_module, "adapter_texts", lambda *_, **__: [])
+    monkeypatch.setattr("jcrosslora.session.conclusion.adapter_texts", lambda *_, **__: [])
     report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: no text has two positions")

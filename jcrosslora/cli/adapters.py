@@ -40,7 +40,6 @@ class Train(TrainingSettings):
     """Replace the folder if it already holds an adapter."""
 
     def run(self, console: Console) -> None:
-        """Train and write."""
         from jcrosslora.checkpoint import load_tokenizer, open_base
         from jcrosslora.text import Completion
         from jcrosslora.text.reading import template_of
@@ -77,7 +76,6 @@ class Export(ExportSettings):
     """loss: exit with code 3 if something of the adapters is lost or not written; the rest is written all the same."""
 
     def run(self, console: Console) -> int:
-        """Export, then say what was lost."""
         exported = export_adapter(settings_of(self, ExportSettings))
         for sentence in exported.losses:
             say(console, f"lost: {sentence}")
@@ -104,7 +102,6 @@ class Merge(MergeSettings):
     """loss: exit with code 3 if something of the adapter is not merged; the rest is written all the same."""
 
     def run(self, console: Console) -> int:
-        """Merge, then say what the checkpoint lacks."""
         merged = merge(settings_of(self, MergeSettings))
         for sentence in merged.notes:
             say(console, sentence)
@@ -136,7 +133,6 @@ class Push:
     """Print what was uploaded as JSON."""
 
     def run(self, console: Console) -> None:
-        """Upload, or show what would be uploaded."""
         from jcrosslora.report.hub import check_repo_id, push_folder
         from jcrosslora.report.upload import collect
 

@@ -48,7 +48,6 @@ class Batch:
     """GPUs of a worker; all of the smallest machine that has any if not given."""
 
     def run(self, console: Console) -> int:
-        """Run or show the plan, and print the outcome of each job."""
         from jcrosslora.methods import allow_module
         from jcrosslora.session.batch import estimate_batch, print_estimates, read_plan, run_batch, run_on_ray
 

@@ -27,7 +27,6 @@ class List:
     """Print the entries as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print the table."""
         cache, entries = _opened()
         if self.json:
             shown = [
@@ -56,7 +55,6 @@ class Verify:
     """Remove damaged entries; they are made again when needed."""
 
     def run(self, console: Console) -> None:
-        """Print the damaged entries."""
         cache, entries = _opened()
         damaged = 0
         for entry in entries:
@@ -80,7 +78,6 @@ class Clear:
     """The kind of entries to remove."""
 
     def run(self, console: Console) -> None:
-        """Remove them, and print how much was removed."""
         cache, entries = _opened(self.kind)
         for entry in entries:
             _remove(cache, entry)
@@ -102,7 +99,6 @@ class CacheCommand:
     """The action."""
 
     def run(self, console: Console) -> None:
-        """Run the action."""
         self.action.run(console)
 
 

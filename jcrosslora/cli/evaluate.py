@@ -57,7 +57,6 @@ class Evaluate:
     """Print the figures as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
         from jcrosslora.adapter.records import left_out
         from jcrosslora.checkpoint.hub import public_names
@@ -71,11 +70,8 @@ class Evaluate:
         refs = [ref for group in self.adapter for ref in group if ref != self.trained]
         if self.shelf is not None:
             shelf = opened_shelf(self.shelf, self.base, self.template)
-            judged = judge(
-                *(shelf, examples[: self.limit], self.compose, refs),
-                top=self.top,
-                max_new_tokens=self.max_new_tokens,
-            )
+            limits: dict[str, Any] = {"top": self.top, "max_new_tokens": self.max_new_tokens}
+            judged = judge(shelf, examples[: self.limit], self.compose, refs, **limits)
             self._print(judged.figures, judged.not_scored, console, {"shelf": judged.to_json()})
             for line in () if self.json else judged.lines():
                 say(console, line)
@@ -166,7 +162,6 @@ class Report:
     """html: the page. svg, pdf, png: verdict and pictures alone. If not given, as the name of the file ends."""
 
     def run(self, console: Console) -> None:
-        """Write the file, and print its name."""
         from jcrosslora.report.page import Roles, find_contents, report_page, report_sheet
 
         form = self._form()

@@ -11,7 +11,6 @@ A command may have
 import ast
 import inspect
 import textwrap
-from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
@@ -60,7 +59,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
     kind = flags_type(command, getattr(command, "defaults", lambda _: {})(arguments))
     description = inspect.cleandoc(command.__doc__ or "")
     parsed: Any = tyro.cli(kind, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
-    return command(**ChainMap(*map(vars, vars(parsed).values())))
+    return command(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
 def _check_flags(command: type, arguments: Sequence[str], prog: str) -> None:

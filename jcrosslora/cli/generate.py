@@ -60,7 +60,6 @@ class Generate:
     """Print the answers as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print what is written behind each prompt."""
         prompts = self._prompts()
         if self.shelf is None:
             if self.top != 1:

@@ -32,7 +32,6 @@ class Inspect:
     """Print the description as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print the description."""
         from jcrosslora.report.inspect import describe, open_any, print_description
 
         found = open_any(self.path, revision=self.revision, base=self.base)
@@ -58,7 +57,6 @@ class Compare:
     """Print everything as JSON instead, tensor by tensor."""
 
     def run(self, console: Console) -> None:
-        """Compare, and print the evidence and the relation."""
         from jcrosslora.checkpoint import open_base
         from jcrosslora.relation import compare_bases
 
@@ -87,7 +85,6 @@ class Check:
     """Print the answers as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print one line for each engine."""
         from jcrosslora.adapter import check_engines
         from jcrosslora.checkpoint import open_base
         from jcrosslora.report.inspect import reported_family
@@ -111,7 +108,6 @@ class Methods:
     """Print the list as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print the registry."""
         from jcrosslora.methods import METHODS
 
         keys = ("name", "summary", "needs", "reference")
@@ -139,7 +135,6 @@ class Demo:
     """Replace the folder if it already holds an adapter."""
 
     def run(self, console: Console) -> None:
-        """Fetch, move, compare, print."""
         from jcrosslora.methods import allow_module
         from jcrosslora.session.demo.run import run_demo
 

@@ -22,6 +22,11 @@ class _OnShelf:
     folder: tyro.conf.Positional[Path]
     """The folder of the shelf."""
 
+    def _opened(self, base: str | None = None, encoder: str | None = None) -> "Shelf":
+        from jcrosslora.shelf import Shelf
+
+        return Shelf(self.folder, base, encoder=encoder)
+
 
 @dataclass(frozen=True)
 class Add(_OnShelf):
@@ -44,15 +49,13 @@ class Add(_OnShelf):
     model of sentence-transformers. none: no vectors, for searches by words or certainty."""
 
     def run(self, console: Console) -> int:
-        """Add them, and say what came of each."""
         from jcrosslora.adapter.folder import is_adapter
         from jcrosslora.cli.main import INTERRUPTED, OK, fail
-        from jcrosslora.shelf import Shelf
 
         if not self.adapters:
             msg = f"no adapter was given for the shelf {self.folder}: give adapters, or a folder with adapters below"
             raise UsageError(msg)
-        shelf = Shelf(self.folder, self.base, encoder=self.encoder)
+        shelf = self._opened(self.base, self.encoder)
         try:
             found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift)
         except KeyboardInterrupt:
@@ -80,10 +83,7 @@ class List(_OnShelf):
     """Print the entries as JSON, without samples."""
 
     def run(self, console: Console) -> None:
-        """Print the table."""
-        from jcrosslora.shelf import Shelf
-
-        shelf = Shelf(self.folder)
+        shelf = self._opened()
         if self.json:
             found = [_json(shelf, entry) for entry in shelf.entries]
             print_json({"base": asdict(shelf.info), "encoder": shelf.encoder_name, "adapters": found})
@@ -117,11 +117,9 @@ class Show(_OnShelf):
     """Print it as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print it, one fact a line."""
-        from jcrosslora.shelf import Shelf
         from jcrosslora.text import prompt_text
 
-        shelf = Shelf(self.folder)
+        shelf = self._opened()
         entry = shelf.entry(self.name)
         if self.json:
             print_json(_json(shelf, entry) | {"samples": list(map(_sample_json, entry.samples))})
@@ -152,10 +150,7 @@ class Remove(_OnShelf):
     """The adapters."""
 
     def run(self, console: Console) -> None:
-        """Remove them."""
-        from jcrosslora.shelf import Shelf
-
-        shelf = Shelf(self.folder)
+        shelf = self._opened()
         shelf.remove(self.names)
         for name in self.names:
             say(console, f"removed: {name}")
@@ -181,12 +176,10 @@ class Search(_OnShelf):
     """Print names and scores as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print a line for each prompt."""
         from jcrosslora.evaluate.examples import read_prompts
-        from jcrosslora.shelf import Shelf
 
         given = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
-        found = Shelf(self.folder, self.base).search(given, self.by).best(self.top)
+        found = self._opened(self.base).search(given, self.by).best(self.top)
         if self.json:
             shown = [[{"adapter": name, "score": score} for name, score in best] for best in found]
             pairs = zip(map(_sample_json, given), shown, strict=True)
@@ -211,11 +204,10 @@ class Train(_OnShelf):
     """The base, if it has moved."""
 
     def run(self, console: Console) -> None:
-        """Train, and print the loss at the beginning and the end."""
-        from jcrosslora.shelf import ProbeSettings, Shelf
+        from jcrosslora.shelf import ProbeSettings
 
         settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
-        losses = Shelf(self.folder, self.base).train_probes(settings)
+        losses = self._opened(self.base).train_probes(settings)
         say(console, f"{self.folder}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
 
@@ -238,11 +230,10 @@ class Evaluate(_OnShelf):
     """Print the figures as JSON."""
 
     def run(self, console: Console) -> None:
-        """Print a row for each way to search."""
-        from jcrosslora.shelf import Shelf, accuracy, labelled_prompts
+        from jcrosslora.shelf import accuracy, labelled_prompts
 
         prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
-        shelf = Shelf(self.folder, self.base)
+        shelf = self._opened(self.base)
         found = {by: accuracy(shelf.search(prompts, by), wanted) for by in self.by or ("text", "tfidf")}
         if self.json:
             print_json({"prompts": len(prompts), "by": {by: asdict(one) for by, one in found.items()}})
@@ -271,7 +262,6 @@ class ShelfCommand:
     """The action."""
 
     def run(self, console: Console) -> int | None:
-        """Run the action."""
         return self.action.run(console)
 
 

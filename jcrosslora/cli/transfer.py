@@ -92,7 +92,6 @@ class _Transfer:
         return read_table(settings, setting_types(), f"recipe {path}")
 
     def run(self, console: Console) -> int:
-        """Transfer, then print the table and the verdict; or print what the transfer would take."""
         if self.push_to is not None and not self.process:
             Repository.of(self.push_to, private=True, token=None).look()  # refused before hours of work
         if self.log is not None:
@@ -140,7 +139,8 @@ class _Transfer:
         found = estimate_files(self.settings())
         if self.json:
             print_json(found.record())
-        for name, text in () if self.json else found.lines():
+            return 0
+        for name, text in found.lines():
             say(console, f"{name:<8}{text}")
         return 0
 
@@ -161,10 +161,11 @@ def transfer_command(arguments: Sequence[str]) -> type:
         allow_module(module)
     if ":" in named:
         find_method(named)
+    recipe = _Transfer.defaults(arguments)  # which registers the method that it names
     kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
     kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
     defaults = {name: field.default for name, field in OWN_FIELDS.items()}  # those without one are required
-    if (_value_of("--source-url", arguments) or _Transfer.defaults(arguments).get("source_url")) is not None:
+    if (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None:
         defaults |= {"adapter": "", "source": ""}  # the server has both
     own = hyper_types()
     kinds |= {name: kind | None for name, kind in own.items()}

@@ -52,13 +52,7 @@ class Move:
 
 
 def conclude(
-    move: Move,
-    transport: Transport,
-    shifted: Shifted,
-    update: Moved,
-    target: BaseModel,
-    *,
-    check: Check | None = None,
+    move: Move, transport: Transport, shifted: Shifted, update: Moved, target: BaseModel, *, check: Check | None = None
 ) -> TransferResult:
     """Bring an update to the ranks of its format, check its effect, and report on it.
 

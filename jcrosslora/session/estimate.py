@@ -113,13 +113,14 @@ def estimate(
         UsageError, MemoryError: see `place_bases`.
     """
     method, bases = task.method, (task.pair.source, task.pair.target)
-    fits = isinstance(method, DistillSettings)
-    rank = method.fit_rank if isinstance(method, DistillSettings) else task.rank if method.truncates else None
+    rank = task.rank if method.truncates else None
     memory, placement = _group_memory(task), None
     if task.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
         memory = max(memory, placement.weights + placement.beside)
-    if task.runs_bases and not fits:
+    if isinstance(method, DistillSettings):
+        rank = method.fit_rank
+    elif task.runs_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = stopwatch.seconds(costs_of(task, options, prompts), task.pair, method)
@@ -168,15 +169,15 @@ def _group_memory(task: AlignmentTask) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of bases lie while a fit, and the check of its effect, run them.
+    """Where the weights of bases lie while a fit, and the check of its effect, run them. Sizes are bytes on a device.
 
     Attributes:
         devices: over how many devices they are divided; 1 where they are whole on the first.
         there: how many devices there are.
-        weights: the most bytes of weights on a device at a time.
+        weights: the most weights at a time.
         whole: the same of weights that are not divided.
-        beside: the most bytes that a fit takes on a device on top of them.
-        free: bytes that are free on a device; None where that is not known, or of no account.
+        beside: the most that a fit takes on top of them.
+        free: what is free; None where that is not known, or of no account.
     """
 
     devices: int
@@ -223,17 +224,17 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         UsageError: the weights have to be divided, and cannot be.
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
-    fits = isinstance(method, DistillSettings)
-    checks = options.checks_effect(runs_bases=method.runs_bases)
+    beside = most_beside(bases[-1], method) if isinstance(method, DistillSettings) else 0
+    fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
+    check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 
     def fitted(count: int) -> int:
-        return fast_dtype().itemsize * sum(held_numbers(base, count) for base in bases) if fits else 0
+        return fit_size and fit_size * sum(held_numbers(base, count) for base in bases)
 
     def largest(count: int) -> int:
-        return max(fitted(count), _CHECKED * max(held_numbers(base, count) for base in bases) if checks else 0)
+        return max(fitted(count), check_size and check_size * max(held_numbers(base, count) for base in bases))
 
     free = free_of_each()
-    beside = peak_bytes(bases[-1], method) if isinstance(method, DistillSettings) else 0
     placement = choose_placement(largest, beside, jax.local_device_count(), free, options.divide)
     needed = fitted(placement.devices)
     if free is not None and needed > free:
@@ -253,11 +254,7 @@ def choose_placement(
 ) -> Placement:
     """Choose the number of devices: all that leave the least on each, or one.
 
-    Args:
-        weights: bytes of weights on each device, by the number that they are divided over.
-        beside: bytes on each on top of them.
-        there: how many devices there are.
-        free: bytes that are free on each; None where that is not known.
+    `weights` gives the bytes on each device by the number that they are divided over; the rest as in `Placement`.
 
     Raises:
         UsageError: `divide` is "always", and no number of devices divides the weights.

@@ -218,8 +218,7 @@ class PairSession:
         shifted = move.shifter.finish(transport, self.pair)
         begin(FINISH)
         own = self._task(shifted, task, move)
-        update = move.method.move(own)
-        probes = () if task.probes is None else task.probes.texts
+        update, probes = move.method.move(own), () if task.probes is None else task.probes.texts
 
         def check(moved: Adapter) -> tuple[Effect | None, tuple[str, ...]]:
             effect, warnings = measure_effect(own, moved, move, probes, [item.text for item in update.completions])

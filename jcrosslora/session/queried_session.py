@@ -102,7 +102,7 @@ class QueriedSession:
         Raises:
             MethodError: the method needs the source's weights.
             UsageError: an option needs the source or its adapter, or is out of range.
-            HostError: several processes work together.
+            HostError: several processes work together, of which only one could ask.
         """
         if hosts.count() > 1:
             msg = f"{hosts.count()} processes work together, and a source that is asked is asked by one: start one"

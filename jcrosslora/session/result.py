@@ -55,23 +55,14 @@ class TransferResult:
         return self.report.verdict
 
     def save(
-        self,
-        out: str | Path,
-        *,
-        profile: Profile = "portable",
-        dtype: FileDtype = "float32",
-        overwrite: bool = False,
+        self, out: str | Path, *, profile: Profile = "portable", dtype: FileDtype = "float32", overwrite: bool = False
     ) -> Path:
         """Write the adapter as a folder with its model card, its recipe, its report and the completions of the fit.
 
         Args:
-            out: the folder; it appears whole or not at all.
-            profile: see `jcrosslora.save_adapter`.
-            dtype: number format of the file.
+            out: the folder, which is returned; it appears whole or not at all.
+            profile: the file format, see `jcrosslora.save_adapter`; `dtype` is its number format.
             overwrite: whether an adapter already there may be replaced.
-
-        Returns:
-            The folder.
 
         Raises:
             OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
@@ -117,11 +108,8 @@ class TransferResult:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.
 
         Args:
-            model: the target; its linear layers are wrapped in place.
+            model: the target; its linear layers are wrapped in place, and the `peft.PeftModel` is returned.
             adapter_name: a name that no adapter of the model has yet.
-
-        Returns:
-            The `peft.PeftModel`.
 
         Raises:
             AdapterError: the model is not the target, or a tensor was not loaded (named).
@@ -151,12 +139,7 @@ class TransferResult:
         with tempfile.TemporaryDirectory() as folder:
             written = self.save(Path(folder) / repo_id.rpartition("/")[2], profile=profile, dtype=dtype)
             return push_folder(
-                written,
-                repo_id,
-                private=private,
-                base_model=base_model,
-                with_completions=with_completions,
-                token=token,
+                written, repo_id, private=private, base_model=base_model, with_completions=with_completions, token=token
             )
 
     def __repr__(self) -> str:
@@ -193,7 +176,7 @@ def save_adapter(
 
     Args:
         adapter: what to write. Its changes of embedding and head are written by profile "peft" only.
-        out: the folder; it appears whole or not at all.
+        out: the folder, which is returned; it appears whole or not at all.
         base: the base that it is for; profiles gguf and lora-xs need it.
         base_name: `base_model_name_or_path`; None is the name of the base.
         profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
@@ -203,9 +186,6 @@ def save_adapter(
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
         frozen: for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
-
-    Returns:
-        The folder.
 
     Raises:
         OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.

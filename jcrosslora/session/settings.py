@@ -155,7 +155,8 @@ class TransferSettings(TransferOptions):
         own: dict[str, Any] = {name: settings.pop(name) for name in OWN_FIELDS if name in settings}
         if own.get("source_url") is not None:  # whose server has both
             own = {"adapter": "", "source": ""} | own
-        return cls(**own | {"method": make_method(own.get("method", AUTO), settings)})
+        own["method"] = make_method(own.get("method", AUTO), settings)
+        return cls(**own)
 
     def flat(self) -> dict[str, Any]:
         """Return the settings by flat names, with the name of the method and its hyper-parameters."""
@@ -176,13 +177,11 @@ class TransferSettings(TransferOptions):
 
 
 # Settings that may name a file or a folder.
-_REFERENCES = frozenset(
-    {
-        *("adapter", "source", "target", "target_name", "source_model", "source_base_model", "source_tokenizer"),
-        *("probe_text", "source_template", "target_template"),
-    }
+_REFERENCES = (
+    *("adapter", "source", "target", "target_name", "source_model", "source_base_model", "source_tokenizer"),
+    *("probe_text", "source_template", "target_template"),
 )
-_OF_THIS_MACHINE = frozenset({"out", "source_url", "overwrite", "cache", "divide"})
+_OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}
 
 

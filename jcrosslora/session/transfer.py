@@ -46,7 +46,7 @@ def transfer(
         adapter: a path, a hub id, or an adapter in memory, see `load_adapter`; None for a served source.
         source: the base it was trained on: a path, a hub id, or a base in memory, see `open_base`; or a source that can
             only be queried: a `ServedModel`, or a `TorchModel` for classes that only transformers knows.
-        target: the base to move it to: a path, a hub id, or a base in memory.
+        target: the base to move it to, a path, a hub id, or a base in memory.
         method: a name ("auto", "distill", "cross-lora"), or a method object with its hyper-parameters, such as
             `methods.Distill(completions=600)`.
         prompts: text that both bases are run on, as a file (see `--probe-text`) or as a list of texts and of
@@ -78,11 +78,13 @@ def align(
     probes: Probes | None = None,
     cache: Cache | None = None,
 ) -> Transport:
-    """Find the maps that carry adapters of `source` over to `target`.
+    """Find the maps that carry adapters of `source` over to `target`, as a transport on the default devices.
+
+    Where `jax.distributed` has been initialised, all processes have to call this alike: each reads and decomposes its
+    part of the modules, and all of them get the whole transport.
 
     Args:
-        source: the base that adapters come from, opened, or what `open_base` opens.
-        target: the base that they go to.
+        source: the base that adapters come from, opened, or what `open_base` opens; likewise `target`.
         method: a name, or a method object with its hyper-parameters, such as `methods.CrossLoRA(svd_rank=64)`; "auto"
             chooses by the weights of both bases. A method that fits an update has no maps: its fit is run by `shift`,
             adapter by adapter.
@@ -93,19 +95,12 @@ def align(
         cache: where factors and transports are kept and looked for, such as `jcrosslora.open_cache()`; None computes
             everything and keeps nothing. The numbers are the same.
 
-    Returns:
-        The transport, on the default devices.
-
-    Where `jax.distributed` has been initialised, all processes have to call this alike: each reads and decomposes its
-    part of the modules, and all of them get the whole transport.
-
     Raises:
-        MethodError: an unknown method, one that cannot be used on these bases, or one that several processes cannot do
-            together.
+        MethodError: the method is unknown, or cannot be used on these bases or by several processes together.
         PairingError: the modules cannot be paired as asked.
         UsageError: a setting of the method, or a seed, that is out of range.
         CheckpointError: weights that cannot be read or are not finite.
-        HostError: another process failed.
+        HostError: another process of the same alignment failed.
     """
     with hosts.together():
         session = PairSession(open_base(source), open_base(target), store=cache)
@@ -122,14 +117,13 @@ def shift(
 ) -> TransferResult:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run the stages after the maps.
 
+    The effect is measured only on request.
+
     Args:
         transport: from `align`.
         adapter: an adapter of the transport's source: a path, a hub id, or an adapter in memory.
         prompts: text for a method that fits an update, see `transfer`.
         options: fields of `TransferOptions` except depth, which the transport determines.
-
-    Returns:
-        The adapter for the target base with its report. The effect is measured only on request.
 
     Raises:
         AdapterError: the adapter does not fit the source base.
@@ -150,10 +144,7 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
     """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
 
     If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
-    only the first checks the effect, if requested, and writes.
-
-    Returns:
-        The result; it is already written to `settings.out`.
+    only the first checks the effect, if requested, and writes the result to `settings.out`.
 
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
@@ -185,9 +176,6 @@ def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch | None, adapt
     """Estimate transfers of one adapter between two bases, or of any that has all modules of the source (None).
 
     Of the weights only those are read that `auto` looks at.
-
-    Raises:
-        JCrossLoRAError: a file cannot be opened, or the bases, the adapter and the settings do not fit.
     """
     session = session_of(settings, store=False, stopwatch=stopwatch)
     with enough_memory(_lighter(settings)):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -96,20 +96,13 @@ class CompletionLog:
     def __init__(self, out: Path) -> None:
         self._folder = out / ".batch"
 
-    def is_done(self, job: Job, fingerprint: str) -> bool:
-        """Tell whether the job's folder exists and its inputs had this fingerprint (see `fingerprint_of`)."""
-        return self._entry(job).get("fingerprint") == fingerprint
-
-    def is_untouched(self, job: Job, stamp: str | None) -> bool:
-        """Tell whether the job's folder exists and its inputs had this stamp (see `stamp_of`)."""
-        return stamp is not None and self._entry(job).get("stamp") == stamp
-
-    def _entry(self, job: Job) -> dict[str, Any]:
+    def has(self, job: Job, name: Literal["fingerprint", "stamp"], digest: str | None) -> bool:
+        """Tell whether the job's folder exists and its inputs had this digest; nothing has the stamp None."""
         try:
-            found = json.loads(self._path(job).read_bytes()) if Path(job.settings.out).is_dir() else {}
+            entry = json.loads(self._path(job).read_bytes()) if Path(job.settings.out).is_dir() else {}
         except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            return False
+        return digest is not None and isinstance(entry, dict) and entry.get(name) == digest
 
     @contextmanager
     def writing(self, job: Job, fingerprint: str, stamp: str | None) -> Iterator[None]:

@@ -1,12 +1,11 @@
 """The plan of a batch: which adapters go from which base to which others and how; its units, and what they take."""
 
-import dataclasses
 import heapq
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,8 +112,8 @@ def _jobs(
     if asked := [key for key in table if key in _ASKED]:
         msg = f"{place} sets {asked[0]}, and a batch reads its sources itself: make this transfer by "
         raise UsageError(msg + "`jcrosslora transfer`")
-    own_keys = {key: value for key, value in table.items() if key in _MOVE}
-    move = read_table(own_keys, _MOVE, place, required=("from", "to"))
+    given = {key: value for key, value in table.items() if key in _MOVE}
+    move = read_table(given, _MOVE, place, required=("from", "to"))
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
     known = {method: _known_settings(method, place) for method in methods}  # which registers a user's own method
     rest = {key: value for key, value in table.items() if key not in _MOVE}
@@ -138,13 +137,12 @@ def _jobs(
 
 def _known_settings(method: str, place: str) -> set[str]:
     """Return the settings that a move by this method may have; `auto` accepts those of all methods."""
-    if method == AUTO:
-        return {*OWN_FIELDS, *setting_fields()}
     try:
-        return {*OWN_FIELDS, *(field.name for field in dataclasses.fields(find_method(method)))}
+        own = setting_fields() if method == AUTO else [field.name for field in fields(find_method(method))]
     except MethodError as error:
         msg = f"{place}: {error}"
         raise MethodError(msg) from error
+    return {*OWN_FIELDS, *own}
 
 
 def _end(side: str, base: _Base) -> dict[str, str]:

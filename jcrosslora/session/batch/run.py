@@ -1,7 +1,7 @@
 """Run a batch unit by unit: a unit is a session of one pair of bases, with adapters in chunks of bounded memory."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,11 +66,7 @@ def run_batch(
 
 @contextmanager
 def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
-    """Provide a summary to a block that runs some units of a plan, and save it however the block ends.
-
-    Raises:
-        OutputError: the summary cannot be written.
-    """
+    """Provide a summary to a block that runs some units of a plan, and save it however the block ends."""
     mine = {job.name for unit in units for job in unit.jobs}
     summary = Summary.of(job for job in plan.jobs if job.name in mine)
     name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
@@ -107,24 +103,20 @@ class _Checked:
     size: int
 
 
+@dataclass
 class _Run:
-    """What all units of a run share: the completion log, and the outcomes as they come.
+    """What all units of a run share: the completion log, the outcomes as they come, and the options of `run_batch`."""
 
-    Attributes:
-        overwrite: whether adapter folders that were made from other input may be replaced.
-        figures: the log in which each job has a run of its own with its figures.
-    """
-
-    def __init__(
-        self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, figures: LogName | None = None
-    ) -> None:
-        self.log, self.overwrite = log, overwrite
-        self.figures: LogName | None = figures
-        self._summary, self._bar, self._since = summary, bar, time.monotonic()
+    log: CompletionLog
+    summary: Summary
+    bar: Track
+    overwrite: bool
+    figures: LogName | None = None
+    since: float = 0.0
 
     def do(self, unit: Unit) -> None:
         """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
-        self._since = time.monotonic()
+        self.since = time.monotonic()
         try:
             with enough_memory(lighter(make_method(unit.settings.method))):
                 _UnitRun(self, unit).do()
@@ -134,11 +126,11 @@ class _Run:
 
     def is_open(self, job: Job) -> bool:
         """Tell whether a job has no outcome yet."""
-        return self._summary.outcomes[job.name].status == "open"
+        return self.summary.outcomes[job.name].status == "open"
 
     def is_done(self, item: _Checked) -> bool:
         """Tell whether a job's result exists already."""
-        return self.log.is_done(item.job, item.fingerprint)
+        return self.log.has(item.job, "fingerprint", item.fingerprint)
 
     def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
         """Run a job and write its result; list it as failed if it fails."""
@@ -159,11 +151,10 @@ class _Run:
 
     def close(self, job: Job, status: Status, text: str = "") -> None:
         """List the outcome of a job."""
-        now = time.monotonic()
-        seconds = 0.0 if status == "kept" else now - self._since
-        self._since = now
-        self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
-        self._bar.update()
+        before, self.since = self.since, time.monotonic()
+        seconds = 0.0 if status == "kept" else self.since - before
+        self.summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
+        self.bar.update()
 
 
 class _UnitRun:
@@ -184,7 +175,7 @@ class _UnitRun:
         texts = "" if self._given is None else digest_of(*self._given.texts)
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
         stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit.jobs]
-        if all(self._run.log.is_untouched(job, stamp) for job, stamp in stamps):
+        if all(self._run.log.has(job, "stamp", stamp) for job, stamp in stamps):
             for job in self._unit.jobs:
                 self._run.close(job, "kept")
             return
@@ -205,7 +196,7 @@ class _UnitRun:
             adapter = self._load(job)
             move = self._start(job, adapter)
             fingerprint = outcomes.fingerprint_of(job, adapter.info, *shared)
-            if not self._run.log.is_done(job, fingerprint):
+            if not self._run.log.has(job, "fingerprint", fingerprint):
                 ensure_free(job.settings.out, self._run.overwrite)
         except JCrossLoRAError as error:
             self._run.close(job, "failed", str(error))
@@ -227,11 +218,16 @@ class _UnitRun:
         except JCrossLoRAError:
             if len(kinds) == 1:
                 raise
-        reasons = {kind: _why_not(plan, kind) for kind in kinds}
+        reasons: dict[tuple[str, ...], str] = {}
+        for kind in kinds:
+            try:
+                plan(kind)
+            except JCrossLoRAError as error:
+                reasons[kind] = str(error)
         for item in items:
-            if reasons[item.sources] and not self._run.is_done(item):
+            if item.sources in reasons and not self._run.is_done(item):
                 self._run.close(item.job, "failed", reasons[item.sources])
-        fitting = [item for item in items if not reasons[item.sources]]
+        fitting = [item for item in items if item.sources not in reasons]
         return fitting, plan({name for item in fitting for name in item.sources}) if fitting else None
 
     def _move(self, items: Sequence[_Checked], task: AlignmentTask) -> None:
@@ -272,23 +268,11 @@ class _UnitRun:
                 self._run.close(item.job, "kept")
 
 
-def _why_not(plan: Callable[[Collection[str]], AlignmentTask], modules: Collection[str]) -> str:
-    """Return why modules cannot be aligned, "" if they can."""
-    try:
-        plan(modules)
-    except JCrossLoRAError as error:
-        return str(error)
-    return ""
-
-
 def _chunks(items: Sequence[_Checked]) -> Iterator[list[_Checked]]:
     chunk: list[_Checked] = []
-    size = 0
     for item in items:
-        if chunk and size + item.size > CHUNK_BYTES:
+        if chunk and sum(one.size for one in (*chunk, item)) > CHUNK_BYTES:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
         chunk.append(item)
-        size += item.size
-    if chunk:
-        yield chunk
+    yield chunk

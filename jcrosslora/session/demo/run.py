@@ -23,7 +23,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, read_task, score
+from jcrosslora.evaluate import Question, Scores, lift_recovered, read_task, score
 from jcrosslora.methods import AUTO, Auto, find_method, make_method
 from jcrosslora.report import print_report
 from jcrosslora.session.demo.fetch import GEMMA3, fetch_models
@@ -176,23 +176,17 @@ class Comparison:
         """Return for each model log p(right answers) / their characters, in nats."""
         return dict(zip(self.names, -self.scores.nll_pooled(), strict=True))
 
-    def accuracies(self) -> dict[str, float]:
-        """Return for each model the share of questions whose right choice is the likeliest."""
-        return dict(zip(self.names, self.scores.accuracy(), strict=True))
-
-    def json_shares(self) -> dict[str, float]:
-        """Return for each model the share of its written answers that are JSON."""
-        return {name: sum(map(is_json_answer, lines)) / len(lines) for name, lines in self.written.items()}
-
-    def lift(self, name: str, trained: str) -> Interval:
-        """Return the share of `trained`'s gain in log-likelihood that another model has.
-
-        Raises:
-            UsageError: `trained` has no gain that can be told from 0.
-        """
+    def lift(self, name: str, trained: str) -> str:
+        """Write the share of `trained`'s gain in log-likelihood that a model has; "-" where no gain can be told."""
+        if name in (self.names[0], trained):
+            return "1" if name == trained else "0"
         figures = self.scores.by_question("nll_pooled")
         base, moved, oracle = (figures[self.names.index(one)] for one in (self.names[0], name, trained))
-        return lift_recovered(base, moved, oracle)
+        try:
+            found = lift_recovered(base, moved, oracle)
+        except UsageError:  # the interval of the gain includes 0
+            return "-"
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def compare(
@@ -225,7 +219,7 @@ def print_answers(comparison: Comparison, names: Sequence[str], count: int, cons
 
 def print_figures(comparison: Comparison, trained: str, console: Console) -> None:
     """Print log-likelihood, accuracy, share of JSON and lift of every model; `trained` has the whole lift."""
-    nats, accuracy, shares = comparison.log_likelihoods(), comparison.accuracies(), comparison.json_shares()
+    nats, accuracies = comparison.log_likelihoods(), comparison.scores.accuracy()
     written = len(comparison.written[trained])
     caption = (
         f"{len(comparison.questions)} questions. log p / char: log-likelihood of the right answer, nats per character. "
@@ -235,19 +229,8 @@ def print_figures(comparison: Comparison, trained: str, console: Console) -> Non
     figures = ("log p / char", "accuracy", "in JSON", "lift recovered")
     columns = Column("model", overflow="fold"), *(Column(name, justify="right") for name in figures)
     table = Table(*columns, caption=caption, caption_justify="left")
-    for name in comparison.names:
-        shown = (f"{nats[name]:.3f}", f"{accuracy[name]:.0%}", f"{shares[name]:.0%}", _lift(comparison, name, trained))
+    for name, accuracy in zip(comparison.names, accuracies, strict=True):
+        share = sum(map(is_json_answer, comparison.written[name])) / len(comparison.written[name])
+        shown = f"{nats[name]:.3f}", f"{accuracy:.0%}", f"{share:.0%}", comparison.lift(name, trained)
         table.add_row(Text(name), *map(Text, shown))
     console.print(table)
-
-
-def _lift(comparison: Comparison, name: str, trained: str) -> str:
-    if name == comparison.names[0]:
-        return "0"
-    if name == trained:
-        return "1"
-    try:
-        found = comparison.lift(name, trained)
-    except UsageError:  # an interval that includes 0: no share of such a gain can be told
-        return "-"
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
