@@ -12,10 +12,9 @@ from command_line import main
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora import transfer_files
+from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.checkpoint import ShardedStore
 from jcrosslora.distributed import hosts
-from jcrosslora.session.batch import read_plan, run_batch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 FOLDER, NUMBER, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

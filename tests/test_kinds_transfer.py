@@ -17,14 +17,13 @@ from tiny_models import tiny_model
 from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora import transfer_files
+from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.checkpoint import describe_base, load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.maps.other_changes import translate, with_invocation
 from jcrosslora.maps.shift import Shifter
 from jcrosslora.methods import PadTruncate
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.pair_session import PairSession, Request
 from jcrosslora.session.settings import TransferOptions
 

@@ -14,11 +14,10 @@ from tiny_models import save_tiny
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora import transfer_files
+from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.adapter import Adapter, LoRAFactors, frozen_factors, fuse, save_adapter, update_norm
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 

@@ -13,6 +13,7 @@ from tiny_bases import random_adapter
 from transfers import move_files
 
 import jcrosslora as jcl
+from jcrosslora import read_plan, run_batch
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_model, loaded_within, loading, stack_adapter
 from jcrosslora.distill import fit as fit_module
@@ -20,7 +21,6 @@ from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.sources.decoder import NO_TOKEN, DecoderReader, RestrictedModel
 from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import Teacher
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.text import Completion
 
 FIT = {"completions": 20, "fit_rank": 2, "passes": 1, "answer_tokens": 4, "compared_tokens": 300}

@@ -14,9 +14,8 @@ from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora import transfer_files
+from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.decoder import loading
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.utils import cost
 from jcrosslora.utils.cost import enough_memory
 

@@ -31,9 +31,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 import jcrosslora as jcl
+from jcrosslora import read_plan, run_batch
 from jcrosslora.methods import CrossLoRA
 from jcrosslora.relation.pairing import pair_modules
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.transfer import transfer_files
 
 

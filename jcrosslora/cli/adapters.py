@@ -146,7 +146,9 @@ class Push:
             return
         check_repo_id(self.repo_id)
         upload = collect(self.folder, **settings)
-        sizes = {name: _size(sent) for name, sent in upload.files.items()}
+        sizes = {
+            name: len(sent) if isinstance(sent, bytes) else sent.stat().st_size for name, sent in upload.files.items()
+        }
         if self.json:
             print_json({"files": sizes, "base_model": upload.base_model, "notes": upload.notes})
             return
@@ -155,7 +157,3 @@ class Push:
         say(console, f"base model: {upload.base_model or 'none'}")
         for name, size in sizes.items():
             say(console, f"would upload: {name} ({size:,} bytes)")
-
-
-def _size(sent: Path | bytes) -> int:
-    return len(sent) if isinstance(sent, bytes) else sent.stat().st_size

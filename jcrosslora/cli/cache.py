@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -111,15 +110,12 @@ def _opened(kind: Kind = "all") -> tuple[Cache, list[Entry]]:
         msg = "no cache folder: the user has no home folder; name one in the environment variable JCROSSLORA_CACHE"
         raise CacheError(msg)
     cache = Cache(root)
-    found = [] if kind == _TEXTS else cache.entries(None if kind == "all" else kind)
-    texts = (root / TEXTS).glob("*.json") if kind in ("all", _TEXTS) else ()
-    found = [*found, *(_text_entry(path) for path in texts if path.is_file())]
+    found = [] if kind == _TEXTS else [*cache.entries(None if kind == "all" else kind)]
+    for path in (root / TEXTS).glob("*.json") if kind in ("all", _TEXTS) else ():
+        if path.is_file():
+            stat = path.stat()
+            found += [Entry(_TEXTS, path.stem, path, "texts that a base wrote", stat.st_size, stat.st_mtime)]
     return cache, sorted(found, key=lambda entry: entry.used)
-
-
-def _text_entry(path: Path) -> Entry:
-    stat = path.stat()
-    return Entry(_TEXTS, path.stem, path, "texts that a base wrote", stat.st_size, stat.st_mtime)
 
 
 def _verify(cache: Cache, entry: Entry) -> str | None:

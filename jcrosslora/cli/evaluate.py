@@ -172,11 +172,10 @@ class Report:
         say(console, f"written: {out}")
 
     def _form(self) -> Form:
-        ending = "" if self.out is None else self.out.suffix.lower()
         if self.format is not None or self.out is None:
             return self.format or "html"
         for form, endings in _ENDINGS.items():
-            if ending in endings:
+            if self.out.suffix.lower() in endings:
                 return form
         msg = f"{self.out}: does not say what to write: give a file that ends in .html, .svg, .pdf or .png"
         raise UsageError(msg)

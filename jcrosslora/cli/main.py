@@ -149,7 +149,8 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
-        print(_help())
+        width = max(map(len, COMMANDS))
+        print(_HELP.format("\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())))
         return OK
     if name == "--version":
         from jcrosslora.utils import version
@@ -196,12 +197,6 @@ def _leave(code: int) -> NoReturn:
     if "jcrosslora.distributed.hosts" in sys.modules:
         sys.modules["jcrosslora.distributed.hosts"].leave(code)
     os._exit(code)
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    return _HELP.format(lines)
 
 
 def _print_completion(arguments: list[str]) -> int:

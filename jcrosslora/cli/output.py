@@ -43,7 +43,7 @@ def print_json(data: Any) -> None:
 def print_table(
     console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[Any]], title: str | None = None
 ) -> None:
-    """Print a table whose cells are texts as they are; columns that are named take their width from the cells."""
+    """Print a table; the cells show their texts as they are, without markup."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""The result of a transfer, the adapter for the target with its report; and adapters written and uploaded."""
+"""The result of a transfer: the adapter for the target, with its report. Writing and uploading any adapter."""
 
 from __future__ import annotations
 

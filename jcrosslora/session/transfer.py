@@ -84,7 +84,8 @@ def align(
     part of the modules, and all of them get the whole transport.
 
     Args:
-        source: the base that adapters come from, opened, or what `open_base` opens; likewise `target`.
+        source: the base that adapters come from, opened, or what `open_base` opens.
+        target: the base that they go to, given in the same way.
         method: a name, or a method object with its hyper-parameters, such as `methods.CrossLoRA(svd_rank=64)`; "auto"
             chooses by the weights of both bases. A method that fits an update has no maps: its fit is run by `shift`,
             adapter by adapter.

@@ -97,7 +97,7 @@ class CompletionLog:
         self._folder = out / ".batch"
 
     def has(self, job: Job, name: Literal["fingerprint", "stamp"], digest: str | None) -> bool:
-        """Tell whether the job's folder exists and its inputs had this digest; nothing has the stamp None."""
+        """Tell whether the job's folder exists and its inputs had this digest; False for None."""
         try:
             entry = json.loads(self._path(job).read_bytes()) if Path(job.settings.out).is_dir() else {}
         except (OSError, ValueError):

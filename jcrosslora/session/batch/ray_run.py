@@ -17,6 +17,8 @@ from jcrosslora.utils.progress import track
 LOCAL = "local"
 _RETRIES = 1  # of a unit whose worker died, by Ray
 _PATIENCE = 30  # seconds to wait for a connection to the cluster
+# The command sets the same for itself: threads of OpenBLAS and JAX would compete for the cores.
+_OF_WORKERS = {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 _PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")  # prefixes of the environment variables that workers receive
 
 
@@ -54,7 +56,9 @@ def run_on_ray(
         takes, slots = _division([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
         units = cut(mine, slots)
         with summarised(plan, units, shard) as summary, track(len(summary.outcomes), "batch", "jobs") as bar:
-            task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env={"env_vars": _environment()})
+            passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+            environment = {"env_vars": _OF_WORKERS | passed}
+            task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env=environment)
             for outcome in _outcomes(ray, task, units, (plan.out, overwrite, os.getcwd())):
                 summary.outcomes[outcome.name] = outcome
                 bar.update()
@@ -112,12 +116,6 @@ def _division(
         msg = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs free for a unit; ask for fewer"
         raise UsageError(msg)
     return {"num_cpus": cpus, "num_gpus": gpus}, slots
-
-
-def _environment() -> dict[str, str]:
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    # The command sets the same for itself: threads of OpenBLAS and JAX would compete for the cores.
-    return {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **passed}
 
 
 @contextmanager
