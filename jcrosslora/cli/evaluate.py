@@ -62,13 +62,14 @@ class Evaluate:
         from jcrosslora.checkpoint.hub import public_names
         from jcrosslora.decoder.model import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
-        from jcrosslora.shelf import judge
 
         examples = read_examples(self.task)
         questions = [one for one in examples if isinstance(one, Question)]
         self._check(written=not questions)
         refs = [ref for group in self.adapter for ref in group if ref != self.trained]
         if self.shelf is not None:
+            from jcrosslora.shelf import judge
+
             shelf = opened_shelf(self.shelf, self.base, self.template)
             limits: dict[str, Any] = {"top": self.top, "max_new_tokens": self.max_new_tokens}
             judged = judge(shelf, examples[: self.limit], self.compose, refs, **limits)

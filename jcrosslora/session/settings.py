@@ -160,7 +160,10 @@ class TransferSettings(TransferOptions):
 
     def flat(self) -> dict[str, Any]:
         """Return the settings by flat names, with the name of the method and its hyper-parameters."""
-        return {name: getattr(self, name) for name in OWN_FIELDS} | flat_method(self.method)
+        values, method = {name: getattr(self, name) for name in OWN_FIELDS}, make_method(self.method)
+        if isinstance(method, Auto):
+            return values | {"method": AUTO, **dict(method.settings)}
+        return values | {"method": method.spec(), **method.settings()}
 
     def paths(self) -> dict[str, str]:
         """Return the paths among the settings with their public names, for `publish`."""
@@ -183,14 +186,6 @@ _REFERENCES = (
 )
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}
-
-
-def flat_method(method: MethodLike) -> dict[str, Any]:
-    """Return a method as the flat settings that files have: `method` and its hyper-parameters."""
-    made = make_method(method)
-    if isinstance(made, Auto):
-        return {"method": AUTO, **dict(made.settings)}
-    return {"method": made.spec(), **made.settings()}
 
 
 def setting_types() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError, UsageError
 from jcrosslora.methods import AUTO, find_method, setting_fields
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, flat_method, read_table, read_toml, setting_types
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import estimate_pair
 
@@ -276,14 +276,14 @@ class UnitEstimate:
         settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
         own = {"source": settings.source, "target": settings.target, "jobs": jobs}
         if isinstance(found, str):
-            return own | {"method": flat_method(settings.method)["method"], "error": found}
+            return own | {"method": settings.flat()["method"], "error": found}
         return own | found.record() | {"seconds": found.seconds(jobs), "memory_bytes": found.memory + 2 * CHUNK_BYTES}
 
     def row(self) -> tuple[str, ...]:
         """Return the figures as cells of the table."""
         settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
         if isinstance(found, str):
-            method, figures = flat_method(settings.method)["method"], ("", "", found)
+            method, figures = settings.flat()["method"], ("", "", found)
         else:  # with a chunk of adapters, before and after
             method, figures = found.method.name, (str(found.modules), found.time(jobs), found.size(2 * CHUNK_BYTES))
         return settings.source, settings.target, method, str(jobs), *figures
