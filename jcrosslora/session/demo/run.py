@@ -23,7 +23,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import Question, Scores, lift_recovered, read_task, score
+from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, read_task, score
 from jcrosslora.methods import AUTO, Auto, find_method, make_method
 from jcrosslora.report import print_report
 from jcrosslora.session.demo.fetch import GEMMA3, fetch_models
@@ -176,17 +176,14 @@ class Comparison:
         """Return for each model log p(right answers) / their characters, in nats."""
         return dict(zip(self.names, -self.scores.nll_pooled(), strict=True))
 
-    def lift(self, name: str, trained: str) -> str:
-        """Write the share of `trained`'s gain in log-likelihood that a model has; "-" where no gain can be told."""
-        if name in (self.names[0], trained):
-            return "1" if name == trained else "0"
+    def lift(self, name: str, trained: str) -> Interval:
+        """Return the share of `trained`'s gain in log-likelihood that another model has.
+
+        Raises:
+            UsageError: `trained` has no gain that can be told from 0.
+        """
         figures = self.scores.by_question("nll_pooled")
-        base, moved, oracle = (figures[self.names.index(one)] for one in (self.names[0], name, trained))
-        try:
-            found = lift_recovered(base, moved, oracle)
-        except UsageError:  # the interval of the gain includes 0
-            return "-"
-        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        return lift_recovered(*(figures[self.names.index(one)] for one in (self.names[0], name, trained)))
 
 
 def compare(
@@ -231,6 +228,16 @@ def print_figures(comparison: Comparison, trained: str, console: Console) -> Non
     table = Table(*columns, caption=caption, caption_justify="left")
     for name, accuracy in zip(comparison.names, accuracies, strict=True):
         share = sum(map(is_json_answer, comparison.written[name])) / len(comparison.written[name])
-        shown = f"{nats[name]:.3f}", f"{accuracy:.0%}", f"{share:.0%}", comparison.lift(name, trained)
+        shown = f"{nats[name]:.3f}", f"{accuracy:.0%}", f"{share:.0%}", _lift(comparison, name, trained)
         table.add_row(Text(name), *map(Text, shown))
     console.print(table)
+
+
+def _lift(comparison: Comparison, name: str, trained: str) -> str:
+    if name in (comparison.names[0], trained):
+        return "1" if name == trained else "0"
+    try:
+        found = comparison.lift(name, trained)
+    except UsageError:  # the interval of the gain includes 0
+        return "-"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
