@@ -16,8 +16,8 @@ from jcrosslora.cache import Cache as Cache
 from jcrosslora.cache import open_cache as open_cache
 from jcrosslora.checkpoint import BaseModel as BaseModel
 from jcrosslora.checkpoint import open_base as open_base
-from jcrosslora.distill.sources.models import ServedModel as ServedModel
-from jcrosslora.distill.sources.models import TorchModel as TorchModel
+from jcrosslora.distill.sources import ServedModel as ServedModel
+from jcrosslora.distill.sources import TorchModel as TorchModel
 from jcrosslora.errors import AdapterError as AdapterError
 from jcrosslora.errors import BatchError as BatchError
 from jcrosslora.errors import CacheError as CacheError
@@ -35,11 +35,11 @@ from jcrosslora.evaluate import answer as answer
 from jcrosslora.evaluate import score as score
 from jcrosslora.evaluate.probes import Probes as Probes
 from jcrosslora.evaluate.probes import written_probes as written_probes
-from jcrosslora.maps.alignment.transport import Transport as Transport
-from jcrosslora.maps.evidence.records import Evidence as Evidence
-from jcrosslora.maps.evidence.records import EvidenceKind as EvidenceKind
-from jcrosslora.maps.evidence.records import Maps as Maps
-from jcrosslora.maps.shifting.apply import apply as apply
+from jcrosslora.maps.evidence import Evidence as Evidence
+from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
+from jcrosslora.maps.evidence import Maps as Maps
+from jcrosslora.maps.shift import apply as apply
+from jcrosslora.maps.transport import Transport as Transport
 from jcrosslora.methods import MapMethod as MapMethod
 from jcrosslora.methods import Method as Method
 from jcrosslora.methods import register_method as register_method

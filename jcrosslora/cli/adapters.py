@@ -58,10 +58,10 @@ class Train(TrainingSettings):
         shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
         with log_to(self.log, self.out.resolve().name, shown):
             adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, tokenizer=tokenizer)
-        facts = {"task": self.data.name, "first": len(examples)}
+        made = {**asdict(settings), "task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None
-        save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
+        save_trained(adapter, self.out, base, made, overwrite=self.overwrite, chat_template=template)
         say(console, f"written: {self.out}")
 
 

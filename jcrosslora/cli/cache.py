@@ -103,7 +103,7 @@ class CacheCommand:
 
 def _opened(kind: Kind = "all") -> tuple[Cache, list[Entry]]:
     """Return the cache, and its entries of a kind, those first that were not used for the longest time."""
-    from jcrosslora.evaluate.probes.writing import TEXTS
+    from jcrosslora.evaluate.probes import TEXTS
 
     root = cache_root()
     if root is None:

@@ -12,9 +12,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import LoadedBases, fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
-from jcrosslora.maps.alignment.transport import Transport
-from jcrosslora.maps.shifting.records import ModuleRow
-from jcrosslora.maps.shifting.shift import Shifted
+from jcrosslora.maps.shifted import ModuleRow, Shifted
+from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Method, Moved, Task
 from jcrosslora.relation import why_not_run
 from jcrosslora.report import MeasuredEffect, Recipe, SourceAdapter, TransferReport, Unmapped, complete, record, spread
@@ -160,7 +159,7 @@ def measure_effect(
                 written = _texts(source, original, options.seed, loaded)
             if not texts and not written:
                 return None, ()
-            found = check_effect(source, task.target, original, moved, texts, written=written, loaded=loaded)
+            found = check_effect((source, original), (task.target, moved), texts, written=written, loaded=loaded)
     # A finished transfer is not given up for a check that was not requested.
     except (UsageError, ShortMemoryError) as error:
         if options.effect == "always":

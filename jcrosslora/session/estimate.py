@@ -12,16 +12,14 @@ from jax.sharding import Mesh
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import held_numbers, mesh_of
-from jcrosslora.distill.batches import most_beside
+from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.effect import effect_cost
-from jcrosslora.evaluate.probes.writing import probes_cost
-from jcrosslora.maps.alignment.groups import ALIGN
-from jcrosslora.maps.alignment.layer_similarity import similarity_cost
-from jcrosslora.maps.alignment.task import AlignmentTask
-from jcrosslora.maps.evidence.providers import evidence_cost
-from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.evaluate.probes import probes_cost
+from jcrosslora.maps.align import ALIGN
+from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.maps.layer_similarity import similarity_cost
 from jcrosslora.maps.method import Sizes
 from jcrosslora.maps.providers import evidence_cost
 from jcrosslora.maps.task import AlignmentTask
@@ -224,7 +222,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         UsageError: the weights have to be divided, and cannot be.
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
-    beside = most_beside(bases[-1], method) if isinstance(method, DistillSettings) else 0
+    beside = peak_bytes(bases[-1], method) if isinstance(method, DistillSettings) else 0
     fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 

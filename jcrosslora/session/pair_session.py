@@ -15,17 +15,15 @@ from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases, loaded_within
 from jcrosslora.decoder.sharding import held_numbers
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.evaluate.probes import Probes, written_probes
-from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
-from jcrosslora.maps.alignment.task import AlignmentTask, plan_alignment
-from jcrosslora.maps.alignment.transport import Transport, TransportGroup
-from jcrosslora.maps.evidence.activations import batch_probes
-from jcrosslora.maps.evidence.base_pair import BasePair
-from jcrosslora.maps.evidence.records import FITTING, EvidenceKind
+from jcrosslora.maps.activations import batch_probes
+from jcrosslora.maps.align import align_groups
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import FITTING, EvidenceKind
 from jcrosslora.maps.method import FINISH
 from jcrosslora.maps.other_changes import with_invocation
 from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
@@ -188,7 +186,7 @@ class PairSession:
             probes = written_probes(self.pair.source, options.probe_count, seed=options.seed)
         task = with_text(task, probes)
         if reads and not task.batches:
-            probes, batches = batch_probes(self.pair.source, self.pair.target, probes, seed=options.seed)
+            probes, batches = batch_probes(self.pair, probes, seed=options.seed)
             task = replace(task, probes=probes, batches=tuple(batches))
         return task
 

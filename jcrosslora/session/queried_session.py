@@ -12,8 +12,7 @@ from jcrosslora.adapter.save import check_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
-from jcrosslora.distill.sources.protocol import QueriedSource
+from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.maps.shift import Shifted
@@ -85,7 +84,7 @@ class QueriedSession:
             if adapter and adapter != model.model:
                 msg = f"adapter {str(adapter)[:200]} was given beside a served model, which has its own: leave it out, "
                 raise UsageError(msg + "and name the served adapter with --source-model")
-            from jcrosslora.distill.sources.served.source import ServedSource
+            from jcrosslora.distill.sources.served import ServedSource
 
             return partial(ServedSource.open, model, None if self._root is None else self._root / "answers")
         if not isinstance(adapter, str | Path):

@@ -23,7 +23,7 @@ from jcrosslora.report import TransferReport, Verdict
 from jcrosslora.report.documents import documents, provenance, published, replacements
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
 from jcrosslora.report.page import Roles, contents_of, report_page
-from jcrosslora.report.table import result_html
+from jcrosslora.report.page.html import result_html
 from jcrosslora.text import COMPLETIONS, Completion, completion_lines
 
 

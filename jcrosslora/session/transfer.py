@@ -11,10 +11,11 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.evaluate.probes import Probes, read_prompts
-from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
-from jcrosslora.maps.alignment.task import plan_alignment
-from jcrosslora.maps.alignment.transport import Transport
+from jcrosslora.evaluate.examples import read_prompts
+from jcrosslora.evaluate.probes import Probes
+from jcrosslora.maps.align import align_groups
+from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
+from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
 from jcrosslora.relation.pairing import Depth
