@@ -12,7 +12,7 @@ from adapter_folders import CONFIG, Q, V, delta, matrix, tensors, write_folder
 from command_line import main
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.patterns import exact_pattern, matching_key
+from jcrosslora.adapter.names import exact_pattern, matching_key
 from jcrosslora.errors import AdapterError
 
 A = f"base_model.model.{Q}.lora_A.weight"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jcrosslora.adapter import Adapter, LoRAFactors, describe_adapter, load_adapter, save_adapter, update_norm
-from jcrosslora.adapter.patterns import module_alpha, module_rank
+from jcrosslora.adapter.names import module_alpha, module_rank
 from jcrosslora.errors import OutputError, UsageError
 
 EPS = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11}

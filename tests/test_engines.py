@@ -22,7 +22,7 @@ from tiny_models import save_tiny, tiny_model
 
 import jcrosslora as jcl
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
-from jcrosslora.adapter.engines.safetensors import VLLM_RANKS
+from jcrosslora.adapter.engines.tables import VLLM_RANKS
 from jcrosslora.adapter.truncation import AUTO_RANKS
 from jcrosslora.errors import AdapterError
 

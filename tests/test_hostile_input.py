@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.patterns import is_matchable
+from jcrosslora.adapter.names import is_matchable
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
 from jcrosslora.utils.files import atomic_folder, write_whole

@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, merge
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.companions import write_companions
+from jcrosslora.adapter.merge import write_companions
 from jcrosslora.checkpoint import safetensors
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
@@ -151,7 +151,7 @@ def test_missing_files_of_a_hub_model_are_downloaded(tmp_path, monkeypatch):
     def fetch(hub_id: str, revision: str) -> None:
         (base.path / "tokenizer.model").write_text(f"{hub_id} {revision}")
 
-    monkeypatch.setattr("jcrosslora.adapter.companions.fetch_companions", fetch)
+    monkeypatch.setattr("jcrosslora.adapter.merge.fetch_companions", fetch)
     (tmp_path / "out").mkdir()
     write_companions(base, tmp_path / "out", "keep", as_stored=True)
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"

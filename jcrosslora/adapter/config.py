@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from jcrosslora.adapter.patterns import is_matchable
+from jcrosslora.adapter.names import is_matchable
 from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]

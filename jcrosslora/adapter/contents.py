@@ -1,10 +1,15 @@
-"""The contents of an adapter file, whatever its format: factors of one dtype, with the scale inside B."""
+"""The contents of adapter files of any format: named tensors as PEFT would store them, and matrices to write.
 
+Matrices are written in one dtype, with the scale inside B.
+"""
+
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +18,82 @@ import safetensors.numpy
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.checkpoint.safetensors import DTYPES, Entry
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
-from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.errors import AdapterError, OutputError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched against; real ones have less than 150
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """An adapter as PEFT would have stored it; its tensors are read on demand.
+
+    Attributes:
+        path: of the weights file; for tensors in memory a name for messages.
+        config: `adapter_config.json`.
+        entries: dtype and shape of each tensor.
+        array: returns the tensor of a name; raises CheckpointError if it cannot be read.
+        sha256: returns the hex digest of the contents.
+        stated: the configuration in the files, in their own format.
+        notes: settings that are not read, one sentence each.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    array: Callable[[str], np.ndarray]
+    sha256: Callable[[], str]
+    stated: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def stored_in_memory(
+    name: str, tensors: Mapping[str, Any], config: Mapping[str, Any], notes: tuple[str, ...] = ()
+) -> Stored:
+    """Take tensors in memory, such as a state dict of PEFT: numpy, JAX or torch arrays by PEFT's names.
+
+    Raises:
+        AdapterError: a value is not an array of a known dtype.
+    """
+    arrays = {key: as_numpy(value) for key, value in tensors.items()}
+    for key, array in arrays.items():
+        if array.dtype not in _DTYPE_NAMES:
+            msg = f"{name}: tensor {key!r} has dtype {array.dtype}; give arrays of numbers"
+            raise AdapterError(msg)
+    entries = {key: Entry(_DTYPE_NAMES[array.dtype], array.shape, 0) for key, array in arrays.items()}
+    return Stored(Path(name), config, entries, arrays.__getitem__, lambda: _digest(arrays), config, notes)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the hex digest of all names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """Return a numpy, JAX or torch array as numpy, in its own dtype."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    import torch
+
+    value = value.detach().cpu()
+    # numpy itself has no bfloat16.
+    half = value.dtype == torch.bfloat16
+    return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if half else value.numpy()
+
+
+def check_names(path: Path, names: Mapping[str, object]) -> None:
+    """Refuse a file with absurdly long tensor names with an AdapterError."""
+    if (longest := max(map(len, names), default=0)) > _NAME_LIMIT:
+        msg = f"{path}: a tensor's name has {longest} characters, at most {_NAME_LIMIT} are read"
+        raise AdapterError(msg + ": the file is damaged")
 
 
 def file_factors(
@@ -30,8 +106,6 @@ def file_factors(
 
     Args:
         name: the module, for messages.
-        factors: a (K, I), b (O, K).
-        dtype: of the result.
         rank: pad with zero rows of a and zero columns of b up to this rank, which changes no product.
 
     Returns:
@@ -39,9 +113,7 @@ def file_factors(
 
     Raises:
         OutputError: the shapes do not fit together, or the values are not finite or do not fit the dtype.
-        UsageError: an unknown dtype.
     """
-    check_dtype(dtype)
     a, b = np.shape(factors.a), np.shape(factors.b)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
         msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}; they must be (K, I) "
@@ -56,13 +128,6 @@ def file_factors(
     extra = (rank or factors.rank) - a.shape[0]
     # safetensors 0.8 writes the bytes of an array in memory order, whatever its strides.
     return np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0)))), np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))))
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse an unknown dtype of a file with a UsageError."""
-    if dtype not in get_args(FileDtype):
-        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
-        raise UsageError(msg)
 
 
 def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,13 +179,11 @@ class Contents:
 
     Attributes:
         adapter: its modules by the names under which the base stores them (fused ones merged), in natural order.
-        dtype: number format of the file.
         base: the model that it is for, if it is known.
-        base_name: its id or path.
         prefix: of the names that the base's class gives to modules, see `class_module_name`.
-        by_weight: the modules that peft adapts if their weights are named, see `patterns.by_weight`.
+        by_weight: the modules that peft adapts if their weights are named, see `names.by_weight`.
         exclude: modules of the base that have the ending of one of the others, but no update.
-        metadata: provenance, pairs of strings.
+        metadata: provenance.
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
     """

@@ -12,8 +12,7 @@ import numpy as np
 from jcrosslora.adapter.changes import ExpertUpdate
 from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
 from jcrosslora.adapter.kinds.kind import AdapterFile
-from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName
-from jcrosslora.adapter.patterns import exact_pattern, file_scale, module_rank, pattern_name
+from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.layout import single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from jcrosslora.adapter.contents import check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
-from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite

@@ -12,6 +12,7 @@ import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +20,8 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, shown
-from jcrosslora.adapter.contents import Contents, file_factors
-from jcrosslora.adapter.names import PREFIX, TensorName, ending
-from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.weights import PeftContents, Weights, check_names
+from jcrosslora.adapter.contents import Contents, Stored, check_names, file_factors
+from jcrosslora.adapter.names import PREFIX, TensorName, ending, exact_pattern
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.gguf import float_type, open_header, stored_rows, to_float
@@ -47,13 +46,7 @@ _TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bflo
 
 @dataclass(frozen=True, eq=False)
 class GGUFAdapter:
-    """An adapter of llama.cpp whose header has been read.
-
-    Attributes:
-        file: the file.
-        header: its metadata, and the offsets of its tensors.
-        gguf: the gguf package.
-    """
+    """An adapter of llama.cpp whose header has been read: its metadata, and the offsets of its tensors."""
 
     file: MappedFile
     header: GGUFHeader
@@ -101,13 +94,11 @@ def parse_gguf_name(name: str) -> TensorName:
     return TensorName(name, "norm" if name.endswith(_NORM) else "other", name)
 
 
-def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContents:
+def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
     """Translate an adapter into the form of PEFT: the rows of q and k get the order of Hugging Face.
 
-    Args:
-        adapter: its header.
-        base: the model that it was trained on. For architectures such as "llama" its heads decide the order of rows if
-            the file does not state them, as only files of this package do.
+    For architectures such as "llama" the heads of the base that it was trained on decide the order of rows if the file
+    does not state them, as only files of this package do.
 
     Raises:
         AdapterError: not a LoRA, an unknown architecture or another one than the base's, or a tensor that does not
@@ -126,12 +117,12 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContent
     stored = {_name(name, adapter): name for name in adapter.header.tensors}
     entries = {name: _entry(name, old, adapter) for name, old in stored.items()}
     heads = _heads(adapter, base)
-    weights = Weights.of_file(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
-    return PeftContents(_config(adapter, entries), weights, metadata)
+    config = _config(adapter, entries)
+    read = partial(_read, adapter, heads, stored)
+    return Stored(path, config, entries, read, adapter.file.sha256, metadata)
 
 
 def _name(stored: str, adapter: GGUFAdapter) -> str:
-    """Return PEFT's name of a tensor."""
     parsed = parse_gguf_name(stored)
     name = hf_name(parsed.module, adapter.arch)
     if name is not None and name.startswith("model.layers.") and gguf_name(name, adapter.arch) != parsed.module:
@@ -153,8 +144,9 @@ def _entry(name: str, stored: str, adapter: GGUFAdapter) -> Entry:
     return Entry(float_type(info.kind, adapter.gguf), shape, info.start)
 
 
-def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] | None) -> np.ndarray:
-    info, path = adapter.header.tensors[stored], adapter.file.path
+def _read(adapter: GGUFAdapter, heads: tuple[Any, Any] | None, names: Mapping[str, str], name: str) -> np.ndarray:
+    stored, path = names[name], adapter.file.path
+    info = adapter.header.tensors[stored]
     array = to_float(stored_rows(adapter.file, info, adapter.gguf), info.kind, adapter.gguf, path)
     if name.endswith("lora_embedding_A"):
         return array.T

@@ -2,7 +2,7 @@
 
 Arrays in memory are plain nested dicts, as `jax.tree.map`, optimisers and `nnx` states use them. A DoRA can also be
 loaded in its stored form, to be written again for the base that it was trained on: as an update it is of full rank, and
-read as a fit of a lower rank (see `kinds.dora`); B, A and the magnitudes are exact.
+read as a fit of a lower rank (see `kinds.dora`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.changes import Array, LoRAFactors
+from jcrosslora.adapter.contents import as_numpy
 from jcrosslora.adapter.kinds.dora import DORA, read_stored
-from jcrosslora.adapter.opening import OpenedAdapter, open_adapter, open_state_dict
+from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.peft import adapter_from_peft
-from jcrosslora.adapter.reading import read_adapter
+from jcrosslora.adapter.reading import open_adapter, open_state_dict, read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
-from jcrosslora.adapter.weights import as_numpy
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, UsageError
@@ -157,41 +157,38 @@ class KeptDoRA:
 
 
 def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str | None = None) -> KeptDoRA:
-    """Read a DoRA without converting it to an update.
+    """Read a DoRA without converting it to an update; arguments as for `load_adapter`.
 
-    Args:
-        ref: a folder or a hub id, see `load_adapter`.
-        base: the model that it was trained on, to check its modules against. A DoRA that was initialised as PiSSA or
-            OLoRA needs it, because its B A was taken out of the weights.
-        revision: branch, tag or commit of the hub repository.
+    Its modules are checked against the base. A DoRA that was initialised as PiSSA or OLoRA needs one, because its B A
+    was taken out of the weights.
 
     Raises:
         AdapterError: not a DoRA, damaged, or not of this base.
     """
-    opened = open_adapter(ref, base, revision=revision)
-    if opened.kind is not DORA:
-        msg = f"{opened.origin.name}: a {opened.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
+    file = open_adapter(ref, base, revision=revision)
+    if file.kind is not DORA:
+        msg = f"{file.origin.name}: a {file.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
         raise AdapterError(msg + ": leave out --keep-dora")
-    found = opened.by_text_name(read_stored(opened.file))
+    found = file.by_text_name(read_stored(file))
     if base is not None:
         for name, (factors, _) in found.items():
-            _check_module(opened, base, name, factors.shape)
+            _check_module(file, base, name, factors.shape)
         base.release()
-    changes = {kind: [tensor.module for tensor in tensors] for kind, tensors in opened.file.extras.items()}
-    if opened.file.others:
-        changes["head"] = list(opened.file.others)
+    changes = {kind: [tensor.module for tensor in tensors] for kind, tensors in file.extras.items()}
+    if file.others:
+        changes["head"] = list(file.others)
     # Their share of the whole change is not known without the update.
     why = "a DoRA is kept with its linear layers alone"
     ignored = [ignored_sentence(kind, names, None, why) for kind, names in changes.items()]
-    opened.check_not_empty(found, ignored)
-    info = opened.info(ignored=(*opened.notes, *ignored))
+    file.check_not_empty(found, ignored)
+    info = file.info(ignored=(*file.stored.notes, *ignored))
     directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
     return KeptDoRA(directions, {name: magnitude for name, (_, magnitude) in found.items()})
 
 
-def _check_module(opened: OpenedAdapter, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
+def _check_module(file: AdapterFile, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
     holder = next((whole for whole, parts in base.fused.items() if name in {part for part, _, _ in parts}), None)
     if holder is not None:
-        msg = f"{opened.file.path}: module {name!r} is rows of {holder!r} in the base {base.name}, and a DoRA can only "
+        msg = f"{file.path}: module {name!r} is rows of {holder!r} in the base {base.name}, and a DoRA can only "
         raise AdapterError(msg + "be kept for whole modules: give the base it was trained on")
-    opened.file.check_shape(name, shape, f"{DORA.name} is checked against its base")
+    file.check_shape(name, shape, f"{DORA.name} is checked against its base")

@@ -1,12 +1,22 @@
-"""Profile lora-xs: the format of LoRA-XS, dW = B R A, of which only R (K, K) is trained.
+"""Adapters between singular vectors of the base's weights: profile lora-xs, and updates of LoRA-X.
 
-B and A are frozen: B = U and A = S V' of the top K singular triplets of the base's weight, as the repository's SVD of
-the transposed weight gives them. R = U' dW V S^-1 makes U R S V' = U U' dW V V', the part of the update in their
-span and so its best fit in the Frobenius norm; its energy is ||U' dW V||_F^2. The file is PEFT's with one rank, alpha
-equal to that rank, and R as `q_proj_lora_latent_mapping.weight`.
+LoRA-XS: dW = B R A, of which only R (K, K) is trained. B and A are frozen: B = U and A = S V' of the top K singular
+triplets of the base's weight, as the repository's SVD of the transposed weight gives them. R = U' dW V S^-1 makes
+U R S V' = U U' dW V V', the part of the update in their span and so its best fit in the Frobenius norm; its energy is
+||U' dW V||_F^2. The file is PEFT's with one rank, alpha equal to that rank, and R as
+`q_proj_lora_latent_mapping.weight`.
 
 Source: LoRA-XS (arXiv 2405.17604), section 3; https://github.com/MohammadrezaBanaei/LoRA-XS,
 utils/initialization_utils.py and svd_utils.py there (peft 0.10).
+
+LoRA-X: only a change of the singular values of a frozen weight W = U S V' is trained.
+
+    dW = U diag(d) V'   or   dW = U D V', with D (R, R)
+
+It has no public file format, so the trained numbers are given as arrays. A vector d is complete with the base's
+weights, because the signs of u_i and v_i cancel. A matrix D also needs the U and V that it was trained with.
+
+Source: LoRA-X (arXiv 2501.16559).
 """
 
 import dataclasses
@@ -19,10 +29,10 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors, update_norm
 from jcrosslora.adapter.contents import Contents, file_matrix
 from jcrosslora.adapter.peft import peft_config, peft_names, write_peft_files
-from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.truncation import RankRule, Truncation, reduce_fused, truncate_fused
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
 from jcrosslora.linalg import decompose
 
 LORA_XS = "lora-xs"
@@ -31,18 +41,17 @@ READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft
 _TOO_NEW = ("exclude_modules", "lora_bias")
 # Error of the subspace in radians. R only needs the written vectors to be orthonormal, which holds at any angle.
 _TOLERANCE = 1e-4
+# The same of the worst vector for LoRA-X: vectors of closer singular values mix between any two SVDs.
+_APART = 1e-2
 
+Vectors = tuple[np.ndarray, np.ndarray]
 Frozen = Mapping[str, LoRAFactors]
 # (module, K) -> frozen factors.
 Known = dict[tuple[str, int], LoRAFactors]
 
 
 def write_lora_xs(contents: Contents, folder: Path) -> None:
-    """Write one rank for all modules, that of the frozen factors.
-
-    Raises:
-        OutputError: frozen factors that are missing or do not fit the modules; values that do not fit the dtype.
-    """
+    """Write one rank for all modules, that of the frozen factors."""
     frozen = _check_frozen(contents.modules, contents.frozen)
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
@@ -139,17 +148,12 @@ def truncate_for_profile(
 
     Args:
         adapter: of the target, with fused matrices split.
-        base: the target.
-        profile: the file format, see `span_rank`.
         rule: the requested rank; None leaves the ranks of other formats.
         norms: see `truncate_fused`.
         known: see `frozen_factors`.
 
     Returns:
         The update, the account of what was cut, and the frozen factors of LoRA-XS; None where there are none.
-
-    Raises:
-        UsageError, CheckpointError: see `span_rank` and `frozen_factors`.
     """
     rank = span_rank(profile, rule)
     if rank is not None:
@@ -200,12 +204,7 @@ def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
 
 
 def project(adapter: Adapter, frozen: Frozen, rank: int) -> tuple[Adapter, SpanTruncation]:
-    """Project every update into the span of the frozen factors.
-
-    Args:
-        adapter: updates of the modules that the base stores, at least one; not changed.
-        frozen: from `frozen_factors`.
-        rank: K.
+    """Project every update, at least one, into the span of the factors from `frozen_factors` of rank K.
 
     Returns:
         The adapter, float32 with unchanged ranks, and the account.
@@ -224,3 +223,61 @@ def _projected(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
     v, _ = _directions(frozen)
     a, b = right @ v, np.asarray(frozen.b).astype(np.float64) @ left
     return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)
+
+
+def lora_x_update(
+    base: BaseModel, changes: Mapping[str, np.ndarray], vectors: Mapping[str, Vectors] | None = None
+) -> Adapter:
+    """Compute the update of a LoRA-X adapter as factors.
+
+    Args:
+        base: the model that it was trained on.
+        changes: module, as the base names it (a fused module as a whole), to d (R,) of its leading singular values, or
+            to D (R, R).
+        vectors: module to U (O, R) and V (I, R) that were frozen in training; those of other modules are taken from
+            the base's weights.
+
+    Returns:
+        The adapter, float32 and scale 1, of rank R.
+
+    Raises:
+        AdapterError: a change that is not a finite d or D of a possible rank, vectors of other shapes, D without its
+            vectors, or singular values of the base that are too close for their vectors to be determined.
+        CheckpointError: the base has no such module.
+    """
+    modules = {}
+    for name, change in changes.items():
+        weight = base.stored_weight(name)
+        _check_change(name, change, min(weight.shape))
+        if vectors is not None and name in vectors:
+            u, v = vectors[name]
+        elif change.ndim == 1:
+            u, v = _leading_vectors(name, np.array(weight, np.float32), len(change))
+        else:
+            msg = f"module {name!r} has a matrix of changes: the signs of the singular vectors that it was trained "
+            raise AdapterError(msg + "with are not known from the weights; give U and V (vectors=...)")
+        rank = len(change)
+        if u.shape != (weight.shape[0], rank) or v.shape != (weight.shape[1], rank):
+            msg = f"module {name!r} of {weight.shape[0]} x {weight.shape[1]} has U of shape {list(u.shape)} and V of "
+            msg += f"shape {list(v.shape)} for changes of rank {rank}: they must be (O, R) and (I, R)"
+            raise AdapterError(msg)
+        middle = np.diag(change) if change.ndim == 1 else change
+        b = u.astype(np.float64) @ middle.astype(np.float64)
+        modules[name] = LoRAFactors(a=np.ascontiguousarray(v.T, np.float32), b=b.astype(np.float32))
+    base.release()
+    return Adapter(modules, AdapterInfo(name="LoRA-X", base_name=base.name, kind="LoRA-X"))
+
+
+def _check_change(name: str, change: np.ndarray, most: int) -> None:
+    square = change.ndim in (1, 2) and set(change.shape) == {len(change)}
+    if not square or not 1 <= len(change) <= most or not np.isfinite(change).all():
+        msg = f"module {name!r} has a change of shape {list(change.shape)}: finite numbers (R,) or (R, R) with R "
+        raise AdapterError(msg + f"from 1 to {most} were wanted")
+
+
+def _leading_vectors(name: str, weight: np.ndarray, rank: int) -> Vectors:
+    svd, _ = decompose(jnp.asarray(weight)[None], rank, tolerance=_APART)
+    if not float(svd.error[0]) <= _APART:
+        msg = f"module {name!r}: singular values among the first {rank} lie too close together for their vectors to be "
+        raise AdapterError(msg + "determined from the weights; give U and V (vectors=...)")
+    return np.asarray(svd.u[0]), np.asarray(svd.v[0])

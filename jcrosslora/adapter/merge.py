@@ -6,34 +6,42 @@ tensor, whatever the model's size.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors, TokenUpdate
-from jcrosslora.adapter.companions import write_companions
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
-from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
 from jcrosslora.checkpoint.layout import expected_shapes, is_loadable
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, Piece, write_pieces
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
+from jcrosslora.checkpoint.store import read_json_object
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
+_CONFIG = "config.json"
 _REPORT = "merge_report.json"
+# Hidden files, files of other checkpoints in the folder, and files that are written anew.
+_NOT_COPIED = (".*", _CONFIG, INDEX, "*.index.json", "adapter_config.json", _REPORT, "transfer_report.json")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_PATH_KEYS = ("_name_or_path", "name_or_path")
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
@@ -68,9 +76,8 @@ class Merged:
     """The result of a merge.
 
     Attributes:
-        folder: that was written.
         modules: number of modules that were changed.
-        notes: parts of the base or the adapter that are missing in it, one sentence each.
+        notes: parts of the base or the adapter that are missing in the folder, one sentence each.
         lost: whether parts of the adapter are.
     """
 
@@ -104,13 +111,12 @@ def merge(settings: MergeSettings) -> Merged:
         raise CheckpointError(msg + "into the unquantised safetensors of the model")
     check_always_active(adapter, "which weights cannot express: load it as an adapter, in an engine that knows aLoRA")
     adapter = fit_to_base(adapter, describe_base(base, digest=""))
-    as_stored = _plain_folder(base)
+    as_stored = _is_plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
-    plan = _stored_plan if as_stored is not None else _read_plan
     updates = _updates_of(adapter, base)
     # Embedding and head become two matrices if their changes differ.
     untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
-    files = plan(base, updates, wanted, untied=untied)
+    files = (_stored_plan if as_stored else _read_plan)(base, updates, wanted, untied=untied)
     total = sum(piece.size for pieces in files.values() for piece in pieces)
     _check_space(out, total)
     with atomic_folder(out, settings.overwrite) as folder:
@@ -118,27 +124,23 @@ def merge(settings: MergeSettings) -> Merged:
             for name, pieces in files.items():
                 write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
         if list(files) != [SINGLE]:
-            (folder / INDEX).write_text(_index(files, total), encoding="utf-8")
-        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None, untied=untied)
+            weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored, untied=untied)
         if untied:
             notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
-        (folder / _REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
-    return Merged(out, _changed(adapter), notes, bool(adapter.info.ignored))
+        others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
+        merged = Merged(out, len(adapter.modules.keys() | others), notes, bool(adapter.info.ignored))
+        (folder / _REPORT).write_text(_report(settings, base, adapter, merged), encoding="utf-8")
+    return merged
 
 
-def _changed(adapter: Adapter) -> int:
-    """Count the modules that are changed."""
-    others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
-    return len(adapter.modules.keys() | others)
-
-
-def _plain_folder(base: BaseModel) -> ShardedStore | None:
-    """Return the base's store if its files can keep their layout; None for quantised files."""
+def _is_plain_folder(base: BaseModel) -> bool:
+    """Whether the base's files can keep their layout: GGUF and quantised files cannot."""
     store = base.store
-    if not isinstance(store, ShardedStore):  # GGUF, or dequantised as it is read
-        return None
-    return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
+    return isinstance(store, ShardedStore) and not any(store.dtype(name) in FP8_DTYPES for name in store.names())
 
 
 def _stored_plan(
@@ -204,20 +206,15 @@ def _check_space(out: Path, total: int) -> None:
         raise OutputError(msg + " output")
 
 
-def _index(files: Mapping[str, Iterable[Piece]], total: int) -> str:
-    weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-
-
-def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: Iterable[str]) -> str:
+def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, merged: Merged) -> str:
     made = {
         "version": version(),
         "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
         "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
         "dtype": settings.dtype,
-        "modules": _changed(adapter),
-        "whole": not adapter.info.ignored,
-        "notes": list(notes),
+        "modules": merged.modules,
+        "whole": not merged.lost,
+        "notes": list(merged.notes),
     }
     return json.dumps(publish(made, local_names(base.name, base.ref, adapter.info.name)), indent=2) + "\n"
 
@@ -240,8 +237,7 @@ def _updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
 def _row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
     """Yield the base's tensor with its updates, block by block; an empty list keeps its values.
 
-    Raises:
-        OutputError: values that do not fit `dtype`, which is named as in the header.
+    `dtype` is named as in the header; values must fit it.
     """
     array = read()
     for start, stop in _spans(array.shape):
@@ -264,8 +260,7 @@ def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yield the first and the last (exclusive) row of each block."""
     rows = shape[0] if shape else 1
     step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
+    return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
 
 def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
@@ -299,3 +294,96 @@ def _cast(block: np.ndarray, dtype: str) -> np.ndarray:
         msg = f"weights up to {np.abs(block).max():.3g} do not fit {kind.name}: write them with --dtype bfloat16"
         raise OutputError(msg)
     return cast
+
+
+def write_companions(
+    base: BaseModel, folder: Path, dtype: str, *, as_stored: bool, untied: bool = False
+) -> tuple[str, ...]:
+    """Write configuration, tokenizer, templates and licence of a merged checkpoint.
+
+    Args:
+        dtype: of the weights; "keep" leaves those of the base.
+        as_stored: whether the weights have the names and layout of the base's files, and so its configuration.
+        untied: whether the head is no longer the embedding, against the base's configuration.
+
+    Returns:
+        Files that could not be written, one sentence each.
+    """
+    if as_stored and base.path is not None:
+        config = read_json_object(base.path / _CONFIG)
+    else:  # the dequantised text model
+        stated = base.config.items()
+        config = {key: value for key, value in stated if key not in _QUANTIZATION_KEYS and value is not None}
+        config |= {"architectures": [base.family.architectures[0]]}
+    if dtype != "keep" or not as_stored:
+        config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
+    says_tied = any(base.family.is_tied(part) for part in (config, config.get("text_config") or {}))
+    if untied or (says_tied and not base.tied):
+        config = _without_tie(config)
+    _write_config(folder / _CONFIG, config)
+    companions = base.path or base.tokenizer_path
+    if companions is None:
+        return ("no tokenizer was written: none was given with the base in memory",)
+    if companions.is_file():
+        return _write_gguf_tokenizer(companions, folder)
+    if base.revision is not None and is_hub_id(base.ref) and not Path(base.ref).exists():
+        fetch_companions(base.ref, base.revision)
+    for path in sorted(companions.iterdir()):
+        wanted, unwanted = (any(fnmatch(path.name, kind) for kind in kinds) for kinds in (COMPANIONS, _NOT_COPIED))
+        if path.is_file() and wanted and not unwanted:
+            shutil.copyfile(path, folder / path.name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and "name_or_path" in (found := read_json_object(tokenizer)):
+        _write_config(tokenizer, found)
+    return ()
+
+
+def _write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a configuration; the path that transformers loaded it from keeps its last part alone."""
+    names = {key: public_name(value) for key in _PATH_KEYS if isinstance(value := config.get(key), str)}
+    path.write_text(json.dumps({**config, **names}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Set the number format of the weights, also in the parts of a multimodal configuration."""
+    changed = {
+        key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
+    return changed | dict.fromkeys(keys, dtype)
+
+
+def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Untie the head from the embedding, also in the text part of a multimodal configuration."""
+    text = config.get("text_config")
+    parts = {"text_config": _without_tie(text)} if isinstance(text, dict) else {}
+    return {**config, **parts, "tie_word_embeddings": False}
+
+
+def _write_gguf_tokenizer(path: Path, folder: Path) -> tuple[str, ...]:
+    metadata = read_metadata(path)
+    try:
+        backend = build_backend(metadata, path)
+    except CheckpointError as error:
+        return (f"no tokenizer was written: {error}",)
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        token = backend.id_to_token(index) if type(index) is int else None
+        if token is not None:
+            settings[f"{role}_token"] = token
+    bos = bos_of(metadata)
+    if bos is not None:
+        from tokenizers.processors import TemplateProcessing
+
+        token = backend.id_to_token(bos)
+        backend.post_processor = TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, bos)]
+        )
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    _write_config(folder / "tokenizer_config.json", settings)
+    return ()

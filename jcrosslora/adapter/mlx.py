@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, is_rank, shown
-from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
+from jcrosslora.adapter.contents import Contents, Stored, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
 from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.weights import PeftContents, Weights
 from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.checkpoint.wrapped import TEXT
@@ -72,13 +71,8 @@ def _key(module: str) -> str:
     return match[1]
 
 
-def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> PeftContents:
-    """Translate an adapter into the form of PEFT: the factors are transposed.
-
-    Args:
-        config: its `adapter_config.json`.
-        file: its `adapters.safetensors`.
-        where: path of the configuration, for messages.
+def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Stored:
+    """Translate an adapter, whose configuration is at `where`, into the form of PEFT: the factors are transposed.
 
     Raises:
         AdapterError: a whole model instead of an adapter, a missing or invalid value, or an unknown tensor.
@@ -105,15 +99,15 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
         "use_dora": kind == "dora",
     }
     stored = {_peft_name(name, file): name for name in file.entries}
-    entries = {name: _transposed(file.entries[old]) for name, old in stored.items()}
-    weights = Weights.of_file(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
+    old = {name: file.entries[key] for name, key in stored.items()}
+    entries = {name: Entry(entry.dtype, entry.shape[::-1], entry.start) for name, entry in old.items()}
     # mlx_lm's default settings had one until 2025; only its first releases, of early 2024, multiplied by it.
     notes = ("alpha of lora_parameters is ignored, as mlx_lm does.",) if "alpha" in parameters else ()
-    return PeftContents(peft, weights, config, notes)
 
+    def read(name: str) -> np.ndarray:
+        return np.transpose(file.array(stored[name]))
 
-def _transposed(entry: Entry) -> Entry:
-    return Entry(entry.dtype, entry.shape[::-1], entry.start)
+    return Stored(file.file.path, peft, entries, read, file.file.sha256, config, notes)
 
 
 def _peft_name(name: str, file: SafetensorsFile) -> str:

@@ -13,13 +13,10 @@ from jcrosslora.adapter.contents import Contents, file_factors, safetensors_byte
 from jcrosslora.adapter.experts import expert_config, expert_tensors
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
-from jcrosslora.adapter.names import PREFIX, ending, natural_key
-from jcrosslora.adapter.opening import open_state_dict
-from jcrosslora.adapter.patterns import by_weight, exact_pattern
-from jcrosslora.adapter.reading import read_adapter
+from jcrosslora.adapter.names import PREFIX, by_weight, ending, exact_pattern, natural_key
+from jcrosslora.adapter.other_changes import replaced_config, replaced_tensors, token_config, token_ranks, token_tensors
+from jcrosslora.adapter.reading import open_state_dict, read_adapter
 from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.replaced_files import replaced_config, replaced_tensors
-from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError, OutputError

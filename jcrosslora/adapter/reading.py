@@ -1,47 +1,169 @@
-"""Read the updates of an opened adapter into memory, as low-rank factors, and measure what is not such an update."""
+"""Open an adapter, tell its kind, and read its updates into memory, as low-rank factors.
+
+What is not such an update is measured, and said in sentences.
+"""
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter import folder
 from jcrosslora.adapter.changes import HEAD, ExpertUpdate, ReplacedTensors, TokenUpdate, update_norm
+from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
+from jcrosslora.adapter.contents import Stored, check_names, stored_in_memory
 from jcrosslora.adapter.experts import read_experts
+from jcrosslora.adapter.gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
-from jcrosslora.adapter.kinds.plain import PLAIN, invocation_of, read_embedding_factors
-from jcrosslora.adapter.names import TensorName, by_module
-from jcrosslora.adapter.opening import OpenedAdapter
-from jcrosslora.adapter.patterns import file_scale
-from jcrosslora.adapter.records import Adapter, ignored_sentence
-from jcrosslora.adapter.replaced_files import read_replaced
-from jcrosslora.adapter.token_files import read_tokens
-from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
+from jcrosslora.adapter.mlx import translated_mlx
+from jcrosslora.adapter.names import (
+    TensorName,
+    by_module,
+    file_scale,
+    is_of_experts,
+    is_router,
+    natural_key,
+    parse_tensor_name,
+)
+from jcrosslora.adapter.other_changes import read_replaced, read_tokens
+from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
+from jcrosslora.architectures.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.hub import cached_identity
+from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
+_EXTRAS = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
 # A smaller share of the update's energy is rounding.
 _ROUNDING = 1e-6
 
 
-def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
+def open_adapter(
+    ref: str | Path, base: BaseModel | None, *, revision: str | None = None, rank: int | None = None
+) -> AdapterFile:
+    """Open the files of an adapter; see `load_adapter`.
+
+    Raises:
+        AdapterError: not there, damaged, or of a kind that is refused (named).
+    """
+    files = folder.find_adapter(ref, revision)
+    identity = cached_identity(files.weights.parent)
+    stored = _stored(files, base)
+    origin = AdapterInfo(
+        name=files.name,
+        config=stored.stated,
+        form=files.form,
+        revision=identity[1] if identity is not None and identity[0] == files.name else None,
+        **folder.stated_licences(files),
+        chat_template=folder.stated_template(files.weights.parent),
+    )
+    return _grouped(stored, str(files.config or files.weights), base, rank, origin)
+
+
+def open_state_dict(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], base: BaseModel | None, *, name: str, rank: int | None = None
+) -> AdapterFile:
+    """Open the state dict of a PEFT adapter as if it had been read from files; see `load_adapter`.
+
+    Args:
+        tensors: numpy, JAX or torch arrays by the names that PEFT gives them in a file.
+        config: its `adapter_config.json`.
+        name: stands in messages in place of a path.
+
+    Raises:
+        AdapterError: damaged, or of a kind that is refused (named).
+    """
+    check_type(config, name, TYPES)
+    check_names(Path(name), tensors)
+    stored = stored_in_memory(name, tensors, config, config_notes(config))
+    return _grouped(stored, name, base, rank, AdapterInfo(name=name, config=config))
+
+
+def _stored(files: folder.AdapterFiles, base: BaseModel | None) -> Stored:
+    if files.config is None:
+        return translated_gguf(open_gguf_adapter(files.weights), base)
+    config, where = folder.read_config(files.config), str(files.config)
+    if files.form == "MLX":
+        return translated_mlx(config, folder.open_weights(files.weights), where)
+    check_type(config, where, TYPES)
+    file = folder.open_weights(files.weights)
+    return Stored(file.file.path, config, file.entries, file.array, file.file.sha256, config, config_notes(config))
+
+
+def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo) -> AdapterFile:
+    """Group the tensors of a file by purpose, tell its kind, and check the configuration at `where`."""
+    tensors = [parse_tensor_name(key) for key in stored.entries]
+    _refuse_tensors(tensors, stored.path)
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    heads: dict[str, dict[str, str]] = defaultdict(dict)
+    extras: dict[str, list[TensorName]] = defaultdict(list)
+    for tensor in tensors:
+        if is_other_part(tensor.module):
+            extras["other part"].append(tensor)
+        elif f"{text_module_name(tensor.module)}.weight" in (LAYER_EMBEDDING, LAYER_INPUT_PROJECTION):
+            extras["layer inputs"].append(tensor)
+        elif is_of_experts(tensor.module) or is_router(tensor.module):
+            extras["experts" if is_of_experts(tensor.module) else "router"].append(tensor)
+        elif tensor.kind in _EXTRAS:
+            extras[tensor.kind].append(tensor)
+        elif tensor.module and tensor.kind != "copy":
+            group = heads if text_module_name(tensor.module) == "lm_head" else modules
+            group[tensor.module][tensor.kind] = tensor.key
+    # The magnitudes of a DoRA of an embedding belong to the embedding.
+    for tensor in extras["embedding"]:
+        modules.pop(tensor.module, None)
+    shared = {tensor.kind: tensor.key for tensor in tensors if not tensor.module}
+    parts = {part for parts in (*modules.values(), *heads.values(), shared) for part in parts}
+    kind = kind_of(stored.config, parts, where)
+    kind.check(stored.config, where)
+    return AdapterFile(
+        kind=kind,
+        origin=origin,
+        stored=stored,
+        modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
+        others=heads,
+        shared=shared,
+        extras={kind: found for kind, found in extras.items() if found},
+        base=base,
+        rank=rank,
+    )
+
+
+def _refuse_tensors(tensors: Sequence[TensorName], path: Path) -> None:
+    for tensor in tensors:
+        if tensor.kind in REFUSED_TENSORS:
+            msg = f"{path}: tensor {tensor.key!r} is of a kind that is not supported, {REFUSED_TENSORS[tensor.kind]}"
+            raise AdapterError(msg)
+        if tensor.kind in ("A", "B") and tensor.module.endswith(".base_layer") and not is_of_experts(tensor.module):
+            msg = f"{path}: tensor {tensor.key!r} is a LoRA of parameters (target_parameters) that are not experts', "
+            raise AdapterError(msg + "which is not supported; train an adapter of linear layers instead")
+
+
+def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
     """Read all updates; see `load_adapter`.
 
     Raises:
         AdapterError: damaged, empty, or of a kind that the base is needed for.
     """
-    kind, file = opened.kind, opened.file
-    updates = opened.by_text_name((name, update.truncated(file.rank)) for name, update in kind.read(file))
-    head = _head(opened, updates)
+    kind = file.kind
+    updates = file.by_text_name((name, update.truncated(file.rank)) for name, update in kind.read(file))
+    head = _head(file, updates)
     linear = {name: update for name, update in updates.items() if name != HEAD}
     experts, why_no_experts = read_experts(file, file.extras.get("experts", ()))
-    tokens, own, ignored = _other_changes(opened, linear, head, experts, why_no_experts, replaced=replaced)
+    tokens, own, ignored = _other_changes(file, linear, head, experts, why_no_experts, replaced=replaced)
     experts = _with_shares(experts, linear, tokens)
     held = [*linear, *experts, *([*tokens, *own] if replaced else ())]
     unused = [ignored_sentence(update.kind, update.modules, update.share) for update in tokens]
-    opened.check_not_empty(held, [*ignored, *unused])
+    file.check_not_empty(held, [*ignored, *unused])
     read = [*linear.values(), *(Update(one.factors, one.lost) for one in tokens if one.factors is not None)]
-    info = opened.info(
-        ignored=(*opened.notes, *ignored),
+    info = file.info(
+        ignored=(*file.stored.notes, *ignored),
         read_as=_read_as(kind, read),
         lost=_lost(read),
         rank_limit=file.rank,
@@ -60,20 +182,19 @@ def _with_shares(
     return tuple(dataclasses.replace(update, share=update.energy / total if total else None) for update in experts)
 
 
-def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None:
+def _head(file: AdapterFile, updates: Mapping[str, Update]) -> Update | None:
     """Read the update of the output head; None if there is none, or none that can be read."""
-    file = opened.file
     if not file.others:
         return updates.get(HEAD)  # Of a kind whose file does not name its modules.
     try:
-        found = list(opened.kind.read(dataclasses.replace(file, modules=file.others, others=file.modules)))
+        found = list(file.kind.read(dataclasses.replace(file, modules=file.others, others=file.modules)))
     except AdapterError:
         return None
     return found[0][1] if len(found) == 1 else None
 
 
 def _other_changes(
-    opened: OpenedAdapter,
+    file: AdapterFile,
     linear: Mapping[str, Update],
     head: Update | None,
     experts: Sequence[ExpertUpdate],
@@ -82,10 +203,9 @@ def _other_changes(
     replaced: bool,
 ) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
     """Read changes of embedding and head, and replaced tensors if asked for; say in sentences what else there is."""
-    file = opened.file
-    tokens, read, reasons = read_tokens(opened.kind, file, head)
+    tokens, read, reasons = read_tokens(file, head)
     left = _without(file.extras, read)
-    own, read_own, reasons_own = read_replaced(opened.kind, file, left, linear) if replaced else ((), set(), {})
+    own, read_own, reasons_own = read_replaced(file, left, linear) if replaced else ((), set(), {})
     kept = {
         kind: _change_energy(file, kind, [one for one in tensors if one.key in read_own])
         for kind, tensors in left.items()
@@ -163,7 +283,7 @@ def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
         return None
     total = 0.0
     for tensor in tensors:
-        new = file.read(tensor.key, axes=len(file.weights.entries[tensor.key].shape))
+        new = file.read(tensor.key, axes=len(file.stored.entries[tensor.key].shape))
         old = file.base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
         total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
     return total

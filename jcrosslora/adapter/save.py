@@ -5,19 +5,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.contents import Contents, FileDtype, check_dtype
+from jcrosslora.adapter.contents import Contents, FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
 from jcrosslora.adapter.lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.mlx import write_mlx
-from jcrosslora.adapter.names import ending, natural_key
-from jcrosslora.adapter.patterns import by_weight
+from jcrosslora.adapter.names import by_weight, ending, natural_key
 from jcrosslora.adapter.peft import write_peft, write_portable
 from jcrosslora.adapter.records import Adapter, Carried, check_always_active, restrict
 from jcrosslora.checkpoint.base import BaseInfo
@@ -217,7 +216,9 @@ def _check_magnitudes(modules: Mapping[str, LoRAFactors], magnitudes: Mapping[st
 
 
 def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-    check_dtype(dtype)
+    if dtype not in get_args(FileDtype):
+        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
+        raise UsageError(msg)
     for name in documents:
         if Path(name).name != name or name in _WRITTEN:
             msg = f"document {name!r} cannot be written; give a plain file name other than {', '.join(_WRITTEN)}"

@@ -8,11 +8,19 @@ from typing import Any
 
 import msgspec
 
-from jcrosslora.adapter import find_adapter, split_card
-from jcrosslora.adapter.engines.facts import read_facts
-from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, join_card, read_config
-from jcrosslora.checkpoint import is_hub_id
-from jcrosslora.checkpoint.hub import cached_identity, is_on_hub, public_name
+from jcrosslora.adapter.engines import read_facts
+from jcrosslora.adapter.folder import (
+    CARD,
+    CHAT_TEMPLATE,
+    CONFIG,
+    AdapterFiles,
+    Form,
+    find_adapter,
+    join_card,
+    read_config,
+    split_card,
+)
+from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.documents import PAGE, RECIPE, report_text, without_examples
 from jcrosslora.report.record import REPORT, read_report

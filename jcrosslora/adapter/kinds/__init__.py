@@ -3,11 +3,9 @@
 from collections.abc import Collection
 
 from jcrosslora.adapter.config import Config
-from jcrosslora.adapter.kinds.between import ADALORA, BEAM, LORA_XS
 from jcrosslora.adapter.kinds.dora import DORA, OLORA, PISSA
 from jcrosslora.adapter.kinds.kind import Kind
-from jcrosslora.adapter.kinds.lycoris import LOHA, LOKR
-from jcrosslora.adapter.kinds.plain import ALORA, PLAIN
+from jcrosslora.adapter.kinds.products import ADALORA, ALORA, BEAM, LOHA, LOKR, LORA_XS, PLAIN
 from jcrosslora.adapter.kinds.shared import UNILORA, VBLORA, VERA
 from jcrosslora.errors import AdapterError
 
@@ -19,12 +17,7 @@ TYPES = frozenset(kind.peft_type for kind in KINDS)
 
 
 def kind_of(config: Config, parts: Collection[str], where: str) -> Kind:
-    """Find the kind of an adapter whose `peft_type` is one of `TYPES`.
-
-    Args:
-        config: its configuration.
-        parts: kinds of its tensors, see `parse_tensor_name`.
-        where: its path, for messages.
+    """Find the kind of an adapter with a `peft_type` of `TYPES`, by its configuration and the kinds of its tensors.
 
     Raises:
         AdapterError: it is of two kinds that cannot be combined.

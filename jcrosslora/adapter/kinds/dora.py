@@ -25,9 +25,9 @@ import numpy as np
 
 from jcrosslora.adapter import config as keys
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.config import check_lora, is_variant
+from jcrosslora.adapter.config import is_variant
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update, each_module, full_rank_factors, truncate_product
-from jcrosslora.adapter.kinds.plain import PLAIN, read_factors
+from jcrosslora.adapter.kinds.products import PLAIN, read_factors
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
 
@@ -65,18 +65,14 @@ def _less_initial(
 
 PISSA = Kind(
     name="PiSSA",
-    peft_type="LORA",
     formula="s B A less the base's best approximation of rank r",
     read=each_module(_less_initial("PiSSA", _singular_vectors, scaled=False)),
-    check=check_lora,
     applies=lambda config, _: is_variant(config, keys.PISSA),
 )
 OLORA = Kind(
     name="OLoRA",
-    peft_type="LORA",
     formula="s B A less s times the first r columns and rows of the base's QR",
     read=each_module(_less_initial("OLoRA", _first_columns, scaled=True)),
-    check=check_lora,
     applies=lambda config, _: is_variant(config, keys.OLORA),
 )
 
@@ -85,9 +81,6 @@ def read_stored(file: AdapterFile) -> Iterator[tuple[str, tuple[LoRAFactors, np.
     """Yield the factors of s B A and m, float32 (O,), of each module of a DoRA.
 
     If training began from factors of the base (PiSSA, OLoRA), s B A includes what was removed from W for them.
-
-    Raises:
-        AdapterError: a part is missing or damaged, or the base is needed and was not given.
     """
     inner = next(kind for kind in (PISSA, OLORA, PLAIN) if kind.applies(file.config, ()))
     for module, update in inner.read(file):
@@ -123,10 +116,7 @@ def _fitted(change: np.ndarray, rank: int) -> Update:
 def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray) -> np.ndarray:
     """Compute dW = W' - W, float32 (O, I), with float64 sums because the two nearly cancel.
 
-    Args:
-        weight: float32 (O, I), W.
-        factors: of s B A.
-        magnitude: float32 (O,), m.
+    `weight` is W, float32 (O, I); `factors` are of s B A; `magnitude` is m, float32 (O,).
     """
     a, b = (np.asarray(matrix).astype(np.float32) for matrix in (factors.a, factors.b))
     low = np.float32(factors.scale) * (b @ a)
@@ -138,10 +128,8 @@ def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray)
 
 DORA = Kind(
     name="DoRA",
-    peft_type="LORA",
     formula="diag(m / ||W + s B A||) (W + s B A) - W",
     read=_read_dora,
-    check=check_lora,
     applies=lambda config, parts: is_variant(config, keys.DORA) or "dora" in parts,
     over=(PISSA.name, OLORA.name),
 )

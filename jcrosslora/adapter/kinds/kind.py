@@ -1,6 +1,7 @@
 """A kind of adapter: how it is recognised, the file that its reader gets, and the updates that it returns."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,11 +9,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.config import Config
+from jcrosslora.adapter.config import Config, check_lora
+from jcrosslora.adapter.contents import Stored
 from jcrosslora.adapter.names import TensorName
-from jcrosslora.adapter.weights import Weights
+from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
 
 T = TypeVar("T")
@@ -26,14 +28,15 @@ _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "late
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter with its tensors grouped.
+    """An adapter of a known kind with its tensors grouped; its configuration was checked, its updates are not read yet.
 
     `needs` is in several methods the first half of a sentence on what the base is needed for, such as "DoRA rescales
     the rows of W + B A".
 
     Attributes:
-        config: its `adapter_config.json`, or the equivalent of PEFT.
-        weights: its tensors, by PEFT's names.
+        kind: of adapter.
+        origin: the provenance that is known before its tensors are read.
+        stored: its configuration and tensors.
         modules: module, as the file spells it and in natural order, to part (see `parse_tensor_name`) to the tensor's
             name in the file.
         others: the same of the output head, which is not read with them but may determine what all modules share.
@@ -44,8 +47,9 @@ class AdapterFile:
         rank: the largest rank to read an update at, or None.
     """
 
-    config: Mapping[str, Any]
-    weights: Weights
+    kind: "Kind"
+    origin: AdapterInfo
+    stored: Stored
     modules: Mapping[str, Mapping[str, str]]
     others: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]
@@ -54,27 +58,24 @@ class AdapterFile:
     rank: int | None
 
     @property
+    def config(self) -> Config:
+        """Its `adapter_config.json`, or the equivalent of PEFT."""
+        return self.stored.config
+
+    @property
     def path(self) -> Path:
         """The weights file, or its name in memory, for messages."""
-        return self.weights.path
+        return self.stored.path
 
     def part(self, module: str, part: str, *, axes: int = 2) -> np.ndarray:
-        """Read a float tensor of a module, see `read`.
-
-        Raises:
-            AdapterError: the module lacks it, or `read` refuses it.
-        """
+        """Read a float tensor of a module, see `read`; raises an AdapterError if the module lacks it."""
         if part not in self.modules[module]:
             msg = f"{self.path}: module {module!r} has no {_TENSORS.get(part, part)}: the file is incomplete; save or "
             raise AdapterError(msg + "download it again")
         return self.read(self.modules[module][part], axes=axes)
 
     def common(self, part: str, *, axes: int = 2) -> np.ndarray:
-        """Read a float tensor that all modules share, see `read`.
-
-        Raises:
-            AdapterError: the file lacks it, or `read` refuses it.
-        """
+        """Read a float tensor that all modules share, see `read`; raises an AdapterError if the file lacks it."""
         if part not in self.shared:
             msg = f"{self.path}: there is no {part}, which all modules share: save or download the adapter again"
             raise AdapterError(msg)
@@ -83,15 +84,10 @@ class AdapterFile:
     def read(self, key: str, *, axes: int = 2, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
         """Copy a tensor of finite numbers into memory, C-contiguous.
 
-        Args:
-            key: its name in the file.
-            axes: how many axes it must have, none of them empty.
-            dtypes: accepted dtypes.
-
         Raises:
-            AdapterError: another dtype or number of axes, values that are not finite, or a damaged file.
+            AdapterError: another dtype or number of axes, an empty one, values that are not finite, or a damaged file.
         """
-        entry = self.weights.entries[key]
+        entry = self.stored.entries[key]
         if entry.dtype not in dtypes:
             msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, one of {', '.join(dtypes)} was wanted: "
             raise AdapterError(msg + "convert it")
@@ -100,7 +96,7 @@ class AdapterFile:
             msg = f"{self.path}: tensor {key!r} has shape {list(entry.shape)}, {wanted} was wanted"
             raise AdapterError(msg + ": adapters of other layers than linear ones are not supported")
         try:
-            array = np.array(self.weights.array(key), order="C")
+            array = np.array(self.stored.array(key), order="C")
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
         if not np.isfinite(array).all():
@@ -109,15 +105,9 @@ class AdapterFile:
         return array
 
     def check_size(self, module: str, numbers: int, *, whole: bool = False) -> None:
-        """Refuse factors that are far larger than the stored tensors, before they are computed.
+        """Refuse factors of more than 2 GB, before they are computed: they are far larger than the stored tensors.
 
-        Args:
-            module: as the file spells it.
-            numbers: elements of both factors.
-            whole: whether they are computed at full rank, whatever rank is asked for.
-
-        Raises:
-            AdapterError: they would take more than 2 GB.
+        `whole` tells that they are computed at full rank, whatever rank is asked for.
         """
         if numbers > LARGEST:
             lower = "" if whole else "read it at a lower rank (--adapter-rank), or "
@@ -149,11 +139,7 @@ class AdapterFile:
         raise AdapterError(msg)
 
     def check_shape(self, module: str, shape: tuple[int, int], needs: str) -> None:
-        """Refuse an update of shape (O, I) that does not fit the base's module.
-
-        Raises:
-            AdapterError: there is no base, it has no such module, or one of another shape.
-        """
+        """Refuse an update of shape (O, I) that does not fit the base's module, see `shape`."""
         base, wanted = self.known_base(needs), self.shape(module, needs)
         if wanted != shape:
             msg = f"{self.path}: the update of {text_module_name(module)!r} is {shape[0]} x {shape[1]}, in the base "
@@ -161,16 +147,43 @@ class AdapterFile:
             raise AdapterError(msg)
 
     def weight(self, module: str, shape: tuple[int, int], needs: str) -> np.ndarray:
-        """Return the base's weight of a module, float32 (O, I).
-
-        Raises:
-            AdapterError: see `check_shape`.
-        """
+        """Return the base's weight of a module, float32 (O, I); see `check_shape`."""
         self.check_shape(module, shape, needs)
         try:
             return np.array(self.known_base(needs).stored_weight(text_module_name(module)), np.float32)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
+
+    def info(self, **known: Any) -> AdapterInfo:
+        """Return the provenance, with what else is known of the adapter."""
+        base_name = self.config.get("base_model_name_or_path")
+        return dataclasses.replace(
+            self.origin,
+            base_name=base_name if isinstance(base_name, str) and base_name else None,
+            digest=f"sha256:{self.stored.sha256()}",
+            kind=self.kind.name,
+            prefix=next((found for module in self.modules if (found := prefix_of(module)) != TEXT), TEXT),
+            **known,
+        )
+
+    def by_text_name(self, found: Iterable[tuple[str, T]]) -> dict[str, T]:
+        """Key what was read of each module by the module names of text-only models, which must not occur twice."""
+        named: dict[str, T] = {}
+        for module, value in found:
+            name = text_module_name(module)
+            if name in named:
+                msg = f"{self.path}: module {name!r} occurs under two spellings: remove one of them"
+                raise AdapterError(msg)
+            named[name] = value
+        return named
+
+    def check_not_empty(self, updates: Collection[object], ignored: Sequence[str]) -> None:
+        """Refuse an adapter without updates that are of use; the message says what there is instead."""
+        if not updates:
+            found = "; ".join(sentence.rstrip(".") for sentence in ignored) or "it is empty"
+            msg = f"{self.path}: holds no {self.kind.name} of a linear layer ({found}): nothing can be moved"
+            hint = "; merge and export hold changes of embedding and head, given the base" if ignored else ""
+            raise AdapterError(msg + hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +213,9 @@ class Kind:
     """One kind of adapter.
 
     Attributes:
-        name: as its users know it.
-        peft_type: `peft_type` of its configuration, in capitals.
         formula: its update dW, in a few words.
         read: yields (module as the file spells it, its update) for each module of an opened file.
+        peft_type: of its configuration, in capitals.
         check: refuses a configuration that cannot be computed with; arguments are the configuration and its path.
         applies: whether a configuration and the parts in its file (see `parse_tensor_name`) are of this kind; only
             called if `peft_type` is this one.
@@ -212,10 +224,10 @@ class Kind:
     """
 
     name: str
-    peft_type: str
     formula: str
     read: Callable[[AdapterFile], Iterator[tuple[str, Update]]]
-    check: Callable[[Config, str], None]
+    peft_type: str = "LORA"
+    check: Callable[[Config, str], None] = check_lora
     applies: Callable[[Config, Collection[str]], bool] = lambda *_: True
     over: tuple[str, ...] = ()
     remark: str = ""
@@ -225,14 +237,7 @@ def each_module(
     read: Callable[[AdapterFile, str], Update | None],
 ) -> Callable[[AdapterFile], Iterator[tuple[str, Update]]]:
     """Make a reader of whole files from a reader of one module, which returns None for a module without an update."""
-
-    def read_all(file: AdapterFile) -> Iterator[tuple[str, Update]]:
-        for module in file.modules:
-            update = read(file, module)
-            if update is not None:
-                yield module, update
-
-    return read_all
+    return lambda file: ((module, update) for module in file.modules if (update := read(file, module)) is not None)
 
 
 def truncate_product(b: np.ndarray, a: np.ndarray, rank: int | None = None) -> Update:

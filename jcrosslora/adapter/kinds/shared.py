@@ -28,7 +28,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import Config, check_rank, check_seed, check_targets, check_value, is_rank
 from jcrosslora.adapter.kinds.kind import INTEGERS, LARGEST, AdapterFile, Kind, Update, each_module
-from jcrosslora.adapter.patterns import is_matchable
+from jcrosslora.adapter.names import is_matchable
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 
