@@ -1,7 +1,6 @@
 """What an adapter changes, as pytrees: factors of linear modules, tokens, replaced tensors, experts.
 
-Arrays are the leaves, and what decides the computation is the structure. V tokens, D the width of the residual stream,
-n the tokens whose rows change.
+V tokens, D the width of the residual stream, n the tokens whose rows change.
 """
 
 import dataclasses
@@ -25,11 +24,9 @@ T = TypeVar("T")
 class LoRAFactors:
     """The update of one linear module with weight W of shape (O, I): dW = scale * b @ a.
 
-    A stack of N adapters (see `stack_adapters`) has a leading axis N on `a` and `b`.
-
     Attributes:
-        a: (K, I), reads the input of the module.
-        b: (O, K), writes its output.
+        a: (K, I), reads the input of the module; (N, K, I) in a stack of N adapters.
+        b: (O, K), writes its output; (N, O, K) in a stack.
         scale: a Python float: alpha / r, or alpha / sqrt(r) for rsLoRA. Static, not a leaf.
     """
 
@@ -61,29 +58,22 @@ def update_norm(factors: LoRAFactors) -> float:
 
 @dataclass(frozen=True)
 class Static:
-    """The parts of a pytree node that are not leaves.
-
-    Attributes:
-        structure: what decides the computation; compared and hashed by value.
-        account: provenance and figures; not compared.
-    """
+    """The parts of a pytree node that are not leaves: what decides the computation, and figures, not compared."""
 
     structure: Any
     account: Any = field(compare=False)
 
-
-def is_traced(children: Any) -> bool:
-    """Tell whether a node is part of a transformed function, where one program serves many adapters."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
+    def known(self, children: Any, default: Any) -> Any:
+        """Return the account; inside a transformed function, where one program serves many adapters, the default."""
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
+        return default if traced else self.account
 
 
 def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """Register a dataclass as a pytree.
 
-    Args:
-        arrays: the fields that are leaves, or pytrees of them.
-        account: the fields that do not belong to the structure. Inside a transformed function they have their defaults.
-            The other fields are the structure; arrays among them are int64 with one axis.
+    `arrays` are the fields that are leaves, or pytrees of them. `account` are those that are not part of the structure;
+    inside a transformed function they have their defaults. The others are the structure, its arrays int64 with one axis.
     """
 
     def register(cls: type[T]) -> type[T]:
@@ -96,9 +86,8 @@ def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T
             return children, Static(structure, {name: getattr(change, name) for name in account})
 
         def unflatten(aux: Static, children: Any) -> T:
-            known = {} if is_traced(children) else aux.account
             structure = dict(zip(static, map(_restored, aux.structure), strict=True))
-            return cls(**dict(zip(arrays, children, strict=True)), **structure, **known)
+            return cls(**dict(zip(arrays, children, strict=True)), **structure, **aux.known(children, {}))
 
         jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
         return cls
@@ -117,9 +106,7 @@ def _restored(value: Any) -> Any:
 @_register(arrays=("tensors",), account=("share",))
 @dataclass(frozen=True, eq=False)
 class ReplacedTensors:
-    """New tensors of an adapter's own base: trained biases, norms, or whole linear layers.
-
-    They have no low rank and do not move to another base; on their own base they are exact.
+    """New tensors of an adapter's own base, which do not move to another one: trained biases, norms, whole layers.
 
     Attributes:
         kind: the tensors that they were read from: "full", "bias" or "lora_bias" of `records.CHANGES`.
@@ -140,11 +127,10 @@ class ReplacedTensors:
 @_register(arrays=("a", "b"), account=("share",))
 @dataclass(frozen=True, eq=False)
 class ExpertUpdate:
-    """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer, as a pytree of a and b.
+    """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer.
 
     Attributes:
         name: of the parameter in the class of its base, e.g. "model.layers.0.mlp.experts.gate_up_proj".
-        layer: index of the layer.
         matrix: "gate_up", whose rows are in the order of the class, or "down".
         a: float32 (E, K, I).
         b: float32 (E, O, K), with the scale.
@@ -182,16 +168,13 @@ _AT_ONCE = 4096  # rows
 @_register(arrays=("factors", "rows"), account=("energy", "lost", "share"))
 @dataclass(frozen=True, eq=False)
 class TokenUpdate:
-    """The change of an embedding, of an output head, or of the one matrix that is both, as a pytree.
-
-    Exactly one of `factors` and `rows` is given; their arrays are the leaves.
+    """The change of an embedding, of an output head, or of the one matrix that is both: by `factors` or by `rows`.
 
     Attributes:
         table: the matrix that changes, a key of `MODULES`.
         kind: the tensors that it was read from, a key of `records.CHANGES`.
         size: V.
-        ids: int64 (n,), ascending. Static: they are indices, which gradients reject and arithmetic over leaves would
-            change.
+        ids: int64 (n,), ascending. Static: gradients reject indices, and arithmetic over leaves would change them.
         factors: of the change of the rows: a (K, D), b (n, K).
         rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
         energy: squared Frobenius norm of the change.
@@ -251,22 +234,16 @@ class TokenUpdate:
 
     def same_change(self, other: "TokenUpdate") -> bool:
         """Whether both change the same rows in the same way, whichever table they belong to."""
-        same_form = (self.rows is None) == (other.rows is None)
-        return same_form and all(map(np.array_equal, _compared(self), _compared(other)))
-
-
-def _compared(update: TokenUpdate) -> tuple:
-    factors = update.factors
-    return (update.ids, *((update.rows,) if factors is None else (factors.a, factors.b, factors.scale)))
+        mine, yours = jax.tree.leaves(self), jax.tree.leaves(other)
+        scales = (None if one.factors is None else one.factors.scale for one in (self, other))
+        same_form = len(set(scales)) == 1 and np.array_equal(self.ids, other.ids)
+        return same_form and all(map(np.array_equal, mine, yours))
 
 
 def low_rank_rows(
     table: str, kind: str, size: int, ids: np.ndarray, factors: LoRAFactors, lost: float = 0.0
 ) -> TokenUpdate:
-    """Change rows by factors a (K, D), b (m, K), without the rows that they leave as they are.
-
-    `ids` is int64 (m,), the tokens of the rows of b, ascending; the other arguments are those of `TokenUpdate`.
-    """
+    """Change rows of tokens `ids` (m,) by factors a (K, D), b (m, K), without the rows that they leave unchanged."""
     b = np.asarray(factors.b)
     changes = b.any(axis=1)
     factors = dataclasses.replace(factors, b=b[changes])
@@ -274,14 +251,9 @@ def low_rank_rows(
 
 
 def changed_rows(table: str, kind: str, base: BaseModel, ids: np.ndarray, rows: np.ndarray) -> TokenUpdate:
-    """Replace rows of a base, without the rows that stay the same.
+    """Replace rows of a base, without the rows that stay the same after rounding to the dtype of the new ones.
 
-    Args:
-        table: see `TokenUpdate`.
-        kind: see `TokenUpdate`.
-        base: whose rows are replaced.
-        ids: int64 (m,), ascending.
-        rows: (m, D), of any float dtype; a row that equals the base's after rounding to this dtype stays the same.
+    `ids` is int64 (m,), ascending; `rows` is (m, D), of any float dtype.
     """
     name, size = f"{MODULES[table][0]}.weight", base.dims.vocab
     changes, energy = np.zeros(len(ids), bool), 0.0
@@ -298,8 +270,8 @@ def complete_rows(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[Toke
     """Bring changes, at most one of each matrix of the base, into the form in which PEFT stores them.
 
     Two equal changes become one if the base has one matrix for embedding and head. All rows are given if most of them
-    are replaced; and also if rows of the embedding alone are replaced and the base ties the head to it, since peft
-    applies single rows of such an embedding to the head as well.
+    are replaced; and if rows of the embedding alone are replaced and the base ties the head to it, since peft applies
+    single rows of such an embedding to the head as well.
     """
     if base.tied and len(updates) == 2 and updates[0].same_change(updates[1]):
         first = min(updates, key=lambda update: update.table != EMBEDDING)

@@ -30,12 +30,8 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
     Scales that differ are folded into b, in float32. Arrays of different dtypes are promoted.
 
-    Args:
-        adapters: at least one, all with the same modules, shapes, ranks and invocation tokens, and with updates of
-            linear modules alone.
-
-    Raises:
-        AdapterError: there are none, or they differ; names the first difference.
+    The adapters, at least one, must have the same modules, shapes, ranks and invocation tokens, and updates of linear
+    modules alone. An AdapterError names the first difference.
     """
     if not adapters:
         msg = "no adapters to stack; give at least one"
@@ -56,11 +52,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
 def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapter]:
     """Split a stack into its adapters, with the provenance that each one had.
 
-    Args:
-        stacked: from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of it.
-
-    Raises:
-        AdapterError: not a stack.
+    It is from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of one.
     """
     whole = stacked if isinstance(stacked, Adapter) else Adapter(dict(stacked))
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(whole)}
@@ -76,8 +68,9 @@ def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapt
 def _stacked(items: Sequence[LoRAFactors]) -> LoRAFactors:
     scales = {item.scale for item in items}
     b = [item.b if len(scales) == 1 else jnp.asarray(item.b, jnp.float32) * jnp.float32(item.scale) for item in items]
-    a = [item.a for item in items]
-    return LoRAFactors(a=_stack(a), b=_stack(b), scale=scales.pop() if len(scales) == 1 else 1.0)
+    return LoRAFactors(
+        a=_stack([item.a for item in items]), b=_stack(b), scale=scales.pop() if len(scales) == 1 else 1.0
+    )
 
 
 def _stack(arrays: Sequence) -> jnp.ndarray:
@@ -108,14 +101,11 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Add adapters: the update of each module is the sum of their updates.
 
     The rank of a module is the sum of its ranks; a module of one adapter only keeps its factors. Changes of embedding
-    and head are kept if only one adapter has any; else they are listed in `info.ignored`, as are replaced tensors.
-
-    Args:
-        adapters: at least one. A single adapter is returned as it is.
+    and head are kept if only one adapter has any; else they are listed in `info.ignored`, as are replaced tensors. A
+    single adapter is returned as it is.
 
     Raises:
-        AdapterError: none was given, one is active only after certain tokens, or updates of one module have different
-            shapes.
+        AdapterError: none was given, one is active only after certain tokens, or shapes differ.
     """
     if not adapters:
         msg = "no adapters to add: give at least one"
@@ -139,11 +129,8 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def _sums(parts: Sequence[Mapping[str, LoRAFactors]]) -> dict[str, LoRAFactors]:
-    found: dict[str, list[LoRAFactors]] = {}
-    for modules in parts:
-        for name, factors in modules.items():
-            found.setdefault(name, []).append(factors)
-    return {name: add_factors(name, terms) for name, terms in found.items()}
+    names = dict.fromkeys(name for modules in parts for name in modules)
+    return {name: add_factors(name, [modules[name] for modules in parts if name in modules]) for name in names}
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -169,10 +156,6 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
     Returns:
         The adapter, float32 and scale 1. A module of some tasks only is the sum over these; changes of embedding and
         head are listed in `info.ignored`.
-
-    Raises:
-        UsageError: no adapters, another number of magnitudes than of adapters, or one that is not finite.
-        AdapterError: updates of a module have different shapes, or an adapter is active only after certain tokens.
     """
     if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
         msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}; give at least one adapter, and a number "

@@ -1,8 +1,4 @@
-"""Check an `adapter_config.json`: its keys, its kind of adapter, and the range of its numbers.
-
-Tables: the keys that peft 0.21 writes for the kinds that are read; the settings that make a configuration of type LORA
-more than dW = scale B A on an unchanged base; and the kinds that cannot be read as an update of weight matrices.
-"""
+"""Check an `adapter_config.json`: its keys, its kind of adapter, and the range of its numbers."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +9,7 @@ from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]
 
-# Other keys are reported by name.
+# The keys that peft 0.21 writes for the kinds that are read; others are reported by name.
 _KEYS_OF_LORA = (
     *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias"),
     *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
@@ -47,7 +43,7 @@ _SAVE_CONVERTED = (
 
 
 class Variant(NamedTuple):
-    """A variant of LoRA: whether it applies to a configuration, and if it is refused why, and what the user can do."""
+    """What makes a LoRA more than dW = s B A on an unchanged base; if it is refused why, and what the user can do."""
 
     applies: Callable[[Config], bool]
     refusal: tuple[str, str] | None = None
@@ -57,12 +53,8 @@ def _set(key: str) -> Callable[[Config], bool]:
     return lambda config: bool(config.get(key))
 
 
-def _initial(*values: str, starts: str | None = None) -> Callable[[Config], bool]:
-    def applies(config: Config) -> bool:
-        stated = str(config.get("init_lora_weights")).lower()
-        return stated in values or (starts is not None and stated.startswith(starts))
-
-    return applies
+def _init(config: Config) -> str:
+    return str(config.get("init_lora_weights")).lower()
 
 
 def _parameters(config: Config) -> list[str]:
@@ -79,10 +71,6 @@ def _of_parameters(config: Config) -> bool:
     return any(not name.endswith(".weight") or name.endswith(_ROUTERS) for name in _parameters(config))
 
 
-def _of_other_parameters(config: Config) -> bool:
-    return not all(name.endswith(_READ_PARAMETERS) for name in _parameters(config))
-
-
 DORA = "DoRA (use_dora)"
 PISSA = "PiSSA (init_lora_weights)"
 RANDOM_PISSA = "PiSSA of a random SVD (init_lora_weights pissa_niter_N)"
@@ -92,13 +80,14 @@ PARAMETERS = "LoRA of parameters (target_parameters)"
 BEAM = "BeamLoRA (use_beamlora)"
 VARIANTS: Mapping[str, Variant] = {
     DORA: Variant(_set("use_dora")),
-    PISSA: Variant(_initial("pissa")),
+    PISSA: Variant(lambda config: _init(config) == "pissa"),
     RANDOM_PISSA: Variant(
-        _initial(starts="pissa_niter_"), (f"{_MUTATES}: peft draws another random SVD on each load", _SAVE_CONVERTED)
+        lambda config: _init(config).startswith("pissa_niter_"),
+        (f"{_MUTATES}: peft draws another random SVD on each load", _SAVE_CONVERTED),
     ),
-    OLORA: Variant(_initial(starts="olora")),
-    "CorDA (init_lora_weights)": Variant(_initial(starts="corda"), (_MUTATES, _SAVE_CONVERTED)),
-    "LoftQ (init_lora_weights)": Variant(_initial(starts="loftq"), (_MUTATES, _RETRAIN)),
+    OLORA: Variant(lambda config: _init(config).startswith("olora")),
+    "CorDA (init_lora_weights)": Variant(lambda config: _init(config).startswith("corda"), (_MUTATES, _SAVE_CONVERTED)),
+    "LoftQ (init_lora_weights)": Variant(lambda config: _init(config).startswith("loftq"), (_MUTATES, _RETRAIN)),
     ALORA: Variant(lambda config: config.get("alora_invocation_tokens") is not None),
     "QALoRA (use_qalora)": Variant(_set("use_qalora"), ("its A reads pooled groups of inputs", _RETRAIN)),
     "BD-LoRA (use_bdlora)": Variant(_set("use_bdlora"), ("its factors are block-diagonal", _MERGE)),
@@ -109,7 +98,8 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     PARAMETERS: Variant(_of_parameters),
     "LoRA of parameters that are neither experts' nor weights of modules (target_parameters)": Variant(
-        _of_other_parameters, ("it updates parameters that are neither experts' nor weights of modules", _RETRAIN)
+        lambda config: not all(name.endswith(_READ_PARAMETERS) for name in _parameters(config)),
+        ("it updates parameters that are neither experts' nor weights of modules", _RETRAIN),
     ),
     "LoRA with biases (lora_bias)": Variant(_set("lora_bias")),
     "layer replication (layer_replication)": Variant(
@@ -158,16 +148,11 @@ def is_variant(config: Config, variant: str) -> bool:
 
 def why_refused(peft_type: str) -> str:
     """Say why an adapter of a `peft_type`, in capitals, is not read, and what to do about it."""
-    why, cure = _REFUSED_TYPES.get(peft_type, ("it is not known", f"if peft knows it, {_CONVERT}"))
-    return f"{why}; {cure}"
+    return "; ".join(_REFUSED_TYPES.get(peft_type, ("it is not known", f"if peft knows it, {_CONVERT}")))
 
 
 def check_type(config: Config, where: str, types: Collection[str]) -> None:
-    """Refuse a configuration whose `peft_type` is not one of `types`; `where` is its path.
-
-    Raises:
-        AdapterError: another kind of adapter (named).
-    """
+    """Refuse a configuration whose `peft_type` is not one of `types`; `where` is its path."""
     if "fine_tune_type" in config:
         msg = f"{where}: has both peft_type, of PEFT, and fine_tune_type, of MLX: remove the one that does not apply"
         raise AdapterError(msg)
@@ -181,11 +166,7 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
 
 
 def check_lora(config: Config, where: str) -> None:
-    """Refuse a configuration of type LORA whose update is not defined.
-
-    Raises:
-        AdapterError: a variant that is refused (named), or a missing or invalid value.
-    """
+    """Refuse a configuration of type LORA whose update is not defined: a variant, or an invalid value."""
     for name, variant in VARIANTS.items():
         if variant.refusal is not None and variant.applies(config):
             why, cure = variant.refusal
@@ -204,7 +185,7 @@ def config_notes(config: Config) -> tuple[str, ...]:
     notes = []
     if config.get("fan_in_fan_out"):
         notes.append("fan_in_fan_out is true, which peft ignores on linear layers; it was ignored.")
-    if str(config.get("init_lora_weights")).lower() == "lora_ga":
+    if _init(config) == "lora_ga":
         notes.append(
             "init_lora_weights is lora_ga: if training changed the base weights, that change is not in the adapter."
         )
@@ -218,16 +199,7 @@ def check_rank(config: Config, where: str) -> None:
 
 
 def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None:
-    """Refuse invalid ranks and scales.
-
-    Args:
-        config: the JSON object.
-        where: its path, for messages.
-        alpha: the key of the number that is divided by the rank.
-
-    Raises:
-        AdapterError: `r`, `alpha`, `use_rslora` or one of the patterns is missing or invalid.
-    """
+    """Refuse invalid ranks and scales; `alpha` is the key of the number that is divided by the rank."""
     check_rank(config, where)
     check_value(config, where, alpha, is_alpha, "a number other than 0")
     if config.get("use_rslora"):

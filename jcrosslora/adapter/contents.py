@@ -6,7 +6,8 @@ Matrices are written in one dtype, with the scale inside B.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from jcrosslora.adapter.records import Adapter
 from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.checkpoint.safetensors import DTYPES, Entry
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
-from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -87,6 +88,15 @@ def as_numpy(value: Any) -> np.ndarray:
     # numpy itself has no bfloat16.
     half = value.dtype == torch.bfloat16
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if half else value.numpy()
+
+
+@contextmanager
+def as_adapter_errors() -> Iterator[None]:
+    """Raise an AdapterError for each CheckpointError inside."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
 
 
 def check_names(path: Path, names: Mapping[str, object]) -> None:

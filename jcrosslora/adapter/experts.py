@@ -24,17 +24,10 @@ _Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 
 
 def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
-    """Read the updates of experts.
-
-    Args:
-        file: the adapter, with its base, without which nothing is read.
-        tensors: the factors of modules of which `is_of_experts` holds.
+    """Read the updates of experts from the factors of modules of which `is_of_experts` holds.
 
     Returns:
         The updates by layer, and "" or the reason why there are none.
-
-    Raises:
-        AdapterError: the base has no experts, or the factors do not fit them.
     """
     base = file.base
     if not tensors or base is None:
@@ -61,11 +54,7 @@ def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tupl
 
 
 def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
-    """Return the factors as peft stores them, by name without its prefix.
-
-    Raises:
-        OutputError: values that are not finite or do not fit the dtype.
-    """
+    """Return the factors as peft stores them, by name without its prefix."""
     both = {(update.layer, update.matrix) for update in updates}
     tensors = {}
     for update in updates:
@@ -101,7 +90,6 @@ def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, s
 
 
 def _parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
-    """Name the parameter of the class of a base that holds a matrix of all experts of a layer."""
     assert base.family.experts is not None
     return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
 

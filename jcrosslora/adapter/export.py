@@ -66,10 +66,10 @@ class Exported:
 
     Attributes:
         adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
-        truncation: of the ranks; None if none was asked for.
+        truncation: None if none was asked for.
         sources: the provenance of each adapter that was read.
-        magnitudes: of a DoRA that was kept; else None.
-        frozen: the frozen factors of profile lora-xs; else None.
+        magnitudes: of a DoRA that was kept.
+        frozen: the frozen factors of profile lora-xs.
     """
 
     adapter: Adapter
@@ -102,7 +102,11 @@ def export_adapter(settings: ExportSettings) -> Exported:
     info = None if base is None else describe_base(base, digest="")
     known = (None, None) if info is None else (info.family, info.heads)
     check_profile(settings.profile, *known, dora=settings.keep_dora)
-    exported = (_kept if settings.keep_dora else _summed)(settings, base)
+    if settings.keep_dora:
+        dora = load_dora(settings.adapter[0], base)
+        exported = Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
+    else:
+        exported = _summed(settings, base)
     save_adapter(
         exported.adapter,
         settings.out,
@@ -139,11 +143,6 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     if settings.out_rank is not None:
         return Exported(*truncate_by_rule(total, settings.out_rank), sources)
     return Exported(total, None, sources)
-
-
-def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
-    dora = load_dora(settings.adapter[0], base)
-    return Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
 
 
 def _check_kept(settings: ExportSettings) -> None:

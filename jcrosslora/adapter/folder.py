@@ -4,18 +4,18 @@ The licence of an adapter is the one that its model card states, in the YAML in 
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
-from jcrosslora.adapter.contents import check_names
+from jcrosslora.adapter.contents import as_adapter_errors, check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
 from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
-from jcrosslora.errors import AdapterError, CheckpointError
+from jcrosslora.errors import AdapterError
 from jcrosslora.utils.files import read_small, read_small_text
 
 CARD = "README.md"
@@ -35,8 +35,6 @@ class AdapterFiles:
 
     Attributes:
         name: the path or hub id that was given.
-        form: their format.
-        weights: the file with the tensors.
         config: `adapter_config.json`; None if the weights file holds the configuration.
     """
 
@@ -60,7 +58,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
         msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
         raise AdapterError(msg) from error
     if is_there:
-        with _adapter_errors():
+        with as_adapter_errors():
             check_revision(ref, folder, revision)
     if is_folder:
         return _local_files(folder)
@@ -75,14 +73,6 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     raise AdapterError(msg)
 
 
-@contextmanager
-def _adapter_errors() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
-
-
 def is_adapter(path: Path) -> bool:
     """Whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
     if path.is_dir():
@@ -91,25 +81,16 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the JSON object in an `adapter_config.json`.
-
-    Raises:
-        AdapterError: the file cannot be read, is not JSON, holds something other than an object, or a number that is
-            not finite.
-    """
-    with _adapter_errors():
+    """Read the JSON object of finite numbers in an `adapter_config.json`."""
+    with as_adapter_errors():
         config = read_json_object(path)
         refuse_not_finite(config, path)
         return config
 
 
 def open_weights(path: Path) -> SafetensorsFile:
-    """Open a weights file and check its header.
-
-    Raises:
-        AdapterError: missing, truncated, not a safetensors file, or absurdly long tensor names.
-    """
-    with _adapter_errors():
+    """Open a weights file and check its header and the length of its tensor names."""
+    with as_adapter_errors():
         file = SafetensorsFile(path)
     check_names(path, file.entries)
     return file
@@ -168,43 +149,29 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
 
 
 _LONGEST = 1 << 16  # bytes of a card that are read
-_HUB = "https://huggingface.co"
 
 
-class Licences(TypedDict, total=False):
-    """The licence that a card states, by the fields of `AdapterInfo`."""
-
-    licence: str | None
-    licence_name: str | None
-    licence_link: str | None
-
-
-def stated_licences(files: AdapterFiles) -> Licences:
-    """Return the licence that an adapter's card states, and name and address of one that the hub does not know.
+def stated_licences(files: AdapterFiles) -> dict[str, Any]:
+    """Return the licence that an adapter's card states, by the fields of `AdapterInfo`; None where it states none.
 
     An address within the adapter's folder becomes one of the hub, or is left out: the file does not move along.
     """
-    stated = _stated(files.weights.parent, "license", "license_name", "license_link")
-    link = stated["license_link"]
-    if link is not None and "://" not in link:
-        link = f"{_HUB}/{files.name}/blob/main/{link.removeprefix('./')}" if is_on_hub(files.name) else None
-    return {"licence": stated["license"], "licence_name": stated["license_name"], "licence_link": link}
-
-
-def _stated(folder: Path, *keys: str) -> dict[str, str | None]:
-    """Return texts in the front matter of a folder's README.md, None where there is none that can be read."""
     data: dict[str, Any] = {}
     # A damaged card is no reason to refuse the adapter.
     with suppress(OSError, AdapterError):
-        data = split_card(read_small(folder / CARD)[:_LONGEST].decode("utf-8", errors="replace"))[0]
-    return {key: value if isinstance(value := data.get(key), str) and value else None for key in keys}
+        data = split_card(read_small(files.weights.parent / CARD)[:_LONGEST].decode("utf-8", errors="replace"))[0]
+    keys = ("license", "license_name", "license_link")
+    licence, name, link = (value if isinstance(value := data.get(key), str) and value else None for key in keys)
+    if link is not None and "://" not in link:
+        where = f"https://huggingface.co/{files.name}/blob/main/{link.removeprefix('./')}"
+        link = where if is_on_hub(files.name) else None
+    return {"licence": licence, "licence_name": name, "licence_link": link}
 
 
 def stated_template(folder: Path) -> str | None:
     """Return the chat template in a folder's chat_template.jinja; None where there is none that can be read."""
-    path = folder / CHAT_TEMPLATE
     with suppress(OSError, UnicodeDecodeError):
-        text = read_small_text(path, _LONGEST)
+        text = read_small_text(folder / CHAT_TEMPLATE, _LONGEST)
         return text if text.strip() else None
     return None
 

@@ -21,10 +21,6 @@ Placed = Sequence[tuple[LoRAFactors, int, int]]
 def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
     """Give each logical module its own update: its rows of B, and the A that the parts share.
 
-    Args:
-        adapter: may hold updates of fused modules, b (rows of all parts, K).
-        fused: the layout of the base; fused modules without an update are skipped.
-
     Raises:
         AdapterError: a fused update has another number of rows than the layout, or a part has its own update too.
     """
@@ -43,10 +39,6 @@ def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFac
 
     dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'.
     If all parts have the same A (a split of a fused update) the rank stays. A missing part gets zero rows.
-
-    Args:
-        modules: updates by module name; those of other modules are passed through.
-        fused: the layout of the base.
 
     Raises:
         AdapterError: the shapes of a part do not fit its rows, or the parts read inputs of different widths.
@@ -80,7 +72,8 @@ def _fuse(name: str, modules: Mapping[str, LoRAFactors], parts: Sequence[tuple[s
     if any(factors.scale != scale for factors, _, _ in present):
         present, scale = [(_bake(factors), start, stop) for factors, start, stop in present], 1.0
     rows = max(stop for _, _, stop in parts)
-    a, b = (_shared if _all_share_a(present) else _block_diagonal)(present, rows)
+    all_share_a = all(np.array_equal(present[0][0].a, factors.a) for factors, _, _ in present[1:])
+    a, b = (_shared if all_share_a else _block_diagonal)(present, rows)
     return LoRAFactors(a=a, b=b, scale=scale)
 
 
@@ -89,11 +82,6 @@ def _bake(factors: LoRAFactors) -> LoRAFactors:
     # The product with the scale would be rounded in 8 or 11 bits of mantissa.
     wide = np.float64 if b.dtype == np.float64 else np.float32
     return LoRAFactors(a=factors.a, b=b.astype(wide) * wide(factors.scale))
-
-
-def _all_share_a(present: Placed) -> bool:
-    first = np.asarray(present[0][0].a)
-    return all(np.array_equal(first, np.asarray(factors.a)) for factors, _, _ in present[1:])
 
 
 def _shared(present: Placed, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +104,8 @@ def _block_diagonal(present: Placed, rows: int) -> tuple[np.ndarray, np.ndarray]
 
 def _common_dtype(arrays: Sequence) -> np.dtype:
     dtypes = {np.asarray(array).dtype for array in arrays}
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    mixed = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+    return dtypes.pop() if len(dtypes) == 1 else mixed
 
 
 def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adapter:

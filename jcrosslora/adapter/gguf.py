@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, shown
-from jcrosslora.adapter.contents import Contents, Stored, check_names, file_factors
+from jcrosslora.adapter.contents import Contents, Stored, as_adapter_errors, check_names, file_factors
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, exact_pattern
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
@@ -30,7 +30,7 @@ from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name, hf_name,
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.safetensors import Entry
 from jcrosslora.checkpoint.store import MappedFile
-from jcrosslora.errors import AdapterError, CheckpointError, OutputError
+from jcrosslora.errors import AdapterError, OutputError
 
 GGUF_WEIGHTS = "adapter.gguf"
 TYPE, ALPHA, INVOCATION = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
@@ -64,10 +64,8 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
     Raises:
         AdapterError: the gguf package is missing, the file is damaged, or it is a model.
     """
-    try:
+    with as_adapter_errors():
         gguf, file, header = open_header(path)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
     kind = header.metadata.get("general.type", "model")
     if kind != "adapter":
         msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted"

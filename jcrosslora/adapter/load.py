@@ -85,10 +85,7 @@ def load_adapter(
 
 
 def to_pytree(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """Return {module: {"a": (K, I), "b": (O, K), "scale": float}}, all of them leaves.
-
-    Changes of embedding and head, and the provenance, are not part of it.
-    """
+    """Return {module: {"a": (K, I), "b": (O, K), "scale": float}}, all of them leaves, without any other changes."""
     return {name: {"a": item.a, "b": item.b, "scale": item.scale} for name, item in adapter.modules.items()}
 
 
@@ -99,9 +96,6 @@ def from_pytree(tree: Mapping[Any, Any], name: str = "memory") -> Adapter:
         tree: numpy, JAX or torch arrays, or an `nnx.State`. Every mapping with keys "a" and "b", and perhaps "scale"
             (1 if absent), is the update of a module; the keys that lead to it, joined by dots, are its name.
         name: for `info.name`.
-
-    Raises:
-        AdapterError: no update in the tree, keys other than "a", "b" and "scale", or arrays that do not fit together.
     """
     modules = {text_module_name(module): _factors(module, parts) for module, parts in _updates(tree, ())}
     if not modules:
@@ -145,12 +139,7 @@ def _array(leaf: Any) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class KeptDoRA:
-    """A DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
-
-    Attributes:
-        directions: s B A of each module, which alone is not its update.
-        magnitudes: m of each module, float32 (O,).
-    """
+    """A DoRA, see `kinds.dora`: s B A of each module, which alone is not its update, and m, float32 (O,)."""
 
     directions: Adapter
     magnitudes: Mapping[str, np.ndarray]

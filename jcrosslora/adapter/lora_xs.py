@@ -86,10 +86,7 @@ def _check_frozen(modules: Mapping[str, LoRAFactors], frozen: Frozen | None) -> 
 
 
 def _latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:
-    """Compute R (K, K) in float64, the best fit of an update between the frozen factors.
-
-    These are b (O, K) with orthonormal columns and a (K, I) with orthogonal rows; a zero row gets a zero column of R.
-    """
+    """Compute R (K, K) in float64; a zero row of the frozen a gets a zero column."""
     left, right = _inner(factors, frozen)
     _, s = _directions(frozen)
     return factors.scale * np.divide(left @ right, s, out=np.zeros((frozen.rank, frozen.rank)), where=s > 0)
@@ -114,16 +111,12 @@ class SpanTruncation(Truncation):
 
     @property
     def sentence(self) -> str:
-        """The figures in words, without a full stop."""
+        """The figures in words."""
         return f"the span of the top {self.rule} singular vectors of each weight, which {self.outcome}"
 
 
 def span_rank(profile: str, rule: RankRule | None) -> int | None:
-    """Return K for a profile that writes updates in the span of K singular vectors, None for the others.
-
-    Raises:
-        UsageError: the profile needs K, and the requested rank `rule` is not a positive integer.
-    """
+    """Return K for a profile that writes updates in the span of K singular vectors, None for the others."""
     if profile != LORA_XS:
         return None
     if isinstance(rule, bool) or not isinstance(rule, int) or rule < 1:
@@ -231,7 +224,7 @@ def lora_x_update(
     """Compute the update of a LoRA-X adapter as factors.
 
     Args:
-        base: the model that it was trained on.
+        base: it was trained on.
         changes: module, as the base names it (a fused module as a whole), to d (R,) of its leading singular values, or
             to D (R, R).
         vectors: module to U (O, R) and V (I, R) that were frozen in training; those of other modules are taken from
@@ -243,7 +236,6 @@ def lora_x_update(
     Raises:
         AdapterError: a change that is not a finite d or D of a possible rank, vectors of other shapes, D without its
             vectors, or singular values of the base that are too close for their vectors to be determined.
-        CheckpointError: the base has no such module.
     """
     modules = {}
     for name, change in changes.items():

@@ -30,10 +30,9 @@ def write_portable(contents: Contents, folder: Path) -> None:
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
-    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`.
+    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`, and all other changes.
 
-    Changes of the embedding and the head, and tensors that replace those of the base, are part of it. The magnitudes of
-    a DoRA stay in float32: what they change is their small difference from the norms of the rows.
+    The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
     """
     write_peft_files(folder, *peft_state(contents), contents.metadata)
 
@@ -41,13 +40,7 @@ def write_peft(contents: Contents, folder: Path) -> None:
 def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors by their names in a file, and the configuration.
 
-    Args:
-        contents: the adapter.
-        rank: of every module, lower ones are padded with zeros; None keeps each module's own.
-
-    Raises:
-        OutputError: values that are not finite or do not fit the dtype; or magnitudes or invocation tokens of modules
-            for which peft knows neither.
+    `rank` is that of every module, lower ones are padded with zeros; None keeps each module's own.
     """
     _check_parameters(contents)
     tensors: dict[str, np.ndarray] = {}
@@ -96,14 +89,8 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
 
     Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
-    keys or refuse them.
-
-    In a multimodal class other parts have modules of the same endings, so modules are listed by their whole names; so
-    are the weights of modules that peft adapts by them alone.
-
-    Args:
-        contents: the adapter.
-        ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
+    keys or refuse them. In a multimodal class other parts have modules of the same endings, so modules are listed by
+    their whole names; so are the weights of modules that peft adapts by them alone.
     """
     whole = contents.prefix != TEXT
     weights = {contents.class_name(name) for name in contents.by_weight}
@@ -123,19 +110,14 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
         "lora_alpha": r,  # an integer, which is all that some readers decode
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
-        "use_rslora": False,
+        **dict.fromkeys(("use_rslora", "lora_bias", "fan_in_fan_out"), False),
+        **dict.fromkeys(("modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication")),
         "use_dora": contents.magnitudes is not None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "lora_bias": False,
-        "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
         "target_modules": sorted(targets, key=natural_key) if whole else sorted({ending(name) for name in targets}),
         "exclude_modules": None if whole else list(contents.exclude) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "layer_replication": None,
     }
     config |= {"target_parameters": [f"{name}.weight" for name in ranks if name in weights]} if weights else {}
     tokens = contents.adapter.info.invocation
@@ -147,11 +129,7 @@ def adapter_from_peft(
 ) -> Adapter:
     """Read an adapter of a live `peft.PeftModel`, of every kind that is read from files.
 
-    Args:
-        model: left as it is.
-        adapter_name: None takes the active adapter.
-        base: see `load_adapter`.
-        rank: see `load_adapter`.
+    `adapter_name` None takes the active one; for `base` and `rank` see `load_adapter`.
 
     Raises:
         AdapterError: the model has no such adapter, or one of a kind that is refused (named).
@@ -165,14 +143,13 @@ def adapter_from_peft(
         msg = f"the model has no adapter {name!r}; it has {', '.join(configs) or 'none'}"
         raise AdapterError(msg)
     # As peft writes it: enumerations become strings and sets become lists.
-    config = json.loads(json.dumps(configs[name].to_dict(), default=_jsonable))
+    stated = json.dumps(
+        configs[name].to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
+    config = json.loads(stated)
     # Copies of base weights are not needed, and to look for resized embeddings peft would ask the hub.
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return read_adapter(open_state_dict(tensors, config, base, name=f"peft adapter {name}", rank=rank))
-
-
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fused: Layout | None = None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter import folder
+from jcrosslora.adapter import folder, names
 from jcrosslora.adapter.changes import HEAD, ExpertUpdate, ReplacedTensors, TokenUpdate, update_norm
 from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
 from jcrosslora.adapter.contents import Stored, check_names, stored_in_memory
@@ -22,15 +22,7 @@ from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
 from jcrosslora.adapter.mlx import translated_mlx
-from jcrosslora.adapter.names import (
-    TensorName,
-    by_module,
-    file_scale,
-    is_of_experts,
-    is_router,
-    natural_key,
-    parse_tensor_name,
-)
+from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.architectures.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
@@ -98,7 +90,7 @@ def _stored(files: folder.AdapterFiles, base: BaseModel | None) -> Stored:
 
 def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo) -> AdapterFile:
     """Group the tensors of a file by purpose, tell its kind, and check the configuration at `where`."""
-    tensors = [parse_tensor_name(key) for key in stored.entries]
+    tensors = [names.parse_tensor_name(key) for key in stored.entries]
     _refuse_tensors(tensors, stored.path)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     heads: dict[str, dict[str, str]] = defaultdict(dict)
@@ -213,10 +205,10 @@ def _other_changes(
     left, reasons = _without(left, read_own), reasons | reasons_own | {"experts": why_no_experts}
     if experts:
         left.pop("experts")
-    names = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
-    energies = {kind: _change_energy(file, kind, left[kind]) for kind in names}
+    unread = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
+    energies = {kind: _change_energy(file, kind, left[kind]) for kind in unread}
     if (file.others or head is not None) and HEAD not in read:
-        names["head"] = list(file.others) or [HEAD]
+        unread["head"] = list(file.others) or [HEAD]
         energies["head"] = None if head is None else _energy(head)
     total = math.fsum(map(_energy, linear.values())) + math.fsum(update.energy + update.lost for update in tokens)
     total += math.fsum(update.energy for update in experts)
@@ -226,7 +218,7 @@ def _other_changes(
         return None if energy is None or total == 0 else energy / total
 
     ignored = [
-        ignored_sentence(kind, found, share(energies[kind]), reasons.get(kind, "")) for kind, found in names.items()
+        ignored_sentence(kind, found, share(energies[kind]), reasons.get(kind, "")) for kind, found in unread.items()
     ]
     moved = tuple(dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens)
     return moved, tuple(dataclasses.replace(group, share=share(kept[group.kind])) for group in own), ignored

@@ -1,27 +1,15 @@
-"""A LoRA adapter in memory, as a pytree; and the part of it that a method, a profile or a run carries.
+"""A LoRA adapter in memory, as a pytree; and the part of it that a method, a profile or a run carries."""
 
-What is not carried is left out, and said in sentences.
-"""
-
-import dataclasses
 import enum
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import hypot
 from typing import Any
 
 import jax
 
-from jcrosslora.adapter.changes import (
-    ExpertUpdate,
-    LoRAFactors,
-    ReplacedTensors,
-    Static,
-    TokenUpdate,
-    is_traced,
-    update_norm,
-)
+from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, ReplacedTensors, Static, TokenUpdate, update_norm
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, JCrossLoRAError
@@ -44,11 +32,10 @@ class AdapterInfo:
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
-        licence: as the adapter's own card states it, or None.
-        licence_name: the name of one that the hub does not know, whose `licence` is "other"; or None.
-        licence_link: its address, or None.
-        rank_limit: the largest rank that was asked for when it was read, or None.
-        chat_template: Jinja template in its folder, which it was probably trained in, or None.
+        licence: as the adapter's own card states it.
+        licence_name: the name of one that the hub does not know, whose `licence` is "other".
+        rank_limit: the largest rank that was asked for when it was read.
+        chat_template: Jinja template in its folder, which it was probably trained in.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
@@ -92,12 +79,11 @@ class Adapter:
     Its structure is what decides the computation: names of modules and tensors, scales, ids of changed tokens, and
     invocation tokens. Figures and the rest of `info` are not part of it, so adapters from different files are combined
     by `jax.tree.map`, which keeps the info of the first, and compile a jitted function once. Inside a transformed
-    function, where one program serves many adapters, `info` holds invocation tokens alone, and no change has figures.
+    function `info` holds invocation tokens alone, and no change has figures.
 
     Attributes:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
-        info: provenance.
         tokens: changes of the embedding and of the output head; read only if the base was given.
         replaced: biases, norms and whole layers that replace those of its own base; read only if asked for.
         experts: updates of experts of its own base; read only if the base was given.
@@ -117,8 +103,7 @@ class Adapter:
     @classmethod
     def tree_unflatten(cls, static: Static, children: Sequence[Any]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
-        info = static.structure if is_traced(children) else static.account
-        return cls(**dict(zip(_CHANGES, children, strict=True)), info=info)
+        return cls(**dict(zip(_CHANGES, children, strict=True)), info=static.known(children, static.structure))
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""
@@ -129,26 +114,24 @@ class Adapter:
 
 
 def describe_adapter(adapter: Adapter) -> list[dict[str, str]]:
-    """Make one row of text for each role, in the order in which roles first occur.
+    """Make one row of text for each role (last part of a module's name), in the order in which roles first occur.
 
-    Columns: the role (last part of the module's name), the number of modules, the (O, I), ranks and scales that
-    occur, and the Frobenius norm of all updates of the role together.
+    `norm of dW` is the Frobenius norm of all updates of the role together.
     """
     groups: dict[str, list[LoRAFactors]] = defaultdict(list)
     for name in sorted(adapter.modules, key=natural_key):
         groups[ending(name)].append(adapter.modules[name])
-    return [_row(role, members) for role, members in groups.items()]
-
-
-def _row(role: str, members: list[LoRAFactors]) -> dict[str, str]:
-    return {
-        "module": role,
-        "n": str(len(members)),
-        "out x in": ", ".join(f"{rows} x {columns}" for rows, columns in sorted({item.shape for item in members})),
-        "rank": ", ".join(map(str, sorted({item.rank for item in members}))),
-        "scale": ", ".join(f"{scale:.4g}" for scale in sorted({item.scale for item in members})),
-        "norm of dW": f"{hypot(*(update_norm(item) for item in members)):.4g}",
-    }
+    return [
+        {
+            "module": role,
+            "n": str(len(items)),
+            "out x in": ", ".join(f"{rows} x {columns}" for rows, columns in sorted({item.shape for item in items})),
+            "rank": ", ".join(map(str, sorted({item.rank for item in items}))),
+            "scale": ", ".join(f"{scale:.4g}" for scale in sorted({item.scale for item in items})),
+            "norm of dW": f"{hypot(*map(update_norm, items)):.4g}",
+        }
+        for role, items in groups.items()
+    ]
 
 
 def _headline(adapter: Adapter) -> str:
@@ -164,7 +147,7 @@ def _headline(adapter: Adapter) -> str:
 
 
 class Carried(enum.Flag):
-    """The kinds of change that a method, a profile or another user of an adapter takes; the others are left out."""
+    """The kinds of change that a method, a profile or another user of an adapter takes."""
 
     LINEAR = enum.auto()  # updates of linear modules, which everything carries
     TOKENS = enum.auto()  # changes of the embedding and the output head
@@ -190,17 +173,14 @@ _SHOWN = 3  # module names in a sentence
 
 
 def ignored_sentence(kind: str, names: Sequence[str], share: float | None, why: str = "") -> str:
-    """Say in one sentence what does not move, and why; arguments as for `describe_change`."""
+    """Say in one sentence what does not move, and why; see `describe_change`."""
     return f"{describe_change(kind, names, share)}{f': {why}' if why else ''}."
 
 
 def describe_change(kind: str, names: Sequence[str], share: float | None) -> str:
-    """Name a change, its modules and its size, for a sentence.
+    """Name a change, a key of `CHANGES`, its modules and its size, for a sentence.
 
-    Args:
-        kind: a key of `CHANGES`.
-        names: the modules.
-        share: of the whole adapter's squared Frobenius norm, or None if it is not known.
+    `share` is that of the whole adapter's squared Frobenius norm, or None if it is not known.
     """
     names = list(dict.fromkeys(names))
     listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
@@ -216,10 +196,7 @@ def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
 
 
 def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
-    """Say of each change of an adapter that is not carried, in one sentence, that it does not move.
-
-    `why` is the reason, without a full stop, or "".
-    """
+    """Say of each change of an adapter that is not carried that it does not move, and why (a half-sentence or "")."""
     rows = () if Carried.TOKENS in carried else adapter.tokens
     tensors = () if Carried.REPLACED in carried else adapter.replaced
     left = [describe_change(change.kind, change.modules, change.share) for change in (*rows, *tensors)]
@@ -233,12 +210,12 @@ def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:
     left = left_out(adapter, carried, why)
     if not left:
         return adapter
-    return dataclasses.replace(
+    return replace(
         adapter,
         tokens=adapter.tokens if Carried.TOKENS in carried else (),
         replaced=adapter.replaced if Carried.REPLACED in carried else (),
         experts=adapter.experts if Carried.EXPERTS in carried else (),
-        info=dataclasses.replace(adapter.info, ignored=adapter.info.ignored + left),
+        info=replace(adapter.info, ignored=adapter.info.ignored + left),
     )
 
 

@@ -25,6 +25,8 @@ from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
 Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
+TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
+_WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class ProfileFormat:
     """One profile.
 
     Attributes:
-        write: writes the files into a folder.
-        reader: of the files, for messages.
+        reader: of its files, for messages.
         magnitudes: whether it holds the magnitudes of a DoRA.
         invocation: whether it holds invocation tokens (aLoRA); otherwise an adapter would always be active.
         carries: the kinds of change that it holds.
@@ -82,11 +83,6 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         family: of the base, None if it is not known.
         heads: (query heads, key heads) of the base, None if they are not known.
         dora: whether a DoRA is written with its magnitudes.
-
-    Raises:
-        UsageError: an unknown profile, or one that does not hold magnitudes.
-        OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
-            a base.
     """
     if profile not in FORMATS:
         msg = f"profile {profile!r} is unknown; use one of {', '.join(FORMATS)}"
@@ -100,10 +96,6 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
     if profile == LORA_XS and family is None:
         msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
         raise OutputError(msg)
-
-
-TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
-_WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
 def save_adapter(
@@ -127,9 +119,9 @@ def save_adapter(
             updates of experts are written in profile "peft".
         out: the folder to make.
         base: what it is for; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
-            its modules that have the ending of a written one but no update go into `exclude_modules`, without which
-            PEFT would expect tensors for them; and the header of the weights file names it by its digest, if that is
-            known. None merges nothing, and keeps the names of the adapter's own file.
+            its modules that have the ending of a written one but no update go into `exclude_modules`, or PEFT would
+            expect tensors for them; the header of the weights file names it by its digest, if that is known. None
+            merges nothing, and keeps the names of the adapter's own file.
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
@@ -141,13 +133,9 @@ def save_adapter(
         overwrite: whether an adapter folder at `out` may be replaced.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
-        frozen: the frozen factors of each module for profile lora-xs, from
-            `jcrosslora.adapter.frozen_factors`.
+        frozen: of each module for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
-
-    Returns:
-        `out` as a path.
 
     Raises:
         OutputError: the adapter is empty, its values do not fit the dtype or its modules the profile, or the folder
@@ -162,16 +150,17 @@ def save_adapter(
     _check_settings(dtype, documents or {}, metadata or {})
     modules = fuse(adapter.modules, fused)
     # peft wants a LoRA of something.
-    held = {
-        Carried.EXPERTS: adapter.experts,
-        Carried.TOKENS: [one for one in adapter.tokens if one.factors is not None],
-    }
-    if not modules and not any(changes and kind in FORMATS[profile].carries for kind, changes in held.items()):
-        left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
+    held = for_profile(adapter, profile)
+    if not modules and not held.experts and not any(one.factors is not None for one in held.tokens):
+        left = "; ".join(held.info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
         raise OutputError(msg + "one update that the profile holds")
     _check_magnitudes(modules, magnitudes)
     weights = by_weight(modules, family, adapter.info.config)
+    target = {}
+    if base is not None and base.digest:
+        named = {"name": public_name(base.name), "revision": base.revision, "digest": base.digest}
+        target[TARGET] = json.dumps(named)
     modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
     contents = Contents(
         dataclasses.replace(adapter, modules=modules),
@@ -181,7 +170,7 @@ def save_adapter(
         prefix=adapter.info.prefix if base is None else base.prefix,
         by_weight=weights,
         exclude=() if base is None else tuple(_without_update(modules, weights, base)),
-        metadata=_target(base) | dict(metadata or {}),
+        metadata=target | dict(metadata or {}),
         frozen=frozen,
         magnitudes=magnitudes,
     )
@@ -190,13 +179,6 @@ def save_adapter(
         for name, text in (documents or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
-
-
-def _target(base: BaseInfo | None) -> dict[str, str]:
-    """Return the header's entry on the base: nothing if its weights were not read for a digest."""
-    if base is None or not base.digest:
-        return {}
-    return {TARGET: json.dumps({"name": public_name(base.name), "revision": base.revision, "digest": base.digest})}
 
 
 def _without_update(updated: Mapping[str, object], weights: frozenset[str], base: BaseInfo) -> list[str]:

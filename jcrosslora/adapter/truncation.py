@@ -29,8 +29,6 @@ class Truncation:
     """The ranks of an adapter's updates after truncation, and the energy that they kept.
 
     Attributes:
-        rule: by which the ranks were chosen.
-        ranks: rank of each module after truncation.
         kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is kept.
         least: the module that kept the smallest share of its own energy.
         least_kept: that share.
@@ -72,11 +70,7 @@ AnyTruncation = TypeVar("AnyTruncation", bound=Truncation)
 
 
 def check_rule(rule: RankRule) -> None:
-    """Refuse a rule that defines no rank.
-
-    Raises:
-        UsageError: not a whole number of 1 or more, not a share above 0 and up to 1, and not "auto".
-    """
+    """Refuse with a UsageError what is no whole number of 1 or more, no share above 0 and up to 1, and not "auto"."""
     number = not isinstance(rule, bool) and isinstance(rule, int | float)
     if rule != AUTO and not (number and (rule >= 1 if isinstance(rule, int) else 0 < rule <= 1)):
         msg = f"out rank {rule!r} is out of range; it must be at least 1 (a rank), a share of the energy such as 0.99, "
@@ -107,18 +101,15 @@ def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
 
     Returns:
         The adapter, in which a module whose rank is low enough keeps its own factors; and what was kept.
-
-    Raises:
-        UsageError: see `check_rule`.
     """
     check_rule(rule)
     found = {name: _ordered(factors) for name, factors in adapter.modules.items()}
     spectra = {name: np.sum(np.square(np.asarray(b, np.float64)), axis=0) ** 2 for name, (b, _) in found.items()}
     ranks = _ranks(spectra, rule)
-    modules = {
-        name: factors if ranks[name] >= factors.rank else _leading(*found[name], ranks[name])
-        for name, factors in adapter.modules.items()
-    }
+    modules = dict(adapter.modules)
+    for name, (b, a) in found.items():
+        if (rank := ranks[name]) < modules[name].rank:
+            modules[name] = LoRAFactors(a=np.asarray(a[:rank]), b=np.asarray(b[:, :rank]))
     before = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
     after = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
     record = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, before, after)
@@ -130,11 +121,7 @@ def truncate_fused(
 ) -> tuple[Adapter, Truncation]:
     """Truncate the modules that a base stores, see `reduce_fused` and `truncate_by_rule`.
 
-    Args:
-        adapter: of the target, with fused matrices split.
-        fused: the target's fused matrices.
-        rule: the rank, or what chooses it.
-        norms: ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
+    `norms` are ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
     """
     adapter, account = reduce_fused(adapter, fused, lambda whole: truncate_by_rule(whole, rule))
     if norms is None:
@@ -175,10 +162,6 @@ def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:
 def _by_singular_values(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     ordered_b, ordered_a, _ = recompress(b, a, min(*b.shape, a.shape[1]))
     return ordered_b, ordered_a
-
-
-def _leading(b: jax.Array, a: jax.Array, rank: int) -> LoRAFactors:
-    return LoRAFactors(a=np.asarray(a[:rank]), b=np.asarray(b[:, :rank]))
 
 
 def _ranks(spectra: Mapping[str, np.ndarray], rule: RankRule) -> dict[str, int]:

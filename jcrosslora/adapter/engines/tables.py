@@ -12,22 +12,9 @@ Ollama, main branch in August 2026: convert/convert.go.
 from collections.abc import Mapping
 
 from jcrosslora.adapter.config import ALORA, DORA, KNOWN_TYPES, RANDOM_PISSA, is_variant
+from jcrosslora.adapter.engines import rules
 from jcrosslora.adapter.engines.facts import AdapterFacts
-from jcrosslora.adapter.engines.rules import (
-    Rule,
-    alpha_over_rank,
-    found,
-    no_tensor,
-    no_value,
-    only_plain_lora,
-    only_tensors,
-    overriding_modules,
-    same_gguf_names,
-    same_mlx_names,
-    same_modules,
-    same_names,
-    when,
-)
+from jcrosslora.adapter.engines.rules import Rule, found, no_tensor, no_value, when
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, is_by_weight, is_of_experts, is_taken
@@ -213,9 +200,9 @@ _LLAMA_TENSORS = (
 )
 _GGUF = (
     no_value(TYPE, lambda stated: stated != "lora", f"{TYPE} is {{cut!r}}, it reads 'lora' alone"),
-    only_tensors("A", "B", "embedding", skipped=_is_norm),
+    rules.only_tensors("A", "B", "embedding", skipped=_is_norm),
     _same_architecture,
-    same_gguf_names,
+    rules.same_gguf_names,
     *_LLAMA_TENSORS,
 )
 _OLLAMA_BASES = " and ".join(_OLLAMA_FAMILIES)
@@ -234,7 +221,7 @@ _PEFT_RULES = (
         "({n} such modules): write the adapter again with `jcrosslora export --base`",
     ),
     found(_variants_of_parameters, "it knows no {0} of target_parameters"),
-    same_names(),
+    rules.same_names(),
 )
 _PEFT_NOTES = (
     _PICKLE,
@@ -242,39 +229,39 @@ _PEFT_NOTES = (
 )
 
 _VLLM_RULES = (
-    only_plain_lora(),
+    rules.only_plain_lora(),
     found(_missing_keys, "the configuration lacks {all}"),
     no_value("bias", lambda bias: bias and bias != "none", "bias {0!r} is not supported"),
     found(_saved_modules, "modules_to_save {all} is not supported"),
-    only_tensors("A", "B", "embedding", skipped=lambda tensor: tensor.key.endswith(_COPIES)),
+    rules.only_tensors("A", "B", "embedding", skipped=lambda tensor: tensor.key.endswith(_COPIES)),
     found(
         lambda facts: [rank for rank in (_largest_rank(facts),) if rank > VLLM_RANKS[-1]],
         f"rank {{0}} is above {VLLM_RANKS[-1]}, the largest it takes",
     ),
-    same_names(f"language_model.{TEXT}"),  # the name in its own class
+    rules.same_names(f"language_model.{TEXT}"),  # the name in its own class
 )
 _VLLM_NOTES = (
     _PICKLE,
     _rank_flag,
-    when(overriding_modules, "older releases read one scale for all modules and apply this one wrongly"),
+    when(rules.overriding_modules, "older releases read one scale for all modules and apply this one wrongly"),
     when(_has_embedding, "the LoRA of the embedding must have the base's vocabulary size"),
     _MIXER,
 )
 
 _SGLANG_RULES = (
-    only_plain_lora(),
+    rules.only_plain_lora(),
     no_value(
         "target_modules",
         lambda targets: not isinstance(targets, list) and targets not in _ALL,
         "target_modules is {cut!r}, it takes a list of names: list their endings",
     ),
     _BETWEEN,
-    when(overriding_modules, "it refuses ranks or alphas that differ between modules"),
+    when(rules.overriding_modules, "it refuses ranks or alphas that differ between modules"),
     when(
         lambda facts: facts.config.get("use_rslora") and facts.config.get("r") != 1,
         "it ignores use_rslora: the update would be sqrt(r) too weak, without an error",
     ),
-    same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
+    rules.same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
 )
 _SGLANG_NOTES = (
     _PICKLE,
@@ -284,7 +271,7 @@ _SGLANG_NOTES = (
         "older releases need --lora-target-modules beside target_modules {0!r}",
     ),
     found(_unlisted_targets, "it needs --lora-target-modules with {all}, named by target_parameters"),
-    only_tensors("A", "B", "embedding", end="; whether it is read is not known"),
+    rules.only_tensors("A", "B", "embedding", end="; whether it is read is not known"),
     _MIXER,
 )
 
@@ -293,20 +280,20 @@ _MLX_RULES = (
     found(_other_mlx_tensors, "tensor {0!r} is not a lora_a or lora_b"),
     _one_rank,
     found(_lacking_modules, "its class has no module of the name of {0!r}, and it refuses the adapter"),
-    same_mlx_names,
+    rules.same_mlx_names,
 )
 
 _LLAMA_RULES = (
-    only_plain_lora(ALORA),
-    only_tensors("A", "B", "embedding", "copy", skipped=_is_norm),
-    alpha_over_rank,
+    rules.only_plain_lora(ALORA),
+    rules.only_tensors("A", "B", "embedding", "copy", skipped=_is_norm),
+    rules.alpha_over_rank,
     *_LLAMA_TENSORS,
-    same_modules("which its converter refuses"),
+    rules.same_modules("which its converter refuses"),
 )
 _CONVERT = "write it with `jcrosslora export --profile gguf`, or convert it with convert_lora_to_gguf.py"
 
 _OLLAMA_RULES = (
-    only_plain_lora(),
+    rules.only_plain_lora(),
     found(_other_family, f"it takes adapters of {_OLLAMA_BASES} bases, this is for {{0}}"),
     no_value("lora_alpha", lambda alpha: not _is_whole(alpha), "lora_alpha {0!r} is not a whole number of 32 bits"),
     no_tensor(
@@ -314,7 +301,7 @@ _OLLAMA_RULES = (
         f"tensor {{0!r}} is not of {', '.join(_OLLAMA_ROLES)}",
     ),
     found(_wide_ranks, "the rank of {0} is not below its width, so its tensors would be transposed"),
-    alpha_over_rank,
+    rules.alpha_over_rank,
 )
 _OLLAMA_NOTES = (
     _PICKLE,

@@ -10,12 +10,12 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import Config, check_lora
-from jcrosslora.adapter.contents import Stored
+from jcrosslora.adapter.contents import Stored, as_adapter_errors
 from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
-from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
+from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 T = TypeVar("T")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -82,11 +82,7 @@ class AdapterFile:
         return self.read(self.shared[part], axes=axes)
 
     def read(self, key: str, *, axes: int = 2, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
-        """Copy a tensor of finite numbers into memory, C-contiguous.
-
-        Raises:
-            AdapterError: another dtype or number of axes, an empty one, values that are not finite, or a damaged file.
-        """
+        """Copy a tensor of finite numbers into memory, C-contiguous; none of its axes may be empty."""
         entry = self.stored.entries[key]
         if entry.dtype not in dtypes:
             msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, one of {', '.join(dtypes)} was wanted: "
@@ -95,10 +91,8 @@ class AdapterFile:
             wanted = {1: "a vector", 2: "a matrix"}.get(axes, f"an array of {axes} axes")
             msg = f"{self.path}: tensor {key!r} has shape {list(entry.shape)}, {wanted} was wanted"
             raise AdapterError(msg + ": adapters of other layers than linear ones are not supported")
-        try:
+        with as_adapter_errors():
             array = np.array(self.stored.array(key), order="C")
-        except CheckpointError as error:
-            raise AdapterError(str(error)) from error
         if not np.isfinite(array).all():
             msg = f"{self.path}: tensor {key!r} holds NaN or infinite values: the adapter is damaged, use another "
             raise AdapterError(msg + "checkpoint")
@@ -122,11 +116,7 @@ class AdapterFile:
         return self.base
 
     def shape(self, module: str, needs: str) -> tuple[int, int]:
-        """Return (O, I) of a module of the base.
-
-        Raises:
-            AdapterError: there is no base, or it has no such module.
-        """
+        """Return (O, I) of a module of the base, which must be there and have it."""
         base, name = self.known_base(needs), text_module_name(module)
         if name in base.modules:
             return base.modules[name].shape
@@ -149,10 +139,8 @@ class AdapterFile:
     def weight(self, module: str, shape: tuple[int, int], needs: str) -> np.ndarray:
         """Return the base's weight of a module, float32 (O, I); see `check_shape`."""
         self.check_shape(module, shape, needs)
-        try:
+        with as_adapter_errors():
             return np.array(self.known_base(needs).stored_weight(text_module_name(module)), np.float32)
-        except CheckpointError as error:
-            raise AdapterError(str(error)) from error
 
     def info(self, **known: Any) -> AdapterInfo:
         """Return the provenance, with what else is known of the adapter."""
@@ -243,11 +231,8 @@ def each_module(
 def truncate_product(b: np.ndarray, a: np.ndarray, rank: int | None = None) -> Update:
     """Factor b (O, K) @ a (K, I) anew without directions that are rounding of float32, truncated optimally to `rank`.
 
-    Singular values are split evenly over the two factors. In float64 on the host: if an update is the difference of
-    two nearly equal ones (PiSSA), float32 keeps few digits of the difference.
-
-    Returns:
-        Factors of float32 with scale 1 and at least rank 1, and what truncation loses.
+    In float64 on the host: if an update is the difference of two nearly equal ones (PiSSA), float32 keeps few digits of
+    the difference. The factors are float32 with scale 1 and at least rank 1, the singular values split evenly.
     """
     u, s, vt = product_svd(b, a)
     # Relative to the factors and not to the product: if these nearly cancel, their difference is rounding.
@@ -265,8 +250,7 @@ def truncate_product(b: np.ndarray, a: np.ndarray, rank: int | None = None) -> U
 def product_svd(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the SVD of b (O, K) @ a (K, I) in float64 by QR of both factors and the SVD of the small core.
 
-    Returns:
-        u (O, M), s (M,) descending and vt (M, I), with M the smallest of O, K and I.
+    Returns u (O, M), s (M,) descending and vt (M, I), with M the smallest of O, K and I.
     """
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.astype(np.float64).T)

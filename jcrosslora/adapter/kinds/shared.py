@@ -225,10 +225,6 @@ def _targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> 
     """Return (O, I) of every module that the configuration targets, by its name in the base.
 
     The modules of the base are ordered layer by layer, q, k, v, o, gate, up, down, the head last.
-
-    Raises:
-        AdapterError: the base has fused modules, whose order differs, or the configuration targets no module or
-            cannot be parsed.
     """
     if base.fused:
         msg = f"{where}: the order of the modules of {base.family.name} bases is not known: save the adapter with its "
@@ -260,11 +256,7 @@ def _is_target(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """Compile a pattern of the configuration.
-
-    Raises:
-        re.error: it is not a regular expression, or could take very long to match.
-    """
+    """Compile a pattern of the configuration, or raise an re.error if it could take very long to match."""
     if not is_matchable(text):
         msg = f"{text[:60]!r} is not a regular expression, or has too many ways to match"
         raise re.error(msg)
