@@ -73,7 +73,7 @@ def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T
     """Register a dataclass as a pytree.
 
     `arrays` are the fields that are leaves, or pytrees of them. `account` are those that are not part of the structure;
-    inside a transformed function they have their defaults. The others are the structure, its arrays int64 with one axis.
+    inside a transformed function they have their defaults. The others are the structure; its arrays are int64 (n,).
     """
 
     def register(cls: type[T]) -> type[T]:

@@ -193,9 +193,9 @@ def config_notes(config: Config) -> tuple[str, ...]:
     return (*notes, *(f"config key {key} is not known and was ignored." for key in unknown))
 
 
-def check_rank(config: Config, where: str) -> None:
-    """Refuse a configuration whose `r` is not a whole number of 1 or more."""
-    check_value(config, where, "r", is_rank, "a whole number of 1 or more")
+def check_rank(config: Config, where: str, key: str = "r") -> None:
+    """Refuse a configuration whose value for `key` is not a whole number of 1 or more."""
+    check_value(config, where, key, is_rank, "a whole number of 1 or more")
 
 
 def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None:
@@ -229,12 +229,6 @@ def check_value(config: Config, where: str, key: str, valid: Callable[[Any], boo
     if not valid(config.get(key)):
         msg = f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file"
         raise AdapterError(msg)
-
-
-def check_seed(config: Config, where: str, key: str) -> None:
-    """Refuse a seed that is given and is not a whole number of 0 or more."""
-    if key in config:
-        check_value(config, where, key, lambda value: type(value) is int and value >= 0, "a seed")
 
 
 def is_rank(value: Any) -> bool:

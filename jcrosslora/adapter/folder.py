@@ -47,9 +47,7 @@ class AdapterFiles:
 def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     """Find an adapter: a folder (of PEFT, of MLX, or with `adapter.gguf`), a .gguf file, or a hub id.
 
-    Raises:
-        AdapterError: there is no such folder or repository, one of the files is missing, the configuration cannot be
-            read, or a local folder is not of the revision.
+    An AdapterError tells which file is missing or cannot be read, or that a local folder is not of the revision.
     """
     try:
         folder = Path(ref).expanduser()
@@ -128,10 +126,8 @@ def _missing_weights(folder: Path, form: Form) -> str:
     if form == "MLX":
         return f"no {MLX_WEIGHTS} here, which belongs to the {CONFIG} of MLX: give the folder of a complete adapter"
     if (folder / PICKLE).is_file():
-        return (
-            f"only {PICKLE}, a pickle that can run code when it is read, and no {WEIGHTS}: if you trust it, load "
-            "it with peft and save it again with save_pretrained(..., safe_serialization=True)"
-        )
+        why = f"only {PICKLE}, a pickle that can run code when it is read, and no {WEIGHTS}: if you trust it, load it "
+        return why + "with peft and save it again with save_pretrained(..., safe_serialization=True)"
     if (folder / MLX_WEIGHTS).is_file():
         return f"{MLX_WEIGHTS} belongs to MLX but {CONFIG} to PEFT: give the two files of one adapter"
     return f"no {WEIGHTS} here: give the folder of a PEFT adapter"
@@ -180,11 +176,7 @@ _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Split a card into its metadata, empty where it has none, and the text below.
-
-    Raises:
-        AdapterError: the metadata is not a YAML mapping.
-    """
+    """Split a card into its metadata, a YAML mapping, empty where it has none, and the text below."""
     found = _FRONT_MATTER.match(text)
     if found is None:
         return {}, text

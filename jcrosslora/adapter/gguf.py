@@ -36,6 +36,7 @@ GGUF_WEIGHTS = "adapter.gguf"
 TYPE, ALPHA, INVOCATION = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 _NORM = "_norm.weight"  # llama.cpp ignores norms
 _GGUF_EMBEDDING = "token_embd.weight"
+_TURNED = "lora_embedding_A"  # stored as its transpose
 # Kind of a tensor -> PEFT's name of that part of a module.
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
 # Reordered roles: index into (query heads, key heads), and the metadata key of the number of heads.
@@ -59,11 +60,7 @@ class GGUFAdapter:
 
 
 def open_gguf_adapter(path: Path) -> GGUFAdapter:
-    """Read the header of an adapter of llama.cpp.
-
-    Raises:
-        AdapterError: the gguf package is missing, the file is damaged, or it is a model.
-    """
+    """Read the header of an adapter of llama.cpp, which is no model."""
     with as_adapter_errors():
         gguf, file, header = open_header(path)
     kind = header.metadata.get("general.type", "model")
@@ -113,7 +110,11 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
         msg = f"{path}: the adapter is for bases of architecture {adapter.arch!r}, {base.name} is of family "
         raise AdapterError(msg + f"{base.family.name}: give the base it was trained on")
     stored = {_name(name, adapter): name for name in adapter.header.tensors}
-    entries = {name: _entry(name, old, adapter) for name, old in stored.items()}
+    infos = {name: adapter.header.tensors[old] for name, old in stored.items()}
+    entries = {
+        name: Entry(float_type(info.kind, adapter.gguf), info.shape[:: -1 if name.endswith(_TURNED) else 1], info.start)
+        for name, info in infos.items()
+    }
     heads = _heads(adapter, base)
     config = _config(adapter, entries)
     read = partial(_read, adapter, heads, stored)
@@ -136,17 +137,11 @@ def _name(stored: str, adapter: GGUFAdapter) -> str:
     return f"{PREFIX}{name.removesuffix('.weight')}.{part}"
 
 
-def _entry(name: str, stored: str, adapter: GGUFAdapter) -> Entry:
-    info = adapter.header.tensors[stored]
-    shape = info.shape[::-1] if name.endswith("lora_embedding_A") else info.shape
-    return Entry(float_type(info.kind, adapter.gguf), shape, info.start)
-
-
 def _read(adapter: GGUFAdapter, heads: tuple[Any, Any] | None, names: Mapping[str, str], name: str) -> np.ndarray:
     stored, path = names[name], adapter.file.path
     info = adapter.header.tensors[stored]
     array = to_float(stored_rows(adapter.file, info, adapter.gguf), info.kind, adapter.gguf, path)
-    if name.endswith("lora_embedding_A"):
+    if name.endswith(_TURNED):
         return array.T
     module, _, part = name.removesuffix(".weight").rpartition(".")
     if part == "lora_B" and permutes_heads(adapter.arch) and ending(module) in _HEADS:
@@ -158,7 +153,7 @@ def _read(adapter: GGUFAdapter, heads: tuple[Any, Any] | None, names: Mapping[st
 
 
 def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
-    """Query heads and key heads if rows are reordered, by the base or the file; None if neither states them."""
+    """Query and key heads if rows are reordered, by the base or the file; None if neither states them."""
     if not permutes_heads(adapter.arch):
         return None
     stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
@@ -172,7 +167,6 @@ def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | No
 
 
 def _heads_of(module: str, rows: int, path: Path, heads: tuple[Any, Any] | None) -> int:
-    """Return the number of heads that the rows of a module belong to."""
     if heads is None:
         msg = f"{path}: the order of the rows of {module!r} depends on the heads of the base: the source base is needed"
         raise AdapterError(msg + "; give the base that it was trained on (`inspect --base`, or load_adapter's base)")
@@ -211,16 +205,10 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
 
 
 def write_gguf(contents: Contents, folder: Path) -> None:
-    """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it.
-
-    Raises:
-        OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
-            dtype.
-    """
+    """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it."""
     base, tokens = contents.base, contents.adapter.info.invocation
-    gguf, arch, heads = (
-        check_gguf(None, None) if base is None else check_gguf(base.family, base.heads, base.has_experts)
-    )
+    given = (None, None) if base is None else (base.family, base.heads, base.has_experts)
+    gguf, arch, heads = check_gguf(*given)
     alpha = float(max(contents.rank, 1))
     kind, file_type = _TYPES[contents.dtype]
     writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)
@@ -265,11 +253,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
 def check_gguf(
     family: str | None, heads: tuple[int, int] | None, has_experts: bool = False
 ) -> tuple[ModuleType, str, tuple[int, int]]:
-    """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for.
-
-    Raises:
-        OutputError: the package is missing, the base is not known, or GGUF has no architecture for its family.
-    """
+    """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for."""
     try:
         gguf = importlib.import_module("gguf")
     except ModuleNotFoundError as error:

@@ -87,23 +87,16 @@ def _check_frozen(modules: Mapping[str, LoRAFactors], frozen: Frozen | None) -> 
 
 def _latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:
     """Compute R (K, K) in float64; a zero row of the frozen a gets a zero column."""
-    left, right = _inner(factors, frozen)
-    _, s = _directions(frozen)
+    left, right, _, s = _in_span(factors, frozen)
     return factors.scale * np.divide(left @ right, s, out=np.zeros((frozen.rank, frozen.rank)), where=s > 0)
 
 
-def _inner(factors: LoRAFactors, frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Compute U' B (K, r) and A V (r, K) in float64 for the factors of an update of rank r."""
-    a, b, u = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b, frozen.b))
-    v, _ = _directions(frozen)
-    return u.T @ b, a @ v.T
-
-
-def _directions(frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Return V' (K, I) and S (K,) in float64; a row of V' is zero if its S is."""
-    a = np.asarray(frozen.a).astype(np.float64)
-    s = np.linalg.norm(a, axis=1)
-    return np.divide(a, s[:, None], out=np.zeros_like(a), where=s[:, None] > 0), s
+def _in_span(factors: LoRAFactors, frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Compute U' B (K, r), A V (r, K), V' (K, I) and S (K,) in float64; a row of V' is zero if its S is."""
+    a, b, u, scaled = (np.asarray(each).astype(np.float64) for each in (factors.a, factors.b, frozen.b, frozen.a))
+    s = np.linalg.norm(scaled, axis=1)
+    v = np.divide(scaled, s[:, None], out=np.zeros_like(scaled), where=s[:, None] > 0)
+    return u.T @ b, a @ v.T, v, s
 
 
 class SpanTruncation(Truncation):
@@ -170,9 +163,6 @@ def frozen_factors(
 
     Returns:
         For each module that the base stores, b (O, K) and a (K, I), float32.
-
-    Raises:
-        CheckpointError: the base has no such module, or a weight holds NaN or infinity.
     """
     whole = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
     known = {} if known is None else known
@@ -212,8 +202,7 @@ def project(adapter: Adapter, frozen: Frozen, rank: int) -> tuple[Adapter, SpanT
 
 def _projected(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
     """Return U U' B and A V V'."""
-    left, right = _inner(factors, frozen)
-    v, _ = _directions(frozen)
+    left, right, v, _ = _in_span(factors, frozen)
     a, b = right @ v, np.asarray(frozen.b).astype(np.float64) @ left
     return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)
 
@@ -224,7 +213,7 @@ def lora_x_update(
     """Compute the update of a LoRA-X adapter as factors.
 
     Args:
-        base: it was trained on.
+        base: the model that it was trained on.
         changes: module, as the base names it (a fused module as a whole), to d (R,) of its leading singular values, or
             to D (R, R).
         vectors: module to U (O, R) and V (I, R) that were frozen in training; those of other modules are taken from

@@ -197,9 +197,7 @@ def _read_plan(
 
 
 def _check_space(out: Path, total: int) -> None:
-    folder = out.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < total:
         msg = f"{out}: needs {total / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: free space, or choose another"
@@ -346,12 +344,9 @@ def _write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Set the number format of the weights, also in the parts of a multimodal configuration."""
-    changed = {
-        key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and isinstance(value, dict) else value
-        for key, value in config.items()
-    }
-    keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
-    return changed | dict.fromkeys(keys, dtype)
+    parts = {key: value for key in ("text_config", "vision_config") if isinstance(value := config.get(key), dict)}
+    changed = {key: _with_dtype(value, dtype) for key, value in parts.items()}
+    return {**config, **changed, **dict.fromkeys([key for key in _DTYPE_KEYS if key in config] or ["dtype"], dtype)}
 
 
 def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:

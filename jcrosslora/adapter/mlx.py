@@ -36,9 +36,6 @@ def write_mlx(contents: Contents, folder: Path) -> None:
 
     In a layer without an update MLX adds LoRA modules whose B is zero. The multimodal classes of mlx_lm hold their text
     model as `language_model`.
-
-    Raises:
-        OutputError: a module that is not part of a layer, values that do not fit the dtype.
     """
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
@@ -63,7 +60,7 @@ def write_mlx(contents: Contents, folder: Path) -> None:
 
 
 def _key(module: str) -> str:
-    """Return the name inside its layer, by which MLX chooses modules."""
+    """Return the name inside its layer."""
     match = _IN_LAYER.match(module)
     if match is None:
         msg = f"module {module!r} is not part of a layer (model.layers.N), which MLX requires"

@@ -19,9 +19,8 @@ Source: peft 0.21, utils/transformers_weight_conversion.py, with transformers 5.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from jcrosslora.checkpoint.wrapped import text_module_name
 
@@ -54,12 +53,10 @@ SINGLE_EXPERT = re.compile(_BLOCK + r"experts\.(\d+)\.(gate_proj|up_proj|down_pr
 _ROUTER = re.compile(_BLOCK + r"(?:gate|gate\.wg|router|router\.(?:layer|proj))$")
 
 
-@dataclass(frozen=True)
-class TensorName:
+class TensorName(NamedTuple):
     """The meaning of one tensor name.
 
     Attributes:
-        key: the name in the file.
         kind: "A" or "B" for a LoRA factor; "embedding", "lora_bias", "dora", "kasa", "latent" (LoRA-XS), "tokens",
             "copy" (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's); else the name
             of the part in the file, such as "hada_w1_a".
@@ -76,10 +73,8 @@ def parse_tensor_name(key: str) -> TensorName:
     if shared := _SHARED.match(key):
         return TensorName(key, shared[1], "")
     name = key.removeprefix(PREFIX)
-    if other := _OTHER.match(name):
+    if other := _OTHER.match(name) or _FACTOR.match(name):
         return TensorName(key, other[2], other[1])
-    if factor := _FACTOR.match(name):
-        return TensorName(key, factor[2], factor[1])
     for kind, pattern in _PARTS:
         if match := pattern.match(name):
             return TensorName(key, kind, match[1])
@@ -116,11 +111,9 @@ def ending(module: str) -> str:
 
 
 # Families of bases with dense layers or shared experts.
-_TAKEN = frozenset(
-    {
-        *("cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hunyuan_v1_moe"),
-        *("qwen3_moe", "qwen3_next"),
-    }
+_TAKEN = (
+    *("cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe", "glm4_moe", "hunyuan_v1_moe"),
+    *("qwen3_moe", "qwen3_next"),
 )
 _TARGETS = ("gate_proj", "up_proj", "down_proj")
 
@@ -139,9 +132,8 @@ def is_by_weight(config: Mapping[str, Any], module: str) -> bool:
 
 def by_weight(modules: Iterable[str], family: str | None, config: Mapping[str, Any]) -> frozenset[str]:
     """Return the linear modules whose weights peft wants named, by the family of the base or else by `config`."""
-    if family is None:
-        return frozenset(name for name in modules if is_by_weight(config, name))
-    return frozenset(name for name in modules if is_taken(family, name))
+    wanted = partial(is_by_weight, config) if family is None else partial(is_taken, family)
+    return frozenset(filter(wanted, modules))
 
 
 def matching_key(keys: Iterable[str], module: str) -> str | None:
@@ -173,12 +165,12 @@ def pattern_name(config: Mapping[str, Any], module: str) -> str:
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
-    """Return the rank that the configuration gives to a module (name without the PEFT prefix)."""
+    """Return the rank that the configuration gives to a module, named without the PEFT prefix."""
     return _pattern_value(config, "rank_pattern", "r", module)
 
 
 def module_alpha(config: Mapping[str, Any], module: str, default: str = "lora_alpha") -> float:
-    """Return the alpha that the configuration gives to a module (name without the PEFT prefix)."""
+    """Return the alpha that the configuration gives to a module, named without the PEFT prefix."""
     return _pattern_value(config, "alpha_pattern", default, module)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
 
 
 def _check_parameters(contents: Contents) -> None:
-    """Refuse what peft does not load for parameters: the magnitudes of a DoRA, and the tokens of an aLoRA."""
+    """Refuse what peft does not load for parameters."""
     named = sorted({*contents.by_weight, *(update.name for update in contents.adapter.experts)}, key=natural_key)
     if not named or (contents.magnitudes is None and contents.adapter.info.invocation is None):
         return
@@ -143,9 +143,7 @@ def adapter_from_peft(
         msg = f"the model has no adapter {name!r}; it has {', '.join(configs) or 'none'}"
         raise AdapterError(msg)
     # As peft writes it: enumerations become strings and sets become lists.
-    stated = json.dumps(
-        configs[name].to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
+    stated = json.dumps(configs[name].to_dict(), default=lambda it: sorted(it) if isinstance(it, Set) else str(it))
     config = json.loads(stated)
     # Copies of base weights are not needed, and to look for resized embeddings peft would ask the hub.
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

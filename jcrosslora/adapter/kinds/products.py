@@ -124,7 +124,7 @@ _TEMPERATURE = 0.05
 
 def _check_adalora(config: Config, where: str) -> None:
     if "init_r" in config:
-        check_value(config, where, "init_r", keys.is_rank, "a whole number of 1 or more")
+        keys.check_rank(config, where, "init_r")
     if config.get("lora_alpha", _ALPHA) != 0:  # zero or less means the rank here
         check_value({"lora_alpha": _ALPHA, **config}, where, "lora_alpha", keys.is_alpha, "a number")
     check_targets(config, where)

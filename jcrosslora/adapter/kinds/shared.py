@@ -21,12 +21,13 @@ Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.config import Config, check_rank, check_seed, check_targets, check_value, is_rank
+from jcrosslora.adapter.config import Config, check_rank, check_targets, check_value
 from jcrosslora.adapter.kinds.kind import INTEGERS, LARGEST, AdapterFile, Kind, Update, each_module
 from jcrosslora.adapter.names import is_matchable
 from jcrosslora.checkpoint.base import BaseModel
@@ -35,12 +36,16 @@ from jcrosslora.errors import AdapterError
 _HEAD = "lm_head"
 _TOP = 2  # peft's default of topk
 _SEED, _LENGTH = 42, 256  # peft's defaults of proj_seed and theta_d_length
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+Factors = Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 
-def _check_vera(config: Config, where: str) -> None:
+def _check(config: Config, where: str, seed: str = "") -> None:
     check_rank(config, where)
     check_targets(config, where)
-    check_seed(config, where, "projection_prng_key")
+    if seed in config:
+        check_value(config, where, seed, lambda value: type(value) is int and value >= 0, "a seed")
 
 
 def _read_vera(file: AdapterFile) -> Iterator[tuple[str, Update]]:
@@ -92,13 +97,18 @@ def _torch_kaiming(draw: np.random.RandomState, rows: int, columns: int) -> np.n
     return (unit * width + low).reshape(rows, columns)
 
 
-VERA = Kind(name="VeRA", peft_type="VERA", formula="diag(b) B diag(d) A", read=_read_vera, check=_check_vera)
+VERA = Kind(
+    name="VeRA",
+    peft_type="VERA",
+    formula="diag(b) B diag(d) A",
+    read=_read_vera,
+    check=partial(_check, seed="projection_prng_key"),
+)
 
 
 def _check_vblora(config: Config, where: str) -> None:
-    check_rank(config, where)
-    check_targets(config, where)
-    check_value({"topk": _TOP, **config}, where, "topk", is_rank, "a whole number of 1 or more")
+    _check(config, where)
+    check_rank({"topk": _TOP, **config}, where, "topk")
 
 
 def _read_vblora(file: AdapterFile, module: str) -> Update:
@@ -144,15 +154,6 @@ VBLORA = Kind(
     read=each_module(_read_vblora),
     check=_check_vblora,
 )
-
-
-Factors = Iterator[tuple[str, np.ndarray, np.ndarray]]
-
-
-def _check_unilora(config: Config, where: str) -> None:
-    check_rank(config, where)
-    check_targets(config, where)
-    check_seed(config, where, "proj_seed")
 
 
 def _read_unilora(file: AdapterFile) -> Iterator[tuple[str, Update]]:
@@ -215,10 +216,8 @@ UNILORA = Kind(
     peft_type="UNILORA",
     formula="B A of the numbers of one vector",
     read=_read_unilora,
-    check=_check_unilora,
+    check=partial(_check, seed="proj_seed"),
 )
-
-_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def _targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> dict[str, tuple[int, int]]:
