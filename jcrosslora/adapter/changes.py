@@ -3,10 +3,9 @@
 V tokens, D the width of the residual stream, n the tokens whose rows change.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import flax.struct
@@ -77,7 +76,7 @@ def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T
     """
 
     def register(cls: type[T]) -> type[T]:
-        names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        names = [one.name for one in fields(cls)]  # type: ignore[arg-type]
         static = [name for name in names if name not in {*arrays, *account}]
 
         def flatten(change: T) -> tuple[tuple, Static]:
@@ -246,7 +245,7 @@ def low_rank_rows(
     """Change rows of tokens `ids` (m,) by factors a (K, D), b (m, K), without the rows that they leave unchanged."""
     b = np.asarray(factors.b)
     changes = b.any(axis=1)
-    factors = dataclasses.replace(factors, b=b[changes])
+    factors = replace(factors, b=b[changes])
     return TokenUpdate(table, kind, size, ids[changes], factors, energy=update_norm(factors) ** 2, lost=lost)
 
 
@@ -275,7 +274,7 @@ def complete_rows(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[Toke
     """
     if base.tied and len(updates) == 2 and updates[0].same_change(updates[1]):
         first = min(updates, key=lambda update: update.table != EMBEDDING)
-        updates = [dataclasses.replace(first, table=TIED)]
+        updates = [replace(first, table=TIED)]
     return tuple(_completed(update, base) for update in updates)
 
 
@@ -287,4 +286,4 @@ def _completed(update: TokenUpdate, base: BaseModel) -> TokenUpdate:
     every = np.arange(update.size)
     rows = base.rows(f"{update.modules[0]}.weight", every)
     rows[update.ids] = update.rows
-    return dataclasses.replace(update, ids=every, rows=rows)
+    return replace(update, ids=every, rows=rows)

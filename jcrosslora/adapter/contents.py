@@ -35,7 +35,6 @@ class Stored:
 
     Attributes:
         path: of the weights file; for tensors in memory a name for messages.
-        config: `adapter_config.json`.
         entries: dtype and shape of each tensor.
         array: returns the tensor of a name; raises CheckpointError if it cannot be read.
         sha256: returns the hex digest of the contents.
@@ -114,15 +113,8 @@ def file_factors(
     The scale is folded into b. In float16 a power of two, which is exact, is moved between a and b until their largest
     entries are of one size, so that neither overflows while the other has room.
 
-    Args:
-        name: the module, for messages.
-        rank: pad with zero rows of a and zero columns of b up to this rank, which changes no product.
-
-    Returns:
-        a (rank, I) and b (O, rank), C-contiguous.
-
-    Raises:
-        OutputError: the shapes do not fit together, or the values are not finite or do not fit the dtype.
+    They are a (rank, I) and b (O, rank), C-contiguous, padded with zeros up to `rank`, which changes no product. An
+    OutputError names the module if shapes do not fit together, or values are not finite or do not fit the dtype.
     """
     a, b = np.shape(factors.a), np.shape(factors.b)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
@@ -149,11 +141,7 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
-    """Cast floats of any size to the dtype of a file; `name` is the module, for messages.
-
-    Raises:
-        OutputError: values that are not finite or do not fit the dtype.
-    """
+    """Cast floats of any size to the dtype of a file, which they must fit; `name` is the module, for messages."""
     if not np.isfinite(matrix).all():
         msg = f"module {name!r} holds NaN or infinite values: nothing was written; check where they come from"
         raise OutputError(msg)
@@ -193,7 +181,6 @@ class Contents:
         prefix: of the names that the base's class gives to modules, see `class_module_name`.
         by_weight: the modules that peft adapts if their weights are named, see `names.by_weight`.
         exclude: modules of the base that have the ending of one of the others, but no update.
-        metadata: provenance.
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
     """

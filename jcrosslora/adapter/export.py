@@ -1,6 +1,5 @@
 """Write an adapter again for the same base: in another profile, at other ranks, or the sum of several adapters."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ import numpy as np
 
 from jcrosslora.adapter.combining import add_adapters
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.fused import fit_to_base, fuse
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
-from jcrosslora.adapter.lora_xs import Frozen, frozen_factors, project, span_rank
+from jcrosslora.adapter.lora_xs import Frozen, span_rank, truncate_for_profile
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
-from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
+from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import local_names, publish
@@ -65,8 +64,7 @@ class Exported:
     """The result of an export.
 
     Attributes:
-        adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
-        truncation: None if none was asked for.
+        adapter: as written, with fused modules split; only s B A of a DoRA that was kept.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
         frozen: the frozen factors of profile lora-xs.
@@ -130,19 +128,12 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     check_holds(settings.profile, total)
-    # Parts of a fused matrix are written as one update, so they are truncated as one.
-    total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
     total = for_profile(total, settings.profile)
     sources = tuple(adapter.info for adapter in adapters)
     if not total.modules:  # changes of the embedding and the head have no rank to truncate
         return Exported(total, None, sources)
-    if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
-        assert base is not None  # checked by `check_profile`
-        frozen = frozen_factors(base, total.modules, rank)
-        return Exported(*project(total, frozen, rank), sources, frozen=frozen)
-    if settings.out_rank is not None:
-        return Exported(*truncate_by_rule(total, settings.out_rank), sources)
-    return Exported(total, None, sources)
+    total, truncation, frozen = truncate_for_profile(total, base, settings.profile, settings.out_rank)
+    return Exported(total, truncation, sources, frozen=frozen)
 
 
 def _check_kept(settings: ExportSettings) -> None:

@@ -7,11 +7,10 @@ has rows of q and k reordered, and the rows of lora_b with them.
 Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
-import dataclasses
 import importlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -235,7 +234,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         if stored is None:
             msg = f"module {name!r} has no tensor in a GGUF of architecture {arch!r}: write it in another profile"
             raise OutputError(msg)
-        scaled = dataclasses.replace(factors, scale=factors.scale * factors.rank / alpha)
+        scaled = replace(factors, scale=factors.scale * factors.rank / alpha)
         a, b = file_factors(name, scaled, contents.dtype)
         b = _permuted(name, b, heads) if permutes_heads(arch) else b
         for side, array in (("a", a), ("b", b)):

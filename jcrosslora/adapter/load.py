@@ -95,7 +95,6 @@ def from_pytree(tree: Mapping[Any, Any], name: str = "memory") -> Adapter:
     Args:
         tree: numpy, JAX or torch arrays, or an `nnx.State`. Every mapping with keys "a" and "b", and perhaps "scale"
             (1 if absent), is the update of a module; the keys that lead to it, joined by dots, are its name.
-        name: for `info.name`.
     """
     modules = {text_module_name(module): _factors(module, parts) for module, parts in _updates(tree, ())}
     if not modules:
@@ -151,8 +150,6 @@ def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str |
     Its modules are checked against the base. A DoRA that was initialised as PiSSA or OLoRA needs one, because its B A
     was taken out of the weights.
 
-    Raises:
-        AdapterError: not a DoRA, damaged, or not of this base.
     """
     file = open_adapter(ref, base, revision=revision)
     if file.kind is not DORA:

@@ -121,33 +121,32 @@ def span_rank(profile: str, rule: RankRule | None) -> int | None:
 
 def truncate_for_profile(
     adapter: Adapter,
-    base: BaseModel,
+    base: BaseModel | None,
     profile: str,
     rule: RankRule | None,
     norms: Mapping[str, float] | None = None,
     known: Known | None = None,
 ) -> tuple[Adapter, Truncation | None, Frozen | None]:
-    """Cut a moved update as its file format and the requested rank want it.
+    """Cut an update, with fused matrices split, as its file format and the requested rank want it.
 
     In profile lora-xs norms are not restored under any calibration: scaling the parts of a fused matrix separately
-    would leave the span.
+    would leave the span. See `truncate_fused` for `norms`, and `frozen_factors` for `known`.
 
     Args:
-        adapter: of the target, with fused matrices split.
+        base: that the update is for; profile lora-xs needs it.
         rule: the requested rank; None leaves the ranks of other formats.
-        norms: see `truncate_fused`.
-        known: see `frozen_factors`.
 
     Returns:
         The update, the account of what was cut, and the frozen factors of LoRA-XS; None where there are none.
     """
     rank = span_rank(profile, rule)
     if rank is not None:
+        assert base is not None  # refused by `check_profile`
         frozen = frozen_factors(base, adapter.modules, rank, known)
         return *reduce_fused(adapter, base.fused, lambda whole: project(whole, frozen, rank)), frozen
     if rule is None:
         return adapter, None, None
-    return *truncate_fused(adapter, base.fused, rule, norms), None
+    return *truncate_fused(adapter, {} if base is None else base.fused, rule, norms), None
 
 
 def frozen_factors(

@@ -24,9 +24,7 @@ from jcrosslora.errors import AdapterError, OutputError
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
-    linear = dataclasses.replace(contents.adapter, tokens=(), replaced=(), experts=())
-    tensors, config = peft_state(dataclasses.replace(contents, adapter=linear), contents.rank)
-    write_peft_files(folder, tensors, config, contents.metadata)
+    write_peft_files(folder, *peft_state(contents, contents.rank), contents.metadata)
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
@@ -154,7 +152,6 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     """Load an adapter into a live model, in float32, and make it the active one.
 
     Args:
-        adapter: at least one module.
         model: of transformers, whose linear layers are wrapped in place; or a `peft.PeftModel`, which gets one more
             adapter.
         adapter_name: a name that the model does not have yet.

@@ -65,7 +65,6 @@ def open_state_dict(
 
     Args:
         tensors: numpy, JAX or torch arrays by the names that PEFT gives them in a file.
-        config: its `adapter_config.json`.
         name: stands in messages in place of a path.
 
     Raises:

@@ -1,9 +1,8 @@
 """Write a LoRA adapter in one of several profiles, atomically; and say what each profile can hold."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -79,7 +78,6 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
     """Refuse a profile that cannot be written for a base, before any work is done.
 
     Args:
-        profile: see `save_adapter`.
         family: of the base, None if it is not known.
         heads: (query heads, key heads) of the base, None if they are not known.
         dora: whether a DoRA is written with its magnitudes.
@@ -117,7 +115,6 @@ def save_adapter(
     Args:
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
-        out: the folder to make.
         base: what it is for; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
             its modules that have the ending of a written one but no update go into `exclude_modules`, or PEFT would
             expect tensors for them; the header of the weights file names it by its digest, if that is known. None
@@ -149,8 +146,8 @@ def save_adapter(
     check_holds(profile, adapter)
     _check_settings(dtype, documents or {}, metadata or {})
     modules = fuse(adapter.modules, fused)
-    # peft wants a LoRA of something.
     held = for_profile(adapter, profile)
+    # peft wants a LoRA of something.
     if not modules and not held.experts and not any(one.factors is not None for one in held.tokens):
         left = "; ".join(held.info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
@@ -163,7 +160,7 @@ def save_adapter(
         target[TARGET] = json.dumps(named)
     modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
     contents = Contents(
-        dataclasses.replace(adapter, modules=modules),
+        replace(held, modules=modules),
         dtype=dtype,
         base=base,
         base_name=public_name(base_name or (adapter.info.base_name if base is None else base.name)),

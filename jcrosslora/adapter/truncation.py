@@ -1,9 +1,8 @@
 """Truncate the updates of an adapter to a lower rank."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeVar
 
 import jax
@@ -31,7 +30,6 @@ class Truncation:
     Attributes:
         kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is kept.
         least: the module that kept the smallest share of its own energy.
-        least_kept: that share.
         shares: the share that each module kept.
     """
 
@@ -113,7 +111,7 @@ def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
     before = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
     after = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
     record = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, before, after)
-    return dataclasses.replace(adapter, modules=modules), record
+    return replace(adapter, modules=modules), record
 
 
 def truncate_fused(
@@ -127,7 +125,7 @@ def truncate_fused(
     if norms is None:
         return adapter, account
     modules = {name: _rescaled(item, norms.get(name)) for name, item in adapter.modules.items()}
-    return dataclasses.replace(adapter, modules=modules), account
+    return replace(adapter, modules=modules), account
 
 
 def reduce_fused(
@@ -139,7 +137,7 @@ def reduce_fused(
     """
     whole, account = reduce(Adapter(fuse(adapter.modules, fused), adapter.info))
     parts = split_fused(whole, fused).modules
-    return dataclasses.replace(adapter, modules={name: parts[name] for name in adapter.modules}), account
+    return replace(adapter, modules={name: parts[name] for name in adapter.modules}), account
 
 
 def _rescaled(factors: LoRAFactors, norm: float | None) -> LoRAFactors:

@@ -21,7 +21,6 @@ class EngineVerdict:
     """What to expect of one engine.
 
     Attributes:
-        engine: its name.
         reads: whether it loads the adapter and computes the update that was trained.
         reasons: why not; empty if it does.
         notes: what else the user has to do or know.

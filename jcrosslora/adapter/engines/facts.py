@@ -22,10 +22,9 @@ class AdapterFacts:
         shapes: tensor name to shape; empty if the weights are a pickle.
         tensors: the same names, parsed; empty for MLX.
         pickle: whether the weights are `adapter_model.bin`.
-        form: the format of the files.
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
         tied: whether the base's output head is its embedding, None if it is not known.
-        base: the base that it is for, if it was given.
+        base: that it is for, if it was given.
         faults: errors in the numbers of the configuration or in the shapes, for any engine.
     """
 

@@ -47,14 +47,6 @@ _OLLAMA_FAMILIES = ("llama", "gemma2")
 _OLLAMA_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _mixers(facts: AdapterFacts) -> list[str]:
-    return [module for module in facts.factors("A") if any(part in module for part in _MIXERS)]
-
-
-def _without_prefix(facts: AdapterFacts) -> list[str]:
-    return [key for key in facts.shapes if not key.startswith("base_model.")]
-
-
 def _variants_of_parameters(facts: AdapterFacts) -> list[str]:
     named = facts.config.get("target_parameters")
     return [kind for kind in (DORA, ALORA) if named and is_variant(facts.config, kind)]
@@ -63,10 +55,6 @@ def _variants_of_parameters(facts: AdapterFacts) -> list[str]:
 def _changing_init(facts: AdapterFacts) -> list[str]:
     init = str(facts.config.get("init_lora_weights")).lower()
     return [init] if init.startswith(("pissa", "olora", "corda", "loftq")) else []
-
-
-def _missing_keys(facts: AdapterFacts) -> list[str]:
-    return [key for key in ("r", "lora_alpha", "target_modules") if facts.config.get(key) in (None, "")]
 
 
 def _named_by_module(facts: AdapterFacts) -> list[str]:
@@ -162,18 +150,6 @@ def _same_architecture(facts: AdapterFacts) -> str | None:
     return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted}"
 
 
-def _other_family(facts: AdapterFacts) -> list[str]:
-    return [facts.family] if facts.family not in (None, *_OLLAMA_FAMILIES) else []
-
-
-def _wide_ranks(facts: AdapterFacts) -> list[str]:
-    return [module for module, shape in facts.factors("A").items() if len(shape) == 2 and shape[0] >= shape[1]]
-
-
-def _is_whole(alpha: object) -> bool:
-    return isinstance(alpha, int) and 0 <= alpha < 2**32
-
-
 # Loaders ignore tensors between lora_A and lora_B without an error in files of these two kinds.
 _BETWEEN = no_tensor(
     lambda tensor: tensor.kind in ("latent", "lora_gate"),
@@ -184,7 +160,10 @@ _PICKLE = when(
     "the weights are a pickle (adapter_model.bin); their names and shapes were not checked",
 )
 # For engines whose support of modules other than those of attention and MLP was not tested.
-_MIXER = found(_mixers, "whether it applies an update of {0} was not tested: compare its answers")
+_MIXER = found(
+    lambda facts: [module for module in facts.factors("A") if any(part in module for part in _MIXERS)],
+    "whether it applies an update of {0} was not tested: compare its answers",
+)
 _HEAD = when(
     lambda facts: facts.tied is None and _has_head(facts),
     "the LoRA of the output head is refused if the base ties that to its embedding",
@@ -209,7 +188,10 @@ _OLLAMA_BASES = " and ".join(_OLLAMA_FAMILIES)
 
 _PEFT_RULES = (
     no_value("peft_type", lambda stated: str(stated or "").upper() not in KNOWN_TYPES, "peft_type {0!r} is not known"),
-    found(_without_prefix, f"tensor names must start with {PREFIX!r}, {{0!r}} does not"),
+    found(
+        lambda facts: [key for key in facts.shapes if not key.startswith("base_model.")],
+        f"tensor names must start with {PREFIX!r}, {{0!r}} does not",
+    ),
     _BETWEEN,
     when(
         lambda facts: is_variant(facts.config, RANDOM_PISSA),
@@ -230,7 +212,10 @@ _PEFT_NOTES = (
 
 _VLLM_RULES = (
     rules.only_plain_lora(),
-    found(_missing_keys, "the configuration lacks {all}"),
+    found(
+        lambda facts: [key for key in ("r", "lora_alpha", "target_modules") if facts.config.get(key) in (None, "")],
+        "the configuration lacks {all}",
+    ),
     no_value("bias", lambda bias: bias and bias != "none", "bias {0!r} is not supported"),
     found(_saved_modules, "modules_to_save {all} is not supported"),
     rules.only_tensors("A", "B", "embedding", skipped=lambda tensor: tensor.key.endswith(_COPIES)),
@@ -294,13 +279,23 @@ _CONVERT = "write it with `jcrosslora export --profile gguf`, or convert it with
 
 _OLLAMA_RULES = (
     rules.only_plain_lora(),
-    found(_other_family, f"it takes adapters of {_OLLAMA_BASES} bases, this is for {{0}}"),
-    no_value("lora_alpha", lambda alpha: not _is_whole(alpha), "lora_alpha {0!r} is not a whole number of 32 bits"),
+    found(
+        lambda facts: [facts.family] if facts.family not in (None, *_OLLAMA_FAMILIES) else [],
+        f"it takes adapters of {_OLLAMA_BASES} bases, this is for {{0}}",
+    ),
+    no_value(
+        "lora_alpha",
+        lambda alpha: not isinstance(alpha, int) or not 0 <= alpha < 2**32,
+        "lora_alpha {0!r} is not a whole number of 32 bits",
+    ),
     no_tensor(
         lambda tensor: tensor.kind not in "AB" or ending(tensor.module) not in _OLLAMA_ROLES,
         f"tensor {{0!r}} is not of {', '.join(_OLLAMA_ROLES)}",
     ),
-    found(_wide_ranks, "the rank of {0} is not below its width, so its tensors would be transposed"),
+    found(
+        lambda facts: [name for name, shape in facts.factors("A").items() if len(shape) == 2 and shape[0] >= shape[1]],
+        "the rank of {0} is not below its width, so its tensors would be transposed",
+    ),
     rules.alpha_over_rank,
 )
 _OLLAMA_NOTES = (

@@ -1,8 +1,7 @@
 """A kind of adapter: how it is recognised, the file that its reader gets, and the updates that it returns."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,21 +29,18 @@ _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "late
 class AdapterFile:
     """An adapter of a known kind with its tensors grouped; its configuration was checked, its updates are not read yet.
 
-    `needs` is in several methods the first half of a sentence on what the base is needed for, such as "DoRA rescales
-    the rows of W + B A".
+    `needs` is in several methods half a sentence on what the base is needed for ("DoRA rescales the rows of W + B A").
 
     Attributes:
-        kind: of adapter.
         origin: the provenance that is known before its tensors are read.
-        stored: its configuration and tensors.
         modules: module, as the file spells it and in natural order, to part (see `parse_tensor_name`) to the tensor's
             name in the file.
         others: the same of the output head, which is not read with them but may determine what all modules share.
         shared: parts that all modules share, to the tensor's name.
         extras: tensors that are not part of the update of a linear layer of the text model, by kind, a key of
             `records.CHANGES`.
-        base: the model that the adapter was trained on, or None.
-        rank: the largest rank to read an update at, or None.
+        base: the model that it was trained on.
+        rank: the largest to read an update at.
     """
 
     kind: "Kind"
@@ -145,7 +141,7 @@ class AdapterFile:
     def info(self, **known: Any) -> AdapterInfo:
         """Return the provenance, with what else is known of the adapter."""
         base_name = self.config.get("base_model_name_or_path")
-        return dataclasses.replace(
+        return replace(
             self.origin,
             base_name=base_name if isinstance(base_name, str) and base_name else None,
             digest=f"sha256:{self.stored.sha256()}",

@@ -2,11 +2,9 @@
 
 VeRA: dW = diag(b) B diag(d) A, with one random B and A for all modules, sliced to the shape of each. If the two were
 not saved (`save_projection` false) they are drawn again, as torch's CPU generator draws them.
-
 Source: VeRA (arXiv 2310.11454), equation 2; peft 0.21, tuners/vera.
 
 VB-LoRA: dW = B A, composed of vectors of length v that mix a few vectors of one bank.
-
 Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 
 Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta over the root of its uses. The
@@ -14,7 +12,6 @@ indices into theta are drawn once: each entry is used equally often, up to one, 
 modules follow in the order of the model, A before B. If a file does not hold the indices they are drawn again. Such a
 file does not name its modules: they are those of the base that the configuration targets, in peft's order, by
 check_target_module_exists in tuners/tuners_utils.py.
-
 Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
 """
 
