@@ -10,6 +10,7 @@ Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,11 +73,9 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
 
 def is_gguf_adapter(path: Path) -> bool:
     """Whether a file is an adapter of llama.cpp and not a model; False if it cannot be read."""
-    try:
-        open_gguf_adapter(path)
-    except AdapterError:
-        return False
-    return True
+    with suppress(AdapterError):
+        return open_gguf_adapter(path) is not None
+    return False
 
 
 def parse_gguf_name(name: str) -> TensorName:
@@ -93,10 +92,6 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
 
     For architectures such as "llama" the heads of the base that it was trained on decide the order of rows if the file
     does not state them, as only files of this package do.
-
-    Raises:
-        AdapterError: not a LoRA, an unknown architecture or another one than the base's, or a tensor that does not
-            belong to a LoRA.
     """
     path, metadata = adapter.file.path, adapter.header.metadata
     if metadata.get(TYPE) != "lora":
@@ -109,11 +104,11 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
         msg = f"{path}: the adapter is for bases of architecture {adapter.arch!r}, {base.name} is of family "
         raise AdapterError(msg + f"{base.family.name}: give the base it was trained on")
     stored = {_name(name, adapter): name for name in adapter.header.tensors}
-    infos = {name: adapter.header.tensors[old] for name, old in stored.items()}
-    entries = {
-        name: Entry(float_type(info.kind, adapter.gguf), info.shape[:: -1 if name.endswith(_TURNED) else 1], info.start)
-        for name, info in infos.items()
-    }
+    entries: dict[str, Entry] = {}
+    for name, old in stored.items():
+        info = adapter.header.tensors[old]
+        shape = info.shape[::-1] if name.endswith(_TURNED) else info.shape
+        entries[name] = Entry(float_type(info.kind, adapter.gguf), shape, info.start)
     heads = _heads(adapter, base)
     config = _config(adapter, entries)
     read = partial(_read, adapter, heads, stored)
@@ -206,8 +201,8 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
 def write_gguf(contents: Contents, folder: Path) -> None:
     """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it."""
     base, tokens = contents.base, contents.adapter.info.invocation
-    given = (None, None) if base is None else (base.family, base.heads, base.has_experts)
-    gguf, arch, heads = check_gguf(*given)
+    family, known, has_experts = (None, None, False) if base is None else (base.family, base.heads, base.has_experts)
+    gguf, arch, heads = check_gguf(family, known, has_experts)
     alpha = float(max(contents.rank, 1))
     kind, file_type = _TYPES[contents.dtype]
     writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)

@@ -68,8 +68,10 @@ def _read_update(
     found: Sequence[TokenUpdate],
 ) -> TokenUpdate:
     base = _given_base(file)
-    is_head = head is not None and change == "head"
-    update = _head(file, base, head) if is_head else _of_tensors(file, base, change, tensors)
+    if head is not None and change == "head":
+        update = _head(file, base, head)
+    else:
+        update = _of_tensors(file, base, change, tensors)
     if any(set(update.modules) & set(other.modules) for other in found):
         msg = f"{update.table} is changed in another way as well"
         raise AdapterError(msg)

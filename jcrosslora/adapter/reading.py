@@ -3,10 +3,10 @@
 What is not such an update is measured, and said in sentences.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,7 @@ _ROUNDING = 1e-6
 def open_adapter(
     ref: str | Path, base: BaseModel | None, *, revision: str | None = None, rank: int | None = None
 ) -> AdapterFile:
-    """Open the files of an adapter; see `load_adapter`.
-
-    Raises:
-        AdapterError: not there, damaged, or of a kind that is refused (named).
-    """
+    """Open the files of an adapter; see `load_adapter`."""
     files = folder.find_adapter(ref, revision)
     identity = cached_identity(files.weights.parent)
     stored = _stored(files, base)
@@ -63,12 +59,7 @@ def open_state_dict(
 ) -> AdapterFile:
     """Open the state dict of a PEFT adapter as if it had been read from files; see `load_adapter`.
 
-    Args:
-        tensors: numpy, JAX or torch arrays by the names that PEFT gives them in a file.
-        name: stands in messages in place of a path.
-
-    Raises:
-        AdapterError: damaged, or of a kind that is refused (named).
+    `tensors` are numpy, JAX or torch arrays by the names that PEFT gives them in a file; `name` is for messages.
     """
     check_type(config, name, TYPES)
     check_names(Path(name), tensors)
@@ -137,18 +128,15 @@ def _refuse_tensors(tensors: Sequence[TensorName], path: Path) -> None:
 
 
 def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
-    """Read all updates; see `load_adapter`.
-
-    Raises:
-        AdapterError: damaged, empty, or of a kind that the base is needed for.
-    """
+    """Read all updates; see `load_adapter`."""
     kind = file.kind
     updates = file.by_text_name((name, update.truncated(file.rank)) for name, update in kind.read(file))
     head = _head(file, updates)
     linear = {name: update for name, update in updates.items() if name != HEAD}
     experts, why_no_experts = read_experts(file, file.extras.get("experts", ()))
     tokens, own, ignored = _other_changes(file, linear, head, experts, why_no_experts, replaced=replaced)
-    experts = _with_shares(experts, linear, tokens)
+    total = math.fsum([*map(_energy, linear.values()), *(update.energy for update in (*tokens, *experts))])
+    experts = tuple(replace(update, share=update.energy / total if total else None) for update in experts)
     held = [*linear, *experts, *([*tokens, *own] if replaced else ())]
     unused = [ignored_sentence(update.kind, update.modules, update.share) for update in tokens]
     file.check_not_empty(held, [*ignored, *unused])
@@ -165,20 +153,12 @@ def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
     return Adapter({name: update.factors for name, update in linear.items()}, info, tokens, own, experts)
 
 
-def _with_shares(
-    experts: Sequence[ExpertUpdate], linear: Mapping[str, Update], tokens: Sequence[TokenUpdate]
-) -> tuple[ExpertUpdate, ...]:
-    """Fill in which share of the adapter each update of experts is."""
-    total = math.fsum([*map(_energy, linear.values()), *(update.energy for update in (*tokens, *experts))])
-    return tuple(dataclasses.replace(update, share=update.energy / total if total else None) for update in experts)
-
-
 def _head(file: AdapterFile, updates: Mapping[str, Update]) -> Update | None:
     """Read the update of the output head; None if there is none, or none that can be read."""
     if not file.others:
         return updates.get(HEAD)  # Of a kind whose file does not name its modules.
     try:
-        found = list(file.kind.read(dataclasses.replace(file, modules=file.others, others=file.modules)))
+        found = list(file.kind.read(replace(file, modules=file.others, others=file.modules)))
     except AdapterError:
         return None
     return found[0][1] if len(found) == 1 else None
@@ -219,8 +199,8 @@ def _other_changes(
     ignored = [
         ignored_sentence(kind, found, share(energies[kind]), reasons.get(kind, "")) for kind, found in unread.items()
     ]
-    moved = tuple(dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens)
-    return moved, tuple(dataclasses.replace(group, share=share(kept[group.kind])) for group in own), ignored
+    moved = tuple(replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens)
+    return moved, tuple(replace(group, share=share(kept[group.kind])) for group in own), ignored
 
 
 def _without(groups: Mapping[str, Sequence[TensorName]], read: set[str]) -> dict[str, list[TensorName]]:
@@ -253,40 +233,25 @@ def _change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) 
     None if it is not known: a tensor that replaces one of the base can only be compared with it if the base is given.
     """
     try:
-        return _ENERGIES[kind](file, tensors) if kind in _ENERGIES else None
+        match kind:
+            case "embedding":
+                return sum(update_norm(read_embedding_factors(file, group)) ** 2 for group in by_module(tensors))
+            case "lora_bias":
+                return sum((_energy_of_bias(file, tensor) for tensor in tensors), 0.0)
+            case "bias" | "full" if file.base is not None:
+                return sum((_energy_of_new(file, file.base, tensor) for tensor in tensors), 0.0)
     # The figure is informative: a damaged tensor that does not move is no reason to refuse the adapter.
     except (JCrossLoRAError, ArithmeticError, KeyError, TypeError, ValueError):
         return None
+    return None
 
 
-def _embedding(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
-    return sum(update_norm(read_embedding_factors(file, group)) ** 2 for group in by_module(tensors))
-
-
-def _lora_bias(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
-    scaled = (file_scale(file.config, one.module) * file.read(one.key, axes=1).astype(np.float64) for one in tensors)
-    return sum(map(_squared, scaled), 0.0)
-
-
-def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
-    """Whole tensors and biases, against those of the base."""
-    if file.base is None:
-        return None
-    total = 0.0
-    for tensor in tensors:
-        new = file.read(tensor.key, axes=len(file.stored.entries[tensor.key].shape))
-        old = file.base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
-        total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
-    return total
-
-
-def _squared(change: np.ndarray) -> float:
+def _energy_of_bias(file: AdapterFile, tensor: TensorName) -> float:
+    change = file_scale(file.config, tensor.module) * file.read(tensor.key, axes=1).astype(np.float64)
     return float(np.sum(change**2))
 
 
-_ENERGIES: Mapping[str, Callable[[AdapterFile, Sequence[TensorName]], float | None]] = {
-    "embedding": _embedding,
-    "lora_bias": _lora_bias,
-    "bias": _replaced,
-    "full": _replaced,
-}
+def _energy_of_new(file: AdapterFile, base: BaseModel, tensor: TensorName) -> float:
+    new = file.read(tensor.key, axes=len(file.stored.entries[tensor.key].shape))
+    old = base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
+    return float(np.sum((new.astype(np.float64) - np.asarray(old).astype(np.float64)) ** 2))
