@@ -61,11 +61,7 @@ def read_tokens(file: AdapterFile, head: Update | None) -> tuple[tuple[TokenUpda
 
 
 def _read_update(
-    file: AdapterFile,
-    change: str,
-    tensors: Sequence[TensorName],
-    head: Update | None,
-    found: Sequence[TokenUpdate],
+    file: AdapterFile, change: str, tensors: Sequence[TensorName], head: Update | None, found: Sequence[TokenUpdate]
 ) -> TokenUpdate:
     base = _given_base(file)
     if head is not None and change == "head":

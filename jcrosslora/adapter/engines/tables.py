@@ -156,16 +156,15 @@ _BETWEEN = no_tensor(
     "only LoRA-XS's or BeamLoRA's own repository reads tensor {0!r}",
 )
 _PICKLE = when(
-    lambda facts: facts.pickle,
-    "the weights are a pickle (adapter_model.bin); their names and shapes were not checked",
+    lambda it: it.pickle, "the weights are a pickle (adapter_model.bin); their names and shapes were not checked"
 )
 # For engines whose support of modules other than those of attention and MLP was not tested.
 _MIXER = found(
-    lambda facts: [module for module in facts.factors("A") if any(part in module for part in _MIXERS)],
+    lambda it: [module for module in it.factors("A") if any(part in module for part in _MIXERS)],
     "whether it applies an update of {0} was not tested: compare its answers",
 )
 _HEAD = when(
-    lambda facts: facts.tied is None and _has_head(facts),
+    lambda it: it.tied is None and _has_head(it),
     "the LoRA of the output head is refused if the base ties that to its embedding",
 )
 _LLAMA_TENSORS = (
@@ -173,7 +172,7 @@ _LLAMA_TENSORS = (
     found(_latents, "it loads the LoRA of {n} modules beside latents and does not add it ({0})"),
     _no_tied_embedding,
     when(
-        lambda facts: facts.tied is True and _has_head(facts),
+        lambda it: it.tied is True and _has_head(it),
         "the LoRA of an output head that the base ties to its embedding is refused",
     ),
 )
@@ -189,12 +188,12 @@ _OLLAMA_BASES = " and ".join(_OLLAMA_FAMILIES)
 _PEFT_RULES = (
     no_value("peft_type", lambda stated: str(stated or "").upper() not in KNOWN_TYPES, "peft_type {0!r} is not known"),
     found(
-        lambda facts: [key for key in facts.shapes if not key.startswith("base_model.")],
+        lambda it: [key for key in it.shapes if not key.startswith("base_model.")],
         f"tensor names must start with {PREFIX!r}, {{0!r}} does not",
     ),
     _BETWEEN,
     when(
-        lambda facts: is_variant(facts.config, RANDOM_PISSA),
+        lambda it: is_variant(it.config, RANDOM_PISSA),
         "it draws the random SVD of pissa_niter_N anew, and so changes the base in another way",
     ),
     found(
@@ -213,14 +212,14 @@ _PEFT_NOTES = (
 _VLLM_RULES = (
     rules.only_plain_lora(),
     found(
-        lambda facts: [key for key in ("r", "lora_alpha", "target_modules") if facts.config.get(key) in (None, "")],
+        lambda it: [key for key in ("r", "lora_alpha", "target_modules") if it.config.get(key) in (None, "")],
         "the configuration lacks {all}",
     ),
     no_value("bias", lambda bias: bias and bias != "none", "bias {0!r} is not supported"),
     found(_saved_modules, "modules_to_save {all} is not supported"),
     rules.only_tensors("A", "B", "embedding", skipped=lambda tensor: tensor.key.endswith(_COPIES)),
     found(
-        lambda facts: [rank for rank in (_largest_rank(facts),) if rank > VLLM_RANKS[-1]],
+        lambda it: [rank for rank in (_largest_rank(it),) if rank > VLLM_RANKS[-1]],
         f"rank {{0}} is above {VLLM_RANKS[-1]}, the largest it takes",
     ),
     rules.same_names(f"language_model.{TEXT}"),  # the name in its own class
@@ -243,7 +242,7 @@ _SGLANG_RULES = (
     _BETWEEN,
     when(rules.overriding_modules, "it refuses ranks or alphas that differ between modules"),
     when(
-        lambda facts: facts.config.get("use_rslora") and facts.config.get("r") != 1,
+        lambda it: it.config.get("use_rslora") and it.config.get("r") != 1,
         "it ignores use_rslora: the update would be sqrt(r) too weak, without an error",
     ),
     rules.same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
@@ -280,7 +279,7 @@ _CONVERT = "write it with `jcrosslora export --profile gguf`, or convert it with
 _OLLAMA_RULES = (
     rules.only_plain_lora(),
     found(
-        lambda facts: [facts.family] if facts.family not in (None, *_OLLAMA_FAMILIES) else [],
+        lambda it: [it.family] if it.family not in (None, *_OLLAMA_FAMILIES) else [],
         f"it takes adapters of {_OLLAMA_BASES} bases, this is for {{0}}",
     ),
     no_value(
@@ -293,17 +292,17 @@ _OLLAMA_RULES = (
         f"tensor {{0!r}} is not of {', '.join(_OLLAMA_ROLES)}",
     ),
     found(
-        lambda facts: [name for name, shape in facts.factors("A").items() if len(shape) == 2 and shape[0] >= shape[1]],
+        lambda it: [name for name, shape in it.factors("A").items() if len(shape) == 2 and shape[0] >= shape[1]],
         "the rank of {0} is not below its width, so its tensors would be transposed",
     ),
     rules.alpha_over_rank,
 )
 _OLLAMA_NOTES = (
     _PICKLE,
-    when(lambda facts: facts.family is None, f"only for {_OLLAMA_BASES} bases; the family of this base was not given"),
+    when(lambda it: it.family is None, f"only for {_OLLAMA_BASES} bases; the family of this base was not given"),
 )
 _ALWAYS_ACTIVE = when(
-    lambda facts: INVOCATION in facts.config,
+    lambda it: INVOCATION in it.config,
     "it does not know the invocation tokens (aLoRA): the adapter would always be active",
 )
 _OWN_ENGINE = "not for bases that its own engine runs, which knows no adapters (loras are not yet implemented)"
@@ -314,13 +313,7 @@ ENGINES: Mapping[str, Mapping[Form, tuple[Rules, Rules]]] = {
     "PEFT": {"PEFT": (_PEFT_RULES, _PEFT_NOTES)},
     "vLLM": {"PEFT": (_VLLM_RULES, _VLLM_NOTES)},
     "SGLang": {"PEFT": (_SGLANG_RULES, _SGLANG_NOTES)},
-    "llama.cpp": {
-        "PEFT": (_LLAMA_RULES, (_PICKLE, lambda _: _CONVERT, _HEAD, _MIXER)),
-        "GGUF": (_GGUF, (_HEAD,)),
-    },
+    "llama.cpp": {"PEFT": (_LLAMA_RULES, (_PICKLE, lambda _: _CONVERT, _HEAD, _MIXER)), "GGUF": (_GGUF, (_HEAD,))},
     "MLX": {"MLX": (_MLX_RULES, (_MIXER,))},
-    "Ollama": {
-        "PEFT": (_OLLAMA_RULES, _OLLAMA_NOTES),
-        "GGUF": ((*_GGUF, _ALWAYS_ACTIVE), (lambda _: _OWN_ENGINE,)),
-    },
+    "Ollama": {"PEFT": (_OLLAMA_RULES, _OLLAMA_NOTES), "GGUF": ((*_GGUF, _ALWAYS_ACTIVE), (lambda _: _OWN_ENGINE,))},
 }

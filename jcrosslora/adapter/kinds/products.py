@@ -88,11 +88,7 @@ def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> 
     return LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
 
 
-PLAIN = Kind(
-    name="LoRA",
-    formula="s B A",
-    read=each_module(lambda file, module: Update(read_factors(file, module))),
-)
+PLAIN = Kind(name="LoRA", formula="s B A", read=each_module(lambda file, module: Update(read_factors(file, module))))
 
 
 def invocation_of(config: Config) -> tuple[int, ...] | None:
@@ -182,10 +178,7 @@ BEAM = Kind(
     remark=f"its temperature is not in the file, its repository's default of {_TEMPERATURE} was taken",
 )
 LORA_XS = Kind(
-    name="LoRA-XS",
-    formula="s B R A",
-    read=each_module(_read_lora_xs),
-    applies=lambda _, parts: "latent" in parts,
+    name="LoRA-XS", formula="s B R A", read=each_module(_read_lora_xs), applies=lambda _, parts: "latent" in parts
 )
 
 
