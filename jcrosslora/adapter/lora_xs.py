@@ -185,7 +185,7 @@ def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
     return LoRAFactors(a=np.ascontiguousarray(a), b=np.pad(u, ((0, 0), (0, rank - top))))
 
 
-def project(adapter: Adapter, frozen: Frozen, rank: int) -> tuple[Adapter, SpanTruncation]:
+def project(adapter: Adapter, frozen: Frozen, rank: int) -> tuple[Adapter, Truncation]:
     """Project every update, at least one, into the span of the factors from `frozen_factors` of rank K.
 
     Returns:

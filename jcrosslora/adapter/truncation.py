@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import recompress
 
-A = TypeVar("A", bound=Adapter)
 RankRule = int | float | Literal["auto"]
 
 AUTO: Literal["auto"] = "auto"
@@ -64,9 +63,6 @@ class Truncation:
         return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
-AnyTruncation = TypeVar("AnyTruncation", bound=Truncation)
-
-
 def check_rule(rule: RankRule) -> None:
     """Refuse with a UsageError what is no whole number of 1 or more, no share above 0 and up to 1, and not "auto"."""
     number = not isinstance(rule, bool) and isinstance(rule, int | float)
@@ -75,18 +71,13 @@ def check_rule(rule: RankRule) -> None:
         raise UsageError(msg + f"or {AUTO}")
 
 
-def truncate_to_rounding(adapter: A, rule: RankRule | None = None) -> A:
-    """Truncate every update as `truncate_by_rule` does; an adapter without modules stays as it is.
-
-    None truncates to the short side of each module, which loses nothing.
-    """
-    if not adapter.modules:
-        return adapter
-    longest = max(side for item in adapter.modules.values() for side in item.shape)
-    return truncate_by_rule(adapter, longest if rule is None else rule)[0]
+def truncate_to_rounding(adapter: Adapter) -> Adapter:
+    """Truncate every update to the short side of its module, which loses nothing."""
+    longest = max((side for item in adapter.modules.values() for side in item.shape), default=0)
+    return truncate_by_rule(adapter, longest)[0] if longest else adapter
 
 
-def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
+def truncate_by_rule(adapter: Adapter, rule: RankRule) -> tuple[Adapter, Truncation]:
     """Truncate every update to its best approximation of a lower rank in the Frobenius norm (Eckart-Young).
 
     The product of the factors is never formed: QR of both and the SVD of a small core give its singular values.
@@ -129,8 +120,8 @@ def truncate_fused(
 
 
 def reduce_fused(
-    adapter: Adapter, fused: Layout, reduce: Callable[[Adapter], tuple[Adapter, AnyTruncation]]
-) -> tuple[Adapter, AnyTruncation]:
+    adapter: Adapter, fused: Layout, reduce: Callable[[Adapter], tuple[Adapter, Truncation]]
+) -> tuple[Adapter, Truncation]:
     """Apply `reduce` to an adapter of the modules that the base stores.
 
     Parts of a fused matrix are written as one update of it: reduced on their own, they would have a rank for each.
