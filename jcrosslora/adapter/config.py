@@ -10,7 +10,7 @@ from jcrosslora.errors import AdapterError
 Config = Mapping[str, Any]
 
 # The keys that peft 0.21 writes for the kinds that are read; others are reported by name.
-_KEYS_OF_LORA = (
+_KNOWN_KEYS = {
     *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias"),
     *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
     *("init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform"),
@@ -18,16 +18,13 @@ _KEYS_OF_LORA = (
     *("megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size"),
     *("r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type"),
     *("trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config"),
-)
-_KEYS_OF_OTHERS = (
     *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
     *("d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout", "use_beamlora"),
     *("init_logits_std", "init_vector_bank_bound", "num_vectors", "save_only_topk_weights", "topk"),
     *("vblora_dropout", "vector_length", "decompose_both", "decompose_factor"),
     *("alpha", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"),
     *("init_theta_d_bound", "proj_seed", "save_indices", "theta_d_length", "unilora_dropout"),
-)
-_KNOWN_KEYS = frozenset(_KEYS_OF_LORA + _KEYS_OF_OTHERS)
+}
 
 _CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
 _MERGE = (

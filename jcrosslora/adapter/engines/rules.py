@@ -88,14 +88,12 @@ def overriding_modules(facts: AdapterFacts) -> list[str]:
 
 
 _SILENT = "and would do nothing, without an error"
-_MLX_PREFIX = f"language_model.{TEXT}"
 
 
 def same_names(*also: str) -> Rule:
     """Make the rule that every module has a name that the base's class gives to one in transformers 5.
 
-    Modules outside the text model, and those of experts, are not judged. Without a base the rule holds. `also` are
-    further prefixes that the engine takes from a multimodal class.
+    `also` are further prefixes that the engine takes from a multimodal class.
     """
 
     def rule(facts: AdapterFacts) -> str | None:
@@ -103,7 +101,7 @@ def same_names(*also: str) -> Rule:
         if base is None:
             return None
         known = _class_names(base, base.prefix, *(also if base.wrapper is not None else ()))
-        return _missing(_named(facts), known.__contains__, base, _SILENT, base.prefix)
+        return _missing(facts, base, known.__contains__, _SILENT, base.prefix)
 
     return rule
 
@@ -115,7 +113,7 @@ def same_modules(end: str) -> Rule:
         if facts.base is None:
             return None
         known = _modules(facts.base)
-        return _missing(_named(facts), lambda name: text_module_name(name) in known, facts.base, end)
+        return _missing(facts, facts.base, lambda name: text_module_name(name) in known, end)
 
     return rule
 
@@ -125,13 +123,12 @@ def same_mlx_names(facts: AdapterFacts) -> str | None:
     base = facts.base
     if base is None or facts.config.get("fine_tune_type") == "full":
         return None
-    prefix = TEXT if base.wrapper is None else _MLX_PREFIX
-    named = dict.fromkeys(key.rpartition(".")[0] for key in facts.shapes)
-    return _missing(named, _class_names(base, prefix).__contains__, base, _SILENT, prefix, options=" --profile mlx")
+    prefix = TEXT if base.wrapper is None else f"language_model.{TEXT}"
+    return _missing(facts, base, _class_names(base, prefix).__contains__, _SILENT, prefix)
 
 
 def same_gguf_names(facts: AdapterFacts) -> str | None:
-    """Judge the names in a GGUF, in which one tensor holds all experts of a layer."""
+    """Judge the names in a GGUF."""
     base, arch = facts.base, facts.config.get("general.architecture")
     if base is None or arch not in ARCHITECTURES:
         return None
@@ -141,12 +138,7 @@ def same_gguf_names(facts: AdapterFacts) -> str | None:
         name = hf_name(tensor, arch)
         return name is not None and name.rpartition(".")[0] in known
 
-    tensors = (tensor.module for tensor in facts.tensors if not tensor.module.endswith("_exps.weight"))
-    return _missing(dict.fromkeys(tensors), knows, base, "which is refused")
-
-
-def _named(facts: AdapterFacts) -> Iterable[str]:
-    return dict.fromkeys(tensor.module for tensor in facts.tensors if tensor.module)
+    return _missing(facts, base, knows, "which is refused")
 
 
 def _modules(base: BaseModel) -> set[str]:
@@ -157,24 +149,25 @@ def _class_names(base: BaseModel, *prefixes: str) -> set[str]:
     return {class_module_name(name, prefix) for name in _modules(base) for prefix in prefixes}
 
 
-def _missing(
-    named: Iterable[str],
-    knows: Callable[[str], bool],
-    base: BaseModel,
-    end: str,
-    prefix: str | None = None,
-    *,
-    options: str = "",
-) -> str | None:
-    """Say which modules of those named an engine does not find in the base, and what follows from that (`end`).
+def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
+    """Return the modules that a file names, without those outside the text model and of experts."""
+    named = (key.rpartition(".")[0] for key in facts.shapes)
+    if facts.form != "MLX":
+        named = (tensor.module for tensor in facts.tensors)
+    judged = [name for name in dict.fromkeys(named) if name and not is_other_part(name)]
+    # In a GGUF one tensor holds all experts of a layer.
+    judged = [name for name in judged if facts.form != "GGUF" or not name.endswith("_exps.weight")]
+    return [name for name in judged if not (base.has_experts and (is_of_experts(name) or is_router(name)))]
 
-    Args:
-        knows: whether the engine finds a module of a name.
-        prefix: of the base's modules in the engine, None if that does not matter.
-        options: of the command that writes the adapter again.
+
+def _missing(
+    facts: AdapterFacts, base: BaseModel, knows: Callable[[str], bool], end: str, prefix: str | None = None
+) -> str | None:
+    """Say which modules of a file an engine does not find by the names it knows, and what follows from that (`end`).
+
+    `prefix` is that of the base's modules in the engine, None if that does not matter.
     """
-    judged = [name for name in named if not is_other_part(name)]
-    judged = [name for name in judged if not (base.has_experts and (is_of_experts(name) or is_router(name)))]
+    judged = _judged(facts, base)
     wrong = [name for name in judged if not knows(name)]
     if not wrong:
         return None
@@ -182,5 +175,5 @@ def _missing(
     what = f"{len(wrong)} of {len(judged)} modules are not in the base {end}: {wrong[0]}"
     if prefix is None or text not in _modules(base):
         return f"{what}, which the base does not have; give the base it was trained on"
-    called = class_module_name(text, prefix)
+    called, options = class_module_name(text, prefix), " --profile mlx" if facts.form == "MLX" else ""
     return f"{what}, which the base calls {called}; write it again with `jcrosslora export{options} --base`"
