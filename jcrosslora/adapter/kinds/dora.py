@@ -43,10 +43,6 @@ def _singular_vectors(weight: np.ndarray, rank: int) -> np.ndarray:
     return np.asarray(svd.u[0])
 
 
-def _first_columns(weight: np.ndarray, rank: int) -> np.ndarray:
-    return weight[:, :rank]
-
-
 def _less_initial(
     kind: str, basis: Callable[[np.ndarray, int], np.ndarray], *, scaled: bool
 ) -> Callable[[AdapterFile, str], Update]:
@@ -72,7 +68,7 @@ PISSA = Kind(
 OLORA = Kind(
     name="OLoRA",
     formula="s B A less s times the first r columns and rows of the base's QR",
-    read=each_module(_less_initial("OLoRA", _first_columns, scaled=True)),
+    read=each_module(_less_initial("OLoRA", lambda weight, rank: weight[:, :rank], scaled=True)),
     applies=lambda config, _: is_variant(config, keys.OLORA),
 )
 
