@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from jcrosslora.adapter.combining import add_adapters
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter.fused import fit_to_base, fuse
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.lora_xs import Frozen, span_rank, truncate_for_profile
@@ -64,7 +64,7 @@ class Exported:
     """The result of an export.
 
     Attributes:
-        adapter: as written, with fused modules split; only s B A of a DoRA that was kept.
+        adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
         frozen: the frozen factors of profile lora-xs.
@@ -132,8 +132,9 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     sources = tuple(adapter.info for adapter in adapters)
     if not total.modules:  # changes of the embedding and the head have no rank to truncate
         return Exported(total, None, sources)
-    total, truncation, frozen = truncate_for_profile(total, base, settings.profile, settings.out_rank)
-    return Exported(total, truncation, sources, frozen=frozen)
+    cut, truncation, frozen = truncate_for_profile(total, base, settings.profile, settings.out_rank)
+    merged = fuse(cut.modules, {} if base is None else base.fused)
+    return Exported(replace(cut, modules=merged), truncation, sources, frozen=frozen)
 
 
 def _check_kept(settings: ExportSettings) -> None:
