@@ -7,8 +7,8 @@ verdict is a forecast, not a test run.
 from dataclasses import dataclass
 from pathlib import Path
 
-from jcrosslora.adapter.engines.facts import AdapterFacts
-from jcrosslora.adapter.engines.facts import read_facts as read_facts
+from jcrosslora.adapter.engines.rules import AdapterFacts
+from jcrosslora.adapter.engines.rules import read_facts as read_facts
 from jcrosslora.adapter.engines.tables import ENGINES
 from jcrosslora.adapter.folder import Form
 from jcrosslora.checkpoint import BaseModel

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 
 from jcrosslora.adapter.config import ALORA, DORA, KNOWN_TYPES, RANDOM_PISSA, is_variant
 from jcrosslora.adapter.engines import rules
-from jcrosslora.adapter.engines.facts import AdapterFacts
-from jcrosslora.adapter.engines.rules import Rule, found, no_tensor, no_value, when
+from jcrosslora.adapter.engines.rules import AdapterFacts, Rule, found, no_tensor, no_value, when
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, is_by_weight, is_of_experts, is_taken
