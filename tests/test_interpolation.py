@@ -15,9 +15,9 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch
-from jcrosslora.distill.interpolation import ENERGY, interpolate_to_source
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import InterpolatedCopy
+from jcrosslora.methods.interpolated_copy import ENERGY, interpolate_to_source
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 
