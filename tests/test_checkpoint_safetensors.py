@@ -12,7 +12,7 @@ from checkpoint_files import llama_tensors, write_config, write_llama, write_saf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures import EMBEDDING
 from jcrosslora.checkpoint import DTYPES, SafetensorsFile, open_base
 from jcrosslora.errors import CheckpointError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_model, torch
 
-from jcrosslora.architectures.names import DENSE_ROLES, EMBEDDING
+from jcrosslora.architectures import DENSE_ROLES, EMBEDDING
 from jcrosslora.checkpoint import open_base
 
 

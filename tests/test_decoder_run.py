@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
-from jcrosslora.architectures.names import DENSE_ROLES
+from jcrosslora.architectures import DENSE_ROLES
 from jcrosslora.architectures.ops import linear, rows_at
 from jcrosslora.checkpoint import ROLE_PATHS, describe_base, open_base
 from jcrosslora.decoder import (

@@ -17,8 +17,8 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.architectures import ATTENTION, LATENT
 from jcrosslora.architectures.blocks import BLOCKS, ROLES, MlpAndExperts, Parallel
-from jcrosslora.architectures.names import ATTENTION, LATENT
 from jcrosslora.checkpoint import describe_base, open_base
 from jcrosslora.decoder import (
     extend_cache,

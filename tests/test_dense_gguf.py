@@ -12,7 +12,7 @@ from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors, write_f
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures import EMBEDDING
 from jcrosslora.checkpoint import architecture, expert_tensors, gguf_name
 from jcrosslora.decoder import forward, load_model, logits, settings_of
 from jcrosslora.errors import CheckpointError, OutputError

@@ -16,7 +16,7 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, for_profile
-from jcrosslora.architectures.names import ATTENTION
+from jcrosslora.architectures import ATTENTION
 from jcrosslora.decoder import forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, OutputError
 

@@ -14,7 +14,7 @@ from tiny_bases import random_adapter
 from tiny_models import torch
 
 import jcrosslora as jcl
-from jcrosslora.architectures.names import LAYER_EMBEDDING
+from jcrosslora.architectures import LAYER_EMBEDDING
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.decoder import forward, load_model, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts

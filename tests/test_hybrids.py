@@ -17,7 +17,7 @@ from tiny_bases import random_adapter
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures import EMBEDDING
 from jcrosslora.checkpoint import FAMILIES, check_config
 from jcrosslora.decoder import Sampling, extend, forward, load_model, logits, prefill, stack_adapter
 from jcrosslora.distill import DistillSettings

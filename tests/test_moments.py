@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import open_pair, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.architectures.names import DENSE_ROLES
+from jcrosslora.architectures import DENSE_ROLES
 from jcrosslora.decoder import INPUT_SITES, forward, load_model
 from jcrosslora.maps.activations import add_rows, cross_moments, zero_moments
 from jcrosslora.maps.base_pair import BasePair

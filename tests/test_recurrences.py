@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import torch
 
-from jcrosslora.architectures.blocks.recurrent import causal_convolution, decaying_recurrence
+from jcrosslora.architectures.blocks.recurrent import Tokens, causal_convolution, decaying_recurrence
 
 delta = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 mamba = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid")
@@ -34,7 +34,7 @@ def head():
 
 @partial(jax.jit, static_argnames="chunk")
 def run(queries, keys, values, decay, state, beta, chunk=CHUNK):
-    return decaying_recurrence(queries, keys, values, decay, state, beta, chunk)
+    return decaying_recurrence(Tokens(queries, keys, values, decay, beta), state, chunk)
 
 
 def rows(*arrays):
@@ -91,7 +91,7 @@ def test_decays_that_underflow_have_finite_gradients(head):
     @jax.jit
     @jax.grad
     def gradient(arrays):
-        out, last = decaying_recurrence(arrays[0], arrays[1], values, arrays[2], state, beta, CHUNK)
+        out, last = decaying_recurrence(Tokens(arrays[0], arrays[1], values, arrays[2], beta), state, CHUNK)
         return jnp.sum(out * out) + jnp.sum(last)
 
     found = gradient((queries, keys, decay * 200))
@@ -115,7 +115,8 @@ def test_the_gradient_is_that_of_torch(head):
     @partial(jax.grad, argnums=(0, 1, 2))
     def gradient(queries, keys, decay):
         scaled = queries * np.float32(N**-0.5)
-        return jnp.sum(decaying_recurrence(scaled, keys, head[2], decay, head[4], head[5], CHUNK)[0] ** 2)
+        tokens = Tokens(scaled, keys, head[2], decay, head[5])
+        return jnp.sum(decaying_recurrence(tokens, head[4], CHUNK)[0] ** 2)
 
     for found, wanted in zip(gradient(head[0], head[1], head[3]), (queries, keys, decay), strict=True):
         np.testing.assert_allclose(found, wanted.grad, atol=2e-5, rtol=1e-4)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jcrosslora.architectures.architecture import Layer, layers_with
 from jcrosslora.architectures.blocks import Mlp, SelfAttention
-from jcrosslora.architectures.layer import Layer, layers_with
 from jcrosslora.decoder.layer_stack import join_layers, segments_of
 
 

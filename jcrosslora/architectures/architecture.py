@@ -1,14 +1,134 @@
-"""The architecture of one model: from its family and configuration to its layers, modules, names and shapes."""
+"""The architecture of a model, from its family and configuration: its layers, their modules, names and shapes.
+
+A layer is its blocks, and how they are run one after another and added to the residual stream.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from jcrosslora.architectures.blocks import ROLES, Block, Experts, Mlp, PerLayerInput, Routing, SelfAttention, Tensor
+import jax
+
+from jcrosslora.architectures.blocks import (
+    INPUT_SITES,
+    LINEARS,
+    ROLES,
+    Block,
+    Experts,
+    Mlp,
+    MlpAndExperts,
+    PerLayerInput,
+    SelfAttention,
+    Tensor,
+)
+from jcrosslora.architectures.config import Dims
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.layer import Layer, layers_with
-from jcrosslora.architectures.sizes import Dims, read_number
+from jcrosslora.architectures.run import BlockSettings, Context, KeysValues, KVCache, LayerCapture, LayerWeights, Run
+
+STREAM_NORMS = ("attn", "attn_post", "mlp", "mlp_post")
+GGUF_NORMS = {"attn": "attn_norm", "attn_post": "post_attention_norm", "mlp": "ffn_norm", "mlp_post": "post_ffw_norm"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer consists of; hashable, and static under jit. Layers that are equal share one program.
+
+    Attributes:
+        mixer: what mixes positions; None in a layer that is an MLP alone.
+        mlp: the MLP or the experts; None in a layer without.
+        last: a step behind the MLP, or None.
+        norms: where the layer has norms, of `STREAM_NORMS`: in front of mixer and MLP and behind them. It has those of
+            them that the family names.
+        scaled: whether the stream is multiplied by a number behind the layer.
+    """
+
+    mixer: Block | None
+    mlp: Block | None = None
+    last: Block | None = None
+    norms: tuple[str, ...] = STREAM_NORMS
+    scaled: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.mixer, self.mlp, self.last, self.norms, self.scaled))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is cached: the hash of a string is another in each process.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """The blocks, in the order in which they run."""
+        return (block for block in (self.mixer, self.mlp, self.last) if block is not None)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Role -> (O, I) of the linear modules."""
+        return {role: shape for block in self.blocks for role, shape in block.shapes().items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that are neither modules nor norms nor of experts."""
+        found = {name: tensor for block in self.blocks for name, tensor in block.tensors().items()}
+        return found | ({"layer_scale": Tensor("layer_scalar", (1,))} if self.scaled else {})
+
+    def norm_sizes(self, hidden: int) -> dict[str, tuple[str, int]]:
+        """Return place -> name in `Family.norms` and features, of the norms that the layer may have."""
+        held = {"attn": self.mixer, "attn_post": self.mixer, "mlp": self.mlp, "mlp_post": self.mlp}
+        of_stream = {place: (place, hidden) for place in self.norms if held[place] is not None}
+        return of_stream | {
+            place: (norm.name, norm.size) for block in self.blocks for place, norm in block.norms().items()
+        }
+
+    @property
+    def rotated_size(self) -> int | None:
+        """Features of a head that may have positions; None in a layer without attention."""
+        return next((block.rotated_size for block in self.blocks if block.rotated_size is not None), None)
+
+    @property
+    def sites(self) -> Mapping[str, str]:
+        """Role -> what names its input in `LayerCapture.inputs`."""
+        return INPUT_SITES
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The roles, places of norms and names of tensors that the layer may have."""
+        held = frozenset().union(*(block.names for block in self.blocks))
+        return held | self.norm_sizes(0).keys() | self.tensors.keys()
+
+    def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
+        """Return the form of what the layer keeps of texts, see `Block.states`."""
+        return {kind: one for block in self.blocks for kind, one in block.states(batch, length, dtype).items()}
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of what the layer keeps."""
+        return tuple(self.states(1, 1, "float32"))
+
+    @property
+    def experts(self) -> Experts | None:
+        """Its experts, None if it has none."""
+        inner = self.mlp.experts if isinstance(self.mlp, MlpAndExperts) else self.mlp
+        return inner if isinstance(inner, Experts) else None
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it keeps a state that is not of keys and values."""
+        return not all(isinstance(state, KeysValues) for state in self.states(1, 1, "float32").values())
+
+    @property
+    def shared_kinds(self) -> frozenset[str]:
+        """The kinds of what it reads of layers before."""
+        return frozenset(block.shared_kind for block in self.blocks if block.shared_kind is not None)
+
+
+def layers_with(layers: Sequence[Layer], name: str) -> tuple[int, ...]:
+    """Return the layers that may have a role, norm or tensor of this name."""
+    return tuple(number for number, layer in enumerate(layers) if name in layer.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +174,15 @@ class Architecture:
         for name, path in self.family.layer_norms(self.config).items():
             yield from ((place, (path, size)) for place, (own, size) in held if own == name)
 
+    def stream_norm(self, role: str, layer: int) -> str | None:
+        """Return the norm between the residual stream and a module of a layer, None if there is none.
+
+        For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
+        """
+        place = LINEARS[role].norm
+        place = "attn" if place == "mlp" and self.family.parallel else place
+        return self.family.norms.get(place) if place is not None and place in self.stack[layer].names else None
+
     @property
     def layer_inputs(self) -> int:
         """Features of the input that each layer has beside the stream, 0 for none."""
@@ -72,39 +201,9 @@ def mlp(model: Architecture) -> Mlp:
 
 
 def experts(model: Architecture) -> Experts:
-    """Return the experts of a model, as its family reads them.
-
-    Raises:
-        CheckpointError: a size or a number is missing or out of range.
-    """
-    rules, config = model.family.experts, model.config
-    assert rules is not None
-    sizes, clamp, normalised = rules.sizes(config), rules.clamp, rules.normalised
-    routing = Routing(
-        count=sizes.number,
-        used=sizes.used,
-        scores=rules.scores_of(config),
-        normalised=bool(config.get(normalised)) if isinstance(normalised, str) else normalised,
-        sum_eps=rules.sum_eps,
-        tolerance=None if rules.tolerance is None else read_number(config, rules.tolerance),
-        scale=1.0 if rules.scale is None else read_number(config, rules.scale),
-        scaled_inputs=rules.scaled_inputs,
-        groups=sizes.groups,
-        used_groups=sizes.used_groups,
-        group_best=rules.group_best,
-    )
-    return Experts(
-        model.dims.hidden,
-        sizes.width,
-        routing,
-        tuple(rules.layouts[-1]),
-        gated=rules.gated,
-        clamp=clamp and (read_number(config, clamp[0]), read_number(config, clamp[1])),
-        latent=sizes.latent,
-        shared=rules.shared(config),
-        shared_gate=rules.shared_gate,
-        averaged=rules.averages(config),
-    )
+    """Return the experts of a model, whose family has them; see `ExpertRules.block`."""
+    assert model.family.experts is not None
+    return model.family.experts.block(model.config, model.dims.hidden)
 
 
 def usual_layers(model: Architecture, mixers: Sequence[Block] | None = None) -> list[Layer]:
@@ -114,3 +213,29 @@ def usual_layers(model: Architecture, mixers: Sequence[Block] | None = None) -> 
     sparse = [False] * count if rules is None else rules.layers(model.config, count)
     made = {False: None if all(sparse) else mlp(model), True: experts(model) if any(sparse) else None}
     return [Layer(mixer, made[flag]) for mixer, flag in zip(mixers, sparse, strict=True)]
+
+
+def layer_forward(
+    settings: BlockSettings, weights: LayerWeights, context: Context, x: jax.Array, cache: KVCache | None
+) -> tuple[jax.Array, KVCache | None, LayerCapture]:
+    """Run a layer on the residual stream x (B, T, H).
+
+    Returns:
+        The residual stream after the layer, the cache with what the layer keeps of these tokens, and the captures.
+    """
+    own, capture = weights.own, LayerCapture(weights.layer, {}, {}, x)
+    assert isinstance(own, Layer)
+    run = Run(settings, weights, context, capture, x)
+    normed = run.norm("attn", x)
+    if own.mixer is not None:
+        mixed, cache = own.mixer.forward(run, normed, cache)
+        x = x + run.added("attn_post", mixed)
+        run = replace(run, stream=x)
+    if own.mlp is not None:
+        normed = normed if settings.parallel else run.norm("mlp", x)
+        x = x + run.added("mlp_post", own.mlp.forward(run, normed, None)[0])
+    if own.last is not None:
+        x = x + own.last.forward(replace(run, stream=x), x, None)[0]
+    if own.scaled:
+        x = x * weights.tensors["layer_scale"].astype(x.dtype)
+    return x, cache, LayerCapture(weights.layer, capture.inputs, capture.outputs, x)

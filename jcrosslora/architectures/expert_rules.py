@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jcrosslora.architectures.blocks.experts import Scores
-from jcrosslora.architectures.sizes import Number, size
+from jcrosslora.architectures.blocks import Experts, Routing, Scores
+from jcrosslora.architectures.config import Number, number_keys, read_number, size
 from jcrosslora.errors import CheckpointError
 
 _ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -13,14 +13,19 @@ _FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"
 
 # Names of the tensors of a layer's experts, in the two ways in which most models are stored: one matrix an expert (in
 # published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
-PUBLISHED: dict[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
-FUSED: dict[str, str] = {"router": "mlp.gate.weight", **_FUSED}
+PUBLISHED = {"router": "mlp.gate.weight", **_ONE_EACH}
+FUSED = {"router": "mlp.gate.weight", **_FUSED}
 # One matrix of all experts for each of gate, up and down, as in GGUF.
-MERGED: dict[str, str] = {"router": "mlp.gate.weight"} | {
-    name: path.replace(".{}", "") for name, path in _ONE_EACH.items()
-}
-CORRECTION: dict[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
-BIASES: dict[str, str] = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
+MERGED = {"router": "mlp.gate.weight"} | {name: path.replace(".{}", "") for name, path in _ONE_EACH.items()}
+CORRECTION = {"correction": "mlp.gate.e_score_correction_bias"}
+BIASES = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
+
+
+def layouts_with(added: dict[str, str], in_memory: dict[str, str] | None = None) -> tuple[dict[str, str], ...]:
+    """Return the usual layouts with other names, or names of further tensors, which may differ in memory."""
+    return PUBLISHED | added, MERGED | added, FUSED | (added if in_memory is None else in_memory)
+
+
 # From a configuration and the number of layers to whether each has experts.
 SparseRule = Callable[[Mapping[str, Any], int], Sequence[bool]]
 
@@ -31,15 +36,11 @@ def in_all_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
     return [True] * layers
 
 
-def no_shared(config: Mapping[str, Any]) -> int:
-    """Return the width of the shared experts of a model without any."""
-    del config
-    return 0
-
-
 @dataclass(frozen=True)
 class ExpertRules:
     """How a family states its experts. E experts, I features inside one, H hidden.
+
+    Fields that `Experts` and `Routing` have too say what all models of the family have.
 
     Attributes:
         count: configuration keys of E, of which the first that is stated counts.
@@ -50,37 +51,27 @@ class ExpertRules:
             "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)
             and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias" (E, I), "down_bias"
             (E, H). The last is that of the class in memory.
-        scores: see `Routing.scores`.
         scores_key: configuration key of the scores; None if all models have the same.
         scores_names: what its values stand for.
-        normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
-        sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
-        tolerance: of "in turn", half the largest relative distance from the best score.
-        scale: factor on the weights.
-        scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
-        averaged: configuration key, and its value with which a layer's output is the mean of what its experts and its
-            shared ones return, instead of their sum; None if no model has it.
+        normalised: see `Routing`; or the configuration key that says so.
+        averaged: configuration key, and its value with which a layer's output is a mean, see `Experts.averaged`.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
-        group_best: how many of a group's experts say how high it scores, the best of them together.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
         turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
             stores (E, I, O) without an attribute that says so.
         gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
-        latent: configuration key of the features that experts read and return in place of H, where it is stated; None
-            for H in any model.
+        latent: configuration key of `Experts.latent`, where it is stated; None for H in any model.
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
         layers: says which layers have experts.
-        shared: from a configuration to the features inside the experts that all tokens go through, which are one MLP; 0
-            without any.
-        shared_gate: whether a gate weighs what these return.
+        shared: from a configuration to the features inside the shared experts; 0 without any.
         clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
     """
 
     count: tuple[str, ...]
     used: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
-    layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
+    layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, MERGED, FUSED)
     scores: Scores = "softmax"
     scores_key: str | None = None
     scores_names: Mapping[str, Scores] = field(default_factory=dict)
@@ -99,9 +90,16 @@ class ExpertRules:
     interleaved: bool = False
     correction_axes: int = 1
     layers: SparseRule = in_all_layers
-    shared: Callable[[Mapping[str, Any]], int] = no_shared
+    shared: Callable[[Mapping[str, Any]], int] = lambda _: 0
     shared_gate: bool = False
     clamp: tuple[Number, Number] | None = None
+
+    @property
+    def keys(self) -> set[str]:
+        """The configuration keys that these rules read, and those of the training of experts."""
+        one = (self.used, self.width, self.scores_key, self.normalised, self.latent)
+        stated = {key for key in one if isinstance(key, str)} | {*self.count, *(self.groups or ()), *number_keys(self)}
+        return stated | {"output_router_logits", "router_aux_loss_coef"}
 
     def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":
         """Read the sizes of a model.
@@ -135,16 +133,46 @@ class ExpertRules:
             raise CheckpointError(msg)
         return self.scores_names[stated]
 
+    def block(self, config: Mapping[str, Any], hidden: int) -> Experts:
+        """Return the experts of a model.
+
+        Raises:
+            CheckpointError: a size or a number is missing or out of range.
+        """
+        sizes, clamp, normalised = self.sizes(config), self.clamp, self.normalised
+        routing = Routing(
+            count=sizes.number,
+            used=sizes.used,
+            scores=self.scores_of(config),
+            normalised=bool(config.get(normalised)) if isinstance(normalised, str) else normalised,
+            sum_eps=self.sum_eps,
+            tolerance=None if self.tolerance is None else read_number(config, self.tolerance),
+            scale=1.0 if self.scale is None else read_number(config, self.scale),
+            scaled_inputs=self.scaled_inputs,
+            groups=sizes.groups,
+            used_groups=sizes.used_groups,
+            group_best=self.group_best,
+        )
+        return Experts(
+            hidden,
+            sizes.width,
+            routing,
+            tuple(self.layouts[-1]),
+            gated=self.gated,
+            clamp=clamp and (read_number(config, clamp[0]), read_number(config, clamp[1])),
+            latent=sizes.latent,
+            shared=self.shared(config),
+            shared_gate=self.shared_gate,
+            averaged=self.averages(config),
+        )
+
     def averages(self, config: Mapping[str, Any]) -> bool:
         """Whether a layer's output is the mean of that of its experts and of the shared ones."""
         return self.averaged is not None and config.get(self.averaged[0]) == self.averaged[1]
 
 
 class ExpertSizes(NamedTuple):
-    """The sizes of a model's experts.
-
-    E, how many a token uses, I, the groups and used groups of them, and the features that they read in place of H.
-    """
+    """E, how many a token uses, I, the groups of experts, how many of these it uses, and `Experts.latent`."""
 
     number: int
     used: int

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from jcrosslora.architectures.blocks import LINEARS, Block, Experts, Mlp, SelfAttention
-from jcrosslora.architectures.blocks.self_attention import HeadNorms
+from jcrosslora.architectures.blocks import EMBEDDING, Block, Experts, HeadNorms, Mlp, SelfAttention
+from jcrosslora.architectures.config import Number, number_keys
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import EMBEDDING
-from jcrosslora.architectures.sizes import Number
 
 # The kinds of layers, by what they see of a text.
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -28,13 +26,12 @@ class Windows:
     """Which layers see only the last positions.
 
     Attributes:
-        size: default of the number of these positions, the layer's own included.
-        size_key: its configuration key.
+        size: default of the number of these positions, the layer's own included, and its configuration key.
         chunked: whether the positions of a text are in chunks of that number, and such a layer sees those of its own
             chunk; `layer_types` then names it "chunked_attention".
         switch: configuration key without which there are no windows.
-        period: the last layer of each period of this many has full attention; None if all layers have windows.
-        period_keys: configuration keys of the period.
+        period: the last layer of each period of this many has full attention; None if all layers have windows. Then
+            come its configuration keys.
         first: configuration key of the number of layers in front without windows, and its default.
         which: "rotated" or "unrotated" if just the layers with positions, or without, have windows.
         listed: whether `layer_types` counts; if not, it must not contradict the rest.
@@ -50,6 +47,11 @@ class Windows:
     which: Literal["rotated", "unrotated"] | None = None
     listed: bool = True
 
+    @property
+    def keys(self) -> set[str]:
+        """The configuration keys that this rule reads."""
+        return {"layer_types", self.size_key, *self.period_keys, *([] if self.switch is None else [self.switch])}
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -58,14 +60,12 @@ class Positions:
     Attributes:
         theta: default base of the frequencies.
         local_theta: default base in layers with windows, if these have settings of their own, which `rope_theta` and
-            `rope_scaling` do not change; else None.
-        local_theta_key: configuration key of that base.
+            `rope_scaling` do not change; else None. Then comes its configuration key.
         settings: rope settings where the configuration states none.
         share: default share of a head's features that are rotated; None if it is always the whole.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
         rotated: says which layers have positions; None if all have.
-        types: rope types beside those of all families.
-        aliases: other names of rope types.
+        types: rope types beside those of all families; then other names of them.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
         grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
         unrotated_grow: whether those of layers without positions do, by the configuration keys `attn_scale` and
@@ -161,6 +161,12 @@ class Gguf:
         return tuple(dict.fromkeys((self.architecture, self.expert_architecture or self.architecture)))
 
 
+def yarn(factor: float, original: int, theta: float, **others: Any) -> dict[str, Any]:
+    """Return the rope settings of a family whose positions are those of YaRN where the configuration states none."""
+    lengths = {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
+    return {"rope_type": "yarn", **lengths, "beta_fast": 32.0, "beta_slow": 1.0, **others}
+
+
 PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
 QK_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
@@ -174,7 +180,7 @@ class Family:
 
     Attributes:
         name: the `model_type` of its configuration.
-        architectures: accepted values in `architectures`.
+        architectures: what its configuration may name its class.
         layers: from the `Architecture` of a model to its layers; None for attention and an MLP or experts in all, see
             `architecture.usual_layers`.
         blocks: the classes of blocks that its layers may have, beside those of all families (`all_blocks`).
@@ -187,42 +193,36 @@ class Family:
             name is not that of `ROLE_PATHS` holds one role.
         norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
             "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
-        final_norm: the norm in front of the output head.
         stored: how files and the class name what every family has, where they do so otherwise than most.
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         qk_norms: how queries and keys are normalised, where there are norms "q" and "k" or they have no gain.
-        qk_norm_key: configuration key without which they are not; None if they always are where there are norms "q" and
-            "k".
+        qk_norm_key: configuration key without which they are not; None if they always are where they have norms.
         parallel: whether attention and MLP read the same normed input, and both are added to it.
-        biases: roles that always have a bias.
-        bias_keys: configuration key -> roles that have a bias if it is true.
+        biases: roles that always have a bias; then configuration key -> roles that have one if it is true.
         head_bias: whether the output head has a bias; or the configuration key that says so.
         tied: whether the head is the embedding if the configuration does not say.
-        activation: default of the activation.
-        activation_key: its configuration key.
+        activation: its default, and its configuration key.
         activation_tensors: tensors of a layer that the activation reads, of one number each -> that number where a
             checkpoint leaves it out, None if it must not.
         eps: added to the mean square in every norm.
         attn_scale: factor on the attention scores; None is head size ** -0.5.
         embedding_scale: factor on the embedding; None is 1, as for the next two.
         residual_scale: factor on what attention and MLP add to the residual stream.
-        logit_scale: factor on the logits.
-        input_factors: role -> factor on what a module reads, of roles whose factor is not 1.
-        output_factors: role -> factor on what a module returns, likewise.
-        attn_soft_cap: soft cap of the attention scores, if any.
-        final_soft_cap: soft cap of the logits, if any.
+        input_factors: role -> factor on what a module reads, of roles whose factor is not 1; then on what it returns.
+        attn_soft_cap: soft cap of the attention scores, if any; then that of the logits.
         windows: which layers have sliding windows; None if none has.
         gguf: its form in GGUF files; None if these cannot be read.
-        keys: configuration keys that are understood beside `COMMON_KEYS` and `HARMLESS_KEYS`.
+        keys: configuration keys that are understood beside `COMMON_KEYS`, `HARMLESS_KEYS` and those that the other
+            fields name, see `known_keys`.
         fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
         defaults: values of keys that a configuration may omit.
     """
 
     name: str
     architectures: tuple[str, ...]
-    layers: Callable[[Any], Sequence[Layer]] | None = None
+    layers: Callable[[Any], Sequence[Any]] | None = None
     blocks: tuple[type[Block], ...] = ()
     gated: bool = True
     width_key: str = _WIDTH
@@ -261,6 +261,14 @@ class Family:
     keys: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def known_keys(self) -> frozenset[str]:
+        """The configuration keys that its rules read, and `keys`."""
+        one = (self.activation_key, self.width_key, self.rms_key, self.qk_norm_key, self.head_bias)
+        found = {key for key in one if isinstance(key, str)} | {*self.bias_keys, *number_keys(self), *self.keys}
+        found |= {"partial_rotary_factor"} if self.positions.share else set()
+        return frozenset(found.union(*(rule.keys for rule in (self.windows, self.experts) if rule is not None)))
 
     @property
     def all_blocks(self) -> tuple[type[Block], ...]:
@@ -306,12 +314,3 @@ class Family:
         if self.qk_norms == "unit":
             return self.qk_norms if self.qk_norm_key is None or config.get(self.qk_norm_key) else None
         return self.qk_norms if "q" in self.layer_norms(config) else None
-
-    def stream_norm(self, role: str, layer: Layer) -> str | None:
-        """Return the norm between the residual stream and a module of a layer, None if there is none.
-
-        For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
-        """
-        place = LINEARS[role].norm
-        place = "attn" if place == "mlp" and self.parallel else place
-        return self.norms.get(place) if place is not None and place in layer.names else None

@@ -11,9 +11,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from jcrosslora.architectures.config import Dims
 from jcrosslora.architectures.ops import ACTIVATIONS, Row, from_bits, is_packed, layer_norm, linear, rms_norm
 from jcrosslora.architectures.ropes import Rope
-from jcrosslora.architectures.sizes import Dims
 
 # The name under which the outputs of linear modules are kept for the backward pass. To compute what lies between them
 # again is faster on a CPU than to write it to memory and read it.

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jcrosslora.architectures.architecture import Architecture
+from jcrosslora.architectures.architecture import Architecture, Layer, layers_with
 from jcrosslora.architectures.blocks import Block, RecurrentBlock
+from jcrosslora.architectures.config import Number, layer_kinds, listed_rotated, period_of, read_number
 from jcrosslora.architectures.family import FULL, SLIDING, Family, Windows
-from jcrosslora.architectures.layer import Layer, layers_with
 from jcrosslora.architectures.rope_settings import layer_ropes
 from jcrosslora.architectures.run import EMPTY, BlockSettings, KVCache
-from jcrosslora.architectures.sizes import Number, layer_kinds, listed_rotated, period_of, read_number
 from jcrosslora.errors import CheckpointError
 
 # Name in configurations -> name in `ops.ACTIVATIONS`.

@@ -1,9 +1,9 @@
 """Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
 from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES
+from jcrosslora.architectures.config import Dims
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.sizes import Dims
 from jcrosslora.checkpoint.base import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name

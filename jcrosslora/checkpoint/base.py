@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jcrosslora.architectures import EMBEDDING, HEAD
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import WRITERS
+from jcrosslora.architectures.config import Dims, read_number
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.names import EMBEDDING, HEAD
-from jcrosslora.architectures.sizes import Dims, read_number
 from jcrosslora.checkpoint.layout import (
     Module,
     expected_shapes,
@@ -251,7 +251,7 @@ class BaseModel:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
-        norm = self.family.stream_norm(module.role, self.architecture.stack[module.layer])
+        norm = self.architecture.stream_norm(module.role, module.layer)
         if module.role in WRITERS:
             numbers = self.family.residual_scale, self.family.output_factors.get(module.role)
         else:

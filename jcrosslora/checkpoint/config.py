@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS, Dims, size
 from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
-from jcrosslora.architectures.sizes import Dims, size
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames, read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
@@ -112,7 +111,7 @@ def _check_architecture(family: Family, config: Mapping[str, Any], where: Path |
 
 
 def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
-    known = COMMON_KEYS | HARMLESS_KEYS | family.keys
+    known = COMMON_KEYS | HARMLESS_KEYS | family.known_keys
     for key, value in config.items():
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:

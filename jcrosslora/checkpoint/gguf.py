@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures import EMBEDDING
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import ROLE_PATHS
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, Metadata, TensorInfo, model_name, read_header

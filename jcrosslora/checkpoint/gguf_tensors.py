@@ -13,13 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, DeltaRule, Experts, LatentAttention, PerLayerInput
-from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.layer import GGUF_NORMS
-from jcrosslora.architectures.names import (
+from jcrosslora.architectures import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
@@ -28,6 +22,11 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_PROJECTION,
     QKV,
 )
+from jcrosslora.architectures.architecture import GGUF_NORMS, Architecture
+from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, DeltaRule, Experts, LatentAttention, PerLayerInput
+from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.families import FAMILIES
+from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.layout import holder_of
 

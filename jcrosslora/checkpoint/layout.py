@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.blocks import ROLE_PATHS
-from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import (
+from jcrosslora.architectures import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
@@ -19,7 +14,11 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_NORM,
     LAYER_INPUT_PROJECTION,
 )
-from jcrosslora.architectures.sizes import Dims
+from jcrosslora.architectures.architecture import Architecture, Layer
+from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.config import Dims
+from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 

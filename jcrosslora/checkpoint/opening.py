@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures import EMBEDDING, HEAD
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.architectures.blocks.per_layer_input import layer_inputs
-from jcrosslora.architectures.layer import layer_forward
+from jcrosslora.architectures.architecture import layer_forward
+from jcrosslora.architectures.blocks import layer_inputs
 from jcrosslora.architectures.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
 from jcrosslora.architectures.ropes import growths, rotations
 from jcrosslora.architectures.run import (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures.architecture import Layer
 from jcrosslora.architectures.ops import Row
 from jcrosslora.architectures.run import NO_WINDOW, LayerWeights
 from jcrosslora.architectures.settings import DecoderSettings

@@ -13,9 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from jcrosslora.architectures.blocks import ROLE_PATHS, Tensor
-from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
-from jcrosslora.architectures.names import (
+from jcrosslora.architectures import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
@@ -23,6 +21,7 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_NORM,
     LAYER_INPUT_PROJECTION,
 )
+from jcrosslora.architectures.blocks import ROLE_PATHS, LayerInputWeights, Tensor
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors

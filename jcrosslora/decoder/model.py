@@ -14,8 +14,7 @@ from jax import lax
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.adapter.records import Carried, check_always_active
-from jcrosslora.architectures.blocks import ROLE_PATHS
-from jcrosslora.architectures.blocks.per_layer_input import LayerInputWeights
+from jcrosslora.architectures.blocks import ROLE_PATHS, LayerInputWeights
 from jcrosslora.architectures.ops import is_packed, linear
 from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.checkpoint import ROLES, BaseModel

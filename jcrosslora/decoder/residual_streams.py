@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.architectures.layer import layer_forward
+from jcrosslora.architectures.architecture import layer_forward
 from jcrosslora.architectures.ops import rms_norm
 from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jcrosslora.architectures import ATTENTION
 from jcrosslora.architectures.blocks import ROLE_PATHS
-from jcrosslora.architectures.names import ATTENTION
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot

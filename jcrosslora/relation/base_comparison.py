@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.names import COMMON_KEYS, EMBEDDING, HEAD
+from jcrosslora.architectures import EMBEDDING, HEAD
+from jcrosslora.architectures.config import COMMON_KEYS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
@@ -110,7 +111,7 @@ def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
         yield f"the families differ: {source.family.name} and {target.family.name}"
     if not by_embedding:
         yield "no tokens of the embeddings agree; the residual streams are assumed to be in the same order"
-    known = (COMMON_KEYS | source.family.keys | target.family.keys) - _COVERED_KEYS
+    known = (COMMON_KEYS | source.family.known_keys | target.family.known_keys) - _COVERED_KEYS
     differ = [key for key in sorted(known) if source.config.get(key) != target.config.get(key)]
     if differ:
         values = ", ".join(f"{key} {source.config.get(key)} > {target.config.get(key)}" for key in differ)

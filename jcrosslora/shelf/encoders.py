@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.architectures.layer import layer_forward
+from jcrosslora.architectures.architecture import layer_forward
 from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer, pad_right

@@ -2,22 +2,26 @@
 
 from collections.abc import Mapping
 
+from jcrosslora.architectures.blocks.attention import HeadNorms as HeadNorms
+from jcrosslora.architectures.blocks.attention import LatentAttention as LatentAttention
+from jcrosslora.architectures.blocks.attention import SelfAttention as SelfAttention
 from jcrosslora.architectures.blocks.block import Block as Block
+from jcrosslora.architectures.blocks.block import LayerInputWeights as LayerInputWeights
 from jcrosslora.architectures.blocks.block import Linear as Linear
 from jcrosslora.architectures.blocks.block import Mlp as Mlp
 from jcrosslora.architectures.blocks.block import Norm as Norm
 from jcrosslora.architectures.blocks.block import Parallel as Parallel
+from jcrosslora.architectures.blocks.block import PerLayerInput as PerLayerInput
 from jcrosslora.architectures.blocks.block import Tensor as Tensor
+from jcrosslora.architectures.blocks.block import layer_inputs as layer_inputs
 from jcrosslora.architectures.blocks.delta_rule import DeltaRule as DeltaRule
 from jcrosslora.architectures.blocks.experts import Experts as Experts
 from jcrosslora.architectures.blocks.experts import MlpAndExperts as MlpAndExperts
 from jcrosslora.architectures.blocks.experts import Routing as Routing
-from jcrosslora.architectures.blocks.latent_attention import LatentAttention as LatentAttention
+from jcrosslora.architectures.blocks.experts import Scores as Scores
 from jcrosslora.architectures.blocks.mamba2 import Mamba2 as Mamba2
-from jcrosslora.architectures.blocks.per_layer_input import PerLayerInput as PerLayerInput
 from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as RecurrentBlock
 from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
-from jcrosslora.architectures.blocks.self_attention import SelfAttention as SelfAttention
 
 # The classes that have linear modules, in the order in which these are listed.
 BLOCKS: tuple[type[Block], ...] = (
@@ -39,3 +43,26 @@ INPUT_SITES: Mapping[str, str] = {role: one.site for role, one in LINEARS.items(
 # Roles that write to the residual stream, and that read it; the others do neither.
 WRITERS = tuple(role for role, one in LINEARS.items() if one.stream == "writes")
 READERS = tuple(role for role, one in LINEARS.items() if one.stream == "reads")
+
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "o_proj")
+# "qg_proj" holds the rows of queries and of their gates in turn, head by head.
+GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
+MLP = ("gate_proj", "up_proj", "down_proj")
+UNGATED_MLP = ("up_proj", "down_proj")
+DENSE_ROLES = (*ATTENTION, *MLP)
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+CONVOLUTION = ("conv_in_proj", "conv_out_proj")
+MAMBA = ("mamba_in_proj", "mamba_out_proj")
+SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")  # experts that all tokens go through
+# From the stream to a small latent that experts read, and back from what they return.
+EXPERT_LATENT = ("expert_in_proj", "expert_out_proj")
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
+# Of the inputs that each layer has beside the stream: an embedding of (V, layers * features), a projection of the
+# stream before the first layer, and the norm of its output.
+LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
+LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
+LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"

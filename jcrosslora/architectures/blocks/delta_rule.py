@@ -12,6 +12,7 @@ from jcrosslora.architectures.blocks.recurrent import (
     Inside,
     RecurrentBlock,
     RecurrentState,
+    Tokens,
     causal_convolution,
     grouped_recurrence,
 )
@@ -86,7 +87,8 @@ class DeltaRule(RecurrentBlock):
             kept = valid[:, None]
             beta = jnp.where(kept, self.beta_limit * jax.nn.sigmoid(rate), 0.0)
             decay = -jnp.exp(inside.tensors["A_log"]) * jax.nn.softplus(step + inside.tensors["dt_bias"])
-            out, matrices = grouped_recurrence(queries, keys, values, jnp.where(kept, decay, 0.0), state.matrices, beta)
+            tokens = Tokens(queries, keys, values, jnp.where(kept, decay, 0.0), beta)
+            out, matrices = grouped_recurrence(tokens, state.matrices)
             return out, RecurrentState(inputs, matrices)
 
         out, state = jax.vmap(of_text)(mixed, rate, step, state, valid)

@@ -12,6 +12,7 @@ from jcrosslora.architectures.blocks.recurrent import (
     Inside,
     RecurrentBlock,
     RecurrentState,
+    Tokens,
     causal_convolution,
     grouped_recurrence,
 )
@@ -97,13 +98,9 @@ class Mamba2(RecurrentBlock):
             step = jnp.clip(jax.nn.softplus(step + tensors["dt_bias"]), *self.step_limits)
             # Padding neither decays the state nor writes to it.
             step = jnp.where(valid[:, None], step, 0.0)
-            out, matrices = grouped_recurrence(
-                queries.reshape(groups),
-                keys.reshape(groups),
-                values * step[..., None],
-                -jnp.exp(tensors["A_log"]) * step,
-                state.matrices,
-            )
+            decay = -jnp.exp(tensors["A_log"]) * step
+            tokens = Tokens(queries.reshape(groups), keys.reshape(groups), values * step[..., None], decay)
+            out, matrices = grouped_recurrence(tokens, state.matrices)
             out = out + values * tensors["D"][:, None]
             return out.reshape(len(out), self.inner), RecurrentState(inputs, matrices)
 

@@ -12,7 +12,7 @@ computed together with matrix products, chunks one after the other. All numbers 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
@@ -210,43 +210,43 @@ class ShortConvolution(RecurrentBlock):
 CHUNK = 64
 
 
-def decaying_recurrence(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    decay: jax.Array,
-    state: jax.Array,
-    beta: jax.Array | None = None,
-    chunk: int = CHUNK,
-) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence of one head over T tokens.
+class Tokens(NamedTuple):
+    """What a recurrence reads of T tokens, float32, of one head or of G heads of queries and H of values.
+
+    Attributes:
+        queries: (T, N) or (T, G, N).
+        keys: of the same shape.
+        values: (T, P) or (T, H, P).
+        decay: g, at most 0, (T,) or (T, H).
+        beta: of the delta rule, of the shape of `decay`, else None.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    decay: jax.Array
+    beta: jax.Array | None = None
+
+
+def decaying_recurrence(tokens: Tokens, state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Run the recurrence of one head from a state (N, P), `chunk` tokens together (static).
 
     A token with a decay and a key (or a beta) of 0 leaves the state as it is.
-
-    Args:
-        queries: float32 (T, N).
-        keys: float32 (T, N).
-        values: float32 (T, P).
-        decay: float32 (T,), g, at most 0.
-        state: float32 (N, P) before the first token.
-        beta: float32 (T,) for the delta rule, else None.
-        chunk: tokens computed together, static.
 
     Returns:
         (T, P), and the state after the last token.
     """
-    length = len(queries)
+    length = len(tokens.queries)
     size = min(chunk, length)
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, -length % size), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
 
-    parts = jax.tree.map(cut, (queries, keys, values, decay, beta))
-    state, out = lax.scan(_chunk, state, parts)
-    return out.reshape(-1, values.shape[1])[:length], state
+    state, out = lax.scan(_chunk, state, jax.tree.map(cut, tokens))
+    return out.reshape(-1, tokens.values.shape[1])[:length], state
 
 
-def _chunk(state: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def _chunk(state: jax.Array, part: Tokens) -> tuple[jax.Array, jax.Array]:
     queries, keys, values, decay, beta = part
     total = jnp.cumsum(decay)
     between = total[:, None] - total[None, :]  # from token s (columns) to token t (rows)
@@ -274,35 +274,21 @@ def _corrected(
     return solve_triangular(system, beta * (values - answered), lower=True, unit_diagonal=True)
 
 
-def grouped_recurrence(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    decay: jax.Array,
-    state: jax.Array,
-    beta: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+def grouped_recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Run the recurrence of H heads, of which H / G consecutive ones share their queries and keys.
 
-    Args:
-        queries: float32 (T, G, N).
-        keys: float32 (T, G, N).
-        values: float32 (T, H, P).
-        decay: float32 (T, H).
-        state: float32 (H, N, P).
-        beta: float32 (T, H), or None.
-
     Returns:
-        (T, H, P), and the state after the last token.
+        (T, H, P), and the state (H, N, P) after the last token.
     """
+    queries, keys, *of_heads = tokens
     groups = queries.shape[1]
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-    betas = None if beta is None else split(beta, 1)
+    parts = Tokens._make((queries, keys, *(None if x is None else split(x, 1) for x in of_heads)))
     # Products of queries and keys, which are outside the inner vmap, are made once a group.
-    of_group = jax.vmap(decaying_recurrence, (None, None, 1, 1, 0, 1), (1, 0))
-    of_all = jax.vmap(of_group, (1, 1, 1, 1, 0, 1), (1, 0))
-    out, state_after = of_all(queries, keys, split(values, 1), split(decay, 1), split(state, 0), betas)
-    return out.reshape(values.shape), state_after.reshape(state.shape)
+    of_group = jax.vmap(decaying_recurrence, (Tokens._make((None, None, 1, 1, 1)), 0), (1, 0))
+    of_all = jax.vmap(of_group, (1, 0), (1, 0))
+    out, state_after = of_all(parts, split(state, 0))
+    return out.reshape(tokens.values.shape), state_after.reshape(state.shape)

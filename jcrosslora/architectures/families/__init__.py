@@ -6,12 +6,10 @@ is refused (see `config.py`), because it may change what the weights mean.
 
 from collections.abc import Mapping
 
-from jcrosslora.architectures.families.bamba import BAMBA
 from jcrosslora.architectures.families.cohere_exaone import COHERE, COHERE2, COHERE2_MOE, EXAONE4, EXAONE_MOE
-from jcrosslora.architectures.families.deepseek_glm import DEEPSEEK_V2, DEEPSEEK_V3, GLM, GLM4, GLM4_MOE
+from jcrosslora.architectures.families.deepseek_glm import DEEPSEEK_V2, DEEPSEEK_V3, GLM, GLM4, GLM4_MOE, MISTRAL4
 from jcrosslora.architectures.families.ernie_hunyuan import ERNIE4_5, ERNIE4_5_MOE, HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE
-from jcrosslora.architectures.families.gemma import GEMMA, GEMMA2, GEMMA3
-from jcrosslora.architectures.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
+from jcrosslora.architectures.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_UNIFIED
 from jcrosslora.architectures.families.lfm2 import LFM2, LFM2_MOE
 from jcrosslora.architectures.families.llama import (
     APERTUS,
@@ -19,14 +17,16 @@ from jcrosslora.architectures.families.llama import (
     GRANITE,
     GRANITEMOE,
     LLAMA,
+    MINISTRAL3,
+    MISTRAL,
+    MIXTRAL,
     NEMOTRON,
     SEED_OSS,
     SMOLLM3,
     STARCODER2,
 )
 from jcrosslora.architectures.families.llama4 import LLAMA4
-from jcrosslora.architectures.families.mamba2 import FALCON_H1, GRANITE_HYBRID
-from jcrosslora.architectures.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4, MIXTRAL
+from jcrosslora.architectures.families.mamba2 import BAMBA, FALCON_H1, GRANITE_HYBRID
 from jcrosslora.architectures.families.nemotron_h import NEMOTRON_H
 from jcrosslora.architectures.families.olmo import OLMO2, OLMO3, OLMO_HYBRID, OLMOE
 from jcrosslora.architectures.families.phi_gpt_oss import GPT_OSS, PHI, PHI3, PHIMOE

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from jcrosslora.architectures.blocks import ATTENTION
+from jcrosslora.architectures.config import Number, layer_count, size, words
 from jcrosslora.architectures.expert_rules import (
-    FUSED,
-    MERGED,
-    PUBLISHED,
     ExpertRules,
     behind_first,
     by_list,
+    layouts_with,
     shared_width,
 )
 from jcrosslora.architectures.family import (
@@ -31,8 +31,6 @@ from jcrosslora.architectures.family import (
     Windows,
     windowed,
 )
-from jcrosslora.architectures.names import ATTENTION, words
-from jcrosslora.architectures.sizes import Number, layer_count, size
 from jcrosslora.errors import CheckpointError
 
 _LOGIT_SCALE = {"logit_scale": "logit_scale"}
@@ -68,7 +66,6 @@ COHERE = _cohere(
     architectures=("CohereForCausalLM",),
     gguf=Gguf("command-r", numbers=_LOGIT_SCALE),
     positions=Positions(theta=500_000.0, interleaved=True),
-    keys=words("attention_bias layer_norm_eps logit_scale"),
     fixed={"use_qk_norm": (False,)},
 )
 COHERE2 = _cohere(
@@ -77,10 +74,6 @@ COHERE2 = _cohere(
     gguf=Gguf("cohere2", numbers=_LOGIT_SCALE),
     windows=Windows(period=4, period_keys=("sliding_window_pattern", "_sliding_window_pattern")),
     positions=Positions(interleaved=True, rotated=windowed),
-    keys=words(
-        "attention_bias layer_norm_eps logit_scale sliding_window sliding_window_pattern _sliding_window_pattern "
-        "layer_types"
-    ),
     fixed=_FIXED,
 )
 
@@ -172,7 +165,6 @@ COHERE2_MOE = _cohere(
     experts=ExpertRules(
         ("num_experts",),
         width="intermediate_size",
-        layouts=(PUBLISHED, MERGED, FUSED),
         scores="chosen",
         scores_key="expert_selection_fn",
         scores_names={"softmax": "chosen", "sigmoid": "chosen sigmoid"},
@@ -185,10 +177,8 @@ COHERE2_MOE = _cohere(
     windows=Windows(period=4, period_keys=(_PERIOD,)),
     positions=Positions(interleaved=True, rotated=_rotated),
     keys=words(
-        "attention_bias expert_selection_fn first_k_dense_replace layer_norm_eps layer_types logit_scale "
-        "mlp_layer_types norm_topk_prob num_experts num_experts_per_tok num_nextn_predict_layers num_shared_experts "
-        "output_router_logits prefix_dense_intermediate_size prefix_dense_sliding_window_pattern sliding_window "
-        "sliding_window_pattern"
+        "first_k_dense_replace mlp_layer_types num_nextn_predict_layers num_shared_experts "
+        "prefix_dense_sliding_window_pattern"
     ),
     fixed={**_FIXED, "shared_expert_combination_strategy": ("average", "sum")},
     # Those of the class.
@@ -225,17 +215,20 @@ def _exaone_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[in
     return {"layer_types": [FULL] * layers}
 
 
-EXAONE4 = Family(
+_exaone = partial(
+    Family,
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
+    positions=Positions(rotated=_exaone_rotated),
+)
+
+EXAONE4 = _exaone(
     name="exaone4",
     architectures=("Exaone4ForCausalLM",),
     gguf=Gguf("exaone4", settings=_exaone_from_gguf),
     norms=POST_NORMS | QK_NORMS,
-    eps=Number("rms_norm_eps", 1e-5),
-    windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
-    positions=Positions(rotated=_exaone_rotated),
-    keys=words("sliding_window sliding_window_pattern layer_types"),
 )
-EXAONE_MOE = Family(
+EXAONE_MOE = _exaone(
     name="exaone_moe",
     architectures=("ExaoneMoeForCausalLM",),
     gguf=Gguf(
@@ -246,11 +239,7 @@ EXAONE_MOE = Family(
     norms=PRE_NORMS | QK_NORMS,
     experts=ExpertRules(
         ("num_experts", "num_local_experts"),
-        layouts=(
-            PUBLISHED | {"correction": f"mlp.{_CORRECTION}"},
-            MERGED | {"correction": f"mlp.{_CORRECTION}"},
-            FUSED | {"correction": f"mlp.gate.{_CORRECTION}"},
-        ),
+        layouts=layouts_with({"correction": f"mlp.{_CORRECTION}"}, {"correction": f"mlp.gate.{_CORRECTION}"}),
         scores="sigmoid",
         normalised="norm_topk_prob",
         scale=Number("routed_scaling_factor", 2.5),
@@ -261,10 +250,6 @@ EXAONE_MOE = Family(
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
     positions=Positions(rotated=_exaone_rotated),
-    keys=words(
-        "sliding_window sliding_window_pattern layer_types mlp_layer_types first_k_dense_replace num_experts "
-        "num_local_experts num_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob n_group "
-        "topk_group routed_scaling_factor output_router_logits router_aux_loss_coef num_nextn_predict_layers"
-    ),
+    keys=words("first_k_dense_replace mlp_layer_types num_nextn_predict_layers num_shared_experts"),
     defaults={"first_k_dense_replace": 1, "num_shared_experts": 1, "norm_topk_prob": True},
 )

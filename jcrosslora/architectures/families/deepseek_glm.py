@@ -1,7 +1,8 @@
-"""DeepSeek V2, V3 and R1, and GLM, whose 4.5 to 4.7 (`glm4_moe`) have the same experts behind the first layers.
+"""DeepSeek V2, V3 and R1, Mistral 4, and GLM, whose 4.5 to 4.7 (`glm4_moe`) have the same experts.
 
 DeepSeek has latent attention: queries, and keys and values, are made of small latents of the stream, and a part of each
-head, the same for keys of all heads, has positions. V2 chooses experts by a softmax. GLM-4, and GLM-4-0414 (`glm4`),
+head, the same for keys of all heads, has positions. V2 chooses experts by a softmax, as does Mistral 4, whose queries
+grow with the position. GLM-4, and GLM-4-0414 (`glm4`),
 rotate half of each head by neighbouring features, and fuse gate and up; `glm4_moe` rotates features half a head apart.
 """
 
@@ -10,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jcrosslora.architectures.architecture import Architecture, usual_layers
-from jcrosslora.architectures.blocks import LatentAttention
+from jcrosslora.architectures.architecture import Architecture, Layer, usual_layers
+from jcrosslora.architectures.blocks import MLP, QKV, SHARED, LatentAttention
+from jcrosslora.architectures.config import Number, size, words
 from jcrosslora.architectures.expert_rules import (
     CORRECTION,
     FUSED,
@@ -19,12 +21,10 @@ from jcrosslora.architectures.expert_rules import (
     PUBLISHED,
     ExpertRules,
     behind_first,
+    layouts_with,
     shared_width,
 )
-from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family, Gguf, Positions
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import MLP, QKV, SHARED, words
-from jcrosslora.architectures.sizes import Number, size
+from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family, Gguf, Positions, yarn
 from jcrosslora.errors import CheckpointError
 
 
@@ -36,7 +36,7 @@ def _layers(model: Architecture) -> list[Layer]:
     return usual_layers(model, [mixer] * dims.layers)
 
 
-def from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the sizes of attention; older files hold keys and values in one matrix, and state no `_mla`."""
     ends = "_mla" if "attention.key_length_mla" in stated else ""
     rotated = size(stated, "rope.dimension_count")
@@ -53,7 +53,7 @@ def from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> 
 
 
 # Keys of all these families: what is read, and keys of published configurations that the classes do not read.
-KEYS = words(
+_KEYS = words(
     "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
     "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
     "moe_intermediate_size n_group topk_group routed_scaling_factor output_router_logits router_aux_loss_coef "
@@ -61,16 +61,16 @@ KEYS = words(
 )
 
 # Of all these families; the architecture is that of V2 and V3, which differ in the scores of experts.
-GGUF = Gguf(
+_GGUF = Gguf(
     "deepseek2",
     tensors=dict.fromkeys(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight"),
     counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
-    settings=from_gguf,
+    settings=_from_gguf,
 )
 
-EXPERTS = ExpertRules(
+_EXPERTS = ExpertRules(
     ("n_routed_experts", "num_experts", "num_local_experts"),
-    layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
+    layouts=layouts_with(CORRECTION),
     scores="sigmoid",
     normalised="norm_topk_prob",
     scale=Number("routed_scaling_factor", 2.5),
@@ -82,14 +82,14 @@ EXPERTS = ExpertRules(
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
-    gguf=GGUF,
+    gguf=_GGUF,
     norms=PRE_NORMS | {"q_a": "self_attn.q_a_layernorm", "kv_a": "self_attn.kv_a_layernorm"},
     bias_keys={"attention_bias": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")},
     layers=_layers,
     blocks=(LatentAttention,),
-    experts=EXPERTS,
+    experts=_EXPERTS,
     positions=Positions(interleaved=True),
-    keys=KEYS | words("norm_topk_prob num_nextn_predict_layers"),
+    keys=_KEYS | {"num_nextn_predict_layers"},
     fixed={
         "moe_layer_freq": (1,),
         "rope_interleave": (True,),
@@ -126,7 +126,7 @@ def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]])
     if other:
         msg = f"its experts are chosen by a softmax, and it has {other[0]}: it is neither a DeepSeek V2 nor a V3"
         raise CheckpointError(msg)
-    found, groups = from_gguf(stated, held), stated.get("expert_group_count")
+    found, groups = _from_gguf(stated, held), stated.get("expert_group_count")
     if groups is None and found["q_lora_rank"] is not None:
         msg = "expert_group_count is missing, as in older files: published models of this form choose among "
         raise CheckpointError(msg + "groups of experts; convert the model again, or use its safetensors")
@@ -137,11 +137,11 @@ DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
-    gguf=replace(GGUF, settings=_v2_from_gguf),
+    gguf=replace(_GGUF, settings=_v2_from_gguf),
     resolve=_resolve_v2,
     bias_keys={**DEEPSEEK_V3.bias_keys, "mlp_bias": (*MLP, *SHARED)},
     experts=replace(
-        EXPERTS,
+        _EXPERTS,
         count=("n_routed_experts", "num_experts"),
         layouts=(PUBLISHED, MERGED, FUSED),
         scores="softmax",
@@ -149,7 +149,7 @@ DEEPSEEK_V2 = replace(
         scale=Number("routed_scaling_factor", 1.0),
         group_best=1,
     ),
-    keys=KEYS | {"mlp_bias"},
+    keys=_KEYS | {"num_local_experts"},
     # The class never divides the weights by their sum, whatever is stated.
     fixed={
         "moe_layer_freq": (1,),
@@ -168,13 +168,79 @@ DEEPSEEK_V2 = replace(
 )
 
 
+_GROWTH = 0.1
+
+
+def _resolve_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of the rope settings the share of a head with positions, which its sizes state.
+
+    Raises:
+        CheckpointError: it is another share than that of the sizes, with which the class does not run.
+    """
+    found = dict(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        stated = config.get(key)
+        if not isinstance(stated, Mapping) or stated.get("partial_rotary_factor") is None:
+            continue
+        plain, rotated = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
+        whole, share = size(config, "head_dim", plain + rotated), stated["partial_rotary_factor"]
+        if not isinstance(share, int | float) or not 0 < share <= 1 or int(whole * share) != rotated:
+            msg = f"partial_rotary_factor {str(share)[:60]!r} of {whole} features is not qk_rope_head_dim {rotated}"
+            raise CheckpointError(msg)
+        found[key] = {name: value for name, value in stated.items() if name != "partial_rotary_factor"}
+    return found
+
+
+def _gguf_of_mistral(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the sizes of attention; a head is the whole of it, and not the part with positions."""
+    found = _from_gguf(stated, held)
+    return {**found, "head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"]}
+
+
+MISTRAL4 = replace(
+    DEEPSEEK_V3,
+    name="mistral4",
+    architectures=("Mistral4ForCausalLM",),
+    # The converter writes nothing on how queries grow, so that llama.cpp does not let them; it is taken to be what the
+    # class has where nothing is stated.
+    gguf=replace(_GGUF, architecture="mistral4", rope={"llama_4_scaling_beta": _GROWTH}, settings=_gguf_of_mistral),
+    resolve=_resolve_mistral,
+    experts=replace(
+        _EXPERTS,
+        count=("n_routed_experts", "num_local_experts"),
+        layouts=(PUBLISHED, FUSED),
+        scores="softmax",
+        scale=Number("routed_scaling_factor", 1.0),
+    ),
+    positions=Positions(
+        interleaved=True,
+        grows=True,
+        settings=yarn(128.0, 8192, 10_000.0, mscale_all_dim=1.0, mscale=1.0, llama_4_scaling_beta=_GROWTH),
+    ),
+    keys=_KEYS,
+    fixed={"rope_interleave": (True,)},
+    defaults={
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": True,
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+)
+
+
 _glm = partial(
     Family,
     fused={"mlp.gate_up_proj": ("gate_proj", "up_proj")},
     bias_keys={"attention_bias": QKV},
     eps=Number("rms_norm_eps", 1.5625e-7),
     positions=Positions(share=0.5, interleaved=True),
-    keys=words("attention_bias partial_rotary_factor"),
     defaults={"head_dim": 128, "attention_bias": True},
 )
 
@@ -196,13 +262,9 @@ GLM4_MOE = Family(
     norms=PRE_NORMS | QK_NORMS,
     qk_norm_key="use_qk_norm",
     bias_keys={"attention_bias": QKV},
-    experts=replace(EXPERTS, scale=Number("routed_scaling_factor", 1.0)),
+    experts=replace(_EXPERTS, scale=Number("routed_scaling_factor", 1.0)),
     eps=Number("rms_norm_eps", 1e-5),
     positions=Positions(share=0.5),
-    keys=words(
-        "attention_bias partial_rotary_factor use_qk_norm first_k_dense_replace n_routed_experts num_experts "
-        "num_local_experts n_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob n_group "
-        "topk_group routed_scaling_factor num_nextn_predict_layers output_router_logits router_aux_loss_coef"
-    ),
+    keys=words("first_k_dense_replace n_shared_experts num_nextn_predict_layers"),
     defaults={"first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
 )

@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, shared_width
+from jcrosslora.architectures.blocks import ATTENTION, MLP, SHARED
+from jcrosslora.architectures.config import Number, layer_count, size, words
+from jcrosslora.architectures.expert_rules import ExpertRules, layouts_with, shared_width
 from jcrosslora.architectures.family import PRE_NORMS, Family, Gguf, Positions
-from jcrosslora.architectures.names import ATTENTION, MLP, SHARED, words
-from jcrosslora.architectures.sizes import Number, layer_count, size
 from jcrosslora.errors import CheckpointError
 
-_ROUTER = {"router": "mlp.gate.wg.weight"}
-# Beside `attention_bias`, keys of published configurations that the classes do not read.
+# Of published configurations; the classes do not read them.
 _KEYS = words(
-    "attention_bias attention_head_dim cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id "
+    "attention_head_dim cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id "
     "im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id text_start_id"
 )
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -90,15 +89,15 @@ HUNYUAN_V1_MOE = _hunyuan(
         ("num_experts", "num_local_experts"),
         used="moe_topk",
         width="intermediate_size",
-        layouts=(PUBLISHED | _ROUTER, MERGED | _ROUTER, FUSED | _ROUTER),
+        layouts=layouts_with({"router": "mlp.gate.wg.weight"}),
         sum_eps=0.0,
         shared=lambda config: size(config, "intermediate_size"),
     ),
     # Sizes of latent attention and groups of experts count with `use_mla` and `group_limited_greedy` alone.
     keys=_KEYS
     | words(
-        "kv_lora_rank moe_intermediate_size moe_topk n_group num_experts num_experts_per_tok num_local_experts "
-        "num_shared_expert output_router_logits q_lora_rank qk_nope_head_dim qk_rope_head_dim topk_group v_head_dim"
+        "kv_lora_rank moe_intermediate_size n_group num_experts_per_tok num_shared_expert q_lora_rank "
+        "qk_nope_head_dim qk_rope_head_dim topk_group v_head_dim"
     ),
     # What the class always does, or never.
     fixed={
@@ -134,19 +133,21 @@ def _ends(config: Mapping[str, Any]) -> tuple[int, int]:
     return start, end
 
 
-ERNIE4_5 = Family(
+_ernie = partial(
+    Family,
+    tied=True,
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(theta=500_000.0, interleaved=True),
+)
+ERNIE4_5 = _ernie(
     name="ernie4_5",
     architectures=("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
     gguf=Gguf("ernie4_5"),
     bias_keys={"use_bias": (*ATTENTION, *MLP)},
-    tied=True,
-    eps=Number("rms_norm_eps", 1e-5),
-    positions=Positions(theta=500_000.0, interleaved=True),
-    keys=words("use_bias"),
     fixed={"compression_ratio": (1.0,)},
     defaults={"head_dim": 128},
 )
-ERNIE4_5_MOE = Family(
+ERNIE4_5_MOE = _ernie(
     name="ernie4_5_moe",
     architectures=("Ernie4_5_MoeForCausalLM",),
     gguf=Gguf(
@@ -160,22 +161,14 @@ ERNIE4_5_MOE = Family(
     experts=ExpertRules(
         ("moe_num_experts", "num_experts", "num_local_experts"),
         used="moe_k",
-        layouts=(
-            PUBLISHED | {"correction": f"mlp.{_CORRECTION}"},
-            MERGED | {"correction": f"mlp.{_CORRECTION}"},
-            FUSED | {"correction": f"mlp.gate.{_CORRECTION}"},
-        ),
+        layouts=layouts_with({"correction": f"mlp.{_CORRECTION}"}, {"correction": f"mlp.gate.{_CORRECTION}"}),
         correction_axes=2,
         layers=_sparse,
         shared=shared_width("moe_num_shared_experts"),
     ),
-    tied=True,
-    eps=Number("rms_norm_eps", 1e-5),
-    positions=Positions(theta=500_000.0, interleaved=True),
     keys=words(
-        "moe_num_experts num_experts num_local_experts moe_k moe_intermediate_size moe_num_shared_experts "
-        "moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min output_router_logits "
-        "router_aux_loss_coef num_nextn_predict_layers moe_capacity"
+        "moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min "
+        "num_nextn_predict_layers moe_capacity"
     ),
     # With biases its output head has one too.
     fixed={"use_bias": (False,), "moe_gate": ("topk",), "moe_use_aux_free": (True,)},

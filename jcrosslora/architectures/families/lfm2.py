@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
-from jcrosslora.architectures.blocks import ShortConvolution
+from jcrosslora.architectures.architecture import Architecture, Layer, attention, usual_layers
+from jcrosslora.architectures.blocks import CONVOLUTION, ShortConvolution
+from jcrosslora.architectures.config import Number, at_attention, layer_count, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import MERGED, ExpertRules, behind_first
 from jcrosslora.architectures.family import Family, Gguf, Positions
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import CONVOLUTION, words
-from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _CONV, _FULL = "conv", "full_attention"
@@ -87,10 +85,7 @@ _PUBLISHED = _STORED | {
     "up": "feed_forward.experts.{}.w3.weight",
     "down": "feed_forward.experts.{}.w2.weight",
 }
-_IN_MEMORY = _STORED | {
-    "gate_up": "feed_forward.experts.gate_up_proj",
-    "down": "feed_forward.experts.down_proj",
-}
+_IN_MEMORY = _STORED | {name: f"feed_forward.experts.{name}_proj" for name in ("gate_up", "down")}
 
 _lfm2 = partial(
     Family,
@@ -102,25 +97,17 @@ _lfm2 = partial(
         "feed_forward.w3": ("up_proj",),
         "feed_forward.w2": ("down_proj",),
     },
-    norms={
-        "attn": "operator_norm",
-        "mlp": "ffn_norm",
-        "q": "self_attn.q_layernorm",
-        "k": "self_attn.k_layernorm",
-    },
+    norms={"attn": "operator_norm", "mlp": "ffn_norm", "q": "self_attn.q_layernorm", "k": "self_attn.k_layernorm"},
     final_norm="model.embedding_norm",
     bias_keys={"conv_bias": CONVOLUTION},
     tied=True,
     eps=Number("norm_eps", 1e-5),
     positions=Positions(theta=1_000_000.0),
 )
-_BLOCK = words(
-    "block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim block_ff_dim block_mlp_init_scale "
-    "block_out_init_scale block_use_xavier_init full_attn_idxs"
-)
-# Of published configurations; no class reads those of the last line.
+# Of published configurations; no class reads those of the last line, and that with experts none of `block_`.
 _KEYS = words(
-    "conv_bias conv_L_cache layer_types norm_eps tie_embedding "
+    "conv_L_cache layer_types tie_embedding block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim "
+    "block_ff_dim full_attn_idxs block_mlp_init_scale block_out_init_scale block_use_xavier_init "
     "block_dim block_norm_eps conv_dim conv_dim_out conv_use_xavier_init num_heads theta"
 )
 
@@ -129,7 +116,7 @@ LFM2 = _lfm2(
     architectures=("Lfm2ForCausalLM",),
     gguf=_gguf("lfm2", counts=_CACHE),
     resolve=_resolve,
-    keys=_KEYS | _BLOCK,
+    keys=_KEYS,
     fixed={"block_use_swiglu": (True,), "use_pos_enc": (True,)},
 )
 LFM2_MOE = _lfm2(
@@ -150,13 +137,7 @@ LFM2_MOE = _lfm2(
         scale=Number("routed_scaling_factor", 1.0),
         layers=behind_first("num_dense_layers"),
     ),
-    # Its class does not read what `_BLOCK` says of the dense layers.
-    keys=_KEYS
-    | _BLOCK
-    | words(
-        "moe_intermediate_size num_dense_layers num_experts num_experts_per_tok norm_topk_prob routed_scaling_factor "
-        "output_router_logits router_aux_loss_coef"
-    ),
+    keys=_KEYS | {"num_dense_layers"},
     # Without, there is no `expert_bias`.
     fixed={"use_expert_bias": (True,), "use_pos_enc": (True,)},
     defaults={

@@ -1,26 +1,26 @@
-"""Llama, and relatives of it that differ in little.
+"""Llama and Mistral, and relatives of them that differ in little.
 
 Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU in place of a gate, the latter also layer norms of gain
 1 + weight and half of each head rotated. Seed-OSS has more biases. Each fourth layer of SmolLM3 has no positions.
 StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the activation
 xIELU (arXiv 2411.13010), which has trained parameters in each layer. Granite, dense and with experts, has a factor on
-the embedding, on what blocks add, on the scores and on the logits.
+the embedding, on what blocks add, on the scores and on the logits. Mistral and Ministral 3 have sliding windows in all
+layers, Ministral's queries grow with the position, and Mixtral has experts.
 """
 
 from dataclasses import replace
 from functools import partial
 
-from jcrosslora.architectures.expert_rules import MERGED, ExpertRules
-from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
-from jcrosslora.architectures.names import ATTENTION, MLP, QKV, UNGATED_MLP, words
-from jcrosslora.architectures.sizes import Number, listed_rotated
+from jcrosslora.architectures.blocks import ATTENTION, MLP, QKV, UNGATED_MLP
+from jcrosslora.architectures.config import Number, listed_rotated, words
+from jcrosslora.architectures.expert_rules import FUSED, MERGED, ExpertRules
+from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows, yarn
 
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
     gguf=Gguf("llama", permuted=True),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
-    keys=frozenset({"attention_bias", "mlp_bias"}),
     fixed={"pretraining_tp": (1,), "rope_interleaved": (False,)},
 )
 ARCEE = Family(
@@ -31,14 +31,13 @@ ARCEE = Family(
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": UNGATED_MLP},
     activation="relu2",
     eps=Number("rms_norm_eps", 1e-5),
-    keys=words("attention_bias mlp_bias"),
 )
 SEED_OSS = Family(
     name="seed_oss",
     architectures=("SeedOssForCausalLM",),
     gguf=Gguf("seed_oss", names={"mlp": "post_attention_norm"}),
     bias_keys={"attention_bias": QKV, "attention_out_bias": ("o_proj",), "mlp_bias": MLP},
-    keys=words("attention_bias attention_out_bias mlp_bias residual_dropout"),
+    keys=words("residual_dropout"),
     fixed={"pretraining_tp": (1,)},
     defaults={"head_dim": 128, "attention_bias": True},
 )
@@ -51,10 +50,7 @@ SMOLLM3 = Family(
     windows=Windows(size=None, switch="use_sliding_window", which="unrotated"),
     positions=Positions(theta=2_000_000.0, rotated=lambda config, kinds: listed_rotated(config, len(kinds))),
     # Its class has no `pretraining_tp`, which published configurations keep.
-    keys=words(
-        "attention_bias mlp_bias sliding_window use_sliding_window layer_types no_rope_layers no_rope_layer_interval "
-        "pretraining_tp"
-    ),
+    keys=words("no_rope_layers no_rope_layer_interval pretraining_tp"),
 )
 STARCODER2 = Family(
     name="starcoder2",
@@ -69,7 +65,7 @@ STARCODER2 = Family(
     activation="gelu_pytorch_tanh",
     eps=Number("norm_epsilon", 1e-5),
     windows=Windows(size=None, listed=False),
-    keys=words("use_bias norm_epsilon sliding_window layer_types embedding_dropout residual_dropout"),
+    keys=words("embedding_dropout residual_dropout"),
     fixed={"mlp_type": ("default",), "norm_type": ("layer_norm",)},
     defaults={"use_bias": True},
 )
@@ -85,7 +81,6 @@ NEMOTRON = Family(
     activation="relu2",
     eps=Number("norm_eps", 1e-5),
     positions=Positions(share=0.5),
-    keys=words("attention_bias mlp_bias norm_eps partial_rotary_factor"),
 )
 APERTUS = Family(
     name="apertus",
@@ -115,12 +110,48 @@ APERTUS = Family(
             "high_freq_factor": 4.0,
         },
     ),
-    keys=words("attention_bias"),
     fixed={"qk_norm": (True,), "post_norm": (False,), "mlp_bias": (False,)},
 )
 
-
+MISTRAL = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM",),
+    gguf=Gguf("llama", permuted=True),
+    windows=Windows(listed=False),
+)
+MINISTRAL3 = Family(
+    name="ministral3",
+    architectures=("Ministral3ForCausalLM",),
+    gguf=Gguf("mistral3", permuted=True),
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=None, listed=False),
+    positions=Positions(
+        grows=True,
+        settings=yarn(16.0, 16_384, 1_000_000.0, mscale_all_dim=1.0, mscale=1.0, llama_4_scaling_beta=0.1),
+    ),
+    defaults={"head_dim": 128},
+)
 _SPARSE_BLOCK = "block_sparse_moe"
+MIXTRAL_EXPERTS = {
+    "router": f"{_SPARSE_BLOCK}.gate.weight",
+    "gate": f"{_SPARSE_BLOCK}.experts.{{}}.w1.weight",
+    "up": f"{_SPARSE_BLOCK}.experts.{{}}.w3.weight",
+    "down": f"{_SPARSE_BLOCK}.experts.{{}}.w2.weight",
+}
+
+MIXTRAL = Family(
+    name="mixtral",
+    architectures=("MixtralForCausalLM",),
+    gguf=Gguf("llama", permuted=True),
+    experts=ExpertRules(
+        ("num_local_experts", "num_experts"), width="intermediate_size", layouts=(MIXTRAL_EXPERTS, MERGED, FUSED)
+    ),
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=None, listed=False),
+    positions=Positions(theta=1_000_000.0),
+    keys=words("router_jitter_noise"),
+)
+
 _GRANITE_PUBLISHED = {
     "router": f"{_SPARSE_BLOCK}.router.layer.weight",
     "gate_up": f"{_SPARSE_BLOCK}.input_linear.weight",
@@ -141,7 +172,6 @@ GRANITE_FACTORS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
-_FACTOR_KEYS = words("attention_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling")
 
 _granite = partial(
     Family,
@@ -156,7 +186,6 @@ GRANITE = _granite(
     architectures=("GraniteForCausalLM",),
     gguf=Gguf("granite", permuted=True, numbers=GRANITE_FACTORS),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
-    keys=_FACTOR_KEYS | {"mlp_bias"},
 )
 GRANITEMOE = _granite(
     name="granitemoe",
@@ -164,5 +193,4 @@ GRANITEMOE = _granite(
     gguf=Gguf("granitemoe", permuted=True, numbers=GRANITE_FACTORS),
     bias_keys={"attention_bias": ATTENTION},
     experts=replace(GRANITE_EXPERTS, width="intermediate_size"),
-    keys=_FACTOR_KEYS | words("num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef"),
 )

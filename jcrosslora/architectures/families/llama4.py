@@ -7,10 +7,10 @@ between may have an MLP of another width in place of them.
 from collections.abc import Mapping
 from typing import Any
 
+from jcrosslora.architectures.blocks import ATTENTION, MLP, SHARED
+from jcrosslora.architectures.config import Number, listed_rotated, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
-from jcrosslora.architectures.names import ATTENTION, MLP, SHARED, words
-from jcrosslora.architectures.sizes import Number, listed_rotated, size
 from jcrosslora.errors import CheckpointError
 
 _EXPERTS = "feed_forward.experts."
@@ -102,12 +102,9 @@ LLAMA4 = Family(
         rotated=lambda config, kinds: listed_rotated(config, len(kinds)),
         unrotated_grow=True,
     ),
-    # Beside what is read, keys of published configurations that the class does not read.
     keys=words(
-        "attention_bias attention_chunk_size attn_scale attn_temperature_tuning floor_scale for_llm_compressor "
-        "interleave_moe_layer_step intermediate_size_mlp layer_types moe_layers no_rope_layer_interval no_rope_layers "
-        "num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef router_jitter_noise "
-        "use_qk_norm"
+        "attn_scale attn_temperature_tuning floor_scale for_llm_compressor interleave_moe_layer_step moe_layers "
+        "no_rope_layer_interval no_rope_layers router_jitter_noise"
     ),
     # Defaults of Llama4TextConfig: the `text_config` of a multimodal checkpoint may omit these keys.
     defaults={

@@ -1,26 +1,25 @@
-"""Families with layers of Mamba 2: Granite 4, and Falcon-H1, which has attention beside them."""
+"""Families with layers of Mamba 2: Granite 4, Bamba, and Falcon-H1, which has attention beside them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp, usual_layers
-from jcrosslora.architectures.blocks import Mamba2, MlpAndExperts, Parallel
+from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp, usual_layers
+from jcrosslora.architectures.blocks import ATTENTION, MAMBA, MLP, QKV, Mamba2, MlpAndExperts, Parallel
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
+from jcrosslora.architectures.config import Number, at_attention, layer_count, layer_kinds, numbers, size, words
 from jcrosslora.architectures.families.llama import GRANITE, GRANITE_EXPERTS, GRANITE_FACTORS
 from jcrosslora.architectures.family import FULL, LINEAR, Family, Gguf, Positions
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, MAMBA, MLP, QKV, words
-from jcrosslora.architectures.sizes import Number, at_attention, layer_count, layer_kinds, numbers, size
 from jcrosslora.errors import CheckpointError
 
-_KEYS = (
-    "attention_bias mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand "
-    "mamba_n_groups mamba_n_heads mamba_proj_bias time_step_limit embedding_multiplier layer_types "
+# Of all of them; the classes do not read the size of a chunk.
+_KEYS = words(
+    "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
+    "mamba_n_heads time_step_limit layer_types"
 )
 
 
-def mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate", "behind the gate"] | None) -> Mamba2:
+def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate", "behind the gate"] | None) -> Mamba2:
     """Read the state-space model, with `inner` features of the values of all heads, from the keys `mamba_*`.
 
     Raises:
@@ -66,7 +65,7 @@ def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
         width = size(config, "intermediate_size", 11008)
         stated["moe_intermediate_size"] = size(config, "moe_intermediate_size", width)
     found = {**config, **stated}
-    _granite_mamba(found)  # whose sizes are checked
+    _expanded_mamba(found)  # whose sizes are checked
     return found
 
 
@@ -75,15 +74,15 @@ def _granite_rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bo
 
 
 def _granite_layers(model: Architecture) -> list[Layer]:
-    mixers = {LINEAR: _granite_mamba(model.config), FULL: attention(model)}
+    mixers = {LINEAR: _expanded_mamba(model.config), FULL: attention(model)}
     inner = mlp(model)
     if model.config["num_local_experts"]:
         inner = MlpAndExperts(inner, experts(model))
     return [Layer(mixers[kind], inner) for kind in model.config["layer_types"]]  # of `_resolve_granite`
 
 
-def _granite_mamba(config: Mapping[str, Any]) -> Mamba2:
-    return mamba(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
+def _expanded_mamba(config: Mapping[str, Any]) -> Mamba2:
+    return _mamba(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
 
 
 def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
@@ -139,13 +138,40 @@ GRANITE_HYBRID = Family(
     residual_scale=GRANITE.residual_scale,
     logit_scale=GRANITE.logit_scale,
     positions=Positions(rotated=_granite_rotated),
-    keys=words(
-        _KEYS + "attention_multiplier residual_multiplier logits_scaling shared_intermediate_size num_local_experts "
-        "num_experts_per_tok moe_intermediate_size output_router_logits router_aux_loss_coef position_embedding_type "
-        "init_method"
-    ),
+    keys=_KEYS | words("shared_intermediate_size position_embedding_type init_method"),
     fixed={"normalization_function": ("rmsnorm",)},
     defaults={"num_experts_per_tok": 2},
+)
+
+
+def _resolve_bamba(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the layers of attention, and check the sizes of the others."""
+    stated, layers = config.get("attn_layer_indices") or [], layer_count(config)
+    if not isinstance(stated, list | tuple) or not all(type(layer) is int and 0 <= layer < layers for layer in stated):
+        msg = f"config key 'attn_layer_indices' is {str(stated)[:60]}, wanted a list of some of {layers} layers"
+        raise CheckpointError(msg)
+    _expanded_mamba(config)  # whose sizes are checked
+    return {**config, "attn_layer_indices": list(stated)}
+
+
+def _bamba_layers(model: Architecture) -> list[Layer]:
+    mamba, full, listed = _expanded_mamba(model.config), attention(model), set(model.config["attn_layer_indices"])
+    return usual_layers(model, [full if layer in listed else mamba for layer in range(model.dims.layers)])
+
+
+BAMBA = Family(
+    name="bamba",
+    architectures=("BambaForCausalLM",),
+    layers=_bamba_layers,
+    blocks=(Mamba2,),
+    resolve=_resolve_bamba,
+    fused={f"feed_forward.{role}": (role,) for role in MLP},
+    norms={"attn": "input_layernorm", "mlp": "pre_ff_layernorm"},
+    final_norm="model.final_layernorm",
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP, "mamba_proj_bias": MAMBA},
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(share=0.5),
+    keys=_KEYS | words("attn_layer_indices num_logits_to_keep z_loss_coefficient"),
 )
 
 
@@ -169,7 +195,7 @@ def _falcon_mamba(config: Mapping[str, Any]) -> Mamba2:
     )
     place = "before the gate" if config.get("mamba_norm_before_gate", True) else "behind the gate"
     return replace(
-        mamba(config, inner, place if config.get("mamba_rms_norm", False) else None),
+        _mamba(config, inner, place if config.get("mamba_rms_norm", False) else None),
         factors=numbers(config, "ssm_multipliers", 5) or (),
         open_output=False,
         output_bias=bool(config.get("projectors_bias", False)),
@@ -204,10 +230,10 @@ FALCON_H1 = Family(
         "down_proj": Number("down_multiplier", 1.0),
     },
     eps=Number("rms_norm_eps", 1e-5),
-    keys=words(
-        _KEYS + "attention_in_multiplier attention_out_multiplier key_multiplier lm_head_multiplier mamba_d_ssm "
-        "mamba_norm_before_gate mamba_rms_norm mlp_bias mlp_multipliers gate_multiplier down_multiplier "
-        "mlp_expansion_factor num_logits_to_keep projectors_bias ssm_in_multiplier ssm_multipliers ssm_out_multiplier"
+    keys=_KEYS
+    | words(
+        "mamba_d_ssm mamba_norm_before_gate mamba_rms_norm mlp_multipliers mlp_expansion_factor num_logits_to_keep "
+        "projectors_bias ssm_multipliers"
     ),
     fixed={"mamba_use_mlp": (True,)},
 )

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.architectures.architecture import Architecture, attention, experts, mlp
-from jcrosslora.architectures.blocks import Mamba2
+from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
+from jcrosslora.architectures.blocks import ATTENTION, EXPERT_LATENT, UNGATED_MLP, Mamba2
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
+from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family, Gguf, Positions, StoredNames, windowed
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, EXPERT_LATENT, UNGATED_MLP, words
-from jcrosslora.architectures.sizes import MOST_LAYERS, Number, check_multiple, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _MAMBA, _ATTENTION, _MLP, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
@@ -162,12 +160,10 @@ NEMOTRON_H = Family(
     activation_key="mlp_hidden_act",
     eps=Number("layer_norm_epsilon", 1e-5),
     positions=Positions(rotated=windowed),
-    # Beside what is read, keys that the class does not read, such as the limits of the time step at its start.
+    # Some are not read by the class, such as the limits of the time step at its start.
     keys=words(
         "layers_block_type layer_types hybrid_override_pattern mamba_num_heads mamba_head_dim n_groups ssm_state_size "
-        "conv_kernel use_conv_bias use_bias mlp_bias mlp_hidden_act layer_norm_epsilon time_step_min n_routed_experts "
-        "num_local_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
-        "moe_latent_size routed_scaling_factor n_group topk_group norm_topk_prob output_router_logits n_shared_experts "
+        "conv_kernel use_conv_bias time_step_min moe_shared_expert_intermediate_size n_shared_experts "
         "moe_shared_expert_overlap expand chunk_size time_step_max time_step_floor time_step_limit time_step_rank "
         "mamba_proj_bias mamba_ssm_cache_dtype use_mamba_kernels num_logits_to_keep residual_in_fp32 "
         "rescale_prenorm_residual norm_eps partial_rotary_factor num_nextn_predict_layers mtp_layers_block_type "

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from jcrosslora.architectures.architecture import Architecture, attention, mlp
-from jcrosslora.architectures.blocks import DeltaRule
-from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules
+from jcrosslora.architectures.architecture import Architecture, Layer, attention, mlp
+from jcrosslora.architectures.blocks import ATTENTION, DeltaRule
+from jcrosslora.architectures.config import Number, check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import (
     FULL,
     LINEAR,
@@ -24,9 +25,6 @@ from jcrosslora.architectures.family import (
     StoredNames,
     Windows,
 )
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, words
-from jcrosslora.architectures.sizes import Number, check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _olmo = partial(
@@ -41,7 +39,6 @@ OLMO2 = _olmo(
     name="olmo2",
     architectures=("Olmo2ForCausalLM",),
     gguf=Gguf("olmo2"),
-    keys=words("attention_bias"),
 )
 OLMO3 = _olmo(
     name="olmo3",
@@ -50,7 +47,6 @@ OLMO3 = _olmo(
     windows=Windows(period=4),
     # Its class reads `rope_theta` for the layers of full attention alone.
     positions=Positions(theta=500_000.0, local_theta=500_000.0),
-    keys=words("attention_bias sliding_window layer_types"),
 )
 OLMOE = _olmo(
     name="olmoe",
@@ -60,12 +56,7 @@ OLMOE = _olmo(
     experts=ExpertRules(
         ("num_experts", "num_local_experts"),
         width="intermediate_size",
-        layouts=(PUBLISHED, MERGED, FUSED),
         normalised="norm_topk_prob",
-    ),
-    keys=words(
-        "attention_bias num_experts num_local_experts num_experts_per_tok norm_topk_prob output_router_logits "
-        "router_aux_loss_coef"
     ),
     fixed={"clip_qkv": (None,)},
 )
@@ -150,9 +141,9 @@ OLMO_HYBRID = Family(
     qk_norms="whole",
     bias_keys={"attention_bias": ATTENTION},
     positions=Positions(rotated=_rotated),
-    # Beside what is read, settings of the initialisation.
+    # Some are settings of the initialisation.
     keys=words(
-        "attention_bias layer_types linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_conv_kernel_dim "
+        "layer_types linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_conv_kernel_dim "
         "linear_dt_init_floor linear_dt_max linear_dt_min linear_key_head_dim linear_num_key_heads "
         "linear_num_value_heads linear_value_head_dim"
     ),

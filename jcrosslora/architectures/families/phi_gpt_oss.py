@@ -5,11 +5,11 @@ biases and a clamped activation, and heads that may attend to nothing (attention
 """
 
 from jcrosslora.architectures.architecture import attention, usual_layers
+from jcrosslora.architectures.blocks import ATTENTION, QKV, UNGATED_MLP
+from jcrosslora.architectures.config import Number, words
 from jcrosslora.architectures.expert_rules import BIASES, FUSED, MERGED, ExpertRules
-from jcrosslora.architectures.families.mistral import MIXTRAL_EXPERTS
-from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
-from jcrosslora.architectures.names import ATTENTION, QKV, UNGATED_MLP, words
-from jcrosslora.architectures.sizes import Number
+from jcrosslora.architectures.families.llama import MIXTRAL_EXPERTS
+from jcrosslora.architectures.family import Family, Gguf, Positions, Windows, yarn
 
 PHI = Family(
     name="phi",
@@ -28,7 +28,6 @@ PHI = Family(
     activation="gelu_new",
     eps=Number("layer_norm_eps", 1e-5),
     positions=Positions(share=0.5),
-    keys=frozenset({"layer_norm_eps", "qk_layernorm", "partial_rotary_factor"}),
 )
 PHI3 = Family(
     name="phi3",
@@ -39,7 +38,7 @@ PHI3 = Family(
     windows=Windows(size=None, listed=False),
     # The first releases call longrope "su" or "yarn".
     positions=Positions(share=1.0, outer_original=4096, aliases={"su": "longrope", "yarn": "longrope"}),
-    keys=frozenset({"sliding_window", "original_max_position_embeddings", "partial_rotary_factor"}),
+    keys=words("original_max_position_embeddings"),
     fixed={
         "attention_bias": (False,),
         "mlp_bias": (False,),
@@ -67,10 +66,7 @@ PHIMOE = Family(
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(size=None, listed=False),
     positions=Positions(theta=1_000_000.0, types=("longrope",)),
-    keys=words(
-        "sliding_window layer_types attention_bias lm_head_bias num_local_experts router_jitter_noise "
-        "input_jitter_noise output_router_logits router_aux_loss_coef original_max_position_embeddings"
-    ),
+    keys=words("input_jitter_noise original_max_position_embeddings"),
     # Its class chooses two, whatever is stated.
     fixed={"num_experts_per_tok": (2,)},
     defaults={"num_local_experts": 16, "num_experts_per_tok": 2},
@@ -110,22 +106,8 @@ GPT_OSS = Family(
     ),
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(size=128, period=2),
-    positions=Positions(
-        theta=150_000.0,
-        settings={
-            "rope_type": "yarn",
-            "rope_theta": 150_000.0,
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
-    ),
-    # Beside what is read, keys of published configurations that the class does not read.
-    keys=words(
-        "attention_bias sliding_window layer_types num_local_experts num_experts num_experts_per_tok experts_per_token "
-        "swiglu_alpha swiglu_limit output_router_logits router_aux_loss_coef initial_context_length"
-    ),
+    positions=Positions(theta=150_000.0, settings=yarn(32.0, 4096, 150_000.0, truncate=False)),
+    # The class does not read them.
+    keys=words("experts_per_token initial_context_length"),
     defaults={"head_dim": 64, "attention_bias": True},
 )

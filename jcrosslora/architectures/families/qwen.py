@@ -9,17 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from jcrosslora.architectures.architecture import Architecture, attention, usual_layers
-from jcrosslora.architectures.blocks import DeltaRule
-from jcrosslora.architectures.expert_rules import FUSED, MERGED, PUBLISHED, ExpertRules, by_step, in_all_layers
+from jcrosslora.architectures.architecture import Architecture, Layer, attention, usual_layers
+from jcrosslora.architectures.blocks import ATTENTION, GATED_ATTENTION, QKV, SHARED, DeltaRule
+from jcrosslora.architectures.config import check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.expert_rules import ExpertRules, by_step, in_all_layers
 from jcrosslora.architectures.family import FULL, LINEAR, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
-from jcrosslora.architectures.layer import Layer
-from jcrosslora.architectures.names import ATTENTION, GATED_ATTENTION, QKV, SHARED, words
-from jcrosslora.architectures.sizes import check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _WINDOWS = Windows(switch="use_sliding_window", first=("max_window_layers", 28))
-_KEYS = frozenset({"sliding_window", "layer_types", "use_sliding_window"})
 
 QWEN2 = Family(
     name="qwen2",
@@ -27,7 +24,6 @@ QWEN2 = Family(
     gguf=Gguf("qwen2"),
     biases=QKV,
     windows=_WINDOWS,
-    keys=_KEYS,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -36,21 +32,16 @@ QWEN3 = Family(
     norms=PRE_NORMS | QK_NORMS,
     bias_keys={"attention_bias": ATTENTION},
     windows=_WINDOWS,
-    keys=_KEYS | {"attention_bias"},
     defaults={"head_dim": 128},
 )
 
-EXPERT_KEYS = words(
-    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step "
-    "mlp_only_layers output_router_logits router_aux_loss_coef"
-)
-EXPERTS = ExpertRules(
+_STEP = words("decoder_sparse_step mlp_only_layers")  # read by `by_step`
+_EXPERTS = ExpertRules(
     ("num_experts", "num_local_experts"),
-    layouts=(PUBLISHED, MERGED, FUSED),
     normalised="norm_topk_prob",
     layers=by_step,
 )
-SHARED_WIDTH = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+_SHARED_WIDTH = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 
 
 def _shared_width(config: Mapping[str, Any]) -> int:
@@ -58,8 +49,8 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 # One expert that all tokens go through, with a gate on what it returns.
-SHARED_EXPERT: dict[str, Any] = {"shared": _shared_width, "shared_gate": True}
-SHARED_PATHS = {f"mlp.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED}
+_SHARED_EXPERT: dict[str, Any] = {"shared": _shared_width, "shared_gate": True}
+_SHARED_PATHS = {f"mlp.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED}
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -67,18 +58,18 @@ QWEN3_MOE = Family(
     gguf=Gguf("qwen3moe", implied={"norm_topk_prob": True}),
     norms=PRE_NORMS | QK_NORMS,
     bias_keys={"attention_bias": ATTENTION},
-    experts=EXPERTS,
+    experts=_EXPERTS,
     windows=Windows(switch="use_sliding_window", listed=False),
-    keys=_KEYS | {"attention_bias"} | EXPERT_KEYS,
+    keys=_STEP,
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
-    gguf=Gguf("qwen2moe", counts=SHARED_WIDTH, implied={"norm_topk_prob": False}),
-    fused=SHARED_PATHS,
+    gguf=Gguf("qwen2moe", counts=_SHARED_WIDTH, implied={"norm_topk_prob": False}),
+    fused=_SHARED_PATHS,
     bias_keys={"qkv_bias": QKV},
-    experts=replace(EXPERTS, **SHARED_EXPERT),
-    keys=words("sliding_window layer_types qkv_bias shared_expert_intermediate_size") | EXPERT_KEYS,
+    experts=replace(_EXPERTS, **_SHARED_EXPERT),
+    keys=_STEP | words("sliding_window layer_types shared_expert_intermediate_size"),
     # Its windows are those of other layers than in Qwen2.
     fixed={"use_sliding_window": (False,)},
     defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632},
@@ -149,19 +140,13 @@ _SIZES = {
     "linear_num_value_heads": "ssm.time_step_rank",
 }
 _gguf = partial(
-    Gguf, names={"mlp": "post_attention_norm"}, tensors=_OF_DELTA, counts=_SIZES | SHARED_WIDTH, settings=_from_gguf
+    Gguf, names={"mlp": "post_attention_norm"}, tensors=_OF_DELTA, counts=_SIZES | _SHARED_WIDTH, settings=_from_gguf
 )
 
 _NEXT_KEYS = words(
-    "attention_bias layer_types full_attention_interval partial_rotary_factor linear_conv_kernel_dim "
-    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_ssm_dtype "
-    "mtp_num_hidden_layers mtp_use_dedicated_embeddings"
+    "layer_types full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim "
+    "linear_num_key_heads linear_num_value_heads mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings"
 )
-_MOE_KEYS = words(
-    "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size output_router_logits "
-    "router_aux_loss_coef"
-)
-
 _qwen = partial(
     Family,
     layers=_layers,
@@ -185,10 +170,10 @@ QWEN3_5_MOE = _qwen(
     name="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
     gguf=_gguf("qwen35moe", tiled=True),
-    fused=SHARED_PATHS,
+    fused=_SHARED_PATHS,
     resolve=_resolve_moe,
-    experts=replace(EXPERTS, normalised=True, layers=in_all_layers, **SHARED_EXPERT),
-    keys=_NEXT_KEYS | _MOE_KEYS,
+    experts=replace(_EXPERTS, normalised=True, layers=in_all_layers, **_SHARED_EXPERT),
+    keys=_NEXT_KEYS | {"shared_expert_intermediate_size"},
     fixed={"attn_output_gate": (True,), "mlp_only_layers": ([],), "norm_topk_prob": (True,)},
     defaults={
         "head_dim": 256,
@@ -206,11 +191,11 @@ QWEN3_NEXT = _qwen(
         tensors=_OF_DELTA | dict.fromkeys(("attn_qkv.weight", "attn_gate.weight"), "linear_attn.in_proj_qkvz.weight"),
         implied={"norm_topk_prob": True},
     ),
-    fused=SHARED_PATHS,
+    fused=_SHARED_PATHS,
     resolve=_resolve,
     layers=partial(_layers, form="grouped"),
-    experts=replace(EXPERTS, **SHARED_EXPERT),
-    keys=_NEXT_KEYS | EXPERT_KEYS | _MOE_KEYS,
+    experts=replace(_EXPERTS, **_SHARED_EXPERT),
+    keys=_NEXT_KEYS | _STEP | {"shared_expert_intermediate_size"},
     defaults={
         "head_dim": 256,
         "num_experts": 512,

@@ -1,14 +1,41 @@
-"""The sizes of a model, and how sizes and numbers are read from a configuration."""
+"""The keys of configurations, the sizes of a model, and how sizes and numbers are read."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jcrosslora.errors import CheckpointError
 
 _LIMIT = 1 << 20  # of what loops run over, such as experts, before the weights are looked at
 MOST_LAYERS = 1 << 14
+
+
+def words(text: str) -> frozenset[str]:
+    """Split a list of keys at its spaces."""
+    return frozenset(text.split())
+
+
+# Sizes, positions and activations, understood in every family.
+COMMON_KEYS = words(
+    "model_type architectures hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim vocab_size tie_word_embeddings hidden_act rms_norm_eps "
+    "max_position_embeddings rope_theta rope_scaling rope_parameters quantization_config compression_config"
+)
+
+# Settings of loading, training and generation, which do not change what the weights mean.
+HARMLESS_KEYS = words(
+    "_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled "
+    "attn_implementation attention_dropout auto_map bos_token_id cache_implementation chunk_size_feed_forward "
+    "decoder_start_token_id diversity_penalty dtype embd_pdrop encoder_no_repeat_ngram_size eos_token_id "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id hidden_dropout id2label "
+    "initializer_range is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length "
+    "max_sequence_length max_window_layers min_length model_max_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences pad_token_id prefix problem_type repetition_penalty resid_pdrop return_dict "
+    "sep_token_id suppress_tokens task_specific_params temperature tokenizer_class top_k top_p torch_dtype "
+    "transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version "
+    "unsloth_version_fixed use_cache use_flash_attn"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,14 @@ class Number:
     key: str
     default: float | None = None
     power: float = 1.0
+
+
+def number_keys(record: Any) -> Iterator[str]:
+    """Yield the configuration keys of the numbers in the fields of a record, alone or in a dictionary or tuple."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        held = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else [value]
+        yield from (one.key for one in held if isinstance(one, Number) and one.key)
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:

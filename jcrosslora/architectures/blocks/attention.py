@@ -1,4 +1,4 @@
-"""Softmax attention, with the variants of the families: gates, norms of heads, sinks, and keys of other layers."""
+"""Softmax attention, with the variants of the families, and latent attention."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from jcrosslora.architectures.run import KeysValues, KVCache, Run, append_layer,
 
 # For each head, for all heads together, for each behind the rotation, or so without a gain in layers with positions.
 HeadNorms = Literal["head", "whole", "rotated", "unit"]
+_LATENT_EPS = 1e-6  # of the norms of latents, whatever the configuration says of others
 
 
 def _linears(group: str) -> tuple[Linear, ...]:
@@ -157,6 +158,93 @@ class SelfAttention(Block):
         return x.reshape(*x.shape[:2], -1, self.size)
 
 
+@dataclass(frozen=True)
+class LatentAttention(Block):
+    """Latent attention (DeepSeek V2, arXiv 2405.04434): keys and values, and mostly queries, are made of latents.
+
+    The cache holds the keys and values of all heads, not the latents.
+
+    Attributes:
+        heads: of queries, keys and values.
+        rank: features of the latent of keys and values.
+        plain: features of a head of queries and keys without positions.
+        rotated: features of a head of queries and keys with positions, the same for keys of all heads.
+        value: features of a head of values.
+        query_rank: features of the latent of queries; None if these are made of the stream itself.
+    """
+
+    hidden: int
+    heads: int
+    rank: int
+    plain: int
+    rotated: int
+    value: int
+    query_rank: int | None = None
+
+    LINEARS: ClassVar = (
+        *(one for one in SelfAttention.LINEARS if one.role in ("q_proj", "o_proj")),
+        Linear("q_a_proj", "self_attn.q_a_proj", "attn_in", "attn", "attn_q_a"),
+        Linear("q_b_proj", "self_attn.q_b_proj", "q_latent", None, "attn_q_b", stream="inside"),
+        Linear("kv_a_proj_with_mqa", "self_attn.kv_a_proj_with_mqa", "attn_in", "attn", "attn_kv_a_mqa"),
+        Linear("kv_b_proj", "self_attn.kv_b_proj", "kv_latent", None, "attn_kv_b", stream="inside"),
+    )
+    GGUF_NORMS: ClassVar = {"q_a": "attn_q_a_norm", "kv_a": "attn_kv_a_norm"}
+
+    @property
+    def rotated_size(self) -> int:
+        """Features of a head that have positions."""
+        return self.rotated
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return role -> (O, I)."""
+        queries = self.heads * (self.plain + self.rotated)
+        direct = {"q_proj": (queries, self.hidden)}
+        if self.query_rank is not None:
+            direct = {"q_a_proj": (self.query_rank, self.hidden), "q_b_proj": (queries, self.query_rank)}
+        return direct | {
+            "kv_a_proj_with_mqa": (self.rank + self.rotated, self.hidden),
+            "kv_b_proj": (self.heads * (self.plain + self.value), self.rank),
+            "o_proj": (self.hidden, self.heads * self.value),
+        }
+
+    def norms(self) -> dict[str, Norm]:
+        """Return the norms of the latents."""
+        of_queries = {} if self.query_rank is None else {"q_a": Norm("q_a", self.query_rank)}
+        return of_queries | {"kv_a": Norm("kv_a", self.rank)}
+
+    def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
+        """Return the form of keys and values."""
+        sizes = self.plain + self.rotated, self.value
+        return {"attention": KeysValues.form((batch, self.heads, length), sizes, dtype)}
+
+    def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run the attention; see `Block.forward`."""
+        rotation = run.of_rope(run.context.rotations)
+
+        def rotated(x: jax.Array) -> jax.Array:
+            return apply_rope(x, rotation, interleaved=run.settings.interleaved)
+
+        latent = run.module("kv_a_proj_with_mqa", x)
+        latent, shared = latent[..., : self.rank], latent[..., None, self.rank :]
+        both = run.module("kv_b_proj", rms_norm(latent, run.layer.norms["kv_a"], _LATENT_EPS))
+        keys, values = jnp.split(both.reshape(*both.shape[:2], self.heads, -1), [self.plain], axis=-1)
+        shared = jnp.broadcast_to(rotated(shared), (*keys.shape[:3], self.rotated))
+        keys = jnp.concatenate([keys, shared], axis=-1).swapaxes(1, 2)
+        values = values.swapaxes(1, 2)
+        queries = self._queries(run, x)
+        queries = queries.reshape(*queries.shape[:2], self.heads, -1)
+        plain, turned = jnp.split(queries, [self.plain], axis=-1)
+        queries = grown(run, jnp.concatenate([plain, rotated(turned)], axis=-1))
+        keys, values, cache = remembered(run, "attention", keys, values, cache)
+        scale = (self.plain + self.rotated) ** -0.5 * run.settings.ropes[0].latent_scale
+        return run.module("o_proj", attended(run, queries, keys, values, scale)), cache
+
+    def _queries(self, run: Run, x: jax.Array) -> jax.Array:
+        if self.query_rank is None:
+            return run.module("q_proj", x)
+        return run.module("q_b_proj", rms_norm(run.module("q_a_proj", x), run.layer.norms["q_a"], _LATENT_EPS))
+
+
 def _unit(run: Run, x: jax.Array) -> jax.Array:
     """Normalise heads (B, T, heads, D) without a gain; return x in a layer without positions."""
     ropes, normed = run.settings.ropes, rms_norm(x, jnp.ones(x.shape[-1]), run.settings.eps)
@@ -184,66 +272,32 @@ def remembered(
 
 
 def attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
-    """Let queries (B, T, heads, D) attend to keys and values (B, kv_heads, S, D): (B, T, heads * D) of the values."""
-    context, settings = run.context, run.settings
-    mask = attention_mask(
-        context.query_positions, context.key_positions, run.layer.window, chunked=settings.chunked_windows
-    )
-    return attention(queries, keys, values, mask, scale, settings.attn_soft_cap, run.tensors.get("sinks"))
-
-
-def attention_mask(
-    query_positions: jax.Array, key_positions: jax.Array, window: jax.Array, *, chunked: bool = False
-) -> jax.Array:
-    """Return which keys each query attends to, bool (B, T, S).
-
-    Args:
-        query_positions: int32 (B, T).
-        key_positions: int32 (B, S), negative for padding and free slots.
-        window: int32 scalar, number of visible positions, the query's own included.
-        chunked: whether a query sees the positions of its own chunk of that number, instead of the last ones.
-    """
-    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
-    near = queries // window == keys // window if chunked else queries - keys < window
-    return (keys >= 0) & (keys <= queries) & near
-
-
-def attention(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
-    scale: float,
-    cap: float | None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Apply softmax attention.
-
-    Args:
-        queries: (B, T, heads, D).
-        keys: (B, kv_heads, S, D).
-        values: (B, kv_heads, S, E).
-        mask: bool (B, T, S), from `attention_mask`.
-        scale: factor on the scores.
-        cap: soft cap of the scores, or None.
-        sinks: float32 (heads,), the score of attending to nothing; None without that choice.
+    """Let queries (B, T, heads, D) attend to keys (B, kv_heads, S, D) and values (B, kv_heads, S, E).
 
     Returns:
         (B, T, heads * E) in the dtype of the queries; the products are of the dtype of the keys. A query that attends
         to nothing gets the mean of all values.
     """
     batch, length, heads, size = queries.shape
-    groups = heads // keys.shape[1]
+    groups, slots, visible = heads // keys.shape[1], keys.shape[2], _visible(run)
     # The query heads of one key-value head become rows of one matrix.
     grouped = queries.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, -1, groups * length, size).astype(keys.dtype)
     scores = einsum("bktd,bksd->bkts", rows, keys) * scale
-    scores = soft_cap(scores, cap).reshape(batch, -1, groups, length, keys.shape[2])
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = _softmax(scores, sinks).astype(values.dtype)
-    mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
+    scores = soft_cap(scores, run.settings.attn_soft_cap).reshape(batch, -1, groups, length, slots)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = _softmax(scores, run.tensors.get("sinks")).astype(values.dtype)
+    mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, slots), values)
     mixed = mixed.reshape(batch, -1, groups, length, values.shape[-1]).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads * values.shape[-1]).astype(queries.dtype)
+
+
+def _visible(run: Run) -> jax.Array:
+    """Return which keys each query attends to, bool (B, T, S): those in its window, up to its own position."""
+    queries, keys = run.context.query_positions[:, :, None], run.context.key_positions[:, None, :]
+    window, chunked = run.layer.window, run.settings.chunked_windows
+    near = queries // window == keys // window if chunked else queries - keys < window
+    return (keys >= 0) & (keys <= queries) & near
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
