@@ -11,41 +11,30 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures import ropes
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.family import FULL, SLIDING, Family
-from jcrosslora.architectures.ropes import (
-    Growth,
-    Rope,
-    default,
-    linear,
-    llama3,
-    longrope,
-    ntk,
-    proportional,
-    scaled_longrope,
-    yarn,
-)
+from jcrosslora.architectures.ropes import LONGEST, ORIGINAL, Growth, Rope
 from jcrosslora.errors import CheckpointError
 
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
-_ORIGINAL, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 _GROWTH = "llama_4_scaling_beta"
 _SHARED = "proportional"  # the share of the features that are rotated is a matter of the frequencies
-_YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL}
+_YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", ORIGINAL}
 # rope type -> function, and the allowed keys beside the common ones.
 _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
-    "default": (default, set()),
-    "linear": (linear, {"factor"}),
-    "llama3": (llama3, {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}),
-    "yarn": (yarn, _YARN),
-    "longrope": (longrope, {"factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL}),
+    "default": (ropes.default, set()),
+    "linear": (ropes.linear, {"factor"}),
+    "llama3": (ropes.llama3, {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL}),
+    "yarn": (ropes.yarn, _YARN),
+    "longrope": (ropes.longrope, {"factor", "attention_factor", "short_factor", "long_factor", ORIGINAL}),
 }
 # Types that some families have beside these (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
 # no other of its numbers. Phi's with experts states the amplitude.
 _MORE_RULES = {
-    "dynamic": (ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
-    _SHARED: (proportional, {"factor"}),
-    "longrope": (scaled_longrope, {"short_factor", "long_factor", "short_mscale", "long_mscale", _ORIGINAL}),
+    "dynamic": (ropes.ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
+    _SHARED: (ropes.proportional, {"factor"}),
+    "longrope": (ropes.scaled_longrope, {"short_factor", "long_factor", "short_mscale", "long_mscale", ORIGINAL}),
 }
 
 
@@ -131,35 +120,26 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
         msg = f"rope type {kind!r} is not supported; supported: {', '.join(rules)}"
         raise CheckpointError(msg)
     rule, keys = rules[kind]
-    known = keys | _COMMON | ({_GROWTH, _ORIGINAL, _LONGEST} if family.positions.grows else set())
+    known = keys | _COMMON | ({_GROWTH, ORIGINAL, LONGEST} if family.positions.grows else set())
     unknown = sorted(set(settings) - known)
     if unknown:
         msg = f"rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
-    settings |= _lengths(settings, config, family)
+    # Phi-3 states the original length outside the rope settings, and uses that one.
+    longest, outer = config.get(LONGEST), family.positions.outer_original
+    original = settings.get(ORIGINAL, longest) if outer is None else config.get(ORIGINAL, outer)
+    settings |= {LONGEST: longest, ORIGINAL: original}
     size = whole if kind == _SHARED else _rotated(settings, config, family, whole)
     rope = _resolve(rule, settings, size, kind)
     if not family.positions.grows:
         return rope
-    return dataclasses.replace(rope, growth=_growth(settings, (_GROWTH, _ORIGINAL)))
-
-
-def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    # Phi-3 states the original length outside the rope settings, and uses that one.
-    longest, outer = config.get(_LONGEST), family.positions.outer_original
-    original = settings.get(_ORIGINAL, longest) if outer is None else config.get(_ORIGINAL, outer)
-    return {_LONGEST: longest, _ORIGINAL: original}
+    return dataclasses.replace(rope, growth=_growth(settings, (_GROWTH, ORIGINAL)))
 
 
 def _growth(settings: Mapping[str, Any], keys: tuple[str, str]) -> Growth:
     beta, length = (settings.get(key) for key in keys)
-    if (
-        isinstance(beta, int | float)
-        and not isinstance(beta, bool)
-        and isinstance(length, int)
-        and 0 <= beta < 1e3
-        and 0 < length < 1 << 31
-    ):
+    numbers = isinstance(beta, int | float) and not isinstance(beta, bool) and isinstance(length, int)
+    if numbers and 0 <= beta < 1e3 and 0 < length < 1 << 31:
         return Growth(float(beta), length)
     msg = f"{keys[0]} {beta!r} and {keys[1]} {length!r} are missing or no positive numbers"
     raise CheckpointError(msg)
@@ -182,9 +162,9 @@ def _resolve(rule: Callable[..., Rope], settings: Mapping[str, Any], size: int, 
     # Wrong types and numbers in the configuration raise various errors here.
     try:
         with np.errstate(all="ignore"):
-            rope = rule(size, **{key: value for key, value in settings.items() if key not in ("rope_type", "type")})
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        msg = f"rope type {kind!r}: {error}"
+            rope = rule(size, settings)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, KeyError) as error:
+        msg = f"rope type {kind!r}: {error}{' is missing' if isinstance(error, KeyError) else ''}"
         raise CheckpointError(msg) from error
     factors = [*rope.frequencies, *(rope.long_frequencies or ()), rope.amplitude, rope.latent_scale]
     with np.errstate(over="ignore"):

@@ -1,6 +1,7 @@
 """Rotary positions: the frequencies of each rope type, in float64, and the rotation of heads by them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ class Rope:
         long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
         switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
-        growth: of the queries with the position, or None.
         latent_scale: factor on the scores of latent attention.
     """
 
@@ -100,149 +100,100 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
 
 
 # The types: each function takes the number of rotated features of a head and the settings of transformers by name, and
-# ignores those that its type does not use.
+# ignores those that its type does not use. A missing one raises KeyError.
+
+Settings = Mapping[str, Any]
+ORIGINAL, LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 
 
-def default(size: int, *, rope_theta: float, **_: Any) -> Rope:
+def default(size: int, settings: Settings) -> Rope:
     """Rotate pair i by theta ** (-2 i / size) per position."""
-    return Rope(_floats(_plain(size, rope_theta)))
+    return Rope(_floats(_plain(size, settings["rope_theta"])))
 
 
-def ntk(size: int, *, rope_theta: float, alpha: float, **_: Any) -> Rope:
+def ntk(size: int, settings: Settings) -> Rope:
     """Raise the base by alpha ** (size / (size - 2)), which keeps fast frequencies and slows the others."""
-    return Rope(_floats(_plain(size, rope_theta * alpha ** (size / (size - 2)))))
+    return Rope(_floats(_plain(size, settings["rope_theta"] * settings["alpha"] ** (size / (size - 2)))))
 
 
-def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Rope:
+def linear(size: int, settings: Settings) -> Rope:
     """Divide all frequencies by `factor`."""
-    return Rope(_floats(_plain(size, rope_theta) / factor))
+    return Rope(_floats(_plain(size, settings["rope_theta"]) / settings["factor"]))
 
 
-def proportional(
-    size: int, *, rope_theta: float, partial_rotary_factor: float = 1.0, factor: float = 1.0, **_: Any
-) -> Rope:
+def proportional(size: int, settings: Settings) -> Rope:
     """Divide all frequencies by `factor`, and rotate only the first share of the pairs of the whole size."""
-    if isinstance(partial_rotary_factor, bool) or not 0 <= partial_rotary_factor <= 1:
-        msg = f"partial_rotary_factor is {partial_rotary_factor!r}, wanted a number from 0 to 1"
+    share = settings.get("partial_rotary_factor", 1.0)
+    if isinstance(share, bool) or not 0 <= share <= 1:
+        msg = f"partial_rotary_factor is {share!r}, wanted a number from 0 to 1"
         raise ValueError(msg)
-    frequencies = _plain(size, rope_theta) / factor
-    frequencies[int(partial_rotary_factor * size // 2) :] = 0.0
+    frequencies = _plain(size, settings["rope_theta"]) / settings.get("factor", 1.0)
+    frequencies[int(share * size // 2) :] = 0.0
     return Rope(_floats(frequencies))
 
 
-def llama3(
-    size: int,
-    *,
-    rope_theta: float,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-    **_: Any,
-) -> Rope:
+def llama3(size: int, settings: Settings) -> Rope:
     """Divide long wavelengths by `factor`, keep short ones, with a smooth transition in between."""
-    factors = llama3_factors(
-        size // 2,
-        rope_theta,
-        factor=factor,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        original_max_position_embeddings=original_max_position_embeddings,
-    )
-    return Rope(_floats(_plain(size, rope_theta) / factors))
+    return Rope(_floats(_plain(size, settings["rope_theta"]) / llama3_factors(size // 2, settings)))
 
 
-def llama3_factors(
-    pairs: int,
-    theta: float,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-) -> np.ndarray:
+def llama3_factors(pairs: int, settings: Settings) -> np.ndarray:
     """Return the divisor of each rotary frequency (`_compute_llama3_parameters` of transformers).
 
-    Args:
-        pairs: number of frequencies, head_dim / 2.
-        theta: base of the frequencies.
-        factor: divisor of long wavelengths.
-        low_freq_factor: a wavelength is long if it fits fewer times into the original length.
-        high_freq_factor: a wavelength is short if it fits more often into the original length.
-        original_max_position_embeddings: the length that the model was trained with first.
+    A wavelength is long if it fits fewer than `low_freq_factor` times into the original length, and short if it fits
+    more often than `high_freq_factor`.
 
     Returns:
         (pairs,) float64: 1 for short wavelengths, `factor` for long ones, a smooth transition in between.
     """
-    wavelength = 2 * np.pi * theta ** (np.arange(pairs) / max(pairs, 1))
-    turns = original_max_position_embeddings / wavelength
-    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
+    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    wavelength = 2 * np.pi * settings["rope_theta"] ** (np.arange(pairs) / max(pairs, 1))
+    turns = settings[ORIGINAL] / wavelength
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / settings["factor"] + smooth)
 
 
-def longrope(
-    size: int,
-    *,
-    rope_theta: float,
-    short_factor: list[float],
-    long_factor: list[float],
-    original_max_position_embeddings: int,
-    max_position_embeddings: int | None = None,
-    factor: float | None = None,
-    attention_factor: float | None = None,
-    **_: Any,
-) -> Rope:
+def longrope(size: int, settings: Settings) -> Rope:
     """Divide each frequency by its own factor, of another set for sequences beyond the original length."""
-    original = original_max_position_embeddings
+    original, factor, amplitude = settings[ORIGINAL], settings.get("factor"), settings.get("attention_factor")
     if factor is None:
-        factor = _positive(max_position_embeddings, "max_position_embeddings") / original
-    if attention_factor is None:
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    frequencies = _plain(size, rope_theta)
-    short, long = (_floats(frequencies / _divisors(given, frequencies.size)) for given in (short_factor, long_factor))
-    return Rope(short, long, int(original), float(attention_factor))
+        factor = _positive(settings.get(LONGEST), LONGEST) / original
+    if amplitude is None:
+        amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    frequencies = _plain(size, settings["rope_theta"])
+    given = (settings["short_factor"], settings["long_factor"])
+    short, long = (_floats(frequencies / _divisors(one, frequencies.size)) for one in given)
+    return Rope(short, long, int(original), float(amplitude))
 
 
-def scaled_longrope(size: int, *, short_mscale: float, long_mscale: float, **settings: Any) -> Rope:
+def scaled_longrope(size: int, settings: Settings) -> Rope:
     """Do as `longrope`, with an amplitude that is stated for short and for long sequences, and must be the same."""
-    if short_mscale != long_mscale:
-        msg = f"short_mscale is {short_mscale!r} and long_mscale {long_mscale!r}; supported are equal ones"
+    short, long = settings["short_mscale"], settings["long_mscale"]
+    if short != long:
+        msg = f"short_mscale is {short!r} and long_mscale {long!r}; supported are equal ones"
         raise ValueError(msg)
-    amplitude = _positive(short_mscale, "short_mscale")
-    return longrope(size, factor=1.0, attention_factor=amplitude, **settings)
+    return longrope(size, {**settings, "factor": 1.0, "attention_factor": _positive(short, "short_mscale")})
 
 
-def yarn(
-    size: int,
-    *,
-    rope_theta: float,
-    factor: float,
-    original_max_position_embeddings: int,
-    attention_factor: float | None = None,
-    beta_fast: float | None = None,
-    beta_slow: float | None = None,
-    mscale: float | None = None,
-    mscale_all_dim: float | None = None,
-    truncate: bool = True,
-    **_: Any,
-) -> Rope:
+def yarn(size: int, settings: Settings) -> Rope:
     """Keep fast frequencies, divide slow ones by `factor`, with a ramp in between."""
-    original = _positive(original_max_position_embeddings, "original_max_position_embeddings")
+    theta, factor, original = settings["rope_theta"], settings["factor"], _positive(settings[ORIGINAL], ORIGINAL)
     low, high = (
-        size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope_theta))
-        for turns in (beta_fast or 32, beta_slow or 1)
+        size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (settings.get("beta_fast") or 32, settings.get("beta_slow") or 1)
     )
-    if truncate:
+    if settings.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     high = high if high != low else high + 0.001
     divided = np.clip((np.arange(size // 2) - low) / (high - low), 0.0, 1.0)
-    frequencies = _plain(size, rope_theta) * (divided / factor + 1.0 - divided)
-    if attention_factor is None:
-        both = mscale and mscale_all_dim
-        attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
-    latent = _mscale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0
-    return Rope(_floats(frequencies), amplitude=float(attention_factor), latent_scale=latent)
+    frequencies = _plain(size, theta) * (divided / factor + 1.0 - divided)
+    amplitude, scale, scale_all = (settings.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if amplitude is None:
+        both = scale and scale_all
+        amplitude = _mscale(factor, scale) / _mscale(factor, scale_all) if both else _mscale(factor, 1.0)
+    latent = _mscale(factor, scale_all) ** 2 if scale_all else 1.0
+    return Rope(_floats(frequencies), amplitude=float(amplitude), latent_scale=latent)
 
 
 def _plain(size: int, theta: float) -> np.ndarray:

@@ -295,7 +295,7 @@ def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
             _ORIGINAL: 8192,
         }
         with np.errstate(divide="ignore", invalid="ignore"):  # no transition between equal bounds
-            factors = llama3_factors(stored.size, theta, **settings)
+            factors = llama3_factors(stored.size, {"rope_theta": theta, **settings})
         if np.allclose(factors, stored, rtol=1e-4):
             return {"rope_type": "llama3", **settings}
     msg = f"{meta.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"

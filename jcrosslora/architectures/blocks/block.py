@@ -61,22 +61,27 @@ class Block:
     LINEARS: ClassVar[tuple[Linear, ...]] = ()
     GGUF_NORMS: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def parts(self) -> tuple["Block", ...]:
+        """The blocks that this one consists of, whose modules, norms, tensors and states are its own."""
+        return ()
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return role -> (O, I) of the linear modules of this block."""
-        return {}
+        return {role: shape for part in self.parts for role, shape in part.shapes().items()}
 
     def norms(self) -> dict[str, Norm]:
         """Return place -> norm, of the norms that this block has where the family names them."""
-        return {}
+        return {place: norm for part in self.parts for place, norm in part.norms().items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return name -> tensor, of the others but those of experts."""
-        return {}
+        return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
 
     @cached_property
     def names(self) -> frozenset[str]:
         """The roles, places of norms, and names of tensors of this block."""
-        return frozenset({*self.shapes(), *self.norms(), *self.tensors()})
+        return frozenset({*self.shapes(), *self.norms(), *self.tensors()}.union(*(part.names for part in self.parts)))
 
     @property
     def shared_kind(self) -> str | None:
@@ -86,17 +91,16 @@ class Block:
     @property
     def rotated_size(self) -> int | None:
         """Features of a head that may have positions; None for a block without positions."""
-        return None
+        return next((part.rotated_size for part in self.parts if part.rotated_size is not None), None)
 
     @property
     def mixed_size(self) -> int:
         """Features of a token that the block mixes with those of others; 0 for a block that mixes none."""
-        return 0
+        return max((part.mixed_size for part in self.parts), default=0)
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
         """Return the form of what the block keeps of B texts of up to S tokens: kind -> `ShapeDtypeStruct` (B, ...)."""
-        del batch, length, dtype
-        return {}
+        return {kind: form for part in self.parts for kind, form in part.states(batch, length, dtype).items()}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Run the block on the normed stream x (B, T, H).
@@ -162,30 +166,9 @@ class Parallel(Block):
     second: Block
 
     @property
-    def rotated_size(self) -> int | None:
-        """That of the one that has positions."""
-        return self.first.rotated_size or self.second.rotated_size
-
-    @property
-    def mixed_size(self) -> int:
-        """The larger of both."""
-        return max(self.first.mixed_size, self.second.mixed_size)
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I) of both."""
-        return self.first.shapes() | self.second.shapes()
-
-    def norms(self) -> dict[str, Norm]:
-        """Return the norms inside both."""
-        return self.first.norms() | self.second.norms()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of both."""
-        return self.first.tensors() | self.second.tensors()
-
-    def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of what both keep."""
-        return self.first.states(batch, length, dtype) | self.second.states(batch, length, dtype)
+    def parts(self) -> tuple[Block, ...]:
+        """Both."""
+        return self.first, self.second
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Run both; see `Block.forward`."""
@@ -234,11 +217,9 @@ class PerLayerInput(Block):
 
 @flax.struct.dataclass
 class LayerInputWeights:
-    """The weights of the inputs of all layers; L layers, P features of an input.
+    """The weights of the inputs of all layers: (V, L * P) and (L * P, H) for L layers and P features of an input.
 
     Attributes:
-        embedding: (V, L * P).
-        projection: (L * P, H).
         norm: float32 (P,), gain of the norm behind the projection.
     """
 
@@ -250,11 +231,8 @@ class LayerInputWeights:
 def layer_inputs(weights: LayerInputWeights | None, tokens: jax.Array, x: jax.Array, eps: float) -> jax.Array | None:
     """Return the inputs of all layers, (L, B, T, P) in the dtype of x; None in a model without any.
 
-    Args:
-        weights: of the inputs, or None.
-        tokens: int32 (B, T).
-        x: (B, T, H), the stream before the first layer.
-        eps: added to the mean square in the norm.
+    They are made of tokens int32 (B, T) and of x (B, T, H), the stream before the first layer; `eps` is added to the
+    mean square in the norm. Follows `Gemma4TextModel` of transformers.
     """
     if weights is None:
         return None

@@ -26,15 +26,13 @@ class Routing:
     """How experts are chosen for a token, and weighed.
 
     Attributes:
-        count: E, number of experts.
-        used: number of experts that a token goes through.
+        count: E, number of experts; then how many of them a token goes through.
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score; None for other scores.
         scale: factor on the weights.
         scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
-        groups: number of groups of experts.
-        used_groups: number of groups that a token may use.
+        groups: number of groups of experts; then how many of them a token may use.
         group_best: how many of a group's experts say how high it scores, the best of them together.
     """
 
@@ -63,8 +61,7 @@ class Experts(Block):
         gated: whether experts and shared ones have a gate.
         clamp: alpha and limit of the activation, see `ExpertRules.clamp`; None for the model's activation.
         latent: features that experts read and return in place of H; None for H.
-        shared: features inside the shared experts, 0 for none.
-        shared_gate: whether a gate weighs what the shared experts return.
+        shared: features inside the shared experts, 0 for none; then whether a gate weighs what these return.
         averaged: whether the output is the mean of that of the chosen and of the shared experts, instead of the sum.
     """
 
@@ -190,9 +187,10 @@ class MlpAndExperts(Block):
         "experts_out": "post_ffw_norm_2",
     }
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I) of both."""
-        return self.mlp.shapes() | self.experts.shapes()
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """Both."""
+        return self.mlp, self.experts
 
     def norms(self) -> dict[str, Norm]:
         """Return the norms behind the MLP and around the experts."""
@@ -206,11 +204,6 @@ class MlpAndExperts(Block):
             "router_scale": Tensor("router.scale", (self.mlp.hidden,)),
             "expert_scale": Tensor("router.per_expert_scale", (self.experts.routing.count,)),
         }
-
-    @property
-    def names(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The roles, norms and tensors of both."""
-        return frozenset({*self.norms(), *self.tensors()}) | self.mlp.names | self.experts.names
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Run both; see `Block.forward`."""
@@ -234,26 +227,19 @@ def _matrix(name: str, rows: jax.Array, held: dict[str, Any], factors: dict[str,
 def route(
     settings: Routing, x: jax.Array, router: jax.Array, bias: jax.Array | None, correction: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose the experts of tokens.
+    """Choose the experts of tokens x (T, H) by a router, float32 (E, H), whose bias is float32 (E,).
 
-    Args:
-        settings: how they are chosen.
-        x: (T, H), the normed stream.
-        router: float32 (E, H).
-        bias: float32 (E,), or None.
-        correction: float32 (E,), added to the scores for the choice alone; or None.
+    The correction, float32 (E,), is added to the scores for the choice alone.
 
     Returns:
         int32 (T, K), the experts of each token, and float32 (T, K), their weights.
     """
     logits = linear(x.astype(jnp.float32), router)
     logits = logits if bias is None else logits + bias
-    if settings.scores == "chosen":
+    if settings.scores in ("chosen", "chosen sigmoid"):
         best, experts = lax.top_k(logits, settings.used)
-        return experts, jax.nn.softmax(best, axis=-1)
-    if settings.scores == "chosen sigmoid":
-        best, experts = lax.top_k(logits, settings.used)
-        return experts, _weights(settings, jax.nn.sigmoid(best))
+        soft = settings.scores == "chosen"
+        return experts, jax.nn.softmax(best, axis=-1) if soft else _weights(settings, jax.nn.sigmoid(best))
     if settings.tolerance is not None:
         return _in_turn(logits, settings.tolerance)
     scores = jax.nn.sigmoid(logits) if settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)

@@ -68,15 +68,9 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
 
 
 def spread(x: jax.Array, order: Sorted, scales: jax.Array | None = None) -> jax.Array:
-    """Write each token into the rows of its experts.
+    """Write each token x (T, H) into the rows of its experts, (T K + N, H).
 
-    Args:
-        x: (T, H).
-        order: of its tokens.
-        scales: float32 (T, K), factors on what the experts of a token read; None for 1.
-
-    Returns:
-        (T K + N, H), of the dtype of x.
+    `scales`, float32 (T, K), are factors on what the experts of a token read; None for 1.
     """
     rows = _spread(x, order)
     if scales is None:
@@ -99,16 +93,7 @@ _spread.defvjp(lambda x, order: (_spread(x, order), order), _spread_backward)
 
 @jax.custom_vjp
 def mix(outputs: jax.Array, weights: jax.Array, order: Sorted) -> jax.Array:
-    """Add up what the experts of each token return.
-
-    Args:
-        outputs: float32 (T K + N, H), from `run_experts`.
-        weights: float32 (T, K), of the experts of each token.
-        order: of the tokens.
-
-    Returns:
-        float32 (T, H).
-    """
+    """Add up what the experts of each token return, (T K + N, H) from `run_experts`, times weights (T, K): (T, H)."""
     return jnp.sum(outputs[order.slots] * weights[:, :, None], axis=1)
 
 
@@ -153,7 +138,7 @@ def run_experts(function: ExpertFunction, rows: jax.Array, order: Sorted, consta
     Args:
         function: of one expert. It is derived by the rows and by the factors.
         rows: (T K + N, I), from `spread`.
-        order: of the tokens.
+        order: says where the rows of each expert are.
         constants: a tree of arrays (E, ...), or of a `Row` of stacks of them. They have no derivatives: what is trained
             are factors.
         factors: a tree of arrays (E, ...).

@@ -63,8 +63,7 @@ class RecurrentBlock(Block):
         taps: K, tokens that the convolution sees, its own included.
         heads: H, heads of values, each with a state (N, P); 0 for a short convolution, as the next three.
         groups: G, heads of queries and keys; consecutive H / G heads of values share one.
-        key_size: N, features of a query or key.
-        value_size: P, features of a value.
+        key_size: N, features of a query or key; then P, those of a value.
         conv_bias: whether the convolution has a bias.
     """
 
@@ -132,13 +131,9 @@ class RecurrentBlock(Block):
     def mix(
         self, inside: Inside, x: jax.Array, state: RecurrentState, valid: jax.Array
     ) -> tuple[jax.Array, RecurrentState]:
-        """Run the block on the next tokens of B texts.
+        """Run the block on the next tokens of B texts, from the state after those before.
 
-        Args:
-            inside: its modules and tensors.
-            x: (B, T, hidden), normalised.
-            state: after the tokens before.
-            valid: bool (B, T), False at padding, which leaves the state as it is.
+        The stream x (B, T, hidden) is normalised; `valid`, bool (B, T), is False at padding, which leaves the state.
 
         Returns:
             (B, T, hidden), and the state after these tokens.
@@ -152,9 +147,7 @@ def causal_convolution(
     """Convolve the tokens of one sequence with those before them, y_t = sum_j weight_j x_(t - K + 1 + j) + bias.
 
     Args:
-        x: float32 (T, C), features of the tokens.
-        weight: float32 (C, K).
-        bias: float32 (C,), or None.
+        x: float32 (T, C), features of the tokens; the weight is (C, K), and the bias (C,).
         state: float32 (K - 1, C), the last tokens before these; zeros at the start of a text.
         valid: bool (T,), False at padding, which stands before or behind the tokens and is skipped.
 

@@ -90,21 +90,11 @@ DEEPSEEK_V3 = Family(
     experts=_EXPERTS,
     positions=Positions(interleaved=True),
     keys=_KEYS | {"num_nextn_predict_layers"},
-    fixed={
-        "moe_layer_freq": (1,),
-        "rope_interleave": (True,),
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-    },
+    fixed=dict(moe_layer_freq=(1,), rope_interleave=(True,), scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
     # Of the class, where published configurations leave them out.
-    defaults={
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 3,
-        "norm_topk_prob": True,
-        "n_group": 8,
-        "topk_group": 4,
-        "q_lora_rank": 1536,
-    },
+    defaults=dict(
+        n_shared_experts=1, first_k_dense_replace=3, norm_topk_prob=True, n_group=8, topk_group=4, q_lora_rank=1536
+    ),
 )
 
 

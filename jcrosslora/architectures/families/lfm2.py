@@ -140,11 +140,7 @@ LFM2_MOE = _lfm2(
     keys=_KEYS | {"num_dense_layers"},
     # Without, there is no `expert_bias`.
     fixed={"use_expert_bias": (True,), "use_pos_enc": (True,)},
-    defaults={
-        "num_dense_layers": 2,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 1792,
-        "norm_topk_prob": True,
-    },
+    defaults=dict(
+        num_dense_layers=2, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=1792, norm_topk_prob=True
+    ),
 )

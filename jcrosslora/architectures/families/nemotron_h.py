@@ -171,11 +171,7 @@ NEMOTRON_H = Family(
     ),
     fixed={"mamba_hidden_act": ("silu",), "attention_bias": (False,), "attention_head_dim": (128,)},
     # Of the class, where configurations leave them out.
-    defaults={
-        "head_dim": 128,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 7688,
-        "norm_topk_prob": True,
-    },
+    defaults=dict(
+        head_dim=128, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=7688, norm_topk_prob=True
+    ),
 )

@@ -39,13 +39,9 @@ PHI3 = Family(
     # The first releases call longrope "su" or "yarn".
     positions=Positions(share=1.0, outer_original=4096, aliases={"su": "longrope", "yarn": "longrope"}),
     keys=words("original_max_position_embeddings"),
-    fixed={
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "lm_head_bias": (False,),
-        "full_attn_mod": (1,),
-        "interpolate_factor": (1,),
-    },
+    fixed=dict(
+        attention_bias=(False,), mlp_bias=(False,), lm_head_bias=(False,), full_attn_mod=(1,), interpolate_factor=(1,)
+    ),
 )
 _PHI_ROUTER = {"router": "mlp.router.weight"}
 
