@@ -23,9 +23,9 @@ from jcrosslora.decoder import (
     Sampling,
     StackedFactors,
     load_model,
+    loading,
     residual_streams,
     sampling,
-    sharding,
     stack_adapter,
 )
 from jcrosslora.decoder.layer_stack import layer_at
@@ -37,9 +37,19 @@ from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.evaluate import effect, harness_requests, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
-from jcrosslora.linalg.stacked import AXIS
-from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity, shift
-from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
+from jcrosslora.linalg.svd import AXIS
+from jcrosslora.maps.alignment import groups, layer_similarity
+from jcrosslora.maps.evidence import (
+    Activations,
+    HeadMatch,
+    Selection,
+    Side,
+    Vocabulary,
+    base_pair,
+    heads,
+    moments,
+)
+from jcrosslora.maps.shifting import shift
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings
@@ -158,8 +168,8 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     settings, texts = shapes.base.settings, shapes.read[:2]
     yield Program(sampling.prefill, (shapes.model, *texts), {"room": 4})
     behind = sampling.Behind(whole(2, 6), told(2, 6), whole(BATCH))
-    yield Program(sampling.prefill_behind, (shapes.model, behind, *texts), {"room": 4})
-    yield Program(sharding._write, (of(3, 22), of(1, 22), whole()))
+    yield Program(sampling.prefill, (shapes.model, *texts, behind), {"room": 4})
+    yield Program(loading._write, (of(3, 22), of(1, 22), whole()))
     begun = shapes.begun()
     both = begun.replace(cache=(begun.cache, begun.cache))
     given = shapes.model, both, (of(), of()), DRAWN

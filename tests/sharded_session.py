@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
 from jcrosslora.decoder import Sampling, extend, load_model, prefill, stack_adapter
-from jcrosslora.decoder.sharding import divided_axis, held_numbers, mesh_of, stack_shapes
+from jcrosslora.decoder.loading import divided_axis, held_numbers, mesh_of, stack_shapes
 from jcrosslora.distill import DistillSettings, fit
 from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.teacher import TaughtBatch

@@ -85,7 +85,7 @@ def test_the_family_of_the_page_on_families_gives_the_logits_of_transformers():
     pytest.importorskip("torch")
     text = (ROOT / "docs" / "adding-a-family.md").read_text()
     family, oracle, excerpt = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert excerpt in (ROOT / "jcrosslora" / "architectures" / "families" / "bamba.py").read_text()
+    assert excerpt in (ROOT / "jcrosslora" / "architectures" / "families" / "mamba2.py").read_text()
     try:
         names: dict = {}
         exec(family, names)

@@ -12,7 +12,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import Estimate, estimate_files
 from jcrosslora.decoder import fast_dtype
-from jcrosslora.decoder.sharding import held_numbers
+from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.batch import estimate_batch, read_plan

@@ -46,7 +46,7 @@ def test_scores_and_what_is_written_are_those_of_whole_prompts(name):
     whole = [np.concatenate([beginnings[owner], text]) for owner, text in zip(OWNERS, texts, strict=True)]
     # A third beginning and a fifth row are empty.
     behind = Behind(*padded(beginnings, (3, LONGEST), True), np.array([*OWNERS, 0], np.int32))
-    found = generate.prefill_behind(model, behind, *padded(texts, (5, WIDTH), True), room=ROOM)
+    found = generate.prefill(model, *padded(texts, (5, WIDTH), True), behind, room=ROOM)
     wanted = generate.prefill(model, *padded(whole, (5, LONGEST + WIDTH), True), room=ROOM)
     for _ in range(2):
         np.testing.assert_array_equal(found.positions[:4], wanted.positions[:4])
@@ -82,13 +82,14 @@ def generator(request, plain):
 
 def reads_behind(monkeypatch):
     """Note the shapes of beginnings and of what is read behind them."""
-    seen, run = [], generate.prefill_behind
+    seen, run = [], generate.prefill
 
-    def noted(model, behind, prompts, mask, *, room):
-        seen.append((behind.tokens.shape, prompts.shape))
-        return run(model, behind, prompts, mask, room=room)
+    def noted(model, prompts, mask, behind, *, room):
+        if behind is not None:
+            seen.append((behind.tokens.shape, prompts.shape))
+        return run(model, prompts, mask, behind, room=room)
 
-    monkeypatch.setattr(generate, "prefill_behind", noted)
+    monkeypatch.setattr(generate, "prefill", noted)
     return seen
 
 

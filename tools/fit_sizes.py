@@ -9,7 +9,7 @@ in batches as `jcrosslora.distill` makes them, each used `passes` times. The dev
 
 Memory is that of a device: its part of both bases' weights in bfloat16, beside XLA's own analysis of the gradient step
 and of writing, which is that of the backend that compiles: run it on the GPU for its figure. With `--shards` the
-matrices are divided over so many devices as a fit divides them (`jcrosslora.decoder.sharding`); on a CPU they are
+matrices are divided over so many devices as a fit divides them (`jcrosslora.decoder.loading`); on a CPU they are
 forced ones, and nothing is allocated.
 
 A forward pass takes two operations for each weight and token, the gradient as many again, since no weight has one, and
@@ -41,7 +41,7 @@ from roofline import DEVICES, Device
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Model, Sampling, extend, load_model, prefill, settings_of
-from jcrosslora.decoder.sharding import mesh_of, weight_sharding, whole
+from jcrosslora.decoder.loading import mesh_of, weight_sharding, whole
 from jcrosslora.distill.batches import BATCH
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings

@@ -1,9 +1,12 @@
-"""The keys of configurations, the sizes of a model, and how sizes and numbers are read."""
+"""The keys of configurations, the sizes of a model, and how sizes and numbers are read.
+
+Readers raise a CheckpointError that names the key for what is missing where it has no default, or out of range.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from jcrosslora.errors import CheckpointError
 
@@ -36,6 +39,8 @@ HARMLESS_KEYS = words(
     "transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version "
     "unsloth_version_fixed use_cache use_flash_attn"
 )
+# The kinds of layers, by what they see of a text.
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,14 @@ def number_keys(record: Any) -> Iterator[str]:
         yield from (one.key for one in held if isinstance(one, Number) and one.key)
 
 
-def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
-    """Return a size below a limit, or its default where the configuration says nothing or null.
+def refuse(key: str, value: Any, wanted: str) -> NoReturn:
+    """Raise the error that names a configuration key, its value and what was wanted."""
+    msg = f"config key {key!r} is {str(value)[:60]}, wanted {wanted}"
+    raise CheckpointError(msg)
 
-    Raises:
-        CheckpointError: it is not a positive integer.
-    """
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
+    """Return a size below a limit, or its default where the configuration says nothing or null."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < limit:
@@ -95,22 +102,14 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lim
 
 
 def check_multiple(key: str, value: int, other_key: str, other: int) -> None:
-    """Check that groups of heads are of one size.
-
-    Raises:
-        CheckpointError: a number of heads is not a multiple of another.
-    """
+    """Check that groups of heads are of one size."""
     if value % other:
         msg = f"{key} {value} is not a multiple of {other_key} {other}"
         raise CheckpointError(msg)
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
-    """Return the number of layers.
-
-    Raises:
-        CheckpointError: it is not a positive integer, or more than any model has.
-    """
+    """Return the number of layers."""
     layers = size(config, "num_hidden_layers", limit=1 << 31)
     if layers > MOST_LAYERS:
         msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {MOST_LAYERS}"
@@ -119,11 +118,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
 
 
 def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
-    """Return the kind of each layer by the metadata of a GGUF file, `full` if it lists heads of keys, else `other`.
-
-    Raises:
-        CheckpointError: it lists none.
-    """
+    """Return the kind of each layer by the metadata of a GGUF file, `full` if it lists heads of keys, else `other`."""
     heads = stated.get("attention.head_count_kv")
     if not isinstance(heads, list):
         msg = f"attention.head_count_kv is {str(heads)[:60]}, wanted a list with the heads of each layer"
@@ -132,11 +127,7 @@ def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
 
 
 def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
-    """Return a list of `count` positive or zero numbers, None where the configuration states none.
-
-    Raises:
-        CheckpointError: it is not such a list.
-    """
+    """Return a list of `count` positive or zero numbers, None where the configuration states none."""
     stated = config.get(key)
     if stated is None:
         return None
@@ -156,11 +147,7 @@ def _number(value: Any) -> float | None:
 
 
 def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
-    """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none.
-
-    Raises:
-        CheckpointError: it is not a list with a known name for each layer.
-    """
+    """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none."""
     stated = config.get("layer_types")
     if stated is None:
         return None
@@ -176,11 +163,7 @@ def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int
 
 
 def read_number(config: Mapping[str, Any], number: Number, where: object = None) -> float:
-    """Read a number of a configuration; errors name `where`, its file or base.
-
-    Raises:
-        CheckpointError: the value is not a positive number.
-    """
+    """Read a number of a configuration; errors name `where`, its file or base."""
     value = config.get(number.key, number.default)
     # An integer of 400 digits compares below infinity, but is too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
@@ -190,11 +173,7 @@ def read_number(config: Mapping[str, Any], number: Number, where: object = None)
 
 
 def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
-    """Return the period of a pattern of layers, by the first of the keys that is stated.
-
-    Raises:
-        CheckpointError: it is not a positive integer.
-    """
+    """Return the period of a pattern of layers, by the first of the keys that is stated."""
     key, period = next(((key, config[key]) for key in keys if config.get(key)), ("", default))
     if type(period) is not int or period < 1:
         msg = f"{key} is {period!r}, wanted a positive integer"
@@ -203,11 +182,7 @@ def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) ->
 
 
 def listed_rotated(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Return which layers have positions: those without a 0 in `no_rope_layers`, by default all but each fourth.
-
-    Raises:
-        CheckpointError: `no_rope_layers` or `no_rope_layer_interval` cannot be read.
-    """
+    """Return which layers have positions: those without a 0 in `no_rope_layers`, by default all but each fourth."""
     stated = config.get("no_rope_layers")
     if not stated:
         period = period_of(config, ("no_rope_layer_interval",), 4)

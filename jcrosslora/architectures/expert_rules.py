@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jcrosslora.architectures.blocks import Experts, Routing, Scores
-from jcrosslora.architectures.config import Number, number_keys, read_number, size
+from jcrosslora.architectures.config import Number, number_keys, read_number, refuse, size
 from jcrosslora.errors import CheckpointError
 
 _ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -195,8 +195,7 @@ def by_step(config: Mapping[str, Any], layers: int) -> list[bool]:
     """Give each `decoder_sparse_step`-th layer experts, but none of `mlp_only_layers`."""
     step, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple):
-        msg = f"config key 'mlp_only_layers' is {str(dense)[:60]}, wanted a list of layers"
-        raise CheckpointError(msg)
+        refuse("mlp_only_layers", dense, "a list of layers")
     return [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
 
 
@@ -204,8 +203,7 @@ def by_list(config: Mapping[str, Any], layers: int) -> list[bool]:
     """Give those layers experts that `mlp_layer_types` names "sparse"."""
     stated, names = config.get("mlp_layer_types"), {"dense", "sparse"}
     if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= names:
-        msg = f"config key 'mlp_layer_types' is {str(stated)[:60]}, wanted dense or sparse for each of {layers} layers"
-        raise CheckpointError(msg)
+        refuse("mlp_layer_types", stated, f"dense or sparse for each of {layers} layers")
     return [kind == "sparse" for kind in stated]
 
 
@@ -215,8 +213,7 @@ def behind_first(key: str) -> SparseRule:
     def sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
         first = config.get(key)
         if type(first) is not int or first < 0:
-            msg = f"config key {key!r} is {str(first)[:60]}, wanted the number of layers without experts"
-            raise CheckpointError(msg)
+            refuse(key, first, "the number of layers without experts")
         return [layer >= first for layer in range(layers)]
 
     return sparse

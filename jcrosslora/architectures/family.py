@@ -6,11 +6,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from jcrosslora.architectures.blocks import EMBEDDING, Block, Experts, HeadNorms, Mlp, SelfAttention
-from jcrosslora.architectures.config import Number, number_keys
+from jcrosslora.architectures.config import SLIDING, Number, number_keys
 from jcrosslora.architectures.expert_rules import ExpertRules
 
-# The kinds of layers, by what they see of a text.
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # From a configuration and the kind of each layer to whether each has positions. It raises CheckpointError.
 RotatedRule = Callable[[Mapping[str, Any], Sequence[str]], Sequence[bool]]
 

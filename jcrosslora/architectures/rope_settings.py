@@ -13,7 +13,8 @@ import numpy as np
 
 from jcrosslora.architectures import ropes
 from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.family import FULL, SLIDING, Family
+from jcrosslora.architectures.config import FULL, SLIDING
+from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.ropes import LONGEST, ORIGINAL, Growth, Rope
 from jcrosslora.errors import CheckpointError
 

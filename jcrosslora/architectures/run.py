@@ -1,5 +1,6 @@
 """What a block is given to run: the arrays of its layer and of all layers, and what layers keep of a text."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,14 +30,12 @@ class BlockSettings(Dims):
         eps: added to the mean square in every norm.
         layer_norm: whether norms subtract the mean first.
         activation: a name of `ops.ACTIVATIONS`.
-        attn_scale: factor on the attention scores.
-        attn_soft_cap: soft cap of the attention scores, or None.
+        attn_scale: factor on the attention scores; then their soft cap, or None.
         residual_scale: factor on what attention and MLP add to the residual stream.
         parallel: whether attention and MLP read the same normed input.
         interleaved: whether neighbouring features are rotated together.
         chunked_windows: whether a window is a chunk of positions, instead of the last ones.
-        input_factors: role and factor on what a module reads, of roles whose factor is not 1.
-        output_factors: the same on what it returns.
+        input_factors: role and factor on what a module reads, of roles whose factor is not 1; then on what it returns.
     """
 
     eps: float
@@ -57,7 +56,7 @@ class Update(Protocol):
     """What an adapter changes in the modules of one role of a layer."""
 
     def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Return the output (..., O) of a module with the change, of what it reads (..., I) and returns without."""
+        """Return float32 (..., O), a module's output with the change, of its input (..., I) and output without."""
         ...
 
 
@@ -86,10 +85,8 @@ class LayerWeights:
     Attributes:
         layer: int32 scalar, index of the layer.
         places: kind of a state -> int32 scalar, where the layer's own is in a cache.
-        weights: role -> (O, I).
-        biases: role -> (O,).
-        norms: name -> gain.
-        norm_biases: name -> bias.
+        weights: role -> (O, I); biases are role -> (O,).
+        norms: name -> gain; then name -> bias.
         activation: trained parameters of the activation.
         factors: role -> what an adapter changes; empty without one.
         window: int32 scalar, number of visible positions.
@@ -241,37 +238,35 @@ class KVCache:
 
     def with_state(self, kind: str, state: Any) -> "KVCache":
         """Return the cache with other arrays of one kind."""
-        return self.replace(states={**self.states, kind: state})  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(self, states={**self.states, kind: state})
 
 
 def of_sequences(cache: KVCache, chosen: jax.Array) -> KVCache:
     """Return the cache of the sequences `chosen`, int32 (B,), any of them several times."""
     found = jax.tree.map(lambda x: x[:, chosen], cache.states)
-    return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        positions=cache.positions[chosen], states=found
-    )
+    return dataclasses.replace(cache, positions=cache.positions[chosen], states=found)
 
 
 def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
     """Add the positions (B, T) of new tokens, -1 for padding, before their keys and values."""
     added = lax.dynamic_update_slice(cache.positions, positions, (jnp.zeros((), jnp.int32), cache.filled))
-    return cache.replace(positions=added)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(cache, positions=added)
 
 
 def append_layer(
-    cache: KVCache, kind: str, place: jax.Array, keys: jax.Array, values: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Write the keys and values (B, kv_heads, T, D) of new tokens after the filled slots of a layer.
-
-    The layer is that at `place`, int32 scalar, among those with a state of this kind.
+    cache: KVCache | None, run: Run, kind: str, keys: jax.Array, values: jax.Array
+) -> tuple[KVCache | None, jax.Array, jax.Array]:
+    """Write the keys and values (B, kv_heads, T, D) of new tokens after the filled slots of a layer that is run.
 
     Returns:
-        The new cache, and all keys and all values of the layer, (B, kv_heads, S, D).
+        The new cache, and all keys and all values of the layer, (B, kv_heads, S, D); without a cache just the new ones.
     """
+    if cache is None:
+        return None, keys, values
     if cache.last_only:
         kept = KeysValues(keys[None], values[None]) if kind in cache.states else None
         return (cache if kept is None else cache.with_state(kind, kept)), keys, values
-    zero = jnp.zeros((), jnp.int32)
+    zero, place = jnp.zeros((), jnp.int32), run.layer.places[kind]
     at, old = (place, zero, zero, cache.filled, zero), cache.states[kind]
     all_keys = lax.dynamic_update_slice(old.keys, _stored(keys, old.keys.dtype)[None], at)
     all_values = lax.dynamic_update_slice(old.values, _stored(values, old.values.dtype)[None], at)

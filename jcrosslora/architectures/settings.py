@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from jcrosslora.architectures.architecture import Architecture, Layer, layers_with
 from jcrosslora.architectures.blocks import Block, RecurrentBlock
-from jcrosslora.architectures.config import Number, layer_kinds, listed_rotated, period_of, read_number
-from jcrosslora.architectures.family import FULL, SLIDING, Family, Windows
+from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_kinds, listed_rotated, period_of, read_number
+from jcrosslora.architectures.family import Family, Windows
 from jcrosslora.architectures.rope_settings import layer_ropes
 from jcrosslora.architectures.run import EMPTY, BlockSettings, KVCache
 from jcrosslora.errors import CheckpointError
@@ -119,7 +119,7 @@ def _settings(model: Architecture) -> DecoderSettings:
     def factors(numbers: Mapping[str, Number]) -> tuple[tuple[str, float], ...]:
         return tuple((role, found) for role, number in numbers.items() if (found := factor(number)) != 1.0)
 
-    kinds = read_layer_kinds(config, family, dims.layers)
+    kinds = _layer_kinds(config, family, dims.layers)
     norm, eps = family.norm_of(config)
     of_layers = layer_ropes(model, kinds)
     ropes = tuple(dict.fromkeys(of_layers))
@@ -143,7 +143,7 @@ def _settings(model: Architecture) -> DecoderSettings:
         tied=family.is_tied(config),
         post_norms="mlp_post" in family.layer_norms(config),
         biased_roles=family.biased_roles(config),
-        windows=layer_windows(kinds, config, family),
+        windows=_layer_windows(kinds, config, family),
         layer_ropes=tuple(map(ropes.index, of_layers)),
         stack=model.stack,
     )
@@ -169,12 +169,8 @@ def _cap(config: Mapping[str, Any], number: Number | None) -> float | None:
 _CHUNKED = "chunked_attention"  # how configurations call layers with windows that are chunks
 
 
-def read_layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tuple[str, ...]:
-    """Return (L,) "full_attention" or "sliding_attention".
-
-    Raises:
-        CheckpointError: `layer_types` has another kind or length, or contradicts the rest of the configuration.
-    """
+def _layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tuple[str, ...]:
+    """Return (L,) "full_attention" or "sliding_attention"."""
     if any(issubclass(block, RecurrentBlock) for block in family.blocks):
         return (FULL,) * layers  # `layer_types` says which layers have attention
     chunked = family.windows is not None and family.windows.chunked
@@ -188,13 +184,9 @@ def read_layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> 
     return tuple(stated)
 
 
-def layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
-    """Return (L,) the number of positions that each layer sees, its own included; None for full attention.
-
-    Raises:
-        CheckpointError: the window is not a positive integer, or a sliding layer has none.
-    """
-    window = read_window(config, family)
+def _layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
+    """Return (L,) the number of positions that each layer sees, its own included; None for full attention."""
+    window = _window(config, family)
     if window is None and SLIDING in kinds:
         key = (family.windows or Windows()).size_key
         msg = f"layer {kinds.index(SLIDING)} has a window, but no {key} is set or in use"
@@ -202,12 +194,8 @@ def layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: Fam
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def read_window(config: Mapping[str, Any], family: Family) -> int | None:
-    """Return the number of positions that a sliding layer sees, None if no layer slides.
-
-    Raises:
-        CheckpointError: it is not a positive integer.
-    """
+def _window(config: Mapping[str, Any], family: Family) -> int | None:
+    """Return the number of positions that a sliding layer sees, None if no layer slides."""
     windows = family.windows
     if windows is None or (windows.switch is not None and not config.get(windows.switch)):
         return None
@@ -219,7 +207,7 @@ def read_window(config: Mapping[str, Any], family: Family) -> int | None:
 
 
 def _implied_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tuple[str, ...]:
-    window, windows = read_window(config, family), family.windows or Windows()
+    window, windows = _window(config, family), family.windows or Windows()
     if windows.period is not None:
         period = period_of(config, windows.period_keys, windows.period)
         return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))

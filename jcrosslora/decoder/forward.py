@@ -63,9 +63,8 @@ def forward(
 
     Args:
         model: from `load_model`, with an adapter or without.
-        tokens: int32 (B, T), or (T,) for a batch of one.
-        mask: bool, of the shape of tokens, False at padding on either side; None for no padding. Positions count the
-            tokens that are not padding.
+        tokens: int32 (B, T), or (T,) for a batch of one; the mask has the same shape.
+        mask: False at padding on either side; None for no padding. Positions count the tokens that are not padding.
         capture: names of `CAPTURES` to return for all layers; memory is L times that of one layer.
         reduce: called with the `LayerCapture` of each layer inside the scan; only its result is kept. It may close over
             arrays, such as the mask or the captures of another model.
@@ -208,14 +207,10 @@ def extend_behind(
     owners: jax.Array,
     texts: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, KVCache]:
-    """Run beginnings, each once, and behind them the texts that go on from them.
+    """Run beginnings, each once, and behind them the texts that go on from them, from an empty cache of G sequences.
 
-    Args:
-        model: with an adapter or without.
-        cache: empty, of G sequences.
-        beginnings: int32 (G, P) tokens and their mask, bool, False at padding on either side.
-        owners: int32 (B,), the beginning in front of each text.
-        texts: int32 (B, T) tokens and their mask.
+    Beginnings and texts are tokens int32 (G, P) and (B, T) with their masks, bool, False at padding on either side;
+    `owners`, int32 (B,), says which beginning is in front of each text.
 
     Returns:
         (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.
@@ -255,13 +250,11 @@ def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chu
 def map_positions(
     function: Callable[..., Any], arrays: tuple[jax.Array, ...], shape: tuple[int, ...], chunk: int
 ) -> Any:
-    """Apply a function to chunks of positions; the backward pass computes each chunk again.
+    """Apply a function to chunks of positions of a shape, e.g. (B, T); the backward pass computes each chunk again.
 
     Args:
         function: of one tuple: (chunk, ...) of each array. It returns a tree of arrays (chunk,).
         arrays: each `shape` followed by its own features.
-        shape: of the positions, e.g. (B, T).
-        chunk: positions at a time, static.
 
     Returns:
         The tree of `function`, with leaves of `shape`.

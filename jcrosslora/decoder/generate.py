@@ -1,7 +1,5 @@
 """Generate text: a model with a tokenizer continues prompts, in batches of few shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -24,7 +22,6 @@ from jcrosslora.decoder.sampling import (
     extend,
     extend_amplified,
     prefill,
-    prefill_behind,
 )
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
@@ -111,7 +108,6 @@ class Generator:
 
         Args:
             prompts: token ids, none empty.
-            max_new_tokens: the most tokens to write behind each prompt.
             temperature: of the sampling; 0 takes the likeliest token.
             key: from `jax.random.key`; the same key, prompts and shape give the same tokens on one kind of machine.
             shape: (B, T) to pad the prompts to, so that few shapes are compiled; None pads to the longest prompt.
@@ -140,10 +136,7 @@ class Generator:
         *,
         pad_left: bool,
     ) -> list[np.ndarray]:
-        """Continue the prompts of a batch as `continue_tokens` does, by the most new tokens, temperature and key.
-
-        Rows that ended hold their stop token.
-        """
+        """Do as `continue_tokens`, by new tokens, temperature and key; rows that ended hold their stop token."""
         max_new_tokens, temperature, key = sampling
         tokens, mask = padded(batch.texts, batch.shape, pad_left)
         beginnings = batch.beginnings
@@ -170,7 +163,7 @@ class Generator:
         return rows
 
     def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
-        return _begun(self.model, prompts, mask, behind, room)
+        return prefill(self.model, prompts, mask, behind, room=room)
 
     @property
     def shares_beginnings(self) -> bool:
@@ -206,14 +199,7 @@ class Generator:
         *,
         bar: Track | None = None,
     ) -> list[str]:
-        """Continue texts as `write` does.
-
-        Returns:
-            What follows each text.
-
-        Raises:
-            AdapterError, CheckpointError: see `continue_tokens`.
-        """
+        """Continue texts as `write` does; return what follows each."""
         return [one.text for one in self.write(texts, max_new_tokens, temperature, key, bar=bar)]
 
     def write(
@@ -229,11 +215,10 @@ class Generator:
 
         What several of them begin with is read once, where the base allows it and that saves enough.
 
-        Of each prompt, a text or a conversation, the last 2,048 tokens are read. Settings are those of
+        Of each prompt, a text or a conversation, the last 2,048 tokens are read. Settings and errors are those of
         `continue_tokens`; the bar advances by one for each prompt.
 
         Raises:
-            AdapterError, CheckpointError: see `continue_tokens`.
             UsageError: the chat template refuses a conversation.
         """
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
@@ -276,7 +261,7 @@ class AmplifiedGenerator(Generator):
 
     def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
         found, plain = (
-            _begun(model, prompts, mask, behind, room) for model in (self.model, self.model.with_adapter(None))
+            prefill(model, prompts, mask, behind, room=room) for model in (self.model, self.model.with_adapter(None))
         )
         scores = amplified(found.scores, plain.scores, *self._numbers)
         return State(found.count, scores, found.positions, (found.cache, plain.cache), found.running, found.finite)
@@ -288,9 +273,3 @@ class AmplifiedGenerator(Generator):
     @property
     def _numbers(self) -> tuple[jax.Array, jax.Array]:
         return jnp.float32(self.strength), jnp.float32(self.plausible)
-
-
-def _begun(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
-    if behind is None:
-        return prefill(model, prompts, mask, room=room)
-    return prefill_behind(model, behind, prompts, mask, room=room)

@@ -1,37 +1,45 @@
-"""Load models, with arrays stacked over the layers for each role, so that the layers can be scanned; keep some."""
+"""Load models, with arrays stacked over the layers for each role, so that the layers can be scanned; keep some.
 
-from __future__ import annotations
+Weights may be divided over devices. Modules that write to the residual stream are row-parallel, all others
+column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no exchange, and the row-parallel
+one behind it a sum over the devices. An expert is divided like an MLP and not kept whole on one device: layers run one
+expert after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
+"""
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jcrosslora.architectures import (
-    EMBEDDING,
-    HEAD,
-    HEAD_BIAS,
-    LAYER_EMBEDDING,
-    LAYER_INPUT_NORM,
-    LAYER_INPUT_PROJECTION,
-)
-from jcrosslora.architectures.blocks import ROLE_PATHS, LayerInputWeights, Tensor
+from jcrosslora.architectures import blocks
+from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, WRITERS, LayerInputWeights, Tensor
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.decoder.model import Model, Params
-from jcrosslora.decoder.sharding import fill, stack_shapes, weight_sharding, whole
 from jcrosslora.errors import UsageError
 
 _ROWS = 16_384  # rows of the embedding to read at a time
 _SHARE = 0.5  # of the free memory, which kept weights may take
 _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.uint16))
+_EXPERTS = ("gate_up", "down")  # matrices of experts
+AXIS = "model"  # of the mesh
+# Axes (O, I) or (V, H) counted from the end, by name: the one to divide, and the one where that cannot be divided.
+_BY_ROWS, _BY_COLUMNS = (-2, -1), (-1, -2)
+_AXES = {
+    **dict.fromkeys(("embedding", "head", "layer_embedding", "gate_up"), _BY_ROWS),
+    "down": _BY_COLUMNS,
+    **{role: _BY_COLUMNS if role in WRITERS else _BY_ROWS for role in ROLES},
+}
 
 
 def load_model(
@@ -45,7 +53,7 @@ def load_model(
         packed: whether bfloat16 weights of the layers are stored as bits and only their products are rounded to
             bfloat16, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. Packed weights have no
             gradient. None packs bfloat16.
-        mesh: of the devices that the weights are divided over, see `jcrosslora.decoder.sharding`; None puts them whole
+        mesh: of the devices that the weights are divided over, see above; None puts them whole
             on the default device.
 
     Raises:
@@ -67,8 +75,8 @@ def load_model(
     biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
     offset = np.float32(family.gain_offset)
     params = Params(
-        embedding=stacks.rows("embedding", EMBEDDING, kind),
-        head=None if settings.tied else stacks.rows("head", HEAD, kind),
+        embedding=stacks.rows("embedding", blocks.EMBEDDING, kind),
+        head=None if settings.tied else stacks.rows("head", blocks.HEAD, kind),
         final_norm=jnp.asarray(base.tensor(f"{family.final_norm}.weight").astype(np.float32) + offset),
         weights=weights,
         biases=biases,
@@ -77,7 +85,7 @@ def load_model(
         if family.norm_biases
         else {},
         final_norm_bias=_vector(base, f"{family.final_norm}.bias") if family.norm_biases else None,
-        head_bias=_vector(base, HEAD_BIAS) if family.has_head_bias(base.config) else None,
+        head_bias=_vector(base, blocks.HEAD_BIAS) if family.has_head_bias(base.config) else None,
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
         tensors={name: stacks.tensors(name, tensor, kind) for name, tensor in base.architecture.tensors.items()}
         | stacks.experts(kind, packed=packed),
@@ -91,11 +99,7 @@ def load_model(
 
 
 def settings_of(base: BaseModel) -> DecoderSettings:
-    """Read the settings of a base.
-
-    Raises:
-        CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
-    """
+    """Read the settings of a base; a CheckpointError names one that the decoder does not support."""
     return read_settings(base.architecture, base.ref)
 
 
@@ -142,10 +146,8 @@ class LoadedBases:
 def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
     """Plan what is kept of the bases of a fit, of which the fit itself and the check of its effect load weights.
 
-    Args:
-        free: bytes of free memory; None where that is not known, and nothing is kept.
-        numbers: how many numbers of each base a device holds.
-        mesh: see `LoadedBases`.
+    `free` is in bytes; None where that is not known, and nothing is kept. `numbers` says how many numbers of each base
+    a device holds.
     """
     narrow, wide = fast_dtype(), np.dtype(np.float32)
     most = 0 if free is None else _SHARE * free
@@ -178,12 +180,12 @@ def _stack_vectors(base: BaseModel, norm: str, path: str) -> jax.Array:
     return jnp.asarray(np.stack(rows))
 
 
-def _layer_inputs(base: BaseModel, stacks: _Stacks, dtype: np.dtype) -> LayerInputWeights | None:
+def _layer_inputs(base: BaseModel, stacks: "_Stacks", dtype: np.dtype) -> LayerInputWeights | None:
     if not base.architecture.layer_inputs:
         return None
-    embedding = stacks.rows("layer_embedding", LAYER_EMBEDDING, dtype)
-    projection = jnp.asarray(base.tensor(LAYER_INPUT_PROJECTION).astype(dtype))
-    return LayerInputWeights(embedding, projection, _vector(base, LAYER_INPUT_NORM))
+    embedding = stacks.rows("layer_embedding", blocks.LAYER_EMBEDDING, dtype)
+    projection = jnp.asarray(base.tensor(blocks.LAYER_INPUT_PROJECTION).astype(dtype))
+    return LayerInputWeights(embedding, projection, _vector(base, blocks.LAYER_INPUT_NORM))
 
 
 class _Stacks:
@@ -236,3 +238,96 @@ class _Stacks:
         for piece in pieces:
             yield piece
             self._base.release()
+
+
+def mesh_of(devices: int) -> Mesh:
+    """Return the mesh, of one axis, of so many devices of this process."""
+    return Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
+
+
+def divided_axis(name: str, shape: Sequence[int], devices: int) -> int | None:
+    """Return the axis of a weight that is divided over devices, None where each has all of it.
+
+    Args:
+        name: a role; "gate_up" or "down" of experts; "embedding", "head", or "layer_embedding", the embedding of the
+            layers' own inputs. What has another name is whole.
+        shape: of the stack (L, O, I) of a role, (L, E, O, I) of experts, or (V, H) of an embedding.
+    """
+    axes = [] if devices == 1 else [axis for axis in _AXES.get(name, ()) if shape[axis] % devices == 0]
+    return len(shape) + axes[0] if axes else None
+
+
+def weight_sharding(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> NamedSharding:
+    """Return how a weight lies on the devices of a mesh; for the arguments see `divided_axis`."""
+    axis = divided_axis(name, shape, mesh.size)
+    return NamedSharding(mesh, PartitionSpec(*() if axis is None else (*(None,) * axis, AXIS)))
+
+
+def whole(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Return the sharding of arrays that each device of a mesh has all of."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays of matrices in `Params`, by the names of `divided_axis`.
+
+    Returns:
+        Role -> (L, O, I) of the L layers that have it; "gate_up" and "down" of experts -> (L, E, O, I); "embedding",
+        "head" of a model that is not tied, and "layer_embedding" -> (V, columns).
+    """
+    dims, family, experts = base.dims, base.family, len(base.layers_with("router"))
+    found: dict[str, tuple[int, ...]] = {"embedding": (dims.vocab, dims.hidden)}
+    if not base.tied:
+        found["head"] = (dims.vocab, dims.hidden)
+    if features := base.architecture.layer_inputs:
+        found["layer_embedding"] = (dims.vocab, dims.layers * features)
+    for role, shape in base.architecture.role_shapes.items():
+        found[role] = (len(base.layers_with(role)), *shape)
+    if family.experts is not None and experts:
+        found |= {name: (experts, *base.expert_shape(name)) for name in _EXPERTS}
+    return found
+
+
+def held_numbers(base: BaseModel, devices: int = 1) -> int:
+    """Count the numbers of a base's weights on each of the devices that they are divided over."""
+    shapes = stack_shapes(base)
+    small = sum(map(prod, base.tensor_shapes().values())) - sum(map(prod, shapes.values()))
+    parts = (
+        prod(shape) // (1 if divided_axis(name, shape, devices) is None else devices) for name, shape in shapes.items()
+    )
+    return small + sum(parts)
+
+
+def fill(
+    shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray], sharding: NamedSharding | None = None
+) -> jax.Array:
+    """Return an array of pieces, of which the host holds one at a time and a device what is its own.
+
+    The pieces are rows (n, ...) of the array, in order. Without a sharding all of it is on the default device.
+    """
+    places: Mapping[Any, Any] = {None: (slice(None),) * len(shape)}
+    if sharding is not None:
+        places = sharding.addressable_devices_indices_map(shape)
+    # Written to the device at once: a host array of the whole would double the memory on a CPU.
+    parts = {device: jnp.zeros(_size(shape, index), dtype, device=device) for device, index in places.items()}
+    start = 0
+    for piece in pieces:
+        for device, index in places.items():
+            first, last, _ = index[0].indices(shape[0])
+            low, high = max(first, start), min(last, start + len(piece))
+            if low < high:
+                own = piece[(slice(low - start, high - start), *index[1:])]
+                parts[device] = _write(parts[device], own, np.int32(low - first))
+        start += len(piece)
+    if sharding is None:
+        return parts[None]
+    return jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values()))
+
+
+def _size(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(size))) for size, part in zip(shape, index, strict=True))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(whole, piece, start, 0)

@@ -16,6 +16,7 @@ from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.adapter.records import Carried, check_always_active
 from jcrosslora.architectures.blocks import ROLE_PATHS, LayerInputWeights
 from jcrosslora.architectures.ops import is_packed, linear
+from jcrosslora.architectures.run import Update
 from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import AdapterError
@@ -31,7 +32,7 @@ class Params:
     Attributes:
         embedding: (V, H).
         head: (V, H), or None if the embedding is the head.
-        final_norm: float32 (H,), gain of the final norm.
+        final_norm: float32 (H,), its gain.
         weights: role -> (L, O, I); packed weights are the bits of bfloat16 as uint16.
         biases: role -> (L, O), for roles with a bias.
         norms: float32 gains, with Gemma's 1 + weight summed, named as in `Family.norms`: "attn" and "mlp" -> (L, H),
@@ -105,28 +106,12 @@ class Model:
         return dataclasses.replace(self, params=params)
 
 
-class RoleUpdates(Protocol):
-    """What adapters change in the modules of one role: a pytree whose leaves have a first axis of its L layers."""
-
-    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Return the output of a layer's module with the change, of the leaves of that layer.
-
-        Args:
-            x: (..., I), what the module reads.
-            out: float32 (..., O), what it returns without the change, its bias included.
-
-        Returns:
-            float32 (..., O).
-        """
-        ...
-
-
 class AppliedAdapter(Protocol):
     """What the decoder adds to a base: a pytree like `StackedAdapter`."""
 
     @property
-    def roles(self) -> Mapping[str, RoleUpdates]:
-        """The changes by role; other roles have none."""
+    def roles(self) -> Mapping[str, Update]:
+        """The changes by role; their leaves have a first axis of its L layers, and other roles have none."""
         ...
 
 
@@ -143,7 +128,7 @@ class StackedFactors:
     b: jax.Array
 
     def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Add the update, see `RoleUpdates`."""
+        """Add the update, see `Update`."""
         return out + update(x, self)
 
 
@@ -166,10 +151,7 @@ def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
     Raises:
         AdapterError: the base lacks a module, factors do not fit it, or the adapter is an aLoRA.
     """
-    adapter = split_fused(adapter, base.fused)
-    ranks = _ranks([adapter], base)
-    own = {role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()}
-    return StackedAdapter(own | _stack_experts([adapter], base)[0])
+    return _stacked([adapter], base)[0]
 
 
 def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapter:
@@ -181,14 +163,16 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
     if not adapters:
         msg = "there are no adapters to stack; give at least one"
         raise AdapterError(msg)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_stacked(adapters, base))
+
+
+def _stacked(adapters: Sequence[Adapter], base: BaseModel) -> list[StackedAdapter]:
     adapters = [split_fused(adapter, base.fused) for adapter in adapters]
-    ranks = _ranks(adapters, base)
-    of_experts = _stack_experts(adapters, base)
-    each = [
-        {role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} | own
+    ranks, of_experts = _ranks(adapters, base), _stack_experts(adapters, base)
+    return [
+        StackedAdapter({role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} | own)
         for one, own in zip(adapters, of_experts, strict=True)
     ]
-    return StackedAdapter(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
 
 def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:

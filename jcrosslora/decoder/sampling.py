@@ -1,7 +1,5 @@
 """Sample from a model: one pass over the prompts, then a token at a time from the cache, in a compiled loop."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,43 +67,21 @@ class Behind(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="room")
-def prefill(model: Model, prompts: jax.Array, mask: jax.Array, *, room: int) -> State:
-    """Run prompts.
+def prefill(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | None = None, *, room: int) -> State:
+    """Run prompts, int32 (B, P), whose mask is False at padding on either side; every row has at least one token.
 
-    Args:
-        model: with an adapter or without.
-        prompts: int32 (B, P).
-        mask: bool (B, P), False at padding on either side; every row has at least one token.
-        room: tokens that the cache has space for behind the prompts.
+    `room` is how many tokens the cache has space for behind the prompts. `behind` holds what prompts go on from: each
+    beginning is read once, and the cache has padding behind it. The layers of the model must then all have attention,
+    with rotary settings that no length switches.
     """
-    batch, length = prompts.shape
-    cache = init_cache(model.settings, batch, length + room, model.params.cache_dtype)
-    return _begun(model, mask, *extend_cache(model, cache, prompts, positions_of(prompts, mask)))
-
-
-@partial(jax.jit, static_argnames="room")
-def prefill_behind(model: Model, behind: Behind, prompts: jax.Array, mask: jax.Array, *, room: int) -> State:
-    """Run prompts behind beginnings, each of which is read once.
-
-    Args:
-        model: whose layers all have attention, with rotary settings that no length switches.
-        behind: the beginnings.
-        prompts: int32 (B, T), without their beginnings.
-        mask: bool (B, T), False at padding on either side; every row has at least one token.
-        room: tokens that the cache has space for behind the prompts.
-
-    Returns:
-        What `prefill` does of the whole texts; its cache has padding between the two.
-    """
-    slots = behind.tokens.shape[1] + prompts.shape[1] + room
-    cache = init_cache(model.settings, behind.tokens.shape[0], slots, model.params.cache_dtype)
-    beginnings = behind.tokens, behind.mask
-    return _begun(model, mask, *extend_behind(model, cache, beginnings, behind.owners, (prompts, mask)))
-
-
-def _begun(model: Model, mask: jax.Array, hidden: jax.Array, cache: KVCache) -> State:
-    """Return the state behind prompts, from their mask (B, T) and hidden states (B, T, H) and the cache with them."""
     batch, length = mask.shape
+    sizes = (batch, length + room) if behind is None else (len(behind.tokens), behind.tokens.shape[1] + length + room)
+    cache = init_cache(model.settings, *sizes, model.params.cache_dtype)
+    if behind is None:
+        hidden, cache = extend_cache(model, cache, prompts, positions_of(prompts, mask))
+    else:
+        beginnings = behind.tokens, behind.mask
+        hidden, cache = extend_behind(model, cache, beginnings, behind.owners, (prompts, mask))
     last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
     first = logits(model, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
@@ -198,13 +174,10 @@ def _write_tokens(
 
 
 def step(model: Model, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Run one more token of every sequence.
+    """Run one more token, int32 (B,), of every sequence.
 
-    Args:
-        model: with an adapter or without.
-        cache: of the tokens before; it must have a free slot, otherwise the last one is overwritten.
-        tokens: int32 (B,).
-        positions: int32 (B,), how many tokens, padding not counted, are before each.
+    The cache of the tokens before must have a free slot, otherwise the last one is overwritten. `positions` are how
+    many tokens, padding not counted, are before each, int32 (B,).
 
     Returns:
         float32 (B, V) logits of the token after these, and the cache with these in it.

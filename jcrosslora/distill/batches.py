@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from jcrosslora.checkpoint import ROLES, BaseModel, Encoded, Tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, settings_of
-from jcrosslora.decoder.sharding import stack_shapes
+from jcrosslora.decoder.loading import stack_shapes
 from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions

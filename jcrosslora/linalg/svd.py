@@ -1,6 +1,7 @@
 """Truncated SVD of a stack of matrices to a tolerance, with an error estimate for each.
 
 `decompose` chooses a kernel for the shape, and redoes the matrices whose estimated error is above the tolerance.
+`over_layers` applies any function of one matrix to a stack, on one device or sharded over several.
 """
 
 import dataclasses
@@ -13,13 +14,21 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jcrosslora.linalg.stacked import mesh_of, over_layers
 from jcrosslora.linalg.svd_float64 import gram_on_host, refine
-from jcrosslora.linalg.svd_kernels import DEPTH, full_svd, gram_svd, krylov_columns, krylov_svd, subspace_svd
-from jcrosslora.linalg.svd_record import TruncatedSVD
+from jcrosslora.linalg.svd_kernels import (
+    DEPTH,
+    TruncatedSVD,
+    full_svd,
+    gram_svd,
+    krylov_columns,
+    krylov_svd,
+    subspace_svd,
+)
 
+AXIS = "layers"
 Kernel = Literal["auto", "full", "gram", "krylov", "subspace"]
 
 _DEEPER = 6
@@ -197,3 +206,53 @@ def _row(stack: jax.Array, row: int) -> jax.Array:
             return cast("jax.Array", shard.data)[row - first]
     msg = f"row {row} of the stack is not on this host"
     raise AssertionError(msg)
+
+
+def spread(stack: np.ndarray) -> jax.Array:
+    """Put an array on the local devices, sharded along its first axis, whose length their number must divide."""
+    devices = np.array(jax.local_devices())
+    if devices.size == 1:
+        return jax.device_put(stack)
+    return jax.device_put(stack, NamedSharding(Mesh(devices, (AXIS,)), PartitionSpec(AXIS)))
+
+
+def place(array: np.ndarray) -> jax.Array:
+    """Shard an array over the local devices if their number divides its length, else put it on the first."""
+    return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
+
+
+def over_all_devices() -> NamedSharding:
+    """Return the sharding of a first axis over the devices of all processes, grouped by process."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
+def mesh_of(stack: jax.Array) -> Mesh | None:
+    """Return the mesh of a stack that `spread` has sharded, None on one device."""
+    sharding = stack.sharding
+    divided = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.spec[:1] == (AXIS,)
+    return sharding.mesh if divided else None  # type: ignore[return-value]
+
+
+def over_layers(function: Callable[..., Any], mesh: Mesh | None, stacked: Any, shared: Any = None) -> Any:
+    """Apply `function(item, shared)` to every item of a stack; call it under jit.
+
+    Devices work on their own items without communication. An accelerator batches its items with vmap. A CPU takes them
+    one by one: LAPACK does so in any case, and its batched call waits for threads that the calls of other devices hold,
+    a deadlock if there are no more threads than devices.
+
+    The mesh is that of `mesh_of`; `stacked` is a pytree whose arrays have the leading axis L, and `shared` one that is
+    the same for all items.
+    """
+
+    def part(stacked: Any, shared: Any) -> Any:
+        if jax.default_backend() == "cpu":
+            return lax.map(lambda item: function(item, shared), stacked)
+        return jax.vmap(function, in_axes=(0, None))(stacked, shared)
+
+    if mesh is None:
+        return part(stacked, shared)
+    specs = (PartitionSpec(AXIS), PartitionSpec())
+    # check_vma is off because loops in `function` start from constants, which are not marked as varying by device.
+    divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+    return divided(stacked, shared)

@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
 from jcrosslora.linalg.low_rank import dot
-from jcrosslora.linalg.svd_record import Triplets, TruncatedSVD, namespace, truncate
+from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, namespace, truncate
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:

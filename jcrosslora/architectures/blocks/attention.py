@@ -128,7 +128,7 @@ class SelfAttention(Block):
         if self.value_norm:
             values = rms_norm(values, jnp.ones(values.shape[-1]), run.settings.eps)
         values = values.swapaxes(1, 2)
-        keys, values, cache = remembered(run, self._kind, keys, values, cache)
+        cache, keys, values = append_layer(cache, run, self._kind, keys, values)
         mixed = attended(run, grown(run, queries), keys, values, run.settings.attn_scale)
         mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
         return run.module(f"{self.group}o_proj", mixed), cache
@@ -235,7 +235,7 @@ class LatentAttention(Block):
         queries = queries.reshape(*queries.shape[:2], self.heads, -1)
         plain, turned = jnp.split(queries, [self.plain], axis=-1)
         queries = grown(run, jnp.concatenate([plain, rotated(turned)], axis=-1))
-        keys, values, cache = remembered(run, "attention", keys, values, cache)
+        cache, keys, values = append_layer(cache, run, "attention", keys, values)
         scale = (self.plain + self.rotated) ** -0.5 * run.settings.ropes[0].latent_scale
         return run.module("o_proj", attended(run, queries, keys, values, scale)), cache
 
@@ -259,16 +259,6 @@ def grown(run: Run, queries: jax.Array) -> jax.Array:
         return queries
     growth = run.of_rope(run.context.growths)[:, :, None, None]
     return (queries.astype(jnp.float32) * growth).astype(queries.dtype)
-
-
-def remembered(
-    run: Run, kind: str, keys: jax.Array, values: jax.Array, cache: KVCache | None
-) -> tuple[jax.Array, jax.Array, KVCache | None]:
-    """Keep keys and values (B, kv_heads, T, D) of new tokens in the cache; return all of the layer, and the cache."""
-    if cache is None:
-        return keys, values, None
-    cache, keys, values = append_layer(cache, kind, run.layer.places[kind], keys, values)
-    return keys, values, cache
 
 
 def attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:

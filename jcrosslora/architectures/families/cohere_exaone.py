@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from jcrosslora.architectures.blocks import ATTENTION
-from jcrosslora.architectures.config import Number, layer_count, size, words
+from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_count, size, words
 from jcrosslora.architectures.expert_rules import (
     ExpertRules,
     behind_first,
@@ -19,18 +19,7 @@ from jcrosslora.architectures.expert_rules import (
     layouts_with,
     shared_width,
 )
-from jcrosslora.architectures.family import (
-    FULL,
-    POST_NORMS,
-    PRE_NORMS,
-    QK_NORMS,
-    SLIDING,
-    Family,
-    Gguf,
-    Positions,
-    Windows,
-    windowed,
-)
+from jcrosslora.architectures.family import POST_NORMS, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows, windowed
 from jcrosslora.errors import CheckpointError
 
 _LOGIT_SCALE = {"logit_scale": "logit_scale"}

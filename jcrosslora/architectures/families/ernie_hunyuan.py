@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from jcrosslora.architectures.blocks import ATTENTION, MLP, SHARED
-from jcrosslora.architectures.config import Number, layer_count, size, words
+from jcrosslora.architectures.config import Number, layer_count, refuse, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules, layouts_with, shared_width
 from jcrosslora.architectures.family import PRE_NORMS, Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
@@ -45,8 +45,7 @@ def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
     if not isinstance(stated, list | tuple):
         return stated
     if len(stated) < layers or any(value != stated[0] for value in stated[:layers]):
-        msg = f"config key {key!r} is {str(stated)[:60]}, wanted the same number for each of {layers} layers"
-        raise CheckpointError(msg)
+        refuse(key, stated, f"the same number for each of {layers} layers")
     return stated[0]
 
 
@@ -61,8 +60,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, wanted in own.items():
         stated = _same_in_all_layers(config, key)
         if stated not in (None, wanted):
-            msg = f"config key {key!r} is {str(stated)[:60]}, wanted {wanted}, which is what the class has"
-            raise CheckpointError(msg)
+            refuse(key, stated, f"{wanted}, which is what the class has")
     used = _same_in_all_layers(config, "moe_topk")
     other = config.get("num_experts_per_tok")
     if None not in (used, other) and used != other:

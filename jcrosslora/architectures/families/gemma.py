@@ -15,9 +15,9 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
 from jcrosslora.architectures.blocks import ATTENTION, MlpAndExperts, PerLayerInput, SelfAttention
-from jcrosslora.architectures.config import Number, check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.config import FULL, SLIDING, Number, check_multiple, layer_count, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import FULL, QK_NORMS, SLIDING, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.errors import CheckpointError
 
 _NORMS = {

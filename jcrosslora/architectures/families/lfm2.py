@@ -6,7 +6,7 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, usual_layers
 from jcrosslora.architectures.blocks import CONVOLUTION, ShortConvolution
-from jcrosslora.architectures.config import Number, at_attention, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.config import Number, at_attention, layer_count, layer_kinds, refuse, size, words
 from jcrosslora.architectures.expert_rules import MERGED, ExpertRules, behind_first
 from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
@@ -32,8 +32,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         full = config.get("full_attn_idxs")
         full = list(range(layers)) if full is None else full
         if not isinstance(full, list | tuple) or not all(type(layer) is int for layer in full):
-            msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
-            raise CheckpointError(msg)
+            refuse("full_attn_idxs", full, "a list of layers")
         kinds = [_FULL if layer in full else _CONV for layer in range(layers)]
     stated = {"intermediate_size": width, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
     return {key: value for key, value in _tied(config).items() if key != "block_ff_dim"} | stated

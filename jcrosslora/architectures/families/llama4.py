@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jcrosslora.architectures.blocks import ATTENTION, MLP, SHARED
-from jcrosslora.architectures.config import Number, listed_rotated, size, words
+from jcrosslora.architectures.config import Number, listed_rotated, refuse, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family, Gguf, Positions, Windows
 from jcrosslora.errors import CheckpointError
@@ -37,8 +37,7 @@ def _sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
         step = size(config, "interleave_moe_layer_step", 1)
         listed = range(step - 1, layers, step)
     elif not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
-        msg = f"config key 'moe_layers' is {str(listed)[:60]}, wanted a list of layers"
-        raise CheckpointError(msg)
+        refuse("moe_layers", listed, "a list of layers")
     return [layer in listed for layer in range(layers)]
 
 

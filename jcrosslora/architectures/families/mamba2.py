@@ -7,9 +7,20 @@ from typing import Any, Literal
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp, usual_layers
 from jcrosslora.architectures.blocks import ATTENTION, MAMBA, MLP, QKV, Mamba2, MlpAndExperts, Parallel
 from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
-from jcrosslora.architectures.config import Number, at_attention, layer_count, layer_kinds, numbers, size, words
+from jcrosslora.architectures.config import (
+    FULL,
+    LINEAR,
+    Number,
+    at_attention,
+    layer_count,
+    layer_kinds,
+    numbers,
+    refuse,
+    size,
+    words,
+)
 from jcrosslora.architectures.families.llama import GRANITE, GRANITE_EXPERTS, GRANITE_FACTORS
-from jcrosslora.architectures.family import FULL, LINEAR, Family, Gguf, Positions
+from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
 
 # Of all of them; the classes do not read the size of a chunk.
@@ -148,8 +159,7 @@ def _resolve_bamba(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the layers of attention, and check the sizes of the others."""
     stated, layers = config.get("attn_layer_indices") or [], layer_count(config)
     if not isinstance(stated, list | tuple) or not all(type(layer) is int and 0 <= layer < layers for layer in stated):
-        msg = f"config key 'attn_layer_indices' is {str(stated)[:60]}, wanted a list of some of {layers} layers"
-        raise CheckpointError(msg)
+        refuse("attn_layer_indices", stated, f"a list of some of {layers} layers")
     _expanded_mamba(config)  # whose sizes are checked
     return {**config, "attn_layer_indices": list(stated)}
 

@@ -11,11 +11,9 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, mlp
 from jcrosslora.architectures.blocks import ATTENTION, DeltaRule
-from jcrosslora.architectures.config import Number, check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.config import FULL, LINEAR, Number, check_multiple, layer_count, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import (
-    FULL,
-    LINEAR,
     POST_NORMS,
     PRE_NORMS,
     QK_NORMS,

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, usual_layers
 from jcrosslora.architectures.blocks import ATTENTION, GATED_ATTENTION, QKV, SHARED, DeltaRule
-from jcrosslora.architectures.config import check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.config import FULL, LINEAR, check_multiple, layer_count, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules, by_step, in_all_layers
-from jcrosslora.architectures.family import FULL, LINEAR, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
+from jcrosslora.architectures.family import PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.errors import CheckpointError
 
 _WINDOWS = Windows(switch="use_sliding_window", first=("max_window_layers", 28))

@@ -93,7 +93,7 @@ class Updates:
     how: Composition = flax.struct.field(pytree_node=False)
 
     def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Return a module's output with the adapters, see `RoleUpdates`."""
+        """Return a module's output with the adapters, see `Update`."""
         return self.how.apply(x, out, self)
 
 
