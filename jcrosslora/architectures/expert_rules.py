@@ -30,9 +30,8 @@ def layouts_with(added: dict[str, str], in_memory: dict[str, str] | None = None)
 SparseRule = Callable[[Mapping[str, Any], int], Sequence[bool]]
 
 
-def in_all_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
+def in_all_layers(_config: Mapping[str, Any], layers: int) -> list[bool]:
     """Give all layers experts."""
-    del config
     return [True] * layers
 
 

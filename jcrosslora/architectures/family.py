@@ -13,9 +13,8 @@ from jcrosslora.architectures.expert_rules import ExpertRules
 RotatedRule = Callable[[Mapping[str, Any], Sequence[str]], Sequence[bool]]
 
 
-def windowed(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
+def windowed(_config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
     """Give layers with windows positions, and those of full attention none."""
-    del config
     return [kind == SLIDING for kind in kinds]
 
 

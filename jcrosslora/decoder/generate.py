@@ -14,15 +14,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.loading import fast_dtype, load_model
 from jcrosslora.decoder.model import Model, stack_adapter
 from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch, padded, plan_batches, rounded
-from jcrosslora.decoder.sampling import (
-    Behind,
-    Sampling,
-    State,
-    amplified,
-    extend,
-    extend_amplified,
-    prefill,
-)
+from jcrosslora.decoder.sampling import Behind, Sampling, State, amplified, extend, extend_amplified, prefill
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
@@ -191,13 +183,7 @@ class Generator:
         return next(count for count in range(seen, len(tokens) + 1) if complete(count))
 
     def continue_texts(
-        self,
-        texts: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        key: jax.Array,
-        *,
-        bar: Track | None = None,
+        self, texts: Sequence[str], max_new_tokens: int, temperature: float, key: jax.Array, *, bar: Track | None = None
     ) -> list[str]:
         """Continue texts as `write` does; return what follows each."""
         return [one.text for one in self.write(texts, max_new_tokens, temperature, key, bar=bar)]

@@ -70,12 +70,7 @@ def choose_kernel(shape: tuple[int, int], rank: int, platform: str) -> Kernel:
 
 
 def decompose(
-    stack: jax.Array,
-    rank: int,
-    *,
-    vectors: bool = True,
-    tolerance: float = 1e-2,
-    kernel: Kernel = "auto",
+    stack: jax.Array, rank: int, *, vectors: bool = True, tolerance: float = 1e-2, kernel: Kernel = "auto"
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
     """Compute the truncated SVD of each matrix of a stack, to a tolerance.
 

@@ -29,7 +29,4 @@ _GEMMA3N = (
 )
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
-UNSUPPORTED: Mapping[str, tuple[str, str]] = {
-    "gemma3n": _GEMMA3N,
-    "gemma3n_text": _GEMMA3N,
-}
+UNSUPPORTED: Mapping[str, tuple[str, str]] = {"gemma3n": _GEMMA3N, "gemma3n_text": _GEMMA3N}

@@ -12,13 +12,7 @@ from typing import Any
 
 from jcrosslora.architectures.blocks import ATTENTION
 from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_count, size, words
-from jcrosslora.architectures.expert_rules import (
-    ExpertRules,
-    behind_first,
-    by_list,
-    layouts_with,
-    shared_width,
-)
+from jcrosslora.architectures.expert_rules import ExpertRules, behind_first, by_list, layouts_with, shared_width
 from jcrosslora.architectures.family import POST_NORMS, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows, windowed
 from jcrosslora.errors import CheckpointError
 
@@ -68,12 +62,7 @@ COHERE2 = _cohere(
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of attention and MLP of each layer, of which those in front have periods of their own.
-
-    Raises:
-        CheckpointError: the number of layers in front or a period cannot be read, or the rotation is scaled by a key
-            that the class does not read.
-    """
+    """State the kinds of attention and MLP of each layer, of which those in front have periods of their own."""
     scaling = config.get("rope_scaling")
     if scaling:
         msg = f"config key 'rope_scaling' is {str(scaling)[:60]}, which the class does not read: state rope_parameters"
@@ -113,14 +102,8 @@ def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
     ]
 
 
-def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the widths, and the scores of experts; all layers of full attention with a dense MLP have positions.
-
-    Raises:
-        CheckpointError: layers with a dense MLP have different kinds of attention, so that the class may give positions
-            to others than llama.cpp does; or the weights of experts have a factor, which the class does not have.
-    """
-    del held
+def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the widths, and the scores of experts; all layers of full attention with a dense MLP have positions."""
     dense, slides = stated.get("feed_forward_length"), stated.get("attention.sliding_window_pattern")
     first = _count(stated, "leading_dense_block_count")
     if isinstance(slides, list) and len(set(slides[:first])) > 1:
@@ -195,9 +178,8 @@ def _exaone_rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[boo
     return [kind == SLIDING or config.get("sliding_window", 4096) is None for kind in kinds]
 
 
-def _exaone_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+def _exaone_from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the kinds of the layers of a model without windows; those of others are stated as usual."""
-    del held
     if stated.get("attention.sliding_window"):
         return {}
     layers = size(stated, "block_count") - (stated.get("nextn_predict_layers") or 0)

@@ -106,11 +106,7 @@ def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention, and how experts are chosen, which files state by the groups of them.
-
-    Raises:
-        CheckpointError: a size or the groups are missing, or the file is of another model of the architecture.
-    """
+    """Return the sizes of attention, and how experts are chosen, which files state by the groups of them."""
     other = [key for key in ("expert_weights_norm", "attention.temperature_scale") if stated.get(key)]
     other += ["exp_probs_b"] if CORRECTION["correction"] in held else []
     if other:
@@ -162,11 +158,7 @@ _GROWTH = 0.1
 
 
 def _resolve_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of the rope settings the share of a head with positions, which its sizes state.
-
-    Raises:
-        CheckpointError: it is another share than that of the sizes, with which the class does not run.
-    """
+    """Leave out of the rope settings the share of a head with positions, which its sizes state."""
     found = dict(config)
     for key in ("rope_scaling", "rope_parameters"):
         stated = config.get(key)

@@ -50,12 +50,7 @@ def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State once how many experts a token goes through.
-
-    Raises:
-        CheckpointError: layers differ, or a width or a number of shared experts is not that of the class, which reads
-            neither.
-    """
+    """State once how many experts a token goes through."""
     own = {"moe_intermediate_size": size(config, "intermediate_size"), "num_shared_expert": 1}
     for key, wanted in own.items():
         stated = _same_in_all_layers(config, key)
@@ -132,10 +127,7 @@ def _ends(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 _ernie = partial(
-    Family,
-    tied=True,
-    eps=Number("rms_norm_eps", 1e-5),
-    positions=Positions(theta=500_000.0, interleaved=True),
+    Family, tied=True, eps=Number("rms_norm_eps", 1e-5), positions=Positions(theta=500_000.0, interleaved=True)
 )
 ERNIE4_5 = _ernie(
     name="ernie4_5",

@@ -63,10 +63,7 @@ GEMMA2 = _scaled(
     architectures=("Gemma2ForCausalLM",),
     gguf=Gguf(
         "gemma2",
-        numbers={
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
+        numbers={key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")},
     ),
     attn_soft_cap=Number("attn_logit_softcapping", 50.0),
     final_soft_cap=Number("final_logit_softcapping", 30.0),

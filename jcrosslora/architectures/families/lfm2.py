@@ -65,8 +65,7 @@ def _layers(model: Architecture) -> list[Layer]:
     return usual_layers(model, [convolution if kind == _CONV else full for kind in config["layer_types"]])
 
 
-def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    del held
+def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     return {"layer_types": at_attention(stated, _FULL, _CONV), "block_auto_adjust_ff_dim": False}
 
 
@@ -122,9 +121,7 @@ LFM2_MOE = _lfm2(
     name="lfm2_moe",
     architectures=("Lfm2MoeForCausalLM",),
     gguf=_gguf(
-        "lfm2moe",
-        counts=_CACHE | {"num_dense_layers": "leading_dense_block_count"},
-        implied={"norm_topk_prob": True},
+        "lfm2moe", counts=_CACHE | {"num_dense_layers": "leading_dense_block_count"}, implied={"norm_topk_prob": True}
     ),
     resolve=_resolve_moe,
     experts=ExpertRules(

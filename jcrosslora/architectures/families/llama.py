@@ -126,8 +126,7 @@ MINISTRAL3 = Family(
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(size=None, listed=False),
     positions=Positions(
-        grows=True,
-        settings=yarn(16.0, 16_384, 1_000_000.0, mscale_all_dim=1.0, mscale=1.0, llama_4_scaling_beta=0.1),
+        grows=True, settings=yarn(16.0, 16_384, 1_000_000.0, mscale_all_dim=1.0, mscale=1.0, llama_4_scaling_beta=0.1)
     ),
     defaults={"head_dim": 128},
 )
@@ -173,7 +172,7 @@ GRANITE_FACTORS = {
     "logits_scaling": "logit_scale",
 }
 
-_granite = partial(
+granite = partial(
     Family,
     embedding_scale=Number("embedding_multiplier", 1.0),
     attn_scale=Number("attention_multiplier", 1.0),
@@ -181,13 +180,13 @@ _granite = partial(
     logit_scale=Number("logits_scaling", 1.0, power=-1.0),
 )
 
-GRANITE = _granite(
+GRANITE = granite(
     name="granite",
     architectures=("GraniteForCausalLM",),
     gguf=Gguf("granite", permuted=True, numbers=GRANITE_FACTORS),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
 )
-GRANITEMOE = _granite(
+GRANITEMOE = granite(
     name="granitemoe",
     architectures=("GraniteMoeForCausalLM",),
     gguf=Gguf("granitemoe", permuted=True, numbers=GRANITE_FACTORS),

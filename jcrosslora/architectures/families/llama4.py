@@ -41,14 +41,8 @@ def _sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
     return [layer in listed for layer in range(layers)]
 
 
-def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the widths, and whether queries and keys are normalised, by the number of experts as in llama.cpp.
-
-    Raises:
-        CheckpointError: the file states chunks, or a base of the frequencies in them, that the class or llama.cpp does
-            not have.
-    """
-    del held
+def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the widths, and whether queries and keys are normalised, by the number of experts as in llama.cpp."""
     theta = stated.get("rope.freq_base")
     wanted = {
         "attention.sliding_window": _CHUNK,

@@ -19,7 +19,7 @@ from jcrosslora.architectures.config import (
     size,
     words,
 )
-from jcrosslora.architectures.families.llama import GRANITE, GRANITE_EXPERTS, GRANITE_FACTORS
+from jcrosslora.architectures.families.llama import GRANITE_EXPERTS, GRANITE_FACTORS, granite
 from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
 
@@ -31,11 +31,7 @@ _KEYS = words(
 
 
 def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate", "behind the gate"] | None) -> Mamba2:
-    """Read the state-space model, with `inner` features of the values of all heads, from the keys `mamba_*`.
-
-    Raises:
-        CheckpointError: a size is not a positive integer, or does not fit the others.
-    """
+    """Read the state-space model, with `inner` features of the values of all heads, from the keys `mamba_*`."""
     heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
     stated = config.get("mamba_d_head", "auto")
     each = inner // heads if stated in ("auto", None) else size(config, "mamba_d_head")
@@ -97,11 +93,7 @@ def _expanded_mamba(config: Mapping[str, Any]) -> Mamba2:
 
 
 def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return what files state otherwise than configurations.
-
-    Raises:
-        CheckpointError: a size is missing, or the file is one of Bamba, whose architecture is the same.
-    """
+    """Return what files state otherwise than configurations."""
     if "attention.scale" not in stated:
         msg = "attention.scale is missing, which all of Granite have: other models of the architecture, such as Bamba, "
         raise CheckpointError(msg + "are not supported")
@@ -122,7 +114,7 @@ _SHARED_MLP = {
     **dict.fromkeys(("ffn_down", "ffn_down_shexp"), "shared_mlp.output_linear"),
 }
 
-GRANITE_HYBRID = Family(
+GRANITE_HYBRID = granite(
     name="granitemoehybrid",
     architectures=("GraniteMoeHybridForCausalLM",),
     gguf=Gguf(
@@ -144,10 +136,6 @@ GRANITE_HYBRID = Family(
     experts=GRANITE_EXPERTS,
     fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
     bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
-    embedding_scale=GRANITE.embedding_scale,
-    attn_scale=GRANITE.attn_scale,
-    residual_scale=GRANITE.residual_scale,
-    logit_scale=GRANITE.logit_scale,
     positions=Positions(rotated=_granite_rotated),
     keys=_KEYS | words("shared_intermediate_size position_embedding_type init_method"),
     fixed={"normalization_function": ("rmsnorm",)},
@@ -221,11 +209,7 @@ FALCON_H1 = Family(
     fused={f"feed_forward.{role}": (role,) for role in MLP},
     norms={"attn": "input_layernorm", "mlp": "pre_ff_layernorm"},
     final_norm="model.final_layernorm",
-    bias_keys={
-        "attention_bias": ATTENTION,
-        "mlp_bias": MLP,
-        "mamba_proj_bias": ("mamba_in_proj",),
-    },
+    bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP, "mamba_proj_bias": ("mamba_in_proj",)},
     embedding_scale=Number("embedding_multiplier", 1.0),
     logit_scale=Number("lm_head_multiplier", 1.0),
     input_factors={

@@ -79,9 +79,6 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     """Return the kinds of the layers, which two lists tell, and what files state otherwise than configurations.
 
     Files do not state the least time step, which is taken to be that of the class.
-
-    Raises:
-        CheckpointError: a size or a list is missing, or two epsilons of the norms are stated, which differ, or none.
     """
     epsilons = [stated.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")]
     if len({repr(one) for one in epsilons} - {"None"}) != 1:

@@ -33,11 +33,7 @@ _olmo = partial(
     eps=Number("rms_norm_eps", 1e-5),
 )
 
-OLMO2 = _olmo(
-    name="olmo2",
-    architectures=("Olmo2ForCausalLM",),
-    gguf=Gguf("olmo2"),
-)
+OLMO2 = _olmo(name="olmo2", architectures=("Olmo2ForCausalLM",), gguf=Gguf("olmo2"))
 OLMO3 = _olmo(
     name="olmo3",
     architectures=("Olmo3ForCausalLM",),
@@ -51,11 +47,7 @@ OLMOE = _olmo(
     architectures=("OlmoeForCausalLM",),
     gguf=Gguf("olmoe", implied={"norm_topk_prob": False}),
     norms=PRE_NORMS | QK_NORMS,
-    experts=ExpertRules(
-        ("num_experts", "num_local_experts"),
-        width="intermediate_size",
-        normalised="norm_topk_prob",
-    ),
+    experts=ExpertRules(("num_experts", "num_local_experts"), width="intermediate_size", normalised="norm_topk_prob"),
     fixed={"clip_qkv": (None,)},
 )
 _PERIOD = 4

@@ -18,13 +18,7 @@ from jcrosslora.errors import CheckpointError
 
 _WINDOWS = Windows(switch="use_sliding_window", first=("max_window_layers", 28))
 
-QWEN2 = Family(
-    name="qwen2",
-    architectures=("Qwen2ForCausalLM",),
-    gguf=Gguf("qwen2"),
-    biases=QKV,
-    windows=_WINDOWS,
-)
+QWEN2 = Family(name="qwen2", architectures=("Qwen2ForCausalLM",), gguf=Gguf("qwen2"), biases=QKV, windows=_WINDOWS)
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
@@ -36,11 +30,7 @@ QWEN3 = Family(
 )
 
 _STEP = words("decoder_sparse_step mlp_only_layers")  # read by `by_step`
-_EXPERTS = ExpertRules(
-    ("num_experts", "num_local_experts"),
-    normalised="norm_topk_prob",
-    layers=by_step,
-)
+_EXPERTS = ExpertRules(("num_experts", "num_local_experts"), normalised="norm_topk_prob", layers=by_step)
 _SHARED_WIDTH = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 
 
@@ -112,9 +102,8 @@ def _layers(model: Architecture, form: Literal["joined", "grouped"] = "joined") 
     return usual_layers(model, [delta if kind == LINEAR else full for kind in model.config["layer_types"]])
 
 
-def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the kinds of the layers and the size of a value."""
-    del held
     heads, inner = size(stated, "ssm.time_step_rank"), size(stated, "ssm.inner_size")
     found: dict[str, Any] = {"linear_value_head_dim": max(inner // heads, 1)}
     flags = stated.get("attention.recurrent_layers")
