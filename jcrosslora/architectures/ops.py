@@ -20,12 +20,7 @@ def einsum(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Row:
-    """One array of a stack that is never copied as a whole, as a slice of the stack would be.
-
-    Attributes:
-        stack: (N, ...).
-        index: int32 scalar.
-    """
+    """One array, at an index (int32), of a stack (N, ...); it is not copied as a whole, as a slice would be."""
 
     stack: jax.Array
     index: jax.Array
@@ -42,15 +37,10 @@ def is_packed(weight: "jax.Array | Row") -> bool:
 
 
 def linear(x: jax.Array, weight: "jax.Array | Row") -> jax.Array:
-    """Multiply x (..., I) with the transpose of a weight (O, I), accumulated in float32.
+    """Multiply x (..., I) with the transpose of a weight (O, I): float32 (..., O), accumulated in float32.
 
-    Args:
-        x: float32 or bfloat16.
-        weight: of the same dtype; or, for a float32 x, bfloat16 or its bits as uint16. In that case x and the gradient
-            that comes back are rounded to bfloat16 for this product. A `Row` is read again in the backward pass.
-
-    Returns:
-        float32 (..., O).
+    Both are float32 or bfloat16. The weight of a float32 x may also be bfloat16 or its bits as uint16: x and the
+    gradient that comes back are rounded to bfloat16 for this product then. A `Row` is read again in the backward pass.
     """
     if isinstance(weight, Row):
         return _linear_row(x, weight.stack, weight.index)

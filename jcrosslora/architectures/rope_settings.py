@@ -138,7 +138,8 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
 
 
 def _growth(settings: Mapping[str, Any], keys: tuple[str, str]) -> Growth:
-    beta, length = (settings.get(key) for key in keys)
+    stated: list[Any] = [settings.get(key) for key in keys]
+    beta, length = stated
     numbers = isinstance(beta, int | float) and not isinstance(beta, bool) and isinstance(length, int)
     if numbers and 0 <= beta < 1e3 and 0 < length < 1 << 31:
         return Growth(float(beta), length)

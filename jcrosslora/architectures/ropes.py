@@ -44,12 +44,9 @@ class Rope:
 
 
 def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Return cosine and sine, float32 (2, B, T, pairs), for each rotary setting.
+    """Return cosine and sine, float32 (2, B, T, pairs), of positions int32 (B, T), for each rotary setting of a model.
 
-    Args:
-        ropes: the different rotary settings of a model.
-        positions: int32 (B, T).
-        lengths: int32 (B,), tokens of the whole text of each sequence; None if the positions reach its end.
+    `lengths`, int32 (B,), are tokens of the whole text of each sequence; None if the positions reach its end.
     """
     return tuple(_rotation(rope, positions, lengths) for rope in ropes)
 
@@ -78,12 +75,9 @@ def _growth(growth: Growth, positions: jax.Array) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) -> jax.Array:
-    """Rotate pairs of features of every head; features from 2 * pairs on stay unchanged.
+    """Rotate pairs of features of heads x (B, T, heads, D) by cosine and sine, float32 (2, B, T, pairs).
 
-    Args:
-        x: (B, T, heads, D).
-        rotation: float32 (2, B, T, pairs), cosine and sine.
-        interleaved: whether the features of a pair are 2i and 2i + 1, instead of i and i + pairs.
+    Features from 2 * pairs on stay unchanged. Those of a pair are i and i + pairs, or `interleaved` 2i and 2i + 1.
     """
     pairs = rotation.shape[-1]
     cosine, sine = rotation[:, :, :, None, :]

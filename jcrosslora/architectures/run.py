@@ -116,8 +116,8 @@ class Context:
     """The arrays that all layers share.
 
     Attributes:
-        query_positions: int32 (B, T).
-        key_positions: int32 (B, S), negative where there is no token; S is T without a cache.
+        query_positions: int32 (B, T); those of keys are (B, S), negative where there is no token, and S is T without a
+            cache.
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
         growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
@@ -202,12 +202,9 @@ EMPTY = -1  # position of a slot without a token
 
 @flax.struct.dataclass
 class KeysValues:
-    """Keys and values of one kind of attention.
+    """Keys and values of one kind of attention, (L, B, kv_heads, S, D) each; those of latent attention differ in D.
 
-    Attributes:
-        keys: (L, B, kv_heads, S, D), with rotary positions applied; float32, bfloat16, or its bits as uint16, which a
-            CPU copies faster.
-        values: (L, B, kv_heads, S, D), of latent attention with a D of their own.
+    They are float32, bfloat16, or its bits as uint16, which a CPU copies faster. Keys have rotary positions applied.
     """
 
     keys: jax.Array

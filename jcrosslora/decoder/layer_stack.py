@@ -179,9 +179,7 @@ def _covered(parts: Sequence[Layer], size: int) -> int:
 def join_layers(parts: Sequence[tuple[Sequence[int], Any]]) -> Any:
     """Join trees of arrays with a first axis of layers into one, in the order of the layers.
 
-    Args:
-        parts: layers, and a tree of their arrays. Dictionaries need not have the same keys: an array of the result has
-            those layers in which its key occurs.
+    Dictionaries need not have the same keys: an array of the result has those layers in which its key occurs.
     """
     first = parts[0][1]
     if len(parts) == 1:

@@ -119,9 +119,7 @@ class AppliedAdapter(Protocol):
 class StackedFactors:
     """The updates dW = b @ a of one role in the L layers that have it; zeros in those without an update.
 
-    Attributes:
-        a: float32 (L, K, I), or (N, L, K, I) of N adapters.
-        b: float32 (L, O, K), or (N, L, O, K), multiplied by the scale.
+    They are float32 (L, K, I) and (L, O, K), or (N, L, ...) of N adapters; b is multiplied by the scale.
     """
 
     a: jax.Array

@@ -27,12 +27,7 @@ _PREFILL = 1.5
 
 
 class Group(NamedTuple):
-    """Prompts with a common beginning.
-
-    Attributes:
-        places: of the prompts, at least two.
-        length: tokens that they all begin with, fewer than the shortest of them has.
-    """
+    """Two or more prompts that begin with `length` common tokens, fewer than the shortest of them has."""
 
     places: list[int]
     length: int
@@ -45,12 +40,10 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Beginnings:
-    """The beginnings of the prompts of a batch.
+    """The beginnings of the prompts of a batch: token ids int32 (T,), all different, padded to a shape (G, P).
 
     Attributes:
-        tokens: int32 (T,) token ids of each, all different.
         owners: of each prompt, the index of its beginning.
-        shape: (G, P) that they are padded to.
     """
 
     tokens: list[np.ndarray]
@@ -66,11 +59,9 @@ class Beginnings:
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Prompts that are answered together.
+    """Prompts that are answered together: token ids int32 (T,) without their beginnings, padded to a shape (B, T).
 
     Attributes:
-        texts: int32 (T,) token ids of each, without its beginning.
-        shape: (B, T) that they are padded to.
         beginnings: what stands in front of the texts; None where these are whole prompts.
     """
 

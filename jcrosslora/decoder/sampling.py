@@ -53,11 +53,9 @@ class Sampling(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """Beginnings that prompts go on from.
+    """Beginnings that prompts go on from: tokens int32 (G, P) and mask, as of prompts.
 
     Attributes:
-        tokens: int32 (G, P).
-        mask: bool (G, P), False at padding on either side; every row has at least one token.
         owners: int32 (B,), the beginning in front of each prompt.
     """
 

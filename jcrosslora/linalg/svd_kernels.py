@@ -62,12 +62,10 @@ class TruncatedSVD:
 
 
 class Triplets(NamedTuple):
-    """Triplets of W (O, I) as a kernel found them, jax or numpy arrays.
+    """K >= R triplets of W (O, I) as a kernel found them, jax or numpy arrays.
 
     Attributes:
-        u: (O, K), K >= R.
         s: (S,), all known singular values, descending; S >= K.
-        v: (I, K).
         residual: (K,), as in `TruncatedSVD`, but not divided by s_1.
         total: (), ||W||_F^2.
     """
