@@ -45,13 +45,7 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes of a model.
-
-    Attributes:
-        layers: L, number of decoder layers.
-        hidden: width of the residual stream.
-        vocab: rows of the embedding.
-    """
+    """The sizes of a model; `hidden` is the width of the residual stream, `intermediate` that of a dense MLP."""
 
     layers: int
     hidden: int

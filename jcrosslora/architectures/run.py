@@ -92,8 +92,7 @@ class LayerWeights:
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Block.tensors`; those of experts are a `Row`.
-        own: static, its `Layer`.
-        ropes: static, the rotary settings of all layers with the same mixer.
+        own: static, its `Layer`; then the rotary settings of all layers with the same mixer.
     """
 
     layer: jax.Array

@@ -274,12 +274,10 @@ def map_positions(
 
 @flax.struct.dataclass
 class Divergence:
-    """Predictions of one model from hidden states a and b, per position, in nats.
+    """Predictions of one model from hidden states a and b, float32 for each position, in nats.
 
     Attributes:
-        kl: float32 (...), KL(a || b) over the whole vocabulary.
-        log_probs_a: float32 (...), log p_a(target).
-        log_probs_b: float32 (...), log p_b(target).
+        kl: KL(a || b) over the whole vocabulary; then log p_a(target) and log p_b(target).
     """
 
     kl: jax.Array

@@ -30,17 +30,14 @@ class Params:
     """The weights of a model; V tokens, H hidden, D head size, L the layers that have an array of the name, in order.
 
     Attributes:
-        embedding: (V, H).
-        head: (V, H), or None if the embedding is the head.
-        final_norm: float32 (H,), its gain.
+        head: (V, H) like the embedding, or None if the embedding is the head.
+        final_norm: float32 (H,), the gain; `final_norm_bias` is (H,) too, and `head_bias` (V,).
         weights: role -> (L, O, I); packed weights are the bits of bfloat16 as uint16.
         biases: role -> (L, O), for roles with a bias.
         norms: float32 gains, with Gemma's 1 + weight summed, named as in `Family.norms`: "attn" and "mlp" -> (L, H),
             before attention and MLP; "attn_post" and "mlp_post" -> (L, H), after them; "q" and "k" -> (L, D), of query
             and key heads, or (L, heads * D) of all heads together.
         norm_biases: the same of norms that have a bias.
-        final_norm_bias: float32 (H,), or None.
-        head_bias: float32 (V,), or None.
         activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
         tensors: name in `Family.tensors` -> (L, ...).
         layer_inputs: of models whose layers read more than the stream, or None.

@@ -39,11 +39,10 @@ class State:
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn.
+    """How tokens are drawn, by a key from `jax.random.key`.
 
     Attributes:
         temperature: float32 scalar; 0 takes the likeliest token.
-        key: from `jax.random.key`.
         most: int32 scalar, tokens to write; None for as many as there is space for.
     """
 

@@ -21,8 +21,7 @@ class LinearMap:
     """P x = gain * x[index] + left @ (right' @ x): a weighted selection of rows plus a low-rank term.
 
     Attributes:
-        left: (M_tgt, R).
-        right: (M_src, R); R = 0 for a pure selection.
+        left: (M_tgt, R), as right is (M_src, R); R = 0 for a pure selection.
         index: (M_tgt,) int32, the source row of each target row.
         gain: (M_tgt,), the weight of that row; all zero for a purely low-rank map.
     """

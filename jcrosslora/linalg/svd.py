@@ -82,7 +82,6 @@ def decompose(
         stack: (L, O, I), float32; may be sharded over L.
         rank: R, at most min(O, I).
         vectors: whether `error` is about individual vectors (True) or about their subspace.
-        tolerance: largest accepted `error`.
         kernel: the first kernel; "auto" is `choose_kernel`.
 
     Returns:

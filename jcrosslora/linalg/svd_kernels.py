@@ -38,9 +38,7 @@ class TruncatedSVD:
     first R.
 
     Attributes:
-        u: (O, R), orthonormal columns.
-        s: (R,), descending.
-        v: (I, R), orthonormal columns.
+        u: (O, R), orthonormal columns, as v (I, R); s (R,) descends.
         residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1.
         energy: (), share of ||W||_F^2 in the R triplets.
         gap: (), (s_R - s_{R+1}) / s_R, how well the cut separates the subspace; 1 if nothing is cut off.
@@ -81,7 +79,6 @@ def full_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -
     """Compute the leading triplets of W (O, I) by a full SVD (LAPACK's gesdd on a CPU) and truncation.
 
     Args:
-        w: (O, I), float32.
         rank: R, at most min(O, I).
         vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
         guard: number of further triplets to return, if there are as many.

@@ -117,7 +117,7 @@ class SelfAttention(Block):
         if self.shares_keys:
             assert cache is not None
             queries = self._placed(run, "q", run.module(f"{self.group}kv_shared_q_proj", x))
-            mixed = attended(run, queries, *last_of_kind(cache, self._kind), run.settings.attn_scale)
+            mixed = _attended(run, queries, *last_of_kind(cache, self._kind), run.settings.attn_scale)
             return run.module(f"{self.group}o_proj", mixed), cache
         queries, gate = self._queries(run, x)
         keys = run.module(f"{self.group}k_proj", x)
@@ -129,7 +129,7 @@ class SelfAttention(Block):
             values = rms_norm(values, jnp.ones(values.shape[-1]), run.settings.eps)
         values = values.swapaxes(1, 2)
         cache, keys, values = append_layer(cache, run, self._kind, keys, values)
-        mixed = attended(run, grown(run, queries), keys, values, run.settings.attn_scale)
+        mixed = _attended(run, _grown(run, queries), keys, values, run.settings.attn_scale)
         mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
         return run.module(f"{self.group}o_proj", mixed), cache
 
@@ -234,10 +234,10 @@ class LatentAttention(Block):
         queries = self._queries(run, x)
         queries = queries.reshape(*queries.shape[:2], self.heads, -1)
         plain, turned = jnp.split(queries, [self.plain], axis=-1)
-        queries = grown(run, jnp.concatenate([plain, rotated(turned)], axis=-1))
+        queries = _grown(run, jnp.concatenate([plain, rotated(turned)], axis=-1))
         cache, keys, values = append_layer(cache, run, "attention", keys, values)
         scale = (self.plain + self.rotated) ** -0.5 * run.settings.ropes[0].latent_scale
-        return run.module("o_proj", attended(run, queries, keys, values, scale)), cache
+        return run.module("o_proj", _attended(run, queries, keys, values, scale)), cache
 
     def _queries(self, run: Run, x: jax.Array) -> jax.Array:
         if self.query_rank is None:
@@ -253,7 +253,7 @@ def _unit(run: Run, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.asarray([rope.turns for rope in ropes])[run.layer.rope], normed, x)
 
 
-def grown(run: Run, queries: jax.Array) -> jax.Array:
+def _grown(run: Run, queries: jax.Array) -> jax.Array:
     """Multiply queries (B, T, heads, D) by the factor of their positions; return them where they do not grow."""
     if run.context.growths is None:
         return queries
@@ -261,7 +261,7 @@ def grown(run: Run, queries: jax.Array) -> jax.Array:
     return (queries.astype(jnp.float32) * growth).astype(queries.dtype)
 
 
-def attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
+def _attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
     """Let queries (B, T, heads, D) attend to keys (B, kv_heads, S, D) and values (B, kv_heads, S, E).
 
     Returns:

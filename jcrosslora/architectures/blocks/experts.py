@@ -30,7 +30,6 @@ class Routing:
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score; None for other scores.
-        scale: factor on the weights.
         scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
         groups: number of groups of experts; then how many of them a token may use.
         group_best: how many of a group's experts say how high it scores, the best of them together.

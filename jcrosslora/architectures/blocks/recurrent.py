@@ -207,8 +207,7 @@ class Tokens(NamedTuple):
     """What a recurrence reads of T tokens, float32, of one head or of G heads of queries and H of values.
 
     Attributes:
-        queries: (T, N) or (T, G, N).
-        keys: of the same shape.
+        queries: (T, N) or (T, G, N), as the keys.
         values: (T, P) or (T, H, P).
         decay: g, at most 0, (T,) or (T, H).
         beta: of the delta rule, of the shape of `decay`, else None.
