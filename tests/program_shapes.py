@@ -38,18 +38,8 @@ from jcrosslora.evaluate import effect, harness_requests, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
-from jcrosslora.maps.alignment import groups, layer_similarity
-from jcrosslora.maps.evidence import (
-    Activations,
-    HeadMatch,
-    Selection,
-    Side,
-    Vocabulary,
-    base_pair,
-    heads,
-    moments,
-)
-from jcrosslora.maps.shifting import shift
+from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity, shift
+from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings

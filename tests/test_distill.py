@@ -25,7 +25,7 @@ from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.architectures import DENSE_ROLES
+from jcrosslora.architectures.blocks import DENSE_ROLES
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import (
     Model,

@@ -15,7 +15,7 @@ from sharded_session import CASES, base_of
 import jcrosslora as jcl
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.loading import divided_axis, held_numbers
-from jcrosslora.distill.batches import most_beside
+from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import Distill
 from jcrosslora.session import estimate

@@ -19,7 +19,7 @@ from jcrosslora.adapter.changes import LoRAFactors, TokenUpdate
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.records import Adapter, check_always_active
-from jcrosslora.architectures import EMBEDDING, HEAD
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish

@@ -19,8 +19,7 @@ from jcrosslora.adapter.config import is_alpha, is_rank, shown
 from jcrosslora.adapter.contents import Contents, Stored, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
 from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.weights import PeftContents, Weights
-from jcrosslora.architectures import EMBEDDING
+from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, OutputError

@@ -25,7 +25,7 @@ from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
-from jcrosslora.architectures.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
+from jcrosslora.architectures.blocks import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel, shared_ids

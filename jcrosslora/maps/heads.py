@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.architectures import ATTENTION
-from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures.blocks import ATTENTION, ROLE_PATHS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.architectures.blocks import READERS
-from jcrosslora.architectures.names import ATTENTION
+from jcrosslora.architectures.blocks import ATTENTION, READERS
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import PairingError

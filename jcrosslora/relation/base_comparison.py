@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures import EMBEDDING, HEAD
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.architectures.config import COMMON_KEYS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.errors import CheckpointError

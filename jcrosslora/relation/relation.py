@@ -9,7 +9,7 @@ from enum import Enum, StrEnum, auto
 
 import numpy as np
 
-from jcrosslora.architectures.names import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.checkpoint.layout import Module, expert_tensors
 from jcrosslora.relation.bases import Both, evenly_spaced, finite, some_of

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jcrosslora.architectures import EMBEDDING
-from jcrosslora.architectures.blocks import ROLE_PATHS, Mlp, SelfAttention
+from jcrosslora.architectures.blocks import EMBEDDING, ROLE_PATHS, Mlp, SelfAttention
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.checkpoint.vocabulary import shared_ids

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.loading import held_numbers, mesh_of
+from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.effect import effect_cost

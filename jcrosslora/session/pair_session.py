@@ -14,7 +14,7 @@ from jcrosslora.adapter.save import Profile, check_holds, check_profile
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases, loaded_within
-from jcrosslora.decoder.sharding import held_numbers
+from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
@@ -120,40 +120,6 @@ class PairSession:
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
         """Load an adapter of the source, see `load_adapter`."""
         return load_adapter(adapter, self.pair.source, revision=revision, rank=rank)
-
-    def keep_bases(self, method: Method, options: TransferOptions) -> None:
-        """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
-        self.loaded = self.loaded or self._bases(method, options, keep=True)
-
-    def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
-        """Return what loads the bases of a transfer to their devices; None where they are not run by it.
-
-        Raises:
-            UsageError, MemoryError: see `place_bases`.
-        """
-        if not (method.runs_bases or options.effect == "always"):
-            return None
-        # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.decoder import LoadedBases, loaded_within
-        from jcrosslora.decoder.loading import held_numbers
-        from jcrosslora.session.estimate import place_bases
-
-        bases = self.pair.source, self.pair.target
-        placement = place_bases(bases, method, options)
-        placement.announce()
-        if not keep:
-            return LoadedBases(mesh=placement.mesh)
-        numbers = [held_numbers(base, placement.devices) for base in bases]
-        return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
-
-    @cached_property
-    def source_info(self) -> BaseInfo:
-        """Return the description of the source without its weights."""
-        return describe_base(self.pair.source)
-
-    @cached_property
-    def _choice(self) -> Choice:
-        return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
     def resolve(
         self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jcrosslora.architectures.blocks import LayerInputWeights
+from jcrosslora.architectures.blocks.block import LayerInputWeights
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Model, Params, StackedAdapter, fast_dtype, forward, settings_of
 from jcrosslora.distill.settings import DistillSettings
