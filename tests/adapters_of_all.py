@@ -21,6 +21,6 @@ def adapter_of_all(base, seed: int = 0, *, experts: bool = True):
     updates = []
     for layer in base.layers_with("router") if experts and base.has_experts else ():
         for rank, matrix in ((2, "down"), (3, "gate_up")):
-            count, rows, width = base.expert_shape(matrix)
+            count, rows, width = base.experts.shape(matrix)
             updates.append(expert_update(base, layer, matrix, *pair(rank, rows, width, count)))
     return jcl.Adapter(modules, experts=tuple(updates))

@@ -29,7 +29,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jax.version.__version
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from jcrosslora.cache import processor
+from jcrosslora.utils.cache import processor
 
 # Compiled programs are memory maps, of which Linux gives a process 65,530.
 MOST_MAPS = 30_000

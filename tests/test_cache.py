@@ -19,9 +19,10 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora import Probes
-from jcrosslora.cache import Cache, FileDigests
-from jcrosslora.evaluate.probes import keep_texts
+from jcrosslora.evaluate.probes.writing import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
+from jcrosslora.utils.cache import Cache
+from jcrosslora.utils.digests import FileDigests
 
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "layers": 2, "vocab": 64}
 RANK_12 = CrossLoRA(svd_rank=12)

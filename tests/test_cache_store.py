@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jcrosslora as jcl
-import jcrosslora.cache.store as store_module
-from jcrosslora.cache import Cache, cache_limit
+import jcrosslora.utils.cache as store_module
+from jcrosslora.utils.cache import Cache, cache_limit
 
 ROOT = Path(jcl.__file__).parents[1]
 
@@ -217,10 +217,8 @@ def test_entry_removed_while_it_is_read_counts_as_missing(copied, monkeypatch):
         copied.remove(entry)
         return read(folder, shapes)
 
-    from jcrosslora.cache import store
-
-    read = store.read_arrays
-    monkeypatch.setattr(store, "read_arrays", gone)
+    read = store_module.read_arrays
+    monkeypatch.setattr(store_module, "read_arrays", gone)
     assert copied.load("transport", "ab") is None
 
 
@@ -284,7 +282,7 @@ def test_invalid_limit_in_the_environment_is_an_error(monkeypatch, stated):
 WRITER = """
 import sys
 import numpy as np
-from jcrosslora.cache import Cache
+from jcrosslora.utils.cache import Cache
 cache = Cache(sys.argv[1], limit=int(sys.argv[2]))
 print("ready", flush=True)
 for number in range(int(sys.argv[3])):

@@ -10,7 +10,7 @@ import pytest
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cache import keep_compiled
+from jcrosslora.utils.cache import keep_compiled
 
 
 @pytest.mark.full

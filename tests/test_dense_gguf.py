@@ -29,7 +29,7 @@ def test_a_gguf_file_holds_the_tensors_and_settings_of_the_model(written):
     form, model, base = written
     assert base.family.name == form.family
     live = jcl.open_base(model)
-    of_experts = {name for layer in live.layers_with("router") for name in live.expert_names(layer)}
+    of_experts = {name for layer in live.layers_with("router") for name in live.experts.names(layer)}
     for stated, tensor in model.state_dict().items():
         name = EMBEDDING if stated == f"{base.family.stored.embedding}.weight" else stated
         if name in of_experts:
@@ -41,7 +41,7 @@ def test_a_gguf_file_holds_the_tensors_and_settings_of_the_model(written):
             np.testing.assert_array_equal(base.rows(name, ids), base.tensor(name)[ids], err_msg=name)
     for layer in base.layers_with("router"):
         for name in expert_tensors(base.family.experts):
-            np.testing.assert_array_equal(base.expert_tensor(layer, name), live.expert_tensor(layer, name))
+            np.testing.assert_array_equal(base.experts.tensor(layer, name), live.experts.tensor(layer, name))
     found, wanted = (asdict(settings_of(one)) for one in (base, live))
     ropes = [[tuple(rope.values()) for rope in settings.pop("ropes")] for settings in (found, wanted)]
     for (ours, *rest), (theirs, *others) in zip(*ropes, strict=True):

@@ -64,7 +64,7 @@ def experts_alone(base):
     rng = np.random.default_rng(5)
     updates = []
     for layer in base.layers_with("router"):
-        count, rows, columns = base.expert_shape("down")
+        count, rows, columns = base.experts.shape("down")
         a, b = rng.normal(size=(count, 2, columns)), rng.normal(size=(count, rows, 2))
         updates.append(expert_update(base, layer, "down", a.astype(np.float32), b.astype(np.float32)))
     return jcl.Adapter({}, experts=tuple(updates))

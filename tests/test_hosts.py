@@ -16,8 +16,8 @@ from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.distributed import hosts
-from jcrosslora.distributed.hosts import join
+from jcrosslora.utils import hosts
+from jcrosslora.utils.hosts import join
 
 PLAN = """
 out = "moved"

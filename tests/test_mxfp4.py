@@ -63,10 +63,10 @@ def test_experts_equal_what_transformers_makes_of_them(folder):
             wanted = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy().swapaxes(1, 2)
             if matrix == "gate_up":
                 wanted = np.concatenate([wanted[:, ::2], wanted[:, 1::2]], axis=1)
-            np.testing.assert_array_equal(base.expert_tensor(layer, matrix), wanted)
+            np.testing.assert_array_equal(base.experts.tensor(layer, matrix), wanted)
             rows = np.array([0, 7, wanted.shape[1] - 1])
-            np.testing.assert_array_equal(base.expert_rows(layer, matrix, 3, rows), wanted[3, rows])
-            assert base.expert_dtype(layer, matrix) == "MXFP4"
+            np.testing.assert_array_equal(base.experts.rows(layer, matrix, 3, rows), wanted[3, rows])
+            assert base.experts.dtype(layer, matrix) == "MXFP4"
 
 
 def test_a_gguf_file_holds_the_same_experts(folder, model, tmp_path):
@@ -77,11 +77,11 @@ def test_a_gguf_file_holds_the_same_experts(folder, model, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", form.arch, metadata_of(model, form), stored)
     base, published = jcl.open_base(path), jcl.open_base(folder[0])
     for matrix in MATRICES:
-        found = base.expert_tensor(1, matrix)
-        np.testing.assert_array_equal(found, published.expert_tensor(1, matrix))
+        found = base.experts.tensor(1, matrix)
+        np.testing.assert_array_equal(found, published.experts.tensor(1, matrix))
         rows = np.array([0, 7, found.shape[1] - 1])
-        np.testing.assert_array_equal(base.expert_rows(1, matrix, 2, rows), found[2, rows])
-        assert base.expert_dtype(1, matrix) == "MXFP4"
+        np.testing.assert_array_equal(base.experts.rows(1, matrix, 2, rows), found[2, rows])
+        assert base.experts.dtype(1, matrix) == "MXFP4"
     assert jcl.compare_bases(base, published).words == ("same",)
 
 

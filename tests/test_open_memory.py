@@ -16,10 +16,10 @@ from tiny_models import save_tiny, tiny_model, torch, transformers
 from tiny_tokenizers import KINDS
 
 import jcrosslora as jcl
-from jcrosslora.cache import FileDigests
 from jcrosslora.checkpoint import SafetensorsFile, load_tokenizer, open_base, shared_ids
 from jcrosslora.decoder import load_model
 from jcrosslora.errors import CheckpointError, UsageError
+from jcrosslora.utils.digests import FileDigests
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

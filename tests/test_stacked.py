@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.linalg import mesh_of, over_all_devices, over_layers, place, spread
+from jcrosslora.linalg import mesh_of, over_layers, place, spread
+from jcrosslora.utils.hosts import over_all_devices
 
 
 def test_loops_that_start_from_constants_run_on_every_device():

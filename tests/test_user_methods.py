@@ -17,11 +17,11 @@ from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from user_methods import HalfCopy
 
 import jcrosslora as jcl
-from jcrosslora import read_plan, run_batch
-from jcrosslora.cache import Cache
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
 from jcrosslora.methods.copy import padded_maps, resampled_maps
+from jcrosslora.session.batch import read_plan, run_batch
+from jcrosslora.utils.cache import Cache
 
 PLAN = """
 out = "moved"

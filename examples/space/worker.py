@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import jcrosslora as jcl
-from jcrosslora.cache.store import keep_compiled
+from jcrosslora.utils.cache import keep_compiled
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.progress import DISPLAY
 

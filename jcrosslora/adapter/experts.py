@@ -14,7 +14,7 @@ from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.layout import single_parts
+from jcrosslora.checkpoint.experts import single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
@@ -108,7 +108,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     experts = base.family.experts
     assert experts is not None
     count, layer = experts.sizes(base.config).number, int(module.split(".")[2])
-    shapes = {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
+    shapes = {matrix: base.experts.shape(matrix)[1:] for matrix in ("gate_up", "down")}
     came = b.shape[0], a.shape[1]
     # Early versions of peft took the axes of (E, O, I) for (E, I, O), and a class may yet say which of them it stores.
     usual = next((name for name, shape in shapes.items() if came == shape), None)
@@ -134,7 +134,7 @@ def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, par
     """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
     experts = base.family.experts
     assert experts is not None
-    count, (rows, columns) = experts.sizes(base.config).number, base.expert_shape(matrix)[1:]
+    count, (rows, columns) = experts.sizes(base.config).number, base.experts.shape(matrix)[1:]
     names = ("down",) if matrix == "down" else single_parts(experts)
     height = rows // len(names)
     rank = max(a.shape[0] for a, _ in parts.values())

@@ -22,8 +22,9 @@ from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
-from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
-from jcrosslora.checkpoint.layout import expected_shapes, is_loadable
+from jcrosslora.checkpoint.experts import is_loadable
+from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, Piece, write_pieces
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore

@@ -6,9 +6,10 @@ from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.base import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.checkpoint.layout import Module, expected_shapes, expert_tensors, holder_of
+from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
 from jcrosslora.checkpoint.opening import open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore

@@ -2,45 +2,30 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from jcrosslora.architectures import EMBEDDING, HEAD
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import WRITERS
-from jcrosslora.architectures.config import Dims, read_number
-from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import Family
-from jcrosslora.checkpoint.layout import (
-    Module,
-    expected_shapes,
-    expert_shape,
-    expert_shapes,
-    in_order,
-    is_transposed,
-    layout_of,
-    read_expert_tensor,
-    stored_rows,
-)
+from jcrosslora.architectures.names import EMBEDDING, HEAD
+from jcrosslora.architectures.sizes import Dims, read_number
+from jcrosslora.checkpoint.experts import StoredExperts, layout_of
+from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.cache import open_cache
+from jcrosslora.utils.digests import Digests, digest_of
 from jcrosslora.utils.texts import html_table
-
-
-class Digests(Protocol):
-    """A record of the digests of files that outlives the process."""
-
-    def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """Return the hex digests of files: the recorded ones if all are valid, else those from `compute`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,51 +121,19 @@ class BaseModel:
 
     @cached_property
     def expert_layout(self) -> Mapping[str, str] | None:
-        """How the tensors of experts are stored, see `ExpertRules.layouts`; None without experts."""
+        """Name -> path of the tensors of experts, see `ExpertRules.layouts`; None for a family without experts."""
         return layout_of(self.family, self.store.names)
+
+    @cached_property
+    def experts(self) -> StoredExperts:
+        """The experts of a family that has them."""
+        assert self.family.experts is not None
+        assert self.expert_layout is not None
+        return StoredExperts(self.family.experts, self.expert_layout, self.config, self.dims.hidden, self.store)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor that the model must have."""
         return expected_shapes(self.architecture, self.expert_layout)
-
-    def expert_shape(self, matrix: str) -> tuple[int, int, int]:
-        """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
-        return expert_shape(self._experts[0], self.dims, self.config, matrix)
-
-    def expert_tensor(self, layer: int, name: str) -> np.ndarray:
-        """Read a tensor of the experts of a layer, see `read_expert_tensor`.
-
-        Raises:
-            CheckpointError: a dtype that cannot be read.
-        """
-        experts, layout = self._experts
-        count = experts.sizes(self.config).number
-        return read_expert_tensor(
-            experts, layout, lambda path: self.tensor(f"model.layers.{layer}.{path}"), count, name
-        )
-
-    def expert_rows(self, layer: int, matrix: str, expert: int, ids: np.ndarray) -> np.ndarray:
-        """Read rows of a matrix of one expert, see `stored_rows`, as float32 (n, columns), and no others."""
-        experts, layout = self._experts
-        places = stored_rows(experts, layout, self.expert_shape(matrix), matrix, expert, np.asarray(ids))
-        rows = np.concatenate([self.rows(f"model.layers.{layer}.{path}", own) for path, own in places])
-        return in_order(experts, layout, matrix, rows)
-
-    def expert_axis(self, matrix: str) -> int:
-        """Return the axis of `expert_shape` that `expert_rows` counts: 2 where the matrix is stored transposed."""
-        return 2 if is_transposed(*self._experts, matrix) else 1
-
-    def expert_dtype(self, layer: int, matrix: str) -> str:
-        """Return the storage dtype of a matrix of the experts of a layer."""
-        _, layout = self._experts
-        path = layout["up" if matrix not in layout else matrix]
-        return self.store.dtype(f"model.layers.{layer}.{path.format(0)}")
-
-    def expert_names(self, layer: int) -> tuple[str, ...]:
-        """Return the names of the tensors of the experts of a layer, as they are stored."""
-        experts, layout = self._experts
-        shapes = expert_shapes(experts, self.dims, self.config, layout)
-        return tuple(f"model.layers.{layer}.{path}" for path, _ in shapes)
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor by its Hugging Face name; the head of a tied model is the embedding.
@@ -194,21 +147,13 @@ class BaseModel:
         return self.store.tensor(self._stored_name(name))
 
     def weight(self, module_name: str) -> np.ndarray:
-        """Read the weight (O, I) of a logical module, see `tensor`.
-
-        Raises:
-            CheckpointError: no such module, or a dtype that cannot be read.
-        """
+        """Read the weight (O, I) of a logical module, see `tensor`."""
         module = self._module(module_name)
         array = self.store.tensor(module.tensor)
         return array if module.rows is None else array[slice(*module.rows)]
 
     def stored_weight(self, name: str) -> np.ndarray:
-        """Read the weight (O, I) of a logical module, or of a fused module as a whole; see `tensor`.
-
-        Raises:
-            CheckpointError: no such module, or a dtype that cannot be read.
-        """
+        """Read the weight (O, I) of a logical module, or of a fused module as a whole; see `tensor`."""
         return self.weight(name) if name in self.modules else self.tensor(f"{name}.weight")
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
@@ -228,11 +173,7 @@ class BaseModel:
         return self.store.rows(stored, ids.astype(np.int64))
 
     def bias(self, module_name: str) -> np.ndarray | None:
-        """Read the bias (O,) of a logical module, None if it has none; see `tensor`.
-
-        Raises:
-            CheckpointError: no such module, or a dtype that cannot be read.
-        """
+        """Read the bias (O,) of a logical module, None if it has none; see `tensor`."""
         module = self._module(module_name)
         if module.role not in self.family.biased_roles(self.config):
             return None
@@ -246,9 +187,6 @@ class BaseModel:
         that write to it that of the norm behind, times Granite's factor on what is added, and times a half for shared
         experts that are averaged with the others. Both are multiplied by the family's factor on what the module reads
         or returns. Ones where there is no norm.
-
-        Raises:
-            CheckpointError: no such module.
         """
         module = self._module(module_name)
         norm = self.architecture.stream_norm(module.role, module.layer)
@@ -280,9 +218,7 @@ class BaseModel:
 
         One weight file gives its own SHA-256, several that of their hex digests, one a line in index order. Weights in
         memory give that of their names, dtypes, shapes and numbers, which is not the digest of the file they are from.
-
-        Args:
-            digests: a record of digests of files, so that files are not read again in later runs.
+        Files whose digest is in `digests` are not read.
         """
         if "_digest" not in self.__dict__:
             read = self.store.sha256s
@@ -295,13 +231,6 @@ class BaseModel:
     def release(self) -> None:
         """Give the resident pages of the memory maps back to the system; arrays stay valid."""
         self.store.release()
-
-    @property
-    def _experts(self) -> tuple[ExpertRules, Mapping[str, str]]:
-        """The rules of its experts, and how they are stored."""
-        assert self.family.experts is not None
-        assert self.expert_layout is not None
-        return self.family.experts, self.expert_layout
 
     def _module(self, name: str) -> Module:
         if name not in self.modules:
@@ -356,3 +285,20 @@ def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
         has_experts=base.has_experts,
         prefix=base.prefix,
     )
+
+
+def base_digest(base: BaseModel) -> str:
+    """Return `BaseModel.digest`; files that have not changed since they were last read are not read again."""
+    cache = open_cache()
+    return base.digest(None if cache is None else cache.digests)
+
+
+# Keys of a configuration that say where it came from.
+_PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+
+
+def weights_key(base: BaseModel, digests: Digests | None = None) -> str:
+    """Return the cache key of a base's weights and of how its modules are read from them."""
+    config = {name: value for name, value in base.config.items() if name not in _PROVENANCE}
+    modules = [[name, module.shape, module.tensor, module.rows] for name, module in base.modules.items()]
+    return digest_of(base.digest(digests), base.family.name, config, modules)

@@ -167,6 +167,7 @@ def _build(
     dims = read_dims(config, path or ref)
     model = Architecture(family, values, dims)
     check_tensors(model, store, ref)
+    fused = fused_modules(model)
     return BaseModel(
         name=name,
         ref=ref,
@@ -176,8 +177,8 @@ def _build(
         family=family,
         config=values,
         dims=dims,
-        modules=build_modules(model, store),
-        fused=fused_modules(model),
+        modules=build_modules(model, fused, store),
+        fused=fused,
         store=store,
         wrapper=config.wrapper,
         notes=notes,

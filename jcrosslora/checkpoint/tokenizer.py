@@ -1,6 +1,7 @@
 """The tokenizer of a base: text to token ids, with the character at which each token ends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, read_metadata
 from jcrosslora.errors import CheckpointError, UsageError
+from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
@@ -213,3 +215,21 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         msg = f"{ref}: the tokenizer cannot be read ({cause}): wanted one that the transformers library loads"
         raise CheckpointError(msg) from error
+
+
+# Files of a tokenizer next to the weights; a GGUF file contains its own.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
+    """Yield names and contents of the files of a base's tokenizer next to the weights."""
+    folder = base.tokenizer_path
+    for name in () if folder is None else _FILES:
+        # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
+        with suppress(OSError):
+            yield from (name.encode(), read_small(folder / name))
+
+
+def tokenizer_key(base: BaseModel) -> str:
+    """Return the cache key of the files of a base's tokenizer next to the weights."""
+    return sha256(*tokenizer_parts(base))

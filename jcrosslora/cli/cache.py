@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from jcrosslora.cache import Cache, Entry
-from jcrosslora.cache.store import cache_root
-from jcrosslora.cli.output import print_json, print_table, say
+from jcrosslora.cli.output import print_json, say
 from jcrosslora.errors import CacheError
+from jcrosslora.utils.cache import Cache, cache_root
+from jcrosslora.utils.cache_entries import Entry
 
 Kind = Literal["all", "factors", "transport", "vocabulary", "depth", "texts"]
 _TEXTS = "texts"

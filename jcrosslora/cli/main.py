@@ -178,7 +178,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         with enough_memory():
             parsed = parse(command.load(arguments), arguments, prog=f"jcrosslora {name}")
             if own_process and command.computes:
-                from jcrosslora.cache.store import keep_compiled
+                from jcrosslora.utils.cache import keep_compiled
 
                 keep_compiled()
             with show_progress():
@@ -194,8 +194,8 @@ def _leave(code: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line has been printed; a second Ctrl-C changes nothing
     sys.stdout.flush()
     sys.stderr.flush()
-    if "jcrosslora.distributed.hosts" in sys.modules:
-        sys.modules["jcrosslora.distributed.hosts"].leave(code)
+    if "jcrosslora.utils.hosts" in sys.modules:
+        sys.modules["jcrosslora.utils.hosts"].leave(code)
     os._exit(code)
 
 

@@ -24,7 +24,7 @@ from jcrosslora.architectures import blocks
 from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, WRITERS, LayerInputWeights, Tensor
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.layout import expert_tensors
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.decoder.model import Model, Params
 from jcrosslora.errors import UsageError
 
@@ -217,7 +217,7 @@ class _Stacks:
         for name in expert_tensors(experts):
             kept = dtype if name in ("gate_up", "down") else _F32
             stored = _BITS if packed and kept == dtype else kept
-            pieces = (self._base.expert_tensor(layer, name)[None].astype(kept, copy=False) for layer in layers)
+            pieces = (self._base.experts.tensor(layer, name)[None].astype(kept, copy=False) for layer in layers)
             first = next(pieces)
             pieces = (piece.view(stored) for piece in itertools.chain((first,), pieces))
             found[name] = self._fill(name, (len(layers), *first.shape[1:]), stored, pieces)

@@ -243,7 +243,7 @@ def _stack_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[dict[st
     for adapter in adapters:
         stacks = {}
         for matrix, rank in ranks.items():
-            count, rows, columns = base.expert_shape(matrix)
+            count, rows, columns = base.experts.shape(matrix)
             a = np.zeros((len(layers), count, rank, columns), np.float32)
             b = np.zeros((len(layers), count, rows, rank), np.float32)
             for update in (one for one in adapter.experts if one.matrix == matrix):

@@ -1,7 +1,7 @@
 """Let a base write probe texts, each from one word of its vocabulary, and keep them in the disk cache.
 
 A cached text is keyed by everything that it depends on; without a writable folder the cache is off. The folder `probes`
-in the user's cache (see `jcrosslora.cache.place.cache_root`) may be removed at any time. Processes may share it: files
+in the user's cache (see `utils.cache.cache_root`) may be removed at any time. Processes may share it: files
 are written atomically, and a damaged file counts as missing.
 """
 
@@ -18,9 +18,8 @@ import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.cache.keys import sha256, tokenizer_parts
-from jcrosslora.cache.store import cache_root
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import tokenizer_parts
 from jcrosslora.decoder import Generator, Model, fast_dtype
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
@@ -30,7 +29,9 @@ from jcrosslora.evaluate.probe_batches import match_positions as match_positions
 from jcrosslora.evaluate.probe_batches import probe_batches as probe_batches
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import prompt_text
+from jcrosslora.utils.cache import cache_root
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.progress import track
 

@@ -4,12 +4,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter import Adapter, find_adapter
-from jcrosslora.adapter.lora_xs import span_rank
-from jcrosslora.cache import Cache, open_cache
+from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.distill.sources import ServedModel, TorchModel
-from jcrosslora.distributed import hosts
+from jcrosslora.distill.sources.models import ServedModel, TorchModel
 from jcrosslora.errors import MethodError
 from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.evaluate.probes import Probes
@@ -27,6 +24,8 @@ from jcrosslora.session.settings import TransferOptions, TransferSettings
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
+from jcrosslora.utils import hosts
+from jcrosslora.utils.cache import Cache, open_cache
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
 

@@ -9,12 +9,13 @@ from typing import Any, Self, TypeVar
 import msgspec
 import numpy as np
 
-from jcrosslora.cache.keys import digest_of
 from jcrosslora.decoder.generate import UNFINISHED
 from jcrosslora.distill.sources.client import Client, DamagedError, RefusedError
 from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens, divergence
 from jcrosslora.distill.sources.replies import Answers, Choice, Completion, Dialect, Fields, Index, LogProb, LogProbs
 from jcrosslora.errors import SourceError
+from jcrosslora.utils.digests import digest_of
+from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
 _PATH = "completions"

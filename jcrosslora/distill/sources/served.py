@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
-from jcrosslora.cache.keys import sha256
-from jcrosslora.checkpoint import Tokenizer, Vocabulary
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import LONGEST, Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
@@ -25,7 +23,9 @@ from jcrosslora.distill.sources.opening import open_tokenizer
 from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
 from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
-from jcrosslora.text import Prompt, prompt_ids
+from jcrosslora.text import Prompt
+from jcrosslora.text.reading import prompt_ids
+from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.progress import Track
 
 _LOG = logging.getLogger(__name__)

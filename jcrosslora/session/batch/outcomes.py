@@ -14,14 +14,17 @@ from typing import Literal, get_args
 from rich.console import Console
 from rich.table import Column, Table
 
-from jcrosslora.adapter import AdapterInfo, find_adapter
-from jcrosslora.cache.keys import digest_of, file_state, is_settled, tokenizer_key, weights_key
+from jcrosslora.adapter import AdapterInfo
+from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base import weights_key
 from jcrosslora.checkpoint.hub import publish
+from jcrosslora.checkpoint.tokenizer import tokenizer_key
 from jcrosslora.errors import AdapterError, OutputError
 from jcrosslora.methods import Method
 from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils import version
+from jcrosslora.utils.digests import digest_of, file_state, is_settled
 from jcrosslora.utils.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]

@@ -91,7 +91,7 @@ def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...])
 
 def _work(unit: Unit, out: Path, overwrite: bool, folder: str) -> list[Outcome]:
     """Run a unit in a worker."""
-    from jcrosslora.cache.store import keep_compiled
+    from jcrosslora.utils.cache import keep_compiled
 
     os.chdir(folder)  # the plan's paths are relative to it
     keep_compiled()

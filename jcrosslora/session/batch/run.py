@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.cache.keys import digest_of
-from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.maps.align import ALIGN, align_groups
 from jcrosslora.maps.task import AlignmentTask
@@ -19,8 +17,11 @@ from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Su
 from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
 from jcrosslora.session.pair_session import PairMove, PairSession, lighter
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.transfer import given_probes, save_as, session_of
+from jcrosslora.session.settings import TransferSettings
+from jcrosslora.session.transfer import given_probes
+from jcrosslora.utils import hosts
 from jcrosslora.utils.cost import enough_memory
+from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import Track, track

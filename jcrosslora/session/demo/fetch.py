@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jcrosslora.cache.store import cache_folder
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.cache import cache_folder
 from jcrosslora.utils.progress import hidden, track
 from jcrosslora.utils.terminal import say
 from jcrosslora.utils.unfinished import unfinished

@@ -24,11 +24,10 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jcrosslora.checkpoint.base import Digests
 from jcrosslora.errors import HostError, LostHostError, UsageError
-from jcrosslora.linalg import over_all_devices
+from jcrosslora.utils.digests import Digests
 
 T = TypeVar("T")
 _together: ContextVar[bool] = ContextVar("together", default=False)
@@ -151,6 +150,12 @@ def gather(
         packed = np.asarray(everywhere(full).addressable_data(0))[:items]
     shapes = {name: (array.dtype.name, (items, *array.shape[1:])) for name, array in own.items()}
     return _unpack(packed, shapes), [[values[item] for item in range(items)] for values in by_item]
+
+
+def over_all_devices() -> NamedSharding:
+    """Return the sharding of a first axis over the devices of all processes, grouped by process."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return NamedSharding(Mesh(np.array(devices), ("layers",)), PartitionSpec("layers"))
 
 
 def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

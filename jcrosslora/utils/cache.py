@@ -1,8 +1,8 @@
-"""Store entries by kind and key in a folder that several processes may share, with a limit in bytes.
+"""Keep arrays on disk by digests of all that they were computed from, in a folder that processes may share.
 
 An entry is written in a temporary folder and renamed into place, so it is complete or absent. Every byte is compared
 with the manifest when it is read; a damaged entry counts as missing and is removed. The content of the disk never
-raises an error, because without a cache the results are the same, only later.
+raises an error: the cache only saves time, and may be removed at any moment.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.cache.entries import (
+from jcrosslora.errors import UsageError
+from jcrosslora.utils import version
+from jcrosslora.utils.cache_entries import (
     MANIFEST,
     Damaged,
     Entry,
@@ -34,10 +36,7 @@ from jcrosslora.cache.entries import (
     read_manifest,
     write_arrays,
 )
-from jcrosslora.cache.keys import FileDigests
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import UsageError
-from jcrosslora.utils import version
+from jcrosslora.utils.digests import FileDigests
 from jcrosslora.utils.unfinished import unfinished
 
 _WORK = ".work"
@@ -60,15 +59,7 @@ class Cache:
     """
 
     def __init__(self, root: str | Path, *, limit: int | None = None):
-        """Use a folder, which is created with the first entry.
-
-        Args:
-            root: the folder.
-            limit: in bytes; None is `cache_limit()`.
-
-        Raises:
-            UsageError: $JCROSSLORA_CACHE_SIZE is not a size.
-        """
+        """Use a folder, which is created with the first entry; without a limit that of `cache_limit`."""
         self.root = Path(root).expanduser()
         self.limit = cache_limit() if limit is None else limit
         self.digests = FileDigests(self.root / "digests")
@@ -132,14 +123,8 @@ class Cache:
     ) -> None:
         """Write an entry, unless one exists already. If it cannot be written, log one warning.
 
-        Of several processes that work together by `jax.distributed`, only the first writes.
-
-        Args:
-            kind: the kind of the content, the name of a folder.
-            key: a digest of everything that the content depends on.
-            what: one line that describes the content.
-            arrays: by name; names consist of letters, digits and _.
-            facts: JSON values that belong to the arrays.
+        Of several processes that work together by `jax.distributed`, only the first writes. `what` describes the
+        content in one line; names of arrays consist of letters, digits and _; facts are JSON values.
         """
         manifest = Manifest(kind, key, what, facts, arrays={}, files={}, version=version())
         if self._writer is None:
@@ -189,17 +174,11 @@ class Cache:
         return None
 
     def remove(self, entry: Entry) -> bool:
-        """Remove an entry atomically; return False if it was gone already.
-
-        Raises:
-            OSError: it cannot be removed.
-        """
-        with self._work() as work:
-            try:
-                entry.path.rename(work / "entry")
-            except FileNotFoundError:
-                return False
-        return True
+        """Remove an entry atomically; return False if it was gone already, and raise OSError if it cannot be."""
+        with self._work() as work, suppress(FileNotFoundError):
+            entry.path.rename(work / "entry")
+            return True
+        return False
 
     def _work(self) -> AbstractContextManager[Path]:
         """Make a temporary folder."""
@@ -221,9 +200,7 @@ class Cache:
     def _evict(self) -> None:
         """Remove the least recently used entries beyond the limit; only then all are read again, for their last use."""
         total = self._total()
-        if total <= self.limit:
-            return
-        for entry in self.entries():
+        for entry in self.entries() if total > self.limit else ():
             if total <= self.limit:
                 return
             with suppress(OSError):
@@ -251,26 +228,15 @@ class Cache:
     def _drop(self, kind: str, key: str, reason: Exception) -> None:
         text = " ".join(str(reason).split())[:200]
         _LOG.warning("a %s entry of the cache is damaged and will be computed again: %s", kind, text)
-        entry = read_entry(self._folder / kind / key, kind, key)
-        if entry is not None:
+        if (entry := read_entry(self._folder / kind / key, kind, key)) is not None:
             with suppress(OSError):
                 self.remove(entry)
 
 
 def open_cache() -> Cache | None:
-    """Open the user's cache, see `cache_root` and `cache_limit`; None for a user without a home or for a limit of 0.
-
-    Raises:
-        UsageError: $JCROSSLORA_CACHE_SIZE is not a size.
-    """
+    """Open the user's cache, see `cache_root` and `cache_limit`; None for a user without a home or for a limit of 0."""
     root, limit = cache_root(), cache_limit()
     return None if root is None or limit == 0 else Cache(root, limit=limit)
-
-
-def base_digest(base: BaseModel) -> str:
-    """Return `BaseModel.digest`; files that have not changed since they were last read are not read again."""
-    store = open_cache()
-    return base.digest(None if store is None else store.digests)
 
 
 def cache_root() -> Path | None:

@@ -11,13 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 
+_FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+_MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
+_FOLDER = "arrays"
+_FILE_BYTES = 16 * 2**20  # of one file, so that several threads can check the files of an entry
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name of an array -> dtype and shape
+
 
 @dataclass(frozen=True)
 class Entry:
     """An entry on disk.
 
     Attributes:
-        kind: the kind of its content, such as "transport".
+        kind: of its content, such as "transport".
+        key: a digest of everything that its content depends on.
         what: one line that describes the content; the reason in brackets if the manifest cannot be read.
         size: bytes of its files' contents.
         used: time of its last use, in seconds since 1970.
@@ -54,26 +64,16 @@ def read_entry(path: Path, kind: str, key: str) -> Entry | None:
     return Entry(kind, key, path, what, size, used)
 
 
-_FORMAT = 1
-MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
-_MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
-
-
 class Damaged(Exception):
     """An entry differs from its manifest; the text says how."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record of an entry.
+    """The record of an entry, for kind, key and what see `Entry`.
 
     Attributes:
-        kind: the kind of the content, such as "transport".
-        key: the entry's name, a digest of everything that its content depends on.
-        what: one line that describes the content.
         facts: JSON values that belong to the arrays.
-        arrays: name -> (dtype, shape).
         files: path within the entry -> (bytes, SHA-256).
         version: of the package that wrote it.
     """
@@ -82,7 +82,7 @@ class Manifest:
     key: str
     what: str
     facts: Mapping[str, Any]
-    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+    arrays: Shapes
     files: Mapping[str, tuple[int, str]]
     version: str
     format: int = _FORMAT
@@ -93,11 +93,7 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Write the record into the entry's folder.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the record into the entry's folder."""
         (folder / MANIFEST).write_bytes(_encode(asdict(self)))
 
 
@@ -135,11 +131,7 @@ def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
 
 
 def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
     # hashlib releases the GIL.
     with ThreadPoolExecutor(4) as pool:
@@ -177,21 +169,11 @@ def _encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": digest}, sort_keys=True, indent=1).encode()
 
 
-_FOLDER = "arrays"
-_FILE_BYTES = 16 * 2**20  # of one file, so that several threads can check the files of an entry
-
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
-
-
 def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Shapes:
-    """Write arrays into the folder of an entry.
-
-    Returns:
-        name -> (dtype, shape), the argument of `read_arrays`.
+    """Write arrays into the folder of an entry, and return their shapes.
 
     Raises:
-        OSError: they cannot be written.
-        ValueError: they cannot be written, as Orbax's storage reports it.
+        OSError: they cannot be written; ValueError where Orbax's storage reports it.
     """
     held = {name: np.asarray(array) for name, array in arrays.items()}
     # Orbax does not store arrays without elements; their shape is enough.
@@ -206,10 +188,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> 
     return _shapes(held)
 
 
-def read_arrays(folder: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """Read the arrays that `write_arrays` wrote.
-
-    `shapes` are those that `write_arrays` returned.
+def read_arrays(folder: Path, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Read the arrays that `write_arrays` wrote, of the shapes that it returned.
 
     Raises:
         OSError: they cannot be read.

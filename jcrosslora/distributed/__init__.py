@@ -1,1 +1,0 @@
-"""Align two bases with several processes by `jax.distributed`."""
