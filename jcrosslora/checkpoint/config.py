@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS, Dims, si
 from jcrosslora.architectures.families import FAMILIES, UNSUPPORTED
 from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.quantised import check_quantization
-from jcrosslora.checkpoint.store import FileNames, read_json_object, refuse_not_finite
-from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
+from jcrosslora.checkpoint.store import FileNames, errors_of, read_json_object, refuse_not_finite
+from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, is_empty, text_config
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
 
@@ -78,20 +79,18 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(_unknown_type(model_type, where))
     family = FAMILIES[model_type]
-    _check_architecture(family, config, where)
+    if (named := config.get("architectures")) and (
+        not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)
+    ):
+        wanted = family.architectures[0]
+        msg = f"{where}: architectures {named!r} is not supported for {family.name}; supported: {wanted}"
+        raise CheckpointError(msg)
     _check_keys(family, config, where)
     refuse_not_finite(config, where, but=_UNBOUNDED)
     check_quantization(config, str(where))
-    return ModelConfig(family, _resolved(family, {**family.defaults, **config}, where))
-
-
-def _resolved(family: Family, config: Mapping[str, Any], where: Path | str) -> Mapping[str, Any]:
-    """State what keys imply by the rules of the family."""
-    try:
-        return config if family.resolve is None else family.resolve(config)
-    except CheckpointError as error:
-        msg = f"{where}: {error}"
-        raise CheckpointError(msg) from None
+    values = {**family.defaults, **config}
+    with errors_of(where):
+        return ModelConfig(family, values if family.resolve is None else family.resolve(values))
 
 
 def _unknown_type(model_type: object, where: Path | str) -> str:
@@ -99,15 +98,6 @@ def _unknown_type(model_type: object, where: Path | str) -> str:
     like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
     why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
     return f"{where}: model_type {model_type!r} is not supported{why}; supported: {known}"
-
-
-def _check_architecture(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
-    named = config.get("architectures")
-    if named and (not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)):
-        msg = (
-            f"{where}: architectures {named!r} is not supported for {family.name}; supported: {family.architectures[0]}"
-        )
-        raise CheckpointError(msg)
 
 
 def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
@@ -118,23 +108,13 @@ def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) ->
                 wanted = " or ".join(map(repr, family.fixed[key]))
                 msg = f"{where}: config key {key!r}={_short(value)} is not supported for {family.name}: wanted {wanted}"
                 raise CheckpointError(msg)
-        elif key not in known and not _is_empty(value):
-            raise CheckpointError(_unknown_key(key, value, family.name, where))
+        elif key not in known and not is_empty(value):
+            msg = f"{where}: config key {key!r}={_short(value)} is not known for {family.name}; it may change what the "
+            raise CheckpointError(msg + "weights mean: remove it from config.json if it does not")
     for key in ("hidden_act", "hidden_activation"):
         if not isinstance(config.get(key), str | None):
             msg = f"{where}: config key {key!r}={_short(config[key])} is not the name of an activation"
             raise CheckpointError(msg)
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value is False or value in ({}, [])
-
-
-def _unknown_key(key: str, value: Any, family: str, where: Path | str) -> str:
-    return (
-        f"{where}: config key {key!r}={_short(value)} is not known for {family}; it may change what the weights mean: "
-        "remove it from config.json if it does not"
-    )
 
 
 def _short(value: Any) -> str:
@@ -147,31 +127,24 @@ def read_dims(model: ModelConfig, where: Path | str) -> Dims:
     Raises:
         CheckpointError: a size is missing, or is not a positive integer.
     """
-    config, width = model.values, model.family.width(model.values)
-    hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
-    config = {
-        **config,
-        "head_dim": config.get("head_dim") or max(hidden // heads, 1),
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-    }
-    dims = Dims(
-        layers=_size(config, "num_hidden_layers", where),
-        hidden=hidden,
-        intermediate=_size(config, width, where),
-        heads=heads,
-        kv_heads=_size(config, "num_key_value_heads", where),
-        head_dim=_size(config, "head_dim", where),
-        vocab=_size(config, "vocab_size", where),
-    )
+    config, width, read = model.values, model.family.width(model.values), partial(size, limit=_SIZE_LIMIT)
+    with errors_of(where):
+        hidden, heads = read(config, "hidden_size"), read(config, "num_attention_heads")
+        config = {
+            **config,
+            "head_dim": config.get("head_dim") or max(hidden // heads, 1),
+            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        }
+        dims = Dims(
+            layers=read(config, "num_hidden_layers"),
+            hidden=hidden,
+            intermediate=read(config, width),
+            heads=heads,
+            kv_heads=read(config, "num_key_value_heads"),
+            head_dim=read(config, "head_dim"),
+            vocab=read(config, "vocab_size"),
+        )
     if heads % dims.kv_heads:
         msg = f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {dims.kv_heads}"
         raise CheckpointError(msg)
     return dims
-
-
-def _size(config: Mapping[str, Any], key: str, where: Path | str) -> int:
-    try:
-        return size(config, key, limit=_SIZE_LIMIT)
-    except CheckpointError as error:
-        msg = f"{where}: {error}"
-        raise CheckpointError(msg) from None

@@ -14,14 +14,14 @@ import numpy as np
 from jcrosslora.architectures import EMBEDDING
 from jcrosslora.architectures.architecture import Architecture
 from jcrosslora.architectures.blocks import ROLE_PATHS
-from jcrosslora.architectures.family import Family
+from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, Metadata, TensorInfo, model_name, read_header
 from jcrosslora.checkpoint.gguf_tensors import Source, block_names, find_sources, hf_name, permutes_heads
 from jcrosslora.checkpoint.layout import layer_of
 from jcrosslora.checkpoint.safetensors import DTYPES
-from jcrosslora.checkpoint.store import MappedFile
+from jcrosslora.checkpoint.store import MappedFile, errors_of
 from jcrosslora.checkpoint.vocabulary import Vocabulary, gguf_vocabulary
 from jcrosslora.errors import CheckpointError
 
@@ -32,10 +32,7 @@ _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
 def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
-    """Open a GGUF model.
-
-    Returns:
-        Its configuration, its tensors, and its name in the metadata.
+    """Return the configuration and the tensors of a GGUF model, and its name in the metadata.
 
     Raises:
         CheckpointError: the gguf package is missing, or the file is corrupt, truncated or not supported.
@@ -44,22 +41,18 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     meta = Metadata(header.metadata, path)
     names = _hf_names(header, meta)
     factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
-    config = check_config(translate(meta, _facts(header, names, path), factors), path)
+    config = check_config(translate(meta, _facts(file, header, names), factors), path)
     if permutes_heads(meta.arch):
-        _check_heads((config.values["num_attention_heads"], config.values["num_key_value_heads"]), header, path)
-    stated = _stated(config.family, header.metadata, config.values["num_hidden_layers"], path)
+        _check_heads(config, file, header)
+    stated = _stated(config, file, header)
     shapes = {name: info.shape for name, info in header.tensors.items()}
     model = Architecture(config.family, config.values, read_dims(config, path))
-    try:
+    with errors_of(path):
         unknown = _other_module(names, model)
         sources = find_sources(names, shapes, model)
-    except CheckpointError as error:
-        msg = f"{path}: {error}"
-        raise CheckpointError(msg) from None
     if unknown is not None:
         raise CheckpointError(_unknown(unknown, meta))
-    store = GGUFStore(file, header, gguf, sources, stated)
-    return config, store, model_name(header.metadata)
+    return config, GGUFStore(file, header, gguf, sources, stated), model_name(header.metadata)
 
 
 def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
@@ -69,10 +62,16 @@ def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
         CheckpointError: the package is missing, or the file is corrupt, truncated or of a quantisation that cannot be
             read.
     """
-    gguf = _import_gguf(path)
+    try:
+        importlib.import_module("gguf.quants")
+        gguf = importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        msg = f"{path}: reading GGUF needs the gguf package: pip install 'jcrosslora[gguf]'"
+        raise CheckpointError(msg) from error
     file = MappedFile(path)
     header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
-    _check_types(header, gguf, path)
+    for kind in {info.kind for info in header.tensors.values()}:  # refuse what cannot be dequantised, by zeros
+        to_float(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind, gguf, path)
     return gguf, file, header
 
 
@@ -97,8 +96,7 @@ class GGUFStore:
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            msg = f"{self._file.path}: the file has no tensor for {name!r}"
-            raise CheckpointError(msg)
+            self._file.refuse(f"the file has no tensor for {name!r}")
         return self._sources[name]
 
     @property
@@ -126,7 +124,8 @@ class GGUFStore:
             return self._stated[name]
         source = self._source(name)
         if source.form == "latent":
-            return self._latent(source)
+            keys, values = (self._read(stored, None).astype(np.float32) for stored in source.stored)
+            return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(source.shape)
         arrays = [self._read(stored, None) for stored in source.stored]
         array = arrays[0] if len(arrays) == 1 else np.concatenate([one.astype(np.float32) for one in arrays])
         if source.form == "log":
@@ -165,10 +164,6 @@ class GGUFStore:
             first += count
         return out
 
-    def _latent(self, source: Source) -> np.ndarray:
-        keys, values = (self._read(stored, None).astype(np.float32) for stored in source.stored)
-        return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(source.shape)
-
     def _read(self, stored: str, rows: np.ndarray | None) -> np.ndarray:
         info = self._header.tensors[stored]
         array = stored_rows(self._file, info, self._gguf)
@@ -204,13 +199,7 @@ def float_type(kind: int, gguf: ModuleType) -> str:
 
 
 def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None = None) -> np.ndarray:
-    """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned as they are.
-
-    `stored` is (..., columns or bytes).
-
-    Raises:
-        CheckpointError: the package cannot dequantise the type.
-    """
+    """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned as they are."""
     quant = gguf.GGMLQuantizationType(kind)
     if quant.name in _NATIVE:
         return stored
@@ -223,15 +212,6 @@ def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None 
             return gguf.quants.dequantize(np.ascontiguousarray(stored), quant)
     except NotImplementedError as error:
         msg = f"{path}: ggml type {quant.name} cannot be dequantised by the gguf package: use another quantisation"
-        raise CheckpointError(msg) from error
-
-
-def _import_gguf(path: Path) -> ModuleType:
-    try:
-        importlib.import_module("gguf.quants")
-        return importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        msg = f"{path}: reading GGUF needs the gguf package: pip install 'jcrosslora[gguf]'"
         raise CheckpointError(msg) from error
 
 
@@ -271,22 +251,15 @@ def _predicts_further(stored: str, meta: Metadata) -> bool:
     return layer.isdecimal() and len(layer) < 10 and int(layer) >= (meta.layers() or 0)
 
 
-def _check_types(header: GGUFHeader, gguf: ModuleType, path: Path) -> None:
-    """Refuse types that cannot be dequantised, by a block of zeros of each type in use."""
-    for kind in {info.kind for info in header.tensors.values()}:
-        to_float(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind, gguf, path)
-
-
 def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -> np.ndarray:
     info = header.tensors[name]
     return to_float(stored_rows(file, info, gguf), info.kind, gguf, file.path).astype(np.float32).reshape(-1)
 
 
-def _facts(header: GGUFHeader, names: Mapping[str, list[str]], path: Path) -> dict[str, Any]:
+def _facts(file: MappedFile, header: GGUFHeader, names: Mapping[str, list[str]]) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        msg = f"{path}: has no matrix token_embd.weight: the file is not a complete model"
-        raise CheckpointError(msg)
+        file.refuse("has no matrix token_embd.weight: the file is not a complete model")
     held: dict[str, set[int]] = {}
     for name in names:
         if (layer := layer_of(name)) is not None:
@@ -298,27 +271,24 @@ def _facts(header: GGUFHeader, names: Mapping[str, list[str]], path: Path) -> di
     }
 
 
-def _stated(family: Family, metadata: Mapping[str, Any], layers: Any, path: Path) -> dict[str, np.ndarray]:
+def _stated(config: ModelConfig, file: MappedFile, header: GGUFHeader) -> dict[str, np.ndarray]:
     """Return the tensors of one number that the metadata list for all layers."""
     tensors: dict[str, np.ndarray] = {}
-    for tensor, key in family.gguf.arrays.items() if family.gguf is not None else ():
-        numbers = metadata.get(key, [])
-        if not isinstance(numbers, list) or len(numbers) not in (0, layers) or not all(map(_is_number, numbers)):
-            msg = f"{path}: {key} is {str(numbers)[:60]}, wanted a number for each of {layers} layers"
-            raise CheckpointError(msg)
+    layers = config.values["num_hidden_layers"]
+    for tensor, key in config.family.gguf.arrays.items() if config.family.gguf is not None else ():
+        numbers = header.metadata.get(key, [])
+        numeric = isinstance(numbers, list) and all(type(number) in (int, float) for number in numbers)
+        if not numeric or len(numbers) not in (0, layers):
+            file.refuse(f"{key} is {str(numbers)[:60]}, wanted a number for each of {layers} layers")
         arrays = np.asarray(numbers, np.float32)[:, None]
         tensors |= {f"model.layers.{layer}.{tensor}": array for layer, array in enumerate(arrays)}
     return tensors
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _check_heads(heads: tuple[Any, Any], header: GGUFHeader, path: Path) -> None:
+def _check_heads(config: ModelConfig, file: MappedFile, header: GGUFHeader) -> None:
     """Check that rows of q and k split into heads of pairs, so that they can be reordered."""
-    for count, key in zip(heads, ("attn_q", "attn_k"), strict=True):
+    for count_key, key in (("num_attention_heads", "attn_q"), ("num_key_value_heads", "attn_k")):
+        count = config.values[count_key]
         rows = [info.shape[0] for name, info in header.tensors.items() if f".{key}." in name and info.shape]
         if type(count) is not int or count <= 0 or any(n % (2 * count) for n in rows):
-            msg = f"{path}: rows of {key} do not split into {count!r} heads: the metadata do not fit the weights"
-            raise CheckpointError(msg)
+            file.refuse(f"rows of {key} do not split into {count!r} heads: the metadata do not fit the weights")

@@ -18,6 +18,7 @@ from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.ropes import llama3_factors
 from jcrosslora.checkpoint.gguf_header import Metadata
 from jcrosslora.checkpoint.layout import holder_of
+from jcrosslora.checkpoint.store import errors_of
 from jcrosslora.errors import CheckpointError
 
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
@@ -30,12 +31,11 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     """Return the configuration of a GGUF model with Hugging Face keys.
 
     Args:
-        meta: its metadata.
         facts: values from its tensors: vocab_size, tie_word_embeddings, and "held", the layers that hold each tensor.
-        factors: its rope factor tensors by GGUF name, if any.
+        factors: its rope factor tensors by GGUF name: rope_freqs (llama3), or rope_factors_long and _short (longrope).
 
     Raises:
-        CheckpointError: rope scaling that is not supported.
+        CheckpointError: rope scaling, or another value, that is not supported.
     """
     family = _family(meta)
     # Nemotron-H has root mean squares, and files that state the other epsilon alone.
@@ -52,7 +52,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         "max_position_embeddings": meta.count("context_length"),
         "vocab_size": facts["vocab_size"],
         "tie_word_embeddings": facts["tie_word_embeddings"],
-        "rope_parameters": rope_parameters(meta, factors),
+        "rope_parameters": _rope_parameters(meta, factors),
         family.activation_key: family.activation,
         **_token_ids(meta.values),
     }
@@ -71,13 +71,8 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     config |= {key: value for key, value in stated.items() if value is not None}
     config |= _expert_settings(meta, family) | dict(form.implied)
     config |= _windows(meta, family) | _other_keys(meta, family)
-    if form.settings is None:
-        return config
-    try:
-        return config | dict(form.settings(meta.own(), held))
-    except CheckpointError as error:
-        msg = f"{meta.path}: {error}"
-        raise CheckpointError(msg) from None
+    with errors_of(meta.path):
+        return config if form.settings is None else config | dict(form.settings(meta.own(), held))
 
 
 def _family(meta: Metadata) -> Family:
@@ -174,16 +169,7 @@ _DEFAULT_BASE = 10_000.0  # in llama.cpp and transformers
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return the `rope_parameters` of a configuration.
-
-    Args:
-        meta: the metadata.
-        factors: the tensors rope_freqs (llama3), or rope_factors_long and _short (longrope), if the file has them.
-
-    Raises:
-        CheckpointError: a scaling type, or factors, that are not supported.
-    """
+def _rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     theta, rules = meta.number("rope.freq_base") or _DEFAULT_BASE, _family(meta).positions
     if "proportional" in rules.types:
         return _proportional(meta, theta, factors.get("rope_freqs.weight"))
@@ -229,17 +215,13 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
 
 
 def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the yarn of Ministral 3 and Mistral 4 has beside others; files state one of two mscales, of 1.
+    """Return what only the yarn of Ministral 3 and Mistral 4 has; files state one of two mscales, of 1.
 
-    Raises:
-        CheckpointError: how queries grow is neither stated nor implied, or otherwise than in the class; or another
-            mscale.
+    How queries grow is stated or implied; files that state it otherwise than the class, or another mscale, are refused.
     """
     beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
-    mscale, wanted = (
-        meta.number("rope.scaling.yarn_log_multiplier"),
-        1.0 if LatentAttention not in _family(meta).blocks else 0.1,
-    )
+    wanted = 0.1 if LatentAttention in _family(meta).blocks else 1.0
+    mscale = meta.number("rope.scaling.yarn_log_multiplier")
     if beta is None or mscale not in (None, wanted):
         msg = f"{meta.path}: {meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier "
         raise CheckpointError(msg + f"is {mscale}, wanted {wanted:g}: use the safetensors of the model")

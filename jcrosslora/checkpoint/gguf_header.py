@@ -25,6 +25,24 @@ _MAX_DIMS = 4  # GGML_MAX_DIMS
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
+_LENGTH = struct.Struct("<Q")
+# general.architecture -> model_type. Of families with one architecture, which have the same modules, it is the first:
+# "llama" for Mistral too, and "olmo2" for OLMo 3.
+ARCHITECTURES: dict[str, str] = {}
+for _family in FAMILIES.values():
+    for _architecture in () if _family.gguf is None else _family.gguf.architectures:
+        ARCHITECTURES.setdefault(_architecture, _family.name)
+_WITH_EXPERTS = {
+    one.gguf.architectures[-1] for one in FAMILIES.values() if one.gguf is not None and one.experts is not None
+}
+# Architectures of families that are read from safetensors alone -> why.
+_REFUSED = {
+    "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
+    "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
+    "chatglm": "its files do not state the epsilon of the norms",
+}
+_LARGEST = 1e38  # float32 ends at 3.4e38
+_HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
 
 
 @dataclass(frozen=True)
@@ -49,9 +67,6 @@ class GGUFHeader:
     tensors: Mapping[str, TensorInfo]
 
 
-_LENGTH = struct.Struct("<Q")
-
-
 class _Cursor:
     """A reader of the header that checks every length before use."""
 
@@ -63,8 +78,7 @@ class _Cursor:
         """Advance by `count` bytes and return their start."""
         start = self.position
         if count > self.file.size - start:
-            msg = f"{self.file.path}: the GGUF header ends beyond the file ({self.file.size} bytes): download it again"
-            raise CheckpointError(msg)
+            self.file.refuse(f"the GGUF header ends beyond the file ({self.file.size} bytes): download it again")
         self.position += count
         return start
 
@@ -83,10 +97,9 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             return self.array(self.number("I"), self.number("Q"))
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        msg = f"{self.file.path}: metadata has a value of unknown type {kind}: the file is corrupt, download it again"
-        raise CheckpointError(msg)
+        if kind not in _SCALARS:
+            self.file.refuse(f"metadata has a value of unknown type {kind}: the file is corrupt, download it again")
+        return self.number(_SCALARS[kind])
 
     def array(self, kind: int, count: int) -> list[Any]:
         if kind in _SCALARS:
@@ -94,8 +107,7 @@ class _Cursor:
             start = self.take(count * dtype.itemsize)
             return self.file.array(dtype, (count,), start).tolist()
         if kind != _STRING:
-            msg = f"{self.file.path}: metadata has an array of unsupported type {kind}: convert the model again"
-            raise CheckpointError(msg)
+            self.file.refuse(f"metadata has an array of unsupported type {kind}: convert the model again")
         return self.strings(count)
 
     def strings(self, count: int) -> list[str]:
@@ -141,8 +153,7 @@ def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFH
     metadata = _unique(pairs, file)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0:
-        msg = f"{file.path}: general.alignment is {alignment!r}: the file is corrupt, download it again"
-        raise CheckpointError(msg)
+        file.refuse(f"general.alignment is {alignment!r}: the file is corrupt, download it again")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {
         name: TensorInfo(info.shape, info.kind, data_start + info.start) for name, info in _unique(infos, file).items()
@@ -155,29 +166,24 @@ def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFH
 def _unique(pairs: list[tuple[str, Any]], file: MappedFile) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        msg = f"{file.path}: a name occurs twice in the GGUF header: the file is corrupt, download it again"
-        raise CheckpointError(msg)
+        file.refuse("a name occurs twice in the GGUF header: the file is corrupt, download it again")
     return result
 
 
 def _check_start(cursor: _Cursor) -> None:
-    path = cursor.file.path
-    start = cursor.take(8)
-    magic, version = struct.unpack_from("<4sI", cursor.file.buffer, start)
+    file, start = cursor.file, cursor.take(8)
+    magic, version = struct.unpack_from("<4sI", file.buffer, start)
     if magic != _MAGIC:
-        msg = f"{path}: not a GGUF file (it starts with {magic!r}): download it again"
-        raise CheckpointError(msg)
+        file.refuse(f"not a GGUF file (it starts with {magic!r}): download it again")
     if version not in _VERSIONS:
-        msg = f"{path}: GGUF version {version} is not supported (2 and 3, little-endian, are): convert the model again"
-        raise CheckpointError(msg)
+        file.refuse(f"GGUF version {version} is not supported (2 and 3, little-endian, are): convert the model again")
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
     name = cursor.string()
     count = cursor.number("I")
     if count > _MAX_DIMS:
-        msg = f"{cursor.file.path}: tensor {name!r} has {count} dimensions: the file is corrupt, download it again"
-        raise CheckpointError(msg)
+        cursor.file.refuse(f"tensor {name!r} has {count} dimensions: the file is corrupt, download it again")
     dims = [cursor.number("Q") for _ in range(count)]
     kind, offset = cursor.number("I"), cursor.number("Q")
     return name, TensorInfo(tuple(reversed(dims)), kind, offset)
@@ -185,61 +191,30 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
 
 def _check_extent(file: MappedFile, name: str, info: TensorInfo, sizes: Mapping[int, tuple[int, int]]) -> None:
     if info.kind not in sizes:
-        msg = (
-            f"{file.path}: tensor {name!r} has ggml type {info.kind}, which the installed gguf package does not know: "
-            "update it (pip install -U gguf) or use another quantisation"
-        )
-        raise CheckpointError(msg)
+        what = f"tensor {name!r} has ggml type {info.kind}, which the installed gguf package does not know: update it "
+        file.refuse(what + "(pip install -U gguf) or use another quantisation")
     elements, size = sizes[info.kind]
     if info.shape and info.shape[-1] % elements:
-        msg = f"{file.path}: rows of tensor {name!r} are not whole blocks: the file is corrupt, download it again"
-        raise CheckpointError(msg)
-    stop = info.start + prod(info.shape) // elements * size
-    if stop > file.size:
-        msg = (
-            f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
-        )
-        raise CheckpointError(msg)
+        file.refuse(f"rows of tensor {name!r} are not whole blocks: the file is corrupt, download it again")
+    file.check_extent(name, info.start + prod(info.shape) // elements * size)
     if not is_array_shape(info.shape):
-        msg = f"{file.path}: tensor {name!r} has shape {list(info.shape)}, which no memory holds: download it again"
-        raise CheckpointError(msg)
-
-
-# general.architecture -> model_type. Of families with one architecture, which have the same modules, it is the first:
-# "llama" for Mistral too, and "olmo2" for OLMo 3.
-ARCHITECTURES: dict[str, str] = {}
-for _family in FAMILIES.values():
-    for _architecture in () if _family.gguf is None else _family.gguf.architectures:
-        ARCHITECTURES.setdefault(_architecture, _family.name)
-_WITH_EXPERTS = {
-    one.gguf.architectures[-1] for one in FAMILIES.values() if one.gguf is not None and one.experts is not None
-}
-# Architectures of families that are read from safetensors alone -> why.
-_REFUSED = {
-    "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
-    "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
-    "chatglm": "its files do not state the epsilon of the norms",
-}
-_LARGEST = 1e38  # float32 ends at 3.4e38
-_HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
+        file.refuse(f"tensor {name!r} has shape {list(info.shape)}, which no memory holds: download it again")
 
 
 class Metadata:
     """The metadata of a GGUF file, with keys relative to its architecture.
 
     Raises:
-        CheckpointError: an architecture that is not supported, or a file that is not a complete base model.
+        CheckpointError: an architecture that is not supported, a file that is not a complete base model, or a value
+            of another type than was asked for.
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path):
         self.values, self.path = values, path
         arch = values.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
-            why = (
-                f": {_REFUSED[arch]}: use the safetensors of the model"
-                if isinstance(arch, str) and arch in _REFUSED
-                else ""
-            )
+            reason = _REFUSED.get(arch) if isinstance(arch, str) else None
+            why = "" if reason is None else f": {reason}: use the safetensors of the model"
             msg = f"{path}: GGUF architecture {arch!r} is not supported{why}; supported: {', '.join(ARCHITECTURES)}"
             raise CheckpointError(msg)
         self.arch = arch
@@ -250,9 +225,8 @@ class Metadata:
             msg = f"{path}: is one of {values['split.count']} parts: join them with llama-gguf-split --merge"
             raise CheckpointError(msg)
         if self.get("expert_count") and arch not in _WITH_EXPERTS:
-            msg = (
-                f"{path}: experts are not supported for architecture {arch!r} (expert_count {self.get('expert_count')})"
-            )
+            count = self.get("expert_count")
+            msg = f"{path}: experts are not supported for architecture {arch!r} (expert_count {count})"
             raise CheckpointError(msg)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -260,11 +234,7 @@ class Metadata:
         return self.values.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str) -> float | None:
-        """Return a positive number, as the shortest decimal of the stored float32 (1e-05, not 9.99999975e-06).
-
-        Raises:
-            CheckpointError: the value is not a positive number.
-        """
+        """Return a positive number, as the shortest decimal of the stored float32 (1e-05, not 9.99999975e-06)."""
         value = self.get(key)
         if value is None:
             return None
@@ -275,11 +245,7 @@ class Metadata:
         return float(str(np.float32(value)))
 
     def count(self, key: str) -> int | None:
-        """Return a non-negative integer.
-
-        Raises:
-            CheckpointError: the value is not a non-negative integer of 32 bits.
-        """
+        """Return a non-negative integer of 32 bits."""
         value = self.get(key)
         if value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
             msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]!r}, wanted one non-negative integer"
@@ -287,11 +253,7 @@ class Metadata:
         return value
 
     def most(self, key: str) -> int | None:
-        """Return a non-negative integer, or the largest of a list with one for each layer.
-
-        Raises:
-            CheckpointError: the value is neither.
-        """
+        """Return a non-negative integer, or the largest of a list with one for each layer."""
         value = self.get(key)
         if not isinstance(value, list):
             return self.count(key)

@@ -91,30 +91,18 @@ def find_sources(
 
 
 def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
-    """Return the row of the GGUF file for each row in Hugging Face order.
+    """Return the row of the GGUF file for each row in Hugging Face order, (rows,) integers.
 
     Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
-    2j and 2j + 1.
-
-    Args:
-        rows: number of rows of the matrix, a multiple of 2 * heads.
-        heads: number of heads.
-
-    Returns:
-        (rows,) integers.
+    2j and 2j + 1. `rows` is a multiple of 2 * heads.
     """
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
 
 
 def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
-    """Return the place in the file of each feature of the heads of values, which it stores group after group in turn.
+    """Return the place in the file of each feature of H heads of this size of values, (H size,) integers.
 
-    Args:
-        delta: the delta rule, with G groups of H / G heads.
-        size: features of a head.
-
-    Returns:
-        (H size,) integers.
+    The file stores the first heads of all groups, then the second ones, and so on.
     """
     return np.arange(delta.heads * size).reshape(-1, delta.groups, size).swapaxes(0, 1).reshape(-1)
 
@@ -194,13 +182,8 @@ def _shape(path: str, parts: Sequence[Shape]) -> Shape:
 
 def _latent_shape(parts: Sequence[Shape], family: Family) -> Shape:
     keys, values = parts
-    if (
-        LatentAttention not in family.blocks
-        or len(keys) != 3
-        or len(values) != 3
-        or keys[0] != values[0]
-        or keys[1] != values[2]
-    ):
+    stacks = LatentAttention in family.blocks and len(keys) == len(values) == 3
+    if not stacks or (keys[0], keys[1]) != (values[0], values[2]):
         return ()  # of no matrix, so that it is refused by its shape
     return (keys[0] * (keys[2] + values[1]), keys[1])
 

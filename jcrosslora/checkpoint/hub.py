@@ -56,11 +56,7 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
 
 
 def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
-    """Check that local files are of the wanted revision.
-
-    Raises:
-        CheckpointError: it is not the known commit of the folder.
-    """
+    """Refuse local files that are not known to be of the wanted revision."""
     identity = cached_identity(path)
     if wanted is not None and (identity is None or identity[1] != wanted):
         known = "which no revision is known" if identity is None else f"revision {identity[1]}"
@@ -71,9 +67,7 @@ def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
 def fetch(hub_id: str, revision: str | None) -> Path:
     """Fetch the needed files of a hub model into the local cache.
 
-    Args:
-        hub_id: "org/name".
-        revision: branch, tag or commit; None for the default branch.
+    The revision is a branch, tag or commit; None stands for the default branch.
 
     Returns:
         The snapshot folder in the cache; its name is the resolved commit.
@@ -92,24 +86,15 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     if all((folder / shard).exists() for shard in shards):
         return folder
     folder = _snapshot(hub_id, folder.name, ["*.json", *shards])
-    missing = [shard for shard in shards if not (folder / shard).exists()]
-    if missing:  # Offline, snapshot_download returns an incomplete snapshot without an error.
-        msg = f"{hub_id}: {missing[0]} is neither in the cache nor on the hub: go online, or choose a safetensors model"
-        raise CheckpointError(msg)
+    for shard in shards:
+        if not (folder / shard).exists():  # Offline, snapshot_download returns an incomplete snapshot without an error.
+            msg = f"{hub_id}: {shard} is neither in the cache nor on the hub: go online, or choose a safetensors model"
+            raise CheckpointError(msg)
     return folder
 
 
 def fetch_companions(hub_id: str, revision: str | None) -> Path:
-    """Fetch the other files of a model into the cache: tokenizer, chat template, licence.
-
-    `revision` is the commit that `fetch` found; or a branch or tag, None for the default branch.
-
-    Returns:
-        The same folder.
-
-    Raises:
-        CheckpointError: see `fetch`.
-    """
+    """Fetch the other files of a model into the same folder: tokenizer, chat template, licence; see `fetch`."""
     return _snapshot(hub_id, revision, list(COMPANIONS))
 
 
@@ -121,11 +106,8 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except failures() as error:
         at = f" at revision {revision!r}" if revision else ""
-        msg = (
-            f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause_of(error)}): "
-            "check the name, the network, HF_HUB_OFFLINE and your access to the model"
-        )
-        raise CheckpointError(msg) from error
+        msg = f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause_of(error)}): check the "
+        raise CheckpointError(msg + "name, the network, HF_HUB_OFFLINE and your access to the model") from error
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -64,14 +64,10 @@ def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """Drop the parameters of adapters; those of the modules that they wrap get their plain names."""
     split = [(name.removeprefix(_PEFT_PREFIX).split("."), value) for name, value in pairs]
     wrapped = {tuple(parts[:i]) for parts, _ in split for i, part in enumerate(parts) if part in _PEFT_WRAPPERS}
-
-    def is_base(parts: list[str]) -> bool:
-        return all(tuple(parts[:i]) not in wrapped or part in _PEFT_WRAPPERS for i, part in enumerate(parts))
-
     return [
         (".".join(part for part in parts if part not in _PEFT_WRAPPERS), value)
         for parts, value in split
-        if is_base(parts)
+        if all(tuple(parts[:i]) not in wrapped or part in _PEFT_WRAPPERS for i, part in enumerate(parts))
     ]
 
 
@@ -83,11 +79,7 @@ def _check_not_merged(model: Any, ref: str) -> None:
 
 
 def config_values(config: Any, ref: str) -> dict[str, Any]:
-    """Return the content of config.json.
-
-    Raises:
-        CheckpointError: anything else.
-    """
+    """Return the content of config.json from a mapping, or from a configuration of transformers."""
     values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if isinstance(values, Mapping):
         return dict(values)
@@ -98,10 +90,8 @@ def config_values(config: Any, ref: str) -> dict[str, Any]:
 def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
     """Return a folder that holds tokenizer.json; a tokenizer in memory is written to a temporary one.
 
-    Args:
-        tokenizer: a folder, a tokenizer.json, a fast tokenizer of transformers, a `tokenizers.Tokenizer`, or None.
-        owner: a temporary folder is removed when this object is.
-        ref: names the base in errors.
+    The tokenizer is a folder, a tokenizer.json, a fast tokenizer of transformers, a `tokenizers.Tokenizer`, or None. A
+    temporary folder is removed when its owner is.
 
     Raises:
         CheckpointError: anything else, or a path without tokenizer.json.
@@ -131,13 +121,9 @@ _CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class MemoryStore:
-    """A `TensorStore` of arrays in memory.
+    """A `TensorStore` of arrays in memory: numpy, jax or torch, on any device.
 
-    Arrays are neither copied nor converted until they are read, so they must not change while the base is in use.
-
-    Args:
-        arrays: name -> array with `shape` and `dtype`: numpy, jax or torch, on any device.
-        ref: names the base in errors.
+    They are neither copied nor converted until they are read, so they must not change while the base is in use.
 
     Raises:
         CheckpointError: a value that is no array, holds no data, or has a dtype that cannot be read.
@@ -146,18 +132,9 @@ class MemoryStore:
     def __init__(self, arrays: Mapping[str, Any], ref: str):
         self._arrays, self._ref = dict(arrays), ref
         for name, array in arrays.items():
-            self._check(name, array)
-
-    def _check(self, name: str, array: Any) -> None:
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            msg = f"{self._ref}: {name!r} is of type {type(array).__name__}, wanted a numpy, jax or torch array"
-            raise CheckpointError(msg)
-        if getattr(array, "is_meta", False):
-            msg = f"{self._ref}: tensor {name!r} is on the meta device and holds no data: load the weights first"
-            raise CheckpointError(msg)
-        if _dtype_name(array) not in _CODES:
-            msg = f"{self._ref}: tensor {name!r} has dtype {_dtype_name(array)}, which is not supported"
-            raise CheckpointError(msg)
+            if (wrong := _defect(name, array)) is not None:
+                msg = f"{ref}: {wrong}"
+                raise CheckpointError(msg)
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
@@ -203,6 +180,16 @@ class MemoryStore:
         for name in names:
             digest.update(np.ascontiguousarray(self.tensor(name)).reshape(-1).view(np.uint8).data)
         return [digest.hexdigest()]
+
+
+def _defect(name: str, array: Any) -> str | None:
+    """Return why an array cannot be read."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return f"{name!r} is of type {type(array).__name__}, wanted a numpy, jax or torch array"
+    if getattr(array, "is_meta", False):
+        return f"tensor {name!r} is on the meta device and holds no data: load the weights first"
+    supported = _dtype_name(array) in _CODES
+    return None if supported else f"tensor {name!r} has dtype {_dtype_name(array)}, which is not supported"
 
 
 def _dtype_name(array: Any) -> str:

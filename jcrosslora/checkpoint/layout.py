@@ -17,7 +17,7 @@ from jcrosslora.architectures.names import (
     LAYER_INPUT_PROJECTION,
 )
 from jcrosslora.checkpoint.experts import ExpertLayout, layout_of
-from jcrosslora.checkpoint.store import TensorStore
+from jcrosslora.checkpoint.store import TensorStore, errors_of
 from jcrosslora.errors import CheckpointError
 
 # Layers behind the last that predict further tokens, and that the class does not read.
@@ -149,18 +149,12 @@ def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
     extra = extra if isinstance(extra, int) else 0
     stored = {layer for layer in stored if not dims.layers <= layer < dims.layers + extra}
     if stored and (dims.layers > len(stored) or max(stored) >= dims.layers):
-        msg = (
-            f"{ref}: config says {dims.layers} layers, the weights hold {len(stored)} (up to layer {max(stored)}): "
-            "config.json and weights do not belong together, or the download is incomplete"
-        )
-        raise CheckpointError(msg)
+        msg = f"{ref}: config says {dims.layers} layers, the weights hold {len(stored)} (up to layer {max(stored)}): "
+        raise CheckpointError(msg + "config.json and weights do not belong together, or the download is incomplete")
     known = set(names)
     problems = [] if stored else ["no tensor is named model.layers.*"]
-    try:
+    with errors_of(ref):
         expected = expected_shapes(model, layout_of(family, store.names)) if stored else {}
-    except CheckpointError as error:
-        msg = f"{ref}: {error}"
-        raise CheckpointError(msg) from error
     for name, shape in expected.items():
         if name not in known:
             problems.append(f"{name} is missing")

@@ -55,9 +55,6 @@ def open_base(
             tokenizer of transformers, or a `tokenizers.Tokenizer`.
         chat_template: a file with a Jinja template, by which conversations are read in place of the base's own.
 
-    Returns:
-        The base model.
-
     Raises:
         CheckpointError: not found, not of that revision, of an unknown family, or tensors that do not fit the
             configuration.
@@ -77,11 +74,7 @@ def open_base(
 
 
 def read_template(path: Path) -> str:
-    """Read a file with a chat template.
-
-    Raises:
-        UsageError: it cannot be read, or holds nothing.
-    """
+    """Read a file with a chat template; a `UsageError` says that it cannot be read, or holds nothing."""
     try:
         text = read_small_text(path)
     except (OSError, UnicodeDecodeError) as error:

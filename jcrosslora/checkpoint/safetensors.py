@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 
 from jcrosslora.checkpoint.store import MAX_DIMS, MappedFile, is_array_shape
-from jcrosslora.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
 
@@ -67,11 +66,11 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.file = MappedFile(path)
         header, data_start = _read_header(self.file)
-        places = {
+        found = {
             name: _entry(self.file, name, raw, data_start) for name, raw in header.items() if name != "__metadata__"
         }
-        _check_apart(self.file, places)
-        self.entries = {name: entry for name, (entry, _) in places.items()}
+        _check_apart(self.file, found)
+        self.entries = {name: entry for name, (entry, _) in found.items()}
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only view in its stored dtype.
@@ -81,33 +80,28 @@ class SafetensorsFile:
         """
         entry = self.entries.get(name)
         if entry is None:
-            msg = f"{self.file.path}: tensor {name!r} is not in the file: download it again, or fix the index"
-            raise CheckpointError(msg)
+            self.file.refuse(f"tensor {name!r} is not in the file: download it again, or fix the index")
         if entry.dtype not in DTYPES:
-            msg = f"{self.file.path}: tensor {name!r} has dtype {entry.dtype!r}, which is not supported"
-            raise CheckpointError(msg)
+            self.file.refuse(f"tensor {name!r} has dtype {entry.dtype!r}, which is not supported")
         return self.file.array(DTYPES[entry.dtype], entry.shape, entry.start)
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    """Return the header and the byte at which the data begin."""
     if file.size < 8:
-        msg = f"{file.path}: {file.size} bytes are too few for a safetensors file: download it again"
-        raise CheckpointError(msg)
+        file.refuse(f"{file.size} bytes are too few for a safetensors file: download it again")
     length = int.from_bytes(file.buffer[:8], "little")
     if length > HEADER_LIMIT:
-        msg = f"{file.path}: not a safetensors file (header length {length} is over {HEADER_LIMIT} bytes)"
-        raise CheckpointError(msg)
+        file.refuse(f"not a safetensors file (header length {length} is over {HEADER_LIMIT} bytes)")
     if 8 + length > file.size:
-        msg = f"{file.path}: file has {file.size} bytes, header says {8 + length} or more: download it again"
-        raise CheckpointError(msg)
+        file.refuse(f"file has {file.size} bytes, header says {8 + length} or more: download it again")
     try:
         header = json.loads(file.buffer[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        msg = f"{file.path}: the safetensors header is not valid JSON, or names a key twice: download the file again"
-        raise CheckpointError(msg) from error
+        what = "the safetensors header is not valid JSON, or names a key twice: download the file again"
+        file.refuse(what, error)
     if not isinstance(header, dict):
-        msg = f"{file.path}: the safetensors header is not a JSON object: download the file again"
-        raise CheckpointError(msg)
+        file.refuse("the safetensors header is not a JSON object: download the file again")
     return header, 8 + length
 
 
@@ -125,16 +119,17 @@ def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entr
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        msg = f"{file.path}: the header entry of {name!r} is malformed: download the file again"
-        raise CheckpointError(msg)
+        file.refuse(f"the header entry of {name!r} is malformed: download the file again")
     if len(shape) > MAX_DIMS:
-        msg = f"{file.path}: tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMS} can be read"
-        raise CheckpointError(msg)
+        file.refuse(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMS} can be read")
     entry, stop = Entry(dtype, tuple(shape), data_start + offsets[0]), data_start + offsets[1]
-    _check_extent(file, name, entry, stop)
+    file.check_extent(name, stop)
+    wanted = prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None  # others are refused when they are read
+    if wanted is not None and stop - entry.start != wanted:
+        what = f"tensor {name!r} of shape {shape} and dtype {dtype} needs {wanted} bytes, header gives "
+        file.refuse(what + f"{stop - entry.start}: the file is corrupt, download it again")
     if not is_array_shape(shape):
-        msg = f"{file.path}: tensor {name!r} has shape {shape}, which no memory holds: download the file again"
-        raise CheckpointError(msg)
+        file.refuse(f"tensor {name!r} has shape {shape}, which no memory holds: download the file again")
     return entry, stop
 
 
@@ -142,30 +137,12 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
-    if stop > file.size:
-        msg = (
-            f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
-        )
-        raise CheckpointError(msg)
-    if entry.dtype not in DTYPES:  # refused when this tensor is read
-        return
-    wanted = prod(entry.shape) * DTYPES[entry.dtype].itemsize
-    if stop - entry.start != wanted:
-        msg = (
-            f"{file.path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} needs {wanted} "
-            f"bytes, header gives {stop - entry.start}: the file is corrupt, download it again"
-        )
-        raise CheckpointError(msg)
-
-
-def _check_apart(file: MappedFile, places: Mapping[str, tuple[Entry, int]]) -> None:
+def _check_apart(file: MappedFile, found: Mapping[str, tuple[Entry, int]]) -> None:
     """Check that no byte belongs to two tensors, as the format demands."""
     taken, before = 0, ""
-    for start, stop, name in sorted((entry.start, stop, name) for name, (entry, stop) in places.items()):
+    for start, stop, name in sorted((entry.start, stop, name) for name, (entry, stop) in found.items()):
         if start < taken and start < stop:
-            msg = f"{file.path}: tensors {before!r} and {name!r} share bytes: the file is corrupt, download it again"
-            raise CheckpointError(msg)
+            file.refuse(f"tensors {before!r} and {name!r} share bytes: the file is corrupt, download it again")
         if stop > taken:
             taken, before = stop, name
 
@@ -193,13 +170,9 @@ class Piece:
 def write_pieces(
     path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], written: Callable[[int], object]
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file; `written` is called with the number of bytes after each block.
 
-    Args:
-        path: the file to make.
-        pieces: its tensors. Wider dtypes come first in the file, so that every tensor is aligned to its items.
-        metadata: of the header.
-        written: called with the number of bytes after each block.
+    Wider dtypes come first in the file, so that every tensor is aligned to its items.
 
     Raises:
         OSError: it cannot be written.

@@ -36,7 +36,15 @@ class ShardedStore:
             return read_weight_map(self.folder / INDEX)
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._shard(SINGLE).entries, SINGLE)
-        raise CheckpointError(_nothing_to_read(self.folder))
+        wanted = f"{self.folder}: has neither {INDEX} nor {SINGLE}"
+        if any(self.folder.glob("pytorch_model*.bin*")):
+            msg = f"{wanted}, only pickle files (pytorch_model*.bin), which can run code when loaded: convert them "
+            raise CheckpointError(msg + "with transformers' save_pretrained")
+        if (found := next(self.folder.glob("*.gguf"), None)) is not None:
+            msg = f"{wanted}: to read the GGUF file, give its path ({found})"
+            raise CheckpointError(msg)
+        msg = f"{wanted}: give the folder of a base model saved as safetensors"
+        raise CheckpointError(msg)
 
     def _shard(self, name: str) -> SafetensorsFile:
         if name not in self._shards:
@@ -47,17 +55,12 @@ class ShardedStore:
         if name not in self._places:
             msg = f"{self.folder}: the checkpoint has no tensor {name!r}"
             raise CheckpointError(msg)
-        return [self._locate(shard, stored) for shard, stored in self._places[name]]
-
-    def _locate(self, shard: str, stored: str) -> tuple[SafetensorsFile, str]:
-        file = self._shard(shard)
-        if stored not in file.entries:
-            msg = (
-                f"{self.folder / shard}: the index places tensor {stored!r} here, but the file does not hold it: "
-                "download the shard and the index again"
-            )
-            raise CheckpointError(msg)
-        return file, stored
+        found = [(self._shard(shard), stored) for shard, stored in self._places[name]]
+        for opened, stored in found:
+            if stored not in opened.entries:
+                what = f"the index places tensor {stored!r} here, but the file does not hold it: download the shard "
+                opened.file.refuse(what + "and the index again")
+        return found
 
     def _entries(self, name: str) -> list[Entry]:
         return [file.entries[stored] for file, stored in self._located(name)]
@@ -65,9 +68,8 @@ class ShardedStore:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors of the model, in index order."""
-        return tuple(
-            self.folder / shard for shard in _unique(shard for held in self._places.values() for shard, _ in held)
-        )
+        shards = _unique(shard for held in self._places.values() for shard, _ in held)
+        return tuple(self.folder / shard for shard in shards)
 
     def names(self) -> list[str]:
         """Names of the tensors."""
@@ -104,11 +106,7 @@ class ShardedStore:
         return self._entries(name)[0].dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a read-only view in the stored dtype, a copy of a tensor that is stored in parts.
-
-        Raises:
-            CheckpointError: no such tensor, or a dtype that cannot be read.
-        """
+        """Return a read-only view in the stored dtype, a copy of a tensor that is stored in parts."""
         arrays = [file.array(stored) for file, stored in self._located(name)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
@@ -128,17 +126,14 @@ class ShardedStore:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read the map from tensor name to shard file in an index.
-
-    Raises:
-        CheckpointError: not an index, or an entry outside the folder.
-    """
+    """Read the map from tensor name to shard file in an index; refuse an entry outside the folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         msg = f"{index}: has no 'weight_map' with tensors: download the index again"
         raise CheckpointError(msg)
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        plain = isinstance(shard, str) and shard.endswith(".safetensors")
+        if not plain or any(mark in shard for mark in ("/", "\\", ":", "\0")):
             msg = f"{index}: tensor {name!r} is placed in {shard!r}, which is not a *.safetensors file of the folder"
             raise CheckpointError(msg)
     return weight_map
@@ -149,21 +144,5 @@ def shards_of(weight_map: Mapping[str, str], names: FileNames) -> list[str]:
     return _unique(weight_map[stored] for held in names.parts(weight_map).values() for stored in held)
 
 
-def _is_plain_name(shard: str) -> bool:
-    return shard.endswith(".safetensors") and not any(mark in shard for mark in ("/", "\\", ":", "\0"))
-
-
 def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _nothing_to_read(folder: Path) -> str:
-    wanted = f"{folder}: has neither {INDEX} nor {SINGLE}"
-    if any(folder.glob("pytorch_model*.bin*")):
-        return (
-            f"{wanted}, only pickle files (pytorch_model*.bin), which can run code when loaded: "
-            "convert them with transformers' save_pretrained"
-        )
-    if (found := next(folder.glob("*.gguf"), None)) is not None:
-        return f"{wanted}: to read the GGUF file, give its path ({found})"
-    return f"{wanted}: give the folder of a base model saved as safetensors"

@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,6 @@ class FileNames:
         return ".".join((*pieces[:3], self.modules[module], pieces[-1])), [*self.modules].index(module)
 
 
-_CHUNK = 1 << 20
 MAX_DIMS = 32  # numpy 1 held 32 dimensions, numpy 2 holds 64
 _MAX_ELEMENTS = (1 << 63) // 16 - 1  # numpy counts bytes in 63 bits, and the widest dtype has 16
 
@@ -108,24 +108,34 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with self._reading("exists and is readable"):
             self.size = regular_size(path)
+
+    def refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
+        """Raise a `CheckpointError` that says what is wrong with the file."""
+        msg = f"{self.path}: {what}"
+        raise CheckpointError(msg) from cause
+
+    def check_extent(self, name: str, stop: int) -> None:
+        """Refuse a tensor that ends behind the end of the file."""
+        if stop > self.size:
+            what = f"file has {self.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
+            self.refuse(what)
+
+    @contextmanager
+    def _reading(self, wanted: str = "is readable") -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
-            raise CheckpointError(msg) from error
+            self.refuse(f"cannot be read ({error.strerror}): check that the file {wanted}", error)
 
     @cached_property
     def buffer(self) -> mmap.mmap:
         """The file as a read-only buffer, of which only touched pages are resident."""
         if self.size == 0:
-            msg = f"{self.path}: the file is empty: download it again"
-            raise CheckpointError(msg)
-        try:
-            with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            msg = f"{self.path}: cannot be read ({error.strerror}): check that the file is readable"
-            raise CheckpointError(msg) from error
+            self.refuse("the file is empty: download it again")
+        with self._reading(), self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, dtype: npt.DTypeLike, shape: Sequence[int], offset: int) -> np.ndarray:
         """Return a read-only view of `shape` at byte `offset`, which the caller has checked to lie in the file."""
@@ -141,23 +151,22 @@ class MappedFile:
 
     def sha256(self) -> str:
         """Return the hex digest of the file, by plain reads that leave no pages of the map resident."""
-        digest = hashlib.sha256()
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-        except OSError as error:
-            msg = f"{self.path}: cannot be read ({error.strerror}): check that the file is readable"
-            raise CheckpointError(msg) from error
-        return digest.hexdigest()
+        with self._reading(), self.path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def errors_of(where: Path | str) -> Iterator[None]:
+    """Put the name of a file or a base in front of errors that do not say whose they are."""
+    try:
+        yield
+    except CheckpointError as error:
+        msg = f"{where}: {error}"
+        raise CheckpointError(msg) from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something other than an object.
-    """
+    """Read the JSON object in a file; a `CheckpointError` says why that cannot be done."""
     try:
         value = json.loads(read_small_text(path))
     except OSError as error:
@@ -173,11 +182,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_not_finite(values: Mapping[str, Any], where: Path | str, *, but: Collection[str] = ()) -> None:
-    """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads.
-
-    Raises:
-        CheckpointError: there is such a number; the message names its key.
-    """
+    """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads, by its key."""
     stack = [(key, value) for key, value in values.items() if key not in but]
     while stack:
         key, value = stack.pop()

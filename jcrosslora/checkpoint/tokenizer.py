@@ -101,11 +101,7 @@ class Tokenizer:
 
 
 def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows of tokens on the right into one array.
-
-    Args:
-        rows: at most B arrays int32 of at most T tokens.
-        shape: (B, T).
+    """Pad at most B rows of at most T tokens, int32, on the right into one array of `shape` (B, T).
 
     Returns:
         int32 (B, T) tokens, zero in the padding, and bool (B, T), False in the padding.
@@ -135,11 +131,9 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
 def read_tokenizer(
     path: Path, ref: str, vocab: int | None = None, eos: Any = None, chat_template: str | None = None
 ) -> Tokenizer:
-    """Read a tokenizer.
+    """Read the tokenizer of a folder with tokenizer.json, or of a GGUF file.
 
     Args:
-        path: a folder with tokenizer.json, or a GGUF file.
-        ref: names the base in errors.
         vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
         eos: the id that ends a text, or a list of such, as config.json states it.
         chat_template: Jinja source in place of the tokenizer's own.
@@ -156,10 +150,8 @@ def read_tokenizer(
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
     found = [*ends, *named, *(eos if isinstance(eos, list) else [eos])]
     known = [index for index in found if type(index) is int and 0 <= index < rows]
-    first = known[0] if known else None
-    stops = tuple(sorted(set(known)))
     template = own_template if chat_template is None else chat_template
-    return Tokenizer(bos, stops, rows, ref, backend, first, bos_name, template)
+    return Tokenizer(bos, tuple(sorted(set(known))), rows, ref, backend, next(iter(known), None), bos_name, template)
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -223,8 +215,9 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
     """Yield names and contents of the files of a base's tokenizer next to the weights."""
-    folder = base.tokenizer_path
-    for name in () if folder is None else _FILES:
+    if (folder := base.tokenizer_path) is None:
+        return
+    for name in _FILES:
         # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
         with suppress(OSError):
             yield from (name.encode(), read_small(folder / name))

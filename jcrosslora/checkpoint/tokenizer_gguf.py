@@ -28,11 +28,7 @@ _BY_GPT2 = ("default", "gpt-2", "smollm")
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
-    """Read the metadata of a GGUF file.
-
-    Raises:
-        CheckpointError: the file is corrupt.
-    """
+    """Read the metadata of a GGUF file."""
     return open_header(path)[2].metadata
 
 
@@ -44,14 +40,12 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama", "gemma4"):
-        kinds = f"its tokenizer is of kind {model!r}, wanted gpt2, llama or gemma4"
-        msg = f"{path}: {kinds}: use the model's folder instead"
-        raise CheckpointError(msg)
+        msg = f"{path}: its tokenizer is of kind {model!r}, wanted gpt2, llama or gemma4: use the model's folder "
+        raise CheckpointError(msg + "instead")
     tokens, types = (_listed(metadata, key, str if key == "tokens" else int, path) for key in ("tokens", "token_type"))
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
-        msg = (
-            f"{path}: has {len(tokens)} tokens, {len(set(tokens))} different, with {len(types)} types: convert it again"
-        )
+        counts = f"{len(tokens)} tokens, {len(set(tokens))} different, with {len(types)} types"
+        msg = f"{path}: has {counts}: convert it again"
         raise CheckpointError(msg)
     backend = _byte_level(metadata, tokens, path) if model == "gpt2" else _sentencepiece(metadata, tokens, types, path)
     _add_tokens(backend, tokens, types)
@@ -102,11 +96,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> A
 
 
 def _listed_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
-    """Return the merges that the metadata list.
-
-    Raises:
-        CheckpointError: there are none, or one is not two tokens that make a third.
-    """
+    """Return the merges that the metadata list, and refuse one that is not two tokens that make a third."""
     pairs = [tuple(merge.split(" ")) for merge in _listed(metadata, "merges", str, path)]
     if not all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs):
         msg = f"{path}: a merge in tokenizer.ggml.merges is not two tokens that make a third: convert the model again"

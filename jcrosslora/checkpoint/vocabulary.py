@@ -8,6 +8,7 @@ tokens that stand for the same bytes.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,34 +73,22 @@ def decode_literal(token: str) -> bytes:
 def build_vocabulary(
     pairs: Iterable[tuple[bytes | None, int]], size: int, special: Iterable[tuple[bytes | None, int]] = ()
 ) -> Vocabulary:
-    """Build a vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first is kept.
+    """Build a vocabulary from pairs (bytes, id) in order of preference; of two with the same bytes the first is kept.
 
-    Args:
-        pairs: normal tokens in order of preference; bytes None or empty are skipped.
-        size: number of rows of the embedding; larger ids are skipped.
-        special: special tokens, in the same form.
+    Bytes None or empty, and ids that the embedding of `size` rows does not have, are skipped.
     """
-    tokens = _first_of_each(pairs, size)
-    if not tokens:
-        return Vocabulary(None, "the tokenizer lists no normal token")
-    return Vocabulary(tokens, special=_first_of_each(special, size))
-
-
-def _first_of_each(pairs: Iterable[tuple[bytes | None, int]], size: int) -> dict[bytes, int]:
-    found: dict[bytes, int] = {}
-    for token, index in pairs:
-        if token and 0 <= index < size:
-            found.setdefault(token, index)
-    return found
+    tokens, others = ({}, {})
+    for found, every in ((tokens, pairs), (others, special)):
+        for token, index in every:
+            if token and 0 <= index < size:
+                found.setdefault(token, index)
+    return Vocabulary(tokens, special=others) if tokens else Vocabulary(None, "the tokenizer lists no normal token")
 
 
 def read_tokenizer(folder: Path | None, size: int) -> Vocabulary:
-    """Read the vocabulary of `tokenizer.json` in a folder.
+    """Read the vocabulary of `tokenizer.json` in a folder, for an embedding of `size` rows.
 
-    `size` is the number of rows of the embedding.
-
-    Returns:
-        The vocabulary, or the reason why it cannot be read. This is no error: a model is usable without.
+    Where it cannot be read the vocabulary says why. This is no error: a model is usable without.
     """
     if folder is None:
         return Vocabulary(None, "no tokenizer was given")
@@ -124,18 +113,15 @@ def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     entries = _entries(model["vocab"])
     added_ids = {int(token["id"]) for token in added}
     unknown = _unknown_token(model, entries)
-    decode = decode_byte_level if style == "byte-level" else decode_sentencepiece
+    bytewise = style == "byte-level"
+    decode, decode_added = (decode_byte_level, decode_literal) if bytewise else (decode_sentencepiece,) * 2
     normal = [(t, i) for t, i in entries if i not in added_ids and t != unknown]
     # A byte token such as <0x41> comes last: text uses the token "A".
-    normal.sort(key=lambda pair: style == "sentencepiece" and _BYTE_TOKEN.fullmatch(pair[0]) is not None)
+    normal.sort(key=lambda pair: not bytewise and _BYTE_TOKEN.fullmatch(pair[0]) is not None)
     literal = [(t["content"], int(t["id"])) for t in added if not t.get("special") and t["content"] != unknown]
     decoded = [(decode(token), index) for token, index in normal]
     special = [(decode_literal(t["content"]), int(t["id"])) for t in added if t.get("special")]
-    return build_vocabulary(decoded + [(_decode_added(t, style), i) for t, i in literal], size, special)
-
-
-def _decode_added(token: str, style: str) -> bytes:
-    return decode_sentencepiece(token) if style == "sentencepiece" else decode_literal(token)
+    return build_vocabulary(decoded + [(decode_added(t), i) for t, i in literal], size, special)
 
 
 def _entries(vocab: Any) -> list[tuple[str, int]]:
@@ -168,9 +154,8 @@ def _flatten(part: Any) -> list[Mapping[str, Any]]:
 
 
 def _writes_space(part: Mapping[str, Any]) -> bool:
-    if part.get("type") == "Metaspace":
-        return True
-    return part.get("type") == "Replace" and _SPACE in (part.get("content"), (part.get("pattern") or {}).get("String"))
+    replaced = part.get("content"), (part.get("pattern") or {}).get("String")
+    return part.get("type") == "Metaspace" or (part.get("type") == "Replace" and _SPACE in replaced)
 
 
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
@@ -179,13 +164,7 @@ _DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece, "gemma4":
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
-    """Read the tokens of `tokenizer.ggml.*`.
-
-    Tokens beyond `size`, the number of rows of the embedding, are skipped.
-
-    Returns:
-        The vocabulary, or the reason why it cannot be read.
-    """
+    """Read the tokens of `tokenizer.ggml.*`, for an embedding of `size` rows; see `read_tokenizer`."""
     model = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(model, str) or model not in _DECODERS:
@@ -194,20 +173,13 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
         return Vocabulary(None, "the GGUF metadata have no tokens with their types")
     if not all(isinstance(token, str) for token in tokens):
         return Vocabulary(None, "the GGUF metadata have tokens that are not strings")
-    decode = _DECODERS[model]
-    order = (NORMAL, USER_DEFINED, BYTE)  # byte tokens last: text uses "A", not <0x41>
-    pairs = [
-        (decode_literal(token) if kind == USER_DEFINED else decode(token), index, kind)
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in order
-    ]
-    pairs.sort(key=lambda pair: order.index(pair[2]))
-    special = (
-        (decode_literal(token), index)
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (UNKNOWN, CONTROL)
-    )
-    return build_vocabulary(((token, index) for token, index, _ in pairs), size, special)
+    decoders = {NORMAL: _DECODERS[model], USER_DEFINED: decode_literal, BYTE: _DECODERS[model]}
+    of_kind: dict[Any, list[tuple[bytes | None, int]]] = {kind: [] for kind in (*decoders, UNKNOWN, CONTROL)}
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind in of_kind:
+            of_kind[kind].append((decoders.get(kind, decode_literal)(token), index))
+    # Byte tokens last: text uses "A", not <0x41>.
+    return build_vocabulary(chain(*(of_kind[kind] for kind in decoders)), size, of_kind[UNKNOWN] + of_kind[CONTROL])
 
 
 # Correlations over fewer shared tokens than this are no better than guesses.
@@ -233,15 +205,14 @@ def shared_ids(source: HasVocabulary, target: HasVocabulary) -> tuple[tuple[np.n
     Returns:
         Their ids (V,) in source and target, in the order of the tokens' bytes, and ""; or None and the reason.
     """
-    vocabulary_src, vocabulary_tgt = source.vocabulary(), target.vocabulary()
-    for base, vocabulary in ((source, vocabulary_src), (target, vocabulary_tgt)):
+    tokens = []
+    for base in (source, target):
+        vocabulary = base.vocabulary()
         if vocabulary.tokens is None:
             return None, f"{base.ref}: {vocabulary.reason}"
-    assert vocabulary_src.tokens is not None
-    assert vocabulary_tgt.tokens is not None
-    shared = sorted(vocabulary_src.tokens.keys() & vocabulary_tgt.tokens.keys())
+        tokens.append(vocabulary.tokens)
+    shared = sorted(tokens[0].keys() & tokens[1].keys())
     if len(shared) < FEWEST_TOKENS:
         return None, f"the two vocabularies share {len(shared)} tokens, fewer than {FEWEST_TOKENS}"
-    ids_src = np.array([vocabulary_src.tokens[token] for token in shared])
-    ids_tgt = np.array([vocabulary_tgt.tokens[token] for token in shared])
+    ids_src, ids_tgt = (np.array([one[token] for token in shared]) for one in tokens)
     return (ids_src, ids_tgt), ""

@@ -132,10 +132,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
-    """Return the configuration of the text model inside a multimodal one, as a model of text alone has it.
-
-    Returns:
-        The text model's settings, with the name of its family as `model_type`.
+    """Return the settings of the text model inside a multimodal one, with the name of its family as `model_type`.
 
     Raises:
         CheckpointError: an architecture, a key or a text_config that is not known; named.
@@ -149,8 +146,7 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
         text = {key: value for key, value in config.items() if key not in _KEYS | {"model_type", "architectures"}}
     else:
         for key, value in config.items():
-            empty = value is None or value is False or value in ({}, [])
-            if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS | wrapper.keys and not empty:
+            if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS | wrapper.keys and not is_empty(value):
                 msg = f"{where}: config key {key!r}={repr(value)[:60]} is not known for {model_type}; it may change "
                 raise CheckpointError(msg + "what the weights mean: remove it from config.json if it does not")
     if not isinstance(text, Mapping):
@@ -168,6 +164,11 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
         if isinstance(found.get(key), Mapping):
             found[key] = _rope_of_text(found[key])
     return found | {"model_type": wrapper.texts[text_type]}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether the value of a key that is not known says nothing."""
+    return value is None or value is False or value in ({}, [])
 
 
 def _tie(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, bool]:
@@ -191,11 +192,9 @@ def text_module_name(module: str) -> str:
 
 
 def class_module_name(module: str, prefix: str) -> str:
-    """Spell the name of a text model's module as a class with this prefix does; the inverse of `text_module_name`.
+    """Spell the name of a text model's module or tensor as a class with this prefix does.
 
-    Args:
-        module: e.g. "model.layers.0.mlp.up_proj" or "lm_head", also with the name of a tensor behind it.
-        prefix: "model.", `Wrapper.prefix`, or another key of `TEXT_PREFIXES`.
+    The prefix is "model.", `Wrapper.prefix`, or another key of `TEXT_PREFIXES`. The inverse of `text_module_name`.
     """
     if module.startswith(TEXT):
         return prefix + module.removeprefix(TEXT)

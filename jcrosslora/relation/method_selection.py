@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from jcrosslora.checkpoint import ROLES, BaseModel
-from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, module_rows
 from jcrosslora.relation.relation import (

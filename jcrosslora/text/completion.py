@@ -1,7 +1,5 @@
 """A prompt and the answer behind it, as plain text or as the messages of a conversation."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 from jcrosslora.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
+COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
 _WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
 
@@ -60,11 +59,9 @@ def is_text(value: Any) -> TypeGuard[str]:
 
 
 def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
-    """Read the value of "messages" in a JSON line.
+    """Read the value of "messages" in a JSON line, a list of {"role", "content"}.
 
-    Args:
-        value: a list of {"role", "content"}; a content may also be a list of {"type": "text", "text"}.
-        place: names the line in errors.
+    A content may also be a list of {"type": "text", "text"}. `place` names the line in errors.
 
     Raises:
         UsageError: it is not such a list, or a content is empty.
@@ -74,8 +71,8 @@ def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
         raise UsageError(msg)
     found = []
     for entry in value:
-        role, content = map(entry.get, ("role", "content")) if isinstance(entry, dict) else (None, None)
-        content = _content(content)
+        fields = entry if isinstance(entry, dict) else {}
+        role, content = fields.get("role"), _content(fields.get("content"))
         if not isinstance(role, str) or role not in get_args(Role) or not is_text(content):
             msg = f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank"
             raise UsageError(msg)
@@ -91,11 +88,7 @@ def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str 
 
 
 def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
-    """Read the value of "messages" as a prompt: without the assistant's last answer; otherwise as `parse_messages`.
-
-    Raises:
-        UsageError: see `parse_messages`, or there is nothing in front of the answer.
-    """
+    """Read the value of "messages" as `parse_messages` does, without the assistant's answer at the end."""
     prompt, _ = split_answer(parse_messages(value, place))
     if not prompt:
         msg = f"{place}: has an answer alone, and a message of the user in front of it was wanted"
@@ -107,9 +100,6 @@ def as_prompts(prompts: Asked | Sequence[Asked]) -> list[Prompt]:
     """Return a list of prompts; a single text, or the messages of a single conversation, is one.
 
     Messages are objects, or mappings as in a JSON line, and are read as by `parse_prompt`.
-
-    Raises:
-        UsageError: see `parse_prompt`.
     """
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | Mapping))
     several = cast("Sequence[Asked]", [prompts] if single else prompts)
@@ -144,17 +134,11 @@ def _as_prompt(value: Asked, number: int) -> Prompt:
 
 def _content(value: Any) -> Any:
     """Join a content in the form of several texts; None where a part is none. Anything else is returned as it is."""
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
-    ):
-        texts = [part.get("text") for part in value]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    return value
-
-
-COMPLETIONS = "completions.jsonl"
+    parts = value if isinstance(value, list) else []
+    if not parts or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return value
+    texts = [part.get("text") for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def completion_lines(completions: Iterable[Completion]) -> str:
@@ -167,10 +151,8 @@ def completion_lines(completions: Iterable[Completion]) -> str:
 
 
 def _entry(completion: Completion) -> dict[str, Any]:
-    cut_off = {} if completion.ended else {"ended": False}
     if isinstance(completion.prompt, str):
-        return {"prompt": completion.prompt, "completion": completion.answer, **cut_off}
-    return {
-        "messages": [*message_entries(completion.prompt), {"role": "assistant", "content": completion.answer}],
-        **cut_off,
-    }
+        entry: dict[str, Any] = {"prompt": completion.prompt, "completion": completion.answer}
+    else:
+        entry = {"messages": message_entries([*completion.prompt, Message("assistant", completion.answer)])}
+    return entry if completion.ended else entry | {"ended": False}

@@ -1,7 +1,5 @@
 """Render a conversation by a chat template, and read a completion as one base does: its tokens and where each ends."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +50,6 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
 
     Raises:
         UsageError: the answer has no token of its own, or the chat template refuses the messages.
-        CheckpointError: see `Tokenizer.encode`.
     """
     if isinstance(completion.prompt, str):
         return _read_text(tokenizer, completion.prompt, completion)
@@ -67,10 +64,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
 
 
 def ending(tokenizer: Tokenizer, *, chat: bool) -> int | None:
-    """Find the token that ends an answer: in a conversation the one behind the assistant's message, else eos.
+    """Find the id of the token that ends an answer: in a conversation the one behind the assistant's message, else eos.
 
-    Returns:
-        Its id; None where the base has no token that ends a text.
+    None where the base has no token that ends a text.
     """
     return _turn_end(tokenizer) if chat else tokenizer.eos
 
@@ -93,9 +89,8 @@ class Rendered:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False) -> Rendered:
     """Render messages by the chat template of a base; `PLAIN_TEMPLATE` if it has none.
 
-    The text is what `apply_chat_template` of transformers gives.
-
-    `ask` ends it with what stands in front of an answer (the generation prompt).
+    The text is what `apply_chat_template` of transformers gives. `ask` ends it with the generation prompt, which stands
+    in front of an answer.
 
     Raises:
         UsageError: the template refuses the messages, or changes a content beyond stripping space.
@@ -170,11 +165,11 @@ def _reading(
 def _around(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> list[str]:
     """Find the texts in front of, between and behind the contents."""
     marks = [_MARK.format(place) for place in range(len(messages))]
-    rest, found = _rendered(tokenizer, messages, marks, ask), []
+    found = [_rendered(tokenizer, messages, marks, ask)]
     for mark in marks:
-        before, _, rest = rest.partition(mark)
-        found.append(before)
-    return [*found, rest]
+        before, _, rest = found.pop().partition(mark)
+        found += [before, rest]
+    return found
 
 
 def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
@@ -195,13 +190,10 @@ def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[t
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Sequence[str], ask: bool) -> str:
     from jcrosslora.text.sandbox import run_template
 
-    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
-    names |= {"add_generation_prompt": ask, "tools": None, "documents": None}
-    names["messages"] = [
-        {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
-    ]
+    shown = [{"role": one.role, "content": content} for one, content in zip(messages, contents, strict=True)]
+    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name, "messages": shown}
     try:
-        return run_template(template_of(tokenizer), **names)
+        return run_template(template_of(tokenizer), add_generation_prompt=ask, tools=None, documents=None, **names)
     except Exception as error:  # a template is a program of somebody else's, which may raise anything
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         roles = ", ".join(message.role for message in messages)

@@ -22,16 +22,11 @@ from jinja2.visitor import NodeTransformer
 _WORK = 20_000_000  # characters and items; conversations take thousands
 _VALUE, _RUN = 10, 100  # what a value costs on top of its length, and a run of a loop or macro
 _COUNTED = "counted value"  # no name that a template could write
-_POWER = 64
+_POWER = 64  # the largest exponent
 
 
 def run_template(source: str, **names: Any) -> str:
-    """Render a chat template.
-
-    Raises:
-        TemplateError: it refuses what it sees, is not a template, or does more work than a conversation needs.
-        Exception: whatever else it raises.
-    """
+    """Render a chat template, which may raise anything; a `TemplateError` if it does more work than it needs."""
     _LEFT.work = _WORK
     return _compiled(source).render(**names)
 
@@ -105,12 +100,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 @pass_context
 def _count(_: Any, value: Any, cost: int = _VALUE) -> Any:
-    _LEFT.spend(max(cost, 0) + (abs(value) if isinstance(value, int) else len(value) if _has_length(value) else 0))
+    size = len(value) if isinstance(value, str | list | tuple | dict) else abs(value) if isinstance(value, int) else 0
+    _LEFT.spend(max(cost, 0) + size)
     return value
-
-
-def _has_length(value: Any) -> bool:
-    return isinstance(value, str | list | tuple | dict)
 
 
 class _Generation(Extension):

@@ -6,9 +6,5 @@ import importlib.metadata
 
 @functools.cache
 def version(package: str = "jcrosslora") -> str:
-    """Return the version of an installed package, whose metadata is read once: that takes a millisecond.
-
-    Raises:
-        PackageNotFoundError: it is not installed.
-    """
+    """Return the version of an installed package, whose metadata is read once: that takes a millisecond."""
     return importlib.metadata.version(package)

@@ -1,7 +1,5 @@
 """What a piece of work takes, as counted where it is done, and how much memory there is for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ class Cost:
     precise: bool = False
     budget: float | None = None
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: "Cost") -> "Cost":
         """Add the counts; a budget is of one work and not added."""
         return Cost(
             self.texts + other.texts,
@@ -66,11 +64,7 @@ class Cost:
 def enough_memory(advice: str = "") -> Iterator[None]:
     """Turn the memory errors of Python, NumPy and JAX into a `ShortMemoryError`; other errors pass.
 
-    Args:
-        advice: what to do to need less memory, for the message.
-
-    Raises:
-        ShortMemoryError: memory ran out in the block.
+    `advice` says what to do to need less memory.
     """
     try:
         yield

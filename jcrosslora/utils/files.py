@@ -22,11 +22,7 @@ SMALL = 128 << 20
 
 
 def output_path(out: str | Path) -> Path:
-    """Expand ~ in the path of an output.
-
-    Raises:
-        OutputError: there is no such home folder.
-    """
+    """Expand ~ in the path of an output; an `OutputError` says that there is no such home folder."""
     try:
         return Path(out).expanduser()
     except RuntimeError as error:
@@ -60,17 +56,11 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Provide a temporary folder near `out`, and rename it to `out` when the block ends without an error.
+    """Provide an empty temporary folder near `out`, and rename it to `out` when the block ends without an error.
 
     If the block or the rename fails, the temporary folder is removed and an old folder at `out` is as before. Missing
-    parents are made, and removed again on failure.
-
-    Args:
-        out: the folder to make, as in `ensure_free`. A symbolic link is refused, not followed.
-        overwrite: whether an existing folder with one of `MARKS`, or an empty one, may be replaced.
-
-    Yields:
-        The temporary folder, empty.
+    parents are made, and removed again on failure. What may be replaced is as in `ensure_free`; a symbolic link is
+    refused, not followed.
 
     Raises:
         OutputError: `out` may not be replaced, or the system refuses to write (no permission, disk full).
@@ -102,10 +92,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
     """Write a file next to `path` and rename it into place, so that no reader sees a part of it.
 
-    Args:
-        path: the file, which is replaced if it exists; its folder must exist.
-        content: of the file.
-        sync: whether to flush it to the disk before the rename, so that it survives a power failure.
+    The folder must exist. With `sync` the file is flushed to the disk before the rename and survives a power failure.
 
     Raises:
         OSError: the file cannot be written; an old one is as before.
@@ -118,11 +105,7 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
 
 
 def write_output(path: Path, content: bytes, advice: str) -> None:
-    """Write a file of the user's as `write_whole` does.
-
-    Raises:
-        OutputError: it cannot be written; ends with `advice`, what to do.
-    """
+    """Write a file of the user's as `write_whole` does; an `OutputError` ends with `advice`, what to do."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -131,11 +114,7 @@ def write_output(path: Path, content: bytes, advice: str) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """Return the size in bytes of a regular file, or of the one that a link leads to.
-
-    Raises:
-        OSError: it is not there, or is something else.
-    """
+    """Return the size in bytes of a regular file, or of the one that a link leads to; OSError for all else."""
     found = os.stat(path)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -145,21 +124,13 @@ def regular_size(path: Path) -> int:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a regular file of any size.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file; `strerror` says why.
-    """
+    """Read a regular file of any size; `strerror` of an OSError says why that cannot be done."""
     regular_size(path)
     return path.read_bytes()
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
-    """Read a regular file that is small by its kind.
-
-    Raises:
-        OSError: it cannot be read, is no regular file, or is larger than `most` bytes; `strerror` says why.
-    """
+    """Read a regular file of at most so many bytes; `strerror` of an OSError says why that cannot be done."""
     size = regular_size(path)
     if size > most:
         raise OSError(errno.EFBIG, f"{size / 1e6:.0f} MB, and at most {most / 1e6:.0f} MB of such a file", str(path))
@@ -167,12 +138,7 @@ def read_small(path: Path, most: int = SMALL) -> bytes:
 
 
 def read_small_text(path: Path, most: int = SMALL) -> str:
-    r"""Read a small file of UTF-8 text, with \n at the ends of lines.
-
-    Raises:
-        OSError: see `read_small`.
-        UnicodeDecodeError: it is no UTF-8.
-    """
+    r"""Read a small file of UTF-8 text as `read_small` does, with \n at the ends of lines."""
     return io.TextIOWrapper(io.BytesIO(read_small(path, most)), encoding="utf-8").read()
 
 

@@ -1,4 +1,4 @@
-"""Align two bases with several processes, on one host or more, on JAX's runtime (`jax.distributed`).
+"""Several processes that align two bases together, on one host or more, on JAX's runtime (`jax.distributed`).
 
 All processes run the same program. Each takes the items of every group of modules that lie on its own devices in a
 `NamedSharding` over the `layers` axis of all devices, reads and decomposes only these, and then gathers the maps.
@@ -8,8 +8,6 @@ all would wait for the slowest at every step. This way they wait once for each g
 With one process, the functions here do no communication.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -18,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -63,10 +62,8 @@ def together() -> Iterator[None]:
         yield
         return
     if jax.local_device_count() * count() != jax.device_count():
-        msg = (
-            f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices; give each "
-            f"of the {count()} processes the same number"
-        )
+        own = f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices"
+        msg = f"{own}; give each of the {count()} processes the same number"
         raise UsageError(msg)
     token = _together.set(True)
     try:
@@ -94,11 +91,10 @@ def exchange(what: str, value: Any) -> list[Any]:
     if count() == 1:
         return [value]
     found = _exchange({"what": what, "value": value})
-    failed = [(number, one["failed"]) for number, one in enumerate(found) if "failed" in one]
-    if failed:
-        number, reason = failed[0]
-        msg = f"process {number} of {count()} failed, so this one ends too: {reason}"
-        raise HostError(msg)
+    for number, one in enumerate(found):
+        if "failed" in one:
+            msg = f"process {number} of {count()} failed, so this one ends too: {one['failed']}"
+            raise HostError(msg)
     exchanges = list(dict.fromkeys(one["what"] for one in found))
     if len(exchanges) > 1:
         msg = f"the processes do different work ({', '.join(exchanges)}); start all of them with the same arguments"
@@ -119,16 +115,9 @@ def own_part(items: Sequence[T]) -> list[T]:
 def gather(
     what: str, arrays: Mapping[str, np.ndarray], labels: Sequence[Sequence[Any]], items: int
 ) -> tuple[dict[str, np.ndarray], list[list[Any]]]:
-    """Gather the parts of all processes.
+    """Gather the parts of all processes, of `items` in all, at an exchange of this name.
 
-    Args:
-        what: names the exchange, as for `exchange`.
-        arrays: by name, with a first axis over the items of `own_part`.
-        labels: lists of JSON values, one value for each item of the part.
-        items: number of items of all processes.
-
-    Returns:
-        The arrays and the lists for all items.
+    The arrays of a part have a first axis over the items of `own_part`, and its lists one JSON value for each.
 
     Raises:
         HostError: another process failed or ended.
@@ -146,7 +135,7 @@ def gather(
     with _reporting_losses():
         shape = (len(rows) * count(), packed.shape[1])
         full = jax.make_array_from_process_local_data(sharding, packed, shape)
-        everywhere = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+        everywhere = jax.jit(lambda whole: whole, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
         packed = np.asarray(everywhere(full).addressable_data(0))[:items]
     shapes = {name: (array.dtype.name, (items, *array.shape[1:])) for name, array in own.items()}
     return _unpack(packed, shapes), [[values[item] for item in range(items)] for values in by_item]
@@ -190,8 +179,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     Args:
         coordinator: HOST:PORT of process 0; "auto" if the cluster provides it (Slurm, Open MPI, Kubernetes, Cloud TPU,
             or `JAX_COORDINATOR_ADDRESS` with the two numbers); None for a process that works alone.
-        processes: number of processes.
-        process: number of this process, from 0.
+        processes: how many there are.
+        process: which of them this one is, from 0.
 
     Raises:
         UsageError: the arguments are invalid or incomplete, or the cluster does not provide them.
@@ -233,13 +222,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+@dataclass(frozen=True)
 class _FirstDigests:
-    def __init__(self, inner: Digests | None) -> None:
-        self._inner = inner
+    inner: Digests | None
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
         """Return the digests, see `Digests`; all processes have to call it at once."""
-        inner = self._inner
+        inner = self.inner
         return from_first("digests", compute if inner is None else lambda: inner.sha256s(paths, compute))
 
 
@@ -251,10 +240,6 @@ def _rows(process: int, items: int) -> list[int]:
 
 def _part(process: int, items: int) -> list[int]:
     return list(dict.fromkeys(_rows(process, items)))
-
-
-def _same(whole: jax.Array) -> jax.Array:
-    return whole
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -288,10 +273,8 @@ def _reporting_losses() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        msg = (
-            f"another of the {count()} processes ended or cannot be reached; see their output "
-            f"({_one_line(error)[:300]})"
-        )
+        reason = _one_line(error)[:300]
+        msg = f"another of the {count()} processes ended or cannot be reached; see their output ({reason})"
         raise LostHostError(msg) from error
 
 

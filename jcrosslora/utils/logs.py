@@ -4,8 +4,6 @@ Environment variables of each log decide where a run goes: WANDB_MODE=offline, W
 this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR, in place of `runs/`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -21,9 +19,6 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.utils.texts import safe_line
-
-__all__ = ["Log", "LogName", "find_log", "log_to", "record"]
-
 
 # Settings of a run by their names, plain values without folders of this machine.
 Settings: TypeAlias = Mapping[str, Any]
@@ -88,22 +83,19 @@ class _Run:
     def record(self, values: Mapping[str, float], step: int | None) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._step = max(self._step, step or 0)
-        if self._log is not None and finite:
-            try:
-                self._log.log(self._step, finite)
-            except Exception as error:
-                self._leave(error)
+        if finite:
+            self._tell(lambda log: log.log(self._step, finite))
 
     def finish(self, *, failed: bool) -> None:
-        if self._log is not None:
-            try:
-                self._log.finish(failed=failed)
-            except Exception as error:
-                self._leave(error)
+        self._tell(lambda log: log.finish(failed=failed))
 
-    def _leave(self, error: Exception) -> None:
-        self._log = None
-        _MESSAGES.warning("the log has a fault (%s); the work goes on without it", safe_line(error, 300))
+    def _tell(self, call: Callable[[Log], None]) -> None:
+        try:
+            if self._log is not None:
+                call(self._log)
+        except Exception as error:
+            self._log = None
+            _MESSAGES.warning("the log has a fault (%s); the work goes on without it", safe_line(error, 300))
 
 
 _ACTIVE: ContextVar[_Run | None] = ContextVar("log", default=None)
@@ -165,18 +157,13 @@ _UNTOLD: dict[str, Any] = {
 
 
 class WandbLog:
-    """A run of Weights & Biases."""
+    """A run of Weights & Biases, which asks the user to log in where it does so."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        """Begin it; the user is asked to log in where wandb does so."""
         import wandb
 
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "jcrosslora"),
-            name=name,
-            config=dict(settings),
-            settings=wandb.Settings(**_UNTOLD),
-        )
+        project = os.environ.get("WANDB_PROJECT", "jcrosslora")
+        self._run = wandb.init(project=project, name=name, config=dict(settings), settings=wandb.Settings(**_UNTOLD))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add figures."""
@@ -191,52 +178,45 @@ class TrackioLog:
     """A run of Trackio. What it prints goes to standard error: standard output is for the command's own."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        """Begin it, without the figures that Trackio would take of the machine."""
         import trackio
 
+        untold = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(sys.stderr):
-            self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", "jcrosslora"),
-                name=name,
-                config=dict(settings),
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+            project = os.environ.get("TRACKIO_PROJECT", "jcrosslora")
+            self._run = trackio.init(project=project, name=name, config=dict(settings), **untold)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add figures."""
         self._run.log(dict(values), step=step)
 
-    def finish(self, *, failed: bool) -> None:
-        """Write what is not written yet; Trackio keeps no outcome of a run."""
+    def finish(self, *, failed: bool) -> None:  # noqa: ARG002  # Trackio keeps no outcome of a run.
+        """Write what is not written yet."""
         import trackio
 
-        del failed
         with redirect_stdout(sys.stderr):
             trackio.finish()
 
 
 class TensorBoardLog:
-    """A file of events. TensorBoard's own writer would put the name of the machine into the name of the file."""
+    """A file of events in a new folder, with a number if the name is taken.
+
+    TensorBoard's own writer would put the name of the machine into the name of the file.
+    """
 
     def __init__(self, name: str, settings: Settings) -> None:
-        """Begin the file in a new folder: a second run of a name gets a number."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # protobuf makes the classes of these modules when they are imported, so type checkers do not know them.
-        protos = [
-            vars(import_module(f"tensorboard.compat.proto.{one}_pb2"))
-            for one in ("event", "summary", "tensor", "types")
-        ]
-        self._event, self._summary = protos[0]["Event"], protos[1]["Summary"]
+        event, summary, tensors, types = (
+            import_module(f"tensorboard.compat.proto.{one}_pb2") for one in ("event", "summary", "tensor", "types")
+        )
+        self._event, self._summary = event.Event, summary.Summary
         folder = _free(Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs")), name)
         self._path, self._empty = folder / f"events.out.tfevents.{time.time():.0f}.jcrosslora", True
         self._writer = RecordWriter(self._path.open("wb"))
         self._add(file_version="brain.Event:2")
         text = "\n".join(f"    {line}" for line in json.dumps(dict(settings), indent=2, default=str).splitlines())
-        kind = protos[1]["SummaryMetadata"]
-        tensor = protos[2]["TensorProto"](dtype=protos[3]["DT_STRING"], string_val=[text.encode()])
+        kind = summary.SummaryMetadata
+        tensor = tensors.TensorProto(dtype=types.DT_STRING, string_val=[text.encode()])
         metadata = kind(plugin_data=kind.PluginData(plugin_name="text"))
         self._add_values(0, [{"tag": "settings", "metadata": metadata, "tensor": tensor}])
 
@@ -262,12 +242,13 @@ class TensorBoardLog:
 
 def _free(folder: Path, name: str) -> Path:
     """Make a folder of this name, or with the first number behind it that is free."""
-    number = 1
+    number, made = 1, folder / name
     while True:
         try:
-            (made := folder / (name if number == 1 else f"{name}-{number}")).mkdir(parents=True)
+            made.mkdir(parents=True)
         except FileExistsError:
             number += 1
+            made = folder / f"{name}-{number}"
         else:
             return made
 

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Protocol, TextIO, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TextIO, TypeVar
 
 from jcrosslora.utils.texts import visible
 
 T = TypeVar("T")
+Shown = TypeVar("Shown", "Track", "Steps")
 
 _REFRESH = 0.1  # seconds between two refreshes of the line on a terminal while work reports itself
 # Below this share of the work done the time left is better estimated by what a step usually takes.
@@ -28,18 +28,6 @@ _ENOUGH = 0.05
 # Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
 # from a cache, or compiled for long) than of the machine.
 _LEAST_PACE, _MOST_PACE = 0.25, 4.0
-
-
-class _Shown(Protocol):
-    """Part of the line."""
-
-    def text(self, inside: str) -> str:
-        """Describe the state; `inside` is the name of the step that it is part of, if any."""
-        ...
-
-    def left(self, now: float, inside: "Sequence[_Shown]") -> float | None:
-        """Estimate the seconds left; `inside` are the parts that run inside this one, outermost first."""
-        ...
 
 
 class Track:
@@ -53,7 +41,6 @@ class Track:
     def __init__(
         self, display: "Display | None", total: int, description: str = "", unit: str = "", done: int = 0
     ) -> None:
-        """Start at `done` units; without a display nothing is shown."""
         self.total, self.done, self.note = total, done, ""
         self._display, self._description, self._unit = display, description, unit
         self._begun = done
@@ -71,7 +58,7 @@ class Track:
         self.done, self._begun = self.done + skipped, self._begun + skipped
 
     def text(self, inside: str) -> str:
-        """Give the description, unless it is the step's name, and the count."""
+        """Give the description, unless it is that of the step around it, and the count."""
         if self._unit == "B":
             count = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
         else:
@@ -79,9 +66,8 @@ class Track:
         described = [] if self._description == inside else [self._description]
         return ", ".join([*described, count, *([self.note] if self.note else [])])
 
-    def left(self, now: float, inside: Sequence[_Shown]) -> float | None:
+    def left(self, now: float, _: "Sequence[Track | Steps]") -> float | None:
         """Estimate the seconds left from the pace so far; None before the first unit is done."""
-        del inside
         done = self.done - self._begun
         return (now - self._since) / done * max(0, self.total - self.done) if done > 0 else None
 
@@ -92,7 +78,7 @@ class Track:
 
 
 class Steps:
-    """Steps of a command, each with the seconds that it usually takes, or None."""
+    """Steps of a command by name, in the order in which they run; for the arguments see `Display.steps`."""
 
     def __init__(
         self,
@@ -101,7 +87,6 @@ class Steps:
         unpaced: Collection[str] = (),
         announce: Callable[[str], None] | None = None,
     ) -> None:
-        """Plan the steps, by name, in the order in which they run; none has begun. For the arguments see `steps`."""
         self._display, self._seconds, self._names = display, dict(seconds), list(seconds)
         self._unpaced, self._announce = frozenset(unpaced), announce
         self._current, self._since = -1, 0.0
@@ -132,9 +117,8 @@ class Steps:
         """Name of the current step, "" before the first."""
         return "" if self._current < 0 else self._names[self._current]
 
-    def text(self, inside: str) -> str:
+    def text(self, _: str) -> str:
         """Give the number and the name of the current step; the number alone where the name stands in a line above."""
-        del inside
         if not self.name:
             return "begin"
         return self._number() if self._announce else f"{self._number()}: {self.name}"
@@ -142,11 +126,11 @@ class Steps:
     def _number(self) -> str:
         return f"step {self._current + 1} of {len(self._names)}"
 
-    def left(self, now: float, inside: Sequence[_Shown]) -> float | None:
+    def left(self, now: float, inside: "Sequence[Track | Steps]") -> float | None:
         """Add what is left of the current step to what the later ones usually take, at the pace so far.
 
-        What runs inside the step knows better what is left of it than what such a step usually takes does, and what the
-        whole step takes is part of the pace.
+        `inside` are the parts that run inside the step, outermost first: they know better what is left of it than what
+        such a step usually takes, and what the whole step takes is part of the pace.
         """
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
@@ -164,7 +148,15 @@ class Steps:
 
 
 class Display:
-    """The line of everything that runs, outermost first."""
+    """The line of everything that runs, outermost first.
+
+    Args:
+        clock: seconds from any point in time on.
+        tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
+        log_every: seconds between two log lines.
+        stream: where to write; None is standard error.
+        on: whether to show the work that begins from now on.
+    """
 
     def __init__(
         self,
@@ -175,15 +167,6 @@ class Display:
         stream: TextIO | None = None,
         on: bool = True,
     ) -> None:
-        """Show nothing yet.
-
-        Args:
-            clock: seconds from any point in time on.
-            tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
-            log_every: seconds between two log lines.
-            stream: where to write; None is standard error.
-            on: whether to show the work that begins from now on.
-        """
         self.clock, self.log_every, self.on = clock, log_every, on
         self._tick_every, self._stream = tick, stream
         self._shown, self._lock = list[Track | Steps](), threading.Lock()
@@ -193,19 +176,13 @@ class Display:
 
     @contextmanager
     def track(self, total: int, description: str, unit: str = "", *, done: int = 0) -> Iterator[Track]:
-        """Show a piece of work while the block runs.
+        """Show a piece of work of a size in units while the block runs; `done` units were done before.
 
-        Args:
-            total: its size in units.
-            description: what it is, in the imperative.
-            unit: the units in the plural, "B" for bytes, "" for units that the description names.
-            done: units that were done before.
+        The description is in the imperative. The unit is in the plural, "B" for bytes, or "" where it needs no name.
         """
-        on = self.on
-        if on:
+        if self.on:
             self.begin(description)
-        shown = Track(self if on else None, total, description, unit, done)
-        with self._during(shown, on):
+        with self._during(Track(self if self.on else None, total, description, unit, done)) as shown:
             yield shown
 
     def each(self, items: Collection[T], description: str, unit: str = "") -> Iterator[T]:
@@ -232,9 +209,7 @@ class Display:
             unpaced: steps whose time says nothing about how fast this machine is, such as a download.
             announce: prints a line in front of each step, with the time that all steps have left.
         """
-        on = self.on
-        shown = Steps(self if on else None, seconds, unpaced, announce)
-        with self._during(shown, on):
+        with self._during(Steps(self if self.on else None, seconds, unpaced, announce)) as shown:
             yield shown
 
     def begin(self, name: str) -> None:
@@ -281,13 +256,13 @@ class Display:
         return ", ".join([*parts, ending])
 
     @contextmanager
-    def _during(self, shown: Track | Steps, on: bool) -> Iterator[None]:
-        if not on:
-            yield
+    def _during(self, shown: Shown) -> Iterator[Shown]:
+        if not self.on:
+            yield shown
             return
         self._push(shown)
         try:
-            yield
+            yield shown
         finally:
             self._pop(shown)
 
@@ -352,22 +327,7 @@ track, each, steps, begin, hidden = DISPLAY.track, DISPLAY.each, DISPLAY.steps, 
 say = DISPLAY.say
 
 
-class _Switched:
-    """The state of the display before a switch, to which the end of a `with` block returns."""
-
-    def __init__(self, before: bool) -> None:
-        self._before = before
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        DISPLAY.on = self._before
-
-
-def show_progress(show: bool = True) -> _Switched:
+def show_progress(show: bool = True) -> AbstractContextManager[object]:
     """Show the progress of everything that begins from now on, or while a `with` block runs.
 
         jcl.show_progress()  # from now on, for example in a notebook
@@ -375,11 +335,12 @@ def show_progress(show: bool = True) -> _Switched:
         with jcl.show_progress():
             jcl.transfer(adapter, source, target)
 
-    Args:
-        show: False shows nothing.
+    False shows nothing.
     """
-    before, DISPLAY.on = DISPLAY.on, show
-    return _Switched(before)
+    switched = ExitStack()
+    switched.callback(setattr, DISPLAY, "on", DISPLAY.on)
+    DISPLAY.on = show
+    return switched
 
 
 def shows_progress() -> bool:

@@ -12,6 +12,11 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 # Within a temporary folder: what becomes the output, and what was there before, moved aside for a moment.
 NEW, OLD = "new", "old"
 # Name of the output, host, random part. Without a host it is of an earlier version.
@@ -35,9 +40,6 @@ def unfinished(out: Path, *, file: bool = False) -> Iterator[Path]:
     """Make an empty temporary folder, or a file, next to an output; what is left of it at the end is removed.
 
     What killed processes left of the same output is removed first.
-
-    Raises:
-        OSError: it cannot be made.
     """
     remove_unfinished(out.parent, {out.name})
     work, lock = _make(out, file)
@@ -112,12 +114,6 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
-
 def try_lock(path: Path, *, wait: bool = False) -> int | None:
     """Lock a folder or a file and return the descriptor, which is to be closed; None where there are no locks.
 
@@ -142,11 +138,7 @@ def try_lock(path: Path, *, wait: bool = False) -> int | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock the folder out of a block.
-
-    Raises:
-        OSError: the folder cannot be opened.
-    """
+    """Keep other processes that lock the folder out of a block."""
     descriptor = try_lock(folder, wait=True)
     try:
         yield

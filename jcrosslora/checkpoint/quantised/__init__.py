@@ -1,5 +1,174 @@
-"""Formats of quantised weights, small integers or FP8 with scales, and their dequantisation to float32."""
+"""Quantised weights: choose the formats of a checkpoint, and dequantise its tensors to float32 when they are read."""
 
-from jcrosslora.checkpoint.quantised.registry import FORMATS, QuantisedStore, check_quantization, dequantised
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from math import prod
+from pathlib import Path
+from typing import Any
 
-__all__ = ["FORMATS", "QuantisedStore", "check_quantization", "dequantised"]
+import numpy as np
+
+from jcrosslora.checkpoint.quantised.bitsandbytes import BITSANDBYTES4, BITSANDBYTES8
+from jcrosslora.checkpoint.quantised.format import Format, Packed, Parts, Settings
+from jcrosslora.checkpoint.quantised.gptq import AWQ, GPTQ
+from jcrosslora.checkpoint.quantised.scaled import FP8, INT8, MXFP4, PACK_QUANTIZED
+from jcrosslora.checkpoint.store import TensorStore
+from jcrosslora.errors import CheckpointError
+
+# A checkpoint may mix the formats that claim its settings; the first that recognises the tensors of a weight opens it.
+FORMATS: tuple[Format, ...] = (BITSANDBYTES4, BITSANDBYTES8, GPTQ, AWQ, PACK_QUANTIZED, FP8, INT8, MXFP4)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """Return the `quantization_config` of a configuration, {} without one; a string is taken as the method."""
+    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    return settings if isinstance(settings, dict) else {"quant_method": settings}
+
+
+def check_quantization(config: Mapping[str, Any], path: str) -> None:
+    """Refuse a quantised checkpoint that no format can read, by name.
+
+    Raises:
+        CheckpointError: an unknown quantisation, or an unsupported variant.
+    """
+    settings = settings_of(config)
+    if not settings:
+        return
+    claiming = [form for form in FORMATS if form.claims(settings)]
+    reasons = (form.obstacle(settings) for form in claiming)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if claiming and reason is None:
+        return
+    known = ", ".join(form.name for form in FORMATS)
+    msg = (
+        f"{path}: weights quantised with {str(settings.get('quant_method'))[:60]!r} are not supported"
+        f"{f' where {reason}' if reason else ''} (supported: {known}): use the unquantised checkpoint, or one in GGUF"
+    )
+    raise CheckpointError(msg)
+
+
+def formats_in(config: Mapping[str, Any], names: Iterable[str], where: str) -> tuple[Format, ...]:
+    """Return the formats that may occur in a checkpoint, by its settings, or by its tensors without settings.
+
+    The configuration has passed `check_quantization`.
+
+    Raises:
+        CheckpointError: packed tensors that cannot be read without settings.
+    """
+    settings = settings_of(config)
+    if settings:
+        return tuple(form for form in FORMATS if form.claims(settings))
+    names = tuple(names)
+    packed = next((name for name in names if name.endswith((GPTQ.holder, AWQ.holder))), None)
+    if packed is not None:
+        msg = (
+            f"{where}: tensor {packed!r} is packed as GPTQ and AWQ do, but config.json has no quantization_config: "
+            "copy that of the model's page, or the content of quantize_config.json, into it"
+        )
+        raise CheckpointError(msg)
+    return tuple(form for form in FORMATS if form.marks and any(name.endswith(form.marks) for name in names))
+
+
+_NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
+
+
+def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
+    """Wrap a store of quantised weights in one that dequantises them; return any other store as it is.
+
+    The configuration has passed `check_quantization`.
+
+    Raises:
+        CheckpointError: packed tensors that cannot be read without settings in the configuration.
+    """
+    formats = formats_in(config, store.names(), where)
+    return QuantisedStore(store, formats, config, where) if formats else store
+
+
+class QuantisedStore:
+    """A `TensorStore` of dequantised weights; the parts of quantised weights are not among its tensors."""
+
+    def __init__(self, store: TensorStore, formats: tuple[Format, ...], config: Mapping[str, Any], where: str):
+        self._store, self._formats, self._where = store, formats, where
+        self._settings = settings_of(config)
+        self._stored = frozenset(store.names())
+        self._packed: dict[str, Packed | None] = {}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in index order."""
+        return self._store.files
+
+    def names(self) -> list[str]:
+        """Names of the tensors; a quantised weight takes the place of the tensor that holds its numbers."""
+        holders = {form.holder: form.ending for form in self._formats}
+        parts = tuple(part for form in self._formats for part in form.parts)
+        names = []
+        for name in self._store.names():
+            if (holder := next(filter(name.endswith, holders), None)) is not None:
+                names.append(name.removesuffix(holder) + holders[holder])
+            elif not name.endswith(parts):
+                names.append(name)
+        return names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        packed = self._open(name)
+        return self._store.shape(name) if packed is None else packed.shape
+
+    def dtype(self, name: str) -> str:
+        """Storage dtype, e.g. "BF16", "NF4" or "GPTQ 4-bit"."""
+        packed = self._open(name)
+        return self._store.dtype(name) if packed is None else packed.dtype
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Read a tensor: float32 if it is quantised, else a read-only view in the stored dtype.
+
+        Raises:
+            CheckpointError: no such tensor, or a quantised weight whose parts do not fit together.
+        """
+        packed = self._open(name)
+        if packed is None:
+            return self._store.tensor(name)
+        return _dequantise(packed, np.arange(prod(packed.shape[:-1]))).reshape(packed.shape)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
+        packed = self._open(name)
+        return self._store.rows(name, ids) if packed is None else _dequantise(packed, ids)
+
+    def release(self) -> None:
+        """Give the resident pages back to the system."""
+        self._store.release()
+
+    def sha256s(self) -> list[str]:
+        """Hex digests of `files`, in their order."""
+        return self._store.sha256s()
+
+    def _open(self, name: str) -> Packed | None:
+        if name not in self._packed:
+            self._packed[name] = self._opened(name)
+        return self._packed[name]
+
+    def _opened(self, name: str) -> Packed | None:
+        formats = [form for form in self._formats if name.endswith(form.ending)]
+        if not formats:
+            return None
+        parts = Parts(self._store, self._stored, name.removesuffix(formats[0].ending), self._where)
+        with _quiet():
+            candidates = (form.open(parts, self._settings) for form in formats)
+            return next((packed for packed in candidates if packed is not None), None)
+
+
+def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:
+    out = np.empty((len(ids), packed.shape[-1]), np.float32)
+    step = max(_NUMBERS_AT_ONCE // max(packed.shape[-1], 1), 1)
+    with _quiet():
+        for start in range(0, len(ids), step):
+            piece = slice(start, start + step)
+            out[piece] = packed.rows(ids[piece])
+    return out
+
+
+def _quiet() -> AbstractContextManager[None]:
+    # Callers check weights for NaN and infinity.
+    return np.errstate(over="ignore", invalid="ignore")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import FLOATS, Format, Packed, Parts, Settings, claims_method, no_obstacle
+from jcrosslora.checkpoint.quantised.format import FLOATS, Format, Packed, Parts, Settings
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
@@ -105,8 +105,7 @@ def _block_maxima(parts: Parts, state: dict[str, Any]) -> tuple[int, Callable[[n
 
 BITSANDBYTES4 = Format(
     name="bitsandbytes in 4 bits",
-    claims=claims_method("bitsandbytes"),
-    obstacle=no_obstacle,
+    methods=("bitsandbytes",),
     holder=".weight",
     parts=(
         *(_STATE + kind for kind in _KINDS),
@@ -134,8 +133,7 @@ def _open_bitsandbytes8(parts: Parts, _: Settings) -> Packed | None:
 
 BITSANDBYTES8 = Format(
     name="bitsandbytes in 8 bits",
-    claims=claims_method("bitsandbytes"),
-    obstacle=no_obstacle,
+    methods=("bitsandbytes",),
     holder=".weight",
     parts=(".SCB", ".weight_format"),
     marks=(".SCB",),

@@ -30,12 +30,7 @@ class Parts:
         return self._store.dtype(self.module + ending)
 
     def array(self, ending: str, dtypes: tuple[str, ...], ndim: int | None = None) -> np.ndarray:
-        """Read a part.
-
-        Args:
-            ending: its suffix to the name of the module.
-            dtypes: accepted dtypes.
-            ndim: required number of dimensions, None for any.
+        """Read the part that has the module's name with this ending.
 
         Raises:
             CheckpointError: it is missing, or has another dtype or number of dimensions.
@@ -55,14 +50,9 @@ class Parts:
         return self.array(ending, dtypes, 2)
 
     def refuse(self, what: str) -> NoReturn:
-        """Refuse the weight.
-
-        Raises:
-            CheckpointError: always, with the reason `what`.
-        """
-        msg = f"{self.where}: the quantised weight of {self.module} cannot be read: {what}"
-        msg += "; download it again, or use the unquantised checkpoint"
-        raise CheckpointError(msg)
+        """Raise a `CheckpointError` that says why the weight cannot be read."""
+        msg = f"{self.where}: the quantised weight of {self.module} cannot be read: {what}; download it again, or use "
+        raise CheckpointError(msg + "the unquantised checkpoint")
 
 
 @dataclass(frozen=True)
@@ -85,51 +75,38 @@ class Format:
     """One format of quantised weights.
 
     Attributes:
-        claims: whether the settings name this format.
-        obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
+        methods: values of `quant_method` that may stand for this format.
+        open: opens one weight; None if its tensors are not in this format.
         holder: suffix of the tensor that holds the numbers of a module, e.g. ".qweight".
         parts: suffixes of tensors that belong to a quantised weight and are no tensors of the model.
         marks: suffixes that only this format has and that identify it without settings; if empty, settings are needed.
-        open: opens one weight; None if its tensors are not in this format.
+        obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
         ending: of the name of a weight, in place of `holder`.
     """
 
     name: str
-    claims: Callable[[Settings], bool]
-    obstacle: Callable[[Settings], str | None]
+    methods: tuple[str, ...]
+    open: Callable[[Parts, Settings], Packed | None]
     holder: str
     parts: tuple[str, ...]
-    marks: tuple[str, ...]
-    open: Callable[[Parts, Settings], Packed | None]
+    marks: tuple[str, ...] = ()
+    obstacle: Callable[[Settings], str | None] = lambda _: None
     ending: str = ".weight"
 
-
-def claims_method(*methods: str) -> Callable[[Settings], bool]:
-    """Make a `claims` that compares `quant_method`."""
-    return lambda settings: settings.get("quant_method") in methods
-
-
-def no_obstacle(_: Settings) -> None:
-    """Report no obstacle: every variant of the format can be read."""
+    def claims(self, settings: Settings) -> bool:
+        """Whether the settings name this format."""
+        return settings.get("quant_method") in self.methods
 
 
 def group_of_each(parts: Parts, inputs: int, groups: int) -> np.ndarray:
-    """Return the group of each input (I,), for groups of equal size in order.
-
-    Raises:
-        CheckpointError: the inputs do not split evenly.
-    """
+    """Return the group of each input (I,) for groups of equal size in order; refuse inputs that do not split."""
     if groups == 0 or inputs % groups:
         parts.refuse(f"{inputs} inputs do not split into {groups} groups of scales")
     return np.arange(inputs) // max(inputs // groups, 1)
 
 
 def checked_groups(parts: Parts, ending: str, inputs: int, groups: int) -> np.ndarray:
-    """Return the group of each input (I,) from the list in part `ending`.
-
-    Raises:
-        CheckpointError: not one entry per input, or a group that does not exist.
-    """
+    """Return the group of each input (I,) from the list in a part; refuse one of other length or groups."""
     listed = parts.array(ending, ("I32", "I64"), 1)
     if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
         parts.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
@@ -140,15 +117,9 @@ WORD = 32  # bits
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Unpack along the last axis; a number may span two words, as with 3 bits.
+    """Unpack `count` numbers of 1 to 8 bits along the last axis; a number may span two words, as with 3 bits.
 
-    Args:
-        words: (..., W) integers of 32 bits, with W * 32 >= count * bits.
-        bits: bits of a number, 1 to 8.
-        count: number of numbers.
-
-    Returns:
-        (..., count) uint8.
+    From integers of 32 bits (..., W), with W * 32 >= count * bits, to uint8 (..., count).
     """
     words = np.ascontiguousarray(words).view(np.uint32)
     if WORD % bits == 0:

@@ -25,7 +25,6 @@ from jcrosslora.checkpoint.quantised.format import (
     Parts,
     Settings,
     checked_groups,
-    claims_method,
     group_of_each,
     unpack,
 )
@@ -110,11 +109,10 @@ def _zeros(qzeros: np.ndarray, bits: int, outputs: int, old: bool) -> np.ndarray
 
 GPTQ = Format(
     name="GPTQ",
-    claims=claims_method("gptq"),
+    methods=("gptq",),
     obstacle=_obstacle,
     holder=".qweight",
     parts=(".qweight", ".qzeros", ".scales", ".g_idx"),
-    marks=(),
     open=_open,
 )
 
@@ -158,10 +156,9 @@ def _columns(packed: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 AWQ = Format(
     name="AWQ (gemm)",
-    claims=claims_method("awq"),
+    methods=("awq",),
     obstacle=_awq_obstacle,
     holder=".qweight",
     parts=(".qweight", ".qzeros", ".scales"),
-    marks=(),
     open=_open_awq,
 )

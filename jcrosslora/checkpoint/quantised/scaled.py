@@ -25,9 +25,7 @@ from jcrosslora.checkpoint.quantised.format import (
     Parts,
     Settings,
     checked_groups,
-    claims_method,
     group_of_each,
-    no_obstacle,
     scale_rows,
     unpack,
 )
@@ -73,7 +71,7 @@ def _open_int8(parts: Parts, settings: Settings) -> Packed | None:
 
 INT8 = Format(
     name="INT8 of compressed-tensors",
-    claims=claims_method(METHOD),
+    methods=(METHOD,),
     obstacle=compressed_obstacle,
     holder=".weight",
     parts=(".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point"),
@@ -146,7 +144,7 @@ def _groups(parts: Parts, inputs: int, groups: int) -> np.ndarray:
 
 PACK_QUANTIZED = Format(
     name="packed INT4 and INT8 of compressed-tensors",
-    claims=claims_method(METHOD),
+    methods=(METHOD,),
     obstacle=compressed_obstacle,
     holder=".weight_packed",
     parts=(".weight_packed", ".weight_shape", ".weight_scale", ".weight_zero_point", ".weight_g_idx"),
@@ -189,8 +187,7 @@ def _open_fp8(parts: Parts, settings: Settings) -> Packed | None:
 
 FP8 = Format(
     name="FP8 with scales",
-    claims=claims_method("fp8", "fbgemm_fp8", "compressed-tensors"),
-    obstacle=no_obstacle,
+    methods=("fp8", "fbgemm_fp8", "compressed-tensors"),
     holder=".weight",
     parts=(*SCALES, ".input_scale", ".activation_scale"),
     marks=SCALES,
@@ -204,8 +201,7 @@ _BIAS = 127
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
 
 
-def _open_mxfp4(parts: Parts, settings: Settings) -> Packed | None:
-    del settings
+def _open_mxfp4(parts: Parts, _: Settings) -> Packed | None:
     if _BLOCKS not in parts:
         return None
     blocks, scales = parts.array(_BLOCKS, ("U8",), 4), parts.array(_EXPONENTS, ("U8",), 3)
@@ -224,11 +220,9 @@ def _open_mxfp4(parts: Parts, settings: Settings) -> Packed | None:
 
 MXFP4 = Format(
     name="MXFP4",
-    claims=claims_method("mxfp4"),
-    obstacle=no_obstacle,
+    methods=("mxfp4",),
     holder=_BLOCKS,
     parts=(_EXPONENTS,),
-    marks=(),
     open=_open_mxfp4,
     ending=_BLOCKS,
 )
