@@ -76,13 +76,9 @@ class LostHostError(HostError):
 def not_finite(
     base: str, adapter: str | None = None, *, values: str = "predictions", sound: bool = False
 ) -> CheckpointError | AdapterError:
-    """The error of a base whose predictions are not finite, alone or with an adapter.
+    """The error of a base whose predictions, or other values, are not finite, alone or with an adapter, all by name.
 
-    Args:
-        base: its name.
-        adapter: the name of the adapter that it ran with; None without one.
-        values: what is not finite.
-        sound: whether the base's own predictions are known to be finite, so that it must be the adapter.
+    Where the base is known to be sound, it must be the adapter.
     """
     what = f"gives {values} that are not finite"
     if adapter is None:

@@ -22,7 +22,7 @@ from jcrosslora import MergeSettings, merge
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.merge import write_companions
 from jcrosslora.checkpoint import safetensors
-from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError

@@ -26,10 +26,7 @@ from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
-from jcrosslora.checkpoint.safetensors import DTYPES, Piece, write_pieces
-from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
-from jcrosslora.checkpoint.store import read_json_object
-from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
+from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path

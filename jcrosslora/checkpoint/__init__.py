@@ -11,8 +11,7 @@ from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
 from jcrosslora.checkpoint.opening import open_base
-from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
-from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile, ShardedStore
 from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, load_tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary, shared_ids

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.family import Family
+from jcrosslora.architectures import ExpertRules, Family
 from jcrosslora.checkpoint.store import TensorStore
 
 

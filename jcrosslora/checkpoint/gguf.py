@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures import EMBEDDING
-from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.blocks import ROLE_PATHS
+from jcrosslora.architectures import ROLE_PATHS, Architecture
 from jcrosslora.architectures.names import EMBEDDING
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_config import translate
@@ -40,7 +38,9 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     gguf, file, header = open_header(path)
     meta = Metadata(header.metadata, path)
     names = _hf_names(header, meta)
-    factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
+    rope = {name: header.tensors[name] for name in _ROPE_TENSORS if name in header.tensors}
+    floats = {name: to_float(stored_rows(file, info, gguf), info.kind, gguf, path) for name, info in rope.items()}
+    factors = {name: array.astype(np.float32).reshape(-1) for name, array in floats.items()}
     config = check_config(translate(meta, _facts(file, header, names), factors), path)
     if permutes_heads(meta.arch):
         _check_heads(config, file, header)
@@ -249,11 +249,6 @@ def _predicts_further(stored: str, meta: Metadata) -> bool:
         return False
     layer = stored.split(".")[1] if stored.startswith("blk.") else ""
     return layer.isdecimal() and len(layer) < 10 and int(layer) >= (meta.layers() or 0)
-
-
-def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -> np.ndarray:
-    info = header.tensors[name]
-    return to_float(stored_rows(file, info, gguf), info.kind, gguf, file.path).astype(np.float32).reshape(-1)
 
 
 def _facts(file: MappedFile, header: GGUFHeader, names: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.architectures import FAMILIES, Family
 from jcrosslora.architectures.blocks import LatentAttention
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.architectures.family import Family
 from jcrosslora.architectures.ropes import llama3_factors
 from jcrosslora.checkpoint.gguf_header import Metadata
 from jcrosslora.checkpoint.layout import holder_of

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures.families import FAMILIES
+from jcrosslora.architectures import FAMILIES
 from jcrosslora.checkpoint.store import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
@@ -86,15 +86,9 @@ class _Cursor:
         layout = struct.Struct("<" + code)
         return layout.unpack_from(self.file.buffer, self.take(layout.size))[0]
 
-    def string(self) -> str:
-        length = self.number("Q")
-        start = self.take(length)
-        # A token that is not valid UTF-8 matches no text, but the model stays readable.
-        return self.file.buffer[start : start + length].decode("utf-8", "replace")
-
     def value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self.string()
+            return self.strings(1)[0]
         if kind == _ARRAY:
             return self.array(self.number("I"), self.number("Q"))
         if kind not in _SCALARS:
@@ -111,7 +105,10 @@ class _Cursor:
         return self.strings(count)
 
     def strings(self, count: int) -> list[str]:
-        """Read strings as `string` does, in a loop without calls: a vocabulary has hundreds of thousands."""
+        """Read strings in a loop without calls: a vocabulary has hundreds of thousands.
+
+        A token that is not valid UTF-8 matches no text, but the model stays readable.
+        """
         self._ensure(count * _LENGTH.size)
         buffer, size, unpack, found = self.file.buffer, self.file.size, _LENGTH.unpack_from, []
         position = self.position
@@ -148,7 +145,7 @@ def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFH
     cursor = _Cursor(file)
     _check_start(cursor)
     tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
-    pairs = cursor.repeat(key_count, 13, lambda: (cursor.string(), cursor.value(cursor.number("I"))))
+    pairs = cursor.repeat(key_count, 13, lambda: (cursor.strings(1)[0], cursor.value(cursor.number("I"))))
     infos = cursor.repeat(tensor_count, 24, lambda: _tensor_info(cursor))
     metadata = _unique(pairs, file)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -180,7 +177,7 @@ def _check_start(cursor: _Cursor) -> None:
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
-    name = cursor.string()
+    (name,) = cursor.strings(1)
     count = cursor.number("I")
     if count > _MAX_DIMS:
         cursor.file.refuse(f"tensor {name!r} has {count} dimensions: the file is corrupt, download it again")

@@ -13,7 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.architectures import (
+from jcrosslora.architectures import FAMILIES, ROLE_PATHS, Architecture, ExpertRules, Family
+from jcrosslora.architectures.blocks import LINEARS, DeltaRule, Experts, LatentAttention, PerLayerInput
+from jcrosslora.architectures.layer import GGUF_NORMS
+from jcrosslora.architectures.names import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from jcrosslora.checkpoint.config import read_config
-from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_of
+from jcrosslora.checkpoint.safetensors import INDEX, SINGLE, read_weight_map, shards_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import safe_line
 

@@ -4,10 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.blocks import ROLE_PATHS
-from jcrosslora.architectures.family import Family
-from jcrosslora.architectures.layer import Layer
+from jcrosslora.architectures import ROLE_PATHS, Architecture, Family, Layer
 from jcrosslora.architectures.names import (
     EMBEDDING,
     HEAD,

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures import EMBEDDING, HEAD
-from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.architectures.family import Family
+from jcrosslora.architectures import Architecture, Family
+from jcrosslora.architectures.names import EMBEDDING, HEAD
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
@@ -24,7 +23,7 @@ from jcrosslora.checkpoint.in_memory import (
 )
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
 from jcrosslora.checkpoint.quantised import dequantised
-from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.utils.files import read_small_text

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.bitsandbytes import BITSANDBYTES4, BITSANDBYTES8
 from jcrosslora.checkpoint.quantised.format import Format, Packed, Parts, Settings
-from jcrosslora.checkpoint.quantised.gptq import AWQ, GPTQ
+from jcrosslora.checkpoint.quantised.integers import AWQ, BITSANDBYTES4, BITSANDBYTES8, GPTQ
 from jcrosslora.checkpoint.quantised.scaled import FP8, INT8, MXFP4, PACK_QUANTIZED
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
