@@ -17,7 +17,8 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
 
 _SIZE_LIMIT = 1 << 31
-_SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
+# Where older writers, AutoGPTQ and AutoAWQ, keep the settings of quantisation.
+_SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _UNBOUNDED = ("time_step_limit",)  # whose end is infinite in nearly all files
 
 
@@ -49,7 +50,11 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if path.exists():
-        return check_config(_with_quantization(read_json_object(path), folder), path)
+        config = read_json_object(path)
+        for name, method in _SETTINGS_FILES.items():
+            if not config.get("quantization_config") and (folder / name).exists():
+                config["quantization_config"] = {"quant_method": method, **read_json_object(folder / name)}
+        return check_config(config, path)
     if (folder / "adapter_config.json").exists():
         msg = f"{folder}: is an adapter (adapter_config.json), where a base model was wanted"
         raise CheckpointError(msg)
@@ -57,14 +62,6 @@ def read_config(folder: Path) -> ModelConfig:
     if packed := sorted(folder.glob("*.gguf")):
         msg = f"{folder}: has no config.json but a GGUF file: give the path {packed[0]}"
     raise CheckpointError(msg)
-
-
-def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add the quantisation settings that older writers kept in a separate file."""
-    for name, method in _SETTINGS_FILES.items():
-        if not config.get("quantization_config") and (folder / name).exists():
-            return {**config, "quantization_config": {"quant_method": method, **read_json_object(folder / name)}}
-    return config
 
 
 def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
@@ -78,7 +75,11 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     if isinstance(model_type, str) and model_type in WRAPPERS:
         return replace(check_config(text_config(config, where), where), wrapper=WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(_unknown_type(model_type, where))
+        like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
+        why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
+        supported = ", ".join([*FAMILIES, *WRAPPERS])
+        msg = f"{where}: model_type {model_type!r} is not supported{why}; supported: {supported}"
+        raise CheckpointError(msg)
     family = FAMILIES[model_type]
     if (named := config.get("architectures")) and (
         not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)
@@ -92,13 +93,6 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     values = {**family.defaults, **config}
     with errors_of(where):
         return ModelConfig(family, values if family.resolve is None else family.resolve(values))
-
-
-def _unknown_type(model_type: object, where: Path | str) -> str:
-    known = ", ".join([*FAMILIES, *WRAPPERS])
-    like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
-    why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
-    return f"{where}: model_type {model_type!r} is not supported{why}; supported: {known}"
 
 
 def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:

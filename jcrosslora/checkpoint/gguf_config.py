@@ -22,6 +22,7 @@ from jcrosslora.errors import CheckpointError
 
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 # `Family.norm` -> keys of the epsilon, of which the first that is stated counts.
 _EPSILONS = {"rms": ("layer_norm_rms_epsilon", "layer_norm_epsilon"), "layer": ("layer_norm_epsilon",)}
 
@@ -53,7 +54,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         "tie_word_embeddings": facts["tie_word_embeddings"],
         "rope_parameters": _rope_parameters(meta, factors),
         family.activation_key: family.activation,
-        **_token_ids(meta.values),
+        **{f"{key}_token_id": meta.values.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKENS.items()},
     }
     if family.name != "phi3":  # Phi3Config has no such key.
         config["head_dim"] = meta.head_dim()
@@ -116,11 +117,6 @@ def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
         msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {family.name} does not have"
         raise CheckpointError(msg)
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    return {key: values.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
 
 
 def _windows(meta: Metadata, family: Family) -> dict[str, Any]:

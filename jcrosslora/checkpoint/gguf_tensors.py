@@ -74,7 +74,9 @@ def find_sources(
 
     `names` maps a Hugging Face name to those in the file, `shapes` a name in the file to its shape.
     """
-    family, delta = model.family, _delta_of(model)
+    family, delta = model.family, None
+    if DeltaRule in family.blocks:  # Of other models no layer is looked at before the tensors are.
+        delta = next((layer.mixer for layer in model.stack if isinstance(layer.mixer, DeltaRule)), None)
     offset = {f"{norm}.weight" for norm in family.norms.values()} if family.gain_offset else frozenset()
     found = {}
     for name, stored in names.items():
@@ -164,13 +166,6 @@ def block_names(arch: str) -> dict[str, str]:
         if family.gguf is not None and arch in family.gguf.architectures:
             names |= _names_of(family)
     return names
-
-
-def _delta_of(model: Architecture) -> DeltaRule | None:
-    """Return the delta rule of the model, None if it has none."""
-    if DeltaRule not in model.family.blocks:
-        return None  # whose layers are not looked at before the tensors are
-    return next((layer.mixer for layer in model.stack if isinstance(layer.mixer, DeltaRule)), None)
 
 
 def _shape(path: str, parts: Sequence[Shape]) -> Shape:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.errors import CheckpointError
 
 # What PEFT puts between the name of a module that it wraps and the module's own parameters.
@@ -25,8 +26,8 @@ def is_live_model(weights: Any) -> bool:
     return callable(getattr(weights, "state_dict", None)) and hasattr(weights, "config")
 
 
-def flat_weights(weights: Any, ref: str) -> dict[str, Any]:
-    """Bring weights into one mapping from Hugging Face name to array.
+def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
+    """Bring weights into one mapping from the name of a tensor in the text model to its array.
 
     The weights are a live model, an `nnx.State`, or mappings nested to any depth, whose keys are joined by ".".
 
@@ -34,14 +35,17 @@ def flat_weights(weights: Any, ref: str) -> dict[str, Any]:
         CheckpointError: a name that occurs twice, or adapters that are merged into the weights of a live model.
     """
     if is_live_model(weights):
-        _check_not_merged(weights, ref)
+        for name, module in weights.named_modules() if hasattr(weights, "named_modules") else ():
+            if getattr(module, "merged_adapters", None):
+                msg = f"{ref}: an adapter is merged into the weights of {name}: call unmerge_adapter() first"
+                raise CheckpointError(msg)
         weights = weights.state_dict()
-    pairs = list(_flatten(weights, ()))
-    flat = _without_peft(pairs)
+    flat = _without_peft(list(_flatten(weights, ())))
     if len(flat) != len({name for name, _ in flat}):
         msg = f"{ref}: two tensors have one name when the keys of the nested weights are joined by '.': rename one"
         raise CheckpointError(msg)
-    return dict(flat)
+    held = dict(flat)
+    return {name: _joined([held[part] for part in parts]) for name, parts in names.parts(held).items()}
 
 
 def _flatten(weights: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -55,7 +59,7 @@ def _flatten(weights: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]
         yield ".".join(prefix), weights.get_value() if hasattr(weights, "get_value") else weights
 
 
-def joined(arrays: Sequence[Any]) -> Any:
+def _joined(arrays: Sequence[Any]) -> Any:
     """Return one array as it is, and the rows of several behind one another as a numpy array."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([_to_numpy(array) for array in arrays])
 
@@ -69,13 +73,6 @@ def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         for parts, value in split
         if all(tuple(parts[:i]) not in wrapped or part in _PEFT_WRAPPERS for i, part in enumerate(parts))
     ]
-
-
-def _check_not_merged(model: Any, ref: str) -> None:
-    for name, module in model.named_modules() if hasattr(model, "named_modules") else ():
-        if getattr(module, "merged_adapters", None):
-            msg = f"{ref}: an adapter is merged into the weights of {name}: call unmerge_adapter() first"
-            raise CheckpointError(msg)
 
 
 def config_values(config: Any, ref: str) -> dict[str, Any]:

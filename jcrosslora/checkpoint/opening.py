@@ -13,14 +13,7 @@ from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
 from jcrosslora.checkpoint.gguf import open_gguf
-from jcrosslora.checkpoint.in_memory import (
-    MemoryStore,
-    config_values,
-    flat_weights,
-    is_live_model,
-    joined,
-    tokenizer_folder,
-)
+from jcrosslora.checkpoint.in_memory import MemoryStore, config_values, flat_weights, is_live_model, tokenizer_folder
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.safetensors import ShardedStore
@@ -105,7 +98,11 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
         return _open_folder(path, str(ref), name, hub.cached_identity(path))
     if is_file:
         hub.check_revision(ref, path, revision)
-        return _open_file(path, str(ref), name)
+        if path.suffix != ".gguf":
+            msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
+            raise CheckpointError(msg)
+        config, store, named = open_gguf(path)
+        return _build(name or named or str(path), str(ref), path, None, config, store)
     if isinstance(ref, str) and hub.is_hub_id(ref):
         folder = hub.fetch(ref, revision)
         return _open_folder(folder, ref, name, (ref, folder.name))
@@ -120,14 +117,6 @@ def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, 
     return _build(name or hub_id or str(folder), ref, folder, revision, config, store)
 
 
-def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
-    if path.suffix != ".gguf":
-        msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
-        raise CheckpointError(msg)
-    config, store, named = open_gguf(path)
-    return _build(name or named or str(path), ref, path, None, config, store)
-
-
 def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) -> BaseModel:
     if is_live_model(weights):
         _refuse(name or "a live model", "weights without a configuration", config=config)
@@ -139,8 +128,7 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
         raise CheckpointError(msg + "live model of transformers, or a mapping from Hugging Face names to arrays")
     ref = name or "base in memory"
     checked = check_config(config_values(config, ref), ref)
-    flat = flat_weights(weights, ref)
-    arrays = {name: joined([flat[part] for part in held]) for name, held in checked.names.parts(flat).items()}
+    arrays = flat_weights(weights, checked.names, ref)
     store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
     if checked.family.is_tied(checked.values) and not has_own_head(checked.family, checked.values, store):
         arrays.pop(HEAD, None)  # the embedding a second time

@@ -118,7 +118,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         msg = f"{path}: has {counts}: convert the model again"
         raise CheckpointError(msg)
     normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == NORMAL}
-    lines = _most_lines(vocab) if listed else 0
+    # The longest run of line ends that is a token, with all shorter ones.
+    lines = next(count for count in range(len(vocab) + 1) if "\n" * (count + 1) not in vocab) if listed else 0
     backend = Tokenizer(
         models.BPE(
             vocab=vocab,
@@ -138,11 +139,6 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
     return backend
-
-
-def _most_lines(vocab: Mapping[str, int]) -> int:
-    """Return the length of the longest run of line ends that is a token, with all shorter ones."""
-    return next(count for count in range(len(vocab) + 1) if "\n" * (count + 1) not in vocab)
 
 
 def _line_merges(most: int) -> list[tuple[str, str]]:

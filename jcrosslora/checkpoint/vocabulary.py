@@ -112,7 +112,9 @@ def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
         return Vocabulary(None, f"tokenizer model {kind!r} is neither byte-level nor sentencepiece style")
     entries = _entries(model["vocab"])
     added_ids = {int(token["id"]) for token in added}
-    unknown = _unknown_token(model, entries)
+    unknown = model.get("unk_token")
+    if isinstance(index := model.get("unk_id"), int) and 0 <= index < len(entries):
+        unknown = entries[index][0]
     bytewise = style == "byte-level"
     decode, decode_added = (decode_byte_level, decode_literal) if bytewise else (decode_sentencepiece,) * 2
     normal = [(t, i) for t, i in entries if i not in added_ids and t != unknown]
@@ -128,13 +130,6 @@ def _entries(vocab: Any) -> list[tuple[str, int]]:
     if isinstance(vocab, dict):
         return [(str(token), int(index)) for token, index in vocab.items()]
     return [(str(entry[0]), index) for index, entry in enumerate(vocab)]
-
-
-def _unknown_token(model: Mapping[str, Any], entries: list[tuple[str, int]]) -> str | None:
-    index = model.get("unk_id")
-    if isinstance(index, int) and 0 <= index < len(entries):
-        return entries[index][0]
-    return model.get("unk_token")
 
 
 def _style(tokenizer: Mapping[str, Any]) -> str | None:

@@ -45,8 +45,12 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()
     stored = np.stack(weights + weights[-1:] * surplus)
-    stack, found = _widen_on_host(stored) if jax.default_backend() == "cpu" else _widen(spread(stored))
-    finite = np.asarray(found)
+    if jax.default_backend() == "cpu":  # where the device is the host, and nothing needs to be compiled
+        stored = stored.astype(np.float32, copy=False)
+        stack, finite = spread(stored), np.array([np.isfinite(weight).all() for weight in stored])
+    else:
+        stack, finite = _widen(spread(stored))
+        finite = np.asarray(finite)
     base.release()
     if not finite.all():
         name = names[min(int(np.argmin(finite)), len(names) - 1)]
@@ -60,9 +64,3 @@ def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Convert (L, O, I) to float32, and tell for each matrix whether it is finite (L,)."""
     stack = stack.astype(jnp.float32)
     return stack, jnp.isfinite(stack).all(axis=(1, 2))
-
-
-def _widen_on_host(stack: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-    """Do the same as `_widen` without compiling anything, where the device is the host."""
-    stack = stack.astype(np.float32, copy=False)
-    return spread(stack), np.array([np.isfinite(w).all() for w in stack])

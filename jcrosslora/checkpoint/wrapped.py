@@ -5,7 +5,7 @@ for the names in files), vLLM (`hf_to_vllm_mapper` of each class, which takes th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +20,51 @@ _LANGUAGE, _TEXT_MODEL = "model.language_model.", "model.text_model."
 
 @dataclass(frozen=True)
 class Wrapper:
-    """A class of transformers with a text model inside.
+    """A class of transformers with a text model inside, `<name>ForConditionalGeneration`.
 
     Attributes:
-        prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
         text_type: `model_type` of a text_config that states none.
-        texts: `model_type` of the text_config -> family; by default every family under its own name.
+        family: of the only text model that the class has; None where every family is read, under its own name.
+        prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
         flat: whether older configurations have the settings of the text model at the top.
         keys: of the outer configuration besides those of all classes, none of which matters to the text model.
     """
 
-    architecture: str
-    prefix: str
+    name: str
     text_type: str
-    texts: Mapping[str, str] = field(default_factory=lambda: {name: name for name in FAMILIES})
+    family: str | None = None
+    prefix: str = _LANGUAGE
     flat: bool = False
     keys: frozenset[str] = frozenset()
 
+    @property
+    def architecture(self) -> str:
+        """Name of the class."""
+        return f"{self.name}ForConditionalGeneration"
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Map the `model_type` that a text_config may have to the family."""
+        return {name: name for name in FAMILIES} if self.family is None else {self.text_type: self.family}
+
 
 WRAPPERS: Mapping[str, Wrapper] = {
-    "gemma3": Wrapper("Gemma3ForConditionalGeneration", _LANGUAGE, "gemma3_text", {"gemma3_text": "gemma3_text"}),
-    "gemma4": Wrapper(
-        "Gemma4ForConditionalGeneration",
-        _LANGUAGE,
-        "gemma4_text",
-        {"gemma4_text": "gemma4_text"},
-        keys=_AUDIO_KEYS,
-    ),
-    "gemma4_unified": Wrapper(
-        "Gemma4UnifiedForConditionalGeneration",
-        _LANGUAGE,
-        "gemma4_unified_text",
-        {"gemma4_unified_text": "gemma4_unified_text"},
-        keys=_AUDIO_KEYS,
-    ),
-    "idefics3": Wrapper("Idefics3ForConditionalGeneration", _TEXT_MODEL, "llama"),
-    "internvl": Wrapper("InternVLForConditionalGeneration", _LANGUAGE, "qwen2"),
-    "llama4": Wrapper(
-        "Llama4ForConditionalGeneration", "language_model.model.", "llama4_text", {"llama4_text": "llama4_text"}
-    ),
-    "llava": Wrapper("LlavaForConditionalGeneration", _LANGUAGE, "llama"),
-    "llava_next": Wrapper("LlavaNextForConditionalGeneration", _LANGUAGE, "llama"),
-    "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration", _LANGUAGE, "qwen2"),
-    "mistral3": Wrapper("Mistral3ForConditionalGeneration", _LANGUAGE, "mistral"),
-    "qwen2_vl": Wrapper(
-        "Qwen2VLForConditionalGeneration", _LANGUAGE, "qwen2_vl_text", {"qwen2_vl_text": "qwen2"}, flat=True
-    ),
-    "qwen2_5_vl": Wrapper(
-        "Qwen2_5_VLForConditionalGeneration", _LANGUAGE, "qwen2_5_vl_text", {"qwen2_5_vl_text": "qwen2"}, flat=True
-    ),
-    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", _LANGUAGE, "qwen3_5_text", {"qwen3_5_text": "qwen3_5_text"}),
-    "qwen3_5_moe": Wrapper(
-        "Qwen3_5MoeForConditionalGeneration",
-        _LANGUAGE,
-        "qwen3_5_moe_text",
-        {"qwen3_5_moe_text": "qwen3_5_moe_text"},
-    ),
-    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _LANGUAGE, "qwen3_vl_text", {"qwen3_vl_text": "qwen3"}),
-    "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
+    "gemma3": Wrapper("Gemma3", "gemma3_text", "gemma3_text"),
+    "gemma4": Wrapper("Gemma4", "gemma4_text", "gemma4_text", keys=_AUDIO_KEYS),
+    "gemma4_unified": Wrapper("Gemma4Unified", "gemma4_unified_text", "gemma4_unified_text", keys=_AUDIO_KEYS),
+    "idefics3": Wrapper("Idefics3", "llama", prefix=_TEXT_MODEL),
+    "internvl": Wrapper("InternVL", "qwen2"),
+    "llama4": Wrapper("Llama4", "llama4_text", "llama4_text", prefix="language_model.model."),
+    "llava": Wrapper("Llava", "llama"),
+    "llava_next": Wrapper("LlavaNext", "llama"),
+    "llava_onevision": Wrapper("LlavaOnevision", "qwen2"),
+    "mistral3": Wrapper("Mistral3", "mistral"),
+    "qwen2_vl": Wrapper("Qwen2VL", "qwen2_vl_text", "qwen2", flat=True),
+    "qwen2_5_vl": Wrapper("Qwen2_5_VL", "qwen2_5_vl_text", "qwen2", flat=True),
+    "qwen3_5": Wrapper("Qwen3_5", "qwen3_5_text", "qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("Qwen3_5Moe", "qwen3_5_moe_text", "qwen3_5_moe_text"),
+    "qwen3_vl": Wrapper("Qwen3VL", "qwen3_vl_text", "qwen3"),
+    "smolvlm": Wrapper("SmolVLM", "llama", prefix=_TEXT_MODEL),
 }
 
 # Prefixes under which files of transformers 4 and 5, vLLM, MLX, and of Nemotron's own class put a text model -> those
@@ -157,7 +144,10 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
         msg = f"{where}: the text_config of this {model_type} is of model_type {str(text_type)[:60]!r}, which is not "
         raise CheckpointError(msg + f"supported; supported: {', '.join(wrapper.texts)}")
     found = {key: value for key, value in text.items() if key not in _TRAINING_KEYS | {"architectures"}}
-    found = {**_DEFAULTS.get(text_type, {}), **found, **_tie(config, text)}
+    found = {**_DEFAULTS.get(text_type, {}), **found}
+    # Older files state it for the text model alone.
+    if tied := [one for part in (config, text) if (one := part.get("tie_word_embeddings")) is not None]:
+        found["tie_word_embeddings"] = any(tied)
     if "quantization_config" in config:
         found["quantization_config"] = config["quantization_config"]
     for key in ("rope_scaling", "rope_parameters"):
@@ -169,12 +159,6 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
 def is_empty(value: Any) -> bool:
     """Whether the value of a key that is not known says nothing."""
     return value is None or value is False or value in ({}, [])
-
-
-def _tie(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether the head is the embedding, if it is stated; older files state it for the text model alone."""
-    stated = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
-    return {"tie_word_embeddings": any(stated)} if stated else {}
 
 
 def _rope_of_text(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ import numpy as np
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
 _MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
 _FOLDER = "arrays"
 _FILE_BYTES = 16 * 2**20  # of one file, so that several threads can check the files of an entry
@@ -155,12 +155,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _measure(path: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:

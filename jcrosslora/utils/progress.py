@@ -264,7 +264,12 @@ class Display:
         try:
             yield shown
         finally:
-            self._pop(shown)
+            with self._lock:
+                self._shown.remove(shown)
+                if not self._shown:
+                    self._ended.set()
+                    if self._terminal:
+                        self._write("")
 
     def _push(self, shown: Track | Steps) -> None:
         with self._lock:
@@ -278,14 +283,6 @@ class Display:
             self._shown.append(shown)
             self._stopped = False
         self.refresh()
-
-    def _pop(self, shown: Track | Steps) -> None:
-        with self._lock:
-            self._shown.remove(shown)
-            if not self._shown:
-                self._ended.set()
-                if self._terminal:
-                    self._write("")
 
     @property
     def _out(self) -> TextIO:

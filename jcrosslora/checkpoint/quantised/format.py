@@ -10,9 +10,8 @@ from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
 Settings = Mapping[str, Any]  # the quantization_config of a config.json, {} if there is none
-
-
 FLOATS = ("F32", "F16", "BF16", "F64")
+WORD = 32  # bits
 
 
 class Parts:
@@ -48,6 +47,19 @@ class Parts:
     def matrix(self, ending: str, *dtypes: str) -> np.ndarray:
         """Read a part of two dimensions, see `array`."""
         return self.array(ending, dtypes, 2)
+
+    def even_groups(self, inputs: int, groups: int) -> np.ndarray:
+        """Return the group of each input (I,) for groups of equal size in order; refuse inputs that do not split."""
+        if groups == 0 or inputs % groups:
+            self.refuse(f"{inputs} inputs do not split into {groups} groups of scales")
+        return np.arange(inputs) // max(inputs // groups, 1)
+
+    def listed_groups(self, ending: str, inputs: int, groups: int) -> np.ndarray:
+        """Return the group of each input (I,) from the list in a part; refuse one of other length or groups."""
+        listed = self.array(ending, ("I32", "I64"), 1)
+        if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
+            self.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
+        return listed.astype(np.int64)
 
     def refuse(self, what: str) -> NoReturn:
         """Raise a `CheckpointError` that says why the weight cannot be read."""
@@ -96,24 +108,6 @@ class Format:
     def claims(self, settings: Settings) -> bool:
         """Whether the settings name this format."""
         return settings.get("quant_method") in self.methods
-
-
-def group_of_each(parts: Parts, inputs: int, groups: int) -> np.ndarray:
-    """Return the group of each input (I,) for groups of equal size in order; refuse inputs that do not split."""
-    if groups == 0 or inputs % groups:
-        parts.refuse(f"{inputs} inputs do not split into {groups} groups of scales")
-    return np.arange(inputs) // max(inputs // groups, 1)
-
-
-def checked_groups(parts: Parts, ending: str, inputs: int, groups: int) -> np.ndarray:
-    """Return the group of each input (I,) from the list in a part; refuse one of other length or groups."""
-    listed = parts.array(ending, ("I32", "I64"), 1)
-    if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
-        parts.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
-    return listed.astype(np.int64)
-
-
-WORD = 32  # bits
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:

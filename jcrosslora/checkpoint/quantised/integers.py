@@ -27,17 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import (
-    FLOATS,
-    WORD,
-    Format,
-    Packed,
-    Parts,
-    Settings,
-    checked_groups,
-    group_of_each,
-    unpack,
-)
+from jcrosslora.checkpoint.quantised.format import FLOATS, WORD, Format, Packed, Parts, Settings, unpack
 
 _BITS = (2, 3, 4, 8)
 _LAYOUTS = ("gptq", "gptq_v2", "", None)
@@ -97,10 +87,10 @@ def _has_groups(parts: Parts) -> bool:
 
 def _groups(parts: Parts, settings: Settings, inputs: int, groups: int) -> np.ndarray:
     if _has_groups(parts):
-        return checked_groups(parts, ".g_idx", inputs, groups)
+        return parts.listed_groups(".g_idx", inputs, groups)
     size = settings.get("group_size")
     if type(size) is not int or size <= 0:
-        return group_of_each(parts, inputs, groups)
+        return parts.even_groups(inputs, groups)
     if -(-inputs // size) != groups:
         parts.refuse(f"{inputs} inputs in groups of {size} do not have {groups} groups of scales")
     return np.arange(inputs) // size
@@ -148,7 +138,7 @@ def _open_awq(parts: Parts, _: Settings) -> Packed | None:
     if (qweight.shape[1] * _IN_WORD, *qzeros.shape) != (outputs, groups, qweight.shape[1]):
         shapes = [list(array.shape) for array in (qweight, qzeros, scales)]
         parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not fit together")
-    group_of = group_of_each(parts, inputs, groups)
+    group_of = parts.even_groups(inputs, groups)
 
     def rows(ids: np.ndarray) -> np.ndarray:
         numbers, zeros = _columns(qweight, ids), _columns(qzeros, ids)

@@ -17,18 +17,7 @@ Source: https://github.com/vllm-project/compressed-tensors.
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.format import (
-    FLOATS,
-    WORD,
-    Format,
-    Packed,
-    Parts,
-    Settings,
-    checked_groups,
-    group_of_each,
-    scale_rows,
-    unpack,
-)
+from jcrosslora.checkpoint.quantised.format import FLOATS, WORD, Format, Packed, Parts, Settings, scale_rows, unpack
 
 METHOD = "compressed-tensors"
 _READ = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
@@ -138,8 +127,8 @@ def _groups(parts: Parts, inputs: int, groups: int) -> np.ndarray:
     # All entries are -1 if the groups are in order.
     listed = parts.array(".weight_g_idx", ("I32", "I64"), 1) if ".weight_g_idx" in parts else None
     if listed is None or bool((listed == -1).all()):
-        return group_of_each(parts, inputs, groups)
-    return checked_groups(parts, ".weight_g_idx", inputs, groups)
+        return parts.even_groups(inputs, groups)
+    return parts.listed_groups(".weight_g_idx", inputs, groups)
 
 
 PACK_QUANTIZED = Format(
