@@ -12,8 +12,8 @@ from tiny_tokenizers import KINDS, write_tokenizer
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
-from jcrosslora.text import Completion, Message, read
-from jcrosslora.text.reading import PLAIN_TEMPLATE, prompt_ids, render
+from jcrosslora.text import Completion, Message, prompt_ids, read, render
+from jcrosslora.text.reading import PLAIN_TEMPLATE
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

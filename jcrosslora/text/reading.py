@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer
+from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import Completion, Message, Prompt
 
@@ -51,9 +51,28 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
     Raises:
         UsageError: the answer has no token of its own, or the chat template refuses the messages.
     """
-    if isinstance(completion.prompt, str):
-        return _read_text(tokenizer, completion.prompt, completion)
-    return _read_conversation(tokenizer, completion.prompt, completion)
+    prompt, answer = completion.prompt, completion.answer
+    chat = not isinstance(prompt, str)
+    if isinstance(prompt, str):
+        begin, found = len(prompt), tokenizer.encode(prompt + answer)
+        content, end = np.where(found.ends > 0, 0, -1), np.maximum(found.ends, 0)
+    else:
+        asked = render(tokenizer, prompt, ask=True)
+        # The answer follows the generation prompt, as it does when it is written.
+        begin, found = len(asked.text), tokenizer.encode(asked.text + answer, special=False)
+        content, end = _places(asked, found.ends)
+    own = np.flatnonzero(found.ends > begin)
+    if not own.size:
+        msg = f"{tokenizer.ref}: the answer {answer[:40]!r} has no token of its own: give a longer one"
+        raise UsageError(msg)
+    first = int(own[0])
+    while first > 1 and found.ends[first - 1] < 0:  # a token that ends inside the answer's first character
+        first -= 1
+    ids, last = found.ids, ending(tokenizer, chat=chat) if completion.ended else None
+    if last is not None:
+        ids, content, end = np.append(ids, last), np.append(content, -1), np.append(end, 0)
+    arrays = (each.astype(np.int32) for each in (ids, content, end))
+    return Reading(*arrays, answer=max(1, first), stop=last is not None)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
@@ -97,7 +116,12 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
     """
     contents = [message.content for message in messages]
     text = _rendered(tokenizer, messages, contents, ask)
-    spans = _spans(text, contents, _around(tokenizer, messages, ask))
+    marks = [_MARK.format(place) for place in range(len(messages))]
+    around = [_rendered(tokenizer, messages, marks, ask)]  # the texts in front of, between and behind the contents
+    for mark in marks:
+        before, _, rest = around.pop().partition(mark)
+        around += [before, rest]
+    spans = _spans(text, contents, around)
     if spans is None:
         msg = f"{tokenizer.ref}: its chat template does not keep the messages as they are "
         msg += f"({contents[0][:40]!r}, ...): give another with --template"
@@ -122,54 +146,16 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
     return int(behind[0]) if len(behind) and behind[0] in tokenizer.stops else tokenizer.eos
 
 
-def _read_text(tokenizer: Tokenizer, prompt: str, completion: Completion) -> Reading:
-    found = tokenizer.encode(prompt + completion.answer)
-    content, end = np.where(found.ends > 0, 0, -1), np.maximum(found.ends, 0)
-    return _reading(tokenizer, found, content, end, len(prompt), completion)
-
-
-def _read_conversation(tokenizer: Tokenizer, prompt: tuple[Message, ...], completion: Completion) -> Reading:
-    asked = render(tokenizer, prompt, ask=True)
-    begin = len(asked.text)
-    # The answer follows the generation prompt, as it does when it is written.
-    found = tokenizer.encode(asked.text + completion.answer, special=False)
-    content, end = np.full(len(found.ids), -1, np.int32), np.zeros(len(found.ids), np.int32)
+def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the content in which each token ends, -1 for the template's, and the characters of it up to there."""
+    content, end = np.full(len(ends), -1, np.int32), np.zeros(len(ends), np.int32)
     for number, ((first, last), skipped) in enumerate(zip(asked.spans, asked.skipped, strict=True)):
         # The text behind a content that is not the answer is the template's.
-        inside = (found.ends >= first) & (found.ends < last)
-        content[inside], end[inside] = number, found.ends[inside] - first + skipped
-    answer = found.ends >= begin
-    content[answer], end[answer] = len(prompt), found.ends[answer] - begin
-    return _reading(tokenizer, found, content, end, begin, completion)
-
-
-def _reading(
-    tokenizer: Tokenizer, found: Encoded, content: np.ndarray, end: np.ndarray, begin: int, completion: Completion
-) -> Reading:
-    """Find the answer's first token, the one behind character `begin` of the text, and add the one that ends it."""
-    own = np.flatnonzero(found.ends > begin)
-    if not own.size:
-        msg = f"{tokenizer.ref}: the answer {completion.answer[:40]!r} has no token of its own: give a longer one"
-        raise UsageError(msg)
-    first = int(own[0])
-    while first > 1 and found.ends[first - 1] < 0:  # a token that ends inside the answer's first character
-        first -= 1
-    ids = found.ids
-    last = ending(tokenizer, chat=not isinstance(completion.prompt, str)) if completion.ended else None
-    if last is not None:
-        ids, content, end = np.append(ids, last), np.append(content, -1), np.append(end, 0)
-    arrays = (each.astype(np.int32) for each in (ids, content, end))
-    return Reading(*arrays, answer=max(1, first), stop=last is not None)
-
-
-def _around(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> list[str]:
-    """Find the texts in front of, between and behind the contents."""
-    marks = [_MARK.format(place) for place in range(len(messages))]
-    found = [_rendered(tokenizer, messages, marks, ask)]
-    for mark in marks:
-        before, _, rest = found.pop().partition(mark)
-        found += [before, rest]
-    return found
+        inside = (ends >= first) & (ends < last)
+        content[inside], end[inside] = number, ends[inside] - first + skipped
+    answer = ends >= len(asked.text)
+    content[answer], end[answer] = len(asked.spans), ends[answer] - len(asked.text)
+    return content, end
 
 
 def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
