@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jcrosslora as jcl
-import jcrosslora.utils.cache as store_module
+from jcrosslora.utils import cache_entries
 from jcrosslora.utils.cache import Cache, cache_limit
 
 ROOT = Path(jcl.__file__).parents[1]
@@ -196,8 +196,8 @@ def test_least_recently_used_entries_are_evicted_first(cache):
 
 def test_saving_reads_no_other_entry_while_there_is_room(cache, monkeypatch):
     read = []
-    real = store_module.read_entry
-    monkeypatch.setattr(store_module, "read_entry", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    real = cache_entries.read_entry
+    monkeypatch.setattr(cache_entries, "read_entry", lambda path, *rest: read.append(path.name) or real(path, *rest))
     keys = ["aa", "bb", "cc", "dd"]
     for key in keys:
         keep(cache, key)
@@ -217,8 +217,8 @@ def test_entry_removed_while_it_is_read_counts_as_missing(copied, monkeypatch):
         copied.remove(entry)
         return read(folder, shapes)
 
-    read = store_module.read_arrays
-    monkeypatch.setattr(store_module, "read_arrays", gone)
+    read = cache_entries.read_arrays
+    monkeypatch.setattr(cache_entries, "read_arrays", gone)
     assert copied.load("transport", "ab") is None
 
 

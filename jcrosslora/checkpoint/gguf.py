@@ -1,7 +1,5 @@
 """Open a GGUF model: its configuration, and its tensors by Hugging Face name, dequantised when read."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from math import prod
@@ -29,7 +27,7 @@ _ROWS_AT_ONCE = 4096
 _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
-def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
+def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
     """Return the configuration and the tensors of a GGUF model, and its name in the metadata.
 
     Raises:

@@ -22,20 +22,8 @@ import jax
 import numpy as np
 
 from jcrosslora.errors import UsageError
-from jcrosslora.utils import version
-from jcrosslora.utils.cache_entries import (
-    MANIFEST,
-    Damaged,
-    Entry,
-    Loaded,
-    Manifest,
-    check_files,
-    measure_files,
-    read_arrays,
-    read_entry,
-    read_manifest,
-    write_arrays,
-)
+from jcrosslora.utils import cache_entries, version
+from jcrosslora.utils.cache_entries import Damaged, Entry, Loaded, Manifest
 from jcrosslora.utils.digests import FileDigests
 from jcrosslora.utils.unfinished import unfinished
 
@@ -65,7 +53,7 @@ class Cache:
         self.digests = FileDigests(self.root / "digests")
         self._folder = self.root / "arrays"
         self._writable = True
-        self._sizes: dict[tuple[str, str], int] = {}  # of entries by kind and key, which do not change
+        self._sizes: dict[Path, int] = {}  # of entries by folder, which do not change
         self._writer: ThreadPoolExecutor | None = None
         self._writing: deque[Future[None]] = deque()
 
@@ -91,11 +79,11 @@ class Cache:
         """Return the facts of an entry without reading its arrays, and mark it as used; None if there is none."""
         folder = self._folder / kind / key
         try:
-            facts = read_manifest(folder, kind, key).facts
+            facts = cache_entries.read_manifest(folder).facts
         except OSError:
             return None
         except Damaged as error:
-            self._drop(kind, key, error)
+            self._drop(folder, error)
             return None
         _mark_used(folder)
         return facts
@@ -104,16 +92,16 @@ class Cache:
         """Read and check an entry, and mark it as used; None if there is none, or it is damaged."""
         folder = self._folder / kind / key
         try:
-            manifest = read_manifest(folder, kind, key)
+            manifest = cache_entries.read_manifest(folder)
             # Checked first, because Orbax may do anything with damaged files.
-            check_files(folder, manifest)
-            arrays = read_arrays(folder, manifest.arrays)
+            cache_entries.check_files(folder, manifest)
+            arrays = cache_entries.read_arrays(folder, manifest.arrays)
         except FileNotFoundError:
             return None
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
             # Not damaged if another process removed it, or if the folder belongs to another user.
             if os.path.isdir(folder):
-                self._drop(kind, key, error)
+                self._drop(folder, error)
             return None
         _mark_used(folder)
         return Loaded(manifest.facts, arrays)
@@ -159,14 +147,13 @@ class Cache:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return all entries of one kind, or of all kinds, least recently used first."""
-        kinds = self._kinds() if kind is None else [kind]
-        found = (read_entry(self._folder / kind / key, kind, key) for kind in kinds for key in self.keys(kind))
+        found = map(cache_entries.read_entry, self._folders(kind))
         return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry.used, entry.key))
 
     def verify(self, entry: Entry) -> str | None:
         """Compare an entry byte by byte with its manifest and return what is wrong; None if it is intact or gone."""
         try:
-            check_files(entry.path, read_manifest(entry.path, entry.kind, entry.key))
+            cache_entries.check_files(entry.path, cache_entries.read_manifest(entry.path))
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
@@ -187,8 +174,8 @@ class Cache:
 
     def _write(self, work: Path, place: Path, manifest: Manifest, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
         work.mkdir()
-        shapes = write_arrays(work, arrays)
-        record = {"arrays": shapes, "files": measure_files(work)}
+        shapes = cache_entries.write_arrays(work, arrays)
+        record = {"arrays": shapes, "files": cache_entries.measure_files(work)}
         Manifest(**(vars(manifest) | record)).write(work)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -209,26 +196,27 @@ class Cache:
 
     def _total(self) -> int:
         """Return the bytes of all entries; of those of which it is known already nothing is read."""
-        sizes: dict[tuple[str, str], int] = {}
-        for kind in self._kinds():
-            for key in self.keys(kind):
-                size = self._sizes.get((kind, key))
-                if size is None and (entry := read_entry(self._folder / kind / key, kind, key)) is not None:
-                    size = entry.size
-                if size is not None:
-                    sizes[kind, key] = size
+        sizes: dict[Path, int] = {}
+        for folder in self._folders():
+            if folder in self._sizes:
+                sizes[folder] = self._sizes[folder]
+            elif (entry := cache_entries.read_entry(folder)) is not None:
+                sizes[folder] = entry.size
         self._sizes = sizes
         return sum(sizes.values())
 
-    def _kinds(self) -> list[str]:
-        with suppress(OSError):
-            return sorted(name for name in os.listdir(self._folder) if name != _WORK)
-        return []
+    def _folders(self, kind: str | None = None) -> list[Path]:
+        """Return the folders of the entries of one kind, or of all."""
+        kinds = [] if kind is None else [kind]
+        if kind is None:
+            with suppress(OSError):
+                kinds = sorted(name for name in os.listdir(self._folder) if name != _WORK)
+        return [self._folder / one / key for one in kinds for key in self.keys(one)]
 
-    def _drop(self, kind: str, key: str, reason: Exception) -> None:
+    def _drop(self, folder: Path, reason: Exception) -> None:
         text = " ".join(str(reason).split())[:200]
-        _LOG.warning("a %s entry of the cache is damaged and will be computed again: %s", kind, text)
-        if (entry := read_entry(self._folder / kind / key, kind, key)) is not None:
+        _LOG.warning("a %s entry of the cache is damaged and will be computed again: %s", folder.parent.name, text)
+        if (entry := cache_entries.read_entry(folder)) is not None:
             with suppress(OSError):
                 self.remove(entry)
 
@@ -315,4 +303,4 @@ def processor() -> str:
 
 def _mark_used(folder: Path) -> None:
     with suppress(OSError):  # e.g. in the folder of another user
-        os.utime(folder / MANIFEST)
+        os.utime(folder / cache_entries.MANIFEST)

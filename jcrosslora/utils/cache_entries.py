@@ -49,19 +49,19 @@ class Loaded:
     arrays: Mapping[str, np.ndarray]
 
 
-def read_entry(path: Path, kind: str, key: str) -> Entry | None:
-    """Return the entry in a folder, without reading its arrays; None if there is none."""
+def read_entry(path: Path) -> Entry | None:
+    """Return the entry in a folder KIND/KEY, without reading its arrays; None if there is none."""
     try:
         used = path.stat().st_mtime
         try:
-            manifest = read_manifest(path, kind, key)
+            manifest = read_manifest(path)
             what, size, used = manifest.what, manifest.size, (path / MANIFEST).stat().st_mtime
         except Damaged as error:
             what = f"[{error}]"
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except OSError:
         return None
-    return Entry(kind, key, path, what, size, used)
+    return Entry(path.parent.name, path.name, path, what, size, used)
 
 
 class Damaged(Exception):
@@ -97,8 +97,8 @@ class Manifest:
         (folder / MANIFEST).write_bytes(_encode(asdict(self)))
 
 
-def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
-    """Read the record of the entry in a folder, but not its files.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the record of the entry in a folder KIND/KEY, but not its files.
 
     Raises:
         FileNotFoundError: there is no entry.
@@ -124,7 +124,7 @@ def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
     if not intact:
         msg = "its manifest was changed after writing"
         raise Damaged(msg)
-    if (fields["kind"], fields["key"], fields["format"]) != (kind, key, _FORMAT):
+    if (fields["kind"], fields["key"], fields["format"]) != (folder.parent.name, folder.name, _FORMAT):
         msg = "its manifest belongs to another entry"
         raise Damaged(msg)
     return Manifest(arrays=arrays, files=files, **fields)
