@@ -76,9 +76,9 @@ class LostHostError(HostError):
 def not_finite(
     base: str, adapter: str | None = None, *, values: str = "predictions", sound: bool = False
 ) -> CheckpointError | AdapterError:
-    """The error of a base whose predictions, or other values, are not finite, alone or with an adapter, all by name.
+    """Make the error of a base, alone or with an adapter, whose predictions or other values are not finite.
 
-    Where the base is known to be sound, it must be the adapter.
+    Both are given by name. `sound` says that the base alone gives finite ones, so that it must be the adapter.
     """
     what = f"gives {values} that are not finite"
     if adapter is None:

@@ -82,15 +82,11 @@ def _make(out: Path, file: bool) -> tuple[Path, int | None]:
 
 
 def _remove_left(work: Path, out: Path, *, here: bool) -> None:
-    lock = try_lock(work)
-    try:
+    with locked(work, wait=False) as lock:
         if (here and lock is not None) or time.time() - _last_change(work) > _ABANDONED_SECONDS:
             if (work / NEW).exists() and (work / OLD).exists() and not os.path.lexists(out):
                 (work / OLD).rename(out)
             _remove(work)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _last_change(work: Path) -> float:
@@ -137,11 +133,11 @@ def try_lock(path: Path, *, wait: bool = False) -> int | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock the folder out of a block."""
-    descriptor = try_lock(folder, wait=True)
+def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
+    """Keep other processes that lock a folder or a file out of a block; yields the descriptor, see `try_lock`."""
+    descriptor = try_lock(path, wait=wait)
     try:
-        yield
+        yield descriptor
     finally:
         if descriptor is not None:
             os.close(descriptor)
