@@ -21,7 +21,6 @@ import jcrosslora as jcl
 from jcrosslora import Probes
 from jcrosslora.evaluate.probes.writing import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
-from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import FileDigests
 
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "layers": 2, "vocab": 64}
@@ -49,7 +48,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    return Cache(tmp_path / "kept", limit=10**9)
+    return jcl.Cache(tmp_path / "kept", limit=10**9)
 
 
 def move(files, out, *, adapter=0, source="source", target="target", **settings):
@@ -126,7 +125,7 @@ def test_damaged_entries_are_computed_again_with_the_same_output(files, root, tm
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
     assert first == move(files, tmp_path, method="cross-lora", svd_rank=12)
-    found = Cache(root)
+    found = jcl.Cache(root)
     assert [found.verify(entry) for entry in found.entries()] == [None] * len(found.entries())
 
 
@@ -134,7 +133,7 @@ def test_damaged_entries_are_computed_again_with_the_same_output(files, root, tm
 def test_factors_of_a_base_are_reused_in_another_pair(files, tmp_path):
     source, target, twin = (jcl.open_base(files / name) for name in ("source", "target", "twin"))
     plain = jcl.align(twin, target, RANK_12)
-    cache, marked = Cache(tmp_path / "kept"), Cache(tmp_path / "marked")
+    cache, marked = jcl.Cache(tmp_path / "kept"), jcl.Cache(tmp_path / "marked")
     for each in (cache, marked):
         jcl.align(source, target, RANK_12, cache=each)
     mark(marked)
@@ -150,7 +149,7 @@ def test_factors_of_a_base_are_reused_in_another_pair(files, tmp_path):
 def test_only_missing_modules_are_decomposed(files, tmp_path):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     plain = jcl.align(source, target, RANK_12)
-    cache, marked = Cache(tmp_path / "kept"), Cache(tmp_path / "marked")
+    cache, marked = jcl.Cache(tmp_path / "kept"), jcl.Cache(tmp_path / "marked")
     for each in (cache, marked):
         jcl.align(source, target, RANK_12, depth=[0, None, None], cache=each)
     mark(marked)
@@ -278,7 +277,7 @@ def test_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
     assert "transport" in run(capsys, "list")
     run(capsys, "clear")
     assert "0 entries, 0.0 MB" in run(capsys, "list")
-    assert Cache(root).entries() == []
+    assert jcl.Cache(root).entries() == []
 
 
 def test_command_with_no_cache_writes_no_cache(files, root, tmp_path):
