@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures import FAMILIES, Family
 from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.ropes import llama3_factors
 from jcrosslora.checkpoint.gguf_header import Metadata
@@ -37,7 +36,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     Raises:
         CheckpointError: rope scaling, or another value, that is not supported.
     """
-    family = _family(meta)
+    family = meta.family
     # Nemotron-H has root mean squares, and files that state the other epsilon alone.
     stated_eps = [meta.number(f"attention.{key}") for key in _EPSILONS[family.norm]]
     config = {
@@ -69,36 +68,14 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     stated = {key: meta.number(stored) for key, stored in form.numbers.items()}
     stated |= {key: meta.count(stored) for key, stored in form.counts.items()}
     config |= {key: value for key, value in stated.items() if value is not None}
-    config |= _expert_settings(meta, family) | dict(form.implied)
-    config |= _windows(meta, family) | _other_keys(meta, family)
+    config |= _expert_settings(meta) | dict(form.implied)
+    config |= _windows(meta) | _other_keys(meta)
     with errors_of(meta.path):
         return config if form.settings is None else config | dict(form.settings(meta.own(), held))
 
 
-def _family(meta: Metadata) -> Family:
-    """Return the family; of several with one architecture, that with what the file states: windows, experts, scores."""
-    known = [(one, one.gguf) for one in FAMILIES.values() if one.gguf is not None]
-    same = [one for one, form in known if meta.arch in form.architectures and not form.read_as_other]
-    expert = bool(meta.count("expert_count"))
-    same = [one for one in same if (one.experts is not None) == expert] or same
-    same = [one for one in same if one.experts is not None and one.experts.scores in _scores(meta)] or same
-    windowed = bool(meta.count("attention.sliding_window"))
-    return next((one for one in same if (one.windows is not None) == windowed), same[0])
-
-
-# `expert_gating_func`: how files number the scores of experts.
-_SOFTMAX = 1  # where files of several families state none
-_SCORES = {_SOFTMAX: ("softmax",), 2: ("sigmoid", "chosen sigmoid"), 3: ("chosen",)}
-
-
-def _scores(meta: Metadata) -> tuple[str, ...]:
-    """Return how experts may score, see `Experts.scores`; nothing for scores that no family has."""
-    stated = meta.get("expert_gating_func", _SOFTMAX)
-    return _SCORES.get(stated, ()) if type(stated) is int else ()
-
-
-def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
-    experts = family.experts
+def _expert_settings(meta: Metadata) -> dict[str, Any]:
+    experts = meta.family.experts
     if experts is None or not meta.count("expert_count"):
         return {} if experts is None else {experts.count[0]: 0}
     sizes = {experts.count[0]: "expert_count", experts.used: "expert_used_count"}
@@ -113,14 +90,15 @@ def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
     if experts.scale is not None:
         found[experts.scale.key] = meta.number("expert_weights_scale") or 1.0
     scores, own = meta.get("expert_gating_func"), {experts.scores, *experts.scores_names.values()}
-    if scores is not None and own.isdisjoint(_scores(meta)):
-        msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {family.name} does not have"
+    if scores is not None and own.isdisjoint(meta.scores):
+        name = meta.family.name
+        msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {name} does not have"
         raise CheckpointError(msg)
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _windows(meta: Metadata, family: Family) -> dict[str, Any]:
-    windows, size = family.windows, meta.count("attention.sliding_window") or None
+def _windows(meta: Metadata) -> dict[str, Any]:
+    windows, size = meta.family.windows, meta.count("attention.sliding_window") or None
     if windows is None or windows.chunked:  # llama.cpp implies the chunks of Llama 4
         return {}
     if windows.switch is not None:  # The converter writes no window for these.
@@ -130,10 +108,11 @@ def _windows(meta: Metadata, family: Family) -> dict[str, Any]:
     return {"sliding_window": size, "layer_types": _layer_types(meta, windows.period)}
 
 
-def _other_keys(meta: Metadata, family: Family) -> dict[str, Any]:
-    if family.positions.outer_original is not None:
+def _other_keys(meta: Metadata) -> dict[str, Any]:
+    scale = meta.family.attn_scale
+    if meta.family.positions.outer_original is not None:
         return {_ORIGINAL: _original(meta)}
-    if family.attn_scale is None or family.attn_scale.key != "query_pre_attn_scalar":
+    if scale is None or scale.key != "query_pre_attn_scalar":
         return {}
     if meta.count("block_count") != _LAYERS_27B[meta.arch]:
         return {"query_pre_attn_scalar": meta.head_dim()}
@@ -165,7 +144,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def _rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    theta, rules = meta.number("rope.freq_base") or _DEFAULT_BASE, _family(meta).positions
+    theta, rules = meta.number("rope.freq_base") or _DEFAULT_BASE, meta.family.positions
     if "proportional" in rules.types:
         return _proportional(meta, theta, factors.get("rope_freqs.weight"))
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}
@@ -215,7 +194,7 @@ def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
     How queries grow is stated or implied; files that state it otherwise than the class, or another mscale, are refused.
     """
     beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
-    wanted = 0.1 if LatentAttention in _family(meta).blocks else 1.0
+    wanted = 0.1 if LatentAttention in meta.family.blocks else 1.0
     mscale = meta.number("rope.scaling.yarn_log_multiplier")
     if beta is None or mscale not in (None, wanted):
         msg = f"{meta.path}: {meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier "
@@ -242,12 +221,12 @@ def _scaling(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any
     if kind == "linear" and factor is not None:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and factor is not None:
-        form, keys = _family(meta).gguf, {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+        form, keys = meta.family.gguf, {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
         keys |= {"attention_factor": "yarn_attn_factor"}
         stated = {key: meta.number(f"rope.scaling.{stored}") for key, stored in keys.items()}
         stated = {key: value for key, value in stated.items() if value is not None}
         assert form is not None
-        if LatentAttention in _family(meta).blocks and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
+        if LatentAttention in meta.family.blocks and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
             # A tenth of one of two mscales, which are equal in published models.
             stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * scale, 6))
         return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta), **stated, **form.rope}

@@ -9,13 +9,14 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jcrosslora.architectures import FAMILIES
+from jcrosslora.architectures import FAMILIES, Family
 from jcrosslora.checkpoint.store import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
@@ -41,6 +42,9 @@ _REFUSED = {
     "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
     "chatglm": "its files do not state the epsilon of the norms",
 }
+# `expert_gating_func`: how files number the scores of experts.
+_SOFTMAX = 1  # where files of several families state none
+_SCORES = {_SOFTMAX: ("softmax",), 2: ("sigmoid", "chosen sigmoid"), 3: ("chosen",)}
 _LARGEST = 1e38  # float32 ends at 3.4e38
 _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
 
@@ -225,6 +229,23 @@ class Metadata:
             count = self.get("expert_count")
             msg = f"{path}: experts are not supported for architecture {arch!r} (expert_count {count})"
             raise CheckpointError(msg)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family; of several with one architecture, that with what the file states: windows, experts, scores."""
+        known = [(one, one.gguf) for one in FAMILIES.values() if one.gguf is not None]
+        same = [one for one, form in known if self.arch in form.architectures and not form.read_as_other]
+        expert = bool(self.count("expert_count"))
+        same = [one for one in same if (one.experts is not None) == expert] or same
+        same = [one for one in same if one.experts is not None and one.experts.scores in self.scores] or same
+        windowed = bool(self.count("attention.sliding_window"))
+        return next((one for one in same if (one.windows is not None) == windowed), same[0])
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """How experts may score, see `ExpertRules.scores`; nothing for scores that no family has."""
+        stated = self.get("expert_gating_func", _SOFTMAX)
+        return _SCORES.get(stated, ()) if type(stated) is int else ()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of `<architecture>.<key>`."""
