@@ -31,7 +31,9 @@ from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import NOTHING, choose_writer
 from jcrosslora.distill.task_search.answers import Scored
-from jcrosslora.text import Completion, prompt_text
+from jcrosslora.distill.templates import Sampler
+from jcrosslora.text import Completion
+from jcrosslora.text.completion import prompt_text
 
 Judge = Callable[[str], str | None]  # what kind of expected answer a text is; None if it is none
 

@@ -12,8 +12,6 @@ from jcrosslora.adapter.export import ExportSettings as ExportSettings
 from jcrosslora.adapter.export import export_adapter as export_adapter
 from jcrosslora.adapter.merge import MergeSettings as MergeSettings
 from jcrosslora.adapter.merge import merge as merge
-from jcrosslora.cache import Cache as Cache
-from jcrosslora.cache import open_cache as open_cache
 from jcrosslora.checkpoint import BaseModel as BaseModel
 from jcrosslora.checkpoint import open_base as open_base
 from jcrosslora.distill.sources import ServedModel as ServedModel
@@ -68,6 +66,8 @@ from jcrosslora.shelf.composition import load_composition as load_composition
 from jcrosslora.training import TrainingSettings as TrainingSettings
 from jcrosslora.training import fit_magnitudes as fit_magnitudes
 from jcrosslora.training import train_lora as train_lora
+from jcrosslora.utils.cache import Cache as Cache
+from jcrosslora.utils.cache import open_cache as open_cache
 from jcrosslora.utils.logs import log_to as log_to
 from jcrosslora.utils.progress import show_progress as show_progress
 

@@ -14,7 +14,6 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.checkpoint import ShardedStore
-from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.utils import hosts
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -28,9 +28,10 @@ from tiny_bases import write_tokenizer
 
 from jcrosslora import ServedModel
 from jcrosslora.adapter import check_engines, load_adapter, save_adapter
-from jcrosslora.adapter.token_files import token_tensors
-from jcrosslora.architectures.names import EMBEDDING
-from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, Vocabulary, load_tokenizer, open_base
+from jcrosslora.adapter.other_changes import token_tensors
+from jcrosslora.architectures.blocks import EMBEDDING
+from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
+from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
 from jcrosslora.distill.sources.client import Client
 from jcrosslora.distill.sources.connection import Connection

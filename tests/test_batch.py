@@ -26,7 +26,7 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.session.batch.run as run_module
-import jcrosslora.utils.digests as digests_module
+import jcrosslora.utils.digests as cache_keys
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import CrossLoRA, Distill
@@ -313,7 +313,7 @@ def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_pa
     plan = plan_in(house, tmp_path, text)
     (tmp_path / "adapters").unlink()
     shutil.copytree(house / "adapters", tmp_path / "adapters")
-    monkeypatch.setattr(digests_module, "_TICK_NS", -1)  # files of this moment are as good as old ones
+    monkeypatch.setattr(cache_keys, "_TICK_NS", -1)  # files of this moment are as good as old ones
     assert run_batch(plan).count("done") == 2
     with monkeypatch.context() as patch:
         patch.setattr(PairSession, "load", lambda *_, **__: pytest.fail("an adapter is read"))
@@ -322,7 +322,7 @@ def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_pa
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4] + bytes(4))
     assert (run_batch(plan, overwrite=True).count("kept"), run_batch(plan).count("kept")) == (1, 2)
-    monkeypatch.setattr(digests_module, "_TICK_NS", 1 << 62)
+    monkeypatch.setattr(cache_keys, "_TICK_NS", 1 << 62)
     assert stamp_of(plan.jobs[0], "", "", "") is None
 
 

@@ -19,7 +19,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora import Probes
-from jcrosslora.evaluate.probes.writing import keep_texts
+from jcrosslora.evaluate.probes import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
 from jcrosslora.utils.digests import FileDigests
 

@@ -9,10 +9,11 @@ from probe_bases import write_base
 from tiny_bases import write_llama
 from tiny_tokenizers import KINDS, write_tokenizer
 
-from jcrosslora.checkpoint import Tokenizer, load_tokenizer, open_base
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
-from jcrosslora.text import Completion, Message, prompt_ids, read, render
-from jcrosslora.text.reading import PLAIN_TEMPLATE
+from jcrosslora.text import Completion, Message, read
+from jcrosslora.text.reading import PLAIN_TEMPLATE, prompt_ids, render
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

@@ -6,7 +6,8 @@ from tiny_models import save_tiny, torch, transformers
 from tiny_tokenizers import KINDS, write_tokenizer
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
-from jcrosslora.checkpoint import load_tokenizer, open_base
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score

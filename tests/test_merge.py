@@ -20,8 +20,9 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, merge
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.companions import write_companions
-from jcrosslora.checkpoint import ShardedStore, safetensors
+from jcrosslora.adapter.merge import write_companions
+from jcrosslora.checkpoint import safetensors
+from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError

@@ -20,7 +20,7 @@ from jcrosslora.decoder import AmplifiedGenerator, Generator, generate, load_mod
 from jcrosslora.decoder.prompt_batches import padded
 from jcrosslora.decoder.sampling import Behind, Sampling
 from jcrosslora.shelf.composition import compose
-from jcrosslora.text import prompt_ids
+from jcrosslora.text.reading import prompt_ids
 
 KEY = jax.random.key(0)
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

@@ -20,11 +20,7 @@ from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_model, logits
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf import accuracy
-from jcrosslora.shelf.controls import WordRetriever
-from jcrosslora.shelf.encoders import HiddenStates, check_encoder, open_encoder
-from jcrosslora.shelf.mean_vectors import fit_means
-from jcrosslora.shelf.retrieved import similarity_to_others, thresholds_of
+from jcrosslora.shelf import accuracy, encoders, retrieval, searching
 from jcrosslora.text import Message, prompt_ids, prompt_text
 
 UNRELATED = ["Peter and Anna", "Plants need light", "naïve readers say where"]

@@ -17,10 +17,11 @@ from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from user_methods import HalfCopy
 
 import jcrosslora as jcl
+from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
 from jcrosslora.methods.copy import padded_maps, resampled_maps
-from jcrosslora.session.batch import read_plan, run_batch
+from jcrosslora.utils.cache import Cache
 
 PLAN = """
 out = "moved"
@@ -196,7 +197,7 @@ def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, 
     allow_module("own_method")
     method = find_method("own_method:Own")(svd_rank=4)
     bases = jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
-    cache, counts = jcl.Cache(tmp_path / "cache", limit=10**9), []
+    cache, counts = Cache(tmp_path / "cache", limit=10**9), []
     for text in (OWN, OWN, f"{OWN}# changed\n"):
         Path("own_method.py").write_text(text)
         jcl.align(*bases, method, cache=cache)

@@ -23,10 +23,12 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
-from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
+from jcrosslora.checkpoint.store import read_json_object
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures import Architecture, Dims, Family
-from jcrosslora.architectures.blocks import WRITERS
-from jcrosslora.architectures.names import EMBEDDING, HEAD
-from jcrosslora.architectures.sizes import read_number
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD, WRITERS
+from jcrosslora.architectures.config import read_number
 from jcrosslora.checkpoint.experts import StoredExperts, layout_of
 from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore

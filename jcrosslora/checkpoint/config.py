@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.architectures import FAMILIES, Dims, Family
+from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS, size
 from jcrosslora.architectures.families import UNSUPPORTED
-from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
-from jcrosslora.architectures.sizes import size
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames, errors_of, read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, is_empty, text_config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures import ROLE_PATHS, Architecture
-from jcrosslora.architectures.names import EMBEDDING
+from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, Metadata, TensorInfo, model_name, read_header

@@ -14,22 +14,21 @@ from typing import Literal
 import numpy as np
 
 from jcrosslora.architectures import FAMILIES, ROLE_PATHS, Architecture, ExpertRules, Family
-from jcrosslora.architectures.blocks import LINEARS, DeltaRule, Experts, LatentAttention, PerLayerInput
-from jcrosslora.architectures.layer import GGUF_NORMS
-from jcrosslora.architectures.names import (
+from jcrosslora.architectures.architecture import GGUF_NORMS
+from jcrosslora.architectures.blocks import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
     LAYER_EMBEDDING,
     LAYER_INPUT_NORM,
     LAYER_INPUT_PROJECTION,
+    LINEARS,
     QKV,
+    DeltaRule,
+    Experts,
+    LatentAttention,
+    PerLayerInput,
 )
-from jcrosslora.architectures.architecture import GGUF_NORMS, Architecture
-from jcrosslora.architectures.blocks import LINEARS, ROLE_PATHS, DeltaRule, Experts, LatentAttention, PerLayerInput
-from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.architectures.family import Family
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.layout import holder_of
 

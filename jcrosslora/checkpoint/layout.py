@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jcrosslora.architectures import ROLE_PATHS, Architecture, Family, Layer
-from jcrosslora.architectures.names import (
+from jcrosslora.architectures.blocks import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,

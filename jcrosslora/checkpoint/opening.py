@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures import Architecture, Family
-from jcrosslora.architectures.names import EMBEDDING, HEAD
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims

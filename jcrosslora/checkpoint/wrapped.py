@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.architectures import FAMILIES
-from jcrosslora.architectures.names import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.errors import CheckpointError
 
 TEXT = "model."  # in front of a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.output import print_json, print_table, say
 from jcrosslora.errors import CacheError
 from jcrosslora.utils.cache import Cache, cache_root
 from jcrosslora.utils.cache_entries import Entry

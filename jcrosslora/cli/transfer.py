@@ -98,13 +98,11 @@ class _Transfer:
             find_log(self.log)
         if self.dry_run:
             return self._estimate(console)
-        from jcrosslora.utils.hosts import join
-
-        join(self.coordinator, self.processes, self.process)
-        from jcrosslora.report.documents import published
-        from jcrosslora.report.table import print_report
-        from jcrosslora.session.files import transfer_files
         from jcrosslora.utils import hosts
+
+        hosts.join(self.coordinator, self.processes, self.process)
+        from jcrosslora.report import print_report, published
+        from jcrosslora.session.transfer import transfer_files
 
         settings = self.settings()
         log = self.log if hosts.is_first() else None

@@ -284,7 +284,7 @@ def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     for role, shape in base.architecture.role_shapes.items():
         found[role] = (len(base.layers_with(role)), *shape)
     if family.experts is not None and experts:
-        found |= {name: (experts, *base.expert_shape(name)) for name in _EXPERTS}
+        found |= {name: (experts, *base.experts.shape(name)) for name in _EXPERTS}
     return found
 
 

@@ -14,16 +14,8 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import (
-    Generator,
-    LoadedBases,
-    StackedAdapter,
-    fast_dtype,
-    stack_adapter,
-    unstack_adapter,
-)
+from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
+from jcrosslora.decoder import Generator, LoadedBases, StackedAdapter, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.fit import Fit, Fitted, Look

@@ -16,16 +16,11 @@ from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import product_energy as product_energy
 from jcrosslora.linalg.low_rank import recompress as recompress
 from jcrosslora.linalg.low_rank import select as select
-from jcrosslora.linalg.stacked import mesh_of as mesh_of
-from jcrosslora.linalg.stacked import over_layers as over_layers
-from jcrosslora.linalg.stacked import place as place
-from jcrosslora.linalg.stacked import spread as spread
 from jcrosslora.linalg.svd import Kernel as Kernel
 from jcrosslora.linalg.svd import choose_kernel as choose_kernel
 from jcrosslora.linalg.svd import decompose as decompose
 from jcrosslora.linalg.svd import describe_kernels as describe_kernels
 from jcrosslora.linalg.svd import mesh_of as mesh_of
-from jcrosslora.linalg.svd import over_all_devices as over_all_devices
 from jcrosslora.linalg.svd import over_layers as over_layers
 from jcrosslora.linalg.svd import place as place
 from jcrosslora.linalg.svd import spread as spread

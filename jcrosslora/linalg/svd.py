@@ -215,12 +215,6 @@ def place(array: np.ndarray) -> jax.Array:
     return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
 
 
-def over_all_devices() -> NamedSharding:
-    """Return the sharding of a first axis over the devices of all processes, grouped by process."""
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-
-
 def mesh_of(stack: jax.Array) -> Mesh | None:
     """Return the mesh of a stack that `spread` has sharded, None on one device."""
     sharding = stack.sharding

@@ -13,10 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jcrosslora.architectures.blocks import READERS
-from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.weight_stacks import load_stack
-from jcrosslora.distributed import hosts
 from jcrosslora.linalg import mesh_of, over_layers, spread
 from jcrosslora.maps.evidence import Evidence, Maps, Side
 from jcrosslora.maps.method import MapMethod
@@ -25,6 +23,8 @@ from jcrosslora.maps.singular_vectors import describe
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, Agreement, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair
+from jcrosslora.utils import hosts
+from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.progress import track
 
 ALIGN = "align"  # the step, as it names itself on the display

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING
-from jcrosslora.cache import Cache
-from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel, shared_ids
+from jcrosslora.checkpoint.base import weights_key
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.tokenizer import tokenizer_key
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence import Vocabulary
 from jcrosslora.relation import Structure, find_structure
+from jcrosslora.utils.cache import Cache
+from jcrosslora.utils.digests import digest_of, numerics_key
 
 _KEYED = frozenset({"k_proj", "v_proj"})
 _KIND = "vocabulary"  # of the entries of the cache

@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Collection
 
-from jcrosslora.cache.keys import digest_of
-from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes
@@ -15,6 +13,8 @@ from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.relation.pairing import SIMILAR, Depth, pair_modules
+from jcrosslora.utils import hosts
+from jcrosslora.utils.digests import digest_of
 
 _DEFAULT_DEPTH = "proportional"
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from jcrosslora.cache import Cache
-from jcrosslora.cache.keys import digest_of, numerics_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.weight_stacks import load_stack
 from jcrosslora.linalg import TruncatedSVD, decompose, spread
 from jcrosslora.maps.evidence import Evidence
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack
+from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.digests import digest_of, numerics_key
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TruncatedSVD))
 _KIND = "factors"

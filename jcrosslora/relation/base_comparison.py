@@ -14,6 +14,7 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.architectures.config import COMMON_KEYS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method
 from jcrosslora.relation.relation import Relation, TensorComparison, compare_modules, compare_other_tensors, relation_of
@@ -133,11 +134,9 @@ def _unequal_tensors(bases: Bases) -> list[str]:
 
     Tensors that the model does not use, such as the rotary frequencies in older files, are ignored.
     """
-    in_modules = {module.tensor for base in (source, target) for module in base.modules.values()}
-    in_modules |= {
-        name for base in (source, target) for layer in base.layers_with("router") for name in base.experts.names(layer)
-    }
-    names_src, names_tgt = (set(base.tensor_shapes()) for base in (source, target))
+    in_modules = {module.tensor for base in bases for module in base.modules.values()}
+    in_modules |= {name for base in bases for layer in base.layers_with("router") for name in base.experts.names(layer)}
+    names_src, names_tgt = (set(base.tensor_shapes()) for base in bases)
     shared = (names_src | {HEAD}) & (names_tgt | {HEAD})  # A tied head can be read although it is not stored.
     others = sorted((names_src | names_tgt) - in_modules)
     found = [name for name in others if name not in shared or not _equal(bases, name)]
@@ -158,16 +157,12 @@ def _unequal_experts(bases: Bases, layer: int) -> Iterator[str]:
     assert target.family.experts is not None
     for name in expert_tensors(target.family.experts):
         if name not in MATRICES:
-            src, tgt = (base.experts.tensor(layer, name).astype(np.float32) for base in (source, target))
-            if not np.array_equal(src, tgt):
+            if not _same(base.experts.tensor(layer, name).astype(np.float32) for base in bases):
                 yield name
             continue
         shape = target.experts.shape(name)
         every = itertools.product(range(shape[0]), _batches(shape[target.experts.axis(name)]))
-        if not all(
-            np.array_equal(source.experts.rows(layer, name, expert, ids), target.experts.rows(layer, name, expert, ids))
-            for expert, ids in every
-        ):
+        if not all(_same(base.experts.rows(layer, name, *part) for base in bases) for part in every):
             yield name
 
 

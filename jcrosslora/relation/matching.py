@@ -157,13 +157,13 @@ def _heads(columns: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def same_form(bases: Bases) -> bool:
     """Whether neither of two bases has experts, or both have some of the same shape that are stored alike."""
-    forms = []
-    for base in (source, target):
-        if not base.layers_with("router"):
-            forms.append(None)
-            continue
-        forms.append([(base.experts.shape(matrix)[1:], base.experts.axis(matrix)) for matrix in MATRICES])
-    return forms[0] == forms[1]
+    source, target = (
+        [(base.experts.shape(matrix)[1:], base.experts.axis(matrix)) for matrix in MATRICES]
+        if base.layers_with("router")
+        else None
+        for base in bases
+    )
+    return source == target
 
 
 def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
@@ -175,7 +175,7 @@ def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
         int64 (E_tgt,), -1 for an expert without a counterpart.
     """
     router_src, router_tgt = (
-        finite(base, f"the router of layer {layer}", base.expert_tensor(layer, "router"))
+        finite(base, f"the router of layer {layer}", base.experts.tensor(layer, "router"))
         for base, layer in zip(bases, layers, strict=True)
     )
     nothing = np.full(len(router_tgt), -1)
@@ -197,14 +197,10 @@ def expert_rows(
 
     The rows are checked by `finite`.
     """
-    rows = evenly_spaced(base.experts.shape(matrix)[base.experts.axis(matrix)], count)
-    name = f"expert {expert} of layer {layer}"
-    return check_finite(base, name, base.experts.rows(layer, matrix, expert, rows))
 
     def read(base: BaseModel, layer: int, expert: int) -> np.ndarray:
-        rows = evenly_spaced(base.expert_shape(matrix)[base.expert_axis(matrix)], count)
-        return finite(base, f"expert {expert} of layer {layer}", base.expert_rows(layer, matrix, expert, rows))
+        rows = evenly_spaced(base.experts.shape(matrix)[base.experts.axis(matrix)], count)
+        return finite(base, f"expert {expert} of layer {layer}", base.experts.rows(layer, matrix, expert, rows))
 
-def _router(base: BaseModel, layer: int) -> np.ndarray:
-    router = base.experts.tensor(layer, "router").astype(np.float32)
-    return check_finite(base, f"the router of layer {layer}", router)
+    src, tgt = map(read, bases, layers, experts)
+    return src, tgt

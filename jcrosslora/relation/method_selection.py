@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jcrosslora.checkpoint import BaseModel
+import numpy as np
+
+from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, module_rows

@@ -11,7 +11,8 @@ import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.checkpoint.layout import Module, expert_tensors
+from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.bases import Both, evenly_spaced, finite, some_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
@@ -233,7 +234,7 @@ def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
             name_src, name_tgt = (
                 f"{matrix} of expert {expert} of layer {layer}" for expert, layer in zip(pair, layers, strict=True)
             )
-            dtypes = bases.source.expert_dtype(layers[0], matrix), bases.target.expert_dtype(layers[1], matrix)
+            dtypes = bases.source.experts.dtype(layers[0], matrix), bases.target.experts.dtype(layers[1], matrix)
             yield TensorComparison("experts", name_tgt, name_src, _compare((src, every), (tgt, every), dtypes))
         bases.release()
 
@@ -305,7 +306,7 @@ def _routers(structure: Structure) -> Iterator[Both]:
     for layers, experts in structure.matched_experts():
         for name in sorted((kinds[0] & kinds[1]) - set(MATRICES)):
             src, tgt = (
-                finite(base, f"{name} of layer {layer}", base.expert_tensor(layer, name))[own]
+                finite(base, f"{name} of layer {layer}", base.experts.tensor(layer, name))[own]
                 for base, layer, own in zip(bases, layers, experts, strict=True)
             )
             yield src, tgt

@@ -213,8 +213,8 @@ def count_parts(structure: Structure) -> tuple[Part, ...]:
     if dense:
         found.append(_count("neurons", (layer.neurons for layer in dense), tgt.intermediate, src.intermediate))
     if sparse:
-        counts = (base.experts.shape("down")[0] for base in (target, source))
-        found.append(_count("experts", sparse, *counts))
+        experts_src, experts_tgt = (base.experts.shape("down")[0] for base in structure.bases)
+        found.append(_count("experts", sparse, experts_tgt, experts_src))
     if structure.by_embedding:
         # A sample shows whether tokens correspond; their number follows from the sizes of the embeddings.
         shared = min(src.vocab, tgt.vocab)

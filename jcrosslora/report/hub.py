@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, PICKLE, WEIGHTS
-from jcrosslora.checkpoint.hub import cause_of, is_hub_id
+from jcrosslora.checkpoint import is_hub_id
+from jcrosslora.checkpoint.hub import cause_of
 from jcrosslora.checkpoint.safetensors import INDEX, SINGLE
 from jcrosslora.errors import JCrossLoRAError, OutputError, UsageError
 from jcrosslora.report.record import REPORT

@@ -10,10 +10,11 @@ from typing import Any
 from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
 from jcrosslora.adapter.lora_xs import Known, span_rank
 from jcrosslora.adapter.records import check_always_active
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.base import BaseInfo, describe_base
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.adapter.save import Profile, check_holds, check_profile
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
+from jcrosslora.decoder import LoadedBases, loaded_within
+from jcrosslora.decoder.loading import held_numbers
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.evaluate.probes import Probes, written_probes
@@ -33,7 +34,8 @@ from jcrosslora.relation.method_selection import MENDED
 from jcrosslora.session.conclusion import Move, conclude, measure_effect
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferOptions, TransferSettings
+from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import free_memory

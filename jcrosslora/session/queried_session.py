@@ -9,11 +9,9 @@ from pathlib import Path
 from jcrosslora.adapter import Adapter, AdapterInfo, find_adapter
 from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.adapter.save import check_profile
-from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases
 from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
-from jcrosslora.distributed import hosts
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.maps.shift import Shifted
 from jcrosslora.maps.transport import AlignRecipe, Transport
@@ -23,6 +21,8 @@ from jcrosslora.session.conclusion import Move, conclude
 from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, place_bases
 from jcrosslora.session.pair_session import Request
 from jcrosslora.session.result import TransferResult
+from jcrosslora.utils import hosts
+from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.progress import steps
 
 _CHOICE = "the source is asked and its weights are not read, so an update is fitted to what it predicts"

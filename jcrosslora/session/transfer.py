@@ -4,9 +4,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, find_adapter
+from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.distill.sources.models import ServedModel, TorchModel
+from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError
 from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.evaluate.probes import Probes

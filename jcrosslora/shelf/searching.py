@@ -11,15 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, load_tokenizer
+from jcrosslora.decoder import fast_dtype, load_model
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
-from jcrosslora.shelf.index import Index, split_samples
-from jcrosslora.shelf.index_files import Head
-from jcrosslora.shelf.mean_vectors import MeanVectors, TextRetriever, fit_means
-from jcrosslora.shelf.retrieved import Retriever
-from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, adapter_weights
-from jcrosslora.shelf.weight_vectors import WeightRetriever, WeightVectors, train_weights
+from jcrosslora.shelf.index import Head, Index, split_samples
+from jcrosslora.shelf.records import ShelfEntry, spread
+from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means, thresholds_of
+from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
+from jcrosslora.text import Message, Prompt, prompt_ids
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import regular_size, write_whole
 from jcrosslora.utils.progress import track

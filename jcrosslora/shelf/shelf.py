@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.folder import find_adapter
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import base_digest, describe_base
+from jcrosslora.adapter import Adapter, find_adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, describe_base, open_base
+from jcrosslora.checkpoint.base import base_digest
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf import records

@@ -15,10 +15,9 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, save_adapter, split_fused
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import base_digest, describe_base
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Model, StackedAdapter, load_model
+from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, Tokenizer, describe_base, load_tokenizer, open_base
+from jcrosslora.checkpoint.base import base_digest
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model, stack_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy

@@ -15,7 +15,6 @@ from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens,
 from jcrosslora.distill.sources.replies import Answers, Choice, Completion, Dialect, Fields, Index, LogProb, LogProbs
 from jcrosslora.errors import SourceError
 from jcrosslora.utils.digests import digest_of
-from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
 _PATH = "completions"

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
-from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint import BaseModel, Tokenizer, Vocabulary, pad_right
 from jcrosslora.decoder import AmplifiedGenerator, AppliedAdapter, Generator, Model, divergence, forward, logits
 from jcrosslora.distill.batches import DistillationBatch
-from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.sources import Compared
 from jcrosslora.utils.digests import sha256
 
 _WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared

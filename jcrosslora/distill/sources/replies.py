@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from jcrosslora.cache.keys import digest_of
 from jcrosslora.distill.sources import ServedModel
 from jcrosslora.distill.sources.client import Client, DamagedError, RefusedError, read_reply
 from jcrosslora.errors import SourceError, suggestion
+from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.unfinished import remove_unchanged
 

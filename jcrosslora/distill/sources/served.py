@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
+from jcrosslora.checkpoint import Tokenizer, Vocabulary
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import LONGEST, Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written
@@ -23,8 +24,7 @@ from jcrosslora.distill.sources.opening import open_tokenizer
 from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
 from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
-from jcrosslora.text import Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Prompt, prompt_ids
 from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.progress import Track
 

@@ -14,8 +14,7 @@ from typing import Literal, get_args
 from rich.console import Console
 from rich.table import Column, Table
 
-from jcrosslora.adapter import AdapterInfo
-from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.adapter import AdapterInfo, find_adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import weights_key
 from jcrosslora.checkpoint.hub import publish

@@ -17,8 +17,7 @@ from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Su
 from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
 from jcrosslora.session.pair_session import PairMove, PairSession, lighter
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferSettings
-from jcrosslora.session.transfer import given_probes
+from jcrosslora.session.transfer import given_probes, save_as, session_of
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.digests import digest_of

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
 from jcrosslora.adapter.records import restrict
-from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, SafetensorsFile, Tokenizer, load_tokenizer, open_base
+from jcrosslora.checkpoint.base import base_digest
 from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.decoder import Model, fast_dtype, load_model
 from jcrosslora.decoder.model import RUN

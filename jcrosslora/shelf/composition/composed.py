@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike
 from jcrosslora.adapter import Adapter, save_adapter, truncate_by_rule
 from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.truncation import RankRule
-from jcrosslora.cache.store import base_digest
 from jcrosslora.checkpoint import BaseModel, MappedFile, Tokenizer, describe_base
+from jcrosslora.checkpoint.base import base_digest
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.errors import OutputError, UsageError, not_finite
