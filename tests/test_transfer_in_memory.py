@@ -1,5 +1,7 @@
 """Transfers of what a program already holds: weights, live models, live adapters; and results in live models."""
 
+import re
+
 import numpy as np
 import pytest
 from decoder_pairs import run
@@ -65,6 +67,14 @@ def test_a_result_in_a_notebook_shows_the_verdict_and_escapes_every_text(folder)
     assert "<b>&target" not in page
     assert "&lt;b&gt;&amp;target" in page
     assert str(folder) not in page
+    table = result.report._repr_html_()
+    cells = re.findall(r"<td[^>]*>([^<]*)", table)
+    assert cells[:2] == ["verdict", f"{result.verdict.level}: {result.verdict.text}"]
+    assert f"{len(result.adapter.modules)} of rank {result.report.rank_before}" in cells
+    assert f"{result.report.kept:.1%}" in cells
+    assert str(folder) not in table
+    assert "&target" not in table.replace("&amp;target", "")
+    assert repr(result.report) == f"TransferReport(pad-truncate, source -> <b>&target: {result.verdict.level})"
     assert "\n" not in repr(result)
 
 

@@ -10,10 +10,12 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from jcrosslora.adapter.truncation import RankRule, Truncation
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
 from jcrosslora.maps.shifted import TokenRow
 from jcrosslora.utils.files import read_file
+from jcrosslora.utils.texts import html_table
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2
@@ -240,6 +242,11 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         return sum(item.share for item in self.unmapped_sources)
 
     @property
+    def mapped(self) -> bool:
+        """Whether maps moved the update; a fit alone has neither a map of the layers nor diagnostics of one."""
+        return any(row.kept is not None for row in self.rows)
+
+    @property
     def figures(self) -> dict[str, float]:
         """Return what a log shows of a transfer: the totals, and the divergences that the adapters bring about."""
         ends = {} if self.effect is None else {"effect_source": self.effect.source, "effect_target": self.effect.target}
@@ -261,6 +268,37 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         if self.fitted and left:
             sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
         return sentence
+
+    def __repr__(self) -> str:
+        """Return one line: method, bases, and level of the verdict."""
+        source, target = self._names
+        return f"TransferReport({self.recipe.method}, {source} -> {target}: {self.verdict.level})"
+
+    def _repr_html_(self) -> str:
+        """Return the verdict and the main figures as a table."""
+        curve = [found for _, found in self.curve if found is not None]
+        shown = {
+            "verdict": f"{self.verdict.level}: {self.verdict.text}",
+            "method": self.recipe.method,
+            "modules": f"{len(self.ranks):,} of rank {' to '.join(map(str, self.rank_range))}" if self.ranks else "0",
+            "kept by the maps": f"{self.kept:.1%}" if self.mapped else "",
+            "left behind": f"{self.left_behind:.1%}" if self.left_behind else "",
+            "divergence, before and after the fit": f"{curve[0]:.3g} to {min(curve):.3g} nats" if curve else "",
+            "effect on text": self.effect.sentence if self.effect is not None else "",
+        }
+        ends = " to ".join(self._names)
+        return html_table([{"": title, ends: text} for title, text in shown.items() if text])
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        source, target = (public_name(base.name) or "another model" for base in (self.source, self.target))
+        return source, target
+
+    @property
+    def rank_range(self) -> tuple[int, ...]:
+        """The lowest and the highest rank of the moved adapter; one number where they are equal, none without any."""
+        ranks = self.ranks.values()
+        return tuple(dict.fromkeys((min(ranks), max(ranks)))) if ranks else ()
 
     def by_role(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""
