@@ -1,8 +1,8 @@
-"""Tables for notebooks."""
+"""Tables for notebooks, and sentences on pages and cards."""
 
 from html.parser import HTMLParser
 
-from jcrosslora.utils.texts import html_table
+from jcrosslora.utils.texts import html_prose, html_table, markdown_prose
 
 
 class _Cells(HTMLParser):
@@ -48,6 +48,12 @@ def test_every_text_is_escaped():
     table = _read(html)
     assert table.caption == hostile
     assert table.rows == [[hostile], [hostile]]
+
+
+def test_code_in_a_sentence_is_code_and_the_rest_is_escaped():
+    text = "see `a <b> c` and * or ` alone"
+    assert html_prose(text) == "see <code>a &lt;b&gt; c</code> and * or ` alone"
+    assert markdown_prose(text) == r"see `a <b> c` and \* or \` alone"
 
 
 def test_a_table_without_titles_and_caption_has_no_heading():

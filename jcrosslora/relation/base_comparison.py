@@ -114,7 +114,7 @@ def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
     known = (COMMON_KEYS | source.family.known_keys | target.family.known_keys) - _COVERED_KEYS
     differ = [key for key in sorted(known) if source.config.get(key) != target.config.get(key)]
     if differ:
-        values = ", ".join(f"{key} {source.config.get(key)} > {target.config.get(key)}" for key in differ)
+        values = ", ".join(f"{key} {source.config.get(key)} to {target.config.get(key)}" for key in differ)
         yield f"the configurations differ: {values}"
 
 

@@ -15,8 +15,8 @@ from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.methods import Method
 from jcrosslora.report.record import REPORT, SourceAdapter, Totals, TransferReport, defined, spread
-from jcrosslora.report.table import judge, role_rows
-from jcrosslora.utils.texts import markdown_code, markdown_text
+from jcrosslora.report.table import diagnostics_title, judge, role_rows
+from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
 SERVED = "source_model"  # the setting that says that a server was asked
 RECIPE = "recipe.toml"
@@ -160,7 +160,7 @@ def model_card(report: TransferReport, profile: str = "portable") -> str:
         f"# {markdown_code(name)} moved to {markdown_code(base or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
         f"the data that it was trained on, by the method {markdown_code(report.recipe.method)}{chosen}.",
-        f"**What to expect:** {markdown_text(report.verdict.text)}",
+        f"**What to expect:** {markdown_prose(report.verdict.text)}",
         *(f"## {title}\n\n{text}" for title, text in _sections(report) if text),
         f"## Licence\n\n{_LICENCE}",
     ]
@@ -173,7 +173,7 @@ def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
     again = "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`"
     recipe = f"```toml\n{report.recipe_toml.strip()}\n```"
     yield "Recipe", f"{recipe}\n\n{again}{_module(report.recipe.method)}"
-    yield "Diagnostics", _markdown(role_rows(report)) if report.rows else ""
+    yield diagnostics_title(report), _markdown(role_rows(report)) if report.rows else ""
     yield "Fit", "\n\n".join(_fit(report))
     yield "Added", _sentence(report.added)
     ranks = report.rank_sentence if report.fitted or report.added else None

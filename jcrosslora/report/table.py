@@ -11,7 +11,7 @@ from rich.table import Table
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.relation.pairing import SIMILAR
-from jcrosslora.report.record import Row, TransferReport, Verdict, weighted
+from jcrosslora.report.record import Row, TransferReport, Verdict, cut, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -27,18 +27,28 @@ _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "an effect is to be expected; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
+_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by `--probe-text`, can bring more)"
 
 
-def role_rows(report: TransferReport) -> list[dict[str, str]]:
-    """Format a row for each role and one for the whole, with figures weighted by the energy of the updates."""
+def diagnostics_title(report: TransferReport) -> str:
+    """Name the table of `role_rows`, which for a fit alone has norms only."""
+    return "Diagnostics" if report.mapped else "Size of the update"
+
+
+def role_rows(report: TransferReport, *, full: bool = True) -> list[dict[str, str]]:
+    """Format a row for each role and one for the whole, with figures weighted by the energy of the updates.
+
+    If not `full`, figures that describe how a map was found are left out.
+    """
     rows = [_cells(role, members) for role, members in report.by_role()]
-    return _without_empty([*rows, _cells("all", report.rows)])
+    left_out = () if full else _DETAILS
+    found = _without_empty([*rows, _cells("all", report.rows)])
+    return [{name: text for name, text in row.items() if name not in left_out} for row in found]
 
 
 def module_rows(report: TransferReport) -> list[dict[str, str]]:
     """Format a row for each module and one for the whole."""
-    rows = [_cells(f"{row.target} < {row.source}" if row.source else row.target, (row,)) for row in report.rows]
+    rows = [_cells(f"{row.source} to {row.target}" if row.source else row.target, (row,)) for row in report.rows]
     return _without_empty([*rows, _cells("all", report.rows)])
 
 
@@ -48,9 +58,7 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
     The table is "role", a row for each role, with the figures that matter most, in 80 columns; "full", with every
     figure; or "module", every figure, a row for each module.
     """
-    rows = module_rows(report) if table == "module" else role_rows(report)
-    if table == "role":
-        rows = [{name: text for name, text in row.items() if name not in _DETAILS} for row in rows]
+    rows = module_rows(report) if table == "module" else role_rows(report, full=table == "full")
     _print_table(report, rows, console)
     for line in _notes(report):
         say(console, line)
@@ -80,7 +88,7 @@ def _notes(report: TransferReport) -> list[str]:
         ("method", report.choice and f"{recipe.method}, because {report.choice}"),
         ("adapter", None if adapter.lost else adapter.read_as),
         ("fit", report.fitted),
-        *(("written", " ".join(text.split())) for text in report.examples),
+        *(("written", cut(" ".join(text.split()))) for text in report.examples),
         ("rank", report.rank_sentence if report.fitted or report.added else None),
         ("added", report.added),
         ("truncation", report.truncation and report.truncation.sentence),
@@ -112,9 +120,9 @@ def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
-    # Of a source whose weights were not read no norm is known.
+    # Of a source whose weights were not read no norm is known, and some roles are new.
     norms = [row.norm_before for row in rows if row.norm_before is not None]
-    before = f"{math.hypot(*norms):.3g}" if norms or not rows else "-"
+    before = f"{math.hypot(*norms):.3g} to " if norms or not rows else ""
     after = math.hypot(*(row.norm_after or 0.0 for row in rows))
     return {
         "module": label,
@@ -127,7 +135,7 @@ def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:
         "vectors": _number(mean("vector_ratio"), 2),
         "activations": _number(mean("activation_cosine"), 3),
         "cosine": _number(mean("weight_cosine"), 3),
-        "norm": f"{before} > {after:.3g}",
+        "norm": f"{before}{after:.3g}",
     }
 
 

@@ -17,6 +17,9 @@ _ACTING = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
+_CODE = re.compile(r"`([^`\n]+)`")
+
+
 def visible(text: str, *, keep: str = "\n\t") -> str:
     """Write characters that act on a terminal, or on the text behind them, as Python writes them.
 
@@ -54,6 +57,12 @@ def html_text(text: object) -> str:
     return escape(visible(str(text)))
 
 
+def html_prose(text: object) -> str:
+    """Return a sentence of anybody's as HTML; what stands between backticks in it is code."""
+    parts = _CODE.split(str(text))
+    return "".join(f"<code>{html_text(part)}</code>" if at % 2 else html_text(part) for at, part in enumerate(parts))
+
+
 def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
     """Return an HTML table; every text in it is escaped.
 
@@ -64,14 +73,19 @@ def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
         caption: a line above the table, omitted if empty.
     """
     columns = list(dict.fromkeys(title for row in rows for title in row))
-    lines = [_row("th", columns)] if any(columns) else []
-    lines += [_row("td", [row.get(title, "") for title in columns]) for row in rows]
+    lines = [_row("th", {title: title for title in columns})] if any(columns) else []
+    lines += [_row("td", {title: row.get(title, "") for title in columns}) for row in rows]
     title = f'<caption style="{_CAPTION}">{html_text(caption)}</caption>' if caption else ""
     return f'<table style="{_TABLE}">{title}{"".join(lines)}</table>'
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f'<{tag} style="{_CELL}">{html_text(cell)}</{tag}>' for cell in cells) + "</tr>"
+def _row(tag: str, cells: Mapping[str, str]) -> str:
+    """Return a row. A cell has the title of its column, for pages that show it in front where the screen is narrow."""
+    shown = (
+        f'<{tag} style="{_CELL}" data-title="{html_text(title)}">{html_text(text)}</{tag}>'
+        for title, text in cells.items()
+    )
+    return f"<tr>{''.join(shown)}</tr>"
 
 
 # An underscore inside a word means nothing.
@@ -81,12 +95,21 @@ _HTML = str.maketrans({"&": "&amp;", "<": "&lt;"})
 
 def markdown_text(text: object) -> str:
     """Return a text in one line, with all that Markdown would read in it escaped."""
-    return _SPECIAL.sub(r"\\\g<0>", _line(text)).translate(_HTML)
+    return _escaped(_line(text))
+
+
+def markdown_prose(text: object) -> str:
+    """Return a sentence in one line as Markdown; what stands between backticks in it stays code."""
+    return "".join(f"`{part}`" if at % 2 else _escaped(part) for at, part in enumerate(_CODE.split(_line(text))))
 
 
 def markdown_code(text: object) -> str:
     """Return a text in one line as code, which nothing in it can end."""
     return f"`{_line(text).replace('`', '')}`"
+
+
+def _escaped(line: str) -> str:
+    return _SPECIAL.sub(r"\\\g<0>", line).translate(_HTML)
 
 
 def _line(text: object) -> str:
