@@ -69,18 +69,40 @@ def test_the_page_has_a_plan_and_a_move_that_wait_for_each_other(app):
     assert cancelled == {one["id"] for one in found.values()}
 
 
+def test_cancel_waits_for_a_job_and_prompts_are_in_the_open(app):
+    config = app.build().config
+    props = {one["props"].get("value") or one["props"].get("label"): one["props"] for one in config["components"]}
+    assert [(props[name]["interactive"], props[name]["variant"]) for name in ("Plan", "Move", "Cancel")] == [
+        (True, "secondary"),
+        (True, "primary"),
+        (False, "secondary"),
+    ]
+    named = {one["id"]: str(one["props"].get("label")) for one in config["components"]}
+
+    def inside(node):
+        return [named[node["id"]], *(name for child in node.get("children") or [] for name in inside(child))]
+
+    def accordions(node):
+        found = [inside(node)] if named[node["id"]] == "Settings" else []
+        return found + [one for child in node.get("children") or [] for one in accordions(child)]
+
+    (settings,) = accordions(config["layout"] | {"id": next(iter(named))})
+    assert "Method" in settings
+    assert not any(label.startswith("Prompts") for label in settings)
+
+
 def test_the_page_shows_a_report_without_rights_and_keeps_no_folder(app, tmp_path, monkeypatch):
     page, seen = '<h1 title="x">a report</h1><script>1</script>', []
     code = f"open('report.html', 'w').write({page!r}); open('verdict.txt', 'w').write('fine'); open('moved.zip', 'w')"
     worker_that(tmp_path, monkeypatch, code)
-    monkeypatch.setattr(app.gr, "DownloadButton", lambda value, interactive: seen.append(Path(value).is_file()))
+    monkeypatch.setattr(app.gr, "DownloadButton", lambda value, **_: seen.append(value and Path(value).is_file()))
     progress, frame, _ = shown(app.move)[-1]
     assert progress == "moved: fine"
-    assert seen == [True]
+    assert seen == [None, True]  # that of an earlier job goes first
     found = Page(frame)
     assert ("sandbox", None) in found.attributes
     assert ("srcdoc", page) in found.attributes
-    assert found.tags == {"iframe"}
+    assert found.tags == {"h2", "iframe"}
     assert not list(tmp_path.glob("jcrosslora-job-*"))
 
 

@@ -106,6 +106,9 @@ class Visitor:
     def press(self, name):
         self.page.get_by_role("button", name=name, exact=True).click()
 
+    def enabled(self, name):
+        return self.page.get_by_role("button", name=name, exact=True).is_enabled()
+
     def shows(self, pattern):
         """Wait until the line of progress matches; return it."""
         found = []
@@ -140,6 +143,7 @@ def test_a_visitor_plans_moves_and_downloads(served, browser, files, tmp_path):
     visitor.choose("Method", "pad-truncate")
     visitor.press("Plan")
     visitor.shows("planned")
+    assert visitor.page.locator("#plan h2").inner_text() == "Plan"
     assert "pad-truncate" in visitor.page.locator("#plan").inner_text()
     visitor.press("Move")
     visitor.shows("moved: ")
@@ -161,8 +165,10 @@ def test_a_job_is_cancelled_while_another_visitor_waits(served, browser, files):
     first, second = Visitor(browser, address), Visitor(browser, address)
     for visitor in (first, second):
         visitor.upload(files)
+    assert not first.enabled("Cancel")
     first.press("Move")  # a fit of an update, which takes long
     first.shows("step ")
+    assert (first.enabled("Move"), first.enabled("Cancel")) == (False, True)
     second.page.get_by_text("Settings").first.click()
     second.choose("Method", "pad-truncate")
     second.press("Move")

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,32 +43,36 @@ move takes some minutes on a CPU. **Plan** says which method suits the two bases
 One job runs at a time; **Cancel** ends yours."""
 _KINDS = {
     ADAPTER: "a hub id, or the files of a folder of PEFT or of mlx_lm, or one GGUF adapter",
-    SOURCE: "the base it was trained on: a hub id, or config, tokenizer and safetensors, or one GGUF file",
-    TARGET: "the base it shall work on: a hub id, or config, tokenizer and safetensors, or one GGUF file",
+    SOURCE: "the model it was trained on: a hub id, or config, tokenizer and safetensors, or one GGUF file",
+    TARGET: "the model to move it to: a hub id, or config, tokenizer and safetensors, or one GGUF file",
 }
 _fetching = threading.Lock()
 
 
 async def plan(*given: Any) -> AsyncGenerator[tuple[Any, ...]]:
     """Show what a transfer takes: progress, figures."""
-    async with aclosing(_run("plan", _request(given), _show_plan, outputs=2)) as running:
+    async with aclosing(_run("plan", _request(given), _show_plan, cleared=("",))) as running:
         async for shown in running:
             yield shown
 
 
 async def move(*given: Any) -> AsyncGenerator[tuple[Any, ...]]:
     """Move an adapter: progress, report, file."""
-    async with aclosing(_run("move", _request(given), _show_result, outputs=3)) as running:
+    cleared = "", gr.DownloadButton(value=None, interactive=False, variant="secondary")
+    async with aclosing(_run("move", _request(given), _show_result, cleared)) as running:
         async for shown in running:
             yield shown
 
 
 async def _run(
-    what: str, request: Request, show: Callable[[Path], tuple[Any, ...]], outputs: int
+    what: str, request: Request, show: Callable[[Path], tuple[Any, ...]], cleared: tuple[Any, ...]
 ) -> AsyncGenerator[tuple[Any, ...]]:
-    """Run a job in a folder of its own, which is removed whatever happens; the first output tells of its progress."""
-    rest = (gr.skip(),) * (outputs - 1)
-    yield "starting", *(None,) * (outputs - 1)  # what an earlier job has shown is removed
+    """Run a job in a folder of its own, which is removed whatever happens; the first output tells of its progress.
+
+    `cleared` are the other outputs without what an earlier job has shown.
+    """
+    rest = (gr.skip(),) * len(cleared)
+    yield "starting", *cleared
     with tempfile.TemporaryDirectory(prefix="jcrosslora-job-") as name:
         folder = Path(name)
         try:
@@ -104,7 +109,8 @@ def _request(given: Sequence[Any]) -> Request:
 
 def _show_plan(folder: Path) -> tuple[Any, ...]:
     lines = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return "planned", "".join(f"<div><b>{escape(name)}</b>: {escape(text)}</div>" for name, text in lines)
+    listed = "".join(f"<div><b>{escape(name)}</b>: {escape(text)}</div>" for name, text in lines)
+    return "planned", f"<h2>Plan</h2>{listed}"
 
 
 def _show_result(folder: Path) -> tuple[Any, ...]:
@@ -112,7 +118,17 @@ def _show_result(folder: Path) -> tuple[Any, ...]:
     # The report holds texts that models wrote: in a frame without any rights it can do nothing to this page.
     frame = f'<iframe sandbox title="Report" srcdoc="{escape(page)}" style="width:100%;height:80vh;border:0"></iframe>'
     verdict = (folder / "verdict.txt").read_text(encoding="utf-8")
-    return f"moved: {verdict}", frame, gr.DownloadButton(value=str(folder / "moved.zip"), interactive=True)
+    download = gr.DownloadButton(value=str(folder / "moved.zip"), interactive=True, variant="primary")
+    return f"moved: {verdict}", f"<h2>Report</h2>{frame}", download
+
+
+def _buttons(*, busy: bool) -> tuple[gr.Button, gr.Button, gr.Button]:
+    """Return Plan, Move and Cancel as they are while a job of the visitor's runs or waits, and while none does."""
+    return (
+        gr.Button("Plan", interactive=not busy),
+        gr.Button("Move", interactive=not busy, variant="secondary" if busy else "primary"),
+        gr.Button("Cancel", interactive=busy, variant="stop" if busy else "secondary"),
+    )
 
 
 def build() -> gr.Blocks:
@@ -129,6 +145,12 @@ def build() -> gr.Blocks:
                     names.append(choices)
                     label = f"or the files of the {what}, in place of the name"
                     uploads.append(gr.File(label=label, file_count="multiple", height=150))
+        prompts = gr.Textbox(
+            label="Prompts of the adapter's own task, one a line, without answers",
+            info="optional; a few hundred help more than anything else",
+            lines=3,
+            max_lines=12,
+        )
         with gr.Accordion("Settings", open=False):
             method = gr.Dropdown([jcl.methods.AUTO, *jcl.methods.METHODS], value=jcl.methods.AUTO, label="Method")
             completions = gr.Slider(
@@ -139,26 +161,23 @@ def build() -> gr.Blocks:
                 label="Completions",
                 info="to which an update is fitted: more take longer and recover more; elsewhere 300 is the default",
             )
-            prompts = gr.Textbox(
-                label="Prompts of the adapter's own task, one a line, without answers",
-                info="a few hundred help more than anything else",
-                lines=4,
-                max_lines=12,
-            )
         with gr.Row():
-            plan_button, move_button = gr.Button("Plan"), gr.Button("Move", variant="primary")
-            cancel_button = gr.Button("Cancel", variant="stop")
+            buttons = plan_button, move_button, cancel_button = _buttons(busy=False)
         progress = gr.Textbox(label="Progress", interactive=False, lines=2)
         planned = gr.HTML(elem_id="plan")
         download = gr.DownloadButton("Download the moved adapter", interactive=False)
         report = gr.HTML()
         given = [*names, *uploads, method, completions, prompts]
         shared: dict[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1, "show_progress": "minimal"}
-        running: list[Any] = [
-            plan_button.click(plan, given, [progress, planned], api_name="plan", **shared),
-            move_button.click(move, given, [progress, report, download], api_name="move", **shared),
-        ]
-        cancel_button.click(lambda: _CANCELLED, None, progress, cancels=running, queue=False, api_visibility="private")
+        at_once: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        running: list[Any] = []
+        for button, job, shown in ((plan_button, plan, [planned]), (move_button, move, [report, download])):
+            begun = button.click(partial(_buttons, busy=True), None, buttons, **at_once)
+            running.append(begun.then(job, given, [progress, *shown], api_name=job.__name__, **shared))
+            running[-1].then(partial(_buttons, busy=False), None, buttons, **at_once)
+        cancel_button.click(
+            lambda: (_CANCELLED, *_buttons(busy=False)), None, [progress, *buttons], cancels=running, **at_once
+        )
     return page
 
 
