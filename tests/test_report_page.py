@@ -2,14 +2,21 @@
 
 import builtins
 import io
+import itertools
 import json
 import re
+import shlex
+import subprocess
+from html import unescape
+from pathlib import Path
 
+import browser
 import html_pages
 import numpy as np
 import pytest
 from command_line import main
 from full_set import full_except
+from probe_bases import write_move
 from rich.console import Console
 from tiny_bases import open_pair, random_adapter
 
@@ -155,7 +162,10 @@ def test_the_curve_the_heat_map_and_the_texts_are_those_of_the_report(page, move
     for row in report["rows"]:
         key = row["role"], row["target"].split(".")[2]
         norms[key] = norms.get(key, 0) + row["norm_after"] ** 2
-    assert f"{max(norms.values()) ** 0.5:.2g}" in texts
+    before = [text for text in texts[: texts.index("size (norm)")] if text.strip()]
+    sizes = [float(text) for text in before[before.index(list(norms)[-1][0]) + 1 :]]
+    assert sizes[-2] < max(norms.values()) ** 0.5 <= sizes[-1]  # of the scale, which begins with 0
+    assert (sizes[0], len(set(sizes))) == (0, len(sizes))
     assert {role for role, _ in norms} <= set(texts)
     cells = re.search(r'<svg[^>]*aria-label="Where is.*?</svg>', page, re.DOTALL)[0].count("<path")
     assert cells >= len(norms)
@@ -163,6 +173,20 @@ def test_the_curve_the_heat_map_and_the_texts_are_those_of_the_report(page, move
     assert "text 27, its end" in texts
     assert report["recipe_toml"].strip() in texts
     assert report["target"]["name"] in "".join(texts)
+
+
+def test_the_axis_of_a_curve_has_each_number_once(moved, tmp_path):
+    folder = saved(tmp_path / "repeated", moved, curve=[[0, 1.1], [82, 0.3], [82, 0.25], [82, 0.24], [82, 0.24]])
+    page = report_page(find_contents(folder))
+    axis = re.search(r'"curve-matplotlib.axis_1".*?"curve-matplotlib.axis_2"', page, re.DOTALL)[0]
+    assert re.findall(r">([\d,]+)</text>", axis) == ["0", "1", "2", "3", "4"]
+    assert "the fit, which used 82 texts" in axis
+
+
+def test_texts_of_the_fit_are_whole_and_others_backticks_stay(moved, tmp_path):
+    text = f"ask `me` {HOSTILE} " * 40
+    page = report_page(find_contents(saved(tmp_path / "long", moved, examples=[text])))
+    assert text.replace("\x1b", "\\x1b") in Page(page).texts
 
 
 def test_layers_left_behind_are_on_the_map(moved, tmp_path):
@@ -291,7 +315,7 @@ def test_questions_with_choices_are_counted(tmp_path):
     assert "share of right choices" in text
     for absent in ("Before and after", "Recipe and versions", "How did the fit go?", "Which layer became which?"):
         assert absent not in text
-    assert "How the adapter was made: jcrosslora report" in text
+    assert "jcrosslora report 'my adapter' --answers answers.json" in text
 
 
 def test_a_result_in_memory_gives_the_same_page_as_its_files(result, tmp_path):
@@ -326,20 +350,68 @@ def test_the_file_is_the_record_and_old_ones_may_lack_fields(result, tmp_path):
 # What is left out
 
 
-def test_what_is_not_there_is_left_out_with_the_command_that_makes_it(moved, tmp_path):
+def test_what_is_not_there_or_does_not_apply_is_left_out(moved, tmp_path):
+    """A fit alone goes by no map of the layers, and a map has no curve."""
+    rows = json.loads((moved / "transfer_report.json").read_text())["rows"]
+    fit = saved(tmp_path / "fit", moved, rows=[row | {"kept": None} for row in rows])
+    by_map = saved(tmp_path / "map", moved, curve=[], fitted=None)
+    for folder, present, absent in ((fit, "How did", "Which layer"), (by_map, "Which layer", "How did")):
+        text = "".join(Page(report_page(find_contents(folder))).texts)
+        assert present in text
+        assert "Where is the update large?" in text
+        for title in ("Does it work?", "Before and after,", absent):
+            assert title not in text
+
+
+def test_the_next_step_comes_first_and_its_commands_work_as_they_are(tmp_path, monkeypatch, capsys):
+    write_move(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = "--source source --target target --out moved --method random --no-cache"
+    main(["transfer", "adapter", *given.split()])
+    main(["report", "moved"])
+    steps = commands(Path("moved/report.html").read_text())
+    capsys.readouterr()
+    for command in steps:
+        paste(command, capsys)
+    page = Page(Path("moved/report.html").read_text())
+    assert "Before and after, one example" in page.texts
+    assert page.texts.index("Next step") < page.texts.index("Does it work?")
+    assert "Run it in the folder that holds" in page.texts[page.texts.index("Next step") + 3]
+    assert [" ".join(shlex.split(command)[:2]) for command in steps] == [
+        "[ -e",
+        "jcrosslora evaluate",
+        "jcrosslora report",
+        "jcrosslora generate",
+    ]
+    assert "/" not in "".join(steps)
+
+
+def commands(page):
+    """The commands of a page, in its order, but those that make the adapter again."""
+    found = re.findall(r"<code>([^<]*)</code>(?=<code>|</pre>)", page)
+    return [unescape(one) for one in found if "--recipe" not in one]
+
+
+def paste(command, capsys):
+    """Do what a shell does with a command; those of jcrosslora in this process."""
+    if not command.startswith("jcrosslora "):
+        subprocess.run(["bash", "-c", command], check=True)
+        return
+    command, _, out = command.partition(" > ")
+    main(shlex.split(command)[1:])
+    printed = capsys.readouterr().out
+    if out:
+        Path(out).write_text(printed)
+
+
+def test_names_of_others_do_nothing_in_a_command(moved, tmp_path):
+    name = "$(touch made) `x` '; touch made #\x1b\n"
     data = json.loads((moved / "transfer_report.json").read_text())
-    asked = saved(tmp_path / "asked", moved, curve=[], layers=[None] * len(data["layers"]), energy=None)
-    text = "".join(Page(report_page(find_contents(asked))).texts)
-    for absent in ("Does it work?", "Before and after,", "How did the fit go?", "Which layer became which?"):
-        assert absent not in text
-    for command in (
-        "jcrosslora evaluate --base TARGET",
-        "--answers answers.json",
-        "distill does",
-        "asked and not read",
-    ):
-        assert command in text
-    assert "Where is the update large?" in text
+    folder = saved(tmp_path / "moved", moved, target=data["target"] | {"ref": name, "name": name})
+    for command in commands(report_page(find_contents(folder))):
+        if command.startswith("jcrosslora"):
+            shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
+            assert shown in shlex.split(command) or " report " in command
 
 
 def test_an_evaluation_without_answers_and_parts_says_how_to_get_them(tmp_path):
@@ -352,7 +424,7 @@ def test_an_evaluation_without_answers_and_parts_says_how_to_get_them(tmp_path):
     assert "\x1b" not in page
     for name in ("my\\x1b $adapter$", "trained"):
         assert text.count(f"\n{name}\n") > 2
-    for command in ("--moved NAME", "--trained trained", "--random random", "--show 10"):
+    for command in (r"--moved 'my\x1b $adapter$'", "--trained trained", "--show 10"):
         assert command in text
 
 
@@ -375,6 +447,37 @@ def test_the_page_loads_nothing_runs_nothing_and_escapes_every_text(page):
     }
     assert uses <= {f"#{one}" for one in ids}
     assert len(page.encode()) < 2_000_000
+
+
+def test_commands_and_names_are_code(result):
+    page = result.html()
+    assert "for other ways see <code>jcrosslora methods</code>" in page
+    assert "Method <code>pad-truncate</code>" in page
+    assert "`" not in "".join(Page(page).texts)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser_nothing_is_cut_off(page, result, tmp_path, width, theme):
+    for name, text in (("measured", page), ("moved", result.html())):
+        (tmp_path / f"{name}.html").write_text(text)
+        found = browser.see(tmp_path / f"{name}.html", width, theme, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert found["inner"] == width
+        assert found["width"] <= width
+        assert found["cut"] == []
+        assert (found["dark"], found["background"] == "rgb(255, 255, 255)") == (theme == "dark", theme == "light")
+        assert len(found["axes"]) >= 2
+        for axis in found["axes"]:
+            shown = [label["text"] for label in axis]
+            assert len(set(shown)) == len(shown)
+            assert not any(overlap(one["box"], other["box"]) for one, other in itertools.pairwise(axis))
+
+
+def overlap(one, other):
+    """Whether two boxes of left, top, right and bottom do."""
+    return all(min(one[at + 2], other[at + 2]) - max(one[at], other[at]) > 1 for at in (0, 1))
 
 
 def test_the_page_is_light_dark_and_for_paper(page):

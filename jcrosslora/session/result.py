@@ -15,12 +15,11 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
-from jcrosslora.adapter.save import Profile
-from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
-from jcrosslora.checkpoint.hub import public_name, publish
+from jcrosslora.adapter.save import Profile, save_adapter, why_linear_alone
+from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.report import TransferReport, Verdict
-from jcrosslora.report.documents import documents, provenance, published, replacements
+from jcrosslora.report.documents import documents, provenance, published
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
 from jcrosslora.report.page import Roles, contents_of, report_page
 from jcrosslora.report.page.html import result_html
@@ -148,7 +147,7 @@ class TransferResult:
         return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
 
     def _repr_html_(self) -> str:
-        return publish(result_html(self.report, self.texts), replacements(self.report))
+        return result_html(self.report, self.texts)
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Key: TypeAlias = tuple[tuple[str, str], ...]  # the variable of a colour, what it stands for
 _COLOURS = {"base": BASE, "moved": MOVED, "trained": TRAINED}
 _LONGEST = 22  # letters of a model's name
-_STEPS = 5  # of the scale below the heat map
+_STEPS = 5  # of the scale below the heat map, at most
 _BAR = 0.3  # height of the tallest bar of a layer, of the distance of the two rows
 _ROUNDING = 1e-4  # shares below it are not told from none
 _MEANINGS = {
@@ -38,8 +38,8 @@ _MEANINGS = {
 }
 _CURVE = (
     "How much the target with the moved adapter predicts otherwise than the source with the original one, on texts "
-    "that were kept aside. It starts with the target alone; 0 would be no difference. A curve that falls and then "
-    "stays level has learned what it can from these texts."
+    "that were kept aside, each time it was measured. It starts with the target alone; 0 would be no difference. A "
+    "curve that falls and then stays level has learned what it can from these texts."
 )
 _HEAT = (
     "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: the "
@@ -89,7 +89,7 @@ def pictures(contents: Contents) -> Iterator[Picture]:
         yield Picture("curve", "How did the fit go?", (2.9,), partial(_draw_curve, looks), _CURVE)
     if not report.rows:
         return
-    if any(layer is not None for layer in report.layers):  # those of a source that was asked are not
+    if report.mapped:
         yield Picture("layers", "Which layer became which?", (3.6,), partial(_draw_layer_map, report), *_layers(report))
     height = 1.25 + 0.27 * len(layer_norms(report))
     yield Picture("heat", "Where is the update large?", (height,), partial(_draw_heat_map, report), _HEAT)
@@ -187,7 +187,7 @@ def _draw_bars(evaluation: Evaluation, panels: list[Axes]) -> None:
 
 
 def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
-    """Draw the divergence at each look in nats, over the completions used, which may be gone through again."""
+    """Draw the divergence in nats at each look at what was held out, and where completions are gone through again."""
     (axes,), places, values = panels, range(len(curve)), [divergence for _, divergence in curve]
     last = curve[-1][0]
     again = next(place for place, (used, _) in enumerate(curve) if used == last)
@@ -200,8 +200,8 @@ def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
         axes.annotate(f"{values[place]:.3g}", (place, values[place]), (0, 7), textcoords="offset points", ha=sides)
     axes.set_ylim(0, max(*values, 1e-9) * 1.12)
     shown = numbered(len(curve))
-    axes.set_xticks(shown, [f"{curve[place][0]:,}" for place in shown])
-    axes.set_xlabel("texts used for the fit so far")
+    axes.set_xticks(shown, list(map(str, shown)))
+    axes.set_xlabel(f"measurement during the fit, which used {last:,} texts")
     axes.set_ylabel("difference (nats)")
     axes.tick_params(labelsize=9)
 
@@ -255,16 +255,17 @@ def _draw_heat_map(report: TransferReport, panels: list[Axes]) -> None:
     """Draw a cell for each role and layer, the stronger the colour the larger; a cell without colour has no update."""
     (axes,), norms = panels, layer_norms(report)
     largest = max((norm for of_role in norms.values() for norm in of_role.values()), default=0.0)
+    sizes = theme.round_steps(largest, _STEPS)
     count = max(len(report.layers), *(layer + 1 for of_role in norms.values() for layer in of_role))
     for place, of_role in enumerate(norms.values()):
         for layer, norm in of_role.items():
-            _cell(axes, layer, place, norm / largest if largest else 0.0)
+            _cell(axes, layer, place, norm / sizes[-1])
     bottom = len(norms) + 1.35
-    for step in range(_STEPS + 1):
-        left = count * (0.30 + 0.12 * step)
-        _cell(axes, left, bottom, step / _STEPS, count * 0.12)
-        axes.text(left + count * 0.06, bottom + 1.15, f"{largest * step / _STEPS:.2g}", ha="center", va="top",
-                  color=MUTED, fontsize=9)  # fmt: skip
+    width = 0.7 * count / len(sizes)
+    for at, size in enumerate(sizes):
+        left = count * 0.3 + at * width
+        _cell(axes, left, bottom, size / sizes[-1], width)
+        axes.text(left + width / 2, bottom + 1.15, f"{size:g}", ha="center", va="top", color=MUTED, fontsize=9)
     axes.text(0, bottom + 0.5, "size (norm)", va="center", color=MUTED, fontsize=9)
     axes.set_yticks([place + 0.5 for place in range(len(norms))], list(norms))
     shown = numbered(count)

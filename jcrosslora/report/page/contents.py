@@ -146,7 +146,7 @@ class Evaluation:
 class Contents:
     """What a page shows; what is None or empty is left out of it."""
 
-    name: str
+    name: str  # of the folder; of a result in memory that which its recipe writes
     moved: TransferReport | None
     evaluation: Evaluation | None
     texts: tuple[str, ...] = ()  # some of those that the update was fitted to, as far as the source wrote them itself
@@ -195,7 +195,7 @@ def contents_of(report: TransferReport, answers: Answers | Scores | None, roles:
         written = isinstance(answers, Answers)
         data = answers_json(answers, show=_SHOWN, trained=trained) if written else scores_json(answers, trained=trained)
         evaluation = parse_evaluation(json.dumps(data).encode(), "the answers").with_parts(roles, own)
-    return Contents(report.adapter.name or "adapter", _checked(report, REPORT), evaluation)
+    return Contents("moved", _checked(report, REPORT), evaluation)
 
 
 def parse_evaluation(content: bytes, place: str) -> Evaluation:

@@ -3,22 +3,25 @@
 By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.hub import public_name, publish
+from jcrosslora.report.documents import replacements
 from jcrosslora.report.page.charts import Picture, pictures
-from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Part, Written
+from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
+from jcrosslora.report.page.next_steps import Step, next_steps, where
 from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut, spread
-from jcrosslora.report.table import role_rows
-from jcrosslora.utils.texts import html_table, html_text
+from jcrosslora.report.table import diagnostics_title, role_rows
+from jcrosslora.utils.texts import html_prose, html_table, html_text
 
 # A page that was made of texts of others loads nothing and runs nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SHOWN = 10
 _TEXTS = 5  # shown in a notebook, evenly spread
 _COLOURS = {"aligned": "#2e7d32"} | dict.fromkeys(("weak", "unknown", "control"), "#b26a00")  # of verdicts there
+_BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # there as well
 _LONGEST = 4000  # characters of a text
 _ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
 # A random or another adapter answers a newcomer's question no better than the bars do.
@@ -26,18 +29,9 @@ _PARTS = ("base", "moved", "trained")
 _TITLES = {"base": "before", "moved": "after"}
 _ITS_OWN = (
     "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "
-    "they do not, give prompts of that job by --probe-text."
+    "they do not, give prompts of that job by `--probe-text`."
 )
 _SHARE = "share of the trained adapter's gain"
-_EVALUATE = "jcrosslora evaluate --base TARGET --task FILE.jsonl --adapter DIR --show 10 --json > answers.json"
-_REPORT = "jcrosslora report DIR --answers answers.json"
-_ABSENT: dict[Part, str] = {
-    "moved": "Which of the adapters is the moved one: jcrosslora report with --moved NAME.",
-    "trained": "How much of what training brings: jcrosslora train TARGET --data TRAIN.jsonl --out trained, "
-    "evaluate the moved one with --trained trained, and report.",
-    "random": "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, "
-    "evaluate it beside the moved one, and report with --random random.",
-}
 
 
 def report_page(contents: Contents) -> str:
@@ -49,10 +43,12 @@ def report_page(contents: Contents) -> str:
     drawn = {picture.name: _drawn(picture) for picture in pictures(contents)}
     style = (files("jcrosslora") / "data" / "report.css").read_text(encoding="utf-8")
     evaluation, moved = contents.evaluation, contents.moved
+    steps = [_step(contents, step) for step in next_steps(contents)]
     body = [
         f"<h1>{title}</h1>",
         _introduction(contents),
         _verdict(contents),
+        _section("Next step", "".join(steps[:1])),
         drawn.get("bars", ""),
         "" if evaluation is None else answers_section(evaluation),
         _grid(_text_section(contents), drawn.get("curve", "")),
@@ -60,7 +56,7 @@ def report_page(contents: Contents) -> str:
         _warnings_section(contents),
         "" if evaluation is None else _figures_section(evaluation),
         "" if moved is None else _recipe_section(moved),
-        _section("Not on this page", _list(_missing(contents), ' class="muted"')),
+        _section("Other steps", "".join(steps[1:])),
     ]
     head = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -72,7 +68,7 @@ def report_page(contents: Contents) -> str:
 
 
 def result_html(report: TransferReport, texts: Sequence[str]) -> str:
-    """Return the result of a transfer as inline HTML with all text escaped; local paths are in it.
+    """Return the result of a transfer for a notebook: all text is escaped, and local paths are replaced.
 
     A few of the texts of the fit are shown.
     """
@@ -81,14 +77,14 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
     parts = [
         f"<b>{html_text('{}: {} to {}'.format(*names))}</b>",
         f'<div style="border-left:4px solid {_COLOURS.get(found.level, "#c62828")};padding:2px 8px;margin:6px 0">'
-        f"<b>{html_text(found.level)}</b>: {html_text(found.text)}</div>",
-        *(f"<div>{html_text(sentence)}</div>" for sentence in (_method(report), *sentences)),
-        html_table(role_rows(report), "Diagnostics"),
+        f"<b>{html_text(found.level)}</b>: {html_prose(found.text)}</div>",
+        *(f"<div>{html_prose(sentence)}</div>" for sentence in (_method(report), *sentences)),
+        html_table(role_rows(report, full=False), diagnostics_title(report)),
         html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
-        _details("Warnings", report.warnings),
-        _details("Text that it was made on", [cut(text) for text in spread(texts, _TEXTS)]),
+        _details("Warnings", map(html_prose, report.warnings)),
+        _details("Text that it was made on", [html_text(cut(text, _LONGEST)) for text in spread(texts, _TEXTS)]),
     ]
-    return f"<div>{''.join(parts)}</div>"
+    return publish(f"<div>{''.join(parts)}</div>", replacements(report))
 
 
 def _title(contents: Contents) -> str:
@@ -111,8 +107,19 @@ def _introduction(contents: Contents) -> str:
 
 def _verdict(contents: Contents) -> str:
     found = headline(contents)
-    sentence = f"<p><b>{found.word}.</b> {html_text(found.sentence)}</p>"
+    sentence = f"<p><b>{found.word}.</b> {html_prose(found.sentence)}</p>"
     return f'<div class="verdict {found.tone}">{sentence}{_list(found.reasons)}</div>'
+
+
+def _step(contents: Contents, step: Step) -> str:
+    place = where(contents, step)
+    below = f'<p class="muted">{html_prose(place)}</p>' if place else ""
+    return f"<p>{html_prose(step.sentence)}</p>{_shell(*step.commands)}{below}"
+
+
+def _shell(*commands: str) -> str:
+    """Return commands to paste: each is a block, so that one that is wrapped is told from the next."""
+    return f"<pre>{''.join(f'<code>{html_text(command)}</code>' for command in commands)}</pre>"
 
 
 def _drawn(picture: Picture) -> str:
@@ -174,9 +181,10 @@ def _text_section(contents: Contents) -> str:
         lines.append(_ITS_OWN)
     elif moved.recipe.probes != "none":
         lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
-    said = "".join(f"<p>{html_text(line)}</p>" for line in lines)
-    texts = _list(moved.examples or map(cut, contents.texts), each=' class="text"')
-    return _section("What was it made from?", said + texts)
+    said = "".join(f"<p>{html_prose(line)}</p>" for line in lines)
+    texts = (cut(text, _LONGEST) for text in moved.examples or contents.texts)
+    shown = "".join(f'<div class="text boxed">{html_text(text)}</div>' for text in texts)
+    return _section("What was it made from?", said + (f'<div class="all">{shown}</div>' if shown else ""))
 
 
 def _warnings_section(contents: Contents) -> str:
@@ -221,17 +229,17 @@ def _figure(model: Model, name: str) -> dict[str, str]:
 
 def _recipe_section(moved: TransferReport) -> str:
     """Return the recipe, the bases and the version."""
-    ranks = sorted(set(moved.ranks.values()))
     facts = [
         ("adapter", _named(moved.adapter)),
         ("source", _named(moved.source)),
         ("target", _named(moved.target)),
         ("method", moved.recipe.method),
-        ("rank", " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"),
+        ("rank", " to ".join(map(str, moved.rank_range)) or "none"),
         ("jcrosslora", moved.version),
     ]
     listed = "".join(f"<dt>{title}</dt><dd>{html_text(text)}</dd>" for title, text in facts)
-    again = "<p>The same as recipe.toml; make the adapter again with jcrosslora transfer --recipe recipe.toml.</p>"
+    again = "<p>The same as <code>recipe.toml</code>. Make the adapter again:</p>"
+    again += _shell("jcrosslora transfer --recipe recipe.toml")
     return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{html_text(moved.recipe_toml.strip())}</pre>{again}")
 
 
@@ -241,41 +249,20 @@ def _named(base: Base | SourceAdapter) -> str:
 
 
 def _method(report: TransferReport) -> str:
-    return f"Method {report.recipe.method}{f', because {report.choice}' if report.choice else ''}."
+    return f"Method `{report.recipe.method}`{f', because {report.choice}' if report.choice else ''}."
 
 
-def _details(title: str, items: Sequence[str]) -> str:
-    listed = _list(items, each=' style="white-space:pre-wrap"')
-    return f"<details><summary>{html_text(title)} ({len(items)})</summary>{listed}</details>" if items else ""
+def _details(title: str, items: Iterable[str]) -> str:
+    """Return what opens on a click, each item in a box that scrolls; "" without items."""
+    boxes = [f'<div style="{_BOX}">{item}</div>' for item in items]
+    return f"<details><summary>{title} ({len(boxes)})</summary>{''.join(boxes)}</details>" if boxes else ""
 
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def _list(items: Iterable[str], kind: str = "", each: str = "") -> str:
-    """Return an HTML list with attributes of it and of each item; "" without items."""
-    lines = "".join(f"<li{each}>{html_text(item)}</li>" for item in items)
-    return f"<ul{kind}>{lines}</ul>" if lines else ""
-
-
-def _missing(contents: Contents) -> Iterator[str]:
-    """Yield a sentence for each part that is left out: what it would show, and the command."""
-    evaluation, moved = contents.evaluation, contents.moved
-    if evaluation is None:
-        yield f"Whether the adapter works, with answers before and after: {_EVALUATE}, then {_REPORT}."
-    elif not evaluation.written:
-        yield "Answers before and after: evaluate a task that is answered in writing, see jcrosslora evaluate --help."
-    elif not evaluation.examples:
-        yield f"Answers before and after: {_EVALUATE}."
-    if evaluation is not None and len(evaluation.models) == 1:
-        yield f"Whether an adapter works: {_EVALUATE}."
-    elif evaluation is not None:
-        yield from (sentence for part, sentence in _ABSENT.items() if evaluation.of_part(part) is None)
-    if moved is None:
-        yield "How the adapter was made: jcrosslora report on the folder that jcrosslora transfer wrote."
-        return
-    if len(moved.curve) < 2:
-        yield f"A curve of the fit: method {moved.recipe.method} records none; distill does."
-    if not any(layer is not None for layer in moved.layers):
-        yield "A map of the layers: the source was asked and not read, so its layers are not known."
+def _list(sentences: Iterable[str]) -> str:
+    """Return an HTML list; "" without sentences."""
+    lines = "".join(f"<li>{html_prose(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{lines}</ul>" if lines else ""

@@ -104,3 +104,11 @@ def settle(figure: Figure) -> None:
 def numbered(count: int) -> range:
     """Choose which of so many things along an axis get their number, eight at most."""
     return range(0, count, next((step for step in _STEPS if count <= 8 * step), count))
+
+
+def round_steps(largest: float, count: int) -> list[float]:
+    """Choose round numbers in equal steps, `count` at most, from 0 to at least `largest`, which may be 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(0, largest or 1.0)
+    return [float(tick) for tick in ticks]

@@ -1,0 +1,114 @@
+"""What to do next with a moved adapter: sentences, and under each the commands with the names of this transfer."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.report.page.contents import Contents, Evaluation
+from jcrosslora.report.page.headline import headline
+from jcrosslora.report.record import TransferReport
+from jcrosslora.utils.texts import visible
+
+_QUESTION = '{"prompt": "Question: What do bees make? Answer:", "answer": " honey"}'
+_TASK = f"[ -e task.jsonl ] || echo '{_QUESTION}' > task.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A sentence, in which code stands between backticks, and the lines to paste into a shell."""
+
+    sentence: str
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The adapter's folder and its base, as the commands name them."""
+
+    folder: str
+    base: str
+
+    @classmethod
+    def of(cls, contents: Contents) -> "_Names":
+        evaluation, moved = contents.evaluation, contents.moved
+        if moved is not None:
+            return cls(contents.name, moved.target.ref or moved.target.name or "TARGET")
+        assert evaluation is not None  # a page has one of them
+        base, *adapters = (model.name for model in evaluation.models)
+        return cls(adapters[0] if adapters else "moved", base)
+
+    def evaluate(self, more: str = "") -> str:
+        beside = f"--adapter {_quoted(self.folder)}{more} --show 10 --json > answers.json"
+        return f"jcrosslora evaluate --base {_quoted(self.base)} --task task.jsonl {beside}"
+
+    def report(self, more: str = "") -> str:
+        return f"jcrosslora report {_quoted(self.folder)} --answers answers.json{more}"
+
+    def transfer(self, moved: TransferReport, out: str) -> str:
+        source = moved.source.ref or moved.source.name or "SOURCE"
+        ends = f"--source {_quoted(source)} --target {_quoted(self.base)}"
+        return f"jcrosslora transfer {_quoted(moved.adapter.name or 'ADAPTER')} {ends} --out {out}"
+
+
+def next_steps(contents: Contents) -> Iterator[Step]:
+    """Yield what can be done next, the most useful first; what does not apply is left out."""
+    names, evaluation, moved = _Names.of(contents), contents.evaluation, contents.moved
+    bad = headline(contents).tone == "bad"
+    if moved is None:
+        said = "Show how the adapter was made as well: name the folder that `jcrosslora transfer` wrote."
+        yield Step(said, (names.report(),))
+    elif bad and not moved.asked:
+        yield from _another_way(names, moved)
+    if evaluation is not None:
+        yield from _naming(names, evaluation)
+    if evaluation is None or len(evaluation.models) == 1 or (evaluation.written and not evaluation.examples):
+        said = "Find out whether the adapter works: write questions of its job with the right answers to `task.jsonl`, "
+        said += "a hundred or more, in place of the one that the first line writes."
+        yield Step(said, (_TASK, names.evaluate(), names.report()))
+    if not bad:
+        said = "Use the adapter: ask the model something of the adapter's job."
+        ends = f"--base {_quoted(names.base)} --adapter {_quoted(names.folder)}"
+        yield Step(said, (f"jcrosslora generate 'What do bees make?' {ends}",))
+    if evaluation is not None and len(evaluation.models) > 1:
+        yield from _comparisons(names, evaluation, moved)
+
+
+def where(contents: Contents, step: Step) -> str:
+    """Say where the commands of a step work, as they name local files without their folders; "" if they name none."""
+    names, moved, given = _Names.of(contents), contents.moved, f" {' '.join(step.commands)} "
+    every = [names.folder, names.base]
+    every += [] if moved is None else [moved.adapter.name or "", moved.source.ref or ""]
+    local = [name for name in dict.fromkeys(every) if f" {_quoted(name)} " in given and not is_hub_id(name)]
+    listed = ", ".join(f"`{visible(name)}`" for name in local)
+    return f"Run it in the folder that holds {listed}, or give the paths." if local else ""
+
+
+def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
+    if moved.wrote_prompts:
+        said = "Write prompts of the adapter's own job to `prompts.txt`, one a line, a few hundred if you can."
+        yield Step(said, (f"{names.transfer(moved, 'again')} --probe-text prompts.txt",))
+    elif not moved.choice and not moved.fitted:
+        said = f"Try another method than `{moved.recipe.method}`: without a name, one is chosen that suits both models."
+        yield Step(said, (names.transfer(moved, "another"),))
+
+
+def _naming(names: _Names, evaluation: Evaluation) -> Iterator[Step]:
+    others = [model.name for model in evaluation.models if model.part == "other"]
+    if evaluation.of_part("moved") is None and others:
+        yield Step("Say which of the adapters is the moved one.", (names.report(f" --moved {_quoted(others[0])}"),))
+
+
+def _comparisons(names: _Names, evaluation: Evaluation, moved: TransferReport | None) -> Iterator[Step]:
+    if evaluation.of_part("trained") is None:
+        said = "See how much of what training brings: train on examples in `train.jsonl` that are not in `task.jsonl`."
+        train = f"jcrosslora train {_quoted(names.base)} --data train.jsonl --out trained"
+        yield Step(said, (train, names.evaluate(" --trained trained"), names.report()))
+    if evaluation.of_part("random") is None and moved is not None and not moved.asked:
+        said = "See whether a random update would do as well."
+        random = f"{names.transfer(moved, 'random')} --method random"
+        yield Step(said, (random, names.evaluate(" random"), names.report(" --random random")))
+
+
+def _quoted(name: str) -> str:
+    return shlex.quote(visible(name, keep=""))
