@@ -189,5 +189,5 @@ def _tensor_rows(compared: Sequence["TensorComparison"]) -> Iterator[tuple[str, 
             f"{min(item.explained for item in found):.2%}",
             str(lowest) if lowest == highest else f"{lowest}-{highest}",
             f"{fmean(item.scale for item in found):.4g}",
-            grids[0] if grids[0] == grids[1] else f"{grids[0]} > {grids[1]}",
+            grids[0] if grids[0] == grids[1] else f"{grids[0]} to {grids[1]}",
         )

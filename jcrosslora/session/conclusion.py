@@ -9,23 +9,14 @@ from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.maps.alignment.transport import Transport
-from jcrosslora.maps.shifting.records import ModuleRow
-from jcrosslora.maps.shifting.shift import Shifted
-from jcrosslora.methods import Method, Moved
-from jcrosslora.report.documents import complete
-from jcrosslora.report.record import (
-    Base,
-    MeasuredEffect,
-    Recipe,
-    Row,
-    SourceAdapter,
-    TransferReport,
-    Unmapped,
-    defined,
-    spread,
-    taken,
-)
+from jcrosslora.decoder import LoadedBases, fast_dtype
+from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
+from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
+from jcrosslora.maps.shifted import ModuleRow, Shifted
+from jcrosslora.maps.transport import Transport
+from jcrosslora.methods import Method, Moved, Task
+from jcrosslora.relation import why_not_run
+from jcrosslora.report import MeasuredEffect, Recipe, SourceAdapter, TransferReport, Unmapped, complete, record, spread
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version

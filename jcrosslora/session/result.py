@@ -15,10 +15,11 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
-from jcrosslora.adapter.save import Profile, save_adapter, why_linear_alone
-from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.adapter.save import Profile
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate import Answers, Scores
+from jcrosslora.report import TransferReport, Verdict
 from jcrosslora.report.documents import documents, provenance, published
 from jcrosslora.report.hub import Pushed, check_repo_id, push_folder
 from jcrosslora.report.page import Roles, contents_of, report_page
