@@ -21,9 +21,8 @@ import jcrosslora as jcl
 from jcrosslora.evaluate import Interval
 
 ROOT = Path(__file__).parent.parent
-REPORTING = "results", "compressed-bases", "composition", "shelf"  # pages of docs/
+REPORTING = "results", "record/all-results", "compressed-bases", "composition", "shelf"  # pages of docs/
 PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in REPORTING)
-_SECTIONS = {"jcrosslora": "ARC-Easy"}  # the table of the README is that of this section
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?:\.\d+)?%)")
 _SOURCES = re.compile(r"\]\([^)]*\)|arXiv [\d.]+")  # addresses of links, and papers
 # The tables of jobs by their first cell: the task, and what the name of the source begins with.
@@ -82,7 +81,7 @@ def rows_of(text: str) -> Iterator[Row]:
     section, head = "", ()
     for line in text.splitlines():
         if line.startswith("#"):
-            section = _SECTIONS.get(title := line.lstrip("# "), title)
+            section = line.lstrip("# ")
         if not line.startswith("|"):
             head = ()
             continue

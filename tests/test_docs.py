@@ -120,7 +120,7 @@ def test_the_methods_of_the_page_on_methods_run_as_written(tmp_path, monkeypatch
 
 
 def test_the_readme_has_at_most_10_kb():
-    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+    assert len((ROOT / "README.md").read_bytes()) <= 8_000
 
 
 def _anchors(page: Path) -> set[str]:
