@@ -41,15 +41,18 @@ USUAL = ("smollm2-135m", "gemma3-270m", "qwen-0.5b")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("name", nargs="*", choices=[*BASES, []], default=list(USUAL), help=", ".join(BASES))
-    return parser.parse_args()
+    parser.add_argument("name", nargs="*", help=", ".join(BASES))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.name) - set(BASES):
+        parser.error(f"no base is called {', '.join(sorted(unknown))}; give some of {', '.join(BASES)}")
+    return arguments
 
 
 def main() -> None:
     arguments = parse()
     jcl.show_progress()
     try:
-        for name in arguments.name:
+        for name in arguments.name or USUAL:
             print(fetch_model(BASES[name], arguments.out, Console(stderr=True)))
     except jcl.JCrossLoRAError as error:
         sys.exit(f"fetch_bases: {error}")
