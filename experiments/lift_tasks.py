@@ -148,7 +148,7 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 
 def _value(key: str, value: str, place: str) -> Any:
     """Parse a number, true, false or null as JSON; anything else is text."""
-    own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
+    own = ("adapter", "source", "target", "out", "method", "seed", "prompts", "overwrite")
     types = {name: kind for name, kind in setting_types().items() if name not in own}
     if key not in types or not value:
         msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}"

@@ -107,7 +107,7 @@ class Work:
             target=pair.target.ref,
             out=str(out),
             seed=seed,
-            probe_text=self._probe_text(task, row),
+            prompts=self._prompts_file(task, row),
             **row.settings,
         )
         result = transfer_files(settings)
@@ -176,7 +176,7 @@ class Work:
         shutil.rmtree(checkpoints, ignore_errors=True)
         _forget()
 
-    def _probe_text(self, task: Task, row: Row) -> str | None:
+    def _prompts_file(self, task: Task, row: Row) -> str | None:
         path = self._prompts(task, row.prompts) if row.prompts else row.text
         return None if path is None else str(path)
 

@@ -35,7 +35,7 @@ def add(shelf: Shelf, name: str, train: str, adapters: list[str], work: Path) ->
         lines.append({"prompt": prompt} if isinstance(prompt, str) else {"messages": message_entries(prompt)})
     file = work / f"{name}.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    found = shelf.add(adapters, samples=file)
+    found = shelf.add(adapters, prompts=file)
     if found.refused:
         msg = f"{found.refused[0].place}: {found.refused[0].reason}"
         raise SystemExit(msg)

@@ -7,6 +7,7 @@ exits with code 2; a traceback means a defect of ours.
 from collections.abc import Iterable
 
 _LONGEST = 4000  # characters; real messages have a few hundred
+_RENAMED = {"probe_text": "prompts", "--probe-text": "--prompts"}  # for those who knew the old names
 
 
 class JCrossLoRAError(Exception):
@@ -91,5 +92,5 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Suggest the known name that a misspelt one is closest to: " (did you mean 'copy'?)", or "" if none is close."""
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(_RENAMED.get(name, name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

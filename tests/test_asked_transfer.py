@@ -54,7 +54,7 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     monkeypatch.setenv("JCROSSLORA_SOURCE_KEY", "sk-this-is-a-secret")
     folder, source, _ = places
     asked = "--source-url", server.url, "--source-model", MODEL, "--source-tokenizer", source.path
-    given = "--target", folder / "target", "--out", tmp_path / "moved", "--probe-text", folder / "prompts.txt"
+    given = "--target", folder / "target", "--out", tmp_path / "moved", "--prompts", folder / "prompts.txt"
     assert run(*asked, *given, *FLAGS, "--dry-run") == 0
     assert "not estimated" in capsys.readouterr().out
     assert run(*asked, *given, *FLAGS) == 0
@@ -78,7 +78,7 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     sent = len(server.requests)
     recipe = tmp_path / "moved" / "recipe.toml"
     own = "--source-url", server.url, "--source-tokenizer", source.path
-    again = "--target", folder / "target", "--out", tmp_path / "again", "--probe-text", folder / "prompts.txt"
+    again = "--target", folder / "target", "--out", tmp_path / "again", "--prompts", folder / "prompts.txt"
     assert run("--recipe", recipe, *own, *again, "--table", "none") == 0
     assert len(server.requests) - sent < 20  # with which an opened server is checked
     weights = "adapter_model.safetensors"
@@ -121,7 +121,7 @@ def test_torch_does_not_run_code_in_the_folder_of_a_base(places, tmp_path, monke
     (base / "tokenizer_config.json").write_text(json.dumps(tokens))
     (base / "own.py").write_text(OWN.format(mark=str(mark)))
     source = "--source", base, "--source-backend", "torch", "--source-tokenizer", base
-    given = "--target", folder / "target", "--out", tmp_path / "moved", "--probe-text", folder / "prompts.txt"
+    given = "--target", folder / "target", "--out", tmp_path / "moved", "--prompts", folder / "prompts.txt"
     assert run(folder / "adapter", *source, *given, *FLAGS) == 2
     said = capsys.readouterr().err
     assert f"{base}: its class is code in its own files, which is not run" in said

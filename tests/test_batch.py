@@ -123,6 +123,7 @@ def test_plan_expands_to_jobs_with_settings(house, tmp_path):
         ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
         ("svd_rank = 8", 'svd_rank = "8"', "sets svd_rank to '8'; it must be int"),
         ("svd_rank = 8", "ranks = 8", "unknown key 'ranks'"),
+        ("svd_rank = 8", 'probe_text = "a"', "unknown key 'probe_text' .did you mean 'prompts'"),
         ("svd_rank = 8", "whitening = 0.1", "sets whitening, which none of its methods has: cross-lora"),
         ("svd_rank = 8", 'out = "x"', "sets out, which"),
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown key 'methods2' .did you mean 'methods'"),

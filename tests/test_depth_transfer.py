@@ -24,7 +24,7 @@ def files(tmp_path_factory):
 @pytest.mark.full
 def test_similar_depth_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     given = [files / "adapter", "--source", files / "source", "--target", files / "target", "--out", tmp_path / "one"]
-    flags = ["--method", "pad-truncate", "--depth", "similar", "--probe-text", files / "texts.txt"]
+    flags = ["--method", "pad-truncate", "--depth", "similar", "--prompts", files / "texts.txt"]
     main(["transfer", *map(str, given), *map(str, flags)])
     printed = capsys.readouterr().out
     assert "pad-truncate, depth similar" in printed
@@ -37,7 +37,7 @@ def test_similar_depth_by_the_command_and_again_by_its_recipe(files, tmp_path, c
     }
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(report["recipe_toml"])
-    paths = [*given[:-1], tmp_path / "two", "--probe-text", files / "texts.txt"]
+    paths = [*given[:-1], tmp_path / "two", "--prompts", files / "texts.txt"]
     main(["transfer", "--recipe", str(recipe), *map(str, paths)])
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two

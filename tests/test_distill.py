@@ -346,7 +346,7 @@ def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
 
 def test_a_base_without_answers_is_refused(pair):
     generator = Silent.of(pair[0], pair[2])
-    with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
+    with pytest.raises(MethodError, match=r"answered 0 prompts.*--prompts"):
         answer_given(generator, generator.alone(), CORPUS, Sampler(48, 6))
     with pytest.raises(MethodError, match="answered 0 prompts"):
         write_completions(generator, generator.alone(), Sampler(48, 6), 0)
@@ -496,7 +496,7 @@ def test_an_adapter_is_moved_in_its_own_chat_template(tmp_path):
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     places = tmp_path / "adapter", source.path, target.path
     given = {"method": "distill", "fit_rank": 4, "completions": 24, "answer_tokens": 4}
-    given["probe_text"] = str(prompts)
+    given["prompts"] = str(prompts)
     plain = move_files(*places, tmp_path / "one", **given, effect="never")
     assert (tmp_path / "one" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
     # The file beside the adapter comes before the base's own template, and a given one before the target's.
@@ -619,7 +619,7 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
-    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--out-rank", "5", "--depth", "0,0"]
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--out-rank", "5", "--depth", "0,0"]
     flags += ["--completions", "40", "--answer-tokens", "6"] if method != "residual-fit" else []
     main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
     moved = jcl.load_adapter(tmp_path / "out")
@@ -633,20 +633,20 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     # The recipe names the files, not where they are.
     places = {"adapter": tmp_path / "adapter", "source": source.path, "target": target.path, "out": tmp_path / "again"}
-    places["probe_text"] = tmp_path / "prompts.txt"
+    places["prompts"] = tmp_path / "prompts.txt"
     recipe = _recipe(tmp_path / "out" / "README.md")
     again = transfer_settings(**recipe | {name: str(place) for name, place in places.items()})
     repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.adapter.modules[name].a)
     # Where the source wrote its own prompts, the user is told of better ones, and sees some; not so of his own.
-    assert "--probe-text" not in jcl.verdict(repeated.report).text
+    assert "--prompts" not in jcl.verdict(repeated.report).text
     assert report["examples"] == []
     # The user's own prompts are not written beside the adapter.
     assert not (tmp_path / "out" / "completions.jsonl").exists()
     written = msgspec.structs.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
     written = complete(written, METHODS[written.recipe.method]())
-    assert "--probe-text" in jcl.verdict(written).text
+    assert "--prompts" in jcl.verdict(written).text
     assert "\n- `Q: a b? A: c`\n" in model_card(published(written))
     console = Console(file=io.StringIO(), width=200)
     print_report(written, console)
@@ -685,7 +685,7 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     safetensors.numpy.save_file(tensors, file)
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
-    texts = {"probe_text": str(tmp_path / "prompts.txt"), "completions": 40}
+    texts = {"prompts": str(tmp_path / "prompts.txt"), "completions": 40}
     given = transfer_settings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
     report = transfer_files(given).report
     first, last = re.search(r"divergence from the teacher went from (\S+) to (\S+) nats", report.fitted).groups()

@@ -159,7 +159,7 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
     (folder / "texts.txt").write_text("\n".join(texts))
     jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), folder / "adapter")
     places = [str(folder / name) for name in ("adapter", "source", "target", "out")]
-    return transfer_settings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
+    return transfer_settings(*places, method=method, prompts=str(folder / "texts.txt"), cache=False)
 
 
 def test_transfer_with_too_short_texts_warns_and_measures_no_effect(tmp_path, monkeypatch):

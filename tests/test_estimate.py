@@ -79,7 +79,7 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
         for kind in (
             {"method": "distill", "completions": 150},
             {"method": "distill", "completions": 300},
-            {"method": "distill", "completions": 150, "probe_text": str(texts)},
+            {"method": "distill", "completions": 150, "prompts": str(texts)},
         )
     )
     assert many["write completions"] > 1.1 * few["write completions"] > 2 * given["write completions"]
@@ -96,7 +96,7 @@ def test_the_default_fit_takes_some_380_passes_forward_or_forward_and_back(place
 def test_prompts_like_given_ones_are_counted_where_there_are_too_few(places, tmp_path):
     def writing(lines):
         (tmp_path / "prompts.txt").write_text("".join(f"{number} and {CORPUS[0]}\n" for number in range(lines)))
-        steps = found(places, method="distill", probe_text=str(tmp_path / "prompts.txt"), effect="never").steps
+        steps = found(places, method="distill", prompts=str(tmp_path / "prompts.txt"), effect="never").steps
         return steps["write completions"] - 12
 
     enough, few, too_few = writing(300), writing(100), writing(7)

@@ -194,10 +194,10 @@ def test_an_unknown_log_is_named():
 def test_settings_for_others_to_see_hold_no_folders_and_no_server(tmp_path):
     settings = jcl.TransferSettings(
         adapter=str(tmp_path / "mine"), source="org/base", target=str(tmp_path / "t.gguf"), out=str(tmp_path / "out"),
-        method="cross-lora", probe_text=str(tmp_path / "p.txt"), overwrite=True,
+        method="cross-lora", prompts=str(tmp_path / "p.txt"), overwrite=True,
     )  # fmt: skip
     found = settings.published()
-    assert {"adapter": "mine", "source": "org/base", "target": "t.gguf", "probe_text": "p.txt"}.items() <= found.items()
+    assert {"adapter": "mine", "source": "org/base", "target": "t.gguf", "prompts": "p.txt"}.items() <= found.items()
     assert found["method"] == "cross-lora"
     assert str(tmp_path) not in json.dumps(found)
     assert "out" not in found

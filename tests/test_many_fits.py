@@ -35,7 +35,7 @@ small = ["adapters/*"]
 from = "small"
 to = "wide"
 methods = "distill"
-probe_text = "texts.txt"
+prompts = "texts.txt"
 """ + "\n".join(f"{name} = {value}" for name, value in FIT.items())
 
 
@@ -76,7 +76,7 @@ def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house,
     kinds = {fast_dtype(), np.dtype(np.float32)}
     assert sorted(loads, key=str) == sorted(((name, kind) for name in ("small", "wide") for kind in kinds), key=str)
     places = house / "adapters" / "a2", house / "small", house / "wide", house / "alone"
-    move_files(*places, method="distill", probe_text=str(house / "texts.txt"), **FIT)
+    move_files(*places, method="distill", prompts=str(house / "texts.txt"), **FIT)
     (out,) = (house / one.out for one in outcomes.values() if "a2" in one.name)
     moved, alone = (folder / "adapter_model.safetensors" for folder in (out, house / "alone"))
     assert load_file(moved).keys() == load_file(alone).keys()

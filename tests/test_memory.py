@@ -72,7 +72,7 @@ def house(tmp_path_factory):
 def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, hooks, capsys, method):
     hooks.append(fill_device)
     given = move_in(tmp_path, "copy", TEXTS)
-    places = ["--source", given.source, "--target", given.target, "--out", given.out, "--probe-text", given.probe_text]
+    places = ["--source", given.source, "--target", given.target, "--out", given.out, "--prompts", given.prompts]
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as left:
         main(["transfer", given.adapter, *places, "--method", f"user_methods:{method}"])

@@ -28,7 +28,7 @@ NAME = "telling-folder-of-ann"
 WEIGHTS = "adapter_model.safetensors"
 WRITE_NOTHING = {"inspect", "compare", "check", "methods", "generate", "cache list", "cache verify", "cache clear"}
 WRITE_NOTHING |= {"shelf list", "shelf show", "shelf search", "shelf evaluate"}
-FIT = "--completions 22 --passes 1 --fit-rank 2 --answer-tokens 4 --compared-tokens 300 --probe-text prompts.txt"
+FIT = "--completions 22 --passes 1 --fit-rank 2 --answer-tokens 4 --compared-tokens 300 --prompts prompts.txt"
 PLACES = "--source source --target target"
 # What runs in the telling folder; files by name are made absolute. Behind > stands what the user keeps of stdout.
 LINES = f"""
@@ -38,7 +38,7 @@ transfer adapter {PLACES} --out out/moved --method distill {FIT} --source-templa
     --log tensorboard
 transfer out/trained {PLACES} --out out/copied --method pad-truncate --effect always --profile peft --no-cache
 transfer dora {PLACES} --out out/mlx --method cross-lora --svd-rank 4 --profile mlx --target-template chat.jinja
-transfer adapter {PLACES} --out out/gguf --method theseus --probe-text prompts.txt --profile gguf
+transfer adapter {PLACES} --out out/gguf --method theseus --prompts prompts.txt --profile gguf
 transfer adapter {PLACES} --out out/recipe --recipe out/copied/recipe.toml --dtype bfloat16
 transfer adapter {PLACES} --out out/pushed --method copy --table none --push-to me/moved
 export dora adapter --out out/sum --base source
@@ -58,7 +58,7 @@ evaluate --task answers.jsonl --base target --adapter out/moved out/copied --tra
 evaluate --task choices.jsonl --base source --adapter adapter dora other/adapter --json > out/figures.json
 report out/moved
 report out/moved --answers out/moved/answers.json --out out/page.svg
-shelf add out/shelf adapter out/trained --base source --samples prompts.txt
+shelf add out/shelf adapter out/trained --base source --prompts prompts.txt
 shelf add out/shelf dora --name third
 shelf remove out/shelf third
 shelf train out/shelf --steps 1

@@ -530,7 +530,7 @@ def test_without_matplotlib_the_extra_is_named(moved, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 1}, "has schema 1, wanted 2: move the adapter again"),
+        ({"schema": 1}, "has schema 1, wanted 3: move the adapter again"),
         ({"schema": None}, "has schema None"),
         ({"verdict": None}, r"is damaged .*verdict"),
         ({"layers": [10**9]}, r"is damaged .*layers"),

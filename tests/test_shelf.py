@@ -159,7 +159,7 @@ def test_samples_and_a_lift_that_were_given_once_stay(base, tmp_path):
     place = write_adapter(tmp_path / "plain", base)
     (tmp_path / "mine.txt").write_text("\n".join(TASKS["fox"]), encoding="utf-8")
     shelf = jcl.Shelf(tmp_path / "shelf", base, encoder="none")
-    shelf.add(place, samples=tmp_path / "mine.txt", lift=0.8, name="foxes")
+    shelf.add(place, prompts=tmp_path / "mine.txt", lift=0.8, name="foxes")
     entry = shelf.entry("foxes")
     assert (entry.samples, entry.samples_from, entry.lift) == (tuple(TASKS["fox"]), "mine.txt", 0.8)
     assert shelf.add(place, name="foxes").kept == ("foxes",)

@@ -97,7 +97,7 @@ def test_uploaded_files_count_in_place_of_the_name(tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     found = settings_of(folder, uploads={ADAPTER: files, TARGET: base}, prompts="one\ntwo")
-    assert (found["adapter"], found["target"], found["probe_text"]) == ("adapter", "target/base.gguf", "prompts.txt")
+    assert (found["adapter"], found["target"], found["prompts"]) == ("adapter", "target/base.gguf", "prompts.txt")
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [Path(path).name for path in files]
     assert (folder / "prompts.txt").read_text() == "one\ntwo"
 

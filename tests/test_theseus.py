@@ -33,7 +33,7 @@ def transfer(files, out, *flags):
 
 @pytest.mark.slow
 def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
-    transfer(files, tmp_path / "one", "--probe-text", str(files / "texts.txt"))
+    transfer(files, tmp_path / "one", "--prompts", str(files / "texts.txt"))
     printed = capsys.readouterr().out
     assert f"probes: {len(CORPUS)} texts read from texts.txt" in printed
     assert "verdict: activations are aligned" in printed
@@ -41,7 +41,7 @@ def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsy
     assert all(0 < row["activation_cosine"] <= 1 for row in report["rows"])
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(report["recipe_toml"])
-    transfer(files, tmp_path / "two", "--recipe", str(recipe), "--probe-text", str(files / "texts.txt"))
+    transfer(files, tmp_path / "two", "--recipe", str(recipe), "--prompts", str(files / "texts.txt"))
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -85,7 +85,7 @@ def test_invalid_text_files_are_refused(files, tmp_path, capsys, content, wanted
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(SystemExit) as stopped:
-        transfer(files, tmp_path / "out", "--probe-text", str(path))
+        transfer(files, tmp_path / "out", "--prompts", str(path))
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
@@ -100,7 +100,7 @@ def test_base_without_a_tokenizer_is_refused(files, tmp_path, capsys):
             (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
     given = [files / "adapter", "--source", files / "source", "--target", tmp_path / "bare", "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stopped:
-        main(["transfer", *map(str, given), "--method", "theseus", "--probe-text", str(files / "texts.txt")])
+        main(["transfer", *map(str, given), "--method", "theseus", "--prompts", str(files / "texts.txt")])
     assert stopped.value.code == 2
     assert "tokenizer.json" in capsys.readouterr().err
 

@@ -391,5 +391,5 @@ def test_one_device_and_two_give_equal_results(files, tmp_path):
 
 def test_warning_names_given_text_that_the_method_does_not_read(files, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("Water boils.\n")
-    command(files, tmp_path / "out", "--method", "pad-truncate", "--probe-text", str(tmp_path / "texts.txt"))
+    command(files, tmp_path / "out", "--method", "pad-truncate", "--prompts", str(tmp_path / "texts.txt"))
     assert "texts.txt was not read: method pad-truncate asks for none" in capsys.readouterr().out

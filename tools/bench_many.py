@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("adapters", nargs="+")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--completions", type=int, default=32)
-    parser.add_argument("--prompts", help="file of prompts, see --probe-text; without it the source writes them")
+    parser.add_argument("--prompts", help="file of prompts for transfer; without it the source writes them")
     parser.add_argument("--effect", choices=("auto", "never"), default="auto")
     found = parser.parse_args()
     if min(found.counts) < 1:
@@ -48,7 +48,7 @@ def write_plan(folder: Path, count: int, arguments: argparse.Namespace) -> Path:
         place = Path(arguments.adapters[number % len(arguments.adapters)]).expanduser().absolute()
         (places / f"a{number:02}").symlink_to(place)
     bases = {name: str(Path(getattr(arguments, name)).expanduser().absolute()) for name in ("source", "target")}
-    texts = "" if arguments.prompts is None else f'probe_text = "{Path(arguments.prompts).absolute()}"\n'
+    texts = "" if arguments.prompts is None else f'prompts = "{Path(arguments.prompts).absolute()}"\n'
     plan = folder / "plan.toml"
     plan.write_text(
         'out = "moved"\n'

@@ -71,7 +71,7 @@ def write_settings(request: Request, folder: Path, demo_bases: tuple[Path, Path]
             settings[what] = _checked(what, request.names[what].strip(), local=local)
     if request.prompts.strip():
         (folder / _PROMPTS).write_text(request.prompts, encoding="utf-8")
-        settings["probe_text"] = _PROMPTS
+        settings["prompts"] = _PROMPTS
     (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
 

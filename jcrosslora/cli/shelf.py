@@ -37,9 +37,9 @@ class Add(_OnShelf):
     base: str | None = None
     """The base of all adapters: a folder of safetensors, a GGUF file or a hub id. A new shelf needs it; later it is
     needed if the base has moved."""
-    samples: Path | None = None
-    """Prompts of the adapters' task, as --probe-text of a transfer takes them. Without it, the prompts that the source
-    wrote when an adapter was moved."""
+    prompts: Path | None = None
+    """File of prompts of the adapters' task, as --prompts of a transfer takes them: the samples by which they are
+    found. Without it, the prompts that the source wrote when an adapter was moved."""
     name: str | None = None
     """Name of a single adapter in place of that of its folder."""
     lift: float | None = None
@@ -57,7 +57,7 @@ class Add(_OnShelf):
             raise UsageError(msg)
         shelf = self._opened(self.base, self.encoder)
         try:
-            found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift)
+            found = shelf.add(self.adapters, name=self.name, prompts=self.prompts, lift=self.lift)
         except KeyboardInterrupt:
             return fail("interrupted; what was added stays, and the same command goes on from there", INTERRUPTED)
         for name in found.added:
@@ -267,7 +267,7 @@ class ShelfCommand:
 
 def _facts(entry: "ShelfEntry") -> str:
     count = len(entry.samples)
-    samples = f"{count} samples from {entry.samples_from}" if count else "no samples: give --samples"
+    samples = f"{count} samples from {entry.samples_from}" if count else "no samples: give --prompts"
     return samples if entry.verified else f"{samples}; its base is not verified, its shapes fit"
 
 

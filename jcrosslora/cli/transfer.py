@@ -29,7 +29,7 @@ class _Transfer:
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "method": (
-            *("allow_module", "calibrate", "depth", "probe_text", "probe_count"),
+            *("allow_module", "calibrate", "depth", "prompts", "probe_count"),
             *("source_template", "target_template"),
         ),
         "output": (

@@ -247,4 +247,4 @@ def _check_enough(found: list[Completion], source: Source) -> None:
     few = len(found) < FEWEST_COMPLETIONS
     came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
     msg = f"{source.name} with the adapter answered {came} are wanted: "
-    raise MethodError(msg + "give more prompts with --probe-text, or use another method")
+    raise MethodError(msg + "give more prompts with --prompts, or use another method")

@@ -132,7 +132,7 @@ class AlignmentTask:
             signs="not needed" if not anchors else "vocabulary" if tokens else "rule",
             shared_tokens=tokens,
             probes="none" if probes is None else probes.describe(),
-            probe_text=None if probes is None else probes.path,
+            prompts=None if probes is None else probes.path,
             probe_count=len(probes.texts) if probes is not None and probes.seed is not None else None,
             svd=describe_kernels(kernels) if EvidenceKind.SINGULAR_VECTORS in requires else "not needed",
         )

@@ -26,7 +26,7 @@ class AlignRecipe:
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
         shared_tokens: how many tokens the vocabularies share, 0 where they were not used.
         probes: the text that both bases were run on, "none" for methods that look at weights alone.
-        probe_text: the file that it was read from, if any.
+        prompts: the file that it was read from, if any.
         probe_count: how many texts the source base wrote, if it did.
         svd: which kernels the SVDs of both bases are from, with the number of matrices; "not needed" without any.
     """
@@ -38,7 +38,7 @@ class AlignRecipe:
     signs: str
     shared_tokens: int
     probes: str
-    probe_text: str | None = None
+    prompts: str | None = None
     probe_count: int | None = None
     svd: str = "not needed"
 

@@ -22,7 +22,7 @@ SERVED = "source_model"  # the setting that says that a server was asked
 RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
+# Local files are given by name only: add ADAPTER, --source, --target and --prompts with your own paths, and
 # --source-url where a server is asked.
 """
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
@@ -93,7 +93,7 @@ def replacements(report: TransferReport) -> dict[str, str]:
     """Return the local paths in a report with their public names."""
     ends = report.source, report.target
     return local_names(
-        report.adapter.name, report.recipe.probe_text, *(end.ref for end in ends), *(end.name for end in ends)
+        report.adapter.name, report.recipe.prompts, *(end.ref for end in ends), *(end.name for end in ends)
     )
 
 
@@ -116,7 +116,7 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
         "dtype": "float32",
         "profile": "portable",
         "seed": recipe.seed,
-        "probe_text": public_name(recipe.probe_text),
+        "prompts": public_name(recipe.prompts),
         "probe_count": recipe.probe_count,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,

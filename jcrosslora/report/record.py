@@ -18,7 +18,7 @@ from jcrosslora.utils.files import read_file
 from jcrosslora.utils.texts import html_table
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
-SCHEMA = 2
+SCHEMA = 3
 REPORT = "transfer_report.json"
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
@@ -56,7 +56,7 @@ class Recipe(msgspec.Struct, frozen=True):
     signs: str = ""
     shared_tokens: int = 0
     probes: str = "none"
-    probe_text: str | None = None
+    prompts: str | None = None
     probe_count: int | None = None
     svd: str = "not needed"
 

@@ -27,7 +27,7 @@ _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "an effect is to be expected; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by `--probe-text`, can bring more)"
+_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by `--prompts`, can bring more)"
 
 
 def diagnostics_title(report: TransferReport) -> str:

@@ -135,7 +135,7 @@ class QueriedSession:
             signs="not needed",
             shared_tokens=0,
             probes="none" if request.probes is None else request.probes.describe(),
-            probe_text=None if request.probes is None else request.probes.path,
+            prompts=None if request.probes is None else request.probes.path,
         )
         described = BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
         layers = (None,) * self._target.dims.layers

@@ -81,7 +81,7 @@ class TransferSettings(TransferOptions):
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
     them, for LoRA-XS. peft alone holds changes of the embedding and the output head."""
-    probe_text: str | None = None
+    prompts: str | None = None
     """Text to run both bases on, one a line, or JSONL with "text", "prompt" or the "messages" of a conversation;
     without it the source base writes its own.
     Where an update is fitted: prompts that the source answers with its adapter. A few hundred of the adapter's own task
@@ -182,7 +182,7 @@ class TransferSettings(TransferOptions):
 # Settings that may name a file or a folder.
 _REFERENCES = (
     *("adapter", "source", "target", "target_name", "source_model", "source_base_model", "source_tokenizer"),
-    *("probe_text", "source_template", "target_template"),
+    *("prompts", "source_template", "target_template"),
 )
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}

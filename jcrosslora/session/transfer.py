@@ -50,7 +50,7 @@ def transfer(
         target: the base to move it to, a path, a hub id, or a base in memory.
         method: a name ("auto", "distill", "cross-lora"), or a method object with its hyper-parameters, such as
             `methods.Distill(completions=600)`.
-        prompts: text that both bases are run on, as a file (see `--probe-text`) or as a list of texts and of
+        prompts: text that both bases are run on, as a file (see `--prompts`) or as a list of texts and of
             conversations, each a list of {"role", "content"}.
             Where an update is fitted, prompts of the adapter's own task recover more than what the source writes.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
@@ -254,7 +254,7 @@ def _request(settings: TransferSettings, adapter: str | None) -> Request:
         adapter,
         make_method(settings.method),
         with_one_writer(settings),
-        given_probes(settings.probe_text),
+        given_probes(settings.prompts),
         settings.profile,
         settings.adapter_revision,
         settings.adapter_rank,

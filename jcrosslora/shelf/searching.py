@@ -59,7 +59,7 @@ class Searching:
             msg = f"{self.index.folder}: holds no adapter; add some with `jcrosslora shelf add`"
             raise UsageError(msg)
         if by != "weights" and not any(entry.samples for entry in self.index.entries):
-            msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --samples FILE`"
+            msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --prompts FILE`"
             raise UsageError(msg)
         if by in ("text", "weights"):
             self._check_encoder(by)

@@ -156,7 +156,7 @@ class Shelf:
         adapters: str | Path | Sequence[str | Path],
         *,
         name: str | None = None,
-        samples: str | Path | None = None,
+        prompts: str | Path | None = None,
         lift: float | None = None,
     ) -> Added:
         """Add adapters, or all below a folder; those that are damaged or of another base are left out and listed.
@@ -166,13 +166,13 @@ class Shelf:
         Args:
             adapters: paths or hub ids of adapters, or folders with adapters below.
             name: of a single adapter; None takes the name of its folder, or its path below the folder that was given.
-            samples: a file of prompts of the task, see `jcrosslora shelf add --help`; None takes those that the
-                source wrote when the adapter was moved.
+            prompts: a file of prompts of the task, its samples, see `jcrosslora shelf add --help`; None takes those
+                that the source wrote when the adapter was moved.
             lift: of a single adapter, the share of a trained adapter's gain that it recovers, if known.
 
         Raises:
             AdapterError: an adapter or folder is missing, or has no adapter below it.
-            UsageError: `name` or `lift` for several adapters, a lift that is no number, or samples that cannot be read.
+            UsageError: `name` or `lift` for several adapters, a lift that is no number, or prompts that cannot be read.
             CheckpointError: the base cannot be read.
             OutputError: the shelf cannot be written to.
         """
@@ -185,7 +185,7 @@ class Shelf:
             msg = f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8"
             raise UsageError(msg)
         found = [Found(name, one.ref) for one in found] if name is not None else found
-        given = None if samples is None else records.given_samples(samples)
+        given = None if prompts is None else records.given_samples(prompts)
         info = describe_base(self.base, digest=self.info.digest)
         known = {entry.name: entry for entry in self._index.entries}
 

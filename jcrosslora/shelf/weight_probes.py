@@ -267,7 +267,7 @@ def train_weights(
     """
     used = [number for number, vectors in enumerate(samples) if len(vectors)]
     if len(used) < 2:
-        msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --samples with `shelf add`"
+        msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --prompts with `shelf add`"
         raise UsageError(msg)
     whitened = [unit_rows(means.whitened(samples[number])).astype(np.float32) for number in used]
     held_out = [np.arange(len(vectors)) % _HELD_OUT == _HELD_OUT - 1 for vectors in whitened]

@@ -29,7 +29,7 @@ _PARTS = ("base", "moved", "trained")
 _TITLES = {"base": "before", "moved": "after"}
 _ITS_OWN = (
     "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "
-    "they do not, give prompts of that job by `--probe-text`."
+    "they do not, give prompts of that job by `--prompts`."
 )
 _SHARE = "share of the trained adapter's gain"
 

@@ -87,7 +87,7 @@ def where(contents: Contents, step: Step) -> str:
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     if moved.wrote_prompts:
         said = "Write prompts of the adapter's own job to `prompts.txt`, one a line, a few hundred if you can."
-        yield Step(said, (f"{names.transfer(moved, 'again')} --probe-text prompts.txt",))
+        yield Step(said, (f"{names.transfer(moved, 'again')} --prompts prompts.txt",))
     elif not moved.choice and not moved.fitted:
         said = f"Try another method than `{moved.recipe.method}`: without a name, one is chosen that suits both models."
         yield Step(said, (names.transfer(moved, "another"),))

@@ -149,7 +149,7 @@ def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
 
     Of the adapter the weights and the configuration count, which scales them; of the settings all but locations.
     `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the texts of
-    `probe_text`, "" if the settings name no file.
+    `prompts`, "" if the settings name no file.
     """
     return digest_of(*_asked(job), adapter.digest, adapter.config, *shared)
 

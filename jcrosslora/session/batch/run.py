@@ -165,7 +165,7 @@ class _UnitRun:
         session = session_of(unit.settings)
         assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
         self._session = session
-        self._given = given_probes(unit.settings.probe_text)
+        self._given = given_probes(unit.settings.prompts)
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
