@@ -476,7 +476,7 @@ def test_command_prints_evidence_first_and_relation_last(tmp_path, capsys):
     then(fewer_neurons, merged(3, 0.01))(make()).write(tmp_path / "t")
     main(["compare", str(tmp_path / "s"), str(tmp_path / "t")])
     printed = capsys.readouterr().out
-    assert printed.rstrip().endswith("relation: pruned, LoRA-merged")
+    assert printed.startswith("relation: pruned, LoRA-merged\nmethod: auto would take ")
     assert "auto would take select" in printed
     main(["compare", str(tmp_path / "s"), str(tmp_path / "t"), "--json"])
     data = json.loads(capsys.readouterr().out)

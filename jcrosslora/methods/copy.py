@@ -21,6 +21,7 @@ class PadTruncate(MapMethod):
 
     name = "pad-truncate"
     summary = "rows and columns cut off or filled with zeros"
+    when = "as a baseline"
     reference = "github.com/ootyzzz/PAW, lora_x_core.py"
     measure = "weight cosine"
 
@@ -35,6 +36,7 @@ class Copy(PadTruncate):
 
     name = "copy"
     summary = "the unchanged update"
+    when = "for a base and its 8-bit or fp8 copy"
     reference = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
     equal_shapes = True
     carries = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
@@ -46,6 +48,7 @@ class IndexInterp(MapMethod):
 
     name = "index-interp"
     summary = "rows and columns resampled at the nearest index"
+    when = "as a baseline"
     reference = "github.com/ootyzzz/PAW, interpo_core.py"
     measure = "weight cosine"
 
@@ -60,6 +63,7 @@ class Select(MapMethod):
 
     name = "select"
     summary = "rows, columns and layers of the source that the target consists of, in its order"
+    when = "for a base and a model cut from it"
     reference = "this package"
     requires = frozenset({EvidenceKind.SELECTION})
     measure = "part cosine"

@@ -33,6 +33,7 @@ class CrossLoRA(MapMethod):
 
     name = "cross-lora"
     summary = "i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'"
+    when = "to compare with the paper"
     reference = "arXiv 2508.05232, Eq. 3-7"
     requires = frozenset({EvidenceKind.SINGULAR_VECTORS, EvidenceKind.SHARED_VOCABULARY})
     measure = "vector ratio"
@@ -54,6 +55,7 @@ class Random(MapMethod):
 
     name = "random"
     summary = "control: random orthonormal bases, norm of the update kept"
+    when = "to compare any method with chance"
     reference = "control"
     requires = frozenset({EvidenceKind.RANDOM_KEY})
     is_control = True

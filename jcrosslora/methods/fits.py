@@ -19,6 +19,7 @@ class Distill(DistillSettings, Method):
 
     name = "distill"
     summary = "an update fitted to the adapted source's predictions"
+    when = "for two different models"
     reference = "this package"
     requires = frozenset({EvidenceKind.COMPLETIONS})
 
@@ -71,6 +72,7 @@ class DistilledCopy(Distill):
 
     name = "distilled-copy"
     summary = "the unchanged update, then one fitted on top of it to the adapted source's predictions"
+    when = "for a base and its 4-bit or pruned copy"
     requires = Copy.requires | Distill.requires
     carries = Copy.carries | Distill.carries
 
@@ -91,6 +93,7 @@ class DistilledSelect(DistilledCopy):
 
     name = "distilled-select"
     summary = "the update of the parts that the target has, then all modules fitted to the adapted source"
+    when = "for a model cut from the base, without some layers"
     requires = Select.requires | Distill.requires
 
     @property
@@ -105,6 +108,7 @@ class ResidualFit(Method):
 
     name = "residual-fit"
     summary = "down_proj, layer by layer, so that the target's residual stream changes as the source's"
+    when = "for two different models, if distill takes too long"
     reference = "this package"
     requires = frozenset({EvidenceKind.PROBE_TEXTS})
 

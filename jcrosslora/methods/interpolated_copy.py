@@ -38,6 +38,7 @@ class InterpolatedCopy(Copy):
 
     name = "interpolated-copy"
     summary = "the unchanged update, on weights interpolated from the target towards the source"
+    when = "for a base and its further-trained version"
     reference = "this package; interpolation of weights: arXiv 2109.01903"
 
     interpolation: float = 0.75

@@ -23,6 +23,7 @@ class LoRAX(MapMethod):
 
     name = "lora-x"
     summary = "projection into the target's singular subspaces: U_t U_t' dW V_t V_t'"
+    when = "to compare with the paper"
     reference = "arXiv 2501.16559, Eq. 3"
     requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
     measure = "subspace similarity"
@@ -43,6 +44,7 @@ class ProLoRA(LoRAX):
 
     name = "prolora"
     summary = "range and null space of source and target, moved separately; rank 2 K"
+    when = "to compare with the paper"
     reference = "arXiv 2506.04244"
 
     def maps(self, evidence: Evidence) -> Maps:

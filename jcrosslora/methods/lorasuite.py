@@ -37,6 +37,7 @@ class LoRASuite(MapMethod):
 
     name = "lorasuite"
     summary = "the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning"
+    when = "to compare with the paper"
     reference = "arXiv 2505.13515"
     requires = frozenset({EvidenceKind.EMBEDDING_MAP})
     measure = "head cosine"

@@ -41,6 +41,7 @@ class Theseus(MapMethod):
 
     name = "theseus"
     summary = "orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)"
+    when = "to see what maps of activations do"
     reference = "arXiv 2602.12952"
     measure = "activation cosine"
 
@@ -86,6 +87,7 @@ class ScaledProcrustes(MapMethod):
 
     name = "scaled-procrustes"
     summary = "theseus on activations whose dimensions are divided by their sizes"
+    when = "to see what maps of activations do"
     reference = "this package"
     requires = frozenset({EvidenceKind.ACTIVATIONS})
     measure = "activation cosine"
