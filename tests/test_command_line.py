@@ -1,14 +1,19 @@
 """The command line itself: dispatch, help, completion, JSON, exit codes; the commands' work is tested elsewhere."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
+from jcrosslora.cli import cache, shelf
 from jcrosslora.cli.main import COMMANDS, main
+
+ACTIONS = {"shelf": shelf.ACTIONS, "cache": cache.ACTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +81,126 @@ def test_a_flag_for_what_has_none_is_one_line_that_says_how_to_give_it(flag, cap
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_a_help_without_riddles(name, capsys, monkeypatch):
+def help_of(name, capsys, flag="--help"):
+    """Return the help of a command or an action."""
+    with contextlib.suppress(SystemExit):
+        main([*name.split(), flag])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+@pytest.mark.parametrize("name", [*COMMANDS, *(f"{name} {one}" for name, found in ACTIONS.items() for one in found)])
+def test_every_command_has_a_help_without_riddles(name, flag, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert stopped([name, "--help"]) == 0
-    printed = capsys.readouterr().out
+    printed = help_of(name, capsys, flag)
     assert f"usage: jcrosslora {name}" in printed
-    assert "None}" not in printed
-    assert "(default: None)" not in printed
-    assert "STR" not in printed.splitlines()[0]
+    assert max(len(line) for line in printed.splitlines() if line.startswith((" ", "│"))) <= 80
+    for riddle in ("None", "STR", "PATH|", "[[STR", "{auto}", "(default: )"):
+        assert riddle not in printed
+
+
+def test_actions_are_listed_and_a_misspelt_one_gets_a_suggestion(capsys):
+    for name, actions in ACTIONS.items():
+        lines = [line.split() for line in help_of(name, capsys).splitlines()]
+        assert actions.keys() <= {line[0] for line in lines if line}
+    assert stopped(["shelf", "serch", "x"]) == 2
+    assert capsys.readouterr().err.startswith("jcrosslora: shelf 'serch' is unknown (did you mean 'search'?); use one")
+    assert stopped(["cache"]) == 2
+    assert capsys.readouterr().err == "jcrosslora: cache needs an action; use one of list, verify, clear\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("transfer a --methd x", "--methd is unknown (did you mean --method?); jcrosslora transfer --help"),
+        ("transfer a --probe-text=x", "--probe-text is unknown (did you mean --prompts?); jcrosslora transfer --help"),
+        ("transfer a --cache", "--cache is unknown (did you mean --no-cache?); jcrosslora transfer --help"),
+        ("shelf add x y --bse b", "--bse is unknown (did you mean --base?); jcrosslora shelf add --help"),
+        ("cache clear --knd texts", "--knd is unknown (did you mean --kind?); jcrosslora cache clear --help"),
+        ("generate -m x", "-m is unknown; jcrosslora generate --help"),
+        ("transfer --source a --out c", "ADAPTER, --target are missing; jcrosslora transfer --help"),
+        ("merge base adapter", "--out is missing; jcrosslora merge --help"),
+        ("shelf show", "FOLDER, NAME are missing; jcrosslora shelf show --help"),
+        ("inspect a b", "Unrecognized options: b; jcrosslora inspect --help"),
+        ("generate --seed q", "Error parsing --seed: invalid literal for int() with base 10: 'q'; jcrosslora generate"),
+        ("cache clear --kind x", "invalid choice 'x' for argument '--kind'. Expected one of ('all', 'factors', "),
+    ],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_wrong_arguments_are_one_line(line, said, terminal, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert stopped(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"jcrosslora: {said}")
+    assert printed.err.endswith(" lists the options\n")
+    assert printed.err.count("\n") == 1
+
+
+def test_what_stands_behind_two_dashes_is_no_flag(tmp_path, capsys):
+    assert stopped(["inspect", "--", "--methd"]) == 2
+    assert "unknown" not in capsys.readouterr().err
+
+
+def test_the_help_of_a_transfer_fits_a_page_and_names_the_rest(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = help_of("transfer", capsys)
+    lines = printed.splitlines()
+    assert len(lines) <= 60
+    assert lines[-1].startswith("jcrosslora transfer --help-all lists all ")
+    first, rest = printed.split(" method options ")
+    assert all(f"--{flag} " in first for flag in ("source", "target", "out", "prompts", "method", "recipe"))
+    assert all(f"--{flag} " in rest for flag in ("completions", "budget", "roles", "out-rank", "seed", "dry-run"))
+    assert "--whitening" not in printed
+    assert "--whitening" in help_of("transfer", capsys, "--help-all")
+
+
+def test_quiet_prints_the_path_alone(files, tmp_path, capsys):
+    main(transfer(files, tmp_path / "out", "--method", "cross-lora", "--quiet"))
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (f"{tmp_path / 'out'}\n", "")
+    assert stopped(transfer(files, tmp_path / "out", "--method", "cross-lora", "--quiet")) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("jcrosslora: ")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the devices asked for have to be missing")
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(files, tmp_path, capsys, device):
+    assert stopped(transfer(files, tmp_path / "out", "--device", device)) == 2
+    assert capsys.readouterr().err.startswith(f"jcrosslora: --device {device}: JAX finds only cpu: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_platform_of_the_environment_that_is_not_there_is_one_line(files, tmp_path):
+    code = "import os; os.environ['JAX_PLATFORMS'] = 'tpu'\n"
+    code += "import sys; from jcrosslora.cli.main import main; main(sys.argv[1:])"
+    found = python(code, *transfer(files, tmp_path / "out", "--method", "cross-lora"))
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert found.stderr.startswith("jcrosslora: JAX cannot start: Unable to initialize backend 'tpu'")
+
+
+def test_methods_name_the_default_and_when_to_use_each(capsys):
+    main(["methods"])
+    printed = capsys.readouterr().out
+    assert "auto (default)" in printed
+    assert all(kind.when and kind.when in printed for kind in jcl.methods.METHODS.values())
 
 
 def test_the_flags_of_a_transfer_stand_in_groups_and_the_methods_are_listed(capsys):
-    assert stopped(["transfer", "--help"]) == 0
+    assert stopped(["transfer", "--help-all"]) == 0
     printed = capsys.readouterr().out
     first, expert = printed.split(" expert options ")
     for group in ("method", "output"):
         assert f" {group} options " in first
     for group in ("hub", "cluster"):
         assert f" {group} options " in expert
-    assert "--seed" not in first
-    assert "--seed" in expert
+    assert "--scale" not in first
+    assert "--scale" in expert
     assert all(name in " ".join(first.split()) for name in jcl.methods.METHODS)
     assert "--no-cache" in expert
     assert "--cache," not in printed

@@ -12,14 +12,14 @@ from jcrosslora.adapter.export import ExportSettings, export_adapter
 from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, print_json, print_pushed, say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, Long, print_json, print_pushed, say
 from jcrosslora.errors import UsageError
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.logs import LogName, find_log, log_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(TrainingSettings):
+class Train(Long, TrainingSettings):
     """Train a LoRA adapter of a base model on the answers of examples, and write it as a PEFT folder."""
 
     base: tyro.conf.Positional[str]

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.main import INTERRUPTED, fail
-from jcrosslora.cli.output import FailOn, exit_code, print_json
+from jcrosslora.cli.output import FailOn, Long, exit_code, print_json
 from jcrosslora.errors import BatchError, UsageError
 from jcrosslora.utils.logs import LogName
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Long):
     """Make many transfers by a plan: every pair of bases is aligned once, and finished jobs are not done again."""
 
-    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"cluster": ("shard", "ray", "ray_cpus", "ray_gpus")}
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "cluster": ("shard", "ray", "ray_cpus", "ray_gpus"),
+        **Long.GROUPS,
+    }
 
     plan: tyro.conf.Positional[Path]
     """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
@@ -46,6 +49,12 @@ class Batch:
     """CPUs of a worker; all of the smallest machine if not given."""
     ray_gpus: float | None = None
     """GPUs of a worker; all of the smallest machine that has any if not given."""
+
+    def written(self) -> str:
+        """Return the folder of all adapters."""
+        from jcrosslora.session.batch import read_plan
+
+        return str(read_plan(self.plan).out)
 
     def run(self, console: Console) -> int:
         from jcrosslora.methods import allow_module

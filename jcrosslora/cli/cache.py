@@ -2,9 +2,8 @@
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Column
 from rich.text import Text
@@ -83,22 +82,7 @@ class Clear:
         say(console, f"{cache.root}: {len(entries)} entries removed, {_megabytes(*entries)}")
 
 
-Action = (
-    Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Clear, tyro.conf.subcommand("clear")]
-)
-
-
-@dataclass(frozen=True)
-class CacheCommand:
-    """List, verify or clear the factors, transports and texts in the user's cache folder ($JCROSSLORA_CACHE)."""
-
-    action: Annotated[Action, tyro.conf.arg(name="")]
-    """The action."""
-
-    def run(self, console: Console) -> None:
-        self.action.run(console)
+ACTIONS = {"list": List, "verify": Verify, "clear": Clear}
 
 
 def _opened(kind: Kind = "all") -> tuple[Cache, list[Entry]]:

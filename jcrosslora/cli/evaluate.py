@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import PAGE, opened_base, opened_shelf, print_json, say, writable_file
+from jcrosslora.cli.output import PAGE, OnDevice, opened_base, opened_shelf, print_json, say, writable_file
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.files import write_output
 
@@ -21,7 +21,7 @@ _ADVICE = "free space, or choose another file"  # where a file cannot be written
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OnDevice):
     """Judge a base, alone and with adapters, by a task; say for each adapter whether it is better.
 
     Questions with choices are scored by likelihood. Examples with "messages", or with "prompt" and "answer", are

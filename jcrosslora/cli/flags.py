@@ -3,6 +3,7 @@
 A command may have
 
     GROUPS: ClassVar = {"expert": ("seed", ...)}    fields that stand in a box of their own, "expert options"
+    SHORT: ClassVar = ("out", ...)                  the fields of --help; --help-all has all of them
     DOCS: ClassVar = {"seed": "..."}                help for fields that have no string below them
     choices(cls) -> {"method": ("auto", ...)}       values for help and completion of a field that takes others as well
     defaults(cls, arguments) -> {"rank": 8}         defaults that come from the arguments, such as those of a recipe
@@ -10,17 +11,39 @@ A command may have
 
 import ast
 import inspect
+import io
+import re
+import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from functools import cache
-from itertools import pairwise
-from pathlib import Path
+from itertools import pairwise, takewhile
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import UsageError, suggestion
+
+_HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
+_COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
+# What stands for a value, by the field's name or its last word; else that word, or N and X for numbers.
+_METAVARS = {
+    **dict.fromkeys(("source", "target", "base", "tokenizer"), "BASE"),
+    **dict.fromkeys(("prompts", "recipe", "template", "data", "task", "html", "answers", "unrelated"), "FILE"),
+    **dict.fromkeys(("models", "checkpoints", "shelf", "folder"), "DIR"),
+    **{
+        "out": "PATH",
+        "out_rank": "RULE",
+        "method": "NAME",
+        "by": "NAME",
+        "trained": "ADAPTER",
+        "push_to": "OWNER/NAME",
+    },
+    **{"coordinator": "HOST:PORT", "ray": "HOST:PORT", "source_base_model": "NAME", "source_model": "NAME"},
+}
 
 
 @cache
@@ -47,37 +70,82 @@ C = TypeVar("C")
 
 
 def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
-    """Read the arguments of a command; tyro prints help and errors, and exits with 0 or 2.
+    """Read the arguments of a command; tyro prints the help, and exits with 0.
 
     Args:
         prog: what stands in front of the arguments, for usage lines.
 
     Raises:
-        UsageError: what has no flag was given by one.
+        UsageError: an argument is unknown or missing, or its value is of another type.
     """
-    _check_flags(command, arguments, prog)
-    kind = flags_type(command, getattr(command, "defaults", lambda _: {})(arguments))
+    own = list(takewhile(lambda one: one != "--", arguments))
+    short = getattr(command, "SHORT", ()) if _HELP_ALL not in own and not {*_HELP}.isdisjoint(own) else ()
+    if _HELP_ALL in own:
+        arguments = ("--help",)
+    defaults = getattr(command, "defaults", lambda _: {})(arguments)
+    _check_flags(command, own, defaults, prog)
+    kind, printed = flags_type(command, defaults, short=short), io.StringIO()
     description = inspect.cleandoc(command.__doc__ or "")
-    parsed: Any = tyro.cli(kind, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
+    try:
+        with redirect_stderr(printed):
+            parsed: Any = tyro.cli(
+                kind, args=arguments, prog=prog, description=description, config=(tyro.conf.DisallowNone,)
+            )
+    except SystemExit as end:
+        if end.code:
+            msg = f"{_reason(printed.getvalue())}; {prog} --help lists the options"
+            raise UsageError(msg) from None
+        if short:
+            print(f"{prog} {_HELP_ALL} lists all {len(fields(command))} options")  # type: ignore[arg-type]
+        raise
+    sys.stderr.write(printed.getvalue())
     return command(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
-def _check_flags(command: type, arguments: Sequence[str], prog: str) -> None:
-    """Refuse a flag for an argument that has none, of which tyro only says that its value is missing."""
-    given = {one.partition("=")[0] for one in arguments}
-    for name, hint in get_type_hints(command, include_extras=True).items():
-        flag = "--" + name.replace("_", "-")
-        if flag in given and tyro.conf.Positional in get_args(hint):
-            msg = f"{flag} is not an option: give its value alone, as in '{prog} {name.rpartition('_')[2].upper()}'"
+def _check_flags(command: type, given: Sequence[str], defaults: Mapping[str, Any], prog: str) -> None:
+    """Refuse unknown flags, and flags of arguments that are given by their values alone."""
+    hints = get_type_hints(command, include_extras=True)
+    known, alone = {*_HELP, _HELP_ALL, *_COMPLETION}, {}
+    for one in fields(command):
+        flag = one.name.replace("_", "-")
+        if tyro.conf.Positional in get_args(hints[one.name]):
+            alone[f"--{flag}"] = _metavar(one.name, hints[one.name])
+        else:
+            known.add(f"--no-{flag}" if _default(one, defaults) is True else f"--{flag}")
+    for text in given:
+        flag = text.partition("=")[0].replace("_", "-")
+        if flag in alone:
+            msg = f"{flag} is not an option: give its value alone, as in '{prog} {alone[flag]}'"
+            raise UsageError(msg)
+        if re.match("--?[a-zA-Z]", flag) and flag not in known and flag.lower() not in ("-inf", "-nan"):
+            near = suggestion(flag, known).replace("'", "")
+            msg = f"{flag} is unknown{near}; {prog} --help lists the options"
             raise UsageError(msg)
 
 
-def flags_type(command: type, defaults: Mapping[str, Any] | None = None, *, completing: bool = False) -> Any:
+def _reason(box: str) -> str:
+    """Return what tyro says in a box on one line: the arguments that are missing, or the first paragraph."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box).replace("│", " ")
+    parts = re.split(r"(?m)^.*[─-]{8,}.*$", plain)  # title, reason, and further advice
+    lines = [line.rstrip() for line in parts[1 if len(parts) > 1 else 0].strip("\n").splitlines()]
+    if missing := [line.split()[0] for line in lines if re.match(r" {6}\S", line)]:
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    return " ".join(" ".join(takewhile(bool, lines)).split()).removesuffix(".")
+
+
+def flags_type(
+    command: type,
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    completing: bool = False,
+    short: Collection[str] = (),
+) -> Any:
     """Build the nested dataclass that tyro reads: one inner dataclass for each group of a command's fields.
 
     Args:
         defaults: values in place of the fields' own defaults.
         completing: whether it is for a completion script, which lists `choices` and accepts nothing else.
+        short: the fields to take, each with the first sentence of its help; none for all of them in full.
     """
     hints, docs = get_type_hints(command, include_extras=True), attribute_docs(command) | getattr(command, "DOCS", {})
     choices = getattr(command, "choices", dict)()
@@ -89,9 +157,15 @@ def flags_type(command: type, defaults: Mapping[str, Any] | None = None, *, comp
     for title, names in boxes.items():
         inner = []
         for name in names:
+            if short and name not in short:
+                continue
+            text = docs.get(name, "")
+            text = re.split(r"(?<=\.) |(?<=[^.]): (?=\w+:)", text)[0] if short else text
             default = _default(every[name], defaults or {})
-            hint = _annotated(name, hints[name], docs.get(name, ""), choices.get(name, ()), default, completing)
+            hint = _annotated(name, hints[name], text, () if short else choices.get(name, ()), default, completing)
             inner.append((name, hint) if default is MISSING else (name, hint, field(default=default)))
+        if not inner:
+            continue
         kind = make_dataclass(title or "flags", inner, kw_only=True)
         kind.__doc__ = ""
         config = tyro.conf.arg(name="") if not title else tyro.conf.arg()
@@ -114,8 +188,7 @@ def _default(one: Field[Any], defaults: Mapping[str, Any]) -> Any:
 
 def _annotated(name: str, hint: Any, text: str, choices: Collection[str], default: Any, completing: bool) -> Any:
     """Add to a field's type what tyro shows: help, default, and what stands for its value."""
-    several = " ..." if "..." in str(hint) else ""
-    metavar = name.rpartition("_")[2].upper() + several if _is_text(hint) else None
+    metavar = _metavar(name, hint)
     if choices and completing:
         hint = Literal[tuple(choices)]  # type: ignore[valid-type]
     elif choices:
@@ -124,16 +197,32 @@ def _annotated(name: str, hint: Any, text: str, choices: Collection[str], defaul
     return Annotated[(hint, config, tyro.conf.FlagCreatePairsOff)]
 
 
-def _is_text(hint: Any) -> bool:
-    """Whether a type holds nothing but text and paths, for which tyro's STR says less than the field's name."""
+def _metavar(name: str, hint: Any) -> str | None:
+    """Return what stands for the value of a field; None for switches, and for choices, which tyro lists."""
+    kinds, several = set(_kinds(hint)), " ..." if "..." in str(hint) else ""
+    if kinds == {bool} or (not all(isinstance(kind, type) for kind in kinds) and name not in _METAVARS):
+        return None
+    last = name.rpartition("_")[2]
+    if tyro.conf.Positional in get_args(hint):
+        return f"{last.upper()}{several}"
+    usual = "N" if kinds == {int} else "X" if kinds == {float} else last.upper()
+    found = _METAVARS.get(name) or (usual if kinds & {int, float} else _METAVARS.get(last, usual))
+    return f"{found}{several}"
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """Yield the types that a value, or a part of one, may have; None aside."""
     if get_origin(hint) is Annotated:
-        return _is_text(get_args(hint)[0])
-    parts = get_args(hint)
-    return all(map(_is_text, parts)) if parts else hint in (str, Path, type(None), ...)
+        yield from _kinds(get_args(hint)[0])
+    elif get_origin(hint) is Literal or not get_args(hint):
+        yield from () if hint in (NoneType, ...) else (hint,)
+    else:
+        for part in get_args(hint):
+            yield from _kinds(part)
 
 
 def _shown(default: Any) -> str:
     """Show a default as a value; nothing where it is off, empty or not set, which says no more than no flag."""
-    if isinstance(default, bool) or default in (None, ()) or default is MISSING:
+    if isinstance(default, bool) or default in (None, (), "") or default is MISSING:
         return ""
     return f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import opened_base, opened_shelf, print_json, say, title_of
+from jcrosslora.cli.output import OnDevice, opened_base, opened_shelf, print_json, say, title_of
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.texts import visible
 
@@ -24,7 +24,7 @@ _TITLE = 60  # characters of a prompt above its answer
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(OnDevice):
     """Write with a base and an adapter, or with several adapters at once."""
 
     base: str | None = None

@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130  # 130 = 128 + SIGINT, as shells report it
 _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
+_HELP_FLAGS = ("-h", "--help", "--help-all")
 _SHELLS = ("bash", "zsh", "fish")
 _ANSWERED = threading.Event()
 _ANSWERED.set()  # nobody listens yet
@@ -41,7 +43,8 @@ class Command:
 
     Attributes:
         place: "module:class" below `jcrosslora.cli`. The class is a dataclass of the flags with
-            `run(console) -> int | None`. A function in its place makes the class from the arguments.
+            `run(console) -> int | None`. A function in its place makes the class from the arguments; a dictionary has
+            the classes of actions, such as `shelf add`.
         summary: what it does, one line of at most 66 characters.
         computes: whether it runs JAX, so that compiled programs are worth keeping.
     """
@@ -50,13 +53,13 @@ class Command:
     summary: str
     computes: bool = True
 
-    def load(self, arguments: Sequence[str] = ()) -> type:
-        """Import the command's class, or have it made for the arguments."""
+    def load(self, arguments: Sequence[str] = ()) -> type | dict[str, type]:
+        """Import the command's class or actions, or have the class made for the arguments."""
         from importlib import import_module
 
         module, _, name = self.place.partition(":")
         found = getattr(import_module(f"jcrosslora.cli.{module}"), name)
-        return found if isinstance(found, type) else found(arguments)
+        return found if isinstance(found, type | dict) else found(arguments)
 
 
 COMMANDS = {
@@ -64,7 +67,7 @@ COMMANDS = {
     "transfer": Command("transfer:transfer_command", "Move an adapter to another base model."),
     "batch": Command("batch:Batch", "Make many transfers by a plan, and resume after any stop."),
     "evaluate": Command("evaluate:Evaluate", "Judge a base with and without adapters by a task."),
-    "shelf": Command("shelf:ShelfCommand", "Keep adapters of one base, and find those for a prompt."),
+    "shelf": Command("shelf:ACTIONS", "Keep adapters of one base, and find those for a prompt."),
     "report": Command("evaluate:Report", "Write a page on a moved adapter.", computes=False),
     "generate": Command("generate:Generate", "Write with an adapter, or with several at once."),
     "inspect": Command("inspect:Inspect", "Show what an adapter or a base model is."),
@@ -75,7 +78,7 @@ COMMANDS = {
     "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("adapters:Train", "Train a LoRA adapter of a base model on examples."),
     "methods": Command("inspect:Methods", "List the transfer methods.", computes=False),
-    "cache": Command("cache:CacheCommand", "List, verify or clear the files kept on disk.", computes=False),
+    "cache": Command("cache:ACTIONS", "List, verify or clear the files kept on disk.", computes=False),
 }
 
 
@@ -148,7 +151,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
     from jcrosslora.errors import suggestion
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name in ("-h", "--help"):
+    if name in _HELP_FLAGS:
         width = max(map(len, COMMANDS))
         print(_HELP.format("\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())))
         return OK
@@ -176,17 +179,65 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
     console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     try:
         with enough_memory():
-            parsed = parse(command.load(arguments), arguments, prog=f"jcrosslora {name}")
+            found = command.load(arguments)
+            if isinstance(found, dict):
+                action, *arguments = arguments or [""]
+                if action in _HELP_FLAGS:
+                    print(_actions_help(name, command.summary, found))
+                    return OK
+                found, name = _action(name, action, found), f"{name} {action}"
+            parsed = parse(found, arguments, prog=f"jcrosslora {name}")
             if own_process and command.computes:
                 from jcrosslora.utils.cache import keep_compiled
 
                 keep_compiled()
-            with show_progress():
-                return parsed.run(console) or OK
+            if (device := getattr(parsed, "device", None)) and getattr(parsed, "coordinator", None) is None:
+                from jcrosslora.cli.output import use_device
+
+                use_device(device)
+            quiet = getattr(parsed, "quiet", False)
+            console.quiet = quiet
+            with show_progress(not quiet):
+                code = parsed.run(console) or OK
+            if quiet and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):
+                print(parsed.written())
+            return code
     except LostHostError as error:
         _leave(fail(str(error), USER_ERROR))
     except JCrossLoRAError as error:
         return fail(str(error), USER_ERROR)
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        advice = "set the environment variable JAX_PLATFORMS to what this machine has, such as cpu"
+        return fail(f"JAX cannot start: {error}; {advice}", USER_ERROR)
+
+
+def _actions_help(name: str, summary: str, actions: Mapping[str, type]) -> str:
+    """Return the help of a command that has actions."""
+    width = max(map(len, actions)) + 4
+    lines = [
+        textwrap.fill(
+            " ".join((kind.__doc__ or "").split()),
+            80,
+            initial_indent=f"  {one}".ljust(width),
+            subsequent_indent=" " * width,
+        )
+        for one, kind in actions.items()
+    ]
+    head = f"usage: jcrosslora {name} ACTION ...\n\n{summary}\n\nactions:\n"
+    return head + "\n".join(lines) + f"\n\njcrosslora {name} ACTION --help   the options of an action"
+
+
+def _action(name: str, given: str, actions: Mapping[str, type]) -> type:
+    """Return the action of this name."""
+    from jcrosslora.errors import UsageError, suggestion
+
+    if given not in actions:
+        said = f"{name} {given!r} is unknown{suggestion(given, actions)}" if given else f"{name} needs an action"
+        msg = f"{said}; use one of {', '.join(actions)}"
+        raise UsageError(msg)
+    return actions[given]
 
 
 def _leave(code: int) -> NoReturn:
@@ -204,16 +255,27 @@ def _print_completion(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[1] not in _SHELLS:
         asked = f"{' '.join(arguments)} was given"
         return fail(f"{asked}; name a shell, {', '.join(_SHELLS)}, and a file to write", USER_ERROR)
+    from dataclasses import make_dataclass
     from typing import Annotated
 
     import tyro
 
     from jcrosslora.cli.flags import flags_type
 
-    options: Any = None
-    for name, command in COMMANDS.items():
-        entry = Annotated[flags_type(command.load(), completing=True), tyro.conf.subcommand(name)]
-        options = entry if options is None else options | entry
+    def joined(commands: Mapping[str, Any]) -> Any:
+        """Make a union of subcommands, with that of its actions for a command that has some."""
+        options: Any = None
+        for name, found in commands.items():
+            if isinstance(found, dict):
+                action = Annotated[joined(found), tyro.conf.arg(name="")]
+                kind = make_dataclass(name, [("action", action)])
+            else:
+                kind = flags_type(found, completing=True)
+            entry = Annotated[kind, tyro.conf.subcommand(name)]
+            options = entry if options is None else options | entry
+        return options
+
+    options = joined({name: command.load() for name, command in COMMANDS.items()})
     tyro.cli(options, args=arguments, prog="jcrosslora", config=(tyro.conf.DisallowNone,))
     return OK
 

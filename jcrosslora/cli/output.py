@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -24,9 +25,49 @@ if TYPE_CHECKING:
 PAGE = (".html", ".htm")  # endings of a page
 FailOn = Literal["never", "no-effect"]
 FailOnLoss = Literal["never", "loss"]
+Device = Literal["cpu", "gpu", "tpu"]
 ASKED_FOR = 3  # the exit code of a failure that `--fail-on` asks for
 # Levels of `jcrosslora.report.table` that expect no effect, or harm. A control is to have none.
 _LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice:
+    """The flags of a command that runs models."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"run": ("device",)}
+
+    device: Device | None = None
+    """Where this process computes; JAX chooses if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Long(OnDevice):
+    """The flags of a command that runs for long and writes."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"run": ("quiet", "device")}
+
+    quiet: bool = False
+    """Print errors alone, and the path that was written."""
+
+    def written(self) -> str:
+        """Return the path that was written."""
+        return str(self.out)  # type: ignore[attr-defined]
+
+
+def use_device(device: Device) -> None:
+    """Have JAX compute on devices of a kind.
+
+    Raises:
+        UsageError: JAX finds none of this kind.
+    """
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", device)
+    elif (found := jax.default_backend()) != device:
+        msg = f"--device {device}: JAX finds only {found}: install JAX for it, such as jax[cuda12], and see that "
+        raise UsageError(msg + "JAX_PLATFORMS does not leave it out")
 
 
 def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:

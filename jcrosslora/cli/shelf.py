@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -243,26 +243,15 @@ class Evaluate(_OnShelf):
         print_table(console, names, rows)
 
 
-Action = (
-    Annotated[Add, tyro.conf.subcommand("add")]
-    | Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Remove, tyro.conf.subcommand("remove")]
-    | Annotated[Search, tyro.conf.subcommand("search")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-)
-
-
-@dataclass(frozen=True)
-class ShelfCommand:
-    """Keep adapters of one base on a shelf, a folder with an index, and find those for a prompt."""
-
-    action: Annotated[Action, tyro.conf.arg(name="")]
-    """The action."""
-
-    def run(self, console: Console) -> int | None:
-        return self.action.run(console)
+ACTIONS = {
+    "add": Add,
+    "list": List,
+    "show": Show,
+    "remove": Remove,
+    "search": Search,
+    "train": Train,
+    "evaluate": Evaluate,
+}
 
 
 def _facts(entry: "ShelfEntry") -> str:

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.flags import attribute_docs
-from jcrosslora.cli.output import FailOn, exit_code, print_json, print_pushed, say
+from jcrosslora.cli.output import FailOn, Long, exit_code, print_json, print_pushed, say
 from jcrosslora.errors import MethodError, OutputError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
 from jcrosslora.report.hub import Pushed, Repository, push_folder
@@ -24,19 +24,15 @@ from jcrosslora.utils.progress import show_progress, shows_progress
 
 
 @dataclass(frozen=True)
-class _Transfer:
+class _Transfer(Long):
     """Move an adapter to another base model."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "method": (
-            *("allow_module", "calibrate", "depth", "prompts", "probe_count"),
-            *("source_template", "target_template"),
-        ),
-        "output": (
-            *("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
-            *("push_to", "log"),
-        ),
-        "expert": ("scale", "adapter_rank", "seed", "effect", "divide", "cache"),
+        "": ("adapter", "source", "target", "out", "prompts", "method", "recipe", "overwrite"),
+        "method": ("allow_module", "calibrate", "depth", "probe_count", "seed", "source_template", "target_template"),
+        "output": ("profile", "dtype", "out_rank", "target_name", "push_to"),
+        "run": ("dry_run", "json", "table", "fail_on", "log", *Long.GROUPS["run"]),
+        "expert": ("scale", "adapter_rank", "effect", "divide", "cache"),
         "source": (
             *("source_backend", "source_url", "source_model", "source_base_model", "source_tokenizer"),
             *("source_top_logprobs", "source_requests"),
@@ -44,6 +40,10 @@ class _Transfer:
         "hub": ("adapter_revision", "source_revision", "target_revision"),
         "cluster": ("coordinator", "processes", "process"),
     }
+    SHORT: ClassVar[tuple[str, ...]] = (
+        *GROUPS[""],
+        *("completions", "budget", "roles", "out_rank", "profile", "seed", "dry_run", "json", "quiet", "device"),
+    )
     DOCS: ClassVar[Mapping[str, str]] = {}
     METHOD_FLAGS: ClassVar[tuple[str, ...]] = ()
 
@@ -165,12 +165,13 @@ def transfer_command(arguments: Sequence[str]) -> type:
     kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
     kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
     defaults = {name: field.default for name, field in OWN_FIELDS.items()}  # those without one are required
-    if (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None:
+    asked = not {"-h", "--help", "--help-all"}.isdisjoint(arguments)  # for the help, which says when they are required
+    if asked or (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None:
         defaults |= {"adapter": "", "source": ""}  # the server has both
     own = hyper_types()
     kinds |= {name: kind | None for name, kind in own.items()}
     defaults |= dict.fromkeys(own)  # None leaves a method's default
-    groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *own)}
+    groups = _Transfer.GROUPS | {"method": (*own, *_Transfer.GROUPS["method"])}
     return dataclasses.make_dataclass(
         "Transfer",
         [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()],
@@ -184,15 +185,16 @@ def transfer_command(arguments: Sequence[str]) -> type:
 def _flag_docs() -> dict[str, str]:
     """Return the help of all these flags; a hyper-parameter's ends with the default of each method."""
     docs = dict(attribute_docs(TransferSettings))
-    docs["method"] = "How to move it: a method's name, MODULE:CLASS of your own, or auto, which looks at both bases."
+    docs["method"] = "How to move it: auto, which looks at both bases, a name of `jcrosslora methods`, or MODULE:CLASS."
+    docs |= {name: f"{docs[name][:-1]} (required without --source-url)." for name in ("adapter", "source")}
     docs["cache"] = "Neither look for factors and transports in the user's cache folder nor keep them there."
     for name, by_method in setting_fields().items():
         text = next(attribute_docs(METHODS[method]).get(name, "") for method in by_method)
         defaults: dict[str, list[str]] = {}
         for method, each in by_method.items():
             shown = " ".join(map(str, each.default)) if isinstance(each.default, tuple) else str(each.default)
-            defaults.setdefault(shown, []).append(method)
-        stated = "; ".join(f"{', '.join(names)}: {value}" for value, names in defaults.items())
+            defaults.setdefault("" if each.default is None else f": {shown}", []).append(method)
+        stated = "; ".join(f"{', '.join(names)}{value}" for value, names in defaults.items())
         docs[name] = f"{text} ({stated})"
     return docs
 

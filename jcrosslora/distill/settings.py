@@ -25,7 +25,7 @@ class DistillSettings:
     """Time for the whole fit, such as 20min: completions are written anew until it is used up. The first 300 are used
     even if they take longer."""
     roles: tuple[str, ...] | None = None
-    """The modules that are fitted; None fits all."""
+    """The modules that are fitted, such as q_proj v_proj; all if not given."""
     passes: int = 4
     """How often each completion is used."""
     fit_rank: int = 16
@@ -40,9 +40,9 @@ class DistillSettings:
     """Share of the adapted source's own predictions in the teacher where it is unsure, 0 to 1; the rest is the
     target's."""
     sure_weight: float | None = None
-    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy). None is 1
-    where prompts are given; else it goes from `teacher_weight` to 1 with what the search's answers explain, as the
-    source may be as sure of wrong answers where its task is not found."""
+    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy). If not
+    given, it is 1 where prompts are given; else it goes from `teacher_weight` to 1 with what the search's answers
+    explain, as the source may be as sure of wrong answers where its task is not found."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
@@ -52,7 +52,7 @@ class DistillSettings:
     held_out: float = 0.15
     """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
     answer_tokens: int | None = None
-    """The most tokens of an answer; None learns from a few answers how long they are, up to 512."""
+    """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
     answer_temperature: float = 1.0

@@ -34,9 +34,9 @@ class TransferOptions:
     scale: float = 1.0
     """Multiply every moved update by this; refused where an update is fitted."""
     out_rank: RankRule | None = None
-    """Truncate every moved update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as
-    0.99; or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many
-    singular vectors of each weight to take."""
+    """Truncate every moved update to this rank, or to the lowest that keeps this share of its energy, such as 0.99.
+    auto: all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
+    vectors of each weight to take."""
     seed: int = 0
     """Seed of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_count: int = 288
@@ -68,7 +68,7 @@ class TransferSettings(TransferOptions):
     source: str
     """The base it was trained on: a folder of safetensors, a GGUF file or a hub id."""
     target: str
-    """The base it shall work on, likewise."""
+    """The base to move it to (same forms)."""
     out: str
     """The folder to write."""
     method: MethodLike = AUTO
@@ -82,10 +82,10 @@ class TransferSettings(TransferOptions):
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
     them, for LoRA-XS. peft alone holds changes of the embedding and the output head."""
     prompts: str | None = None
-    """Text to run both bases on, one a line, or JSONL with "text", "prompt" or the "messages" of a conversation;
-    without it the source base writes its own.
-    Where an update is fitted: prompts that the source answers with its adapter. A few hundred of the adapter's own task
-    recover more than what the source writes."""
+    """File of prompts of the adapter's own task, without answers, one a line, or JSONL with "text", "prompt" or the
+    "messages" of a conversation; a few hundred help most.
+    Where an update is fitted, the source answers them with its adapter; other methods run both bases on them. Without
+    it the source base writes its own, which recover less."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None

@@ -34,7 +34,7 @@ class TrainingSettings:
     alpha: float = 16.0
     """The update is alpha / rank * B A."""
     modules: tuple[str, ...] | None = None
-    """Roles that get an update; those that the base does not have are left out. None: all that it has."""
+    """Roles that get an update; those that the base does not have are left out; all if not given."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
     optimizer: Optimizer = "adamw"
