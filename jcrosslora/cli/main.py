@@ -7,11 +7,10 @@ import os
 import signal
 import socket
 import sys
-import textwrap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 # JAX on a CPU calls LAPACK from threads of its own; OpenBLAS's spinning threads only take cores away from them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -181,20 +180,22 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         with enough_memory():
             found = command.load(arguments)
             if isinstance(found, dict):
+                from jcrosslora.cli.actions import actions_help, find_action
+
                 action, *arguments = arguments or [""]
                 if action in _HELP_FLAGS:
-                    print(_actions_help(name, command.summary, found))
+                    print(actions_help(name, command.summary, found))
                     return OK
-                found, name = _action(name, action, found), f"{name} {action}"
+                found, name = find_action(name, action, found), f"{name} {action}"
             parsed = parse(found, arguments, prog=f"jcrosslora {name}")
+            if (device := getattr(parsed, "device", None)) is not None:
+                from jcrosslora.cli.output import use_device
+
+                use_device(device, alone=getattr(parsed, "coordinator", None) is None)
             if own_process and command.computes:
                 from jcrosslora.utils.cache import keep_compiled
 
                 keep_compiled()
-            if (device := getattr(parsed, "device", None)) and getattr(parsed, "coordinator", None) is None:
-                from jcrosslora.cli.output import use_device
-
-                use_device(device)
             quiet = getattr(parsed, "quiet", False)
             console.quiet = quiet
             with show_progress(not quiet):
@@ -213,33 +214,6 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         return fail(f"JAX cannot start: {error}; {advice}", USER_ERROR)
 
 
-def _actions_help(name: str, summary: str, actions: Mapping[str, type]) -> str:
-    """Return the help of a command that has actions."""
-    width = max(map(len, actions)) + 4
-    lines = [
-        textwrap.fill(
-            " ".join((kind.__doc__ or "").split()),
-            80,
-            initial_indent=f"  {one}".ljust(width),
-            subsequent_indent=" " * width,
-        )
-        for one, kind in actions.items()
-    ]
-    head = f"usage: jcrosslora {name} ACTION ...\n\n{summary}\n\nactions:\n"
-    return head + "\n".join(lines) + f"\n\njcrosslora {name} ACTION --help   the options of an action"
-
-
-def _action(name: str, given: str, actions: Mapping[str, type]) -> type:
-    """Return the action of this name."""
-    from jcrosslora.errors import UsageError, suggestion
-
-    if given not in actions:
-        said = f"{name} {given!r} is unknown{suggestion(given, actions)}" if given else f"{name} needs an action"
-        msg = f"{said}; use one of {', '.join(actions)}"
-        raise UsageError(msg)
-    return actions[given]
-
-
 def _leave(code: int) -> NoReturn:
     """End the process at once: an ordinary end could wait for XLA's threads, or for other processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line has been printed; a second Ctrl-C changes nothing
@@ -255,27 +229,11 @@ def _print_completion(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[1] not in _SHELLS:
         asked = f"{' '.join(arguments)} was given"
         return fail(f"{asked}; name a shell, {', '.join(_SHELLS)}, and a file to write", USER_ERROR)
-    from dataclasses import make_dataclass
-    from typing import Annotated
-
     import tyro
 
-    from jcrosslora.cli.flags import flags_type
+    from jcrosslora.cli.actions import subcommands
 
-    def joined(commands: Mapping[str, Any]) -> Any:
-        """Make a union of subcommands, with that of its actions for a command that has some."""
-        options: Any = None
-        for name, found in commands.items():
-            if isinstance(found, dict):
-                action = Annotated[joined(found), tyro.conf.arg(name="")]
-                kind = make_dataclass(name, [("action", action)])
-            else:
-                kind = flags_type(found, completing=True)
-            entry = Annotated[kind, tyro.conf.subcommand(name)]
-            options = entry if options is None else options | entry
-        return options
-
-    options = joined({name: command.load() for name, command in COMMANDS.items()})
+    options = subcommands({name: command.load() for name, command in COMMANDS.items()})
     tyro.cli(options, args=arguments, prog="jcrosslora", config=(tyro.conf.DisallowNone,))
     return OK
 

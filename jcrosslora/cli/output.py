@@ -55,8 +55,11 @@ class Long(OnDevice):
         return str(self.out)  # type: ignore[attr-defined]
 
 
-def use_device(device: Device) -> None:
+def use_device(device: Device, *, alone: bool) -> None:
     """Have JAX compute on devices of a kind.
+
+    Args:
+        alone: whether this process works alone; several look at no device before they have found each other.
 
     Raises:
         UsageError: JAX finds none of this kind.
@@ -65,7 +68,7 @@ def use_device(device: Device) -> None:
 
     if device == "cpu":
         jax.config.update("jax_platforms", device)
-    elif (found := jax.default_backend()) != device:
+    elif alone and (found := jax.default_backend()) != device:
         msg = f"--device {device}: JAX finds only {found}: install JAX for it, such as jax[cuda12], and see that "
         raise UsageError(msg + "JAX_PLATFORMS does not leave it out")
 
