@@ -130,7 +130,7 @@ def test_a_method_is_looked_up_and_never_imported(tmp_path):
 
 
 def test_a_job_tells_what_it_does(tmp_path, monkeypatch):
-    found = follow(tmp_path, monkeypatch, f"{TELL}; import time; time.sleep(0.5)")
+    found = follow(tmp_path, monkeypatch, f"import time; time.sleep(1); {TELL}; time.sleep(0.5)")
     assert found[0].startswith("reading the files, ")
     assert found[-1] == "step 1 of 2"
 

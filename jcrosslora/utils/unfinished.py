@@ -99,7 +99,12 @@ def _remove(work: Path) -> None:
             work.unlink(missing_ok=True)
         return
     try:
-        shutil.rmtree(work, ignore_errors=True)
+        # Threads of a writer that failed, such as Orbax's, may still put a file into it.
+        for pause in (0.0, 0.1, 0.5):
+            time.sleep(pause)
+            shutil.rmtree(work, ignore_errors=True)
+            if not work.exists():
+                return
     except BaseException:  # an interrupt
         shutil.rmtree(work, ignore_errors=True)
         raise
