@@ -37,6 +37,7 @@ NOT_RUN = {
     "apptainer ": "needs Apptainer",
     "tensorboard ": "a server",
     "hf ": "the hub",
+    "JCROSSLORA_SPACE_LOCAL": "a server",
     "jcrosslora push": "the hub",
     "jcrosslora demo": "fetches models; CI runs it",
     "jcrosslora COMMAND": "a synopsis of all commands",
