@@ -100,10 +100,11 @@ def files(tmp_path_factory):
     """A folder with a file for each name of the pages."""
     folder = tmp_path_factory.mktemp("files")
     adapter, source, target = write_move(folder)
-    for name in ("ADAPTER", "DIR", "path/to/adapter", "path/to/one", "path/to/two", "json", "poems"):
+    for name in ("ADAPTER", "path/to/adapter", "path/to/one", "path/to/two", "json", "poems"):
         _copy(adapter, folder / name)
     for name in ("moved", "moved/json", "moved/poems", "trained"):
         jcl.save_adapter(random_adapter(jcl.open_base(target), seed=len(name)), folder / name, base_name="target")
+    jcl.transfer(folder / "moved", target, source, "cross-lora", effect="never").save(folder / "DIR")
     for name in ("SOURCE", "BASE", "FULL_BASE", "PATH", "path/to/source"):
         _copy(source, folder / name)
     for name in ("TARGET", "COMPRESSED_BASE", "path/to/target", "path/to/target.gguf", "models/gemma-3-270m"):
@@ -146,8 +147,11 @@ def test_a_page_runs_as_it_is_written(page, files, tmp_path, monkeypatch):
 
 def _run(arguments: list[str]) -> None:
     """Run a command; what it makes anew replaces what the page made before."""
-    if "--out" in arguments and os.path.isdir(out := arguments[arguments.index("--out") + 1]):
-        shutil.rmtree(out)
+    if "--out" in arguments:
+        out = arguments.index("--out") + 1
+        if arguments[out] == "DIR":  # any folder
+            arguments[out] = "new"
+        shutil.rmtree(arguments[out], ignore_errors=True)
     if arguments[0] == "transfer" and "cross-lora" not in arguments:
         arguments = [*arguments, *QUICK]
     *arguments, to = [*arguments[:-2], arguments[-1]] if ">" in arguments else [*arguments, os.devnull]
