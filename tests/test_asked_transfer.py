@@ -16,7 +16,7 @@ from jcrosslora.distill import completions, templates
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.task_search import KINDS, search
-from jcrosslora.distill.templates import templates_of
+from jcrosslora.distill.templates import Sampler, templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
 from jcrosslora.methods import Distill
 
@@ -149,7 +149,8 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     monkeypatch.setattr(search, "KINDS", KINDS[:2])
     monkeypatch.setattr(search, "_TURNS", 1)
     source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
-    found = completions.write_completions(source, source.alone(), Distill(**FIT, discovery=4), 0)
+    sampler = Sampler(FIT["completions"], FIT["answer_tokens"])
+    found = completions.write_completions(source, source.alone(), sampler, 4)
     assert "completions of at most 4 tokens" in found.description
     assert len(found.items) >= 16
     asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}
