@@ -95,7 +95,7 @@ def test_every_text_of_the_page_is_escaped(answers):
 def test_the_page_loads_nothing_and_is_light_or_dark(answers):
     page = answers_page(answers)
     names = {name for name, _ in Page(page).attributes}
-    assert names <= {"lang", "charset", "http-equiv", "content", "name", "class", "style"}
+    assert names <= {"lang", "charset", "http-equiv", "content", "name", "class", "style", "data-title"}
     assert "url(" not in page
     assert "@import" not in page
     assert "default-src 'none'" in page
