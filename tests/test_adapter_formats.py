@@ -309,7 +309,7 @@ def test_an_mlx_adapter_comes_from_the_hub(monkeypatch, tmp_path):
 
     folder, asked = write_mlx(tmp_path / "snapshot"), []
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, name, revision: asked.append(name) or str(folder / name)
+        huggingface_hub, "hf_hub_download", lambda repo, name, revision, **_: asked.append(name) or str(folder / name)
     )
     assert list(load_adapter("owner/adapter").modules) == [Q]
     assert asked == ["adapter_config.json", "README.md", "adapters.safetensors"]

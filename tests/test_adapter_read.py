@@ -279,7 +279,7 @@ def test_hub_id_downloads_only_configuration_card_and_weights(monkeypatch, tmp_p
 
     folder, asked = write_folder(tmp_path / "snapshot"), []
 
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, **_):
         asked.append((repo, name, revision))
         return str(folder / name)
 

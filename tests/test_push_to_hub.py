@@ -435,7 +435,7 @@ def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_p
     def transfer(out, repo_id):
         adapter, source, target = (str(bases / name) for name in ("adapter", "one", "two"))
         flags = ["--source", source, "--target", target, "--out", str(tmp_path / out), "--method", "pad-truncate"]
-        return ["transfer", adapter, *flags, "--target-name", "org/two", "--push-to", repo_id]
+        return ["transfer", adapter, *flags, "--target-id", "org/two", "--push-to", repo_id]
 
     main([*transfer("a", ID), "--json"])
     assert json.loads(capsys.readouterr().out)["pushed"]["url"] == f"{hub.url}/{ID}"
@@ -456,7 +456,7 @@ def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_p
 def test_the_licence_of_an_adapter_of_the_hub_comes_from_its_card(bases, monkeypatch, tmp_path):
     import huggingface_hub
 
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, **_):
         return shutil.copy(bases / "adapter" / name, tmp_path)  # what was not asked for is not there
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jcrosslora.adapter.contents import as_adapter_errors, check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
-from jcrosslora.checkpoint.hub import cause_of, check_revision, failures, is_hub_id, is_on_hub
+from jcrosslora.checkpoint.hub import check_revision, download, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
 from jcrosslora.errors import AdapterError
@@ -136,12 +136,8 @@ def _missing_weights(folder: Path, form: Form) -> str:
 def _download(repo: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except failures() as error:
-        msg = f"{repo}: no such folder, and {name} cannot be downloaded from the hub ({cause_of(error, 160)})"
-        msg += ": check the name, the revision and the connection"
-        raise AdapterError(msg) from error
+    with as_adapter_errors():
+        return download(hf_hub_download, repo, name, revision=revision)
 
 
 _LONGEST = 1 << 16  # bytes of a card that are read

@@ -3,7 +3,10 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -17,6 +20,7 @@ from jcrosslora.utils.texts import safe_line
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Files of a model except its weights and its card.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_PATIENCE = 3.0  # seconds that the hub has for an answer
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -102,12 +106,61 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     # Imported here because the import is slow and only hub ids need it.
     from huggingface_hub import snapshot_download
 
+    return download(snapshot_download, hub_id, revision=revision, allow_patterns=patterns)
+
+
+def download(fetcher: Callable[..., str], hub_id: str, *names: str, **options: Any) -> Path:
+    """Call a function of the hub's client that downloads; where the hub does not answer, it looks in the cache alone.
+
+    Raises:
+        CheckpointError: not found, gated, or not in the cache and the hub cannot be reached.
+    """
+    offline = {} if reaches_hub() else {"local_files_only": True}
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(fetcher(hub_id, *names, **options, **offline))
     except failures() as error:
-        at = f" at revision {revision!r}" if revision else ""
-        msg = f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause_of(error)}): check the "
-        raise CheckpointError(msg + "name, the network, HF_HUB_OFFLINE and your access to the model") from error
+        at = f" at revision {options['revision']!r}" if options.get("revision") else ""
+        msg = f"{hub_id}{at}: no such local folder, "
+        if offline:
+            msg += f"not whole in the hub's cache, and the hub cannot be reached ({_why_offline()}): check the network"
+            raise CheckpointError(msg + ", or give the folder of a copy") from error
+        msg += f"and the hub did not provide {names[0] if names else 'it'} ({cause_of(error)}): check the name"
+        raise CheckpointError(msg + ", the revision and your access to it") from error
+
+
+def reaches_hub() -> bool:
+    """Tell whether the hub answers one request; what came of it counts for half a minute.
+
+    The client itself tries a request five times, which takes 25 s without a network.
+    """
+    return _answers(int(time.monotonic()) // 30)
+
+
+@lru_cache(maxsize=1)
+def _answers(_: int) -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answered: list[bool] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        except failures():
+            return
+        answered.append(True)
+
+    if not constants.HF_HUB_OFFLINE:
+        asking = threading.Thread(target=ask, daemon=True)  # the look-up of a name has no time limit
+        asking.start()
+        asking.join(_PATIENCE)
+    return bool(answered)
+
+
+def _why_offline() -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -44,7 +44,7 @@ def open_any(ref: str, *, revision: str | None = None, base: str | None = None) 
     try:
         model = open_base(ref, revision=revision)
     except CheckpointError as error:
-        if refused is None:
+        if refused is None or str(refused) == str(error):  # as without a network
             raise
         msg = f"{ref} is neither an adapter ({refused}) nor a base model ({error})"
         raise CheckpointError(msg) from None
