@@ -81,6 +81,23 @@ def test_card_contains_all_given_facts():
     assert "licences of the source adapter, of the source base model and of the target base model" in text
 
 
+@pytest.mark.parametrize(
+    ("ref", "profile", "shown"),
+    [
+        ("google/gemma-3-270m", "portable", 'AutoModelForCausalLM.from_pretrained("google/gemma-3-270m")\n'),
+        ("gemma.gguf", "peft", 'AutoModelForCausalLM.from_pretrained(".", gguf_file="gemma.gguf")\n'),
+        ("gemma.gguf", "gguf", "llama-cli --model gemma.gguf --lora adapter.gguf"),
+        ("gemma.gguf", "mlx", "mlx_lm.generate --model google/gemma-3-270m --adapter-path FOLDER"),
+    ],
+)
+def test_a_card_shows_how_to_load_the_adapter(ref, profile, shown):
+    text = model_card(report(target=Base("google/gemma-3-270m", ref)), profile)
+    fence = text.split("## Use\n\n```")[1].split("```")[0]
+    assert shown in fence
+    if fence.startswith("python\n"):
+        compile(fence.removeprefix("python\n"), "card", "exec")
+
+
 def test_empty_sections_are_left_out():
     text = card(unmapped_sources=(), warnings=(), rows=())
     assert "Not moved" not in text

@@ -39,7 +39,7 @@ PLAN = """
 out = "moved"
 [bases]
 small = "small"
-wide = { ref = "wide", name = "org/wide" }
+wide = { ref = "wide", id = "org/wide" }
 twin = "twin"
 [adapters]
 small = ["adapters/*"]
@@ -107,7 +107,7 @@ def test_plan_expands_to_jobs_with_settings(house, tmp_path):
     plain = [f"a{number}--{target}--pad-truncate" for target in ("wide", "twin") for number in range(4)]
     assert names == [*plain, "a0--wide--cross-lora--r8", "a2--wide--cross-lora--r8"]
     last = plan.jobs[-1].settings
-    assert (last.method, last.target_name) == (CrossLoRA(svd_rank=8), "org/wide")
+    assert (last.method, last.target_id) == (CrossLoRA(svd_rank=8), "org/wide")
     assert Path(last.out) == tmp_path / "moved" / names[-1]
     assert [len(unit.jobs) for unit in units_of(plan.jobs)] == [4, 4, 2]
     (tmp_path / "x.gguf").touch()
@@ -135,7 +135,7 @@ def test_plan_expands_to_jobs_with_settings(house, tmp_path):
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
         ('from = "small"', "from = 3", "move 1 sets from to 3; it must be text"),
         ('ref = "wide", ', "", "base wide has no ref; give it a path or hub id"),
-        ('"org/wide"', "3", "base wide sets name to 3; it must be text"),
+        ('"org/wide"', "3", "base wide sets id to 3; it must be text"),
         ('twin = "twin"', "twin = 3", "bases sets twin to 3; it must be a path or hub id, or { ref"),
         ('to = "wide"', "to = []", r"move 2 sets to to \[\]; it must be a list of names"),
         ('label = "r8"', "label = 8", "move 2 sets label to 8; it must be text"),

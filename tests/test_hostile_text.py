@@ -103,20 +103,22 @@ def test_errors_quote_files_in_one_line_that_does_nothing(made, tmp_path, capsys
 
 def test_a_card_shows_names_and_makes_nothing_of_them(made, tmp_path):
     name = HOSTILE.replace("/", "")  # what looks like a path is shortened
-    main(transfer(made, tmp_path / "out", "--target-name", name))
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    source, target, adapter = made
+    named = jcl.open_base(target, name=name)
+    out = jcl.transfer(adapter, source, named, "cross-lora", cache=False).save(tmp_path / name)
+    card = (out / "README.md").read_text(encoding="utf-8")
     body = card.split("\n---\n", 1)[1]
     tokens = list(MarkdownIt("commonmark").enable("table").parse(body))
     kinds = [token.type for token in tokens] + [one.type for token in tokens for one in token.children or ()]
     assert not {"html_inline", "html_block", "image", "link_open", "code_block"} & set(kinds)
-    assert kinds.count("fence") == 1
+    assert kinds.count("fence") == 2  # how to use it, and the recipe
     texts = ["".join(one.content for one in token.children or ()) for token in tokens]
     assert any(SHOWN.replace("\\r", " ") in text for text in texts)  # as it is, once the Markdown is read
     rows = "".join({"tr_open": "\n", "th_open": "|", "td_open": "|"}.get(token.type, "") for token in tokens).split()
     assert set(map(len, rows[:3])) == {4}  # the two bases
     assert not any(unicodedata.category(one) in ("Cc", "Zl") for one in card if one != "\n")
-    recipe = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text(encoding="utf-8"))
-    assert recipe["target_name"] == name
+    recipe = tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))
+    assert recipe["out"] == name
 
 
 def test_a_notebook_shows_names_and_makes_nothing_of_them(made):

@@ -33,7 +33,7 @@ def moved(tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "moved"
     with shipped(SOURCE_ADAPTER) as adapter:
         places = str(adapter), str(source), str(target), str(out)
-        settings = transfer_settings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
+        settings = transfer_settings(*places, method="cross-lora", target_id=GEMMA3.hub_id)
         result = transfer_files(settings)
     return result, out, target
 

@@ -116,7 +116,7 @@ def test_the_demo_fills_the_page(tmp_path):
     write_settings(request, tmp_path, bases, local=False)
     found = json.loads((tmp_path / SETTINGS).read_text())
     assert (found["source"], found["target"]) == tuple(map(str, bases))
-    assert found["target_name"] == "google/gemma-3-270m"
+    assert found["target_id"] == "google/gemma-3-270m"
     assert found["answer_tokens"] == 16  # the answers of its adapter are short, which saves most of the time
     assert (Path(found["adapter"]) / "adapter_model.safetensors").is_file()
 

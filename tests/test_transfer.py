@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from command_line import main
+from probe_bases import write_move
 from tiny_bases import delta, random_adapter, write_llama
 from transfers import transfer_settings
 
@@ -257,8 +259,9 @@ def test_command_prints_table_and_verdict_and_writes_the_folder(files, tmp_path,
         "not moved: 7",
     ):
         assert text in printed.out
-    assert printed.out.splitlines()[-2].startswith("verdict: ")
-    assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'}"
+    lines = printed.out.splitlines()
+    end = next(place for place, line in enumerate(lines) if line.startswith("verdict: "))
+    assert lines[end + 1] == f"written: {tmp_path / 'out'}"
     assert printed.err == ""
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     files = ("README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.toml", "transfer_report.json")
@@ -329,13 +332,45 @@ def test_depth_flag_selects_the_depth_map(files, tmp_path, depth):
     assert report["layers"] == {"by-name": [0, 1], "proportional": [0, 2], "0,-": [0, None]}[depth]
 
 
-def test_target_name_and_dtype_are_written_to_the_file(files, tmp_path):
-    command(files, tmp_path / "out", "--target-name", "org/tgt", "--dtype", "bfloat16")
+def test_target_id_and_dtype_are_written_to_the_file(files, tmp_path):
+    command(files, tmp_path / "out", "--target-id", "org/tgt", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/tgt"
     factors = jcl.load_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"]
     assert factors.a.dtype.name == "bfloat16"
     assert "base_model: org/tgt\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_base_that_is_no_hub_id_is_refused_as_the_target_s(files, tmp_path):
+    with pytest.raises(UsageError, match="target_id 'Gemma 3 270m' is no hub id: give OWNER/NAME"):
+        settings(files, tmp_path / "out", target_id="Gemma 3 270m")
+
+
+@pytest.mark.parametrize("quiet", [("--table", "none"), ("--json",)])
+def test_a_transfer_ends_with_its_verdict_and_with_commands_that_work(tmp_path, capsys, monkeypatch, quiet):
+    monkeypatch.chdir(tmp_path)
+    write_move(tmp_path)
+    command(tmp_path, "it's moved", "--method", "pad-truncate", *quiet)
+    said = capsys.readouterr().err
+    assert said.startswith("verdict: the coordinates of the two bases are unrelated")
+    assert "note: the adapter names target as its base, which is no hub id" in said
+    peft, task, evaluate, report = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    program, flag, code = shlex.split(peft)
+    assert (program, flag) == ("python", "-c")
+    compile(code, "pasted", "exec")
+    assert 'PeftModel.from_pretrained(model, "it\'s moved")' in code
+    subprocess.run(task, shell=True, check=True)
+    main(shlex.split(evaluate.removesuffix(" > answers.json"))[1:])
+    Path("answers.json").write_text(capsys.readouterr().out)
+    main(shlex.split(report)[1:])
+    assert Path("it's moved/report.html").is_file()
+
+
+def test_a_transfer_to_a_named_target_has_nothing_to_note(files, tmp_path, capsys):
+    command(files, tmp_path / "out", "--method", "pad-truncate", "--target-id", "org/tgt")
+    said = capsys.readouterr()
+    assert "AutoPeftModel" not in said.out
+    assert (said.out.count("verdict: "), said.err) == (1, "")
 
 
 def test_overwrite_replaces_an_existing_adapter(files, tmp_path):

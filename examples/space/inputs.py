@@ -97,7 +97,7 @@ def _demo(what: str, bases: tuple[Path, Path] | None) -> dict[str, Any]:
         with shipped(SOURCE_ADAPTER) as path:
             return {ADAPTER: str(path)}
     assert bases is not None
-    return {SOURCE: str(bases[0])} if what == SOURCE else {TARGET: str(bases[1]), "target_name": GEMMA3.hub_id}
+    return {SOURCE: str(bases[0])} if what == SOURCE else {TARGET: str(bases[1]), "target_id": GEMMA3.hub_id}
 
 
 def _checked(what: str, name: str, *, local: bool) -> str:

@@ -21,6 +21,7 @@ from jcrosslora.report.hub import Pushed, Repository, push_folder
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import show_progress, shows_progress
+from jcrosslora.utils.terminal import SafeConsole
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Transfer(Long):
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "": ("adapter", "source", "target", "out", "prompts", "method", "recipe", "overwrite"),
         "method": ("allow_module", "calibrate", "depth", "probe_count", "seed", "source_template", "target_template"),
-        "output": ("profile", "dtype", "out_rank", "target_name", "push_to"),
+        "output": ("profile", "dtype", "out_rank", "target_id", "push_to"),
         "run": ("dry_run", "json", "table", "fail_on", "log", *Long.GROUPS["run"]),
         "expert": ("scale", "adapter_rank", "effect", "divide", "cache"),
         "source": (
@@ -102,6 +103,7 @@ class _Transfer(Long):
 
         hosts.join(self.coordinator, self.processes, self.process)
         from jcrosslora.report import print_report, published
+        from jcrosslora.report.page.next_steps import first_steps
         from jcrosslora.session.transfer import transfer_files
 
         settings = self.settings()
@@ -111,9 +113,13 @@ class _Transfer(Long):
             report = transfer_files(settings).report
         if not hosts.is_first():
             return 0
+        shown, end = published(report), console
+        if self.json or self.table == "none":
+            end = SafeConsole(stderr=True)
+            say(end, f"verdict: {report.verdict.text}")
         if self.json:
             pushed = {} if self.push_to is None else {"pushed": asdict(self._push(self.push_to))}
-            data = published(report).to_json()
+            data = shown.to_json()
             del data["recipe_toml"]  # it is in the folder
             print_json({"out": settings.out, **pushed, **data})
         else:
@@ -122,6 +128,8 @@ class _Transfer(Long):
             say(console, f"written: {settings.out}")
             if self.push_to is not None:
                 print_pushed(self._push(self.push_to), console)
+        for line in first_steps(shown, settings.out, settings.target, settings.profile):
+            say(end, line)
         return exit_code(self.fail_on, [report.verdict.level])
 
     def _push(self, repo_id: str) -> Pushed:

@@ -16,6 +16,7 @@ from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publi
 from jcrosslora.methods import Method
 from jcrosslora.report.record import REPORT, SourceAdapter, Totals, TransferReport, defined, spread
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
+from jcrosslora.report.usage import usage
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
 SERVED = "source_model"  # the setting that says that a server was asked
@@ -121,7 +122,7 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
-        "target_name": public_name(report.target.name),
+        "target_id": report.target.name if is_on_hub(report.target.name) else None,
     }
     if SERVED in settings:  # which has its own adapter
         settings |= {"adapter": None, "source": None}
@@ -161,6 +162,7 @@ def model_card(report: TransferReport, profile: str = "portable") -> str:
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
         f"the data that it was trained on, by the method {markdown_code(report.recipe.method)}{chosen}.",
         f"**What to expect:** {markdown_prose(report.verdict.text)}",
+        f"## Use\n\n{usage(report.target, profile)}",
         *(f"## {title}\n\n{text}" for title, text in _sections(report) if text),
         f"## Licence\n\n{_LICENCE}",
     ]

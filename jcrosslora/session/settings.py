@@ -12,7 +12,7 @@ from msgspec import Meta, ValidationError, convert
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
-from jcrosslora.checkpoint.hub import local_names, public_name
+from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifted import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
@@ -112,8 +112,9 @@ class TransferSettings(TransferOptions):
     """File with the chat template of the source, if it is neither the base's own nor beside the adapter."""
     target_template: str | None = None
     """File with the chat template that the target is to use in place of its own."""
-    target_name: str | None = None
-    """What to write as the adapter's base model, where the target's own name is not the one wanted."""
+    target_id: str | None = None
+    """OWNER/NAME of the target on the hub, to write as the adapter's base model: PEFT and engines find the base by it.
+    A GGUF file seldom states its own."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
     cache: bool = True
@@ -125,6 +126,9 @@ class TransferSettings(TransferOptions):
         object.__setattr__(self, "method", make_method(self.method))
         if self.source_backend not in get_args(Backend):
             msg = f"source_backend {self.source_backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
+            raise UsageError(msg)
+        if self.target_id is not None and not is_hub_id(self.target_id):
+            msg = f"target_id {self.target_id[:200]!r} is no hub id: give OWNER/NAME, such as google/gemma-3-270m"
             raise UsageError(msg)
         self._check_served()
 
@@ -181,7 +185,7 @@ class TransferSettings(TransferOptions):
 
 # Settings that may name a file or a folder.
 _REFERENCES = (
-    *("adapter", "source", "target", "target_name", "source_model", "source_base_model", "source_tokenizer"),
+    *("adapter", "source", "target", "source_model", "source_base_model", "source_tokenizer"),
     *("prompts", "source_template", "target_template"),
 )
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")

@@ -198,7 +198,7 @@ def session_of(
     target = open_base(
         settings.target,
         revision=settings.target_revision,
-        name=settings.target_name,
+        name=settings.target_id,
         chat_template=settings.target_template,
     )
     return open_session(source, target, open_cache() if settings.cache and store else None, stopwatch)

@@ -1,13 +1,14 @@
 """What to do next with a moved adapter: sentences, and under each the commands with the names of this transfer."""
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
 from jcrosslora.report.record import TransferReport
+from jcrosslora.report.usage import peft_lines, quoted
 from jcrosslora.utils.texts import visible
 
 _QUESTION = '{"prompt": "Question: What do bees make? Answer:", "answer": " honey"}'
@@ -39,16 +40,16 @@ class _Names:
         return cls(adapters[0] if adapters else "moved", base)
 
     def evaluate(self, more: str = "") -> str:
-        beside = f"--adapter {_quoted(self.folder)}{more} --show 10 --json > answers.json"
-        return f"jcrosslora evaluate --base {_quoted(self.base)} --task task.jsonl {beside}"
+        beside = f"--adapter {quoted(self.folder)}{more} --show 10 --json > answers.json"
+        return f"jcrosslora evaluate --base {quoted(self.base)} --task task.jsonl {beside}"
 
     def report(self, more: str = "") -> str:
-        return f"jcrosslora report {_quoted(self.folder)} --answers answers.json{more}"
+        return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
 
     def transfer(self, moved: TransferReport, out: str) -> str:
         source = moved.source.ref or moved.source.name or "SOURCE"
-        ends = f"--source {_quoted(source)} --target {_quoted(self.base)}"
-        return f"jcrosslora transfer {_quoted(moved.adapter.name or 'ADAPTER')} {ends} --out {out}"
+        ends = f"--source {quoted(source)} --target {quoted(self.base)}"
+        return f"jcrosslora transfer {quoted(moved.adapter.name or 'ADAPTER')} {ends} --out {out}"
 
 
 def next_steps(contents: Contents) -> Iterator[Step]:
@@ -68,10 +69,33 @@ def next_steps(contents: Contents) -> Iterator[Step]:
         yield Step(said, (_TASK, names.evaluate(), names.report()))
     if not bad:
         said = "Use the adapter: ask the model something of the adapter's job."
-        ends = f"--base {_quoted(names.base)} --adapter {_quoted(names.folder)}"
+        ends = f"--base {quoted(names.base)} --adapter {quoted(names.folder)}"
         yield Step(said, (f"jcrosslora generate 'What do bees make?' {ends}",))
     if evaluation is not None and len(evaluation.models) > 1:
         yield from _comparisons(names, evaluation, moved)
+
+
+def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> Iterator[str]:
+    """Yield the lines that end a transfer: how to load the folder `out`, to judge it, and to see it on a page.
+
+    Args:
+        moved: as `documents.published` returned it.
+        target: the base as the user named it, whose paths are right on his machine.
+        profile: the format of the folder.
+    """
+    names, base = _Names(out, target), str(Path(target).expanduser()) if target.startswith("~") else target
+    generate = f"jcrosslora generate 'What do bees make?' --base {quoted(target)} --adapter {quoted(out)}"
+    python = f"python -c {quoted('; '.join(peft_lines(base, out)))}"
+    in_peft = profile in ("portable", "peft")
+    if in_peft and not is_hub_id(moved.target.name or ""):
+        said = f"note: the adapter names {moved.target.name or 'nothing'} as its base, which is no hub id, so peft's "
+        yield said + "AutoPeftModel will not find it: give --target-id OWNER/NAME, or load the base first"
+    yield "load it with peft (pip install 'jcrosslora[torch]'):" if in_peft else "use it:"
+    yield f"  {python if in_peft else generate}"
+    yield "judge it, by questions of its job with the right answers in task.jsonl in place of this one:"
+    yield from (f"  {command}" for command in (_TASK, names.evaluate()))
+    yield "see it on a page:"
+    yield f"  {names.report()}"
 
 
 def where(contents: Contents, step: Step) -> str:
@@ -79,7 +103,7 @@ def where(contents: Contents, step: Step) -> str:
     names, moved, given = _Names.of(contents), contents.moved, f" {' '.join(step.commands)} "
     every = [names.folder, names.base]
     every += [] if moved is None else [moved.adapter.name or "", moved.source.ref or ""]
-    local = [name for name in dict.fromkeys(every) if f" {_quoted(name)} " in given and not is_hub_id(name)]
+    local = [name for name in dict.fromkeys(every) if f" {quoted(name)} " in given and not is_hub_id(name)]
     listed = ", ".join(f"`{visible(name)}`" for name in local)
     return f"Run it in the folder that holds {listed}, or give the paths." if local else ""
 
@@ -96,19 +120,15 @@ def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
 def _naming(names: _Names, evaluation: Evaluation) -> Iterator[Step]:
     others = [model.name for model in evaluation.models if model.part == "other"]
     if evaluation.of_part("moved") is None and others:
-        yield Step("Say which of the adapters is the moved one.", (names.report(f" --moved {_quoted(others[0])}"),))
+        yield Step("Say which of the adapters is the moved one.", (names.report(f" --moved {quoted(others[0])}"),))
 
 
 def _comparisons(names: _Names, evaluation: Evaluation, moved: TransferReport | None) -> Iterator[Step]:
     if evaluation.of_part("trained") is None:
         said = "See how much of what training brings: train on examples in `train.jsonl` that are not in `task.jsonl`."
-        train = f"jcrosslora train {_quoted(names.base)} --data train.jsonl --out trained"
+        train = f"jcrosslora train {quoted(names.base)} --data train.jsonl --out trained"
         yield Step(said, (train, names.evaluate(" --trained trained"), names.report()))
     if evaluation.of_part("random") is None and moved is not None and not moved.asked:
         said = "See whether a random update would do as well."
         random = f"{names.transfer(moved, 'random')} --method random"
         yield Step(said, (random, names.evaluate(" random"), names.report(" --random random")))
-
-
-def _quoted(name: str) -> str:
-    return shlex.quote(visible(name, keep=""))

@@ -25,15 +25,15 @@ from jcrosslora.session.transfer import estimate_pair
 _Text = Annotated[str, Meta(min_length=1)]
 _Names = Annotated[_Text | Annotated[list[_Text], Meta(min_length=1)], Meta(description="a list of names")]
 _Ref = Annotated[_Text, Meta(description="a path or hub id")]
-_Ends = Annotated[str | dict, Meta(description='a path or hub id, or { ref = "...", revision = "...", name = "..." }')]
+_Ends = Annotated[str | dict, Meta(description='a path or hub id, or { ref = "...", revision = "...", id = "..." }')]
 _Moves = Annotated[list[dict], Meta(min_length=1, description="at least one table [[moves]] with from and to")]
 # The keys of each table; all other keys of a move are settings of the transfer.
 _PLAN = {"out": str, "bases": dict, "adapters": dict, "moves": _Moves}
-_BASE = {"ref": _Ref, "revision": str, "name": str, "template": str}
+_BASE = {"ref": _Ref, "revision": str, "id": str, "template": str}
 _MOVE = {"from": str, "to": _Names, "methods": _Names, "adapters": _Names, "label": str}
 # Settings that the plan's other tables or the batch itself determine.
 _OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
-_OWN_BASES = ("source_revision", "target_revision", "target_name", "source_template", "target_template")
+_OWN_BASES = ("source_revision", "target_revision", "target_id", "source_template", "target_template")
 assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
 # A batch reads the weights of its sources.
 _ASKED = tuple(name for name in OWN_FIELDS if name.startswith("source_") and name not in _OWN_BASES)
@@ -41,7 +41,7 @@ _WILD = re.compile(r"[*?\[]")
 _Base = dict[str, str]  # with the keys of _BASE
 # Settings that determine the alignment; all others concern a single adapter.
 _ALIGNING = (
-    *("source", "target", "source_revision", "target_revision", "target_name", "source_template", "target_template"),
+    *("source", "target", "source_revision", "target_revision", "target_id", "source_template", "target_template"),
     *("method", "depth", "seed", "prompts", "probe_count", "cache"),
 )
 # Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
@@ -67,7 +67,7 @@ class BatchPlan:
 def read_plan(path: str | Path) -> BatchPlan:
     """Read a plan from a TOML file.
 
-    It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name, template}), a table `adapters` (name
+    It has `out`, a table `bases` (name = path or hub id, or {ref, revision, id, template}), a table `adapters` (name
     of a base = list of adapters trained on it; the wildcards * ? [] match folders that are not hidden), and at least
     one `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by
     name, `label` distinguishes moves that would write to one folder, and all other keys are settings of a transfer.
@@ -146,7 +146,7 @@ def _known_settings(method: str, place: str) -> set[str]:
 
 
 def _end(side: str, base: _Base) -> dict[str, str]:
-    """Return the settings that a base gives to the source or the target; the source has no name to be written."""
+    """Return the settings that a base gives to the source or the target; the source has no id to be written."""
     return {side: base["ref"]} | {f"{side}_{key}": text for key, text in base.items() if f"{side}_{key}" in OWN_FIELDS}
 
 
