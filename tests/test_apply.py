@@ -95,3 +95,16 @@ def test_an_adapter_that_feeds_nothing_is_refused(transport, bases):
     other = {"model.layers.9.self_attn.q_proj": next(iter(random_adapter(bases[0]).modules.values()))}
     with pytest.raises(AdapterError, match="none of the 1 modules of the adapter feeds a module of the target"):
         jcl.apply(transport, other)
+
+
+@pytest.mark.parametrize("given", ["a/folder", [1], {"x": np.ones((2, 3, 4))}, None])
+def test_what_is_no_adapter_in_memory_is_refused(transport, given):
+    for function in (lambda: jcl.apply(transport, given), lambda: jcl.unstack_adapters(given)):
+        with pytest.raises(AdapterError, match=f"a {type(given).__name__} is no adapter in memory: give an Adapter"):
+            function()
+
+
+def test_factors_that_do_not_fit_each_other_are_refused(transport, bases):
+    (name, factors), *_ = random_adapter(bases[0]).modules.items()
+    with pytest.raises(AdapterError, match=r"has a of shape \(4, 48\) and b of \(48, 2\); they must be"):
+        jcl.apply(transport, {name: factors.replace(b=factors.b[:, :2])})

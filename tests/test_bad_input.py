@@ -393,3 +393,29 @@ def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
 
 def test_a_base_given_to_the_inspection_of_a_base_is_refused(place, capsys):
     fails(["inspect", place / "source", "--base", place / "target"], capsys, "is a base model", "leave it out")
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_named(good, tmp_path, wanted):
+    arguments = ["transfer", "adapter", "--source", "source", "--target", "target", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"JAX_PLATFORMS": wanted, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "jcrosslora", *arguments]
+    done = subprocess.run(command, cwd=good, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"JAX_PLATFORMS={wanted}: JAX finds no such device" in done.stderr
+
+
+def test_options_that_there_are_not_are_named(good):
+    bases = good / "source", good / "target"
+    with pytest.raises(jcl.UsageError, match=r"a transfer has no option 'sclae' \(did you mean 'scale'\?\)"):
+        jcl.transfer(good / "adapter", *bases, "cross-lora", sclae=2)
+    with pytest.raises(jcl.UsageError, match=r"a setting of methods: give method=methods\.CrossLoRA\(svd_rank=3\)"):
+        jcl.transfer(good / "adapter", *bases, "cross-lora", svd_rank=3)
+    with pytest.raises(jcl.UsageError, match=r"no method has a setting svd_rnk \(did you mean 'svd_rank'\?\)"):
+        jcl.transfer(good / "adapter", *bases, jcl.methods.Auto(svd_rnk=3))
+
+
+def test_a_live_model_needs_torch(good, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(jcl.UsageError, match=r"torch is not installed: pip install 'jcrosslora\[torch\]'"):
+        jcl.transfer(good / "adapter", good / "source", good / "target", "pad-truncate").to_peft(None)

@@ -301,3 +301,11 @@ def test_a_base_is_shown_in_a_line_and_as_a_table(tmp_path):
     assert "&lt;me&gt;/mine" in html
     assert "60,240" in html
     assert "revision" not in html
+
+
+def test_a_live_model_that_was_read_from_gguf_opens():
+    model = tiny_model("llama")
+    plain = open_base(model)
+    quantised = {"quant_method": "gguf", "gguf_file": "model.gguf", "dequantize": False}
+    model.config.update({"_model_name_or_path": "Tiny Llama", "quantization_config": quantised})
+    assert open_base(model).digest() == plain.digest()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, check_always_active, restrict
+from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, as_adapter, check_always_active, restrict
 from jcrosslora.errors import AdapterError, UsageError
 
 _NO_SUM = "and has no sum with others: write it alone"
@@ -54,7 +54,7 @@ def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapt
 
     It is from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of one.
     """
-    whole = stacked if isinstance(stacked, Adapter) else Adapter(dict(stacked))
+    whole = as_adapter(stacked)
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(whole)}
     if len(counts) != 1 or any(item.a.ndim != 3 for item in whole.modules.values()):
         msg = f"{whole.info.name}: not a stack of adapters; make one with stack_adapters"

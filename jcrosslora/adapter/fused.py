@@ -126,6 +126,9 @@ def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adap
         msg += f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
         raise AdapterError(msg)
     for name, factors in adapter.modules.items():
+        if factors.b.ndim != 2 or factors.b.shape[1] != factors.rank:
+            msg = f"adapter {adapter.info.name}: {name} has a of shape {factors.a.shape} and b of {factors.b.shape}; "
+            raise AdapterError(msg + "they must be (K, I) and (O, K)")
         came, want = factors.shape, base.shapes.get(name, factors.shape)
         if came != want:
             msg = f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "

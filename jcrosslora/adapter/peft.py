@@ -19,7 +19,7 @@ from jcrosslora.adapter.reading import open_state_dict, read_adapter
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
-from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
@@ -164,8 +164,12 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
         AdapterError: the model lacks a module of the adapter or has the name already, peft refuses the adapter, or a
             tensor was not loaded (named).
     """
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    try:
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    except ImportError as error:
+        msg = f"a live model needs torch and peft, and {error.name} is not installed: pip install 'jcrosslora[torch]'"
+        raise UsageError(msg) from error
 
     live = model if isinstance(model, PeftModel) else None
     if live is not None and adapter_name in live.peft_config:

@@ -113,6 +113,16 @@ class Adapter:
         return html_table(describe_adapter(self), _headline(self))
 
 
+def as_adapter(given: Any) -> Adapter:
+    """Take an adapter, or a mapping from modules to factors, as an adapter; raise AdapterError for anything else."""
+    if isinstance(given, Adapter):
+        return given
+    if isinstance(given, Mapping) and all(isinstance(factors, LoRAFactors) for factors in given.values()):
+        return Adapter(dict(given))
+    msg = f"a {type(given).__name__} is no adapter in memory: give an Adapter, such as load_adapter returns, or a "
+    raise AdapterError(msg + "mapping from modules to LoRAFactors")
+
+
 def describe_adapter(adapter: Adapter) -> list[dict[str, str]]:
     """Make one row of text for each role (last part of a module's name), in the order in which roles first occur.
 

@@ -79,9 +79,15 @@ def config_values(config: Any, ref: str) -> dict[str, Any]:
     """Return the content of config.json from a mapping, or from a configuration of transformers."""
     values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if isinstance(values, Mapping):
-        return dict(values)
+        return {key: value for key, value in values.items() if not _of_gguf(key, value)}
     msg = f"{ref}: config is {'missing' if config is None else f'of type {type(config).__name__}'}, wanted "
     raise CheckpointError(msg + "the content of config.json as a mapping, or a configuration of transformers")
+
+
+def _of_gguf(key: str, value: Any) -> bool:
+    """Whether a key says that transformers read the model from GGUF, whose weights it holds as floats."""
+    quantised = key == "quantization_config" and isinstance(value, Mapping)
+    return key == "_model_name_or_path" or (quantised and value.get("quant_method") == "gguf")
 
 
 def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:

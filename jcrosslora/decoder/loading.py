@@ -27,6 +27,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.decoder.model import Model, Params
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.cost import check_devices
 
 _ROWS = 16_384  # rows of the embedding to read at a time
 _SHARE = 0.5  # of the free memory, which kept weights may take
@@ -60,6 +61,7 @@ def load_model(
         UsageError: the dtype is not supported, or float32 was to be packed.
         CheckpointError: a tensor cannot be read, or the decoder does not support the model (see `settings_of`).
     """
+    check_devices()
     kind = jnp.dtype(dtype)
     if kind not in (_F32, _BF16):
         msg = f"dtype is {kind.name}, wanted float32 or bfloat16"

@@ -14,7 +14,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, update_norm
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.records import restrict
+from jcrosslora.adapter.records import as_adapter, restrict
 from jcrosslora.checkpoint import BaseInfo
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
 from jcrosslora.linalg import product_energy
@@ -61,8 +61,7 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
             a stack of adapters and the call is not vmapped.
         MethodError: the method fits an update and has no maps.
     """
-    whole = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
-    modules = fit_to_base(whole, transport.source, every=False).modules
+    modules = fit_to_base(as_adapter(adapter), transport.source, every=False).modules
     start = transport.method.start
     if start is None:
         msg = f"method {transport.method.name} has no maps to apply: use jcrosslora.shift, or jcrosslora.transfer"

@@ -141,8 +141,11 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
     """
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
     if isinstance(method, Auto) or method == AUTO:
-        given = dict(method.settings) if isinstance(method, Auto) else {}
-        return Auto(**given | settings)
+        given = (dict(method.settings) if isinstance(method, Auto) else {}) | settings
+        if strange := given.keys() - (known := setting_fields()).keys():
+            msg = f"no method has a setting {min(strange)}{suggestion(min(strange), known)}; see jcrosslora.methods"
+            raise UsageError(msg)
+        return Auto(**given)
     if isinstance(method, str):
         method = find_method(method)
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):

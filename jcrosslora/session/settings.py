@@ -15,7 +15,7 @@ from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifted import Calibration
-from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
+from jcrosslora.methods import AUTO, METHODS, Auto, MethodLike, hyper_types, make_method, setting_fields
 from jcrosslora.utils.files import read_small_text
 
 EffectCheck = Literal["auto", "always", "never"]
@@ -57,6 +57,20 @@ class TransferOptions:
     def checks_effect(self, *, runs_bases: bool) -> bool:
         """Tell whether the effect is checked, of a method that runs the bases or does not."""
         return self.effect == "always" or (self.effect == "auto" and runs_bases)
+
+
+def make_options(given: Mapping[str, Any]) -> TransferOptions:
+    """Make options from keywords of Python; a `UsageError` names one that there is not."""
+    known = [field.name for field in fields(TransferOptions)]
+    for name in given:
+        if methods := setting_fields().get(name):
+            example = f"methods.{METHODS[next(iter(methods))].__name__}({name}={given[name]!r})"
+            msg = f"{name} is no option of a transfer, but a setting of methods: give method={example}"
+            raise UsageError(msg)
+        if name not in known:
+            msg = f"a transfer has no option {name!r}{suggestion(name, known)}; it has {', '.join(known)}"
+            raise UsageError(msg)
+    return TransferOptions(**given)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.pair_session import PairSession, Request, lighter, with_one_writer
 from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferOptions, TransferSettings
+from jcrosslora.session.settings import TransferSettings, make_options
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
@@ -62,7 +62,7 @@ def transfer(
     Raises:
         JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
-    wanted, chosen = make_method(method), TransferOptions(**options)
+    wanted, chosen = make_method(method), make_options(options)
     with hosts.together(), enough_memory(lighter(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
         return session.transfer(Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts)))
@@ -135,7 +135,7 @@ def shift(
     if transport.bases is None:
         msg = "the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again"
         raise MethodError(msg)
-    chosen = TransferOptions(**({"effect": "never", "seed": transport.recipe.seed} | options))
+    chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with hosts.together(), enough_memory(lighter(transport.method)):
         session = PairSession(*transport.bases)
         move = session.start(session.load(adapter), transport.method, chosen)

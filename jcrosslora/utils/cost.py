@@ -1,11 +1,12 @@
-"""What a piece of work takes, as counted where it is done, and how much memory there is for it."""
+"""What a piece of work takes, as counted where it is done, and the devices and the memory that there are for it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jcrosslora.errors import ShortMemoryError
+from jcrosslora.errors import ShortMemoryError, UsageError
 
 TEXT = 64  # tokens of a text whose length is not known beforehand
 _GROUP = Path("/sys/fs/cgroup")  # of a container, as it sees it
@@ -64,18 +65,31 @@ class Cost:
 def enough_memory(advice: str = "") -> Iterator[None]:
     """Turn the memory errors of Python, NumPy and JAX into a `ShortMemoryError`; other errors pass.
 
-    `advice` says what to do to need less memory.
+    `advice` says what to do to need less memory. Where JAX has no device, the error is that of `check_devices`.
     """
     try:
         yield
     except MemoryError as error:
         raise _short(str(error), advice) from error
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:
         import jax
 
+        check_devices()
         if not (isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_STATUS)):
             raise
         raise _short(str(error).removeprefix(_STATUS), advice) from error
+
+
+def check_devices() -> None:
+    """Raise UsageError if JAX cannot use the platform that it was told to, of which it says little or nothing."""
+    import jax
+
+    try:
+        jax.local_devices()
+    except (AssertionError, RuntimeError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
+        msg = f"JAX_PLATFORMS={wanted}: JAX finds no such device, or has no support for it (cpu is there): leave "
+        raise UsageError(msg + "JAX_PLATFORMS out, or install JAX with support for it") from error
 
 
 def free_memory(count: int = 1) -> int | None:

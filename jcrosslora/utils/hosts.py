@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jcrosslora.errors import HostError, LostHostError, UsageError
+from jcrosslora.utils.cost import check_devices
 from jcrosslora.utils.digests import Digests
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ _GRACE = 2
 
 def count() -> int:
     """Return the number of processes, this one included."""
+    check_devices()
     return jax.process_count()
 
 
