@@ -301,6 +301,19 @@ def test_an_adapter_is_found_by_the_last_part_of_its_path_and_a_guess_is_told(mo
     assert "those of the adapter another, the only one evaluated: is it this one?" in report_page(contents)
 
 
+def test_the_digest_tells_whether_the_answers_are_of_the_adapters_base(moved, tmp_path):
+    path = evaluated(tmp_path, (0, 1))
+    data = json.loads(path.read_text())
+    digest = read_report(moved / REPORT).target.digest
+    told = {}
+    for given in (None, digest, "sha256:other"):
+        path.write_text(json.dumps(data | {"digest": given}))
+        told[given] = report_page(find_contents(moved, path))
+    assert "are they the same model?" in told[None]
+    assert "are they the same model?" not in told[digest] + told["sha256:other"]
+    assert [given for given, page in told.items() if "whose weights are not those of" in page] == ["sha256:other"]
+
+
 def test_questions_with_choices_are_counted(tmp_path):
     rng = np.random.default_rng(0)
     log_probs = rng.uniform(-9, -1, (2, 30, 2))

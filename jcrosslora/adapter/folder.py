@@ -104,6 +104,9 @@ def _local_files(folder: Path) -> AdapterFiles:
     if not (folder / CONFIG).is_file():
         if (folder / GGUF_WEIGHTS).is_file():
             return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS)
+        if (folder / "config.json").is_file():
+            msg = f"{folder}: is a whole model, perhaps with an adapter merged into it: give the adapter's own folder, "
+            raise AdapterError(msg + f"which holds {CONFIG}, from before it was merged")
         msg = f"{folder}: no {CONFIG} here: give the folder of an adapter of PEFT or MLX, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
     form = form_of(read_config(folder / CONFIG))

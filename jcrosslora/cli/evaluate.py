@@ -62,6 +62,7 @@ class Evaluate(OnDevice):
         from jcrosslora.checkpoint.hub import public_names
         from jcrosslora.decoder.model import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
+        from jcrosslora.utils.cache import open_cache
 
         examples = read_examples(self.task)
         questions = [one for one in examples if isinstance(one, Question)]
@@ -89,7 +90,8 @@ class Evaluate(OnDevice):
             found = score(base, questions[: self.limit], adapters)
         else:
             found = answer(base, examples[: self.limit], adapters, max_new_tokens=self.max_new_tokens)
-        self._print(found, notes, console)
+        more = {"digest": base.digest(open_cache().digests)} if self.json else {}
+        self._print(found, notes, console, more)
 
     def _check(self, *, written: bool) -> None:
         """Refuse what cannot be done, before any work."""

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from huggingface_hub import ModelCardData
 
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.checkpoint import is_hub_id
+from jcrosslora.adapter.origin import other_model
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.methods import Method
 from jcrosslora.report.record import REPORT, SourceAdapter, Totals, TransferReport, defined, spread
@@ -84,10 +83,12 @@ def provenance(report: TransferReport) -> dict[str, str]:
 def _source_name(report: TransferReport) -> str | None:
     """Return the hub id that the adapter's configuration states, else the name in the source's file.
 
-    The `general.name` of a GGUF file is set at training, and often differs from the name of the repository.
+    The `general.name` of a GGUF file is set at training, and often differs from the name of the repository. An adapter
+    that names another model than the source has no say.
     """
-    stated = report.adapter.base_name
-    return stated if stated and is_hub_id(stated) and not Path(stated).exists() else public_name(report.source.name)
+    stated, name = report.adapter.base_name, report.source.name
+    same = is_on_hub(stated) and (name is None or other_model(stated or "", name) is None)
+    return stated if same else public_name(name)
 
 
 def replacements(report: TransferReport) -> dict[str, str]:

@@ -180,6 +180,8 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < _LOST:
         return Verdict("lost", f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}")
+    if report.source.digest and report.source.digest == report.target.digest:
+        return Verdict("aligned", "source and target are the same model (equal digests): the adapter works as it is")
     if method.measure == "none":
         return Verdict("unknown", f"method {method.name} measures no agreement of the two bases: {_MEASURE}")
     return _by_alignment(method.measure, report.rows, report.recipe.signs)

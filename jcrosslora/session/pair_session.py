@@ -9,6 +9,7 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
 from jcrosslora.adapter.lora_xs import Known, span_rank
+from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
@@ -225,7 +226,8 @@ class PairSession:
             if given is not None and task.probes is None:
                 text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
                 warnings = (f"{text} was not read: method {move.method.name} asks for none", *warnings)
-            return effect, warnings
+            weights = move.method.runs_bases  # maps may come from the cache, and then no weights are read
+            return effect, (*doubts(move.shifter.adapter, self.pair.source, weights=weights), *warnings)
 
         result = conclude(move, transport, shifted, update, self.pair.target, check=check)
         return result if result.texts else replace(result, texts=tuple(probes))

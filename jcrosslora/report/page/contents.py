@@ -59,6 +59,7 @@ class _Output(msgspec.Struct, frozen=True):
     models: list[dict[str, str | Figure]]
     not_scored: list[str]
     trained: str | None = None
+    digest: str | None = None  # of the base
     questions: _Count = 0
     examples: _Count = 0
     answers: list[Example] = []
@@ -102,6 +103,7 @@ class Evaluation:
     not_scored: tuple[str, ...]  # what the figures leave out, one sentence each
     examples: tuple[Example, ...]  # some, with the answers of all models, in their order
     trained: str | None = None  # the adapter whose gain the shares in the figures are of
+    digest: str | None = None  # of the base
     guessed: bool = False  # whether the moved adapter is taken to be the one that is left, by whatever name
 
     def of_part(self, part: Part) -> Model | None:
@@ -221,6 +223,7 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
         tuple(found.not_scored),
         tuple(found.answers),
         found.trained and (public_name(found.trained) or found.trained),
+        found.digest,
     )
 
 

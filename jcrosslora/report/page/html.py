@@ -200,8 +200,13 @@ def _warnings_section(contents: Contents) -> str:
         if evaluation.guessed and (model := evaluation.of_part("moved")) is not None:
             lines.append(f"The answers are those of the adapter {model.name}, the only one evaluated: is it this one?")
         base = evaluation.models[0].name
-        if moved is not None and moved.target.name is not None and base != moved.target.name:
-            other = f"The answers are those of {base}, and the adapter was moved to {moved.target.name}"
+        target = None if moved is None else moved.target
+        if target is not None and evaluation.digest is not None and target.digest is not None:
+            if evaluation.digest != target.digest:
+                other = f"The answers are those of {base}, whose weights are not those of {target.name}"
+                lines.append(f"{other}, to which the adapter was moved.")
+        elif target is not None and target.name is not None and base != target.name:
+            other = f"The answers are those of {base}, and the adapter was moved to {target.name}"
             lines.append(f"{other}: are they the same model?")
     return _section("Good to know", _list(lines))
 

@@ -1,0 +1,76 @@
+"""What speaks against a base as the one of an adapter: names, and weights that hold the update already.
+
+Adapters of other shapes are refused when they are loaded; this is for models of equal shapes.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from jcrosslora.adapter.changes import update_norm
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.hub import is_on_hub, public_name
+
+_MODULES = 4  # whose weights are read
+# Part of a merged update that is found in the weights, which is 1 but for rounding; and how many standard deviations it
+# has to be above what weights that know nothing of the update hold by chance.
+_HELD, _DEVIATIONS = 0.5, 6.0
+# Words by which makers tell models of one size apart.
+_KINDS = {word: word for word in ("instruct", "coder", "math", "vision", "guard", "thinking", "embedding")}
+_KINDS |= {"it": "instruct", "chat": "instruct", "code": "coder", "vl": "vision"}
+
+
+def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
+    """Say what speaks against a base as the one that an adapter was trained on, one sentence each.
+
+    With `weights` some of the base's are read and looked at as well.
+    """
+    stated, found = adapter.info.base_name, []
+    if stated is not None and (evidence := other_model(stated, base.name)) is not None:
+        said = f"the adapter's configuration names {stated} as its base, and the source is {public_name(base.name)}"
+        found.append(f"{said} ({evidence}): if they are two models, give --source {stated}")
+    if weights and (share := _held_share(adapter, base)) is not None:
+        said = f"the weights of the source seem to hold the adapter already ({share:.0%} of its update)"
+        found.append(f"{said}, as those of a merged model do: give the model that it was trained on")
+    return tuple(found)
+
+
+def other_model(stated: str, name: str) -> str | None:
+    """Return by what in their names two models are told apart; None where they may be one.
+
+    `stated` is the base that an adapter names, and `name` a hub id or the name in a GGUF file, which often leaves words
+    of the id out. Names of folders say nothing.
+    """
+    if not is_on_hub(stated) or (not is_on_hub(name) and ("/" in name or Path(name).exists())):
+        return None
+    said, own = _words(stated), _words(name)
+    sizes = [{word for word in words if re.fullmatch(r"\d+(\.\d+)?[bm]", word)} for words in (said, own)]
+    if all(sizes) and sizes[0].isdisjoint(sizes[1]):
+        return f"{min(sizes[0])} and {min(sizes[1])}"
+    kinds = [{_KINDS[word] for word in words & _KINDS.keys()} for words in (said, own)]
+    differ = kinds[1] - kinds[0] | (kinds[0] - kinds[1] if is_on_hub(name) else set())
+    return f"one of them is called {min(differ)!r}" if differ else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9.]+", name.rpartition("/")[2].lower()))
+
+
+def _held_share(adapter: Adapter, base: BaseModel) -> float | None:
+    """Return <W, dW> / ||dW||^2 over some modules, if W holds the update; it is 0 for W that knows nothing of dW.
+
+    The standard deviation by chance of <W, dW> is that of an entry of W times ||dW||.
+    """
+    names = [name for name in adapter.modules if name in base.modules]
+    inner = size = chance = 0.0
+    for name in names[:: max(1, len(names) // _MODULES)][:_MODULES]:
+        factors, weight = adapter.modules[name], base.weight(name).astype(np.float32)
+        a, b = (np.asarray(matrix).astype(np.float32) for matrix in (factors.a, factors.b))
+        inner += factors.scale * float(np.sum((b.T @ weight) * a, dtype=np.float64))
+        size += (squared := update_norm(factors) ** 2)
+        chance += squared * float(np.mean(np.square(weight), dtype=np.float64))
+    held = size > 0 and inner > _HELD * size and inner > _DEVIATIONS * math.sqrt(chance)
+    return inner / size if held else None

@@ -1,0 +1,76 @@
+"""Adapters that are given with another model than their own: what is said, and what is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from probe_bases import CORPUS, write_move
+from tiny_bases import delta, random_adapter
+
+import jcrosslora as jcl
+
+NAMES = [
+    ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2.5 Coder 0.5B Instruct AWQ", "'coder'"),
+    ("Qwen/Qwen2.5-0.5B", "Qwen2.5 1.5B", "0.5b and 1.5b"),
+    ("google/gemma-3-270m-it", "google/gemma-3-270m", "'instruct'"),
+    # Copies of one model: in GGUF, whose own name leaves words out, and by other makers.
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", "Smollm2 135M 8k Lc100K Mix1 Ep2", None),
+    ("google/gemma-3-270m-it", "Gemma 3 270m", None),
+    ("unsloth/llama-3-8b-bnb-4bit", "meta-llama/Meta-Llama-3-8B", None),
+    ("/home/me/llama-chat", "meta-llama/Llama-3-8B", None),
+]
+
+
+@pytest.fixture(scope="module")
+def move(tmp_path_factory):
+    return write_move(tmp_path_factory.mktemp("move"))
+
+
+@pytest.mark.parametrize(("stated", "name", "evidence"), NAMES)
+def test_another_base_than_the_adapter_names_is_warned_about(move, stated, name, evidence):
+    _, source, target = move
+    adapter = random_adapter(jcl.open_base(source))
+    adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, base_name=stated))
+    moved = jcl.transfer(adapter, jcl.open_base(source, name=name), target, "pad-truncate", cache=False)
+    found = [text for text in moved.report.warnings if "names" in text and "as its base" in text]
+    assert len(found) == (evidence is not None)
+    assert evidence is None or (evidence in found[0] and f"give --source {stated}" in found[0])
+
+
+def test_a_card_names_the_source_and_not_what_the_adapter_says(move, tmp_path):
+    _, source, target = move
+    adapter = random_adapter(jcl.open_base(source))
+    adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, base_name="org/model-chat"))
+    for name, shown in (("org/model", "| source | org/model |"), ("Model 135M", "| source | org/model-chat |")):
+        moved = jcl.transfer(adapter, jcl.open_base(source, name=name), target, "pad-truncate", cache=False)
+        out = moved.save(tmp_path / name.replace("/", "-"))
+        assert shown in (out / "README.md").read_text()
+
+
+def test_a_source_that_holds_the_adapter_already_is_warned_about(move, tmp_path):
+    _, source, target = move
+    base = jcl.open_base(source)
+    adapter = random_adapter(base, scale=0.3)
+    weights = {name: np.array(base.tensor(name)) for name in base.store.names()}
+    for name, factors in adapter.modules.items():
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta(factors)
+    merged = jcl.open_base(weights, config=dict(base.config), tokenizer=source)
+    warned = []
+    for given in (base, merged):
+        settings = jcl.methods.Theseus()
+        moved = jcl.transfer(adapter, given, target, settings, prompts=CORPUS, effect="never", cache=False)
+        warned.append([text for text in moved.report.warnings if "hold the adapter already" in text])
+    assert (len(warned[0]), len(warned[1])) == (0, 1)
+
+
+def test_a_merged_model_is_no_adapter_and_is_called_what_it_is(move):
+    _, source, target = move
+    with pytest.raises(jcl.AdapterError, match="is a whole model, perhaps with an adapter merged into it"):
+        jcl.transfer(source, source, target, "pad-truncate")
+
+
+def test_a_target_that_is_the_source_is_called_the_same_model(move):
+    adapter, source, _ = move
+    verdict = jcl.transfer(adapter, source, source, "copy", cache=False).verdict
+    assert verdict.level == "aligned"
+    assert verdict.text.startswith("source and target are the same model (equal digests)")
