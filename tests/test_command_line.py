@@ -256,7 +256,7 @@ def test_a_verdict_of_no_effect_can_be_an_exit_code_of_its_own(files, tmp_path, 
     found = stopped(given) if code else main(given)
     assert (found or 0) == code
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert printed.err.startswith("verdict: ")
     report = json.loads(printed.out)
     assert report["verdict"]["level"] == ("chance" if code else "control")
     assert report["out"] == str(tmp_path / "out")

@@ -90,7 +90,8 @@ class Evaluate(OnDevice):
             found = score(base, questions[: self.limit], adapters)
         else:
             found = answer(base, examples[: self.limit], adapters, max_new_tokens=self.max_new_tokens)
-        more = {"digest": base.digest(open_cache().digests)} if self.json else {}
+        cache = open_cache()
+        more = {"digest": base.digest(None if cache is None else cache.digests)} if self.json else {}
         self._print(found, notes, console, more)
 
     def _check(self, *, written: bool) -> None:

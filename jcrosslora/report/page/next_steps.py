@@ -1,8 +1,8 @@
 """What to do next with a moved adapter: sentences, and under each the commands with the names of this transfer."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.report.page.contents import Contents, Evaluation
@@ -46,6 +46,9 @@ class _Names:
     def report(self, more: str = "") -> str:
         return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
 
+    def generate(self) -> str:
+        return f"jcrosslora generate 'What do bees make?' --base {quoted(self.base)} --adapter {quoted(self.folder)}"
+
     def transfer(self, moved: TransferReport, out: str) -> str:
         source = moved.source.ref or moved.source.name or "SOURCE"
         ends = f"--source {quoted(source)} --target {quoted(self.base)}"
@@ -69,8 +72,7 @@ def next_steps(contents: Contents) -> Iterator[Step]:
         yield Step(said, (_TASK, names.evaluate(), names.report()))
     if not bad:
         said = "Use the adapter: ask the model something of the adapter's job."
-        ends = f"--base {quoted(names.base)} --adapter {quoted(names.folder)}"
-        yield Step(said, (f"jcrosslora generate 'What do bees make?' {ends}",))
+        yield Step(said, (names.generate(),))
     if evaluation is not None and len(evaluation.models) > 1:
         yield from _comparisons(names, evaluation, moved)
 
@@ -83,15 +85,14 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
         target: the base as the user named it, whose paths are right on his machine.
         profile: the format of the folder.
     """
-    names, base = _Names(out, target), str(Path(target).expanduser()) if target.startswith("~") else target
-    generate = f"jcrosslora generate 'What do bees make?' --base {quoted(target)} --adapter {quoted(out)}"
-    python = f"python -c {quoted('; '.join(peft_lines(base, out)))}"
+    names = _Names(out, target)
+    python = f"python -c {quoted('; '.join(peft_lines(*map(os.path.expanduser, (target, out)))))}"
     in_peft = profile in ("portable", "peft")
     if in_peft and not is_hub_id(moved.target.name or ""):
         said = f"note: the adapter names {moved.target.name or 'nothing'} as its base, which is no hub id, so peft's "
         yield said + "AutoPeftModel will not find it: give --target-id OWNER/NAME, or load the base first"
     yield "load it with peft (pip install 'jcrosslora[torch]'):" if in_peft else "use it:"
-    yield f"  {python if in_peft else generate}"
+    yield f"  {python if in_peft else names.generate()}"
     yield "judge it, by questions of its job with the right answers in task.jsonl in place of this one:"
     yield from (f"  {command}" for command in (_TASK, names.evaluate()))
     yield "see it on a page:"
