@@ -74,3 +74,16 @@ def test_a_target_that_is_the_source_is_called_the_same_model(move):
     verdict = jcl.transfer(adapter, source, source, "copy", cache=False).verdict
     assert verdict.level == "aligned"
     assert verdict.text.startswith("source and target are the same model (equal digests)")
+
+
+@pytest.mark.parametrize("method", ["copy", "lora-x", "prolora"])
+def test_a_target_that_is_nearly_the_source_is_called_so(move, method):
+    adapter, source, _ = move
+    base = jcl.open_base(source)
+    rng = np.random.default_rng(0)
+    tensors = {name: np.array(base.tensor(name)) for name in base.store.names()}
+    tensors = {name: one * (1 + 0.01 * rng.standard_normal(one.shape, np.float32)) for name, one in tensors.items()}
+    near = jcl.open_base(tensors, config=dict(base.config), tokenizer=source)
+    verdict = jcl.transfer(adapter, source, near, method, cache=False).verdict
+    assert verdict.level == "aligned"
+    assert verdict.text.startswith("the two bases are nearly identical (weight cosine 1.000)")
