@@ -141,20 +141,21 @@ def _answers(_: int) -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    answered: list[bool] = []
+    failed: list[bool] = []
 
     def ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
         except failures():
-            return
-        answered.append(True)
+            failed.append(True)
 
-    if not constants.HF_HUB_OFFLINE:
-        asking = threading.Thread(target=ask, daemon=True)  # the look-up of a name has no time limit
-        asking.start()
-        asking.join(_PATIENCE)
-    return bool(answered)
+    if constants.HF_HUB_OFFLINE:
+        return False
+    # The look-up of a name has no time limit. A hub that is only slow is left to the client, which waits longer.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE / 2)
+    return not failed
 
 
 def _why_offline() -> str:
