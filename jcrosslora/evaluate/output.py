@@ -268,7 +268,7 @@ def summary(answers: Answers) -> list[str]:
         "95% intervals"
     ]
     if not answers.ended.any():
-        lines.append("No answer ended, so exact match and equal JSON count none: allow more tokens, or train an end.")
+        lines.append("No answer ended, so exact match and equal JSON count none: allow more tokens, or train it to emit EOS.")
     return lines
 
 

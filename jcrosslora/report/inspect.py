@@ -142,7 +142,7 @@ def _print_base(base: BaseModel, console: Console) -> None:
     vocabulary = base.vocabulary()
     tokens = f"{len(vocabulary.tokens):,} tokens" if vocabulary.tokens is not None else f"no ({vocabulary.reason})"
     say(console, f"vocabulary readable: {tokens}")
-    say(console, f"can receive and give updates: {len(base.modules)} modules")
+    say(console, f"modules LoRA can be moved to or from: {len(base.modules)}")
     others = sorted(set(base.store.names()) - {module.tensor for module in base.modules.values()})
     say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
     say(console, f"embedding and head can be moved by {_token_methods()} alone")

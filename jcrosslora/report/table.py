@@ -26,7 +26,7 @@ _LOST = 0.005  # an update that keeps less than this share of its energy has no 
 _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
-_SOME = "an effect is to be expected; measure it"
+_SOME = "it will probably work; measure it"
 _MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by `--prompts`, can bring more)"
 
 

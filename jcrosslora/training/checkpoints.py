@@ -24,9 +24,9 @@ class TrainingSettings:
     """How `train_lora` trains; the same settings, examples and base give the same adapter on one kind of machine."""
 
     steps: int = 160
-    """Updates of the factors."""
+    """Training steps."""
     batch: int = 8
-    """Examples in an update."""
+    """Batch size."""
     rate: float = 1e-3
     """Highest learning rate; it rises over the first 1/20 of the steps, then falls to 0 as a cosine."""
     rank: int = 8

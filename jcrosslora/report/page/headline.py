@@ -13,7 +13,7 @@ Tone = Literal["good", "mixed", "bad", "open"]
 
 # What `jcrosslora.report.table` expects of an adapter that nobody has measured yet.
 _EXPECTED: dict[str, tuple[Tone, str, str]] = {
-    "aligned": ("open", "Not measured yet", "The adapter was moved, and an effect is to be expected."),
+    "aligned": ("open", "Not measured yet", "The adapter was moved, and it will probably work."),
     "weak": ("mixed", "Not measured yet", "The adapter was moved, and little effect is to be expected."),
     "chance": ("bad", "Probably without effect", "The two models have too little in common for this method."),
     "lost": ("bad", "Probably without effect", "Nearly nothing of the adapter's update was left after the move."),
