@@ -181,14 +181,16 @@ def test_a_platform_of_the_environment_that_is_not_there_is_one_line(files, tmp_
     code += "import sys; from jcrosslora.cli.main import main; main(sys.argv[1:])"
     found = python(code, *transfer(files, tmp_path / "out", "--method", "cross-lora"))
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
-    assert found.stderr.startswith("jcrosslora: JAX cannot start: Unable to initialize backend 'tpu'")
+    assert found.stderr.startswith("jcrosslora: JAX_PLATFORMS=tpu: JAX finds no such device")
 
 
 def test_methods_name_the_default_and_when_to_use_each(capsys):
     main(["methods"])
     printed = capsys.readouterr().out
     assert "auto (default)" in printed
-    assert all(kind.when and kind.when in printed for kind in jcl.methods.METHODS.values())
+    ours = [kind for kind in jcl.methods.METHODS.values() if kind.__module__.startswith("jcrosslora.")]
+    assert len(ours) > 10
+    assert all(kind.when and kind.when in printed for kind in ours)
 
 
 def test_the_flags_of_a_transfer_stand_in_groups_and_the_methods_are_listed(capsys):

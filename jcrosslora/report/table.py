@@ -180,19 +180,20 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < _LOST:
         return Verdict("lost", f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}")
-    if report.source.digest and report.source.digest == report.target.digest:
-        return Verdict("aligned", "source and target are the same model (equal digests): the adapter works as it is")
     if method.measure == "none":
         return Verdict("unknown", f"method {method.name} measures no agreement of the two bases: {_MEASURE}")
-    return _by_alignment(method.measure, report.rows, report.recipe.signs)
+    same = report.source.digest is not None and report.source.digest == report.target.digest
+    return _by_alignment(method.measure, report.rows, report.recipe.signs, same)
 
 
-def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str) -> Verdict:
+def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str, same: bool) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
     if measure == "head cosine":
         return _by_heads(cosine)
     if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
+    if cosine >= _SAME_COSINE and same:
+        return Verdict("aligned", "source and target are the same model (equal digests): the adapter works as it is")
     if cosine >= _SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")
