@@ -268,7 +268,9 @@ def summary(answers: Answers) -> list[str]:
         "95% intervals"
     ]
     if not answers.ended.any():
-        lines.append("No answer ended, so exact match and equal JSON count none: allow more tokens, or train it to emit EOS.")
+        lines.append(
+            "No answer ended, so exact match and equal JSON count none: allow more tokens, or train it to emit EOS."
+        )
     return lines
 
 
