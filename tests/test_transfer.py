@@ -348,6 +348,7 @@ def test_a_base_that_is_no_hub_id_is_refused_as_the_target_s(files, tmp_path):
 
 @pytest.mark.parametrize("quiet", [("--table", "none"), ("--json",)])
 def test_a_transfer_ends_with_its_verdict_and_with_commands_that_work(tmp_path, capsys, monkeypatch, quiet):
+    pytest.importorskip("matplotlib")  # of the report
     monkeypatch.chdir(tmp_path)
     write_move(tmp_path)
     command(tmp_path, "it's moved", "--method", "pad-truncate", *quiet)
