@@ -180,10 +180,15 @@ class TrackioLog:
     def __init__(self, name: str, settings: Settings) -> None:
         import trackio
 
-        untold = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(sys.stderr):
-            project = os.environ.get("TRACKIO_PROJECT", "jcrosslora")
-            self._run = trackio.init(project=project, name=name, config=dict(settings), **untold)
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "jcrosslora"),
+                name=name,
+                config=dict(settings),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add figures."""
