@@ -207,11 +207,6 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         _leave(fail(str(error), USER_ERROR))
     except JCrossLoRAError as error:
         return fail(str(error), USER_ERROR)
-    except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):
-            raise
-        advice = "set the environment variable JAX_PLATFORMS to what this machine has, such as cpu"
-        return fail(f"JAX cannot start: {error}; {advice}", USER_ERROR)
 
 
 def _leave(code: int) -> NoReturn:
