@@ -20,7 +20,7 @@ from jcrosslora.utils.texts import safe_line
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Files of a model except its weights and its card.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_PATIENCE = 3.0  # seconds that the hub has for an answer
+_PATIENCE = 1.5  # seconds in which a request that cannot be made has failed
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -145,7 +145,7 @@ def _answers(_: int) -> bool:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            get_session().head(constants.ENDPOINT, timeout=2 * _PATIENCE)
         except failures():
             failed.append(True)
 
@@ -154,7 +154,7 @@ def _answers(_: int) -> bool:
     # The look-up of a name has no time limit. A hub that is only slow is left to the client, which waits longer.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(_PATIENCE / 2)
+    asking.join(_PATIENCE)
     return not failed
 
 

@@ -8,11 +8,11 @@ from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
 from jcrosslora.report.record import TransferReport
-from jcrosslora.report.usage import peft_lines, quoted
+from jcrosslora.report.usage import QUESTION, peft_lines, quoted
 from jcrosslora.utils.texts import visible
 
-_QUESTION = '{"prompt": "Question: What do bees make? Answer:", "answer": " honey"}'
-_TASK = f"[ -e task.jsonl ] || echo '{_QUESTION}' > task.jsonl"
+_EXAMPLE = f'{{"prompt": "Question: {QUESTION} Answer:", "answer": " honey"}}'
+_TASK = f"[ -e task.jsonl ] || echo '{_EXAMPLE}' > task.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _Names:
         return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
 
     def generate(self) -> str:
-        return f"jcrosslora generate 'What do bees make?' --base {quoted(self.base)} --adapter {quoted(self.folder)}"
+        return f"jcrosslora generate {quoted(QUESTION)} --base {quoted(self.base)} --adapter {quoted(self.folder)}"
 
     def transfer(self, moved: TransferReport, out: str) -> str:
         source = moved.source.ref or moved.source.name or "SOURCE"
