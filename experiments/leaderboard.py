@@ -1,8 +1,8 @@
-"""Make the page of results, `docs/leaderboard.md`, of the lines in `experiments/results/`.
+"""Make `docs/leaderboard.md` from the lines in `experiments/results/`.
 
     python experiments/leaderboard.py [--check]
 
-With `--check` nothing is written, and the exit code is 1 if the page is not that of the lines.
+With `--check` it writes nothing, and exits with 1 if the page differs from the lines.
 """
 
 import argparse
@@ -17,17 +17,27 @@ import jcrosslora as jcl
 PAGE = Path(__file__).parent.parent / "docs" / "leaderboard.md"
 _HEAD = """# Leaderboard
 
-Moved adapters, the best share of the trained adapter's gain first. Every row is a line of a file in
-`experiments/results/`, which has all figures and their 95% intervals over examples; this page is made of these lines by
-`experiments/leaderboard.py`. To add a row of your own bases see
+Moved adapters, sorted by task and by lift. `experiments/results/` has one line for each row, with all figures and their
+95% intervals over examples; `experiments/leaderboard.py` makes this page from them. To add your own bases, see
 [Contributing](https://github.com/jcrosslora/jcrosslora/blob/main/CONTRIBUTING.md#add-a-result).
 
-"Lift" is the share of what an adapter trained on the target gains there, in negative log-likelihood per character of
-right answers. The job is what is written: equal JSON, the exact answer or, where there are several references, chrF. A
-click on the head of a column sorts by it.
+- *Lift* is the share of a trained adapter's gain that the moved one keeps, in negative log-likelihood per character of
+  the right answers: 0 is the target alone, 1 an adapter trained on the target.
+- *Score* says how written answers are judged: as equal JSON, by exact match or, where a task has several references, by
+  chrF. The last four columns hold this score: of the target alone (*base*), of the target with the moved adapter
+  (*moved*) and with the trained one (*trained*), and of the source with the adapter before the move (*source*).
+
+Click on the head of a column to sort by it.
 """
-_COLUMNS = ("task", "from", "to", "method", "prompts", "seed", "lift", "the job", "base", "moved", "trained", "source")
-_JOBS = ("json", "exact", "chrf")
+# The names that GGUF files state for themselves, and the names that people use.
+_MODELS = {
+    "Smollm2 135M 8k Lc100K Mix1 Ep2": "SmolLM2-135M-Instruct",
+    "Gemma 3 270m": "Gemma 3 270M",
+    "Qwen2.5 Coder 0.5B Instruct AWQ": "Qwen2.5-Coder-0.5B-Instruct",
+    "Qwen2.5 Coder 1.5B Instruct GGUF": "Qwen2.5-Coder-1.5B-Instruct",
+}
+_COLUMNS = ("task", "from", "to", "method", "prompts", "seed", "lift", "score", "base", "moved", "trained", "source")
+_SCORES = ("json", "exact", "chrf")
 
 
 def page(lines: Sequence[ResultLine]) -> str:
@@ -46,16 +56,16 @@ def _lift(line: ResultLine) -> float:
 
 
 def _row(line: ResultLine) -> tuple[str, ...]:
-    # Exact words say nothing of a task with several good answers, where a trained adapter brings none of them.
-    name = next(name for name in _JOBS if name in line.figures and line.figures[name].lift is not None)
-    job, lift = line.figures[name], line.figures["nll_per_char"].lift
+    # Skip exact match where even the trained adapter never writes a reference word for word.
+    name = next(name for name in _SCORES if name in line.figures and line.figures[name].lift is not None)
+    score, lift = line.figures[name], line.figures["nll_per_char"].lift
     share = "" if lift is None else f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"
-    where = (line.task, line.source, line.target, f"`{line.method}`", str(line.prompts), str(line.seed))
-    return (*where, share, name, *_figures(job))
+    models = (_MODELS.get(model, model) for model in (line.source, line.target))
+    return (line.task, *models, f"`{line.method}`", str(line.prompts), str(line.seed), share, name, *_figures(score))
 
 
-def _figures(job: Figure) -> list[str]:
-    return ["" if one is None else f"{one.value:.3g}" for one in (job.base, job.moved, job.trained, job.source)]
+def _figures(score: Figure) -> list[str]:
+    return ["" if one is None else f"{one.value:.3g}" for one in (score.base, score.moved, score.trained, score.source)]
 
 
 def main() -> None:
@@ -69,7 +79,7 @@ def main() -> None:
     if not check:
         PAGE.write_text(made, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != made:
-        sys.exit("leaderboard: docs/leaderboard.md is not that of experiments/results: run the script without --check")
+        sys.exit("leaderboard: docs/leaderboard.md differs from experiments/results: run the script without --check")
 
 
 if __name__ == "__main__":
