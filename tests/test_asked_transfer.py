@@ -167,7 +167,7 @@ def test_what_needs_weights_is_refused(places, server):
     for option in ({"scale": 2.0}, {"calibrate": "frobenius"}, {"effect": "always"}):
         with pytest.raises(UsageError, match="needs the adapter's weights"):
             jcl.transfer(None, served, folder / "target", **option)
-    with pytest.raises(UsageError, match="beside a served model, which has its own"):
+    with pytest.raises(UsageError, match="with a served model, which has its own"):
         jcl.transfer(folder / "adapter", served, folder / "target")
     with pytest.raises(UsageError, match="a source on torch needs an adapter in files"):
         jcl.transfer(None, jcl.TorchModel(source.path), folder / "target")

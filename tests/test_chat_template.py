@@ -222,5 +222,5 @@ def test_a_template_that_loses_the_messages_is_refused(tmp_path, template):
 
 def test_an_answer_without_a_token_is_refused(tmp_path):
     tokenizer, _ = tokenizer_of(tmp_path, "byte-level", CHATML)
-    with pytest.raises(UsageError, match="no token of its own"):
+    with pytest.raises(UsageError, match="no separate token"):
         read(tokenizer, Completion((USER,), ""))

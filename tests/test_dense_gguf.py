@@ -251,7 +251,7 @@ def test_what_llama_cpp_loads_and_does_not_add_is_said(tmp_path, name, role, rea
         out = jcl.save_adapter(adapter, tmp_path / profile, base=base, profile=profile)
         verdict = next(one for one in jcl.check_engines(out, base=base) if one.engine == "llama.cpp")
         assert verdict.reads == reads
-        assert reads or "beside latents and does not add it" in verdict.reasons[0]
+        assert reads or "latent attention and does not add it" in verdict.reasons[0]
 
 
 def test_modules_in_another_order_than_in_the_file_have_no_gguf_adapter(tmp_path):

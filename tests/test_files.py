@@ -282,7 +282,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize("out", [".", "", "..", "inner/..", "/"])
 def test_an_output_without_a_name_of_its_own_is_refused_before_any_work(tmp_path, monkeypatch, out):
     monkeypatch.chdir(old_adapter(tmp_path / "inner"))
-    with pytest.raises(OutputError, match="a name of its own"):
+    with pytest.raises(OutputError, match="an output needs a name"):
         ensure_free(out, overwrite=True)
 
 

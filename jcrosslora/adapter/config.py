@@ -105,7 +105,7 @@ VARIANTS: Mapping[str, Variant] = {
     BEAM: Variant(_set("use_beamlora")),
 }
 
-# Tensors that identify a refused kind whatever the configuration says.
+# Tensors that identify a refused kind with any configuration.
 REFUSED_TENSORS: Mapping[str, str] = {"kasa": f"KaSA: it truncates the base weights; {_RETRAIN}"}
 
 # Initialisations of peft 0.21 that do not change the base weights.

@@ -128,7 +128,7 @@ def file_factors(
         a, b = _balanced(a, b)
     a, b = (file_matrix(name, matrix, dtype) for matrix in (a, b))
     extra = (rank or factors.rank) - a.shape[0]
-    # safetensors 0.8 writes the bytes of an array in memory order, whatever its strides.
+    # safetensors 0.8 writes the bytes of an array in memory order and ignores strides.
     return np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0)))), np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))))
 
 

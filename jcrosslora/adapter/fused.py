@@ -28,7 +28,7 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
     for name, factors in adapter.modules.items():
         parts = _split(name, factors, fused[name]) if name in fused else {name: factors}
         if twice := parts.keys() & modules.keys():
-            msg = f"{adapter.info.name}: module {min(twice)!r} has an update of its own and one in a fused module"
+            msg = f"{adapter.info.name}: module {min(twice)!r} has two updates, one in a fused module"
             raise AdapterError(msg + ": keep one of them")
         modules |= parts
     return dataclasses.replace(adapter, modules=modules)

@@ -1,7 +1,7 @@
 """Merge an adapter into the weights of its base, as a checkpoint for engines that do not load adapters.
 
 W' = W + scale B A, or rows that replace those of W, computed in blocks of rows: memory is bounded by the largest
-tensor, whatever the model's size.
+tensor.
 """
 
 import json
@@ -44,7 +44,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
+_SHARD = 4 << 30  # bytes of a file, if the base has no shards
 _BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 
 # Factors that are added to a range of rows, a change of single rows, or a tensor that replaces all of them.

@@ -78,7 +78,7 @@ def write_peft_files(
     folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Write C-contiguous arrays by their names in the file, with pairs for its header, and `adapter_config.json`."""
-    # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
+    # As bytes, because the writer of safetensors hides the system's error (disk full).
     (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {**metadata, "format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -86,9 +86,9 @@ def write_peft_files(
 def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
 
-    Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
-    keys or refuse them. In a multimodal class other parts have modules of the same endings, so modules are listed by
-    their whole names; so are the weights of modules that peft adapts by them alone.
+    Keys that peft added after 0.14 are left out: their defaults are right, and older readers warn about unknown keys or
+    refuse them. In a multimodal class other parts have modules with the same endings, so modules are listed by their
+    whole names; so are the weights of modules that peft only adapts by weight.
     """
     whole = contents.prefix != TEXT
     weights = {contents.class_name(name) for name in contents.by_weight}

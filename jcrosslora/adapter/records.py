@@ -28,7 +28,7 @@ class AdapterInfo:
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
         prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
-        ignored: what the files hold besides LoRA factors and why it does not move, one sentence each.
+        ignored: other contents of the files and why they do not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
@@ -76,7 +76,7 @@ _CHANGES = ("modules", "tokens", "replaced", "experts")
 class Adapter:
     """A LoRA adapter as a pytree whose leaves are the arrays of its changes.
 
-    Its structure is what decides the computation: names of modules and tensors, scales, ids of changed tokens, and
+    Its structure decides the computation: names of modules and tensors, scales, ids of changed tokens, and
     invocation tokens. Figures and the rest of `info` are not part of it, so adapters from different files are combined
     by `jax.tree.map`, which keeps the info of the first, and compile a jitted function once. Inside a transformed
     function `info` holds invocation tokens alone, and no change has figures.
@@ -85,8 +85,8 @@ class Adapter:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
         tokens: changes of the embedding and of the output head; read only if the base was given.
-        replaced: biases, norms and whole layers that replace those of its own base; read only if asked for.
-        experts: updates of experts of its own base; read only if the base was given.
+        replaced: biases, norms and whole layers that replace those of its base; read only if asked for.
+        experts: updates of experts of its base; read only if the base was given.
     """
 
     modules: dict[str, LoRAFactors]

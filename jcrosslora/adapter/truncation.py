@@ -28,7 +28,7 @@ class Truncation:
 
     Attributes:
         kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is kept.
-        least: the module that kept the smallest share of its own energy.
+        least: the module that kept the smallest share of its energy.
         shares: the share that each module kept.
     """
 

@@ -185,7 +185,7 @@ class Architecture:
 
     @property
     def layer_inputs(self) -> int:
-        """Features of the input that each layer has beside the stream, 0 for none."""
+        """Features of the per-layer input, 0 for none."""
         return next((layer.last.features for layer in self.stack if isinstance(layer.last, PerLayerInput)), 0)
 
 

@@ -24,8 +24,8 @@ class Windows:
 
     Attributes:
         size: default of the number of these positions, the layer's own included, and its configuration key.
-        chunked: whether the positions of a text are in chunks of that number, and such a layer sees those of its own
-            chunk; `layer_types` then names it "chunked_attention".
+        chunked: whether texts are cut into chunks of this size, and a layer only sees the current chunk; `layer_types`
+            then names it "chunked_attention".
         switch: configuration key without which there are no windows.
         period: the last layer of each period of this many has full attention; None if all layers have windows. Then
             come its configuration keys.
@@ -56,13 +56,13 @@ class Positions:
 
     Attributes:
         theta: default base of the frequencies.
-        local_theta: default base in layers with windows, if these have settings of their own, which `rope_theta` and
-            `rope_scaling` do not change; else None. Then comes its configuration key.
+        local_theta: default base in layers with windows, if `rope_theta` and `rope_scaling` do not apply to them; else
+            None. Then comes its configuration key.
         settings: rope settings where the configuration states none.
         share: default share of a head's features that are rotated; None if it is always the whole.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
         rotated: says which layers have positions; None if all have.
-        types: rope types beside those of all families; then other names of them.
+        types: rope types in addition to those of all families; then other names of them.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
         grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
         unrotated_grow: whether those of layers without positions do, by the configuration keys `attn_scale` and
@@ -180,7 +180,7 @@ class Family:
         architectures: what its configuration may name its class.
         layers: from the `Architecture` of a model to its layers; None for attention and an MLP or experts in all, see
             `architecture.usual_layers`.
-        blocks: the classes of blocks that its layers may have, beside those of all families (`all_blocks`).
+        blocks: classes of blocks in addition to those of all families (`all_blocks`).
         gated: whether its dense MLP has a gate.
         width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
         experts: of the layers with experts in place of one MLP, if there are any.
@@ -192,7 +192,7 @@ class Family:
             "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
         stored: how files and the class name what every family has, where they do so otherwise than most.
         norm: "rms", or "layer", which subtracts the mean first.
-        rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
+        rms_key: configuration key of the epsilon of RMS norms; if it is stated, norms are "rms" in spite of `norm`.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         qk_norms: how queries and keys are normalised, where there are norms "q" and "k" or they have no gain.
         qk_norm_key: configuration key without which they are not; None if they always are where they have norms.
@@ -211,8 +211,8 @@ class Family:
         attn_soft_cap: soft cap of the attention scores, if any; then that of the logits.
         windows: which layers have sliding windows; None if none has.
         gguf: its form in GGUF files; None if these cannot be read.
-        keys: configuration keys that are understood beside `COMMON_KEYS`, `HARMLESS_KEYS` and those that the other
-            fields name, see `known_keys`.
+        keys: further configuration keys to accept, besides `COMMON_KEYS`, `HARMLESS_KEYS` and those that other fields
+            name, see `known_keys`.
         fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
         defaults: values of keys that a configuration may omit.
     """

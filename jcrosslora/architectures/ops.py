@@ -49,7 +49,7 @@ def linear(x: jax.Array, weight: "jax.Array | Row") -> jax.Array:
     return _linear_rounded(x, weight)
 
 
-# Without a rule of its own, a scan keeps the weights of all layers once more for the backward pass.
+# Without this rule, a scan keeps a second copy of all layers' weights for the backward pass.
 @jax.custom_vjp
 def _linear_row(x: jax.Array, stack: jax.Array, index: jax.Array) -> jax.Array:
     return linear(x, Row(stack, index).array)

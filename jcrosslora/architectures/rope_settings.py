@@ -22,7 +22,7 @@ _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _GROWTH = "llama_4_scaling_beta"
 _SHARED = "proportional"  # the share of the features that are rotated is a matter of the frequencies
 _YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", ORIGINAL}
-# rope type -> function, and the allowed keys beside the common ones.
+# rope type -> function, and the allowed keys in addition to the common ones.
 _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
     "default": (ropes.default, set()),
     "linear": (ropes.linear, {"factor"}),
@@ -30,7 +30,7 @@ _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
     "yarn": (ropes.yarn, _YARN),
     "longrope": (ropes.longrope, {"factor", "attention_factor", "short_factor", "long_factor", ORIGINAL}),
 }
-# Types that some families have beside these (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
+# Further types of some families (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
 # no other of its numbers. Phi's with experts states the amplitude.
 _MORE_RULES = {
     "dynamic": (ropes.ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),

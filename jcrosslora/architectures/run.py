@@ -24,7 +24,7 @@ NO_WINDOW = 1 << 30  # the number of visible positions in a layer that sees all
 
 @dataclass(frozen=True)
 class BlockSettings(Dims):
-    """The settings that every block of a model reads, beside its sizes; hashable, and static under jit.
+    """Sizes of a model and settings that all its blocks read; hashable, and static under jit.
 
     Attributes:
         eps: added to the mean square in every norm.
@@ -120,7 +120,7 @@ class Context:
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
         growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
-        inputs: (L, B, T, P), what each layer reads beside the stream, see `layer_inputs`; None without any.
+        inputs: (L, B, T, P), the per-layer inputs, see `layer_inputs`; None without any.
     """
 
     query_positions: jax.Array

@@ -149,7 +149,7 @@ def _rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[
         return _proportional(meta, theta, factors.get("rope_freqs.weight"))
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}
     if rules.local_theta is not None:
-        # Without a base of their own in configurations, layers with windows have that of the others in llama.cpp.
+        # If the configuration states no base for layers with windows, llama.cpp uses that of the others.
         usual = theta if rules.local_theta_key is None else rules.local_theta
         plain = {"rope_theta": meta.number("rope.freq_base_swa") or usual, "rope_type": "default"}
         return {"full_attention": scaling, "sliding_attention": plain}
@@ -239,7 +239,7 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 
 def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
-    # The file keeps only the resulting factors. Every published Llama 3 uses the same three constants beside the
+    # The file keeps only the resulting factors. Every published Llama 3 uses the same three constants with the
     # factor, and Llama 4 another one; the formula with them must give the stored numbers, otherwise the settings are
     # unknown.
     theta = meta.number("rope.freq_base") or _DEFAULT_BASE

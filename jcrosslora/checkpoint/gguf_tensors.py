@@ -37,7 +37,7 @@ _DELTA = "linear_attn."
 _GROUPED_NORMS = ("mamba.norm.weight", "mixer.norm.weight")  # files have a row of each group
 # Matrices of several roles -> their names in GGUF.
 _FUSED = {QKV: "attn_qkv", ("gate_proj", "up_proj"): "ffn_up"}
-# Of what makes the inputs that each layer has beside the stream.
+# Tensors of the per-layer inputs.
 _LAYER_INPUTS = {
     "per_layer_token_embd.weight": LAYER_EMBEDDING,
     "per_layer_model_proj.weight": LAYER_INPUT_PROJECTION,

@@ -176,7 +176,7 @@ class MemoryStore:
         """Do nothing: the arrays belong to the caller."""
 
     def sha256s(self) -> list[str]:
-        """One hex digest, of names, dtypes, shapes and numbers, whatever the order and the library of the arrays."""
+        """One hex digest of names, dtypes, shapes and numbers, for any order and library of the arrays."""
         names = sorted(self._arrays)
         header = [[name, self.dtype(name), self.shape(name)] for name in names]
         digest = hashlib.sha256(json.dumps(header).encode())

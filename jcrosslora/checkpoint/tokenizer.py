@@ -18,7 +18,7 @@ from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
 
-# Tokens that end a turn or a document in the supported families, besides the tokenizer's own eos.
+# Tokens that end a turn or a document in the supported families, in addition to the tokenizer's eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 # What transformers reads along with tokenizer.json.
 _BESIDE = (
@@ -194,7 +194,7 @@ def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any], str, str | None]
 
 
 def _called(ref: str | Path, call: Callable[[], T]) -> T:
-    """Call the tokenizers library and blame the tokenizer for whatever it raises."""
+    """Call the tokenizers library and blame the tokenizer for any error."""
     try:
         return call()
     except CheckpointError:

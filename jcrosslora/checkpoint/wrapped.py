@@ -27,7 +27,7 @@ class Wrapper:
         family: of the only text model that the class has; None where every family is read, under its own name.
         prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
         flat: whether older configurations have the settings of the text model at the top.
-        keys: of the outer configuration besides those of all classes, none of which matters to the text model.
+        keys: further keys of the outer configuration, none of which matters to the text model.
     """
 
     name: str

@@ -92,7 +92,7 @@ class Export(ExportSettings):
 
 @dataclass(frozen=True)
 class Merge(MergeSettings):
-    """Merge an adapter into its base: a checkpoint of its own, for engines that take no adapters."""
+    """Merge an adapter into its base: a whole checkpoint, for engines that take no adapters."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("dtype", "base_revision", "adapter_revision")}
 

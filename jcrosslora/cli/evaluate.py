@@ -33,9 +33,9 @@ class Evaluate(OnDevice):
     base: str | None = None
     """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Adapters of this base, judged beside each other; with --shelf also names on it."""
+    """Adapters of this base to compare; with --shelf also names on it."""
     trained: str | None = None
-    """An adapter that was trained on this base, to compare with: the share of its gain that each other one brings."""
+    """An adapter trained on this base: shows the share of its gain that each other adapter has."""
     shelf: Path | None = None
     """A shelf of adapters, judged as a whole: each example is answered by those that suit it, or by the base alone. For
     each --adapter, such as the one of the task, it is said what share of its gain the shelf keeps."""
@@ -103,8 +103,8 @@ class Evaluate(OnDevice):
             msg = f"compose {self.compose} with top {self.top} and no shelf: they say how the adapters of a shelf act, "
             raise UsageError(msg + "give it with --shelf")
         if self.shelf is not None and self.trained is not None:
-            msg = f"--trained {self.trained} was given beside the shelf {self.shelf}: give it as --adapter, of whose "
-            raise UsageError(msg + "gain the share is told that the shelf keeps")
+            msg = f"--trained {self.trained} was given with the shelf {self.shelf}: give it as --adapter, to see "
+            raise UsageError(msg + "the share of its gain that the shelf keeps")
         if self.show < 0 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             msg = f"show {self.show} with max-new-tokens {self.max_new_tokens} is out of range; wanted 0 or more to "
             msg += "show, and 1 token or more"

@@ -2,7 +2,7 @@
 
 A command may have
 
-    GROUPS: ClassVar = {"expert": ("seed", ...)}    fields that stand in a box of their own, "expert options"
+    GROUPS: ClassVar = {"expert": ("seed", ...)}    fields in a separate box, "expert options"
     SHORT: ClassVar = ("out", ...)                  the fields of --help; --help-all has all of them
     DOCS: ClassVar = {"seed": "..."}                help for fields that have no string below them
     choices(cls) -> {"method": ("auto", ...)}       values for help and completion of a field that takes others as well

@@ -109,9 +109,9 @@ class Generate(OnDevice):
         """Return what suits prompts, its weights, and whether each is asked as a message."""
         from jcrosslora.shelf.composition import COMPOSITIONS, find_composition
 
-        beside = "--adapter" if self.adapter else "--weights" if self.weights else None
-        if beside is not None:
-            msg = f"{beside} was given beside the shelf {self.shelf}, which chooses the adapters: leave one of them out"
+        other = "--adapter" if self.adapter else "--weights" if self.weights else None
+        if other is not None:
+            msg = f"{other} was given with the shelf {self.shelf}, which chooses the adapters: leave one of them out"
             raise UsageError(msg)
         if self.compose not in COMPOSITIONS and Path(self.compose).expanduser().is_dir():
             msg = f"{self.compose}: brings its adapters, and those of the shelf {self.shelf} were asked for: leave one "
@@ -131,7 +131,7 @@ class Generate(OnDevice):
         if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():
             return compose(base, self.adapter, self.compose, seed=self.seed)
         if self.adapter:
-            msg = f"{self.compose} brings its adapters, and {self.adapter[0]} was given beside it: "
+            msg = f"{self.compose} has its adapters, and {self.adapter[0]} was given too: "
             raise UsageError(msg + "leave one of them out")
         return load_composition(self.compose, base)
 

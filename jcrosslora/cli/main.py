@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-# JAX on a CPU calls LAPACK from threads of its own; OpenBLAS's spinning threads only take cores away from them.
+# JAX on a CPU calls LAPACK from its own threads; OpenBLAS's spinning threads only take cores away from them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Without torch, which nothing here needs, transformers warns on import that it has no models.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -262,7 +262,7 @@ def _write(
 def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, number: int) -> Tokens:
     """Tokenize a prompt and its right answer, as a question with one choice."""
     if not completion.answer.strip():
-        msg = f"example {number} has no answer: give the right one, which is what answers are compared with"
+        msg = f"example {number} has no answer: give the right one to compare with"
         raise UsageError(msg)
     found = read(tokenizer, completion)
     longest = base.config.get("max_position_embeddings")

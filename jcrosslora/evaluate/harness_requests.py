@@ -203,7 +203,7 @@ def _temperature(given: Mapping[str, Any]) -> float:
     if sampled is not None and not isinstance(sampled, bool):
         _refuse("do_sample", sampled, "true or false")
     if sampled and value == 0:
-        _refuse("temperature", value, "a number above 0 beside do_sample")
+        _refuse("temperature", value, "a number above 0 with do_sample")
     return 0.0 if sampled is False else float(value)
 
 

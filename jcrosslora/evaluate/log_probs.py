@@ -237,14 +237,14 @@ def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
     prompt and the start of the answer belongs to the answer.
 
     Raises:
-        UsageError: a choice without a token of its own, or without a token in front of it.
+        UsageError: a choice without a separate token, or without a token in front of it.
     """
     encoded = [tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
     length = len(question.prompt)
     firsts = [int(np.flatnonzero((one.ends >= 0) & (one.ends <= length)).max(initial=-1)) + 1 for one in encoded]
     for one, first, choice in zip(encoded, firsts, question.choices, strict=True):
         if not 1 <= first < len(one.ids):
-            msg = f"choice {choice[:60]!r}: the tokenizer of {tokenizer.ref} gives it no token of its own: reword it"
+            msg = f"choice {choice[:60]!r}: the tokenizer of {tokenizer.ref} gives it no separate token: reword it"
             raise UsageError(msg)
     shared = min(_common([one.ids for one in encoded]), *firsts) - 1
     cut = max(shared, 0)

@@ -82,7 +82,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the texts that a base writes depend on besides the base.
+    """Settings of the texts that a base writes.
 
     Attributes:
         length: maximum number of tokens after the first word; a text ends earlier where the model stops.
@@ -142,7 +142,7 @@ def write_texts(
     batch: int = 48,
     model: Model | None = None,
 ) -> list[str]:
-    """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
+    """Let a base write texts, each starting from a capitalised word of its vocabulary (see `start_words`).
 
     Texts with fewer than 8 tokens after the word (fewer than the length, if that is smaller), texts that repeat a
     single token, and duplicates are dropped and replaced. At most 4 times as many texts are tried, in whole batches.

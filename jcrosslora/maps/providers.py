@@ -33,8 +33,8 @@ class Provider:
         check: refuses a task that cannot be done, before anything is computed.
         cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence;
             None where it is not known.
-        cache_key: what the evidence depends on besides the bases, the rank and the modules, as a JSON value; None where
-            maps made from it are computed as fast as they are read from a cache.
+        cache_key: what the evidence depends on in addition to bases, rank and modules, as a JSON value; None if maps
+            made from it are computed as fast as they are read from a cache.
     """
 
     collect: Callable[[AlignmentTask], AddEvidence]

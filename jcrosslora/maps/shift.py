@@ -112,7 +112,7 @@ class Shifter:
         _check_settings(method, calibrate, scale)
         name = adapter.info.name
         if adapter.info.invocation is not None and adapter.info.invocation_target is None:
-            msg = f"adapter {name} acts only after tokens of its own base; write them in the target's first, by "
+            msg = f"adapter {name} acts only after tokens of its base; write them in the target's first, by "
             raise AdapterError(msg + "jcrosslora.maps.other_changes.with_invocation(adapter, source, target)")
         why = f"method {method.name} does not keep the coordinates of the residual stream"
         adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
@@ -122,7 +122,7 @@ class Shifter:
         if not (adapter.modules or adapter.experts):
             left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
             msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): use "
-            raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its own base")
+            raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its base")
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
         is_control = method.start is not None and method.start.is_control

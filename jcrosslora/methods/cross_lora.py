@@ -7,7 +7,7 @@ As printed, with W = U S V' truncated to rank r on both sides:
     Eq. 7      dW_t = U~_s (U~_s' dW_s V~_s) V~_s'
 
 U_s has orthonormal columns, so Eq. 3 is solved by P_U = U_t U_s' with a minimum of exactly zero, and U~_s = U_t: the
-"aligned" basis is the target's own, whatever the source is. With equal shapes Eq. 7 is therefore
+"aligned" basis is that of the target, for any source. With equal shapes Eq. 7 is therefore
 U_t U_t' dW_s V_t V_t', which is LoRA-X (method `lora-x` here). With unequal shapes it cannot be evaluated, because
 U~_s' and dW_s do not fit. The only reading that fits all shapes applies the maps of Eq. 3 and 4 to the update,
 

@@ -1,9 +1,8 @@
 """Interpolated copy: the unchanged update, on weights between those of the two bases.
 
 Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
-applies twice whatever T and dW have in common: the more alike the two trainings, the more it overshoots. A share of T
-is therefore subtracted while the adapter is on, so that it works on weights between the two bases,
-W_src + (1 - share) T + dW.
+applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So a share of T is
+subtracted while the adapter is on, and the adapter works on weights between the two bases, W_src + (1 - share) T + dW.
 
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
 vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.

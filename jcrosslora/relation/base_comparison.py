@@ -152,7 +152,7 @@ def _unequal_tensors(bases: Bases) -> list[str]:
 
 
 def _unequal_experts(bases: Bases, layer: int) -> Iterator[str]:
-    """Yield the names of `expert_tensors` that differ in a layer, in whatever layouts they are stored."""
+    """Yield the names of `expert_tensors` that differ in a layer, in any storage layout."""
     target = bases.target
     assert target.family.experts is not None
     for name in expert_tensors(target.family.experts):

@@ -22,7 +22,7 @@ HALF_PRECISION = 2.0**-11
 MIN_ON_GRID = 0.95
 _TOP = 127
 _TRIED = 8  # steps tried on both sides of the one that the largest number, which the float rounded too, says
-# Narrowest first: weights that all fit into one of these were rounded to it, whatever their stored dtype.
+# Narrowest first: weights that all fit into one of these were rounded to it, even if stored in another dtype.
 _FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _STORED_FLOATS = frozenset({"F64", "F32", *_FLOATS})
 # Half a step relative to the number: fp8 has two or three bits of mantissa, and its scale moves the steps.
@@ -73,7 +73,7 @@ def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
         half = np.abs(rows.astype(np.float64)) * _FP8[dtype]
         return Rounding(rows - half, rows + half, dtype, coarse=True)
     if dtype not in _STORED_FLOATS:
-        # A block does not extend into the next row, whatever the width.
+        # A block never extends into the next row.
         block = math.gcd(rows.shape[1], 16 if dtype in _BLOCKS_OF_16 else 32)
         low, high = block_intervals(rows, block, even=dtype not in _UNEVEN)
         return Rounding(low, high, dtype, coarse=True)

@@ -191,7 +191,7 @@ def _refusals(repo_id: str) -> Iterator[None]:
         yield
     except JCrossLoRAError:
         raise
-    # The client raises errors of its own, of its HTTP library and of the compiled library that uploads, and wraps some
+    # The client raises its errors, those of its HTTP library and of the compiled library that uploads, and wraps some
     # of them in RuntimeError.
     except Exception as error:
         msg = f"{repo_id}: {_account(error, repo_id)}"

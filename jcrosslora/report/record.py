@@ -38,7 +38,7 @@ class Verdict(msgspec.Struct, frozen=True):
     Attributes:
         level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
             nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
-            "ineffective" or "destructive" if the measured effect on text is so, whatever the alignment.
+            "ineffective" or "destructive" if the measured effect on text is so, with any alignment.
         text: the sentence for the user.
     """
 

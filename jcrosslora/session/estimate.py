@@ -175,7 +175,7 @@ class Placement:
         weights: the most weights at a time.
         whole: the same of weights that are not divided.
         beside: the most that a fit takes on top of them.
-        free: what is free; None where that is not known, or of no account.
+        free: free bytes; None if they are not known or do not matter.
     """
 
     devices: int
@@ -207,7 +207,7 @@ class Placement:
 
     def text(self) -> str:
         """Say the choice and its reason, without a full stop."""
-        beside = f", and up to {_gb(self.beside)} beside them" if self.beside else ""
+        beside = f", and up to {_gb(self.beside)} on top" if self.beside else ""
         free = "" if self.free is None else f", where {_gb(self.free)} are free"
         if self.devices == 1:
             return f"1 of {self.there} has all weights: {_gb(self.weights)}{beside}{free}"

@@ -82,7 +82,7 @@ class QueriedSession:
         model, adapter = self._model, request.adapter
         if isinstance(model, ServedModel):
             if adapter and adapter != model.model:
-                msg = f"adapter {str(adapter)[:200]} was given beside a served model, which has its own: leave it out, "
+                msg = f"adapter {str(adapter)[:200]} was given with a served model, which has its own: leave it out, "
                 raise UsageError(msg + "and name the served adapter with --source-model")
             from jcrosslora.distill.sources.served import ServedSource
 

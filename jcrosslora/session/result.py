@@ -93,8 +93,8 @@ class TransferResult:
         """Return a page on the adapter, as `jcrosslora report` writes it: one HTML file that needs nothing but itself.
 
         Args:
-            answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter, and others
-                beside it if you like; None leaves out whether it works.
+            answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter and
+                possibly others; None leaves out whether it works.
             trained: name of the adapter among them that was trained on the target.
             random: name of the one that was moved by method `random`.
 

@@ -25,7 +25,7 @@ Backend = Literal["jax", "torch"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """Options that determine a moved adapter besides method and files. Keywords of `jcrosslora.transfer`."""
+    """Options of a transfer other than method and files. Keywords of `jcrosslora.transfer`."""
 
     depth: str = "proportional"
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
@@ -123,9 +123,9 @@ class TransferSettings(TransferOptions):
     target_revision: str | None = None
     """Hub revision of the target base."""
     source_template: str | None = None
-    """File with the chat template of the source, if it is neither the base's own nor beside the adapter."""
+    """File with the chat template of the source, instead of the base's or the one next to the adapter."""
     target_template: str | None = None
-    """File with the chat template that the target is to use in place of its own."""
+    """File with a chat template for the target, instead of its own."""
     target_id: str | None = None
     """OWNER/NAME of the target on the hub, to write as the adapter's base model: PEFT and engines find the base by it.
     A GGUF file seldom states its own."""

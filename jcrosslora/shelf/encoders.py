@@ -133,7 +133,7 @@ class SentenceEncoder:
     def __init__(self, model: str) -> None:
         """Load a model by its hub id or from its folder.
 
-        Raises UsageError if the package is missing or too old, or the model cannot be loaded or needs code of its own.
+        Raises UsageError if the package is missing or too old, or the model cannot be loaded or needs custom code.
         """
         try:
             from sentence_transformers import SentenceTransformer, __version__
@@ -145,7 +145,7 @@ class SentenceEncoder:
             raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden")
         try:
             self._model: Any = SentenceTransformer(model, trust_remote_code=False)
-        except Exception as error:  # whatever a model's own class raises
+        except Exception as error:  # a model's class may raise anything
             if "trust_remote_code" in str(error):  # what the package advises
                 msg = f"encoder sentences:{model}: needs code in the model's files, which is not run: choose another"
                 raise UsageError(msg) from error

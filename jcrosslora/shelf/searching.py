@@ -140,7 +140,7 @@ def find_arrays(path: Path, key: str | None) -> dict[str, np.ndarray] | None:
 
 def keep_arrays(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays with a digest; a shelf that cannot be written to is searched without them."""
-    # safetensors writes the bytes as they lie in memory, whatever the order of the array.
+    # safetensors writes the bytes as they lie in memory, in any order of the array.
     ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with suppress(OSError):
         write_whole(path, save(ordered, metadata={_KEY: key, _SEAL: _digest(ordered)}))
@@ -157,9 +157,9 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 class CertaintyRetriever:
     """Searches by how much every adapter changes what the base predicts at the end of a prompt.
 
-    It needs no encoder, but an adapter of a format changes its base wherever an answer may begin, whatever the prompt
-    is about (docs/shelf.md has figures). Adapters differ in size, so that each one's change is divided by its mean
-    change on samples of the whole shelf. Nothing is kept: every search loads and runs every adapter.
+    It needs no encoder, but an adapter that learnt a format changes its base at the start of any answer, on any subject
+    (docs/shelf.md has figures). Adapters differ in size, so each change is divided by the adapter's mean change on
+    samples of the whole shelf. Nothing is cached: every search loads and runs every adapter.
     """
 
     def __init__(self, base: BaseModel, entries: Sequence[ShelfEntry], load: Callable[[str], Adapter]) -> None:

@@ -49,7 +49,7 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
     """Tokenize a completion: a conversation by the base's chat template, plain text as it is.
 
     Raises:
-        UsageError: the answer has no token of its own, or the chat template refuses the messages.
+        UsageError: the answer has no separate token, or the chat template refuses the messages.
     """
     prompt, answer = completion.prompt, completion.answer
     chat = not isinstance(prompt, str)
@@ -63,7 +63,7 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
         content, end = _places(asked, found.ends)
     own = np.flatnonzero(found.ends > begin)
     if not own.size:
-        msg = f"{tokenizer.ref}: the answer {answer[:40]!r} has no token of its own: give a longer one"
+        msg = f"{tokenizer.ref}: the answer {answer[:40]!r} has no separate token: give a longer one"
         raise UsageError(msg)
     first = int(own[0])
     while first > 1 and found.ends[first - 1] < 0:  # a token that ends inside the answer's first character
@@ -108,8 +108,8 @@ class Rendered:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False) -> Rendered:
     """Render messages by the chat template of a base; `PLAIN_TEMPLATE` if it has none.
 
-    The text is what `apply_chat_template` of transformers gives. `ask` ends it with the generation prompt, which stands
-    in front of an answer.
+    The text equals that of `apply_chat_template` of transformers. `ask` adds the generation prompt, which precedes an
+    answer.
 
     Raises:
         UsageError: the template refuses the messages, or changes a content beyond stripping space.

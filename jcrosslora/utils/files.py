@@ -40,7 +40,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
     """
     out = output_path(out)
     if out.name in ("", ".."):
-        msg = f"{out}: an output needs a name of its own: give a folder to make, or to replace"
+        msg = f"{out}: an output needs a name: give a folder to make, or to replace"
         raise OutputError(msg)
     remove_unfinished(out.parent, {out.name})
     if os.path.lexists(out):

@@ -226,7 +226,7 @@ def same_names(*also: str) -> Rule:
 
 
 def same_modules(end: str) -> Rule:
-    """Make the rule that every module is one of the base, whatever stands in front of its layer."""
+    """Make the rule that every module is one of the base, with any prefix before its layer."""
 
     def rule(facts: AdapterFacts) -> str | None:
         if facts.base is None:

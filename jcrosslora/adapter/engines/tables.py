@@ -168,7 +168,7 @@ _HEAD = when(
 )
 _LLAMA_TENSORS = (
     no_tensor(_is_norm, "it loads the file without its trained norms ({0!r})"),
-    found(_latents, "it loads the LoRA of {n} modules beside latents and does not add it ({0})"),
+    found(_latents, "it loads the LoRA of {n} modules of latent attention and does not add it ({0})"),
     _no_tied_embedding,
     when(
         lambda it: it.tied is True and _has_head(it),
@@ -251,7 +251,7 @@ _SGLANG_NOTES = (
     no_value(
         "target_modules",
         lambda targets: targets in _ALL,
-        "older releases need --lora-target-modules beside target_modules {0!r}",
+        "older releases need --lora-target-modules with target_modules {0!r}",
     ),
     found(_unlisted_targets, "it needs --lora-target-modules with {all}, named by target_parameters"),
     rules.only_tensors("A", "B", "embedding", end="; whether it is read is not known"),

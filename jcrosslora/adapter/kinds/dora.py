@@ -117,7 +117,7 @@ def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray)
     a, b = (np.asarray(matrix).astype(np.float32) for matrix in (factors.a, factors.b))
     low = np.float32(factors.scale) * (b @ a)
     norms = np.sqrt(np.sum(np.square(weight + low, dtype=np.float64), axis=1))
-    # A row of zeros stays zero, whatever its magnitude.
+    # A row of zeros stays zero with any magnitude.
     ratio = np.where(norms > 0, magnitude / np.where(norms > 0, norms, 1), 1)
     return (ratio - 1).astype(np.float32)[:, None] * weight + ratio.astype(np.float32)[:, None] * low
 

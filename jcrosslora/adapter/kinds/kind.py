@@ -97,7 +97,7 @@ class AdapterFile:
     def check_size(self, module: str, numbers: int, *, whole: bool = False) -> None:
         """Refuse factors of more than 2 GB, before they are computed: they are far larger than the stored tensors.
 
-        `whole` tells that they are computed at full rank, whatever rank is asked for.
+        `whole` says that they are computed at full rank in any case.
         """
         if numbers > LARGEST:
             lower = "" if whole else "read it at a lower rank (--adapter-rank), or "

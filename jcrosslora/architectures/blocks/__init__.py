@@ -61,8 +61,8 @@ EXPERT_LATENT = ("expert_in_proj", "expert_out_proj")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
-# Of the inputs that each layer has beside the stream: an embedding of (V, layers * features), a projection of the
-# stream before the first layer, and the norm of its output.
+# For per-layer inputs: an embedding of (V, layers * features), a projection of the stream before the first layer, and
+# the norm of its output.
 LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
 LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"

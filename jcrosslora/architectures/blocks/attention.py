@@ -12,9 +12,10 @@ from jcrosslora.architectures.ops import einsum, rms_norm, soft_cap
 from jcrosslora.architectures.ropes import apply_rope
 from jcrosslora.architectures.run import KeysValues, KVCache, Run, append_layer, last_of_kind
 
-# For each head, for all heads together, for each behind the rotation, or so without a gain in layers with positions.
+# For each head, for all heads together, for each after the rotation, or the same without a gain in layers with
+# positions.
 HeadNorms = Literal["head", "whole", "rotated", "unit"]
-_LATENT_EPS = 1e-6  # of the norms of latents, whatever the configuration says of others
+_LATENT_EPS = 1e-6  # of the norms of latents; the configuration states that of other norms
 
 
 def _linears(group: str) -> tuple[Linear, ...]:

@@ -57,7 +57,7 @@ class Tensor(NamedTuple):
 class Block:
     """A block of a layer. Subclasses are frozen dataclasses whose fields are sizes and choices, static under jit."""
 
-    # What blocks of this class may have, whatever their fields: linear modules, and GGUF names by place of a norm.
+    # What blocks of this class may have: linear modules, and GGUF names by place of a norm.
     LINEARS: ClassVar[tuple[Linear, ...]] = ()
     GGUF_NORMS: ClassVar[Mapping[str, str]] = {}
 
@@ -179,10 +179,9 @@ class Parallel(Block):
 
 @dataclass(frozen=True)
 class PerLayerInput(Block):
-    """A step behind the MLP that multiplies the stream with an input of the layer, as in Gemma 4.
+    """A step after the MLP that multiplies the stream with a per-layer input, as in Gemma 4.
 
-    The input is the sum of a row of an embedding of its own, by the token, and of a projection of the stream before the
-    first layer.
+    The input is the sum of a row of a separate token embedding and a projection of the stream before the first layer.
     """
 
     hidden: int

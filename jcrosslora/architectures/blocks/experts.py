@@ -172,8 +172,7 @@ class MlpAndExperts(Block):
     """An MLP and experts, whose outputs are added.
 
     Attributes:
-        apart: whether each has norms of its own, and the experts and their router read the stream through others than
-            the MLP, as in Gemma 4.
+        apart: whether MLP, experts and router each read the stream through separate norms, as in Gemma 4.
     """
 
     mlp: Mlp

@@ -62,7 +62,7 @@ COHERE2 = _cohere(
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of attention and MLP of each layer, of which those in front have periods of their own."""
+    """State the kinds of attention and MLP of each layer; the first layers have other periods."""
     scaling = config.get("rope_scaling")
     if scaling:
         msg = f"config key 'rope_scaling' is {str(scaling)[:60]}, which the class does not read: state rope_parameters"

@@ -136,7 +136,7 @@ DEEPSEEK_V2 = replace(
         group_best=1,
     ),
     keys=_KEYS | {"num_local_experts"},
-    # The class never divides the weights by their sum, whatever is stated.
+    # The class never divides the weights by their sum.
     fixed={
         "moe_layer_freq": (1,),
         "scoring_func": ("softmax",),

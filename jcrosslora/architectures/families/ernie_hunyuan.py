@@ -55,7 +55,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, wanted in own.items():
         stated = _same_in_all_layers(config, key)
         if stated not in (None, wanted):
-            refuse(key, stated, f"{wanted}, which is what the class has")
+            refuse(key, stated, f"{wanted}, as in the class")
     used = _same_in_all_layers(config, "moe_topk")
     other = config.get("num_experts_per_tok")
     if None not in (used, other) and used != other:

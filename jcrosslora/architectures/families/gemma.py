@@ -2,7 +2,7 @@
 
 Gemma 4 has larger heads in layers of full attention, and the keys and values of layers before in the last layers. The
 smaller models multiply the stream with an input of each layer; others take the keys of full attention for its values,
-or have experts beside the MLP. The text model of the unified ones has neither inputs of layers nor experts.
+or have experts in addition to the MLP. The text model of the unified ones has neither inputs of layers nor experts.
 
 GGUF files of Gemma 4 state the sizes of heads of full attention by the usual keys, and those of layers with windows by
 keys for these. That keys are the values of full attention is seen by the tensors alone.

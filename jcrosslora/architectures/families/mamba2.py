@@ -1,4 +1,4 @@
-"""Families with layers of Mamba 2: Granite 4, Bamba, and Falcon-H1, which has attention beside them."""
+"""Families with layers of Mamba 2: Granite 4, Bamba, and Falcon-H1, which also has attention in each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -174,7 +174,7 @@ BAMBA = Family(
 
 
 def _resolve_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the two factors of the MLP by keys of their own."""
+    """State the two factors of the MLP by separate keys."""
     gate, down = numbers(config, "mlp_multipliers", 2) or (1.0, 1.0)
     _falcon_mamba(config)  # whose sizes are checked
     return {**config, "gate_multiplier": gate, "down_multiplier": down}

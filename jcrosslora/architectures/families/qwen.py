@@ -79,7 +79,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the width of the MLP too, of which there is none beside the shared expert."""
+    """State the width of the MLP too; the only MLP is the shared expert."""
     return _resolve({**config, "intermediate_size": size(config, "shared_expert_intermediate_size", 512)})
 
 

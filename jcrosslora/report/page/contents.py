@@ -104,7 +104,7 @@ class Evaluation:
     examples: tuple[Example, ...]  # some, with the answers of all models, in their order
     trained: str | None = None  # the adapter whose gain the shares in the figures are of
     digest: str | None = None  # of the base
-    guessed: bool = False  # whether the moved adapter is taken to be the one that is left, by whatever name
+    guessed: bool = False  # whether the moved adapter is the only one left, under another name
 
     def of_part(self, part: Part) -> Model | None:
         """Return the model that plays a part; None where there is none."""
@@ -113,8 +113,8 @@ class Evaluation:
     def with_parts(self, roles: Roles, own: str) -> "Evaluation":
         """Say which adapter is which; raise UsageError if there is no such adapter, or one has two parts.
 
-        `own` is what the moved adapter is called if no name of it was given. If there is none of this name either, one
-        that is alone without a part is the moved one.
+        `own` is the name of the moved adapter if none was given. If no adapter has this name, the only one left is the
+        moved one.
         """
         names = [model.name for model in self.models[1:]]
         parts: dict[str, Part] = {}

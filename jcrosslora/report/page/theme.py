@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Each colour stands for a variable of `data/report.css`, which has a value for light and one for dark. On a sheet,
-# which is always light, it is what is drawn.
+# which is always light, the colour itself is drawn.
 INK, MUTED, LINE = "#1d2430", "#5b6573", "#c9ced6"
 BASE, MOVED, TRAINED, OTHER, LEFT = "#8a93a1", "#2f62c9", "#2f8a57", "#b9a3c9", "#cf7a16"
 _NAMES = "ink", "muted", "line", "base", "moved", "trained", "other", "left"

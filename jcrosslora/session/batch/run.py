@@ -52,7 +52,7 @@ def run_batch(
         OutputError: the summary cannot be written.
     """
     if hosts.count() > 1:
-        msg = "a batch cannot run in several connected processes; start each alone, with a shard i/n of its own"
+        msg = "a batch cannot run in several connected processes; start each alone, with another shard i/n"
         raise UsageError(msg)
     if log is not None:
         find_log(log)

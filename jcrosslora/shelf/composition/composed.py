@@ -74,7 +74,7 @@ class Composed:
         """Name the adapters that were fitted to another chat template than that of the base, a sentence each."""
         return [
             f"{one.info.name}: was fitted to another chat template: open {self.base.name} with the chat_template.jinja "
-            "beside the adapter for conversations (--template)"
+            "next to the adapter for conversations (--template)"
             for one in self.adapters
             if one.info.chat_template not in (None, template_of(self.tokenizer))
         ]

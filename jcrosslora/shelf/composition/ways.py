@@ -162,8 +162,8 @@ class Gated(Learned):
 
         g_i = sigmoid(LN(y_b) * w_b + LN(y_i) * w_l + LN(y_b) * LN(y_i) * w_c + b),   y = y_b + sum_i w_o * g_i * y_i
 
-    y_b is the module's output in the base, y_i = s_i B_i A_i x is what an adapter adds, and all products are by
-    element. The arrays have the names of AutoLoRA's code; both norms have a gain and a bias.
+    y_b is the module's output in the base, y_i = s_i B_i A_i x that of an adapter, and all products are
+    elementwise. The arrays have the names of AutoLoRA's code; both norms have a gain and a bias.
 
     AutoLoRA starts from normal numbers, which is the control `random-gate` here. This starts from zeros and w_o = 2/N:
     every gate is 1/2, and before it is trained the result is the mean of all N adapters' outputs.
