@@ -1,6 +1,6 @@
 """Find the files of an adapter and tell their format: a folder, a hub repository, or a file of llama.cpp.
 
-The licence of an adapter is the one that its model card states, in the YAML in front of the text of a README.md.
+The licence of an adapter is the one that its model card states, in the YAML before the text of a README.md.
 """
 
 import re
@@ -147,7 +147,7 @@ _LONGEST = 1 << 16  # bytes of a card that are read
 
 
 def stated_licences(files: AdapterFiles) -> dict[str, Any]:
-    """Return the licence that an adapter's card states, by the fields of `AdapterInfo`; None where it states none.
+    """Return the licence that an adapter's card states, by the fields of `AdapterInfo`; None if it states none.
 
     An address within the adapter's folder becomes one of the hub, or is left out: the file does not move along.
     """
@@ -164,7 +164,7 @@ def stated_licences(files: AdapterFiles) -> dict[str, Any]:
 
 
 def stated_template(folder: Path) -> str | None:
-    """Return the chat template in a folder's chat_template.jinja; None where there is none that can be read."""
+    """Return the chat template in a folder's chat_template.jinja; None if there is none that can be read."""
     with suppress(OSError, UnicodeDecodeError):
         text = read_small_text(folder / CHAT_TEMPLATE, _LONGEST)
         return text if text.strip() else None
@@ -175,7 +175,7 @@ _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n|(?<=\n))---[ \t]
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Split a card into its metadata, a YAML mapping, empty where it has none, and the text below."""
+    """Split a card into its metadata, a YAML mapping, empty if it has none, and the text below."""
     found = _FRONT_MATTER.match(text)
     if found is None:
         return {}, text

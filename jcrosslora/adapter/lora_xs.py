@@ -137,7 +137,7 @@ def truncate_for_profile(
         rule: the requested rank; None leaves the ranks of other formats.
 
     Returns:
-        The update, the account of what was cut, and the frozen factors of LoRA-XS; None where there are none.
+        The update, the account of what was cut, and the frozen factors of LoRA-XS; None if there are none.
     """
     rank = span_rank(profile, rule)
     if rank is not None:

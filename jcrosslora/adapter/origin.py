@@ -39,7 +39,7 @@ def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ..
 
 
 def other_model(stated: str, name: str) -> str | None:
-    """Return by what in their names two models are told apart; None where they may be one.
+    """Return by what in their names two models are told apart; None if they may be one.
 
     `stated` is the base that an adapter names, and `name` a hub id or the name in a GGUF file, which often leaves words
     of the id out. Names of folders say nothing.

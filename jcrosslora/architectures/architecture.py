@@ -37,10 +37,10 @@ class Layer:
     Attributes:
         mixer: what mixes positions; None in a layer that is an MLP alone.
         mlp: the MLP or the experts; None in a layer without.
-        last: a step behind the MLP, or None.
-        norms: where the layer has norms, of `STREAM_NORMS`: in front of mixer and MLP and behind them. It has those of
+        last: a step after the MLP, or None.
+        norms: where the layer has norms, of `STREAM_NORMS`: before mixer and MLP and after them. It has those of
             them that the family names.
-        scaled: whether the stream is multiplied by a number behind the layer.
+        scaled: whether the stream is multiplied by a number after the layer.
     """
 
     mixer: Block | None
@@ -177,7 +177,7 @@ class Architecture:
     def stream_norm(self, role: str, layer: int) -> str | None:
         """Return the norm between the residual stream and a module of a layer, None if there is none.
 
-        For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
+        For modules that read the stream it is the norm before them, for those that write to it the one after.
         """
         place = LINEARS[role].norm
         place = "attn" if place == "mlp" and self.family.parallel else place

@@ -121,7 +121,7 @@ def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
 
 
 def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
-    """Return a list of `count` positive or zero numbers, None where the configuration states none."""
+    """Return a list of `count` positive or zero numbers, None if the configuration states none."""
     stated = config.get(key)
     if stated is None:
         return None
@@ -141,7 +141,7 @@ def _number(value: Any) -> float | None:
 
 
 def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
-    """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none."""
+    """Return `layer_types` with each name replaced by what it stands for; None if the configuration states none."""
     stated = config.get("layer_types")
     if stated is None:
         return None

@@ -1,4 +1,4 @@
-"""How a family has experts in place of one MLP: sizes, router, names of tensors, and the layers that have them."""
+"""How a family has experts instead of one MLP: sizes, router, names of tensors, and the layers that have them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

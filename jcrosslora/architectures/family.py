@@ -90,7 +90,7 @@ class StoredNames:
     Attributes:
         embedding: the module of the class that is the embedding.
         prefixes: of names in files -> of those in the class.
-        modules: module of a layer in files -> in the class. Those of one name in the class hold its rows one behind
+        modules: module of a layer in files -> in the class. Those of one name in the class hold its rows one after
             another, in this order.
     """
 
@@ -101,7 +101,7 @@ class StoredNames:
     def tensor_prefixes(self) -> dict[str, str]:
         """Return prefixes of names in files and in the class -> of those by which the package calls tensors.
 
-        The first that matches applies; there are none where all names are the same.
+        The first that matches applies; there are none if all names are the same.
         """
         found, known, own = dict(self.prefixes), EMBEDDING.removesuffix("weight"), f"{self.embedding}."
         if own != known:
@@ -123,10 +123,10 @@ class Gguf:
         expert_architecture: `general.architecture` of models with experts, if it is another.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
-        final_norm: name of the tensor of the norm in front of the output head.
+        final_norm: name of the tensor of the norm before the output head.
         tiled: whether heads of values of the delta rule take turns by their groups.
         tensors: tensor of a layer -> its name in a layer of the model, for what is not a whole matrix of the family,
-            norm or tensor of experts. Those of one name hold its rows one behind another, in this order.
+            norm or tensor of experts. Those of one name hold its rows one after another, in this order.
         counts: configuration key -> metadata key of an integer.
         numbers: configuration key -> metadata key of a number.
         implied: configuration keys and values that files do not state.
@@ -183,12 +183,12 @@ class Family:
         blocks: classes of blocks in addition to those of all families (`all_blocks`).
         gated: whether its dense MLP has a gate.
         width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
-        experts: of the layers with experts in place of one MLP, if there are any.
+        experts: of the layers with experts instead of one MLP, if there are any.
         resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
             its own result as it is.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
-        norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
+        norms: norms of a layer. "attn" and "mlp" before attention and MLP, "attn_post" and "mlp_post" after them,
             "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
         stored: how files and the class name what every family has, where they do so otherwise than most.
         norm: "rms", or "layer", which subtracts the mean first.

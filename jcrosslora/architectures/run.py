@@ -119,7 +119,7 @@ class Context:
             cache.
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
-        growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
+        growths: float32 (B, T), factor on the queries, for each rotary setting; None if queries do not grow.
         inputs: (L, B, T, P), the per-layer inputs, see `layer_inputs`; None without any.
     """
 
@@ -137,7 +137,7 @@ class Run:
 
     Attributes:
         capture: where modules note what they read and returned.
-        stream: (B, T, H), the residual stream in front of the block, before any norm.
+        stream: (B, T, H), the residual stream before the block, before any norm.
     """
 
     settings: BlockSettings
@@ -154,7 +154,7 @@ class Run:
     def module(self, role: str, x: jax.Array) -> jax.Array:
         """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned.
 
-        The factor on what it returns is applied behind that, the one on what it reads in front.
+        The factor on what it returns is applied after that, the one on what it reads in front.
         """
         layer, settings = self.layer, self.settings
         x = _times(dict(settings.input_factors).get(role), x)
@@ -187,7 +187,7 @@ class Run:
         return arrays[own[0]] if len(own) == 1 else jnp.stack(arrays)[self.layer.rope]
 
     def added(self, place: str, out: jax.Array) -> jax.Array:
-        """Return what a block adds to the residual stream: what it returned, behind its norm and times a factor."""
+        """Return what a block adds to the residual stream: what it returned, after its norm and times a factor."""
         out, scale = self.norm(place, out), self.settings.residual_scale
         return out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)
 

@@ -72,7 +72,7 @@ class DecoderSettings(BlockSettings):
 
 
 def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
-    """Create what a pass over a whole stream x (B, T, H) hands from layer to layer; None where no layer needs it."""
+    """Create what a pass over a whole stream x (B, T, H) hands from layer to layer; None if no layer needs it."""
     read = {kind for layer in settings.stack for kind in layer.shared_kinds}
     if not read:
         return None

@@ -41,7 +41,7 @@ class BaseModel:
         config: its configuration with Hugging Face keys; for GGUF translated from the metadata.
         modules: every linear module by its Llama-style name: by layer, then q, k, v, o, gate, up, down.
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
-        chat_template: Jinja template given in place of the base's own, else None.
+        chat_template: Jinja template given instead of the base's own, else None.
         wrapper: the multimodal class whose text model this is; None for a model of text alone.
         notes: where the files contradict the configuration or hold more than the model, one sentence each.
     """
@@ -94,7 +94,7 @@ class BaseModel:
 
     @property
     def prefix(self) -> str:
-        """What the modules of the model's class have in place of "model."; see `class_module_name`."""
+        """What the modules of the model's class have instead of "model."; see `class_module_name`."""
         return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property

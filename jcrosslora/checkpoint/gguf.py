@@ -242,7 +242,7 @@ def _unknown(stored: str, meta: Metadata) -> str:
 
 
 def _predicts_further(stored: str, meta: Metadata) -> bool:
-    """Whether a tensor belongs to a layer behind the last that predicts further tokens."""
+    """Whether a tensor belongs to a layer after the last that predicts further tokens."""
     if not meta.count("nextn_predict_layers"):
         return False
     layer = stored.split(".")[1] if stored.startswith("blk.") else ""

@@ -281,7 +281,7 @@ class Metadata:
         return max(value)
 
     def layers(self) -> int | None:
-        """Return the number of layers, without those behind the last that predict further tokens."""
+        """Return the number of layers, without those after the last that predict further tokens."""
         blocks, further = self.count("block_count"), self.count("nextn_predict_layers") or 0
         return blocks if blocks is None else max(blocks - further, 0)
 

@@ -1,7 +1,7 @@
 """The tensors of a model in a GGUF file: their names, where each is, and what llama.cpp's converter has done to it.
 
 The converter reorders the rows of q and k of Llama and families like it for its rotary layout, sorts what Qwen3.5 and
-Qwen3-Next store by groups of heads, stores gains of 1 + weight as they are used, and A in place of its logarithm. Each
+Qwen3-Next store by groups of heads, stores gains of 1 + weight as they are used, and A instead of its logarithm. Each
 change is undone here. Source: the `conversion` folder of llama.cpp.
 """
 
@@ -50,7 +50,7 @@ class Source:
     """Where a tensor of a model is in a file.
 
     Attributes:
-        stored: names of tensors in the file, whose rows stand one behind another.
+        stored: names of tensors in the file, whose rows stand one after another.
         rows: (rows,) row of the stored ones for each row of the tensor; None if they are in order.
         columns: the same for columns.
         offset: number that the file adds to a norm.
@@ -112,7 +112,7 @@ def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
 
 
 def grouped_rows(delta: DeltaRule) -> np.ndarray:
-    """Return the row of queries, keys, values and gates, stored one behind another, for each row sorted by group."""
+    """Return the row of queries, keys, values and gates, stored one after another, for each row sorted by group."""
     starts = np.cumsum([0, *[delta.groups * delta.key_size] * 2, delta.inner, delta.inner])
     parts = [np.arange(*ends).reshape(delta.groups, -1) for ends in pairwise(starts)]
     return np.concatenate(parts, axis=1).reshape(-1)

@@ -1,4 +1,4 @@
-"""Names on the hub, files from it, why a request failed, and names in place of this machine's paths."""
+"""Names on the hub, files from it, why a request failed, and names instead of this machine's paths."""
 
 import itertools
 import os
@@ -42,7 +42,7 @@ def public_name(ref: str | None) -> str | None:
 
 
 def public_names(refs: Iterable[str]) -> list[str]:
-    """Return the public form of each reference, with a number behind one that another has as well."""
+    """Return the public form of each reference, with a number after one that another has as well."""
     found: list[str] = []
     for ref in refs:
         name = public_name(ref) or ref

@@ -17,7 +17,7 @@ from jcrosslora.checkpoint.experts import ExpertLayout, layout_of
 from jcrosslora.checkpoint.store import TensorStore, errors_of
 from jcrosslora.errors import CheckpointError
 
-# Layers behind the last that predict further tokens, and that the class does not read.
+# Layers after the last that predict further tokens, and that the class does not read.
 _MORE_LAYERS = "num_nextn_predict_layers"
 _SHOWN = 3  # problems named in one error
 _NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "C64"})

@@ -45,7 +45,7 @@ def open_base(
             brings its own.
         tokenizer: for weights in memory, the tokenizer if text is to be read: a folder, a tokenizer.json, a fast
             tokenizer of transformers, or a `tokenizers.Tokenizer`.
-        chat_template: a file with a Jinja template, by which conversations are read in place of the base's own.
+        chat_template: a file with a Jinja template, by which conversations are read instead of the base's own.
 
     Raises:
         CheckpointError: not found, not of that revision, of an unknown family, or tensors that do not fit the

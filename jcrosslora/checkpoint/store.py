@@ -117,7 +117,7 @@ class MappedFile:
         raise CheckpointError(msg) from cause
 
     def check_extent(self, name: str, stop: int) -> None:
-        """Refuse a tensor that ends behind the end of the file."""
+        """Refuse a tensor that ends after the end of the file."""
         if stop > self.size:
             what = f"file has {self.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
             self.refuse(what)
@@ -157,7 +157,7 @@ class MappedFile:
 
 @contextmanager
 def errors_of(where: Path | str) -> Iterator[None]:
-    """Put the name of a file or a base in front of errors that do not say whose they are."""
+    """Put the name of a file or a base before errors that do not say whose they are."""
     try:
         yield
     except CheckpointError as error:

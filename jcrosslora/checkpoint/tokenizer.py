@@ -48,7 +48,7 @@ class Tokenizer:
     """A base's tokenizer.
 
     Attributes:
-        bos: id that the model's own tokenizer puts in front of a text, None if it puts none.
+        bos: id that the model's own tokenizer puts before a text, None if it puts none.
         stops: ids of eos and of the tokens that end a turn.
         vocab: rows of the base's embedding, above every id.
         ref: names the base in errors.
@@ -136,7 +136,7 @@ def read_tokenizer(
     Args:
         vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
         eos: the id that ends a text, or a list of such, as config.json states it.
-        chat_template: Jinja source in place of the tokenizer's own.
+        chat_template: Jinja source instead of the tokenizer's own.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -53,7 +53,7 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
 
 
 def bos_of(metadata: Mapping[str, Any]) -> int | None:
-    """Return the token in front of every text, None for none; llama.cpp's rule applies if the metadata do not say."""
+    """Return the token before every text, None for none; llama.cpp's rule applies if the metadata do not say."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     implied = model in ("llama", "gemma4") or pre == "llama-bpe"
     bos = metadata.get("tokenizer.ggml.bos_token_id")

@@ -13,7 +13,7 @@ from jcrosslora.architectures import FAMILIES
 from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.errors import CheckpointError
 
-TEXT = "model."  # in front of a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
+TEXT = "model."  # before a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
 _AUDIO_KEYS = frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"})
 _LANGUAGE, _TEXT_MODEL = "model.language_model.", "model.text_model."
 
@@ -24,8 +24,8 @@ class Wrapper:
 
     Attributes:
         text_type: `model_type` of a text_config that states none.
-        family: of the only text model that the class has; None where every family is read, under its own name.
-        prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
+        family: of the only text model that the class has; None if every family is read, under its own name.
+        prefix: of the text model's modules in transformers 5, instead of "model."; the head is `lm_head`.
         flat: whether older configurations have the settings of the text model at the top.
         keys: further keys of the outer configuration, none of which matters to the text model.
     """
@@ -78,7 +78,7 @@ TEXT_PREFIXES: Mapping[str, str] = {
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 }
-# Other parts than the text model, behind "model." or at the top.
+# Other parts than the text model, after "model." or at the top.
 OTHER_PARTS = frozenset(
     {
         *("audio_tower", "connector", "embed_audio", "embed_vision", "image_newline", "multi_modal_projector"),

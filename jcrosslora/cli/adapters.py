@@ -29,7 +29,7 @@ class Train(Long, TrainingSettings):
     out: Path
     """The folder to write."""
     template: Path | None = None
-    """File with a chat template, by which conversations are read in place of the base's own."""
+    """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
     """Only the first so many examples."""
     checkpoints: Path | None = None

@@ -44,7 +44,7 @@ class Evaluate(OnDevice):
     top: int = 1
     """At most so many adapters of the shelf for an example."""
     template: Path | None = None
-    """File with a chat template, by which conversations are read in place of the base's own."""
+    """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
     """Take only the first so many lines."""
     max_new_tokens: int | None = None

@@ -73,7 +73,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
     """Read the arguments of a command; tyro prints the help, and exits with 0.
 
     Args:
-        prog: what stands in front of the arguments, for usage lines.
+        prog: what stands before the arguments, for usage lines.
 
     Raises:
         UsageError: an argument is unknown or missing, or its value is of another type.
@@ -143,7 +143,7 @@ def flags_type(
     """Build the nested dataclass that tyro reads: one inner dataclass for each group of a command's fields.
 
     Args:
-        defaults: values in place of the fields' own defaults.
+        defaults: values instead of the fields' own defaults.
         completing: whether it is for a completion script, which lists `choices` and accepts nothing else.
         short: the fields to take, each with the first sentence of its help; none for all of them in full.
     """

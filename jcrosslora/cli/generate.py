@@ -34,7 +34,7 @@ class Generate(OnDevice):
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An adapter of this base; may be given several times."""
     shelf: Path | None = None
-    """A shelf of adapters, in place of --adapter: each prompt gets those that suit it, or the base alone."""
+    """A shelf of adapters, instead of --adapter: each prompt gets those that suit it, or the base alone."""
     top: int = 1
     """At most so many adapters of the shelf for a prompt."""
     compose: str = "mixture"
@@ -49,7 +49,7 @@ class Generate(OnDevice):
     """Whether a text is asked as the message of a user: auto does so if the base has a chat template, or if the
     adapters of the shelf that suit it read conversations."""
     template: Path | None = None
-    """File with a chat template, in place of the base's own."""
+    """File with a chat template, instead of the base's own."""
     max_new_tokens: int = 128
     """The most tokens of an answer."""
     temperature: float = 0.0

@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and give the exit code back."""
-    if code == INTERRUPTED:  # what is said of the end comes behind the answer to Ctrl-C
+    if code == INTERRUPTED:  # what is said of the end comes after the answer to Ctrl-C
         _ANSWERED.wait(_MOST_SECONDS)
     sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code

@@ -41,7 +41,7 @@ class Add(_OnShelf):
     """File of prompts of the adapters' task, as --prompts of a transfer takes them: the samples by which they are
     found. Without it, the prompts that the source wrote when an adapter was moved."""
     name: str | None = None
-    """Name of a single adapter in place of that of its folder."""
+    """Name of a single adapter instead of that of its folder."""
     lift: float | None = None
     """Of a single adapter, the share of a trained adapter's gain that it recovers, where you have measured it."""
     encoder: str | None = None

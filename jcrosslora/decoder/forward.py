@@ -113,7 +113,7 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
 
 
 def _positions_behind(tokens: jax.Array, mask: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what `positions_of` does, of rows that go on behind `before`, int32 (B,), tokens."""
+    """Return what `positions_of` does, of rows that go on after `before`, int32 (B,), tokens."""
     queries, keys = positions_of(tokens, mask)
     return queries + before[:, None], jnp.where(keys < 0, keys, keys + before[:, None])
 
@@ -128,7 +128,7 @@ def context_of(
 ) -> Context:
     """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`.
 
-    `valid`, bool (B, T), is False at padding; None where the keys are of the same tokens as the queries. `inputs` are
+    `valid`, bool (B, T), is False at padding; None if the keys are of the same tokens as the queries. `inputs` are
     those of `layer_inputs`.
     """
     valid, ropes = keys >= 0 if valid is None else valid, settings.ropes
@@ -207,10 +207,10 @@ def extend_behind(
     owners: jax.Array,
     texts: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, KVCache]:
-    """Run beginnings, each once, and behind them the texts that go on from them, from an empty cache of G sequences.
+    """Run beginnings, each once, and after them the texts that go on from them, from an empty cache of G sequences.
 
     Beginnings and texts are tokens int32 (G, P) and (B, T) with their masks, bool, False at padding on either side;
-    `owners`, int32 (B,), says which beginning is in front of each text.
+    `owners`, int32 (B,), says which beginning is before each text.
 
     Returns:
         (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.

@@ -27,7 +27,7 @@ UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode t
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote behind a prompt.
+    """What a model wrote after a prompt.
 
     Attributes:
         text: without the token that ends it, and without a character that was cut off.
@@ -41,9 +41,9 @@ class Written:
 
 
 def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Written:
-    """Decode the tokens that a model wrote, int32 (N,), behind those of a prompt."""
+    """Decode the tokens that a model wrote, int32 (N,), after those of a prompt."""
     ended = bool(len(row)) and int(row[-1]) in tokenizer.stops
-    # Decoded together: a tokenizer may drop the space in front of what it decodes first.
+    # Decoded together: a tokenizer may drop the space before what it decodes first.
     context = prompt[-_CONTEXT:]
     text = tokenizer.decode([*context, *row[: len(row) - ended]])[len(tokenizer.decode(context)) :]
     return Written(text.rstrip(UNFINISHED), len(row), ended)
@@ -159,7 +159,7 @@ class Generator:
 
     @property
     def shares_beginnings(self) -> bool:
-        """Whether prompts can be read behind a common beginning that was read once.
+        """Whether prompts can be read after a common beginning that was read once.
 
         A recurrent state would take up the padding between the two. A rotation that the length of a text switches would
         go by the longest prompt of a beginning.
@@ -171,7 +171,7 @@ class Generator:
         return extend(self.model, state, sampling, count=rounded(count), stop_tokens=self.tokenizer.stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
-        """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
+        """Count the tokens up to the one that completes a string of `until`; None if none after `seen` does."""
 
         def complete(count: int) -> bool:
             # With special tokens, whose names may be among the strings.

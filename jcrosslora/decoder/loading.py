@@ -2,7 +2,7 @@
 
 Weights may be divided over devices. Modules that write to the residual stream are row-parallel, all others
 column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no exchange, and the row-parallel
-one behind it a sum over the devices. An expert is divided like an MLP and not kept whole on one device: layers run one
+one after it a sum over the devices. An expert is divided like an MLP and not kept whole on one device: layers run one
 expert after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
 """
 
@@ -248,7 +248,7 @@ def mesh_of(devices: int) -> Mesh:
 
 
 def divided_axis(name: str, shape: Sequence[int], devices: int) -> int | None:
-    """Return the axis of a weight that is divided over devices, None where each has all of it.
+    """Return the axis of a weight that is divided over devices, None if each has all of it.
 
     Args:
         name: a role; "gate_up" or "down" of experts; "embedding", "head", or "layer_embedding", the embedding of the

@@ -132,7 +132,7 @@ class StackedAdapter:
     """An adapter as the decoder applies it, unmerged.
 
     Attributes:
-        roles: role -> factors, for roles with an update; "gate_up" and "down" of experts, with an axis of E behind L.
+        roles: role -> factors, for roles with an update; "gate_up" and "down" of experts, with an axis of E after L.
     """
 
     roles: dict[str, StackedFactors]

@@ -19,8 +19,8 @@ _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 SHORTEST = 32  # tokens of a common beginning, the fewest; their number is a multiple of `_MULTIPLE`
-# Share of the tokens of whole prompts that batches behind common beginnings have at most: they are compiled anew, and
-# the passes over beginnings and what is behind them are two.
+# Share of the tokens of whole prompts that batches after common beginnings have at most: they are compiled anew, and
+# the passes over beginnings and what is after them are two.
 _WORTH = 0.9
 # Prompts are read with an adapter and kept in the cache: 48 took 104 to 115 ms where passes of 8 texts without take 73.
 _PREFILL = 1.5
@@ -52,7 +52,7 @@ class Beginnings:
 
     def arrays(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens int32 (G, P) and their mask, padded on the left, and owners int32 (rows,)."""
-        owners = np.zeros(rows, np.int32)  # rows without a prompt stand behind some beginning
+        owners = np.zeros(rows, np.int32)  # rows without a prompt stand after some beginning
         owners[: len(self.owners)] = self.owners
         return *padded(self.tokens, self.shape, left=True), owners
 
@@ -62,7 +62,7 @@ class PromptBatch:
     """Prompts that are answered together: token ids int32 (T,) without their beginnings, padded to a shape (B, T).
 
     Attributes:
-        beginnings: what stands in front of the texts; None where these are whole prompts.
+        beginnings: what stands before the texts; None if these are whole prompts.
     """
 
     places: list[int]
@@ -78,7 +78,7 @@ class PromptBatch:
 
 
 def writing_cost(texts: int, tokens: int, prompt: float = TEXT) -> Cost:
-    """Count the writing of texts of at most so many tokens, behind prompts of a mean length."""
+    """Count the writing of texts of at most so many tokens, after prompts of a mean length."""
     return Cost(texts, written=-(-texts // _BATCH) * tokens, source=_PREFILL * texts * prompt)
 
 
@@ -87,11 +87,11 @@ def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool) -> lis
 
     Args:
         ids: int32 (T,) token ids of each prompt, at most `LONGEST`.
-        written: the most tokens that are written behind each.
+        written: the most tokens that are written after each.
         share: whether common beginnings may be read once, which they are where that leaves less to do.
 
     Returns:
-        Batches that hold every prompt once, those behind common beginnings last.
+        Batches that hold every prompt once, those after common beginnings last.
     """
     whole = _whole(ids, range(len(ids)))
     groups = common_beginnings(ids) if share else []
@@ -121,12 +121,12 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int]) -> list[PromptBatch
 
 
 class _Row(NamedTuple):
-    """A prompt behind a common beginning, in the order in which they are put into batches."""
+    """A prompt after a common beginning, in the order in which they are put into batches."""
 
-    width: int  # the narrowest that what is behind the beginning fits in
+    width: int  # the narrowest that what is after the beginning fits in
     beginning: int  # tokens
     group: int
-    text: int  # tokens behind the beginning
+    text: int  # tokens after the beginning
     place: int
 
 
@@ -223,7 +223,7 @@ def _divided(ids: Sequence[np.ndarray], places: list[int]) -> list[Group]:
 
 
 def _alike(ids: Sequence[np.ndarray], places: Iterable[int], start: int, count: int) -> list[list[int]]:
-    """Put prompts together that have the same `count` tokens from `start` on, and at least one more behind them."""
+    """Put prompts together that have the same `count` tokens from `start` on, and at least one more after them."""
     found: dict[bytes, list[int]] = {}
     for place in places:
         if len(ids[place]) > start + count:
@@ -232,7 +232,7 @@ def _alike(ids: Sequence[np.ndarray], places: Iterable[int], start: int, count: 
 
 
 def _common_length(prompts: Sequence[np.ndarray]) -> int:
-    """Count the tokens that all prompts begin with, rounded down; each has one behind them, from which it goes on."""
+    """Count the tokens that all prompts begin with, rounded down; each has one after them, from which it goes on."""
     first, length = prompts[0], min(map(len, prompts)) - 1
     for prompt in prompts[1:]:
         unequal = np.flatnonzero(prompt[:length] != first[:length])

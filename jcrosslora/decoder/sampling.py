@@ -26,8 +26,8 @@ class State:
         scores: float32 (B, V), logits of the next token.
         positions: int32 (B,), of the next token.
         cache: of all tokens before; of an amplified model a pair, with its adapter and without.
-        running: bool (B,), False behind a stop token.
-        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
+        running: bool (B,), False after a stop token.
+        finite: bool (B,), False if a token was drawn from logits that are not numbers or infinite.
     """
 
     count: jax.Array
@@ -55,7 +55,7 @@ class Behind(NamedTuple):
     """Beginnings that prompts go on from: tokens int32 (G, P) and mask, as of prompts.
 
     Attributes:
-        owners: int32 (B,), the beginning in front of each prompt.
+        owners: int32 (B,), the beginning before each prompt.
     """
 
     tokens: jax.Array
@@ -67,8 +67,8 @@ class Behind(NamedTuple):
 def prefill(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | None = None, *, room: int) -> State:
     """Run prompts, int32 (B, P), whose mask is False at padding on either side; every row has at least one token.
 
-    `room` is how many tokens the cache has space for behind the prompts. `behind` holds what prompts go on from: each
-    beginning is read once, and the cache has padding behind it. The layers of the model must then all have attention,
+    `room` is how many tokens the cache has space for after the prompts. `behind` holds what prompts go on from: each
+    beginning is read once, and the cache has padding after it. The layers of the model must then all have attention,
     with rotary settings that no length switches.
     """
     batch, length = mask.shape
@@ -94,7 +94,7 @@ def extend(
     It is compiled once for each `count`, which is at least `sampling.most`.
 
     Returns:
-        The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
+        The new state; int32 (B, count) tokens, zeros after a stop token; bool (B, count), True up to and including it.
     """
 
     def run(cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:

@@ -64,7 +64,7 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 def parse_json(text: str) -> tuple[Any] | None:
-    """Read JSON, strictly; return its value as a tuple of one, or None where the text is not JSON."""
+    """Read JSON, strictly; return its value as a tuple of one, or None if the text is not JSON."""
     try:
         return (json.loads(text.strip(), parse_constant=_refuse),)
     except (ValueError, RecursionError):
@@ -121,7 +121,7 @@ class Answers(Evaluated):
     Attributes:
         names: (A,) names of the models.
         examples: (n,) the prompts with their right answers.
-        written: (A,) of (n,), what each model wrote behind the prompts.
+        written: (A,) of (n,), what each model wrote after the prompts.
         nll: float64 (A, n), -log p(right answer) in nats, the token that ends it included.
         max_new_tokens: tokens at which an answer was cut off.
     """

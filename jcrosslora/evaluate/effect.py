@@ -97,7 +97,7 @@ class Effect:
 
     @property
     def share(self) -> float:
-        """The target's divergence over the source's; NaN where the source's is only rounding."""
+        """The target's divergence over the source's; NaN if the source's is only rounding."""
         return self.target.kl / self.source.kl if self.source.kl > _ROUNDING else math.nan
 
     @property
@@ -251,7 +251,7 @@ def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, model: 
     """Let a base write as many texts with an adapter as `check_effect` uses.
 
     Returns:
-        The texts; none where too few of them can be used, as with an adapter for answers of one word.
+        The texts; none if too few of them can be used, as with an adapter for answers of one word.
 
     Raises:
         AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.

@@ -29,7 +29,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text in front of " " and a choice."""
+        """The text before " " and a choice."""
         return f"Question: {self.question}\nAnswer:"
 
 

@@ -82,7 +82,7 @@ class JCrossLoRALM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of a text without context."""
+        """The token before a text without context."""
         return self._prefix
 
     @property
@@ -113,7 +113,7 @@ class JCrossLoRALM(TemplateLM):
         return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score requests (text,): log p(text) behind the prefix token, in windows where the text is too long.
+        """Score requests (text,): log p(text) after the prefix token, in windows where the text is too long.
 
         Raises:
             CheckpointError: the base gives values that are not finite.

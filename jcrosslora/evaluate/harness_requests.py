@@ -37,7 +37,7 @@ class ModelSettings:
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once.
         max_length: the most tokens that the model reads; None takes the number in its configuration.
-        prefix_token_id: token in front of a text without context; None takes bos, or eos where there is no bos.
+        prefix_token_id: token before a text without context; None takes bos, or eos where there is no bos.
         seed: of the sampling, in tasks with a temperature.
         batch_size: accepted for the harness and not used, as the next two: see `batch_tokens`; JAX picks the device.
 
@@ -66,7 +66,7 @@ class ModelSettings:
 class Options:
     """Settings of a generation."""
 
-    until: tuple[str, ...] = ()  # the text ends in front of the first of these
+    until: tuple[str, ...] = ()  # the text ends before the first of these
     length: int = 256  # tokens at most, as in the harness's other models
     temperature: float = 0.0  # 0 takes the likeliest token
 
@@ -138,7 +138,7 @@ def _tokens(pairs: Sequence[Pair], group: list[int]) -> Tokens:
 
 @jax.jit
 def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 (S,) of tokens from states (S, H) in front of them, and whether these are likeliest."""
+    """Log-probabilities float32 (S,) of tokens from states (S, H) before them, and whether these are likeliest."""
     scores = logits(model, hidden)
     chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted
@@ -225,7 +225,7 @@ def positive(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def prefix_token(base: BaseModel, tokenizer: Tokenizer, given: int | None) -> int:
-    """Choose the token in front of a text without context: bos, even if the tokenizer does not put it there; or eos.
+    """Choose the token before a text without context: bos, even if the tokenizer does not put it there; or eos.
 
     Raises:
         UsageError: there is none, or the one given is not in the vocabulary.

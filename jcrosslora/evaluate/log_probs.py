@@ -61,7 +61,7 @@ class Batch:
         tails: int32 (R, T).
         tail_mask: bool (R, T).
         owner: int32 (R,), the question of each row.
-        picked: int64 (S,), index into the flattened (R, T): the position in front of each scored token.
+        picked: int64 (S,), index into the flattened (R, T): the position before each scored token.
         wanted: int32 (S,), the scored tokens.
         places: int64 (S, 2), question (of the task) and choice of each scored token.
         questions: number of questions without padding.
@@ -87,7 +87,7 @@ class Models:
 
     @classmethod
     def of(cls, base: BaseModel, adapters: Sequence[Adapter], model: Model | None, dtype: DTypeLike) -> "Models":
-        """Stack adapters behind one of zeros, which is the base alone; load the base unless it is loaded already."""
+        """Stack adapters after one of zeros, which is the base alone; load the base unless it is loaded already."""
         stacked = stack_adapters([Adapter(modules={}), *adapters], base)
         loaded = (model or load_model(base, dtype)).with_adapter(stacked)
         return cls(loaded, (base.name, *(adapter.info.name for adapter in adapters)))
@@ -109,7 +109,7 @@ class Models:
 
 @dataclass(frozen=True, eq=False)
 class TokenStates:
-    """Hidden states in front of scored tokens.
+    """Hidden states before scored tokens.
 
     Attributes:
         hidden: float (A, S, H).
@@ -142,7 +142,7 @@ def log_prob_sums(
     is counted while it runs, in the plural.
 
     Returns:
-        float64 (A, n, C), nats, NaN where a question has fewer choices; int64 (n, C), the scored tokens.
+        float64 (A, n, C), nats, NaN if a question has fewer choices; int64 (n, C), the scored tokens.
 
     Raises:
         AdapterError: the sums with an adapter are not finite.
@@ -167,7 +167,7 @@ def log_prob_sums(
 def _token_log_probs(models: Models, parts: Iterator[Batch], bar: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
 
-    Only the states in front of scored tokens go through the head, which costs more than the layers where the
+    Only the states before scored tokens go through the head, which costs more than the layers where the
     vocabulary is large. They are collected over batches, so that the head is compiled for one shape.
     """
     size = max(8, _STATES_AT_ONCE // models.count)
@@ -205,7 +205,7 @@ def _tail_states(
     owner: jax.Array,
     tails: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """(A, R, T, H): hidden states of the tails, each behind the prefix of its question; tokens and masks of both."""
+    """(A, R, T, H): hidden states of the tails, each after the prefix of its question; tokens and masks of both."""
     slots = prefixes[0].shape[1] + tails[0].shape[1]
 
     def one(adapter: AppliedAdapter | None) -> jax.Array:
@@ -217,7 +217,7 @@ def _tail_states(
 
 @jax.jit
 def _log_probs(model: Model, states: jax.Array, wanted: jax.Array) -> jax.Array:
-    """float32 (A, S): log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
+    """float32 (A, S): log-probabilities of tokens (S,) from states (A, S, H) before them."""
     targets = jnp.broadcast_to(wanted, states.shape[:2])
     return target_log_probs(model, states, targets, chunk=_LOGITS_AT_ONCE)
 
@@ -233,11 +233,11 @@ def in_pieces(function: Callable[..., Any], size: int, *arrays: np.ndarray) -> A
 def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
     """Encode prompt and choice as one text for each choice.
 
-    The answer's tokens are those behind the last token that ends in the prompt: a token that covers the end of the
+    The answer's tokens are those after the last token that ends in the prompt: a token that covers the end of the
     prompt and the start of the answer belongs to the answer.
 
     Raises:
-        UsageError: a choice without a separate token, or without a token in front of it.
+        UsageError: a choice without a separate token, or without a token before it.
     """
     encoded = [tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
     length = len(question.prompt)

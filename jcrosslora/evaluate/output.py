@@ -49,7 +49,7 @@ body { margin: 1.5rem auto; max-width: 110rem; padding: 0 1rem; background: Canv
 """
 # A page that was made of texts of others loads nothing and runs nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_LABEL = 20  # columns for a model's name in front of its answer
+_LABEL = 20  # columns for a model's name before its answer
 
 
 def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class ProbeBatch(MatchedTokens):
     """Probe texts, matched in ascending order.
 
     Attributes:
-        valid: bool (P,), False where the list of matches is padded.
+        valid: bool (P,), False if the list of matches is padded.
         text: int32 (P,), index of each match's text in the given list.
         end: int32 (P,), character of that text at which the matched tokens end.
     """
@@ -73,7 +73,7 @@ def probe_batches(
     """Tokenize texts for both bases and match their positions (see `match_positions`).
 
     The first position of a text and bos are never matched: models have huge activations there that say nothing about
-    the text. Tokens behind the last match of a text are dropped, and so are texts without a match.
+    the text. Tokens after the last match of a text are dropped, and so are texts without a match.
 
     Args:
         texts: the probe texts.

@@ -75,7 +75,7 @@ class Probes:
         return f"{len(self.texts)} texts {self.description}{seed}{positions}, sha256 {self.digest()[:12]}"
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of the texts as UTF-8, with a zero byte behind each."""
+        """Return the SHA-256 (hex) of the texts as UTF-8, with a zero byte after each."""
         joined = "".join(f"{text}\0" for text in self.texts)
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -27,10 +27,10 @@ class Scores(Evaluated):
 
     Attributes:
         names: (A,) names of the models.
-        log_probs: float64 (A, n, C), sum of the log-probabilities of a choice's tokens, in nats; NaN where a question
+        log_probs: float64 (A, n, C), sum of the log-probabilities of a choice's tokens, in nats; NaN if a question
             has fewer choices.
-        characters: int64 (n, C), code points of a choice, without the space in front; 0 where there is none.
-        tokens: int64 (n, C), tokens of a choice; 0 where there is none.
+        characters: int64 (n, C), code points of a choice, without the space in front; 0 if there is none.
+        tokens: int64 (n, C), tokens of a choice; 0 if there is none.
         answers: int64 (n,), index of the right choice.
     """
 

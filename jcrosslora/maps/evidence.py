@@ -46,7 +46,7 @@ class Vocabulary:
     Attributes:
         cross: (H_src, H_tgt), E_src' E_tgt / V.
         gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is that of the target.
-        mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None where no method asks for it.
+        mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None if no method asks for it.
         stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
     """
 
@@ -65,8 +65,8 @@ class Side:
 
     Attributes:
         weight: (O, I), float32.
-        gain: (H,), the norm gain between the residual stream and the module (in front of a module that reads the
-            stream, behind one that writes it; ones where there is no norm).
+        gain: (H,), the norm gain between the residual stream and the module (before a module that reads the
+            stream, after one that writes it; ones if there is no norm).
         svd: None for methods that do not ask for it.
     """
 
@@ -84,7 +84,7 @@ class Activations:
         outputs: (O_src, O_tgt), the same of its outputs.
         input_squares: (I_src,) and (I_tgt,), sums of the squares of each dimension of x_src and x_tgt.
         input_grams: (I_src, I_src) and (I_tgt, I_tgt), sums of x_src x_src' and x_tgt x_tgt'; None for methods that do
-            not ask for them. Squares and grams of the outputs have O in place of I.
+            not ask for them. Squares and grams of the outputs have O instead of I.
     """
 
     inputs: jax.Array
@@ -121,7 +121,7 @@ class Evidence:
     """All evidence on one pair of modules that a method may use.
 
     Attributes:
-        vocabulary: moments over the shared tokens, the same for all modules; None where they are not available.
+        vocabulary: moments over the shared tokens, the same for all modules; None if they are not available.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
         reads: static; whether the module reads the residual stream (q, k, v, gate, up) or writes it (o, down), with the
             stream on the side of its outputs.

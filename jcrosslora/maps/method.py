@@ -40,8 +40,8 @@ class Task:
 
     Attributes:
         source: the base that the adapter was trained on; or a source that can only be queried, with its adapter.
-        adapter: the original adapter, with fused matrices split; empty where the source can only be queried.
-        start: the adapter behind the maps of the method's `start`; None where nothing is mapped.
+        adapter: the original adapter, with fused matrices split; empty if the source can only be queried.
+        start: the adapter after the maps of the method's `start`; None if nothing is mapped.
         layers: for each target layer the source layer that feeds it, or None.
         prompts: the user's texts or conversations; empty if the source writes its own.
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
@@ -79,7 +79,7 @@ class Task:
 
     @property
     def mapped(self) -> Adapter:
-        """Return the adapter behind the maps, which a map method always has."""
+        """Return the adapter after the maps, which a map method always has."""
         assert self.start is not None
         return self.start
 
@@ -154,7 +154,7 @@ class Method:
         """Raise `UsageError` for hyper-parameters out of range, before anything is computed."""
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
-        """Count what `move` takes, by the names of its steps on the display; None where it is not known."""
+        """Count what `move` takes, by the names of its steps on the display; None if it is not known."""
         del sizes
         return {FINISH: None}
 
@@ -195,7 +195,7 @@ class Method:
 
     @classmethod
     def source_file(cls) -> Path | None:
-        """Return the file that defines the method; None where there is none, as in a notebook."""
+        """Return the file that defines the method; None if there is none, as in a notebook."""
         try:
             return Path(inspect.getfile(cls))
         except (TypeError, OSError):

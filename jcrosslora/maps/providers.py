@@ -32,7 +32,7 @@ class Provider:
         reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
         check: refuses a task that cannot be done, before anything is computed.
         cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence;
-            None where it is not known.
+            None if it is not known.
         cache_key: what the evidence depends on in addition to bases, rank and modules, as a JSON value; None if maps
             made from it are computed as fast as they are read from a cache.
     """
@@ -51,14 +51,14 @@ def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
 
 
 def evidence_cost(task: AlignmentTask, texts: int) -> Cost | None:
-    """Count the evidence of a task, with so many probe texts; None where a kind of it is not counted."""
+    """Count the evidence of a task, with so many probe texts; None if a kind of it is not counted."""
     costs = [provider.cost(task, texts) for provider in providers_of(task.kinds)]
     known = [cost for cost in costs if cost is not None]
     return sum(known, Cost()) if len(known) == len(costs) else None
 
 
 def _collect_vocabulary(task: AlignmentTask) -> AddEvidence:
-    """Collect the moments of the shared vocabulary once for the pair; None where the bases share none.
+    """Collect the moments of the shared vocabulary once for the pair; None if the bases share none.
 
     Methods that use the vocabulary for the signs of singular vectors work without it.
     """

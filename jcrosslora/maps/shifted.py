@@ -86,7 +86,7 @@ class TokenRow:
 
 @dataclass(frozen=True, eq=False)
 class Shifted:
-    """An adapter behind the maps, with the account of what they made of it.
+    """An adapter after the maps, with the account of what they made of it.
 
     Attributes:
         adapter: of the target, float32; without modules where the method has no maps.

@@ -33,7 +33,7 @@ class AlignmentTask:
         pairing: which module feeds which, over all modules of the target. With the depth map "similar" it
             follows from the shapes alone until both bases have run.
         rank: R, the truncation rank; a module uses at most its short side.
-        probes: text that both bases are run on; None where there is none yet.
+        probes: text that both bases are run on; None if there is none yet.
         batches: the same text as both bases read it.
     """
 

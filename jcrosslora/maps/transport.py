@@ -24,7 +24,7 @@ class AlignRecipe:
     Attributes:
         method: name of the method, "module:Class" for one of a user's own.
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
-        shared_tokens: how many tokens the vocabularies share, 0 where they were not used.
+        shared_tokens: how many tokens the vocabularies share, 0 if they were not used.
         probes: the text that both bases were run on, "none" for methods that look at weights alone.
         prompts: the file that it was read from, if any.
         probe_count: how many texts the source base wrote, if it did.
@@ -45,7 +45,7 @@ class AlignRecipe:
 
 @flax.struct.dataclass
 class Agreement:
-    """Diagnostics of one pair of modules, all scalars; NaN where a figure is undefined or not required.
+    """Diagnostics of one pair of modules, all scalars; NaN if a figure is undefined or not required.
 
     Attributes:
         rank: R, the truncation rank of this pair.
@@ -128,7 +128,7 @@ class Transport:
     Attributes:
         groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
         recipe: the settings and their outcome.
-        bases: both bases as they were opened, for what follows the maps; None where they are gone.
+        bases: both bases as they were opened, for what follows the maps; None if they are gone.
     """
 
     groups: tuple[TransportGroup, ...]

@@ -71,7 +71,7 @@ class SourceInterpolation:
 
     Attributes:
         modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
-        kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 where nothing differs.
+        kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 if nothing differs.
     """
 
     modules: Mapping[str, LoRAFactors]

@@ -153,7 +153,7 @@ class _Ranked:
     Attributes:
         order: (B, M), the index of each number in its block.
         values: (B, M).
-        gaps: (B, M - 1), distances of neighbours, 0 where they are equal but for rounding.
+        gaps: (B, M - 1), distances of neighbours, 0 if they are equal but for rounding.
         step: (B,), the common divisor of the gaps, or else the smallest gap; 0 if all gaps are 0.
         uniform: (B,), whether there is a common divisor.
         few: (B,), whether there are few different numbers.
@@ -199,7 +199,7 @@ def _refine(step: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(values: np.ndarray, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distances of sorted numbers to the next lower and the next higher level; 0 where there is none."""
+    """Return the distances of sorted numbers to the next lower and the next higher level; 0 if there is none."""
     below, above = np.zeros_like(values), np.zeros_like(values)
     for column in range(1, values.shape[1]):
         changed = gaps[:, column - 1] > 0
@@ -236,7 +236,7 @@ def _absmax_intervals(rows: np.ndarray, half: np.ndarray, block: int) -> tuple[n
 
 
 def _steps(rows: np.ndarray, half: np.ndarray, block: int) -> np.ndarray:
-    """Return the step of each of B blocks; 0 where not all numbers are multiples of one."""
+    """Return the step of each of B blocks; 0 if not all numbers are multiples of one."""
     numbers, half = (np.abs(x.astype(np.float64)).reshape(-1, block) for x in (rows, half))
     largest = np.argmax(numbers, axis=1)[:, None]
     top, off = (np.take_along_axis(x, largest, axis=1) for x in (numbers, half))

@@ -143,7 +143,7 @@ def _toml(value: Any) -> str:
     if not isinstance(value, str):
         return str(value)
     # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False. What does
-    # not print is escaped all the same: a raw DEL they do not allow, and others act on the text behind them.
+    # not print is escaped all the same: a raw DEL they do not allow, and others act on the text after them.
     text = json.dumps(value, ensure_ascii=False)
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 

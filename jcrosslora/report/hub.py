@@ -199,7 +199,7 @@ def _refusals(repo_id: str) -> Iterator[None]:
 
 
 def _status_of(error: BaseException) -> int | None:
-    """Return the HTTP status that an error or one of its causes carries; None where no answer came."""
+    """Return the HTTP status that an error or one of its causes carries; None if no answer came."""
     return next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
 
 

@@ -185,16 +185,16 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         unmapped_targets: target modules that no source module feeds.
         energy: ||.||_F^2 of the whole source update, moved or not.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
-        choice: why `auto` took this method; None where the user named it.
+        choice: why `auto` took this method; None if the user named it.
         effect: what the original changes on the source and the moved update on the target; None if not measured.
-        fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
+        fitted: what was fitted after the maps, one sentence without a full stop; None if nothing was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
-        added: what was added to the moved update, one sentence without a full stop; None where nothing was.
+        added: what was added to the moved update, one sentence without a full stop; None if nothing was.
         wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
         examples: some of the completions of the fit, if the source wrote their prompts itself; the user's own prompts
             are not shown.
-        truncation: what the truncation to `out_rank` left; None where none was asked for.
-        rank_before: the highest rank of the source adapter; None where it is not known.
+        truncation: what the truncation to `out_rank` left; None if none was asked for.
+        rank_before: the highest rank of the source adapter; None if it is not known.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
         asked: settings by which the source was asked, where its weights were not read.
@@ -344,12 +344,12 @@ def taken(kind: type[S], given: Any) -> S:
 
 
 def defined(value: T) -> T | None:
-    """Return a value as the report has it: None in place of NaN."""
+    """Return a value as the report has it: None instead of NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def weighted(rows: Sequence[Row], field: str) -> float:
-    """Return the mean of a field over rows, weighted by energy; NaN where no row has the figure."""
+    """Return the mean of a field over rows, weighted by energy; NaN if no row has the figure."""
     found = [row for row in rows if getattr(row, field) is not None]
     values = [getattr(row, field) for row in found]
     weights = [math.nan if row.energy is None else row.energy for row in found]

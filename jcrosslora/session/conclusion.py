@@ -57,7 +57,7 @@ def conclude(
 
     Args:
         transport: how the bases were aligned, with or without its groups.
-        shifted: the adapter behind the maps.
+        shifted: the adapter after the maps.
         update: what the method made of it.
         check: measures the effect; None leaves it unmeasured.
     """

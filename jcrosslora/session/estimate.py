@@ -40,13 +40,13 @@ class Estimate:
     """What an alignment, and the transfer of one adapter through it, take.
 
     Attributes:
-        reason: why "auto" chose the method; None where the user named it.
+        reason: why "auto" chose the method; None if the user named it.
         modules: how many are aligned, or fitted.
-        rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None where neither is.
-        steps: seconds of each step, in order; None where they are not known.
+        rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None if neither is.
+        steps: seconds of each step, in order; None if they are not known.
         memory: bytes on a device: of both bases' weights where they run, and of a fit; else of the largest group's
             weights, factors and maps.
-        placement: where the weights lie that a fit and the check of the effect run; None where neither does.
+        placement: where the weights lie that a fit and the check of the effect run; None if neither does.
     """
 
     method: Method
@@ -170,7 +170,7 @@ class Placement:
     """Where the weights of bases lie while a fit, and the check of its effect, run them. Sizes are bytes on a device.
 
     Attributes:
-        devices: over how many devices they are divided; 1 where they are whole on the first.
+        devices: over how many devices they are divided; 1 if they are whole on the first.
         there: how many devices there are.
         weights: the most weights at a time.
         whole: the same of weights that are not divided.
@@ -187,7 +187,7 @@ class Placement:
 
     @property
     def mesh(self) -> Mesh | None:
-        """The devices that share the weights; None where the first has all."""
+        """The devices that share the weights; None if the first has all."""
         return None if self.devices == 1 else mesh_of(self.devices)
 
     @property

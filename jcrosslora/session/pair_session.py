@@ -52,7 +52,7 @@ class Request:
     Attributes:
         adapter: in memory, a path or a hub id; None for a server, which has its own. An estimate takes None for an
             adapter that has all modules of the source.
-        probes: the user's text; None where there is none.
+        probes: the user's text; None if there is none.
         profile: the file format that the result is meant for.
         revision: of the adapter's hub id.
         rank: read no update of the adapter at more than this rank. A source that can only be queried reads all.
@@ -278,7 +278,7 @@ class PairSession:
         self.loaded = self.loaded or self._bases(method, options, keep=True)
 
     def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
-        """Return what loads the bases of a transfer to their devices; None where they are not run by it.
+        """Return what loads the bases of a transfer to their devices; None if they are not run by it.
 
         Raises:
             UsageError, MemoryError: see `place_bases`.
@@ -294,7 +294,7 @@ class PairSession:
         return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
 
     def _task(self, shifted: Shifted, task: AlignmentTask, move: PairMove) -> Task:
-        """Return what the method moves: the adapter behind the maps, with the prompts and the loaded bases."""
+        """Return what the method moves: the adapter after the maps, with the prompts and the loaded bases."""
         given = task.probes if task.probes is not None and task.probes.seed is None else None
         return Task(
             source=self.pair.source,

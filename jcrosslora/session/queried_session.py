@@ -77,7 +77,7 @@ class QueriedSession:
         """Return what opens the source with its adapter, which may take minutes.
 
         Raises:
-            UsageError: an adapter where none is wanted, or none where one is.
+            UsageError: an adapter where none is wanted, or none if one is.
         """
         model, adapter = self._model, request.adapter
         if isinstance(model, ServedModel):

@@ -108,7 +108,7 @@ class TransferSettings(TransferOptions):
     """Who runs the source: this package (jax), or transformers and PEFT (torch), which know more classes; needs
     jcrosslora[torch]. Then an update is fitted, and the weights of the source have no other use."""
     source_url: str | None = None
-    """Ask a server that runs the source, such as http://host:8000/v1, in place of ADAPTER and --source: any that speaks
+    """Ask a server that runs the source, such as http://host:8000/v1, instead of ADAPTER and --source: any that speaks
     the OpenAI API and tells log-probabilities. Its key: JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY in the environment."""
     source_model: str | None = None
     """The server's name of the source with its adapter."""

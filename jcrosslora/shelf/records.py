@@ -19,7 +19,7 @@ from jcrosslora.text import COMPLETIONS, Message, Prompt, prompt_text
 SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
 T = TypeVar("T")
-# Text, or the messages in front of an answer; `text.Prompt` spelt out, as it is read from JSON.
+# Text, or the messages before an answer; `text.Prompt` spelt out, as it is read from JSON.
 Sample = str | tuple[Message, ...]
 
 

@@ -1,4 +1,4 @@
-"""A prompt and the answer behind it, as plain text or as the messages of a conversation."""
+"""A prompt and the answer after it, as plain text or as the messages of a conversation."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ class Message:
     content: str
 
 
-# Plain text up to the answer, or the messages in front of it, the last of which is the user's.
+# Plain text up to the answer, or the messages before it, the last of which is the user's.
 Prompt: TypeAlias = str | tuple[Message, ...]
 # A prompt as a user gives it: messages may be {"role", "content"}.
 Asked: TypeAlias = str | Sequence[Message | Mapping[str, str]]
@@ -33,7 +33,7 @@ class Completion:
 
     Attributes:
         prompt: text, which the answer follows as it is, or messages.
-        answer: the text behind it; of a conversation, the content of the assistant's message.
+        answer: the text after it; of a conversation, the content of the assistant's message.
         ended: whether the answer ends there. One that was cut off does not.
         origin: how it came about, for reports.
         references: answers that are as good; what a model writes is compared with them and with `answer`.
@@ -81,7 +81,7 @@ def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str | None]:
-    """Split messages into those in front of the assistant's last answer and that answer, None where there is none."""
+    """Split messages into those before the assistant's last answer and that answer, None if there is none."""
     if messages and messages[-1].role == "assistant":
         return tuple(messages[:-1]), messages[-1].content
     return tuple(messages), None
@@ -133,7 +133,7 @@ def _as_prompt(value: Asked, number: int) -> Prompt:
 
 
 def _content(value: Any) -> Any:
-    """Join a content in the form of several texts; None where a part is none. Anything else is returned as it is."""
+    """Join a content in the form of several texts; None if a part is none. Anything else is returned as it is."""
     parts = value if isinstance(value, list) else []
     if not parts or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return value

@@ -31,7 +31,7 @@ class Reading:
 
     Attributes:
         ids: int32 (T,), up to the end of the answer, with the token that ends it where the answer has ended.
-        content: int32 (T,), number of the content that a token ends in, or just in front of; -1 for tokens of the
+        content: int32 (T,), number of the content that a token ends in, or just before; -1 for tokens of the
             template, for bos and for tokens that end inside a character. Plain text is one content.
         end: int32 (T,), characters of that content up to the end of the token.
         answer: index of the answer's first token, 1 or more.
@@ -83,9 +83,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
 
 
 def ending(tokenizer: Tokenizer, *, chat: bool) -> int | None:
-    """Find the id of the token that ends an answer: in a conversation the one behind the assistant's message, else eos.
+    """Find the id of the token that ends an answer: in a conversation the one after the assistant's message, else eos.
 
-    None where the base has no token that ends a text.
+    None if the base has no token that ends a text.
     """
     return _turn_end(tokenizer) if chat else tokenizer.eos
 
@@ -117,7 +117,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
     contents = [message.content for message in messages]
     text = _rendered(tokenizer, messages, contents, ask)
     marks = [_MARK.format(place) for place in range(len(messages))]
-    around = [_rendered(tokenizer, messages, marks, ask)]  # the texts in front of, between and behind the contents
+    around = [_rendered(tokenizer, messages, marks, ask)]  # the texts before, between and after the contents
     for mark in marks:
         before, _, rest = around.pop().partition(mark)
         around += [before, rest]
@@ -150,7 +150,7 @@ def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the content in which each token ends, -1 for the template's, and the characters of it up to there."""
     content, end = np.full(len(ends), -1, np.int32), np.zeros(len(ends), np.int32)
     for number, ((first, last), skipped) in enumerate(zip(asked.spans, asked.skipped, strict=True)):
-        # The text behind a content that is not the answer is the template's.
+        # The text after a content that is not the answer is the template's.
         inside = (ends >= first) & (ends < last)
         content[inside], end[inside] = number, ends[inside] - first + skipped
     answer = ends >= len(asked.text)
@@ -159,7 +159,7 @@ def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
-    """Walk along the text; None where it is not made of the contents and of what stands around them."""
+    """Walk along the text; None if it is not made of the contents and of what stands around them."""
     spans, place = [], 0
     for before, content, behind in zip(around, contents, around[1:], strict=False):
         if not text.startswith(before, place):

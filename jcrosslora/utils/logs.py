@@ -1,7 +1,7 @@
 """Send the figures of a run to a log as it runs: Weights & Biases, Trackio, TensorBoard, or the user's.
 
 Environment variables of each log decide where a run goes: WANDB_MODE=offline, WANDB_PROJECT, WANDB_DIR; TRACKIO_DIR on
-this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR, in place of `runs/`.
+this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR, instead of `runs/`.
 """
 
 import json
@@ -246,7 +246,7 @@ class TensorBoardLog:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """Make a folder of this name, or with the first number behind it that is free."""
+    """Make a folder of this name, or with the first number after it that is free."""
     number, made = 1, folder / name
     while True:
         try:

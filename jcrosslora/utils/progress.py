@@ -35,7 +35,7 @@ class Track:
 
     Attributes:
         total: units of the work, the most that it may have.
-        note: shown behind the count, such as "loss 1.234".
+        note: shown after the count, such as "loss 1.234".
     """
 
     def __init__(
@@ -205,9 +205,9 @@ class Display:
         A step begins by `begin`, or by the `track` that has its name as description.
 
         Args:
-            seconds: what each step usually takes, by its name, in order; None where it is not known.
+            seconds: what each step usually takes, by its name, in order; None if it is not known.
             unpaced: steps whose time says nothing about how fast this machine is, such as a download.
-            announce: prints a line in front of each step, with the time that all steps have left.
+            announce: prints a line before each step, with the time that all steps have left.
         """
         with self._during(Steps(self if self.on else None, seconds, unpaced, announce)) as shown:
             yield shown

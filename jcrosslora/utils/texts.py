@@ -5,14 +5,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 
-# Tokens, and what stands behind the address of an upload, which is signed.
+# Tokens, and what stands after the address of an upload, which is signed.
 _SECRETS = (
     (re.compile(r"(?i)(bearer\s+)[^\s'\"]+"), r"\1***"),
     (re.compile(r"\bhf_\w{4,}"), "hf_***"),
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1"),
 )
 
-# Control characters, halves of a pair, and separators of lines; and what turns the text behind it around.
+# Control characters, halves of a pair, and separators of lines; and what turns the text after it around.
 _ACTING = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
@@ -21,7 +21,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 
 
 def visible(text: str, *, keep: str = "\n\t") -> str:
-    """Write characters that act on a terminal, or on the text behind them, as Python writes them.
+    """Write characters that act on a terminal, or on the text after them, as Python writes them.
 
     Characters in `keep` stay as they are.
     """

@@ -116,7 +116,7 @@ def _host() -> str:
 
 
 def try_lock(path: Path, *, wait: bool = False) -> int | None:
-    """Lock a folder or a file and return the descriptor, which is to be closed; None where there are no locks.
+    """Lock a folder or a file and return the descriptor, which is to be closed; None if there are no locks.
 
     `wait` waits while another process holds the lock.
 

@@ -46,7 +46,7 @@ class SelfAttention(Block):
         value_norm: whether the heads of values are normalised, without a gain.
         sinks: whether heads may attend to nothing.
         shares_keys: whether it reads the keys and values of the last layer before that has any of its kind.
-        group: in front of the roles of layers whose heads differ from those of others: "global_" or nothing.
+        group: before the roles of layers whose heads differ from those of others: "global_" or nothing.
     """
 
     hidden: int

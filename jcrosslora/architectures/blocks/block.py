@@ -111,7 +111,7 @@ class Block:
         raise NotImplementedError
 
 
-_WIDE = "wide_"  # in front of the roles of layers whose MLP is wider than that of others
+_WIDE = "wide_"  # before the roles of layers whose MLP is wider than that of others
 
 
 def _linears(group: str) -> tuple[Linear, ...]:
@@ -203,7 +203,7 @@ class PerLayerInput(Block):
         }
 
     def norms(self) -> dict[str, Norm]:
-        """Return the norm behind it."""
+        """Return the norm after it."""
         return {"per_layer_out": Norm("per_layer_out", self.hidden)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
@@ -219,7 +219,7 @@ class LayerInputWeights:
     """The weights of the inputs of all layers: (V, L * P) and (L * P, H) for L layers and P features of an input.
 
     Attributes:
-        norm: float32 (P,), gain of the norm behind the projection.
+        norm: float32 (P,), gain of the norm after the projection.
     """
 
     embedding: jax.Array

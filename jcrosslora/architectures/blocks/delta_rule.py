@@ -28,7 +28,7 @@ def _reader(role: str, gguf: str | None = None) -> Linear:
 
 @dataclass(frozen=True)
 class DeltaRule(RecurrentBlock):
-    """The gated delta rule, with a norm of each head and a gate behind it; see `RecurrentBlock` for its sizes.
+    """The gated delta rule, with a norm of each head and a gate after it; see `RecurrentBlock` for its sizes.
 
     Attributes:
         form: of the modules in front: four, of which one returns queries, keys and values; six, with one for each of

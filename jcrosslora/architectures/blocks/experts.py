@@ -1,4 +1,4 @@
-"""Experts in place of one MLP: those that the router chooses for each token, and those that all tokens share."""
+"""Experts instead of one MLP: those that the router chooses for each token, and those that all tokens share."""
 
 import math
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Experts(Block):
         held: names of their tensors, see `ExpertRules.layouts`.
         gated: whether experts and shared ones have a gate.
         clamp: alpha and limit of the activation, see `ExpertRules.clamp`; None for the model's activation.
-        latent: features that experts read and return in place of H; None for H.
+        latent: features that experts read and return instead of H; None for H.
         shared: features inside the shared experts, 0 for none; then whether a gate weighs what these return.
         averaged: whether the output is the mean of that of the chosen and of the shared experts, instead of the sum.
     """
@@ -191,7 +191,7 @@ class MlpAndExperts(Block):
         return self.mlp, self.experts
 
     def norms(self) -> dict[str, Norm]:
-        """Return the norms behind the MLP and around the experts."""
+        """Return the norms after the MLP and around the experts."""
         return {name: Norm(name, self.mlp.hidden) for name in self.GGUF_NORMS} if self.apart else {}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def _run_backward(
 
             def pull(count: int) -> tuple[jax.Array, Any]:
                 part, back = (lax.dynamic_slice_in_dim(x, start, count) for x in (rows, gradient))
-                back = jnp.where(jnp.arange(count)[:, None] < left, back, 0)  # the others are of experts behind
+                back = jnp.where(jnp.arange(count)[:, None] < left, back, 0)  # the others are of experts after
                 found, added = jax.vjp(lambda part, own: function(part, held, own), part, own)[1](back)
                 return jnp.pad(found, ((0, size - count), (0, 0))), added
 

@@ -28,7 +28,7 @@ class Mamba2(RecurrentBlock):
         norm: place of the output's norm, for each of `groups`; None if there is only a gate.
         step_limits: bounds of the time step.
         holder: module of a layer that holds it.
-        activation: behind the convolution; None for that of the model.
+        activation: after the convolution; None for that of the model.
         factors: on gate, values, keys, queries and time steps; empty if there are none.
         open_output: whether its last module can have an update. PEFT refuses that of some classes, for which it is a
             tensor among others.

@@ -1,6 +1,6 @@
 """Blocks that keep a state of fixed size: the last inputs of a convolution, and the matrices of a recurrence.
 
-A linear recurrence keeps a matrix S in place of keys and values, which a token t changes and reads:
+A linear recurrence keeps a matrix S instead of keys and values, which a token t changes and reads:
 
     S_t = exp(g_t) S_(t-1) + k_t u_t',    y_t = S_t' q_t
 
@@ -57,7 +57,7 @@ class Inside:
 
 @dataclass(frozen=True)
 class RecurrentBlock(Block):
-    """A block with a convolution of each feature over a few tokens, and in most a linear recurrence behind it.
+    """A block with a convolution of each feature over a few tokens, and in most a linear recurrence after it.
 
     Attributes:
         taps: K, tokens that the convolution sees, its own included.
@@ -149,7 +149,7 @@ def causal_convolution(
     Args:
         x: float32 (T, C), features of the tokens; the weight is (C, K), and the bias (C,).
         state: float32 (K - 1, C), the last tokens before these; zeros at the start of a text.
-        valid: bool (T,), False at padding, which stands before or behind the tokens and is skipped.
+        valid: bool (T,), False at padding, which stands before or after the tokens and is skipped.
 
     Returns:
         (T, C), undefined at padding; and the state for the tokens that follow.
@@ -159,7 +159,7 @@ def causal_convolution(
     first = jnp.where(count > 0, jnp.argmax(valid).astype(jnp.int32), 0)
     kept = jnp.where(valid[:, None], x, jnp.zeros((), x.dtype))
     rows = jnp.concatenate([jnp.zeros_like(state), kept])
-    # In front of the first token, behind any padding.
+    # In front of the first token, after any padding.
     rows = lax.dynamic_update_slice_in_dim(rows, state, first, 0)
     # As products of shifted arrays: few taps, and a gradient without the convolution's own rules.
     out = sum((rows[tap : tap + length] * weight[:, tap] for tap in range(taps)), start=jnp.zeros((), x.dtype))

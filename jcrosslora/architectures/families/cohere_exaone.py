@@ -3,7 +3,7 @@
 Cohere 1 and 2 (Command R, Aya, Command R7B, Command A) have parallel blocks with one norm. The norms of queries and
 keys that Command R+ has are not known. With experts (Command A+, North), layers of full attention with a dense MLP may
 have positions, norms may be root mean squares, and shared experts may be averaged with the others. EXAONE 4 has norms
-behind attention and MLP alone; `exaone_moe` has its norms in front, and experts behind the first layers.
+after attention and MLP alone; `exaone_moe` has its norms in front, and experts after the first layers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Hunyuan V1 and ERNIE 4.5, dense and with experts.
 
-Hunyuan is Llama whose queries and keys are normalised behind the rotation. With experts (A13B), all tokens of all
+Hunyuan is Llama whose queries and keys are normalised after the rotation. With experts (A13B), all tokens of all
 layers also go through an MLP as wide as one of them. ERNIE 4.5 is Llama that rotates neighbouring features.
 """
 

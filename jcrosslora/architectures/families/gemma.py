@@ -1,4 +1,4 @@
-"""Gemma 1 to 4 (text): a scaled embedding, from Gemma 2 on norms behind attention and MLP, up to 3 gains of 1 + weight.
+"""Gemma 1 to 4 (text): a scaled embedding, from Gemma 2 on norms after attention and MLP, up to 3 gains of 1 + weight.
 
 Gemma 4 has larger heads in layers of full attention, and the keys and values of layers before in the last layers. The
 smaller models multiply the stream with an input of each layer; others take the keys of full attention for its values,

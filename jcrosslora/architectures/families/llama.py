@@ -1,6 +1,6 @@
 """Llama and Mistral, and relatives of them that differ in little.
 
-Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU in place of a gate, the latter also layer norms of gain
+Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU instead of a gate, the latter also layer norms of gain
 1 + weight and half of each head rotated. Seed-OSS has more biases. Each fourth layer of SmolLM3 has no positions.
 StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the activation
 xIELU (arXiv 2411.13010), which has trained parameters in each layer. Granite, dense and with experts, has a factor on

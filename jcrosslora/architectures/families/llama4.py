@@ -1,7 +1,7 @@
 """Llama 4 (text): attention in chunks, layers without positions, and experts that read their input times their score.
 
 Queries of layers without positions grow with the position. Beside the experts is one that all tokens share. Layers
-between may have an MLP of another width in place of them.
+between may have an MLP of another width instead of them.
 """
 
 from collections.abc import Mapping

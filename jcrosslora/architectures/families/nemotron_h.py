@@ -94,7 +94,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     kinds = [mlp if width else _ATTENTION if heads else _MAMBA for heads, width in zip(*lists, strict=True)]
     inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
     return {
-        # Without those behind the last that predict further tokens.
+        # Without those after the last that predict further tokens.
         "layers_block_type": kinds[: len(kinds) - stated.get("nextn_predict_layers", 0)],
         "mamba_head_dim": max(inner // heads, 1),
         "use_conv_bias": "mixer.conv1d.bias" in held,

@@ -1,8 +1,8 @@
 """OLMo 2 and 3, OLMoE and OLMo Hybrid.
 
-OLMo 2 and 3 have norms behind attention and MLP alone, and of all heads of queries and keys together. OLMo Hybrid has
+OLMo 2 and 3 have norms after attention and MLP alone, and of all heads of queries and keys together. OLMo Hybrid has
 the gated delta rule in three of four layers, and attention as in OLMo 3 in the others. Layers of the delta rule have
-norms in front of mixer and MLP, those of attention behind both. Some published models have no positions.
+norms before mixer and MLP, those of attention after both. Some published models have no positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
-    """Give all layers positions, or none where `rope_theta` is null."""
+    """Give all layers positions, or none if `rope_theta` is null."""
     stated = config.get("rope_parameters")
     still = isinstance(stated, Mapping) and "rope_theta" in stated and stated["rope_theta"] is None
     return [not still] * len(kinds)
@@ -116,7 +116,7 @@ OLMO_HYBRID = Family(
         "linear_attn.a_proj": ("in_proj_a",),
         "linear_attn.o_proj": ("delta_out_proj",),
     },
-    # Files call the norm in front of the MLP and the one behind attention the same, and hold the convolution in parts.
+    # Files call the norm before the MLP and the one after attention the same, and hold the convolution in parts.
     stored=StoredNames(
         modules={
             "attention_layer_norm": "input_layernorm",

@@ -93,7 +93,7 @@ class Format:
         parts: suffixes of tensors that belong to a quantised weight and are no tensors of the model.
         marks: suffixes that only this format has and that identify it without settings; if empty, settings are needed.
         obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
-        ending: of the name of a weight, in place of `holder`.
+        ending: of the name of a weight, instead of `holder`.
     """
 
     name: str

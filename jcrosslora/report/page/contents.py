@@ -67,7 +67,7 @@ class _Output(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of adapters among those evaluated; None where it is not said."""
+    """Names of adapters among those evaluated; None if it is not said."""
 
     moved: str | None = None  # the adapter that the page is about
     trained: str | None = None  # on the target
@@ -107,7 +107,7 @@ class Evaluation:
     guessed: bool = False  # whether the moved adapter is the only one left, under another name
 
     def of_part(self, part: Part) -> Model | None:
-        """Return the model that plays a part; None where there is none."""
+        """Return the model that plays a part; None if there is none."""
         return next((model for model in self.models if model.part == part), None)
 
     def with_parts(self, roles: Roles, own: str) -> "Evaluation":

@@ -89,7 +89,7 @@ def _job_figure(evaluation: Evaluation) -> str | None:
 def gain_share(evaluation: Evaluation, name: str) -> float | None:
     """Return the moved adapter's gain in a figure over the trained one's: (base - moved) / (base - trained).
 
-    None where one of them was not evaluated, or the trained adapter is not better than the base.
+    None if one of them was not evaluated, or the trained adapter is not better than the base.
     """
     moved, trained = evaluation.of_part("moved"), evaluation.of_part("trained")
     if moved is None or trained is None or trained.direction(name) is not Direction.BETTER:
@@ -99,7 +99,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
 
 
 def _beyond_random(evaluation: Evaluation, name: str) -> bool:
-    """Tell whether the moved adapter does better in a figure than a random one; True where none was evaluated.
+    """Tell whether the moved adapter does better in a figure than a random one; True if none was evaluated.
 
     It does where the random one is not better than the base, or where their intervals do not overlap.
     """

@@ -248,7 +248,7 @@ class _UnitRun:
                 steps.begin(ALIGN)
                 transport = self._session.carry(moves, task, groups)
                 for item, move in zip(chunk, moves, strict=True):
-                    steps.begin(ALIGN)  # the steps behind it come again for every adapter
+                    steps.begin(ALIGN)  # the steps after it come again for every adapter
                     if not self._run.is_done(item):
                         self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
 

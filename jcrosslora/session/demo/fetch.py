@@ -150,7 +150,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """Sort key that has "part2" in front of "part10"."""
+    """Sort key that has "part2" before "part10"."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", str(path))]
 
 

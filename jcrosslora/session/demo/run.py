@@ -120,7 +120,7 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
     chosen = make_method(Auto(**settings))
     if method != AUTO:
         chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
-    # The demo scores the target's answers in place of the effect.
+    # The demo scores the target's answers instead of the effect.
     return transfer(adapter, *bases, chosen, effect="never")
 
 

@@ -83,7 +83,7 @@ class Composed:
         return f"Composed({self.how}, {self.base.name!r}, {', '.join(map(repr, self.names))})"
 
     def generate(self, prompts: Asked | Sequence[Asked], **settings: Any) -> list[str]:
-        """Return what `write` writes behind each prompt, as text."""
+        """Return what `write` writes after each prompt, as text."""
         return [one.text for one in self.write(prompts, **settings)]
 
     def write(
@@ -101,7 +101,7 @@ class Composed:
             prompts: one or several: texts, which are continued as they are, or conversations,
                 [{"role", "content"}, ...], which are read in the base's chat template. Only the last 2,048 tokens of
                 each are read.
-            max_new_tokens: the most tokens to write behind each prompt.
+            max_new_tokens: the most tokens to write after each prompt.
             temperature: 0 takes the likeliest token.
 
         Raises:

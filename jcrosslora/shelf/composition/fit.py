@@ -78,7 +78,7 @@ def mean_divergence(
 def _token_divergence(
     model: Model, updates: ComposedAdapter, batch: Batch, owners: jax.Array, remat: bool = False
 ) -> jax.Array:
-    """float32 (S,): KL(owner || composition) in front of each token of an answer, 0 in empty slots."""
+    """float32 (S,): KL(owner || composition) before each token of an answer, 0 in empty slots."""
     count = next(iter(updates.roles.values())).a.shape[1]
     alone = jax.nn.one_hot(owners, count, dtype=jnp.float32)
     wanted = _states(model.with_adapter(updates.with_shares(alone, Mixture())), batch)

@@ -277,7 +277,7 @@ def find_composition(how: str | Composition) -> Composition:
 
 
 def _chosen(weights: np.ndarray) -> np.ndarray:
-    """Return 1 where a weight is positive, else 0: float32 of the same shape."""
+    """Return 1 if a weight is positive, else 0: float32 of the same shape."""
     return (weights > 0).astype(np.float32)
 
 
