@@ -1,4 +1,4 @@
-"""Write an adapter again for the same base: in another profile, at other ranks, or the sum of several adapters."""
+"""Write an adapter in another profile, at other ranks, or the sum of several adapters, for the same base."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class ExportSettings:
     each weight. Only peft holds changes of the embedding and the output head, trained biases, norms and whole
     layers, which are read with the base."""
     base: str | None = None
-    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
+    """Its base: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
     adapter is checked against it."""
     out_rank: RankRule | None = None
     """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as

@@ -62,7 +62,7 @@ class MergeSettings:
     out: str
     """The folder to write."""
     dtype: MergeDtype = "keep"
-    """Number format of the weights. keep: each tensor's own, bfloat16 for quantised ones."""
+    """Number format of the weights. keep: the dtype of each tensor, bfloat16 for quantised ones."""
     base_revision: str | None = None
     """Hub revision of the base."""
     adapter_revision: str | None = None

@@ -1,4 +1,4 @@
-"""Commands that have actions, such as `shelf add`: their help, the action that is asked for, and their completion."""
+"""Commands that have actions, such as `shelf add`: their help, the chosen action, and their completion."""
 
 import textwrap
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def find_action(name: str, given: str, actions: Mapping[str, type]) -> type:
     """Return the action of a command by its name, "" if none was given.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: no action has this name.
     """
     if given not in actions:
         said = f"{name} {given!r} is unknown{suggestion(given, actions)}" if given else f"{name} needs an action"

@@ -1,4 +1,4 @@
-"""`jcrosslora train`, `export`, `merge` and `push`: write an adapter, in another form, into its base, to the hub."""
+"""`jcrosslora train`, `export`, `merge` and `push`: train, convert, merge or upload an adapter."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -31,11 +31,11 @@ class Train(Long, TrainingSettings):
     template: Path | None = None
     """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
-    """Only the first so many examples."""
+    """Use the first N examples."""
     checkpoints: Path | None = None
-    """Folder for the states of the run: the same command continues from the newest."""
+    """Folder for checkpoints: the same command continues from the newest."""
     log: LogName | None = None
-    """Show the loss as it goes in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
+    """Log the loss to Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
 
@@ -67,13 +67,13 @@ class Train(Long, TrainingSettings):
 
 @dataclass(frozen=True)
 class Export(ExportSettings):
-    """Write an adapter again for the base that it has: for another engine, at another rank, or several as their sum."""
+    """Write an adapter for another engine or at another rank, or the sum of several adapters."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("keep_dora", "dtype", "base_revision")}
 
     adapter: tyro.conf.Positional[tuple[str, ...]]
     fail_on: FailOnLoss = "never"
-    """loss: exit with code 3 if something of the adapters is lost or not written; the rest is written all the same."""
+    """loss: exit with code 3 if part of an adapter is lost; the rest is still written."""
 
     def run(self, console: Console) -> int:
         exported = export_adapter(settings_of(self, ExportSettings))
@@ -99,7 +99,7 @@ class Merge(MergeSettings):
     base: tyro.conf.Positional[str]
     adapter: tyro.conf.Positional[str]
     fail_on: FailOnLoss = "never"
-    """loss: exit with code 3 if something of the adapter is not merged; the rest is written all the same."""
+    """loss: exit with code 3 if part of the adapter is not merged; the rest is still written."""
 
     def run(self, console: Console) -> int:
         merged = merge(settings_of(self, MergeSettings))
@@ -114,21 +114,21 @@ class Merge(MergeSettings):
 class Push:
     """Upload an adapter's folder to the hub: weights, model card, report and recipe. The folder is not changed.
 
-    The token is that of HF_TOKEN or of `hf auth login`. After a failure the same command goes on.
+    The token comes from HF_TOKEN or `hf auth login`. After a failure, repeat the command.
     """
 
     folder: tyro.conf.Positional[Path]
     """The adapter: a folder of PEFT or MLX, or with adapter.gguf, such as `jcrosslora transfer` writes."""
     repo_id: tyro.conf.Positional[str]
-    """Where to: OWNER/NAME. The repository is made if it is not there."""
+    """Where to: OWNER/NAME. Creates the repository if missing."""
     public: bool = False
-    """Make the repository public, or allow that it is; else it is private."""
+    """Make the repository public, or allow an existing one to be; else it is private."""
     base_model: str | None = None
-    """Hub id of the base, for card and configuration, where they name none: the base was a local file."""
+    """Hub id of the base, for card and configuration, if the base was a local file."""
     with_completions: bool = False
-    """Keep the completions that the source wrote in report and card; they may hold what is private."""
+    """Also upload the completions that the source wrote; they may be private."""
     dry_run: bool = False
-    """Only check the folder, and show what would be uploaded; the hub is not asked."""
+    """Only check the folder and show what would be uploaded, without a connection."""
     json: bool = False
     """Print what was uploaded as JSON."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch(Long):
-    """Make many transfers by a plan: every pair of bases is aligned once, and finished jobs are not done again."""
+    """Run many transfers from a plan: each pair of bases is aligned once, and finished jobs are skipped."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "cluster": ("shard", "ray", "ray_cpus", "ray_gpus"),
@@ -30,7 +30,7 @@ class Batch(Long):
     plan: tyro.conf.Positional[Path]
     """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
     allow_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Import this Python module, whose methods the plan may name; may be given several times. No others are."""
+    """Allow the plan to import this Python module with methods; may be given several times."""
     dry_run: bool = False
     """Only show the jobs, finished ones included, with an estimate of time and memory."""
     overwrite: bool = False
@@ -38,13 +38,13 @@ class Batch(Long):
     json: bool = False
     """Print the summary, or the estimates, as JSON instead of the table."""
     fail_on: FailOn = "never"
-    """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are written all the same."""
+    """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are still written."""
     log: LogName | None = None
-    """Show figures of each job in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
+    """Log each job to Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     shard: str = "1/1"
-    """i/n: do only the i-th of n parts, for n runs side by side."""
+    """i/n: run only the i-th of n parts, for n machines."""
     ray: str | None = None
-    """Let the workers of a Ray cluster do it: HOST:PORT, auto for the cluster of this machine, or local."""
+    """Run on the workers of a Ray cluster: HOST:PORT, auto for the cluster of this machine, or local."""
     ray_cpus: float | None = None
     """CPUs of a worker; all of the smallest machine if not given."""
     ray_gpus: float | None = None

@@ -1,4 +1,4 @@
-"""`jcrosslora evaluate` and `report`: judge a base with and without adapters, and write a page on a moved one."""
+"""`jcrosslora evaluate` and `report`: score a base with and without adapters, and write a page on a moved one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _ADVICE = "free space, or choose another file"  # where a file cannot be written
 
 @dataclass(frozen=True)
 class Evaluate(OnDevice):
-    """Judge a base, alone and with adapters, by a task; say for each adapter whether it is better.
+    """Score a base, alone and with adapters, on a task; say for each adapter whether it is better.
 
-    Questions with choices are scored by likelihood. Examples with "messages", or with "prompt" and "answer", are
-    answered in writing, and the answers compared with the right ones.
+    Questions with choices are scored by likelihood. For examples with "messages", or with "prompt" and "answer", each
+    model writes an answer, which is compared with the right one.
     """
 
     task: Path
@@ -37,22 +37,22 @@ class Evaluate(OnDevice):
     trained: str | None = None
     """An adapter trained on this base: shows the share of its gain that each other adapter has."""
     shelf: Path | None = None
-    """A shelf of adapters, judged as a whole: each example is answered by those that suit it, or by the base alone. For
-    each --adapter, such as the one of the task, it is said what share of its gain the shelf keeps."""
+    """A shelf of adapters to score as one model: the adapters that suit an example answer it, or the base alone. For
+    each --adapter, such as the one of the task, the output says what share of its gain the shelf keeps."""
     compose: str = "mixture"
     """How the adapters of the shelf act, as in generate."""
     top: int = 1
-    """At most so many adapters of the shelf for an example."""
+    """Use at most N adapters of the shelf for an example."""
     template: Path | None = None
     """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
-    """Take only the first so many lines."""
+    """Use the first N lines."""
     max_new_tokens: int | None = None
-    """Tokens at which an answer is cut off; if not given, those of the longest right one and 16 more, at most 512."""
+    """Length at which answers are cut off; by default that of the longest right one plus 16, at most 512."""
     show: int = 0
-    """Print so many examples, evenly spread, with all answers to them."""
+    """Print N examples from all over the file, with all answers to them."""
     html: Path | None = None
-    """Write a page with the figures and all answers side by side to this file; an old one is replaced."""
+    """Write a page with the figures and all answers side by side to this file, replacing an old one."""
     json: bool = False
     """Print the figures as JSON."""
 
@@ -153,17 +153,17 @@ class Report:
     folder: tyro.conf.Positional[Path]
     """A folder that `jcrosslora transfer` wrote, or one that holds the output of `jcrosslora evaluate --json`."""
     answers: Path | None = None
-    """The output of `jcrosslora evaluate --show 10 --json`; if not given, the one in the folder, if there is one."""
+    """The output of `jcrosslora evaluate --show 10 --json`; by default the one in the folder."""
     moved: str | None = None
-    """Name of the moved adapter among those evaluated; if not given, the one called like the folder, or the only."""
+    """Name of the moved adapter in the evaluation; by default the folder's name, or the only adapter."""
     trained: str | None = None
-    """Name of the adapter among those evaluated that was trained on the target; if not given, as the file says."""
+    """Name of the adapter in the evaluation that was trained on the target; by default as the file says."""
     random: str | None = None
-    """Name of the adapter among those evaluated that was moved by method random."""
+    """Name of the adapter in the evaluation that was moved by method random."""
     out: Path | None = None
-    """The file to write; an old one is replaced. If not given, report.html (or .svg and so on) in the folder."""
+    """The file to write, replacing an old one; by default report.html (or .svg and so on) in the folder."""
     format: Form | None = None
-    """html: the page. svg, pdf, png: verdict and pictures alone. If not given, as the name of the file ends."""
+    """html: the page. svg, pdf, png: only verdict and pictures. By default by the ending of the file's name."""
 
     def run(self, console: Console) -> None:
         from jcrosslora.report.page import Roles, find_contents, report_page, report_sheet

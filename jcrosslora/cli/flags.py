@@ -73,7 +73,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
     """Read the arguments of a command; tyro prints the help, and exits with 0.
 
     Args:
-        prog: what stands before the arguments, for usage lines.
+        prog: the words before the arguments, for usage lines.
 
     Raises:
         UsageError: an argument is unknown or missing, or its value is of another type.
@@ -103,7 +103,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
 
 
 def _check_flags(command: type, given: Sequence[str], defaults: Mapping[str, Any], prog: str) -> None:
-    """Refuse unknown flags, and flags of arguments that are given by their values alone."""
+    """Refuse unknown flags, and flags of positional arguments."""
     hints = get_type_hints(command, include_extras=True)
     known, alone = {*_HELP, _HELP_ALL, *_COMPLETION}, {}
     for one in fields(command):
@@ -187,7 +187,7 @@ def _default(one: Field[Any], defaults: Mapping[str, Any]) -> Any:
 
 
 def _annotated(name: str, hint: Any, text: str, choices: Collection[str], default: Any, completing: bool) -> Any:
-    """Add to a field's type what tyro shows: help, default, and what stands for its value."""
+    """Add to a field's type what tyro shows: help, default, and a placeholder for its value."""
     metavar = _metavar(name, hint)
     if choices and completing:
         hint = Literal[tuple(choices)]  # type: ignore[valid-type]
@@ -198,7 +198,7 @@ def _annotated(name: str, hint: Any, text: str, choices: Collection[str], defaul
 
 
 def _metavar(name: str, hint: Any) -> str | None:
-    """Return what stands for the value of a field; None for switches, and for choices, which tyro lists."""
+    """Return the placeholder for a field's value; None for switches, and for choices, which tyro lists."""
     kinds, several = set(_kinds(hint)), " ..." if "..." in str(hint) else ""
     if kinds == {bool} or (not all(isinstance(kind, type) for kind in kinds) and name not in _METAVARS):
         return None
@@ -222,7 +222,7 @@ def _kinds(hint: Any) -> Iterator[Any]:
 
 
 def _shown(default: Any) -> str:
-    """Show a default as a value; nothing where it is off, empty or not set, which says no more than no flag."""
+    """Show a default as a value; nothing if it is off, empty or not set."""
     if isinstance(default, bool) or default in (None, (), "") or default is MISSING:
         return ""
     return f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

@@ -1,4 +1,4 @@
-"""`jcrosslora generate`: text of a base with an adapter, or with several at once."""
+"""`jcrosslora generate`: generate text with one or several adapters."""
 
 import sys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _TITLE = 60  # characters of a prompt above its answer
 
 @dataclass(frozen=True)
 class Generate(OnDevice):
-    """Write with a base and an adapter, or with several adapters at once."""
+    """Generate text with a base and one or several adapters."""
 
     base: str | None = None
     """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
@@ -36,26 +36,26 @@ class Generate(OnDevice):
     shelf: Path | None = None
     """A shelf of adapters, instead of --adapter: each prompt gets those that suit it, or the base alone."""
     top: int = 1
-    """At most so many adapters of the shelf for a prompt."""
+    """Use at most N adapters of the shelf for a prompt."""
     compose: str = "mixture"
-    """How several act at once: select, mixture, fusion, gated, router, stack, uniform or random-gate; or a folder
-    with a saved composition, which brings its adapters."""
+    """How several adapters combine: select, mixture, fusion, gated, router, stack, uniform or random-gate; or a folder
+    with a saved composition and its adapters."""
     weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A number from 0 on for each adapter, such as 1,0,0.5; given once for all prompts, or once for each prompt. 0 for
-    all adapters is the base alone."""
+    """A non-negative number for each adapter, such as 1,0,0.5; once for all prompts, or once for each prompt. With 0
+    for all, the base answers alone."""
     prompts: str | None = None
     """File with a prompt a line, or JSONL with {"prompt"} or {"messages"}; - reads standard input, in either form."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Whether a text is asked as the message of a user: auto does so if the base has a chat template, or if the
-    adapters of the shelf that suit it read conversations."""
+    """Whether a prompt is a user's message in the chat template: auto does so if the base has one, or if the adapters
+    of the shelf that suit it read conversations."""
     template: Path | None = None
     """File with a chat template, instead of the base's own."""
     max_new_tokens: int = 128
-    """The most tokens of an answer."""
+    """Length at which answers are cut off, in tokens."""
     temperature: float = 0.0
-    """Of the sampling; 0 takes the likeliest token."""
+    """Sampling temperature; 0 decodes greedily."""
     seed: int = 0
-    """Of the sampling, and of what random-gate draws."""
+    """Seed of the sampling and of random-gate."""
     json: bool = False
     """Print the answers as JSON."""
 
@@ -106,7 +106,7 @@ class Generate(OnDevice):
         return parse_prompts(text, "standard input", json_lines=text.lstrip().startswith("{"))
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
-        """Return what suits prompts, its weights, and whether each is asked as a message."""
+        """Return the adapters that suit the prompts, their weights, and whether each prompt is a message."""
         from jcrosslora.shelf.composition import COMPOSITIONS, find_composition
 
         other = "--adapter" if self.adapter else "--weights" if self.weights else None
@@ -155,7 +155,7 @@ def _numbers(row: str) -> list[float]:
 
 
 def _notes(composed: "Composed", how: str) -> list[str]:
-    """Say what the text does not show: what is not run, and a gate that nobody trained."""
+    """Say what is not run, and if a gate is untrained."""
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
     notes += composed.other_templates()
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:

@@ -1,4 +1,4 @@
-"""`jcrosslora inspect`, `compare`, `check`, `methods`, `demo`: what models, engines and methods are; a move at work."""
+"""`jcrosslora inspect`, `compare`, `check`, `methods` and `demo`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +20,14 @@ _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what an adapter or a base model is: family, shapes, ranks, norms, what can be moved and what cannot."""
+    """Show what an adapter or a base model is: family, shapes, ranks, norms, and what can be moved."""
 
     path: tyro.conf.Positional[str]
     """A folder or GGUF file of an adapter or of a base model, or a hub id."""
     revision: str | None = None
     """Hub revision."""
     base: str | None = None
-    """The base of an adapter. Some kinds (DoRA, PiSSA, ...) are an update only together with it."""
+    """The base of an adapter. Some kinds (DoRA, PiSSA, ...) can only be read with it."""
     json: bool = False
     """Print the description as JSON."""
 
@@ -43,12 +43,12 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Compare:
-    """Say how two base models are related, from their weights: same, quantised, trained, pruned, ..."""
+    """Say how two base models are related, by their weights: same, quantised, trained, pruned, ..."""
 
     source: tyro.conf.Positional[str]
     """The base that an adapter comes from: a folder of safetensors, a GGUF file or a hub id."""
     target: tyro.conf.Positional[str]
-    """The base that it would go to (same forms)."""
+    """The base to move it to (same forms)."""
     source_revision: str | None = None
     """Hub revision of the source."""
     target_revision: str | None = None
@@ -75,12 +75,11 @@ class Check:
     path: tyro.conf.Positional[Path]
     """The adapter: a folder of PEFT or MLX, or a GGUF file of llama.cpp."""
     base: str | None = None
-    """The base that it is for: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it: one
-    that is not there, or is called otherwise, would load and do nothing. What an engine reads can depend on the base's
-    family, and on whether its output head is its embedding."""
+    """Its base: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it, because engines may
+    ignore a module under a wrong name. Some answers depend on the base's family, and on whether its output head is tied
+    to its embedding."""
     family: str | None = None
-    """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it. A moved adapter's report
-    names it."""
+    """Family of its base (llama, gemma2, ...), if an answer depends on it; the report of a moved adapter names it."""
     json: bool = False
     """Print the answers as JSON."""
 
@@ -102,7 +101,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Methods:
-    """List the transfer methods: name, when to use it, what each does and needs, where it is published."""
+    """List the transfer methods: when to use each, what it does and needs, where it is published."""
 
     json: bool = False
     """Print the list as JSON."""

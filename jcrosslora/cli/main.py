@@ -1,6 +1,6 @@
 """Entry point of `jcrosslora`: find the command, import it alone, run it, and turn errors into one line and a code.
 
-Everything that a command does can be done from Python as well.
+Everything that a command does can be done in Python.
 """
 
 import os
@@ -64,27 +64,27 @@ class Command:
 COMMANDS = {
     "demo": Command("inspect:Demo", "Move the shipped adapter between two small real models."),
     "transfer": Command("transfer:transfer_command", "Move an adapter to another base model."),
-    "batch": Command("batch:Batch", "Make many transfers by a plan, and resume after any stop."),
-    "evaluate": Command("evaluate:Evaluate", "Judge a base with and without adapters by a task."),
-    "shelf": Command("shelf:ACTIONS", "Keep adapters of one base, and find those for a prompt."),
+    "batch": Command("batch:Batch", "Run many transfers from a plan, and resume after any stop."),
+    "evaluate": Command("evaluate:Evaluate", "Score a base with and without adapters on a task."),
+    "shelf": Command("shelf:ACTIONS", "Keep adapters of one base, and find the ones for a prompt."),
     "report": Command("evaluate:Report", "Write a page on a moved adapter.", computes=False),
-    "generate": Command("generate:Generate", "Write with an adapter, or with several at once."),
+    "generate": Command("generate:Generate", "Generate text with one or several adapters."),
     "inspect": Command("inspect:Inspect", "Show what an adapter or a base model is."),
-    "compare": Command("inspect:Compare", "Say how two base models are related, from their weights."),
-    "check": Command("inspect:Check", "Say which engines will read an adapter.", computes=False),
-    "export": Command("adapters:Export", "Write an adapter again: for another engine, rank, or as a sum."),
+    "compare": Command("inspect:Compare", "Say how two base models are related, by their weights."),
+    "check": Command("inspect:Check", "Say which engines read an adapter.", computes=False),
+    "export": Command("adapters:Export", "Write an adapter for another engine or rank, or a sum."),
     "merge": Command("adapters:Merge", "Merge an adapter into its base model."),
     "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("adapters:Train", "Train a LoRA adapter of a base model on examples."),
     "methods": Command("inspect:Methods", "List the transfer methods.", computes=False),
-    "cache": Command("cache:ACTIONS", "List, verify or clear the files kept on disk.", computes=False),
+    "cache": Command("cache:ACTIONS", "List, verify or clear the cache on disk.", computes=False),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line: the arguments, or those of this process if None.
 
-    Exits with 0; with 2 after an error of the user's; with 3 where `--fail-on` asks for it; with 130 after Ctrl-C.
+    Exits with 0; with 2 after a user's error; with 3 if the condition of `--fail-on` holds; with 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None
@@ -120,7 +120,7 @@ def _answer_interrupts() -> None:
     Python hears of Ctrl-C only when what it has called, such as XLA's compiler, returns. Its handler writes the signal
     to a socket at once, and a thread that reads there answers; the main thread raises the exception as ever.
 
-    Nothing changes where Ctrl-C does not raise `KeyboardInterrupt`, as in a shell's background jobs, which ignore it.
+    Nothing changes if Ctrl-C does not raise `KeyboardInterrupt`, as in a shell's background jobs, which ignore it.
     """
     from jcrosslora.utils.progress import DISPLAY
 
@@ -220,7 +220,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _print_completion(arguments: list[str]) -> int:
-    """Write the completion script of all commands, which has to import every one of them."""
+    """Write the completion script of all commands, which imports all of them."""
     if len(arguments) < 2 or arguments[1] not in _SHELLS:
         asked = f"{' '.join(arguments)} was given"
         return fail(f"{asked}; name a shell, {', '.join(_SHELLS)}, and a file to write", USER_ERROR)

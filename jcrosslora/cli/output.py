@@ -1,4 +1,4 @@
-"""What commands share: opening bases and shelves, printing, and the exit codes that `--fail-on` asks for."""
+"""What commands share: opening bases and shelves, printing, and the exit codes of `--fail-on`."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class OnDevice:
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"run": ("device",)}
 
     device: Device | None = None
-    """Where this process computes; JAX chooses if not given."""
+    """The device to compute on; by default JAX chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Long(OnDevice):
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"run": ("quiet", "device")}
 
     quiet: bool = False
-    """Print errors alone, and the path that was written."""
+    """Print only errors, and the path of the result."""
 
     def written(self) -> str:
         """Return the path that was written."""
@@ -59,10 +59,10 @@ def use_device(device: Device, *, alone: bool) -> None:
     """Have JAX compute on devices of a kind.
 
     Args:
-        alone: whether this process works alone; several look at no device before they have found each other.
+        alone: whether this is the only process; several connect before they look at devices.
 
     Raises:
-        UsageError: JAX finds none of this kind.
+        UsageError: JAX finds no device of this kind.
     """
     import jax
 
@@ -95,7 +95,7 @@ def print_table(
 
 
 def title_of(prompt: "Prompt", most: int) -> str:
-    """Return a prompt on one line of at most so many characters."""
+    """Return a prompt on one line, cut to a number of characters."""
     from jcrosslora.text import prompt_text
 
     return shortened(" ".join(prompt_text(prompt).split()), most)
@@ -127,7 +127,7 @@ def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
 
 
 def opened_base(base: str | None, template: Path | None) -> "BaseModel":
-    """Open a base, with a chat template that replaces its own where one is given."""
+    """Open a base, with a chat template instead of its own if one is given."""
     from jcrosslora.checkpoint import open_base
 
     if base is None:
@@ -137,7 +137,7 @@ def opened_base(base: str | None, template: Path | None) -> "BaseModel":
 
 
 def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shelf":
-    """Open a shelf, and its base with a chat template where one is given."""
+    """Open a shelf, and its base with a chat template if one is given."""
     from jcrosslora.shelf import Shelf
 
     if base is None and template is not None:

@@ -1,4 +1,4 @@
-"""`jcrosslora shelf`: keep adapters of one base, and find those for a prompt."""
+"""`jcrosslora shelf`: keep adapters of one base, and find the ones for a prompt."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,23 +30,23 @@ class _OnShelf:
 
 @dataclass(frozen=True)
 class Add(_OnShelf):
-    """Add adapters, or all below a folder such as the output of a batch; a shelf that is not there is made."""
+    """Add adapters, or all in a folder such as the output of a batch; creates the shelf if missing."""
 
     adapters: tyro.conf.Positional[tuple[str, ...]]
-    """Adapters, hub ids, or folders with adapters below."""
+    """Adapters, hub ids, or folders of adapters."""
     base: str | None = None
     """The base of all adapters: a folder of safetensors, a GGUF file or a hub id. A new shelf needs it; later it is
     needed if the base has moved."""
     prompts: Path | None = None
-    """File of prompts of the adapters' task, as --prompts of a transfer takes them: the samples by which they are
-    found. Without it, the prompts that the source wrote when an adapter was moved."""
+    """File with prompts of the adapters' task, in the form of transfer's --prompts: samples to find the adapters by. By
+    default the prompts that the source wrote for the transfer."""
     name: str | None = None
     """Name of a single adapter instead of that of its folder."""
     lift: float | None = None
-    """Of a single adapter, the share of a trained adapter's gain that it recovers, where you have measured it."""
+    """The share of a trained adapter's gain that a single adapter recovers, if you have measured it."""
     encoder: str | None = None
-    """Of a new shelf: what makes vectors of samples. hidden, the default: states of the base itself. sentences:MODEL: a
-    model of sentence-transformers. none: no vectors, for searches by words or certainty."""
+    """For a new shelf, what computes vectors of samples. hidden, the default: hidden states of the base.
+    sentences:MODEL: a model of sentence-transformers. none: no vectors, for searches by words or certainty."""
 
     def run(self, console: Console) -> int:
         from jcrosslora.adapter.folder import is_adapter
@@ -77,7 +77,7 @@ class Add(_OnShelf):
 
 @dataclass(frozen=True)
 class List(_OnShelf):
-    """Show every adapter with its rank, samples, origin and what is known of its effect."""
+    """Show every adapter with its rank, samples, origin and its effect."""
 
     json: bool = False
     """Print the entries as JSON, without samples."""
@@ -109,7 +109,7 @@ class List(_OnShelf):
 
 @dataclass(frozen=True)
 class Show(_OnShelf):
-    """Show what is known of one adapter, with its samples."""
+    """Show one adapter with its samples."""
 
     name: tyro.conf.Positional[str]
     """The adapter."""
@@ -159,7 +159,7 @@ class Remove(_OnShelf):
 
 @dataclass(frozen=True)
 class Search(_OnShelf):
-    """Find the adapters whose task a prompt is of; "none" where it is of no adapter's, and the base alone suits."""
+    """Find the adapters that suit a prompt; "none" if the base alone should answer."""
 
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """One or more prompts."""
@@ -169,7 +169,7 @@ class Search(_OnShelf):
     """How: text (vectors of samples, the default), tfidf (their words), certainty (how much an adapter changes what the
     base predicts; runs every adapter) or weights (vectors of weights, see `shelf train`)."""
     top: int = 1
-    """At most so many adapters for a prompt."""
+    """Find at most N adapters for a prompt."""
     base: str | None = None
     """The base, if it has moved."""
     json: bool = False
@@ -195,11 +195,11 @@ class Train(_OnShelf):
     """Train the encoder of adapters by their weights, for `shelf search --by weights`."""
 
     steps: int = 300
-    """Updates of the encoder, each with 8 adapters and a sample of each."""
+    """Training steps, each with 8 adapters and a sample of each."""
     rate: float = 1e-3
-    """The highest learning rate."""
+    """Peak learning rate."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of everything random."""
     base: str | None = None
     """The base, if it has moved."""
 
@@ -213,17 +213,17 @@ class Train(_OnShelf):
 
 @dataclass(frozen=True)
 class Evaluate(_OnShelf):
-    """Judge ways to search by prompts whose adapters are known."""
+    """Score ways to search on prompts whose adapters are known."""
 
     samples: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """NAME=FILE, or NAME,NAME=FILE where several adapters are of the task; may be given several times. FILE holds
+    """NAME=FILE, or NAME,NAME=FILE if several adapters have the same task; may be given several times. FILE holds
     prompts of the task that are not among the adapter's samples."""
     unrelated: Path | None = None
-    """Prompts of no adapter's task, for the share of them that gets an adapter all the same."""
+    """Prompts of no adapter's task, to measure how many of them get an adapter."""
     by: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A way to search, as for `shelf search`; may be given several times. Without it text and tfidf."""
+    """A way to search, as for `shelf search`; may be given several times. By default text and tfidf."""
     limit: int = 200
-    """At most so many prompts of each file, evenly spread."""
+    """Use at most N prompts from all over each file."""
     base: str | None = None
     """The base, if it has moved."""
     json: bool = False

@@ -30,22 +30,24 @@ class TransferOptions:
     depth: str = "proportional"
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
-    """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
+    """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); by default the method
+    decides."""
     scale: float = 1.0
-    """Multiply every moved update by this; refused where an update is fitted."""
+    """Multiply every mapped update by this; refused if an update is fitted."""
     out_rank: RankRule | None = None
     """Truncate every moved update to this rank, or to the lowest that keeps this share of its energy, such as 0.99.
     auto: all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
     vectors of each weight to take."""
     seed: int = 0
-    """Seed of everything that is drawn at random: the random control, and the texts that a base writes."""
+    """Seed of the random control and of the texts that a base writes."""
     probe_count: int = 288
-    """How many texts the source base writes; only where the bases have to run on text."""
+    """Number of texts that the source writes, if the method runs the bases on text."""
     effect: EffectCheck = "auto"
-    """Run both bases with and without the adapter in the end: always, never, or where the method runs them anyway."""
+    """Run both bases with and without the adapter at the end: always, never, or (auto) if the method runs them
+    anyway."""
     divide: Divide = "auto"
-    """Divide the weights of the bases that a fit and the check of the effect run over the devices of this process:
-    always, never, or where they do not fit into one (auto). The result is the same but for rounding."""
+    """Divide the weights of the bases over the devices of this process, in a fit and the check of the effect: always,
+    never, or (auto) if they do not fit into one. The result is the same but for rounding."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind of effect check, and of division."""
@@ -60,7 +62,7 @@ class TransferOptions:
 
 
 def make_options(given: Mapping[str, Any]) -> TransferOptions:
-    """Make options from keywords of Python; a `UsageError` names one that there is not."""
+    """Make options from keywords of Python; a `UsageError` names an unknown one."""
     known = [field.name for field in fields(TransferOptions)]
     for name in given:
         if methods := setting_fields().get(name):
@@ -88,38 +90,39 @@ class TransferSettings(TransferOptions):
     method: MethodLike = AUTO
     """How to move it: a method by name or as an object, or auto, which chooses by the weights of both bases."""
     adapter_rank: int | None = None
-    """Read no update of the adapter at more than this rank; if not given exactly, a DoRA at twice its rank."""
+    """Cut the adapter's updates to this rank as they are read; by default they are exact, and a DoRA has twice its
+    rank."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
-    """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
+    """portable: PEFT with one rank, which every engine reads. peft: a rank for each module. mlx: the folder of MLX.
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
-    them, for LoRA-XS. peft alone holds changes of the embedding and the output head."""
+    them, for LoRA-XS. Only peft holds changes of the embedding and the output head."""
     prompts: str | None = None
-    """File of prompts of the adapter's own task, without answers, one a line, or JSONL with "text", "prompt" or the
+    """File with prompts of the adapter's task, without answers, one a line, or JSONL with "text", "prompt" or the
     "messages" of a conversation; a few hundred help most.
-    Where an update is fitted, the source answers them with its adapter; other methods run both bases on them. Without
-    it the source base writes its own, which recover less."""
+    For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
+    writes prompts, which recover less."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
     """Hub revision of the source base."""
     source_backend: Backend = "jax"
-    """Who runs the source: this package (jax), or transformers and PEFT (torch), which know more classes; needs
-    jcrosslora[torch]. Then an update is fitted, and the weights of the source have no other use."""
+    """What runs the source: this package (jax), or transformers and PEFT (torch), which support more classes; needs
+    jcrosslora[torch], and a method that fits an update."""
     source_url: str | None = None
-    """Ask a server that runs the source, such as http://host:8000/v1, instead of ADAPTER and --source: any that speaks
-    the OpenAI API and tells log-probabilities. Its key: JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY in the environment."""
+    """A server that runs the source, such as http://host:8000/v1, instead of ADAPTER and --source: any with the OpenAI
+    API and log-probabilities. Its key is JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY in the environment."""
     source_model: str | None = None
     """The server's name of the source with its adapter."""
     source_base_model: str | None = None
-    """The server's name of the source alone, where the server does not say it itself."""
+    """The server's name of the source alone, if the server does not report it."""
     source_tokenizer: str | None = None
-    """The tokenizer of a source that is asked: a folder, a GGUF file or a hub id; for torch that of the source."""
+    """The tokenizer of a queried source: a folder, a GGUF file or a hub id; for torch by default the source's."""
     source_top_logprobs: int = 20
-    """How many of the likeliest tokens a server is asked for at each position."""
+    """Number of log-probabilities to request at each position."""
     source_requests: int = 8
-    """The most requests to a server at a time."""
+    """Requests to the server at a time."""
     target_revision: str | None = None
     """Hub revision of the target base."""
     source_template: str | None = None
@@ -132,7 +135,7 @@ class TransferSettings(TransferOptions):
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
     cache: bool = True
-    """Keep factors and transports in the user's cache folder, and look for them there. The result is the same."""
+    """Use the cache folder for factors and transports. The result is the same."""
 
     def __post_init__(self) -> None:
         """Make the method an object, so that equal settings are equal; refuse settings that do not go together."""
