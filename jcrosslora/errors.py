@@ -51,7 +51,7 @@ class OutputError(JCrossLoRAError):
 
 
 class CacheError(JCrossLoRAError):
-    """The cache was asked for by name and is damaged, or cannot be changed. A transfer goes on without it instead."""
+    """A command on the cache found it damaged or not writable. Transfers go on without it."""
 
 
 class ShortMemoryError(JCrossLoRAError):

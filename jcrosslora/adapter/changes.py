@@ -269,8 +269,8 @@ def complete_rows(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[Toke
     """Bring changes, at most one of each matrix of the base, into the form in which PEFT stores them.
 
     Two equal changes become one if the base has one matrix for embedding and head. All rows are given if most of them
-    are replaced; and if rows of the embedding alone are replaced and the base ties the head to it, since peft applies
-    single rows of such an embedding to the head as well.
+    are replaced; and if only rows of the embedding are replaced and the base ties the head to it, because peft also
+    applies single rows of a tied embedding to the head.
     """
     if base.tied and len(updates) == 2 and updates[0].same_change(updates[1]):
         first = min(updates, key=lambda update: update.table != EMBEDDING)

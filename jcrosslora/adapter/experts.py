@@ -24,7 +24,7 @@ _Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 
 
 def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
-    """Read the updates of experts from the factors of modules of which `is_of_experts` holds.
+    """Read the updates of experts from the factors of modules for which `is_of_experts` holds.
 
     Returns:
         The updates by layer, and "" or the reason why there are none.
@@ -72,11 +72,11 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
 
 
 def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an `adapter_config.json` says of updates of experts: their names, ranks, and scale 1."""
+    """Return the entries of an `adapter_config.json` for updates of experts: their names, ranks, and scale 1."""
     names = {contents.class_name(update.name): update.a.shape[1] for update in contents.adapter.experts}
     if not names:
         return {}
-    # peft warns of patterns of parameters, and uses them all the same.
+    # peft warns of patterns of parameters, but uses them.
     patterns = {exact_pattern(name): rank for name, rank in names.items() if rank != config["r"]}
     merged = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
     return {"target_parameters": [*config.get("target_parameters", ()), *names], **merged}

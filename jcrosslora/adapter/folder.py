@@ -1,6 +1,6 @@
 """Find the files of an adapter and tell their format: a folder, a hub repository, or a file of llama.cpp.
 
-The licence of an adapter is the one that its model card states, in the YAML before the text of a README.md.
+The licence of an adapter is the one in the YAML header of its model card, README.md.
 """
 
 import re

@@ -33,26 +33,25 @@ def load_adapter(
     config: Mapping[str, Any] | None = None,
     replaced: bool = False,
 ) -> Adapter:
-    """Load an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.KINDS` lists them).
+    """Load an adapter: LoRA, or another kind that peft or its authors' code writes (`kinds.KINDS` lists them).
 
     Args:
         ref: one of
             a folder with `adapter_config.json` and `adapter_model.safetensors`, or MLX's `adapters.safetensors`;
             a .gguf file of llama.cpp, or a folder with `adapter.gguf`;
-            a hub id of one of the former two (`HF_HUB_OFFLINE` is respected; only the two files are downloaded);
+            the hub id of a PEFT or MLX folder (`HF_HUB_OFFLINE` is respected; only the two files are downloaded);
             a live `peft.PeftModel`, see `adapter_from_peft`;
             a mapping: PEFT's state dict, with its `config`, or a tree for `from_pytree`;
-            an `Adapter`, which is returned as it is.
+            an `Adapter`, which is returned unchanged.
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are only defined with its
             weights or shapes, and llama.cpp's q and k of a llama only with its heads. If it is given, changes of the
-            embedding and the output head are read as well, into `tokens`, and the size of other changes is known.
+            embedding and the output head are read too, into `tokens`, and the size of other changes is known.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, truncated optimally; None is exact, and for DoRA, whose update is
             of full rank, twice the rank of its B A. `info.read_as` says what that loses.
         config: the `adapter_config.json` of a state dict.
-        replaced: whether biases, norms and whole layers that replace those of `base` are read from files too; they are
-            for this base alone, and are listed in `info.ignored` otherwise. The adapter may then have no update of a
-            linear layer.
+        replaced: whether to also read biases, norms and whole layers that replace those of `base`; they fit no other
+            base. Otherwise `info.ignored` lists them. The adapter may then have no update of a linear layer.
 
     Returns:
         The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the
@@ -61,8 +60,8 @@ def load_adapter(
         no base.
 
     Raises:
-        AdapterError: not there, damaged, of a kind that is refused (named), or of one that the base is needed for.
-        UsageError: a rank below 1, or a `config` for something that brings its own.
+        AdapterError: not found, damaged, of a refused kind (named), or of a kind that needs the base.
+        UsageError: a rank below 1, or a `config` for something that has one.
     """
     if rank is not None and rank < 1:
         msg = f"adapter rank {rank} is out of range; it must be at least 1"
@@ -132,7 +131,7 @@ def _value(leaf: Any) -> Any:
 
 def _array(leaf: Any) -> Array:
     value = _value(leaf)
-    # A tracer or a device array stays as it is.
+    # A tracer or a device array stays unchanged.
     return value if hasattr(value, "ndim") and not hasattr(value, "detach") else as_numpy(value)
 
 

@@ -1,6 +1,6 @@
 """Adapters between singular vectors of the base's weights: profile lora-xs, and updates of LoRA-X.
 
-LoRA-XS: dW = B R A, of which only R (K, K) is trained. B and A are frozen: B = U and A = S V' of the top K singular
+LoRA-XS: dW = B R A, where only R (K, K) is trained. B and A are frozen: B = U and A = S V' of the top K singular
 triplets of the base's weight, as the repository's SVD of the transposed weight gives them. R = U' dW V S^-1 makes
 U R S V' = U U' dW V V', the part of the update in their span and so its best fit in the Frobenius norm; its energy is
 ||U' dW V||_F^2. The file is PEFT's with one rank, alpha equal to that rank, and R as

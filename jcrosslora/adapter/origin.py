@@ -1,6 +1,6 @@
-"""What speaks against a base as the one of an adapter: names, and weights that hold the update already.
+"""Find signs that an adapter was trained on another base: names, and weights that already hold the update.
 
-Adapters of other shapes are refused when they are loaded; this is for models of equal shapes.
+Adapters of other shapes are refused on loading; this is for models of equal shapes.
 """
 
 import math
@@ -15,18 +15,18 @@ from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
 
 _MODULES = 4  # whose weights are read
-# Part of a merged update that is found in the weights, which is 1 but for rounding; and how many standard deviations it
-# has to be above what weights that know nothing of the update hold by chance.
+# Least part of an update in the weights that counts as merged (1 but for rounding if it is); and by how many standard
+# deviations it has to exceed what unrelated weights hold by chance.
 _HELD, _DEVIATIONS = 0.5, 6.0
-# Words by which makers tell models of one size apart.
+# Words that distinguish models of one size.
 _KINDS = {word: word for word in ("instruct", "coder", "math", "vision", "guard", "thinking", "embedding")}
 _KINDS |= {"it": "instruct", "chat": "instruct", "code": "coder", "vl": "vision"}
 
 
 def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
-    """Say what speaks against a base as the one that an adapter was trained on, one sentence each.
+    """Give the signs that an adapter was trained on another base, one sentence each.
 
-    With `weights` some of the base's are read and looked at as well.
+    With `weights` some of the base's weights are compared too.
     """
     stated, found = adapter.info.base_name, []
     if stated is not None and (evidence := other_model(stated, base.name)) is not None:
@@ -39,10 +39,10 @@ def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ..
 
 
 def other_model(stated: str, name: str) -> str | None:
-    """Return by what in their names two models are told apart; None if they may be one.
+    """Return what distinguishes two models in their names; None if they may be the same.
 
-    `stated` is the base that an adapter names, and `name` a hub id or the name in a GGUF file, which often leaves words
-    of the id out. Names of folders say nothing.
+    `stated` is the base that an adapter names, and `name` a hub id or the name in a GGUF file, which often
+    lacks words of the id. Names of folders do not count.
     """
     if not is_on_hub(stated) or (not is_on_hub(name) and ("/" in name or Path(name).exists())):
         return None

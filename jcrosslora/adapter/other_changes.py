@@ -4,11 +4,11 @@ peft stores changes of embedding and head in four forms. LoRA of an embedding: `
 `lora_embedding_B` (D, K), which mean dE = s (B A)'. LoRA of the head: as of any linear layer. `modules_to_save`: the
 whole matrix. `trainable_token_indices`: the new rows, in spite of their name `trainable_tokens_delta`, of the tokens
 that the configuration lists; if the base ties the head to the embedding, they apply to both unless other tokens are
-listed for the head. In writing, factors stay a LoRA. A matrix of which most rows change is written whole, for
+listed for the head. On writing, factors stay a LoRA. A matrix with mostly changed rows is written whole, for
 `modules_to_save`; single rows as `trainable_token_indices`.
 
 Tensors that replace those of the base are under `modules_to_save` (norms, whole layers with their biases), `bias`
-(trained biases) and `lora_bias` (b, of which s b is added to the base's bias).
+(trained biases) and `lora_bias` (b; s b is added to the base's bias).
 
 Rows and tensors are written in float32 unless the dtype of the file holds them exactly, because the change is a small
 difference from the base's.
@@ -198,8 +198,7 @@ def read_replaced(
         updated: the modules that have a low-rank update.
 
     Returns:
-        The tensors; the names in the file that they were read from; and for each kind of change of which something was
-        not read the reason.
+        The tensors; their names in the file; and the reason for each kind of change that was not read completely.
     """
     shapes = {} if file.base is None else file.base.tensor_shapes()
     found: dict[str, dict[str, np.ndarray]] = {}

@@ -1,6 +1,6 @@
-"""Open an adapter, tell its kind, and read its updates into memory, as low-rank factors.
+"""Open an adapter, find its kind, and read its updates into memory, as low-rank factors.
 
-What is not such an update is measured, and said in sentences.
+Other changes are measured, and described in sentences.
 """
 
 import math
@@ -173,7 +173,7 @@ def _other_changes(
     *,
     replaced: bool,
 ) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
-    """Read changes of embedding and head, and replaced tensors if asked for; say in sentences what else there is."""
+    """Read changes of embedding and head, and replaced tensors if wanted; describe the rest in sentences."""
     tokens, read, reasons = read_tokens(file, head)
     left = _without(file.extras, read)
     own, read_own, reasons_own = read_replaced(file, left, linear) if replaced else ((), set(), {})

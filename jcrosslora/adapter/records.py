@@ -34,7 +34,7 @@ class AdapterInfo:
         lost: share of the update's squared Frobenius norm that reading it lost.
         licence: as the adapter's own card states it.
         licence_name: the name of one that the hub does not know, whose `licence` is "other".
-        rank_limit: the largest rank that was asked for when it was read.
+        rank_limit: the largest rank to read it at.
         chat_template: Jinja template in its folder, which it was probably trained in.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
@@ -85,7 +85,7 @@ class Adapter:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
         tokens: changes of the embedding and of the output head; read only if the base was given.
-        replaced: biases, norms and whole layers that replace those of its base; read only if asked for.
+        replaced: biases, norms and whole layers that replace those of its base; only read with `replaced`.
         experts: updates of experts of its base; read only if the base was given.
     """
 
@@ -206,7 +206,7 @@ def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
 
 
 def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
-    """Say of each change of an adapter that is not carried that it does not move, and why (a half-sentence or "")."""
+    """Say for each change that is not carried that it does not move, and why (a half-sentence or "")."""
     rows = () if Carried.TOKENS in carried else adapter.tokens
     tensors = () if Carried.REPLACED in carried else adapter.replaced
     left = [describe_change(change.kind, change.modules, change.share) for change in (*rows, *tensors)]

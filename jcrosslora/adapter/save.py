@@ -115,10 +115,10 @@ def save_adapter(
     Args:
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
-        base: what it is for; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
-            its modules that have the ending of a written one but no update go into `exclude_modules`, or PEFT would
-            expect tensors for them; the header of the weights file names it by its digest, if that is known. None
-            merges nothing, and keeps the names of the adapter's own file.
+        base: its base; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
+            modules without an update that have the ending of a written one go into `exclude_modules`, or PEFT would
+            expect tensors for them; the header of the weights file has the digest of the base, if known. None merges
+            nothing, and keeps the names in the adapter's file.
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the

@@ -59,7 +59,7 @@ class Truncation:
 
     @property
     def outcome(self) -> str:
-        """What is left, as the second half of a sentence."""
+        """The share that was kept, as the second half of a sentence."""
         return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 

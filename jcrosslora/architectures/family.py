@@ -185,12 +185,12 @@ class Family:
         width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
         experts: of the layers with experts instead of one MLP, if there are any.
         resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
-            its own result as it is.
+            its own result unchanged.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
         norms: norms of a layer. "attn" and "mlp" before attention and MLP, "attn_post" and "mlp_post" after them,
             "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
-        stored: how files and the class name what every family has, where they do so otherwise than most.
+        stored: unusual names of common modules and tensors, in files and in the class.
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of RMS norms; if it is stated, norms are "rms" in spite of `norm`.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).

@@ -93,7 +93,7 @@ _linear_rounded.defvjp(_forward, _backward)
 
 
 def from_bits(weight: jax.Array) -> jax.Array:
-    """Return the bfloat16 numbers of their bits, uint16; other arrays as they are."""
+    """Return the bfloat16 numbers of their bits, uint16; other arrays unchanged."""
     # A scan over layers copies each layer's weights out of their stack. On a CPU, XLA copies bfloat16 element by
     # element, which takes several times as long as the products; it copies integers as memory.
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if is_packed(weight) else weight

@@ -1,4 +1,4 @@
-"""A base model: its modules, its tensors on demand, its vocabulary and its identity; and what is known without them."""
+"""A base model: its modules, its tensors on demand, its vocabulary and its identity; and its facts without weights."""
 
 import hashlib
 from collections import Counter
@@ -241,7 +241,7 @@ class BaseModel:
 
 @dataclass(frozen=True, eq=False)
 class BaseInfo:
-    """What is known of a base model without its weights.
+    """Facts about a base model, without its weights.
 
     Attributes:
         name: as written into `base_model_name_or_path`.

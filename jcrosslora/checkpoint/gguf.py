@@ -197,7 +197,7 @@ def float_type(kind: int, gguf: ModuleType) -> str:
 
 
 def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None = None) -> np.ndarray:
-    """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned as they are."""
+    """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned unchanged."""
     quant = gguf.GGMLQuantizationType(kind)
     if quant.name in _NATIVE:
         return stored

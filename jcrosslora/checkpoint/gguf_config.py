@@ -161,7 +161,7 @@ def _rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[
     return scaling
 
 
-_NEVER = 1e29  # divisors of frequencies beyond this leave a pair as it is: files have 1e30
+_NEVER = 1e29  # divisors of frequencies beyond this leave a pair unchanged: files have 1e30
 
 
 def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
 def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
     """Return what only the yarn of Ministral 3 and Mistral 4 has; files state one of two mscales, of 1.
 
-    How queries grow is stated or implied; files that state it otherwise than the class, or another mscale, are refused.
+    How queries grow is stated or implied; files that differ from the class in it, or state another mscale, are refused.
     """
     beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
     wanted = 0.1 if LatentAttention in meta.family.blocks else 1.0

@@ -207,7 +207,7 @@ class Metadata:
 
     Raises:
         CheckpointError: an architecture that is not supported, a file that is not a complete base model, or a value
-            of another type than was asked for.
+            of another type.
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path):

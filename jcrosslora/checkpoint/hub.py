@@ -35,14 +35,14 @@ def is_on_hub(ref: str | None) -> bool:
 
 
 def public_name(ref: str | None) -> str | None:
-    """Return what files say of a base or an adapter: a hub id unchanged, or the last part of a path, of Windows too."""
+    """Return the public name of a base or an adapter: its hub id, or the last part of its path."""
     if ref is None or is_on_hub(ref):
         return ref
     return PureWindowsPath(ref).name if "\\" in ref else Path(ref).name or Path(ref).resolve().name or None
 
 
 def public_names(refs: Iterable[str]) -> list[str]:
-    """Return the public form of each reference, with a number after one that another has as well."""
+    """Return the public form of each reference, with a number after it if another has the same."""
     found: list[str] = []
     for ref in refs:
         name = public_name(ref) or ref
@@ -129,7 +129,7 @@ def download(fetcher: Callable[..., str], hub_id: str, *names: str, **options: A
 
 
 def reaches_hub() -> bool:
-    """Tell whether the hub answers one request; what came of it counts for half a minute.
+    """Tell whether the hub answers one request; the result is kept for half a minute.
 
     The client itself tries a request five times, which takes 25 s without a network.
     """

@@ -60,7 +60,7 @@ def _flatten(weights: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]
 
 
 def _joined(arrays: Sequence[Any]) -> Any:
-    """Return one array as it is, and the rows of several one after another as a numpy array."""
+    """Return one array unchanged, and the rows of several one after another as a numpy array."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([_to_numpy(array) for array in arrays])
 
 

@@ -38,7 +38,7 @@ def open_base(
             transformers or PEFT, whose adapters are left out; or weights with Hugging Face names and matrices of
             shape (out features, in features): a mapping such as a torch `state_dict`, nested mappings, or an
             `nnx.State`. Weights in memory are not copied and must not change while the base is in use. A `BaseModel`
-            is returned as it is.
+            is returned unchanged.
         revision: branch, tag or commit of a hub id. Of local files only their known commit is accepted.
         name: what adapters should name as their base; the rule without it is at `BaseModel.name`.
         config: for weights in memory, the content of config.json or a configuration of transformers. A live model

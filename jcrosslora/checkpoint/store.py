@@ -131,7 +131,7 @@ class MappedFile:
 
     @cached_property
     def buffer(self) -> mmap.mmap:
-        """The file as a read-only buffer, of which only touched pages are resident."""
+        """The file as a read-only buffer; only touched pages are resident."""
         if self.size == 0:
             self.refuse("the file is empty: download it again")
         with self._reading(), self.path.open("rb") as file:

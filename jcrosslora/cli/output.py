@@ -87,7 +87,7 @@ def print_json(data: Any) -> None:
 def print_table(
     console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[Any]], title: str | None = None
 ) -> None:
-    """Print a table; the cells show their texts as they are, without markup."""
+    """Print a table; the cells show their texts unchanged, without markup."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

@@ -31,7 +31,7 @@ class Written:
 
     Attributes:
         text: without the token that ends it, and without a character that was cut off.
-        tokens: how many tokens, the one that ends it included.
+        tokens: number of tokens, including the one that ends it.
         ended: whether the model ended it; else it was cut off.
     """
 
@@ -103,7 +103,7 @@ class Generator:
             temperature: of the sampling; 0 takes the likeliest token.
             key: from `jax.random.key`; the same key, prompts and shape give the same tokens on one kind of machine.
             shape: (B, T) to pad the prompts to, so that few shapes are compiled; None pads to the longest prompt.
-            until: strings that end a text, looked for every 16 tokens; special tokens go by their names.
+            until: strings that end a text, looked for every 16 tokens; special tokens count by name.
                 None writes all tokens at once.
 
         Returns:
@@ -222,7 +222,7 @@ class Generator:
         return found
 
     def _for(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
-        """Return what writes a batch of so many rows, the first of which are these of the prompts."""
+        """Return the writer of a batch of `rows`, the first of which are the prompts."""
         return self
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

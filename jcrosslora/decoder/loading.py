@@ -146,7 +146,7 @@ class LoadedBases:
 
 
 def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
-    """Plan what is kept of the bases of a fit, of which the fit itself and the check of its effect load weights.
+    """Plan what to keep in memory of the bases of a fit; the fit and the check of its effect load weights.
 
     `free` is in bytes; None where that is not known, and nothing is kept. `numbers` says how many numbers of each base
     a device holds.
@@ -243,7 +243,7 @@ class _Stacks:
 
 
 def mesh_of(devices: int) -> Mesh:
-    """Return the mesh, of one axis, of so many devices of this process."""
+    """Return the mesh, of one axis, of this number of devices of the process."""
     return Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
 
 
@@ -303,7 +303,7 @@ def held_numbers(base: BaseModel, devices: int = 1) -> int:
 def fill(
     shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray], sharding: NamedSharding | None = None
 ) -> jax.Array:
-    """Return an array of pieces, of which the host holds one at a time and a device what is its own.
+    """Return an array of pieces; the host holds one at a time, and a device only its share.
 
     The pieces are rows (n, ...) of the array, in order. Without a sharding all of it is on the default device.
     """

@@ -171,7 +171,7 @@ def _stacked(adapters: Sequence[Adapter], base: BaseModel) -> list[StackedAdapte
 
 
 def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:
-    """Return an adapter of a base of scale 1, without modules of which a factor is zero."""
+    """Return an adapter of a base of scale 1, without modules with a zero factor."""
     modules = {}
     for role in (role for role in ROLES if role in stacked.roles):
         factors = stacked.roles[role]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jcrosslora.utils.cost import TEXT, Cost
 
-_BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
+_BATCH, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
 _READ = _BATCH * _WIDE  # tokens that are read in one pass, padding included
 _SLOTS = _BATCH * 512  # of the cache of a batch, without those of what is written
 _ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
@@ -19,8 +19,8 @@ _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 SHORTEST = 32  # tokens of a common beginning, the fewest; their number is a multiple of `_MULTIPLE`
-# Share of the tokens of whole prompts that batches after common beginnings have at most: they are compiled anew, and
-# the passes over beginnings and what is after them are two.
+# Common beginnings are used if they leave at most this share of the tokens: they need another compilation and two
+# passes.
 _WORTH = 0.9
 # Prompts are read with an adapter and kept in the cache: 48 took 104 to 115 ms where passes of 8 texts without take 73.
 _PREFILL = 1.5
@@ -62,7 +62,7 @@ class PromptBatch:
     """Prompts that are answered together: token ids int32 (T,) without their beginnings, padded to a shape (B, T).
 
     Attributes:
-        beginnings: what stands before the texts; None if these are whole prompts.
+        beginnings: the beginnings of the texts; None if these are whole prompts.
     """
 
     places: list[int]
@@ -78,7 +78,7 @@ class PromptBatch:
 
 
 def writing_cost(texts: int, tokens: int, prompt: float = TEXT) -> Cost:
-    """Count the writing of texts of at most so many tokens, after prompts of a mean length."""
+    """Count the writing of texts up to a length, after prompts of a mean length."""
     return Cost(texts, written=-(-texts // _BATCH) * tokens, source=_PREFILL * texts * prompt)
 
 

@@ -42,7 +42,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
     Args:
         path: lines of {"messages": [{"role", "content"}, ...]}, the last of them the assistant's; of {"prompt": text,
-            "answer": text}, where " " and the answer follow the prompt as it is; or of {"question", "choices",
+            "answer": text}, where " " and the answer follow the prompt unchanged; or of {"question", "choices",
             "answer"}, as `read_task` takes them. Lines of the first two kinds may have "references", a list of answers
             that are as good.
 
@@ -88,7 +88,7 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read the user's own prompts, of which answers are not used.
+    """Read the user's prompts; answers in the file are not used.
 
     Args:
         path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text" or

@@ -86,7 +86,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """What is known of a task before any adapter is moved.
+    """The facts of a task before any adapter is moved.
 
     Attributes:
         prompts: how many the user gave.
@@ -244,11 +244,11 @@ class MapMethod(Method):
         raise NotImplementedError
 
     def move(self, task: Task) -> Moved:
-        """Return the mapped update as it is. A method that adds something to it overrides this."""
+        """Return the mapped update unchanged. A method that adds something to it overrides this."""
         return Moved(task.mapped)
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
-        """Count nothing for an update that stays as it is."""
+        """Count nothing for an update that stays unchanged."""
         return {} if type(self).move is MapMethod.move else super().cost(sizes)
 
     @property

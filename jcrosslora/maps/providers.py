@@ -51,7 +51,7 @@ def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
 
 
 def evidence_cost(task: AlignmentTask, texts: int) -> Cost | None:
-    """Count the evidence of a task, with so many probe texts; None if a kind of it is not counted."""
+    """Count the evidence of a task with a number of probe texts; None if a kind of it is not counted."""
     costs = [provider.cost(task, texts) for provider in providers_of(task.kinds)]
     known = [cost for cost in costs if cost is not None]
     return sum(known, Cost()) if len(known) == len(costs) else None

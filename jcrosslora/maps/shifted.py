@@ -1,4 +1,4 @@
-"""A moved adapter, with the account of what the maps made of it."""
+"""A moved adapter, with an account of what the maps did to it."""
 
 import math
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class TokenRow:
     Attributes:
         modules: the changed modules; both, if the source ties them.
         kind: the form it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
-        rows: the number of rows (tokens) that it changes, of which the target has `moved`.
+        rows: the number of rows (tokens) that it changes; the target has `moved` of them.
         share: ||.||_F^2 of the change over that of the whole adapter.
         kept: the share of the change's own ||.||_F^2 in the moved rows.
     """
@@ -86,7 +86,7 @@ class TokenRow:
 
 @dataclass(frozen=True, eq=False)
 class Shifted:
-    """An adapter after the maps, with the account of what they made of it.
+    """An adapter after the maps, with an account of what they did to it.
 
     Attributes:
         adapter: of the target, float32; without modules where the method has no maps.

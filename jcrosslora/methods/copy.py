@@ -1,4 +1,4 @@
-"""Methods that keep coordinates: the source's rows and columns as they are, cut or padded, resampled, or selected.
+"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, resampled, or selected.
 
 If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
 same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` and
@@ -26,7 +26,7 @@ class PadTruncate(MapMethod):
     measure = "weight cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Return rectangular identities, which for equal shapes leave the update as it is."""
+        """Return rectangular identities, which for equal shapes leave the update unchanged."""
         return padded_maps(evidence)
 
 

@@ -27,7 +27,7 @@ from jcrosslora.methods.copy import Copy
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
-# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was asked for.
+# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was set.
 ENERGY = 0.99
 
 

@@ -91,7 +91,7 @@ def register_method(method: type[M]) -> type[M]:
 
 
 def allow_module(name: str) -> None:
-    """Import a module of the user's own, also from the current folder, so that its methods go by "module:Class".
+    """Import a module of the user's own, also from the current folder, so that its methods can be named "module:Class".
 
     The name is always one that the user typed, never one from a file, which may be somebody else's.
 

@@ -48,7 +48,7 @@ class BaseComparison:
 
     Attributes:
         words: the relation, most important word first, as strings such as "pruned" or "further trained";
-            docs/comparing-bases.md lists them and how each is told.
+            docs/comparing-bases.md says how each is recognised.
         sentence: the relation as a sentence, with figures.
         parts: how many parts of each kind the two share; empty for unrelated bases.
         layers: the source layer of every target layer, None for none.

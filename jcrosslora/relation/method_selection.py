@@ -26,7 +26,7 @@ from jcrosslora.relation.wording import choice_reason, finding_phrase
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
 # For near copies: if they differ by rounding at most, and if one was trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
-# For bases of which one is made of the other's parts.
+# For bases where one is made of the other's parts.
 PARTS_METHOD = "select"
 # For compressed targets: the same, then fitted to what the adapted source predicts.
 MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
@@ -78,7 +78,7 @@ def choose_method(
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
-    clearly trained further. Bases of which one is made of the other's parts (pruned, permuted, with repeated layers)
+    clearly trained further. Bases where one is made of the other's parts (pruned, permuted, with repeated layers)
     get `select`. Where the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
     source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.

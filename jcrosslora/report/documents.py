@@ -23,15 +23,15 @@ RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
 # Local files are given by name only: add ADAPTER, --source, --target and --prompts with your own paths, and
-# --source-url where a server is asked.
+# --source-url for a source behind a server.
 """
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 _LOOKS = 10  # points of a fit's curve that the card shows
 _EXAMPLES = "Some of the completions, prompts and answers written by the source with the original adapter:"
 _EFFECT = (
-    "What the original update changes on the source and the moved one on the target, over the same positions of "
-    "the same texts: the divergence from the base without it (mean and standard deviation over texts), and the "
-    "negative log-likelihood of the text, in nats."
+    "How the original update changes the source and the moved one the target, over the same positions of the same "
+    "texts: the divergence from the base without it (mean and standard deviation over texts), and the negative "
+    "log-likelihood of the text, in nats."
 )
 _LICENCE = (
     "The licences of the source adapter, of the source base model and of the target base model all apply to this "
@@ -84,7 +84,7 @@ def _source_name(report: TransferReport) -> str | None:
     """Return the hub id that the adapter's configuration states, else the name in the source's file.
 
     The `general.name` of a GGUF file is set at training, and often differs from the name of the repository. An adapter
-    that names another model than the source has no say.
+    that names another model than the source does not count.
     """
     stated, name = report.adapter.base_name, report.source.name
     same = is_on_hub(stated) and (name is None or other_model(stated or "", name) is None)
@@ -142,8 +142,8 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if not isinstance(value, str):
         return str(value)
-    # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False. What does
-    # not print is escaped all the same: a raw DEL they do not allow, and others act on the text after them.
+    # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False.
+    # Characters that do not print are escaped too: TOML forbids a raw DEL, and others act on the text after them.
     text = json.dumps(value, ensure_ascii=False)
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
@@ -171,7 +171,7 @@ def model_card(report: TransferReport, profile: str = "portable") -> str:
 
 
 def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
-    """Yield the title and the text of each section; one without text is left out."""
+    """Yield the title and the text of each section; the caller leaves out empty ones."""
     yield "Base models", _bases(report)
     again = "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`"
     recipe = f"```toml\n{report.recipe_toml.strip()}\n```"
@@ -221,7 +221,7 @@ def _front_matter(base: str | None, library: str, adapter: SourceAdapter) -> str
 
 
 def _module(method: str) -> str:
-    """Say what the command needs for a method of a user's own, and end the sentence."""
+    """Say what the command needs for a user's method, and end the sentence."""
     module, _, own = method.partition(":")
     return f", and `--allow-module {module}` once you have looked at the code of that module." if own else "."
 

@@ -1,4 +1,4 @@
-"""Upload an adapter to a repository of the hub: who writes, whether it may, what is there, and what a refusal means."""
+"""Upload an adapter to a repository of the hub: user, permission, existing files, and explanations of refusals."""
 
 from __future__ import annotations
 

@@ -190,10 +190,10 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         fitted: what was fitted after the maps, one sentence without a full stop; None if nothing was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
         added: what was added to the moved update, one sentence without a full stop; None if nothing was.
-        wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
+        wrote_prompts: whether the source wrote the prompts of the fit.
         examples: some of the completions of the fit, if the source wrote their prompts itself; the user's own prompts
             are not shown.
-        truncation: what the truncation to `out_rank` left; None if none was asked for.
+        truncation: what the truncation to `out_rank` kept; None without one.
         rank_before: the highest rank of the source adapter; None if it is not known.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
@@ -367,7 +367,7 @@ def spread(items: Sequence[T], count: int) -> tuple[T, ...]:
 
 
 def cut(text: str, most: int = _LONGEST) -> str:
-    """Cut a text to so many characters, and say so."""
+    """Cut a text to a number of characters, and say so."""
     return text if len(text) <= most else f"{text[:most]} ..."
 
 

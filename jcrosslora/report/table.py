@@ -27,7 +27,7 @@ _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "it will probably work; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by `--prompts`, can bring more)"
+_MORE = " that the source wrote (a few hundred prompts of the adapter's task, by `--prompts`, can help)"
 
 
 def diagnostics_title(report: TransferReport) -> str:
@@ -120,7 +120,7 @@ def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
-    # Of a source whose weights were not read no norm is known, and some roles are new.
+    # Without the weights of the source no norm is known, and some roles are new.
     norms = [row.norm_before for row in rows if row.norm_before is not None]
     before = f"{math.hypot(*norms):.3g} to " if norms or not rows else ""
     after = math.hypot(*(row.norm_after or 0.0 for row in rows))
@@ -154,12 +154,12 @@ def _number(value: float, digits: int) -> str:
 
 
 def verdict(report: TransferReport) -> Verdict:
-    """Return what to expect of a moved adapter, by its alignment, the energy that is left of it, and its effect."""
+    """Return what to expect of a moved adapter, by its alignment, its remaining energy, and its effect."""
     return report.verdict
 
 
 def judge(report: TransferReport, method: Method) -> Verdict:
-    """Judge a transfer by the diagnostic of its method, the energy that is left of the update, and its effect."""
+    """Judge a transfer by the diagnostic of its method, the remaining energy, and the effect."""
     found, effect = _by_diagnostics(report, method), report.effect
     if effect is None:
         return found
@@ -175,7 +175,7 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
         text = f"the update was fitted to the behaviour of both bases on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
     if not isinstance(method, MapMethod):
-        return Verdict("unknown", f"nothing tells what method {method.name} made of the update: {_MEASURE}")
+        return Verdict("unknown", f"method {method.name} reports no diagnostics: {_MEASURE}")
     if method.is_control:
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < _LOST:
@@ -232,7 +232,7 @@ def _by_cosine(cosine: float) -> Verdict:
 
 
 def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:
-    """Judge by a figure; the sentences say what it means below the first limit, below the second, and above."""
+    """Judge by a figure; the sentences are for values below the first limit, below the second, and above."""
     place = next((place for place, limit in enumerate(limits) if value < limit), 2)
     level, advice = (("chance", _NOTHING), ("weak", _LITTLE), ("aligned", _SOME))[place]
     return Verdict(level, f"{sentences[place]}: {advice}")

@@ -45,7 +45,7 @@ class Upload:
 
 
 def collect(folder: str | Path, *, base_model: str | None = None, with_completions: bool = False) -> Upload:
-    """Check an adapter's folder and collect what is uploaded of it. Nothing is sent, and the folder is not changed.
+    """Check an adapter's folder and collect what to upload. Nothing is sent, and the folder does not change.
 
     Args:
         folder: of an adapter of PEFT or MLX, or with `adapter.gguf`.

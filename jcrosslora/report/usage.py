@@ -54,5 +54,5 @@ def quoted(name: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Write a text as Python does, in double quotes where that needs no escapes of Python's own."""
+    """Write a text as Python does, in double quotes if that needs no further escapes."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)

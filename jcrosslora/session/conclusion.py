@@ -58,7 +58,7 @@ def conclude(
     Args:
         transport: how the bases were aligned, with or without its groups.
         shifted: the adapter after the maps.
-        update: what the method made of it.
+        update: the update that the method made.
         check: measures the effect; None leaves it unmeasured.
     """
     options = move.options

@@ -32,7 +32,7 @@ QueriedModel = ServedModel | TorchModel
 
 
 class QueriedSession:
-    """Transfers from a queried source to a base, asked for as those of a `PairSession`."""
+    """Transfers from a queried source to a base, with the interface of a `PairSession`."""
 
     def __init__(self, model: QueriedModel, target: BaseModel, *, store: Cache | None = None) -> None:
         self._model, self._target, self._root = model, target, None if store is None else store.root

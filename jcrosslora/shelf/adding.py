@@ -1,4 +1,4 @@
-"""Find adapters below a folder, read what the index says of each, and put them on a shelf."""
+"""Find adapters in a folder, read the facts that the index needs, and put them on a shelf."""
 
 import hashlib
 import json
@@ -222,7 +222,7 @@ def _metadata(path: Path) -> Mapping[str, str]:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError):
-        return {}  # no safetensors file, or a damaged one, of which reading the tensors says what is wrong
+        return {}  # no safetensors file, or a damaged one; reading its tensors says what is wrong
 
 
 def _text(record: Any, *keys: str) -> str | None:

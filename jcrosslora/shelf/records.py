@@ -1,4 +1,4 @@
-"""What the index of a shelf says of its base and of each adapter, how it writes paths, and samples of a task.
+"""The records of a shelf's index: its base and adapters, paths, and samples of a task.
 
 A `place` is a hub id, or a path seen from the shelf's folder, so that a shelf can move together with its adapters.
 Samples are prompts of an adapter's task: from the completions of its transfer, or from the user's file.

@@ -94,7 +94,7 @@ class Retriever(Protocol):
 
 @dataclass(eq=False)
 class VectorRetriever:
-    """Searches by an encoder's vectors, of which `of_vectors` makes scores: (P, D) -> float32 (P, N)."""
+    """Searches by an encoder's vectors; `of_vectors` turns them into scores: (P, D) -> float32 (P, N)."""
 
     encoder: Encoder
     thresholds: np.ndarray
@@ -119,7 +119,7 @@ def similarity_to_others(products: np.ndarray, squares: np.ndarray, total: np.nd
 def thresholds_of(similarities: Sequence[np.ndarray]) -> np.ndarray:
     """Choose the thresholds, float32 (N,), by the similarities of each adapter's samples.
 
-    Infinity accepts nothing, and stands where neither the adapter nor the shelf has samples to tell from.
+    It is infinity, which accepts nothing, if neither the adapter nor the shelf has samples.
     """
     pooled = np.concatenate([np.zeros(0), *similarities])
     common = np.quantile(pooled, _MISSED) if len(pooled) else np.inf

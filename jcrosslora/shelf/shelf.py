@@ -244,7 +244,7 @@ class Shelf:
         Args:
             prompts: at least one text or conversation.
             how: with further `settings`, see `jcrosslora.compose`.
-            top: at most so many adapters for a prompt.
+            top: the most adapters for a prompt.
             by: see `search`.
 
         Returns:

@@ -32,7 +32,7 @@ class Completion:
     """A prompt with an answer.
 
     Attributes:
-        prompt: text, which the answer follows as it is, or messages.
+        prompt: text, which the answer follows unchanged, or messages.
         answer: the text after it; of a conversation, the content of the assistant's message.
         ended: whether the answer ends there. One that was cut off does not.
         origin: how it came about, for reports.
@@ -133,7 +133,7 @@ def _as_prompt(value: Asked, number: int) -> Prompt:
 
 
 def _content(value: Any) -> Any:
-    """Join a content in the form of several texts; None if a part is none. Anything else is returned as it is."""
+    """Join a content in the form of several texts; None if a part is none. Anything else is returned unchanged."""
     parts = value if isinstance(value, list) else []
     if not parts or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return value
@@ -144,7 +144,7 @@ def _content(value: Any) -> Any:
 def completion_lines(completions: Iterable[Completion]) -> str:
     """Write one JSON object a line: {"messages"} with the answer as the last one, or {"prompt", "completion"}.
 
-    The completion follows its prompt as it is, without a space between them. A line has "ended": false if the answer
+    The completion follows its prompt unchanged, without a space between them. A line has "ended": false if the answer
     was cut off.
     """
     return "".join(f"{json.dumps(_entry(one), ensure_ascii=False)}\n" for one in completions)

@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import Completion, Message, Prompt
 
-# For bases without a chat template. Contents stand on separate lines, as in nearly all templates, so that their first
+# For bases without a chat template. Contents are on separate lines, as in nearly all templates, so that their first
 # tokens are those of other bases.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -46,7 +46,7 @@ class Reading:
 
 
 def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
-    """Tokenize a completion: a conversation by the base's chat template, plain text as it is.
+    """Tokenize a completion: a conversation by the base's chat template, plain text unchanged.
 
     Raises:
         UsageError: the answer has no separate token, or the chat template refuses the messages.
@@ -159,7 +159,7 @@ def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
-    """Walk along the text; None if it is not made of the contents and of what stands around them."""
+    """Walk along the text; None if it does not consist of the contents and the texts around them."""
     spans, place = [], 0
     for before, content, behind in zip(around, contents, around[1:], strict=False):
         if not text.startswith(before, place):

@@ -195,7 +195,7 @@ class Cache:
                 total -= entry.size
 
     def _total(self) -> int:
-        """Return the bytes of all entries; of those of which it is known already nothing is read."""
+        """Return the bytes of all entries; known ones are not read again."""
         sizes: dict[Path, int] = {}
         for folder in self._folders():
             if folder in self._sizes:

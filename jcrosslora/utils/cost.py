@@ -24,9 +24,9 @@ class Cost:
         target: tokens that the target reads.
         predicted: tokens of the source and of the target whose predictions over the whole vocabulary are made.
         stepped: tokens of gradient steps of the target.
-        decomposed: matrices of which a truncated SVD is made: shape, rank, and whether single vectors matter.
-        svd: O I min(O, I) of the matrices of which a full SVD is made, added up.
-        precise: whether what is read is read in float32.
+        decomposed: matrices with a truncated SVD: shape, rank, and whether single vectors matter.
+        svd: sum of O I min(O, I) over the matrices with a full SVD.
+        precise: whether texts are read in float32.
         budget: seconds that this work and the one before it take, if what is counted does not take longer.
     """
 
@@ -81,7 +81,7 @@ def enough_memory(advice: str = "") -> Iterator[None]:
 
 
 def check_devices() -> None:
-    """Raise UsageError if JAX cannot use the platform that it was told to, of which it says little or nothing."""
+    """Raise UsageError if JAX cannot use the platform that is set, which it hardly reports."""
     import jax
 
     try:

@@ -31,7 +31,7 @@ def output_path(out: str | Path) -> Path:
 
 
 def ensure_free(out: str | Path, overwrite: bool) -> None:
-    """Check that a folder can be written, before any work is done for it; remove what killed processes left of it.
+    """Check that a folder can be written, before any work is done for it; remove what killed processes left there.
 
     `overwrite` allows to replace an empty folder, or one with one of `MARKS`.
 
@@ -130,7 +130,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
-    """Read a regular file of at most so many bytes; `strerror` of an OSError says why that cannot be done."""
+    """Read a regular file up to a size in bytes; `strerror` of an OSError says why it cannot be read."""
     size = regular_size(path)
     if size > most:
         raise OSError(errno.EFBIG, f"{size / 1e6:.0f} MB, and at most {most / 1e6:.0f} MB of such a file", str(path))

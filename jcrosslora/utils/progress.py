@@ -53,7 +53,7 @@ class Track:
             self._display.refresh()
 
     def skip_to(self, done: int) -> None:
-        """Report that the units up to this one are done or were not needed; the latter took no time."""
+        """Report that the units up to this one are done or were not needed; those took no time."""
         skipped = max(0, min(done, self.total) - self.done)
         self.done, self._begun = self.done + skipped, self._begun + skipped
 
@@ -118,7 +118,7 @@ class Steps:
         return "" if self._current < 0 else self._names[self._current]
 
     def text(self, _: str) -> str:
-        """Give the number and the name of the current step; the number alone where the name stands in a line above."""
+        """Give the number and the name of the current step; only the number if the name is in a line above."""
         if not self.name:
             return "begin"
         return self._number() if self._announce else f"{self._number()}: {self.name}"
@@ -129,8 +129,8 @@ class Steps:
     def left(self, now: float, inside: "Sequence[Track | Steps]") -> float | None:
         """Add what is left of the current step to what the later ones usually take, at the pace so far.
 
-        `inside` are the parts that run inside the step, outermost first: they know better what is left of it than what
-        such a step usually takes, and what the whole step takes is part of the pace.
+        `inside` are the parts that run inside the step, outermost first: they know better what is left of it than the
+        usual time of such a step, and the time of the whole step is part of the pace.
         """
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
@@ -307,7 +307,7 @@ def _pace(took: float, usual: float) -> float:
 
 
 def _about(seconds: float) -> str:
-    """Write a time to wait, which is known no better than to 10 s."""
+    """Write a waiting time, rounded to 10 s."""
     return f"about {duration(max(10, 10 * math.ceil(seconds / 10)) if seconds < 90 else seconds)}"
 
 

@@ -28,5 +28,5 @@ class SafeConsole(Console):
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
-    """Print one line as it is: no markup, no wrapping, and nothing in it begins another line."""
+    """Print one line unchanged: no markup, no wrapping, and nothing in it begins another line."""
     console.print(visible(text, keep="\t"), highlight=False, markup=False, emoji=False, soft_wrap=True, style=style)

@@ -5,14 +5,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 
-# Tokens, and what stands after the address of an upload, which is signed.
+# Tokens, and the signature after the address of an upload.
 _SECRETS = (
     (re.compile(r"(?i)(bearer\s+)[^\s'\"]+"), r"\1***"),
     (re.compile(r"\bhf_\w{4,}"), "hf_***"),
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1"),
 )
 
-# Control characters, halves of a pair, and separators of lines; and what turns the text after it around.
+# Control characters, halves of a pair, line separators, and characters that reverse the text after them.
 _ACTING = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
@@ -23,7 +23,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 def visible(text: str, *, keep: str = "\n\t") -> str:
     """Write characters that act on a terminal, or on the text after them, as Python writes them.
 
-    Characters in `keep` stay as they are.
+    Characters in `keep` stay unchanged.
     """
     return text if text.isprintable() else "".join(one if one in keep else _shown(one) for one in text)
 
@@ -34,7 +34,7 @@ def _shown(one: str) -> str:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """Return a text of at most so many characters; of a longer one the beginning, and three dots."""
+    """Cut a text to a number of characters, with three dots at the end if it is longer."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -53,12 +53,12 @@ _CELL = "text-align:left;padding:2px 12px 2px 0;border-bottom:1px solid rgba(128
 
 
 def html_text(text: object) -> str:
-    """Return a text of anybody's as HTML that shows it."""
+    """Return an untrusted text as HTML that shows it."""
     return escape(visible(str(text)))
 
 
 def html_prose(text: object) -> str:
-    """Return a sentence of anybody's as HTML; what stands between backticks in it is code."""
+    """Return an untrusted sentence as HTML; text in backticks is code."""
     parts = _CODE.split(str(text))
     return "".join(f"<code>{html_text(part)}</code>" if at % 2 else html_text(part) for at, part in enumerate(parts))
 
@@ -69,7 +69,7 @@ def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
     Args:
         rows: one mapping from column title to cell text for each row. The columns are those of all rows, in the order
             of their first use; a row without a column gets an empty cell. A column titled "" has an empty heading, and
-            where all titles are "" there is no line of headings.
+            if all titles are "" there is no line of headings.
         caption: a line above the table, omitted if empty.
     """
     columns = list(dict.fromkeys(title for row in rows for title in row))
@@ -99,7 +99,7 @@ def markdown_text(text: object) -> str:
 
 
 def markdown_prose(text: object) -> str:
-    """Return a sentence in one line as Markdown; what stands between backticks in it stays code."""
+    """Return a sentence in one line as Markdown; text in backticks stays code."""
     return "".join(f"`{part}`" if at % 2 else _escaped(part) for at, part in enumerate(_CODE.split(_line(text))))
 
 

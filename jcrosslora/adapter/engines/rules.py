@@ -1,9 +1,9 @@
-"""What engines are told of an adapter, its configuration and the names and shapes of its tensors; and rules on that.
+"""Facts about an adapter, from its configuration and the names and shapes of its tensors, and rules on these facts.
 
 A rule returns a sentence if an adapter breaks it, else None. Some compare the names of an adapter's modules with those
-of its base: most engines that find no module of a name load the adapter all the same, and it does nothing: vLLM and MLX
-without a word, peft with a warning. This happens if an adapter of a text model is used on the multimodal class around
-it or vice versa, or if it is for another base.
+of its base: most engines ignore a module that they do not find, vLLM and MLX silently, peft with a warning, and the
+adapter does nothing. This happens if an adapter of a text model is used on the multimodal class around it or vice
+versa, or if it is for another base.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -184,7 +184,7 @@ def only_plain_lora(*supported: str) -> Rule:
 
 
 def only_tensors(*kinds: str, skipped: Callable[[TensorName], bool] = lambda _: False, end: str = "") -> Rule:
-    """Make the rule for an engine that refuses all tensors but those of these kinds, and those that it skips."""
+    """Make the rule for an engine that refuses tensors of other kinds, except those that it skips."""
     sentence = "tensor {0!r} is not one of a LoRA ({n} such tensors)" + end
     return no_tensor(lambda tensor: tensor.kind not in kinds and not skipped(tensor), sentence)
 

@@ -105,7 +105,7 @@ class AdapterFile:
             raise AdapterError(msg + "adapter if no base has such a module")
 
     def known_base(self, needs: str) -> BaseModel:
-        """Return the base, or raise an AdapterError that says what it is needed for."""
+        """Return the base, or raise an AdapterError that says why it is needed."""
         if self.base is None:
             msg = f"{self.path}: {needs}: the source base is needed; give the base that it was trained on "
             raise AdapterError(msg + "(`inspect --base`, or the base argument of load_adapter)")
@@ -139,7 +139,7 @@ class AdapterFile:
             return np.array(self.known_base(needs).stored_weight(text_module_name(module)), np.float32)
 
     def info(self, **known: Any) -> AdapterInfo:
-        """Return the provenance, with what else is known of the adapter."""
+        """Return the provenance with these facts about the adapter."""
         base_name = self.config.get("base_model_name_or_path")
         return replace(
             self.origin,

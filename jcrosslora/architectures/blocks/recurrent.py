@@ -223,7 +223,7 @@ class Tokens(NamedTuple):
 def decaying_recurrence(tokens: Tokens, state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
     """Run the recurrence of one head from a state (N, P), `chunk` tokens together (static).
 
-    A token with a decay and a key (or a beta) of 0 leaves the state as it is.
+    A token with a decay and a key (or a beta) of 0 leaves the state unchanged.
 
     Returns:
         (T, P), and the state after the last token.

@@ -1,4 +1,4 @@
-"""The supported families, and what is known of those that are not.
+"""The supported families, and notes on those that are not.
 
 Sources: the modelling code of transformers 5 and the `config.json` files of published models. A key that is in no table
 is refused (see `config.py`), because it may change what the weights mean.

@@ -72,7 +72,7 @@ _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its
 
 
 def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
-    """Wrap a store of quantised weights in one that dequantises them; return any other store as it is.
+    """Wrap a store of quantised weights in one that dequantises them; return any other store unchanged.
 
     The configuration has passed `check_quantization`.
 

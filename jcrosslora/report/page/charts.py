@@ -31,15 +31,15 @@ _ROUNDING = 1e-4  # shares below it are not told from none
 _MEANINGS = {
     "base": "without adapter: the target as it is",
     "moved": "moved adapter: the target with the adapter that this page is about",
-    "trained": "trained adapter: the target with an adapter that was trained for it on the task's own data; about the "
-    "best to hope for",
-    "random": "random adapter: as large as the moved one, but random; a move has to do better than this",
+    "trained": "trained adapter: the target with an adapter that was trained on it for this task; about the best "
+    "to expect",
+    "random": "random adapter: a random update as large as the moved one; a move has to do better than this",
     "other": "another adapter",
 }
 _CURVE = (
-    "How much the target with the moved adapter predicts otherwise than the source with the original one, on texts "
-    "that were kept aside, each time it was measured. It starts with the target alone; 0 would be no difference. A "
-    "curve that falls and then stays level has learned what it can from these texts."
+    "How far the predictions of the target with the moved adapter are from those of the source with the original one, "
+    "on held-out texts, during the fit. It starts with the target alone; 0 is no difference. A curve that falls and "
+    "then stays level has learned what it can from these texts."
 )
 _HEAT = (
     "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: the "
@@ -52,7 +52,7 @@ _LINE, _TITLE = 0.2, 0.35  # inches
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, by the question that it answers, and what stands below it."""
+    """A picture, the question that it answers, and the words below it."""
 
     name: str
     title: str
@@ -76,7 +76,7 @@ class Picture:
 
 
 def pictures(contents: Contents) -> Iterator[Picture]:
-    """Yield the pictures for which there is something to show, in the order of the page."""
+    """Yield the pictures that have data, in the order of the page."""
     evaluation, report = contents.evaluation, contents.moved
     if evaluation is not None and (shown := main_figures(evaluation)):
         heights = (0.75 + 0.3 * len(evaluation.models),) * len(shown)
@@ -153,7 +153,7 @@ def _layers(report: TransferReport) -> tuple[str, Key]:
 
 
 def _places(picture: Picture, bottom: float, tall: float) -> list[tuple[float, float, float, float]]:
-    """Place the panels of a picture that stands so many inches above the bottom of the sheet, as it has them alone."""
+    """Place the panels of a picture at a height in inches above the bottom of the sheet, as if it were alone."""
     share, start = sum(picture.heights) / tall, bottom / tall
     bounds = [axes.get_position().bounds for axes in picture.figure().axes]
     return [(left, start + low * share, width, height * share) for left, low, width, height in bounds]

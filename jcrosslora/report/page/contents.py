@@ -79,7 +79,7 @@ class Model:
     """A model that was evaluated."""
 
     name: str  # as the page shows it, without a folder
-    part: Part  # of an adapter "other" until `Evaluation.with_parts` has said what it stands for
+    part: Part  # "other" for an adapter until `Evaluation.with_parts` says which it is
     figures: Mapping[str, Figure]  # by their names, such as "exact" or "accuracy"
 
     @property
@@ -146,7 +146,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a page shows; what is None or empty is left out of it."""
+    """What a page shows; it leaves out what is None or empty."""
 
     name: str  # of the folder; of a result in memory that which its recipe writes
     moved: TransferReport | None

@@ -44,12 +44,12 @@ class Shown:
 # In the order in which the page shows them.
 FIGURES = {
     "accuracy": Shown("share of right choices"),
-    "accuracy_norm": Shown("share of right choices, long and short ones alike"),
+    "accuracy_norm": Shown("share of right choices, normalised by length"),
     "json": Shown(f"share of right answers ({TITLES['json']})"),
     "exact": Shown(f"share of right answers ({TITLES['exact']})"),
-    "chrf": Shown(f"likeness to the right answer ({TITLES['chrf']})", top=100),
-    "rouge_l": Shown(f"likeness to the right answer ({TITLES['rouge_l']})"),
-    "ended": Shown("share of answers that come to an end"),
+    "chrf": Shown(f"similarity to the right answer ({TITLES['chrf']})", top=100),
+    "rouge_l": Shown(f"similarity to the right answer ({TITLES['rouge_l']})"),
+    "ended": Shown("share of answers that end"),
     "nll_per_char": Shown("surprise at the right answer (nats a character)", top=None, lower=True),
     "nll_pooled": Shown("the same, long answers weigh more", top=None, lower=True),
 }
@@ -65,15 +65,15 @@ def present(evaluation: Evaluation) -> list[str]:
 
 
 def main_figures(evaluation: Evaluation) -> list[str]:
-    """Name those that the picture shows; one that does not apply is not there."""
+    """Name the figures that the picture shows, if they apply."""
     found = present(evaluation)
     return [name for name in found if name in _MAIN and not (name == "exact" and "json" in found)]
 
 
 def _job_figure(evaluation: Evaluation) -> str | None:
-    """Name the figure of how well the task is done: the first that counts, of right answers or of their likeness.
+    """Name the figure that says how well the task is done: the first useful one, of right answers or of similarity.
 
-    Exact answers say nothing of a task with many good ones, where even a trained adapter gives none, or none is exact.
+    A figure is useless if training does not raise it or, without a trained adapter, if it is 0 for all models.
     """
     found = [name for name in _JOB if name in present(evaluation)]
     trained = evaluation.of_part("trained")
@@ -101,7 +101,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
 def _beyond_random(evaluation: Evaluation, name: str) -> bool:
     """Tell whether the moved adapter does better in a figure than a random one; True if none was evaluated.
 
-    It does where the random one is not better than the base, or where their intervals do not overlap.
+    It does if the random one is not better than the base, or if their intervals do not overlap.
     """
     moved, random = evaluation.of_part("moved"), evaluation.of_part("random")
     if moved is None or random is None or random.direction(name) is not Direction.BETTER:
@@ -121,7 +121,7 @@ class Headline:
 
 
 def headline(contents: Contents) -> Headline:
-    """Judge by what was measured; where nothing was, by what the transfer expects."""
+    """Judge by the evaluation, or without one by the verdict of the transfer."""
     evaluation = contents.evaluation
     model = None if evaluation is None else evaluation.of_part("moved")
     if evaluation is not None and model is not None:
@@ -130,7 +130,7 @@ def headline(contents: Contents) -> Headline:
         found = contents.moved.verdict
         tone, word, sentence = _EXPECTED.get(found.level, ("open", "Not measured yet", "The adapter was moved."))
         return Headline(tone, word, sentence, (f"{found.text[:1].upper()}{found.text[1:]}.",))
-    return Headline("open", "Not said", "Which of the adapters is the moved one was not said.", ())
+    return Headline("open", "Unknown", "The evaluation does not say which adapter is the moved one.", ())
 
 
 def _measured(evaluation: Evaluation, model: Model) -> Headline:

@@ -118,7 +118,7 @@ def _step(contents: Contents, step: Step) -> str:
 
 
 def _shell(*commands: str) -> str:
-    """Return commands to paste: each is a block, so that one that is wrapped is told from the next."""
+    """Return commands to paste: each is a block, so that a wrapped one is distinct from the next."""
     return f"<pre>{''.join(f'<code>{html_text(command)}</code>' for command in commands)}</pre>"
 
 

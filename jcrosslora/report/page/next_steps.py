@@ -17,7 +17,7 @@ _TASK = f"[ -e task.jsonl ] || echo '{_EXAMPLE}' > task.jsonl"
 
 @dataclass(frozen=True)
 class Step:
-    """A sentence, in which code stands between backticks, and the lines to paste into a shell."""
+    """A sentence, with code in backticks, and the lines to paste into a shell."""
 
     sentence: str
     commands: tuple[str, ...]
@@ -56,33 +56,33 @@ class _Names:
 
 
 def next_steps(contents: Contents) -> Iterator[Step]:
-    """Yield what can be done next, the most useful first; what does not apply is left out."""
+    """Yield the next steps that apply, the most useful first."""
     names, evaluation, moved = _Names.of(contents), contents.evaluation, contents.moved
     bad = headline(contents).tone == "bad"
     if moved is None:
-        said = "Show how the adapter was made as well: name the folder that `jcrosslora transfer` wrote."
+        said = "To show how the adapter was made, name the folder that `jcrosslora transfer` wrote."
         yield Step(said, (names.report(),))
     elif bad and not moved.asked:
         yield from _another_way(names, moved)
     if evaluation is not None:
         yield from _naming(names, evaluation)
     if evaluation is None or len(evaluation.models) == 1 or (evaluation.written and not evaluation.examples):
-        said = "Find out whether the adapter works: write questions of its job with the right answers to `task.jsonl`, "
-        said += "a hundred or more, in place of the one that the first line writes."
+        said = "Find out whether the adapter works: replace the example in `task.jsonl` by a hundred or more questions "
+        said += "of its task with the right answers."
         yield Step(said, (_TASK, names.evaluate(), names.report()))
     if not bad:
-        said = "Use the adapter: ask the model something of the adapter's job."
+        said = "Use the adapter: try a prompt of its task."
         yield Step(said, (names.generate(),))
     if evaluation is not None and len(evaluation.models) > 1:
         yield from _comparisons(names, evaluation, moved)
 
 
 def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> Iterator[str]:
-    """Yield the lines that end a transfer: how to load the folder `out`, to judge it, and to see it on a page.
+    """Yield the lines that end a transfer: how to load the folder `out`, evaluate it, and see it on a page.
 
     Args:
         moved: as `documents.published` returned it.
-        target: the base as the user named it, whose paths are right on his machine.
+        target: the base as the user named it, with paths of this machine.
         profile: the format of the folder.
     """
     names = _Names(out, target)
@@ -93,14 +93,14 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
         yield said + "AutoPeftModel will not find it: give --target-id OWNER/NAME, or load the base first"
     yield "load it with peft (pip install 'jcrosslora[torch]'):" if in_peft else "use it:"
     yield f"  {python if in_peft else names.generate()}"
-    yield "judge it, by questions of its job with the right answers in task.jsonl in place of this one:"
+    yield "evaluate it, with questions of its task and right answers instead of this example:"
     yield from (f"  {command}" for command in (_TASK, names.evaluate()))
     yield "see it on a page:"
     yield f"  {names.report()}"
 
 
 def where(contents: Contents, step: Step) -> str:
-    """Say where the commands of a step work, as they name local files without their folders; "" if they name none."""
+    """Say where to run the commands of a step, which name local files without folders; "" if they name none."""
     names, moved, given = _Names.of(contents), contents.moved, f" {' '.join(step.commands)} "
     every = [names.folder, names.base]
     every += [] if moved is None else [moved.adapter.name or "", moved.source.ref or ""]
@@ -111,10 +111,10 @@ def where(contents: Contents, step: Step) -> str:
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     if moved.wrote_prompts:
-        said = "Write prompts of the adapter's own job to `prompts.txt`, one a line, a few hundred if you can."
+        said = "Write prompts of the adapter's task to `prompts.txt`, one a line, a few hundred if you can."
         yield Step(said, (f"{names.transfer(moved, 'again')} --prompts prompts.txt",))
     elif not moved.choice and not moved.fitted:
-        said = f"Try another method than `{moved.recipe.method}`: without a name, one is chosen that suits both models."
+        said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."
         yield Step(said, (names.transfer(moved, "another"),))
 
 
@@ -126,7 +126,7 @@ def _naming(names: _Names, evaluation: Evaluation) -> Iterator[Step]:
 
 def _comparisons(names: _Names, evaluation: Evaluation, moved: TransferReport | None) -> Iterator[Step]:
     if evaluation.of_part("trained") is None:
-        said = "See how much of what training brings: train on examples in `train.jsonl` that are not in `task.jsonl`."
+        said = "Compare with training: train on examples in `train.jsonl` that are not in `task.jsonl`."
         train = f"jcrosslora train {quoted(names.base)} --data train.jsonl --out trained"
         yield Step(said, (train, names.evaluate(" --trained trained"), names.report()))
     if evaluation.of_part("random") is None and moved is not None and not moved.asked:

@@ -71,7 +71,7 @@ def new_figure(height: float) -> Figure:
 def inline_svg(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an element of a page, in the colours of its style sheet; call it within `drawing`.
 
-    `name` makes the identifiers differ from those of other pictures; `label` is read to those who do not see it.
+    `name` makes the identifiers differ from those of other pictures; screen readers read `label`.
     """
     text = file_of(figure, "svg").decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -102,7 +102,7 @@ def settle(figure: Figure) -> None:
 
 
 def numbered(count: int) -> range:
-    """Choose which of so many things along an axis get their number, eight at most."""
+    """Choose which of `count` ticks of an axis are numbered, eight at most."""
     return range(0, count, next((step for step in _STEPS if count <= 8 * step), count))
 
 

@@ -105,7 +105,7 @@ class _Checked:
 
 @dataclass
 class _Run:
-    """What all units of a run share: the completion log, the outcomes as they come, and the options of `run_batch`."""
+    """What all units of a run share: the completion log, the outcomes so far, and the options of `run_batch`."""
 
     log: CompletionLog
     summary: Summary

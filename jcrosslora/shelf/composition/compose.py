@@ -171,7 +171,7 @@ def _open_adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Additions:
-    """N adapters that were added in turn.
+    """N adapters that were added one by one.
 
     Attributes:
         composed: all of them, as the composition `stack`.

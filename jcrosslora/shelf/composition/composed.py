@@ -98,7 +98,7 @@ class Composed:
         """Continue prompts; prompts with different weights share batches and compiled programs.
 
         Args:
-            prompts: one or several: texts, which are continued as they are, or conversations,
+            prompts: one or several: texts, which are continued unchanged, or conversations,
                 [{"role", "content"}, ...], which are read in the base's chat template. Only the last 2,048 tokens of
                 each are read.
             max_new_tokens: the most tokens to write after each prompt.

@@ -46,7 +46,7 @@ class Select(Composition):
         return found
 
     def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
-        """Return the chosen adapter as it is."""
+        """Return the chosen adapter unchanged."""
         del arrays
         return adapters[int(np.argmax(shares))]
 
@@ -78,7 +78,7 @@ class Uniform(Mixture):
 
 @dataclass(frozen=True)
 class Fusion(Composition):
-    """y = y_b + (sum_i w_i s_i B_i) (sum_j w_j A_j) x: the factors are averaged, each by itself.
+    """y = y_b + (sum_i w_i s_i B_i) (sum_j w_j A_j) x: A and B are averaged separately.
 
     So it is published; it has the rank of one adapter and depends on how each update is split into factors. The mean of
     the updates themselves is `mixture`.
@@ -260,7 +260,7 @@ COMPOSITIONS: dict[str, type[Composition]] = {
 
 
 def find_composition(how: str | Composition) -> Composition:
-    """Return the composition of this name with its default settings; an object is returned as it is.
+    """Return the composition of this name with its default settings; an object is returned unchanged.
 
     Raises:
         UsageError: the name is unknown, or that of a rule which peft has.
