@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
 
 _MODULES = 4  # whose weights are read
-# Least part of an update in the weights that counts as merged (1 but for rounding if it is); and by how many standard
+# Least part of an update in the weights that counts as merged (1 up to rounding if it is); and by how many standard
 # deviations it has to exceed what unrelated weights hold by chance.
 _HELD, _DEVIATIONS = 0.5, 6.0
 # Words that distinguish models of one size.

@@ -207,7 +207,7 @@ def experts(model: Architecture) -> Experts:
 
 
 def usual_layers(model: Architecture, mixers: Sequence[Block] | None = None) -> list[Layer]:
-    """Return layers of a mixer, by default attention, and of an MLP, or experts where the family says so."""
+    """Return layers of a mixer, by default attention, and of an MLP, or experts if the family says so."""
     count, rules = model.dims.layers, model.family.experts
     mixers = [attention(model)] * count if mixers is None else mixers
     sparse = [False] * count if rules is None else rules.layers(model.config, count)

@@ -1,6 +1,6 @@
 """The keys of configurations, the sizes of a model, and how sizes and numbers are read.
 
-Readers raise a CheckpointError that names the key for what is missing where it has no default, or out of range.
+Readers raise a CheckpointError that names the key for what is missing if it has no default, or out of range.
 """
 
 import sys
@@ -62,7 +62,7 @@ class Number:
 
     Attributes:
         key: its configuration key; "" if all models have the default.
-        default: value where the configuration does not state it; None if it must, or if there is none then.
+        default: value if the configuration does not state it; None if it must, or if there is none then.
         power: of that value, which is the number.
     """
 
@@ -86,7 +86,7 @@ def refuse(key: str, value: Any, wanted: str) -> NoReturn:
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
-    """Return a size below a limit, or its default where the configuration says nothing or null."""
+    """Return a size below a limit, or its default if the configuration says nothing or null."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < limit:

@@ -58,7 +58,7 @@ class ExpertRules:
         turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
             stores (E, I, O) without an attribute that says so.
         gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
-        latent: configuration key of `Experts.latent`, where it is stated; None for H in any model.
+        latent: configuration key of `Experts.latent`, if it is stated; None for H in any model.
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
         layers: says which layers have experts.

@@ -58,7 +58,7 @@ class Positions:
         theta: default base of the frequencies.
         local_theta: default base in layers with windows, if `rope_theta` and `rope_scaling` do not apply to them; else
             None. Then comes its configuration key.
-        settings: rope settings where the configuration states none.
+        settings: rope settings if the configuration states none.
         share: default share of a head's features that are rotated; None if it is always the whole.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
         rotated: says which layers have positions; None if all have.
@@ -85,7 +85,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class StoredNames:
-    """How files and the class of a family name tensors, where the two differ or another name than usual is used.
+    """How files and the class of a family name tensors, if the two differ or another name than usual is used.
 
     Attributes:
         embedding: the module of the class that is the embedding.
@@ -122,7 +122,7 @@ class Gguf:
     Attributes:
         expert_architecture: `general.architecture` of models with experts, if it is another.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
-        names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
+        names: place in `Family.norms` -> name of the tensor, if it is not the usual one.
         final_norm: name of the tensor of the norm before the output head.
         tiled: whether heads of values of the delta rule take turns by their groups.
         tensors: tensor of a layer -> its name in a layer of the model, for what is not a whole matrix of the family,
@@ -154,12 +154,12 @@ class Gguf:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """`general.architecture` of models without experts and with them; one where it is the same."""
+        """`general.architecture` of models without experts and with them; one if it is the same."""
         return tuple(dict.fromkeys((self.architecture, self.expert_architecture or self.architecture)))
 
 
 def yarn(factor: float, original: int, theta: float, **others: Any) -> dict[str, Any]:
-    """Return the rope settings of a family whose positions are those of YaRN where the configuration states none."""
+    """Return the rope settings of a family whose positions are those of YaRN if the configuration states none."""
     lengths = {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
     return {"rope_type": "yarn", **lengths, "beta_fast": 32.0, "beta_slow": 1.0, **others}
 
@@ -182,9 +182,9 @@ class Family:
             `architecture.usual_layers`.
         blocks: classes of blocks in addition to those of all families (`all_blocks`).
         gated: whether its dense MLP has a gate.
-        width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
+        width_key: configuration key of the width of a dense MLP, which is `intermediate_size` if it is not stated.
         experts: of the layers with experts instead of one MLP, if there are any.
-        resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
+        resolve: from a configuration to one that states what the other rules read, if some keys imply it. It takes
             its own result unchanged.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
@@ -194,8 +194,8 @@ class Family:
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of RMS norms; if it is stated, norms are "rms" in spite of `norm`.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
-        qk_norms: how queries and keys are normalised, where there are norms "q" and "k" or they have no gain.
-        qk_norm_key: configuration key without which they are not; None if they always are where they have norms.
+        qk_norms: how queries and keys are normalised, if there are norms "q" and "k" or they have no gain.
+        qk_norm_key: configuration key that switches these norms on; None if they are always on.
         parallel: whether attention and MLP read the same normed input, and both are added to it.
         biases: roles that always have a bias; then configuration key -> roles that have one if it is true.
         head_bias: whether the output head has a bias; or the configuration key that says so.

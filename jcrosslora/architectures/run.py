@@ -115,7 +115,7 @@ class Context:
     """The arrays that all layers share.
 
     Attributes:
-        query_positions: int32 (B, T); those of keys are (B, S), negative where there is no token, and S is T without a
+        query_positions: int32 (B, T); those of keys are (B, S), negative if there is no token, and S is T without a
             cache.
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
@@ -169,7 +169,7 @@ class Run:
         return _times(dict(settings.output_factors).get(role), self.capture.outputs[role])
 
     def norm(self, place: str, x: jax.Array) -> jax.Array:
-        """Apply a norm by its place; return x where the layer has none there."""
+        """Apply a norm by its place; return x if the layer has none there."""
         layer = self.layer
         if place not in layer.norms:
             return x

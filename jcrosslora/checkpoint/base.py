@@ -31,7 +31,7 @@ class BaseModel:
 
     Attributes:
         name: what adapters of this model should name as their base. In this order: the name given to `open_base`; the
-            hub id, also where the path lies in a hub cache or a live model was loaded from the hub; for GGUF the source
+            hub id, also if the path lies in a hub cache or a live model was loaded from the hub; for GGUF the source
             repository in its metadata, then `general.name`; else the path. Neither `_name_or_path` in config.json nor
             `general.base_model` of a GGUF is used: in a fine-tuned model they name the model that it was trained from.
         ref: what was given to `open_base`; for a base in memory its name.
@@ -183,7 +183,7 @@ class BaseModel:
         For modules that read the stream this is that of the norm in front, Gemma's 1 + weight already summed; for those
         that write to it that of the norm behind, times Granite's factor on what is added, and times a half for shared
         experts that are averaged with the others. Both are multiplied by the family's factor on what the module reads
-        or returns. Ones where there is no norm.
+        or returns. Ones if there is no norm.
         """
         module = self._module(module_name)
         norm = self.architecture.stream_norm(module.role, module.layer)
@@ -246,7 +246,7 @@ class BaseInfo:
     Attributes:
         name: as written into `base_model_name_or_path`.
         ref: the path or hub id that was opened.
-        digest: "sha256:..." of the weight files; "" where they were not read for it.
+        digest: "sha256:..." of the weight files; "" if they were not read for it.
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
         heads: (query heads, key heads).
@@ -268,7 +268,7 @@ class BaseInfo:
 def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
     """Take down what `BaseInfo` holds.
 
-    `digest` is that of its weights, or "" where that is not wanted; None reads the weight files once.
+    `digest` is that of its weights, or "" if that is not wanted; None reads the weight files once.
     """
     return BaseInfo(
         name=base.name,

@@ -58,7 +58,7 @@ class ExpertLayout:
         return sizes.number, len(single_parts(self.rules)) * sizes.width, columns
 
     def axis(self, matrix: str) -> int:
-        """Return the axis of `shape` that `StoredExperts.rows` counts: 2 where the matrix is stored transposed."""
+        """Return the axis of `shape` that `StoredExperts.rows` counts: 2 if the matrix is stored transposed."""
         return 2 if self.paths.get(matrix) in self.rules.transposed else 1
 
     def stored_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:

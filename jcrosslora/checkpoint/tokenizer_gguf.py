@@ -110,7 +110,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
     listed = metadata.get("tokenizer.ggml.model") == "gemma4"
     vocab = {token: index for index, token in enumerate(tokens)}
-    # llama.cpp reads no scores where there are merges.
+    # llama.cpp reads no scores if there are merges.
     scores = [0.0] * len(tokens) if listed else _listed(metadata, "scores", float, path)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if len(scores) != len(tokens) or type(unknown) is not int or not 0 <= unknown < len(tokens):

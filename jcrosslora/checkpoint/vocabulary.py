@@ -88,7 +88,7 @@ def build_vocabulary(
 def read_tokenizer(folder: Path | None, size: int) -> Vocabulary:
     """Read the vocabulary of `tokenizer.json` in a folder, for an embedding of `size` rows.
 
-    Where it cannot be read the vocabulary says why. This is no error: a model is usable without.
+    If it cannot be read the vocabulary says why. This is no error: a model is usable without.
     """
     if folder is None:
         return Vocabulary(None, "no tokenizer was given")

@@ -45,7 +45,7 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()
     stored = np.stack(weights + weights[-1:] * surplus)
-    if jax.default_backend() == "cpu":  # where the device is the host, and nothing needs to be compiled
+    if jax.default_backend() == "cpu":  # if the device is the host, and nothing needs to be compiled
         stored = stored.astype(np.float32, copy=False)
         stack, finite = spread(stored), np.array([np.isfinite(weight).all() for weight in stored])
     else:

@@ -182,13 +182,13 @@ def class_module_name(module: str, prefix: str) -> str:
     """
     if module.startswith(TEXT):
         return prefix + module.removeprefix(TEXT)
-    # Where the text model is whole inside (transformers 4), it has its own head.
+    # If the text model is whole inside (transformers 4), it has its own head.
     whole = prefix.endswith(f"_model.{TEXT}")
     return prefix.removesuffix(TEXT) + module if whole and module.startswith("lm_head") else module
 
 
 def prefix_of(module: str) -> str:
-    """Return the prefix with which `class_module_name` gives a module its name; "model." where none is known."""
+    """Return the prefix with which `class_module_name` gives a module its name; "model." if none is known."""
     return next((outer for outer, inner in TEXT_PREFIXES.items() if inner == TEXT and module.startswith(outer)), TEXT)
 
 

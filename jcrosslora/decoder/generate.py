@@ -199,7 +199,7 @@ class Generator:
     ) -> list[Written]:
         """Answer prompts in batches of similar length, 48 or, of long prompts, fewer.
 
-        What several of them begin with is read once, where the base allows it and that saves enough.
+        What several of them begin with is read once, if the base allows it and that saves enough.
 
         Of each prompt, a text or a conversation, the last 2,048 tokens are read. Settings and errors are those of
         `continue_tokens`; the bar advances by one for each prompt.
@@ -239,7 +239,7 @@ class AmplifiedGenerator(Generator):
     Attributes:
         strength: how often the change is added once more; 0 samples from the adapted model.
         plausible: tokens that the adapted model gives less than this share of the probability of its likeliest are not
-            drawn: where both models give a token next to nothing, their difference is noise.
+            drawn: if both models give a token next to nothing, their difference is noise.
     """
 
     strength: float = 1.0

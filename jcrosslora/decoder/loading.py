@@ -34,7 +34,7 @@ _SHARE = 0.5  # of the free memory, which kept weights may take
 _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.uint16))
 _EXPERTS = ("gate_up", "down")  # matrices of experts
 AXIS = "model"  # of the mesh
-# Axes (O, I) or (V, H) counted from the end, by name: the one to divide, and the one where that cannot be divided.
+# Axes (O, I) or (V, H) counted from the end, by name: the one to divide, and the one to divide if that fails.
 _BY_ROWS, _BY_COLUMNS = (-2, -1), (-1, -2)
 _AXES = {
     **dict.fromkeys(("embedding", "head", "layer_embedding", "gate_up"), _BY_ROWS),
@@ -148,7 +148,7 @@ class LoadedBases:
 def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
     """Plan what to keep in memory of the bases of a fit; the fit and the check of its effect load weights.
 
-    `free` is in bytes; None where that is not known, and nothing is kept. `numbers` says how many numbers of each base
+    `free` is in bytes; None if that is not known, and nothing is kept. `numbers` says how many numbers of each base
     a device holds.
     """
     narrow, wide = fast_dtype(), np.dtype(np.float32)

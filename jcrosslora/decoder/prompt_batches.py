@@ -88,7 +88,7 @@ def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool) -> lis
     Args:
         ids: int32 (T,) token ids of each prompt, at most `LONGEST`.
         written: the most tokens that are written after each.
-        share: whether common beginnings may be read once, which they are where that leaves less to do.
+        share: whether common beginnings may be read once, which they are if that leaves less to do.
 
     Returns:
         Batches that hold every prompt once, those after common beginnings last.
@@ -203,7 +203,7 @@ def padded(
 def common_beginnings(ids: Sequence[np.ndarray]) -> list[Group]:
     """Group prompts by their beginnings, int32 (T,) token ids each.
 
-    Of prompts that begin alike, some may go on alike for longer than others: they are divided where that saves more.
+    Of prompts that begin alike, some may go on alike for longer than others: they are divided if that saves more.
 
     Returns:
         Groups without a prompt in common, in the order of their first prompts as far as they are not divided; prompts

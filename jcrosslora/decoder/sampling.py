@@ -132,7 +132,7 @@ def extend_amplified(
 def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:
     """Return logits adapted + strength (adapted - base), float32 (B, V), of those with an adapter and without.
 
-    They are -inf where a token is not plausible, see `AmplifiedGenerator`.
+    They are -inf if a token is not plausible, see `AmplifiedGenerator`.
     """
     least = jnp.max(adapted, axis=-1, keepdims=True) + jnp.log(plausible)
     return jnp.where(adapted >= least, adapted + strength * (adapted - base), -jnp.inf)

@@ -38,7 +38,7 @@ class Direction(StrEnum):
 
 
 def word_of(figure: str, difference: Interval) -> Direction:
-    """Name a difference to the base; it is unclear where its interval includes 0."""
+    """Name a difference to the base; it is unclear if its interval includes 0."""
     if not difference.excludes(0):
         return Direction.UNCLEAR
     return Direction.BETTER if (difference.value < 0) == (figure in LOWER_IS_BETTER) else Direction.WORSE

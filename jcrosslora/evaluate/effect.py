@@ -67,7 +67,7 @@ class Change:
 
     @property
     def growth(self) -> float:
-        """Growth of the NLL by the adapter; negative where the text becomes more likely."""
+        """Growth of the NLL by the adapter; negative if the text becomes more likely."""
         return self.nll_adapted - self.nll
 
 
@@ -77,7 +77,7 @@ class Effect:
 
     Attributes:
         source: change by the original adapter on the source.
-        target: change by the moved adapter on the target; not finite where its predictions are not.
+        target: change by the moved adapter on the target; not finite if its predictions are not.
         excess: growth of the text's NLL on the target beyond what it should be, nats a position, mean over texts. For
             text that the source wrote with its adapter it is the target's growth, which should be negative; for other
             text the target's growth less the source's.
@@ -264,7 +264,7 @@ def adapter_texts(source: BaseModel, adapter: Adapter, *, seed: int = 0, model: 
 
 
 def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[ProbeBatch]:
-    """Batch the texts for both bases; return nothing where no text has two positions that match."""
+    """Batch the texts for both bases; return nothing if no text has two positions that match."""
     if not texts:
         return []
     try:

@@ -87,11 +87,11 @@ class JCrossLoRALM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """The most tokens of a generation, where a task does not say."""
+        """The most tokens of a generation, if a task does not say."""
         return Options().length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenize a text; None puts bos in front where the tokenizer does so and the text does not begin with it."""
+        """Tokenize a text; None puts bos in front if the tokenizer does so and the text does not begin with it."""
         del kwargs
         bos = self._text.bos
         if add_special_tokens is None:
@@ -113,7 +113,7 @@ class JCrossLoRALM(TemplateLM):
         return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score requests (text,): log p(text) after the prefix token, in windows where the text is too long.
+        """Score requests (text,): log p(text) after the prefix token, in windows if the text is too long.
 
         Raises:
             CheckpointError: the base gives values that are not finite.

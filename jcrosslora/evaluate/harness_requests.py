@@ -37,7 +37,7 @@ class ModelSettings:
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once.
         max_length: the most tokens that the model reads; None takes the number in its configuration.
-        prefix_token_id: token before a text without context; None takes bos, or eos where there is no bos.
+        prefix_token_id: token before a text without context; None takes bos, or eos if there is no bos.
         seed: of the sampling, in tasks with a temperature.
         batch_size: accepted for the harness and not used, as the next two: see `batch_tokens`; JAX picks the device.
 

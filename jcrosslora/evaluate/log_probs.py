@@ -167,7 +167,7 @@ def log_prob_sums(
 def _token_log_probs(models: Models, parts: Iterator[Batch], bar: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
 
-    Only the states before scored tokens go through the head, which costs more than the layers where the
+    Only the states before scored tokens go through the head, which costs more than the layers if the
     vocabulary is large. They are collected over batches, so that the head is compiled for one shape.
     """
     size = max(8, _STATES_AT_ONCE // models.count)

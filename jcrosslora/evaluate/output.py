@@ -191,7 +191,7 @@ def _example(answers: Answers, place: int) -> dict[str, Any]:
 
 
 def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval | None]:
-    """Compute the share of each model of an evaluation; None for base and trained one, and where that gains nothing.
+    """Compute the share of each model of an evaluation; None for base and trained one, or without a gain.
 
     `trained` is the index of the adapter that was trained on this base, 1 or more.
     """

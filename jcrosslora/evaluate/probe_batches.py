@@ -20,7 +20,7 @@ class MatchedTokens:
         mask_src: bool (B, T), False at padding; a row without any text is all False.
         tokens_tgt: int32 (B, T).
         mask_tgt: bool (B, T).
-        at_src: int32 (P,), flat indices into the source's positions; zero where the list of matches is padded.
+        at_src: int32 (P,), flat indices into the source's positions; zero if the list of matches is padded.
         at_tgt: int32 (P,), the matching flat indices into the target's.
     """
 

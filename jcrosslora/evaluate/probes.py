@@ -85,7 +85,7 @@ class TextSettings:
     """Settings of the texts that a base writes.
 
     Attributes:
-        length: maximum number of tokens after the first word; a text ends earlier where the model stops.
+        length: maximum number of tokens after the first word; a text ends earlier if the model stops.
         temperature: of the sampling; 0 is greedy.
         seed: for the words and the sampling; the same base, settings and seed give the same texts on one kind of
             machine.

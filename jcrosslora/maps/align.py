@@ -105,7 +105,7 @@ class TransportCache:
 
 
 def _read_ahead(task: AlignmentTask, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, _Stacks | None]]:
-    """Yield each chunk, with the weights of this process's part of it where it has to be aligned.
+    """Yield each chunk, with the weights of this process's part of it if it has to be aligned.
 
     The weights of a chunk are read and put on the devices while the one before is aligned.
     """

@@ -88,7 +88,7 @@ class BasePair:
     def vocabulary(self) -> tuple[Vocabulary | None, str]:
         """Return the centred second moments of both embeddings over the tokens that both bases have.
 
-        Only the rows of these tokens are read, a few thousand at a time. None and the reason where there are no
+        Only the rows of these tokens are read, a few thousand at a time. None and the reason if there are no
         moments.
         """
         loaded = None if self.store is None else self.store.load(_KIND, self.key(tokenizers=True))

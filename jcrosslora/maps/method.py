@@ -136,7 +136,7 @@ class Method:
         requires: the evidence that has to be collected. A property may derive it from the fields.
         carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
             if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by
-            maps where the target is a copy of the source or of its parts.
+            maps if the target is a copy of the source or of its parts.
     """
 
     name: ClassVar[str]

@@ -68,7 +68,7 @@ def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
     """Find the target's id of every token of the source.
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
-    vocabularies are identical, ids without a token match as well. Where the tokenizers contradict the embeddings, equal
+    vocabularies are identical, ids without a token match as well. If the tokenizers contradict the embeddings, equal
     ids match, whose rows are the same.
 
     Returns:

@@ -84,7 +84,7 @@ def check_hosts(task: AlignmentTask) -> None:
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
     """Return the task with the text that it is made from, and with the layers that the text pairs.
 
-    `probes` is the text that both bases are run on; None lets the source write it where the maps need any.
+    `probes` is the text that both bases are run on; None lets the source write it if the maps need any.
 
     Raises:
         UsageError: no text has a position that matches.
@@ -102,7 +102,7 @@ def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
 
 
 def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ...]:
-    """Return for each target layer the source layer that is alike on the texts, from the cache where it is there."""
+    """Return for each target layer the source layer that is alike on the texts, from the cache if it is there."""
     pair = task.pair
     key = "" if pair.store is None else pair.key(probes.digest(), tokenizers=True)
     facts = None if pair.store is None else pair.store.facts("depth", key)
@@ -149,7 +149,7 @@ def _check_shapes(task: AlignmentTask) -> None:
 
 
 def _checked_rank(task: AlignmentTask) -> int:
-    """Return the truncation rank: the method's own, or its default where the modules are smaller; 0 without maps."""
+    """Return the truncation rank: the method's own, or its default if the modules are smaller; 0 without maps."""
     widest = max((min(*src, *tgt) for src, tgt in map(task.shapes, task.modules)), default=0)
     rank = getattr(task.method, "svd_rank", DEFAULT_SVD_RANK)
     if widest == 0 or rank == getattr(type(task.method), "svd_rank", DEFAULT_SVD_RANK):

@@ -233,7 +233,7 @@ def _shift_factors(terms: Terms, a: jax.Array, b: jax.Array, *, keep_norm: bool)
     a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
     mapped = after = product_energy(b_tgt, a_tgt)
     if keep_norm:
-        # Nothing can be restored where the map left nothing but rounding.
+        # Nothing can be restored if the map left nothing but rounding.
         alive = after > jnp.finfo(after.dtype).eps ** 2 * before
         factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
         b_tgt, after = b_tgt * factor, after * factor**2

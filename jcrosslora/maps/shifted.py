@@ -15,7 +15,7 @@ class ModuleRow:
     """The update of one target module; the fields from `rank` on are those of `Agreement`.
 
     Attributes:
-        source: module of the source base whose update it received; "" where it was fitted and received none.
+        source: module of the source base whose update it received; "" if it was fitted and received none.
         energy: ||dW_src||_F^2.
         kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
             if a map repeats rows (index-interp).
@@ -89,7 +89,7 @@ class Shifted:
     """An adapter after the maps, with an account of what they did to it.
 
     Attributes:
-        adapter: of the target, float32; without modules where the method has no maps.
+        adapter: of the target, float32; without modules if the method has no maps.
         original: the adapter before, with fused matrices split.
         rows: one for each moved module, in the target's order.
         energy: ||.||_F^2 of the whole update before.

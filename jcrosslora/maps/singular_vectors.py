@@ -54,7 +54,7 @@ class FactorCache:
     """Decomposes modules of one base, or reads decompositions that this pair or another has cached.
 
     An entry holds the modules of one stack, and is found by the first half of its key for modules of any stack: their
-    factors are the same on a CPU, and equal to within rounding where an accelerator works on all matrices at once.
+    factors are the same on a CPU, and equal to within rounding if an accelerator works on all matrices at once.
     """
 
     def __init__(self, store: Cache, base: BaseModel, weights: str, rank: int, *, vectors: bool) -> None:

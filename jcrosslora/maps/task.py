@@ -104,7 +104,7 @@ class AlignmentTask:
     def transport(self, groups: tuple[TransportGroup, ...], kernels: list[str]) -> Transport:
         """Put groups together with the record of how they were made.
 
-        `groups` may be left out where they have been used already; `kernels` are what the matrices of all groups were
+        `groups` may be left out if they have been used already; `kernels` are what the matrices of all groups were
         decomposed by.
         """
         return Transport(

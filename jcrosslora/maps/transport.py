@@ -53,7 +53,7 @@ class Agreement:
         gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary. The condition is s_1 / s_R.
         error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
         similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
-            is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
+            is chance. Defined for equal O and proper subspaces. For unequal O on the
             residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
             `similarity_in` is the same for the right singular vectors and I.
         weight_cosine: cosine of W_src, mapped if shapes differ, with W_tgt, unless `Maps` replaces it; `Maps` explains

@@ -24,7 +24,7 @@ class Distill(DistillSettings, Method):
     requires = frozenset({EvidenceKind.COMPLETIONS})
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
-        """Count the completions that are written and the fit; where there is a budget, one to the first of them."""
+        """Count the written completions and the fit; with a budget, the fit to the first completions."""
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
 
@@ -36,7 +36,7 @@ class Distill(DistillSettings, Method):
     def move(self, task: Task) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.
 
-        The fit starts from the mapped update, where there is one.
+        The fit starts from the mapped update, if there is one.
         """
         from jcrosslora.distill.run import distill
 

@@ -180,7 +180,7 @@ def hyper_types() -> dict[str, Any]:
     """Return the type of each hyper-parameter of all registered methods, by name."""
     first = {name: next(iter(by_method.items())) for name, by_method in setting_fields().items()}
     return {
-        # Text where the method's file postpones annotations.
+        # Text if the method's file postpones annotations.
         name: get_type_hints(METHODS[method])[name] if isinstance(field.type, str) else field.type
         for name, (method, field) in first.items()
     }

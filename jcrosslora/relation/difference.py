@@ -153,7 +153,7 @@ class _Explanation:
 def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> _Explanation:
     """Return the best explanation by rounding that fits the size of the difference.
 
-    Either one side is a rounding of the other's numbers; or, where its steps are much coarser, both are roundings of
+    Either one side is a rounding of the other's numbers; or, if its steps are much coarser, both are roundings of
     the same numbers; or both lie on the same levels of a block, apart from a later rounding.
     """
     sides: tuple[tuple[Side, Rounding, Rounding, np.ndarray], ...] = (

@@ -22,7 +22,7 @@ from jcrosslora.relation.structure import Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
 from jcrosslora.relation.wording import choice_reason, finding_phrase
 
-# For unlike bases: where both can be run on text, and where they cannot.
+# For different bases: if both can be run on text, and otherwise.
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
 # For near copies: if they differ by rounding at most, and if one was trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
@@ -79,7 +79,7 @@ def choose_method(
 
     Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
     clearly trained further. Bases where one is made of the other's parts (pruned, permuted, with repeated layers)
-    get `select`. Where the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
+    get `select`. If the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
     source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
 

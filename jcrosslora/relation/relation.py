@@ -56,7 +56,7 @@ class Relation(StrEnum):
 class Likeness(Enum):
     """How alike two bases are, as far as the way of an update from one to the other depends on it."""
 
-    COPY = auto()  # but for rounding
+    COPY = auto()  # up to rounding
     TRAINED_COPY = auto()
     MERGED_COPY = auto()  # with a LoRA
     SPARSE_COPY = auto()
@@ -280,7 +280,7 @@ def _norms(structure: Structure) -> Iterator[Both]:
         for norm in shared
         if number in target.layers_with(norm) and layer.layer in source.layers_with(norm)
     ]
-    # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
+    # Compared as stored if both families mean the same: adding the offset of a gain would round differently.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
     for name_src, name_tgt in names:
         src, tgt = structure.bases.tensors(f"{name_src}.weight", f"{name_tgt}.weight")

@@ -153,7 +153,7 @@ class _Ranked:
     Attributes:
         order: (B, M), the index of each number in its block.
         values: (B, M).
-        gaps: (B, M - 1), distances of neighbours, 0 if they are equal but for rounding.
+        gaps: (B, M - 1), distances of neighbours, 0 if they are equal up to rounding.
         step: (B,), the common divisor of the gaps, or else the smallest gap; 0 if all gaps are 0.
         uniform: (B,), whether there is a common divisor.
         few: (B,), whether there are few different numbers.

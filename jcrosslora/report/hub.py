@@ -119,7 +119,7 @@ class Repository:
     def look(self) -> ModelInfo | None:
         """Return what is there already, None if there is no such repository yet.
 
-        Raises OutputError if it is public where a private one is wanted, holds a base model, or the hub refuses.
+        Raises OutputError if it is public and a private one is wanted, holds a base model, or the hub refuses.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 

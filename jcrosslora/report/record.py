@@ -197,7 +197,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         rank_before: the highest rank of the source adapter; None if it is not known.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
-        asked: settings by which the source was asked, where its weights were not read.
+        asked: settings by which the source was asked, if its weights were not read.
     """
 
     verdict: Verdict = Verdict("unknown", "")
@@ -296,7 +296,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rank_range(self) -> tuple[int, ...]:
-        """The lowest and the highest rank of the moved adapter; one number where they are equal, none without any."""
+        """The lowest and the highest rank of the moved adapter; one number if they are equal, none without any."""
         ranks = self.ranks.values()
         return tuple(dict.fromkeys((min(ranks), max(ranks)))) if ranks else ()
 

@@ -168,7 +168,7 @@ def _card_for_hub(card: str | None, name: str, form: Form, base_model: str | Non
     """Return the card to upload, or a short one with this name; one whose metadata is right already is not changed.
 
     The base model and its relation are set or, as the hub refuses a local path there, removed; library and tags are
-    added where they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
+    added if they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
     if none is given.
     """
     of_base = "" if base_model is None else f" of `{base_model}`"

@@ -36,8 +36,8 @@ class Move:
 
     Attributes:
         reason: why `auto` chose the method; None if the user named it.
-        queried: settings by which the source was queried, where its weights were not read.
-        rank: the rank of the source adapter, where its factors were not read; None if that is not known.
+        queried: settings by which the source was queried, if its weights were not read.
+        rank: the rank of the source adapter, if its factors were not read; None if that is not known.
         known: singular vectors of the target's weights that other adapters needed; new ones are added.
     """
 
@@ -130,7 +130,7 @@ def measure_effect(
     """Measure the effect of the moved adapter next to that of the original, if the options ask for it.
 
     Args:
-        task: both bases, with the original adapter; it loads one base at a time where it has no loaded bases.
+        task: both bases, with the original adapter; it loads one base at a time if it has no loaded bases.
         texts: that both bases were run on.
         written: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in text of
             another kind, so these come first.

@@ -44,7 +44,7 @@ class Estimate:
         modules: how many are aligned, or fitted.
         rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None if neither is.
         steps: seconds of each step, in order; None if they are not known.
-        memory: bytes on a device: of both bases' weights where they run, and of a fit; else of the largest group's
+        memory: bytes on a device: of both bases' weights if they run, and of a fit; else of the largest group's
             weights, factors and maps.
         placement: where the weights lie that a fit and the check of the effect run; None if neither does.
     """
@@ -94,7 +94,7 @@ class Estimate:
         return f"{_gb(self.memory + more)}{each}{', and activations' if activations else ''}"
 
     def time(self, adapters: int = 1) -> str:
-        """Write the time in round figures, such as "4 min"; "over" where a step is not known."""
+        """Write the time in round figures, such as "4 min"; "over" if a step is not known."""
         if set(self.steps.values()) == {None}:
             return "not estimated"
         over = "over " if None in self.steps.values() else ""

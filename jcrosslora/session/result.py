@@ -233,7 +233,7 @@ def push_to_hub(
     Raises:
         AdapterError: the folder is not a whole adapter, or its card or report is damaged.
         UsageError: `repo_id` or `base_model` has not the form of a hub id.
-        OutputError: not logged in, the repository is public where a private one is wanted or holds something else, the
+        OutputError: not logged in, the repository is public and a private one is wanted, or holds something else, the
             hub refuses the upload, or it cannot be reached.
     """
     push = adapter.push_to_hub if isinstance(adapter, TransferResult) else partial(push_folder, adapter)

@@ -47,7 +47,7 @@ class TransferOptions:
     anyway."""
     divide: Divide = "auto"
     """Divide the weights of the bases over the devices of this process, in a fit and the check of the effect: always,
-    never, or (auto) if they do not fit into one. The result is the same but for rounding."""
+    never, or (auto) if they do not fit into one. The result is the same up to rounding."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind of effect check, and of division."""

@@ -52,7 +52,7 @@ def transfer(
             `methods.Distill(completions=600)`.
         prompts: text that both bases are run on, as a file (see `--prompts`) or as a list of texts and of
             conversations, each a list of {"role", "content"}.
-            Where an update is fitted, prompts of the adapter's own task recover more than what the source writes.
+            For a fit, prompts of the adapter's task recover more than those that the source writes.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
         options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 

@@ -107,7 +107,7 @@ def as_prompts(prompts: Asked | Sequence[Asked]) -> list[Prompt]:
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    """Return the JSON object of a line; {} where it is not one."""
+    """Return the JSON object of a line; {} if it is not one."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

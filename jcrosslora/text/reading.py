@@ -30,7 +30,7 @@ class Reading:
     content and a count of its characters; tokens of two bases that end at the same place predict the same text.
 
     Attributes:
-        ids: int32 (T,), up to the end of the answer, with the token that ends it where the answer has ended.
+        ids: int32 (T,), up to the end of the answer, with the token that ends it if the answer has ended.
         content: int32 (T,), number of the content that a token ends in, or just before; -1 for tokens of the
             template, for bos and for tokens that end inside a character. Plain text is one content.
         end: int32 (T,), characters of that content up to the end of the token.

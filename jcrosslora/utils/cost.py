@@ -1,4 +1,4 @@
-"""What a piece of work takes, as counted where it is done, and the devices and the memory that there are for it."""
+"""The cost of a piece of work, counted where it is done, and the available devices and memory."""
 
 import os
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def check_devices() -> None:
 
 
 def free_memory(count: int = 1) -> int | None:
-    """Return how many bytes each of the first `count` devices can still hold; None where that cannot be found out.
+    """Return the free bytes of each of the first `count` devices; None if unknown.
 
     Those of a CPU share what the host can.
     """
@@ -115,7 +115,7 @@ def _short(said: str, advice: str) -> ShortMemoryError:
 
 
 def _free_of_host() -> int | None:
-    """Return how many bytes the host, or its container, has; None where that cannot be found out."""
+    """Return the bytes of memory of the host, or its container; None if unknown."""
     host = dict(line.split(":", 1) for line in _read_text(Path("/proc/meminfo")).splitlines() if ":" in line)
     found = [int(host["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in host else []
     most, used = (_read_text(_GROUP / f"memory.{name}").strip() for name in ("max", "current"))

@@ -157,7 +157,7 @@ _UNTOLD: dict[str, Any] = {
 
 
 class WandbLog:
-    """A run of Weights & Biases, which asks the user to log in where it does so."""
+    """A run of Weights & Biases, which may ask the user to log in."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         import wandb

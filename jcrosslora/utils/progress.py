@@ -178,7 +178,7 @@ class Display:
     def track(self, total: int, description: str, unit: str = "", *, done: int = 0) -> Iterator[Track]:
         """Show a piece of work of a size in units while the block runs; `done` units were done before.
 
-        The description is in the imperative. The unit is in the plural, "B" for bytes, or "" where it needs no name.
+        The description is in the imperative. The unit is in the plural, "B" for bytes, or "" if it needs no name.
         """
         if self.on:
             self.begin(description)

@@ -80,7 +80,7 @@ def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
 
 
 def _row(tag: str, cells: Mapping[str, str]) -> str:
-    """Return a row. A cell has the title of its column, for pages that show it in front where the screen is narrow."""
+    """Return a row. A cell has the title of its column, for pages that show it in front if the screen is narrow."""
     shown = (
         f'<{tag} style="{_CELL}" data-title="{html_text(title)}">{html_text(text)}</{tag}>'
         for title, text in cells.items()

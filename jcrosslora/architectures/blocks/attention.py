@@ -255,7 +255,7 @@ def _unit(run: Run, x: jax.Array) -> jax.Array:
 
 
 def _grown(run: Run, queries: jax.Array) -> jax.Array:
-    """Multiply queries (B, T, heads, D) by the factor of their positions; return them where they do not grow."""
+    """Multiply queries (B, T, heads, D) by the factor of their positions; return them if they do not grow."""
     if run.context.growths is None:
         return queries
     growth = run.of_rope(run.context.growths)[:, :, None, None]

@@ -71,7 +71,7 @@ class Block:
         return {role: shape for part in self.parts for role, shape in part.shapes().items()}
 
     def norms(self) -> dict[str, Norm]:
-        """Return place -> norm, of the norms that this block has where the family names them."""
+        """Return place -> norm, of the norms that this block has if the family names them."""
         return {place: norm for part in self.parts for place, norm in part.norms().items()}
 
     def tensors(self) -> dict[str, Tensor]:

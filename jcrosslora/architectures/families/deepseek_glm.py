@@ -99,7 +99,7 @@ DEEPSEEK_V3 = Family(
 
 
 def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State one group of experts where the choice has none."""
+    """State one group of experts if the choice has none."""
     if config.get("topk_method") == "greedy":
         return {**config, "n_group": 1, "topk_group": 1}
     return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}

@@ -135,7 +135,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
 
 
 def _of_layers(stated: Mapping[str, Any], key: str, layers: int) -> list[int]:
-    """Return a number of each layer, which files state once where it is the same for all."""
+    """Return a number of each layer, which files state once if it is the same for all."""
     value = stated.get(key)
     found: list[Any] = value if isinstance(value, list) else [value] * layers
     if len(found) != layers or not all(type(one) is int and one > 0 for one in found):
@@ -156,7 +156,7 @@ _GGUF = Gguf(
     settings=_from_gguf,
 )
 _ROLES = tuple(linear.role for linear in SelfAttention.LINEARS if linear.role != "qg_proj")
-_PERIOD = 6  # every sixth layer has full attention where the configuration lists no kinds
+_PERIOD = 6  # every sixth layer has full attention if the configuration lists no kinds
 _ROPES = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},

@@ -308,7 +308,7 @@ def target_shares(report: TransferReport) -> dict[int, float]:
 
 
 def source_shares(report: TransferReport) -> dict[int, float]:
-    """Map each source layer to its share of the original update's squared norm; empty where that is not known."""
+    """Map each source layer to its share of the original update's squared norm; empty if that is not known."""
     energy = report.energy
     if not energy:
         return {}

@@ -88,7 +88,7 @@ class Model:
         return {"base": "without adapter", "other": self.name}.get(self.part, f"{self.part} adapter")
 
     def direction(self, figure: str) -> Direction | None:
-        """Say whether a figure is better or worse than the base's; None where that is not known."""
+        """Say whether a figure is better or worse than the base's; None if that is not known."""
         found = self.figures.get(figure)
         return None if found is None or found.minus_base is None else word_of(figure, found.minus_base)
 

@@ -212,7 +212,7 @@ def _warnings_section(contents: Contents) -> str:
 
 
 def _figures_section(evaluation: Evaluation) -> str:
-    """Return a table of every figure with its interval and its difference to the base, whose word says if it counts."""
+    """Return a table of every figure with its interval, its difference to the base, and whether that is clear."""
     rows = [_figure(model, name) for model in evaluation.models for name in present(evaluation)]
     names = [f"{model.title}: {model.name}" for model in evaluation.models if model.title != model.name]
     table = f'<div class="wide">{html_table(rows)}</div>'
