@@ -204,8 +204,8 @@ def answer(
 ) -> Answers:
     """Write the likeliest answer to each example, token by token, under the base and under the base with each adapter.
 
-    The likelihood of the right answer, the token that ends it included, is computed as well. A conversation is read in
-    the base's chat template.
+    Also computes the likelihood of the right answer, including the token that ends it. A conversation is read in the
+    base's chat template.
 
         found = jcl.answer("models/gemma-3-270m", "test.jsonl", ["moved", "trained"])
         found.bootstrap("exact"), found.lift("exact", 1, 2)

@@ -47,8 +47,8 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
     """Move the factors of an adapter through the maps: B_tgt = P_out B and A_tgt = A P_in', term by term.
 
     Pure and traceable: it works under `jax.jit`, `jax.vmap` (over adapters of equal ranks and scales whose factors are
-    stacked leaf by leaf) and `jax.grad`, with the transport as an argument or closed over. `shift` alone does what
-    follows the maps of some methods, and moves changes of the embedding and the output head.
+    stacked leaf by leaf) and `jax.grad`, with the transport as an argument or closed over. Only `shift`
+    runs the steps after the maps of some methods, and moves changes of the embedding and the output head.
 
     Args:
         adapter: factors by module of the source base; fused matrices are split.

@@ -73,8 +73,8 @@ class BaseComparison:
 def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     """Compare two bases by their weights alone.
 
-    Reads a sample of rows, the same on every run. Only if the whole sample is equal are all rows read, because "same"
-    claims nothing less.
+    Reads a sample of rows, the same on every run. If the whole sample is equal, all rows are read, because "same"
+    claims that all are equal.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.

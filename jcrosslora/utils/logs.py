@@ -108,8 +108,8 @@ def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | No
         with jcl.log_to("wandb", "my-move"):
             jcl.transfer(adapter, source, target)
 
-    A fit gives the divergence on held-out completions, a training its loss, a transfer in the end what its maps kept
-    and what its effect is. A fault of the log later on does not end the work.
+    A fit logs the divergence on held-out completions, a training its loss, and a transfer at the end what its maps kept
+    and its effect. If the log fails later on, the work continues.
 
     Args:
         log: "wandb", "trackio" or "tensorboard", each of which is an extra of this package and is set by its own

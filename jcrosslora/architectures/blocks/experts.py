@@ -172,7 +172,8 @@ class MlpAndExperts(Block):
     """An MLP and experts, whose outputs are added.
 
     Attributes:
-        apart: whether MLP, experts and router each read the stream through separate norms, as in Gemma 4.
+        apart: whether MLP and experts each have norms; experts and router read the stream through others than the
+            MLP, as in Gemma 4.
     """
 
     mlp: Mlp
