@@ -33,7 +33,6 @@ class ProfileFormat:
     """One profile.
 
     Attributes:
-        reader: of its files, for messages.
         magnitudes: whether it holds the magnitudes of a DoRA.
         invocation: whether it holds invocation tokens (aLoRA); otherwise an adapter would always be active.
         carries: the kinds of change that it holds.

@@ -55,7 +55,6 @@ class Positions:
     """How the rotary positions differ from those of Llama.
 
     Attributes:
-        theta: default base of the frequencies.
         local_theta: default base in layers with windows, if `rope_theta` and `rope_scaling` do not apply to them; else
             None. Then comes its configuration key.
         settings: rope settings if the configuration states none.
@@ -176,7 +175,6 @@ class Family:
     """One architecture of decoders. The defaults are those of Llama.
 
     Attributes:
-        name: the `model_type` of its configuration.
         architectures: what its configuration may name its class.
         layers: from the `Architecture` of a model to its layers; None for attention and an MLP or experts in all, see
             `architecture.usual_layers`.

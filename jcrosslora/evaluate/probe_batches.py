@@ -76,8 +76,6 @@ def probe_batches(
     the text. Tokens after the last match of a text are dropped, and so are texts without a match.
 
     Args:
-        texts: the probe texts.
-        tokenizers: of source and target.
         length: the most tokens of a text, on each side; the rest is cut off.
         batch: B. Texts of similar length are batched together, the longest first; the last batch is padded with empty
             rows.

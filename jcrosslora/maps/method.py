@@ -47,7 +47,6 @@ class Task:
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
         rank: the truncation rank of the alignment; 0 without one.
         shared: results that hold for all adapters of the pair; a method may add its own.
-        seed: for everything that is sampled.
         states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
         loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
     """

@@ -127,7 +127,6 @@ class Transport:
 
     Attributes:
         groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
-        recipe: the settings and their outcome.
         bases: both bases as they were opened, for what follows the maps; None if they are gone.
     """
 

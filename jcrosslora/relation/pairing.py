@@ -45,8 +45,6 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     """Pair the modules of two bases by role and by a map of the layers.
 
     Args:
-        source: modules by name.
-        target: modules by name.
         depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
             Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
             same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is

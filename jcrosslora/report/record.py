@@ -39,7 +39,6 @@ class Verdict(msgspec.Struct, frozen=True):
         level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
             nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
             "ineffective" or "destructive" if the measured effect on text is so, with any alignment.
-        text: the sentence for the user.
     """
 
     level: str

@@ -57,7 +57,6 @@ def conclude(
 
     Args:
         transport: how the bases were aligned, with or without its groups.
-        shifted: the adapter after the maps.
         update: the update that the method made.
         check: measures the effect; None leaves it unmeasured.
     """

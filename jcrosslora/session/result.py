@@ -33,7 +33,6 @@ class TransferResult:
 
     Attributes:
         adapter: for the target, float32.
-        report: the account of the transfer.
         base: the target, without its weights.
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
         frozen: the frozen factors for profile lora-xs; None for other profiles.
@@ -183,7 +182,6 @@ def save_adapter(
             engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
             "gguf" the file `adapter.gguf` of llama.cpp; "lora-xs" holds the part of each update in the span of
             `frozen`.
-        dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
         frozen: for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
 

@@ -238,7 +238,6 @@ def read_table(
     Args:
         kinds: type of each key that it may have; the description of a `Meta` names one in errors.
         place: its location, for errors.
-        required: keys that it must have.
 
     Raises:
         UsageError: a key is unknown or missing, or a value has the wrong type.

@@ -91,7 +91,6 @@ def align(
             chooses by the weights of both bases. A method that fits an update has no maps: its fit is run by `shift`,
             adapter by adapter.
         depth: which source layer feeds which target layer, see `jcrosslora.relation.pairing.pair_modules`.
-        seed: of everything that is drawn.
         sources: align only what these source modules feed (those an adapter has); None is all.
         probes: text for the methods that run both bases; None lets the source base write it.
         cache: where factors and transports are kept and looked for, such as `jcrosslora.open_cache()`; None computes
@@ -122,7 +121,6 @@ def shift(
     The effect is measured only on request.
 
     Args:
-        transport: from `align`.
         adapter: an adapter of the transport's source: a path, a hub id, or an adapter in memory.
         prompts: text for a method that fits an update, see `transfer`.
         options: fields of `TransferOptions` except depth, which the transport determines.

@@ -245,7 +245,6 @@ class Shelf:
             prompts: at least one text or conversation.
             how: with further `settings`, see `jcrosslora.compose`.
             top: the most adapters for a prompt.
-            by: see `search`.
 
         Returns:
             The adapters that were found for any prompt, composed; and their weights for each prompt, float32 (P, N). A

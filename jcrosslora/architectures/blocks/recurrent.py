@@ -45,7 +45,6 @@ class Inside:
     Attributes:
         project: of a role and its input (B, T, I): the output (B, T, O) of the module, in the dtype of the input.
         tensors: its other tensors, float32, by the names of `Block.tensors`; "conv" is (C, K).
-        activate: the activation of the model.
         eps: added to the mean square in the norms of the model.
     """
 

