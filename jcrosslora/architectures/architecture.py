@@ -32,7 +32,7 @@ GGUF_NORMS = {"attn": "attn_norm", "attn_post": "post_attention_norm", "mlp": "f
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer consists of; hashable, and static under jit. Layers that are equal share one program.
+    """The parts of a layer; hashable, and static under jit. Equal layers share one program.
 
     Attributes:
         mixer: what mixes positions; None in a layer that is an MLP alone.
@@ -101,7 +101,7 @@ class Layer:
         return held | self.norm_sizes(0).keys() | self.tensors.keys()
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of what the layer keeps of texts, see `Block.states`."""
+        """Return the shapes of the layer's cache, see `Block.states`."""
         return {kind: one for block in self.blocks for kind, one in block.states(batch, length, dtype).items()}
 
     @cached_property
@@ -117,7 +117,7 @@ class Layer:
 
     @property
     def recurrent(self) -> bool:
-        """Whether it keeps a state that is not of keys and values."""
+        """Whether it keeps a state other than keys and values."""
         return not all(isinstance(state, KeysValues) for state in self.states(1, 1, "float32").values())
 
     @property
@@ -190,7 +190,7 @@ class Architecture:
 
 
 def attention(model: Architecture, **options: Any) -> SelfAttention:
-    """Return the attention of a model, as its sizes and its family say but for some options."""
+    """Return the attention of a model by its sizes and family, with options that override them."""
     dims, norm = model.dims, model.family.normed_heads(model.config)
     return replace(SelfAttention(dims.hidden, dims.heads, dims.kv_heads, dims.head_dim, norm), **options)
 
@@ -201,13 +201,13 @@ def mlp(model: Architecture) -> Mlp:
 
 
 def experts(model: Architecture) -> Experts:
-    """Return the experts of a model, whose family has them; see `ExpertRules.block`."""
+    """Return the experts of a model of a family with experts; see `ExpertRules.block`."""
     assert model.family.experts is not None
     return model.family.experts.block(model.config, model.dims.hidden)
 
 
 def usual_layers(model: Architecture, mixers: Sequence[Block] | None = None) -> list[Layer]:
-    """Return layers of a mixer, by default attention, and of an MLP, or experts if the family says so."""
+    """Return layers with a mixer, by default attention, and an MLP, or experts if the family has them."""
     count, rules = model.dims.layers, model.family.experts
     mixers = [attention(model)] * count if mixers is None else mixers
     sparse = [False] * count if rules is None else rules.layers(model.config, count)

@@ -80,7 +80,7 @@ def number_keys(record: Any) -> Iterator[str]:
 
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    """Raise the error that names a configuration key, its value and what was wanted."""
+    """Raise an error that names a configuration key, its value and the wanted values."""
     msg = f"config key {key!r} is {str(value)[:60]}, wanted {wanted}"
     raise CheckpointError(msg)
 

@@ -181,7 +181,7 @@ class ExpertSizes(NamedTuple):
 
 
 def shared_width(count: str | None = None) -> Callable[[Mapping[str, Any]], int]:
-    """Return the rule of shared experts as wide together as an expert times a count of the configuration."""
+    """Return the rule of shared experts with the width of an expert times a count of the configuration."""
 
     def width(config: Mapping[str, Any]) -> int:
         return (1 if count is None else size(config, count)) * size(config, "moe_intermediate_size")
@@ -206,7 +206,7 @@ def by_list(config: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def behind_first(key: str) -> SparseRule:
-    """Give all layers experts but as many in front as a configuration key says."""
+    """Give all layers experts except the first ones, by a configuration key."""
 
     def sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
         first = config.get(key)

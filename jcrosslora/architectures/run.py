@@ -1,4 +1,4 @@
-"""What a block is given to run: the arrays of its layer and of all layers, and what layers keep of a text."""
+"""The inputs of a block: the arrays of its layer and of all layers, and the cache of a text."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class Update(Protocol):
 
 @flax.struct.dataclass
 class LayerCapture:
-    """The inputs and outputs of one layer; under jit, those that nothing uses are neither computed nor kept.
+    """The inputs and outputs of one layer; under jit, unused ones are not computed.
 
     Attributes:
         layer: int32 scalar, index of the layer.
@@ -182,7 +182,7 @@ class Run:
         return ACTIVATIONS[self.settings.activation](x, *self.layer.activation)
 
     def of_rope(self, arrays: tuple[jax.Array, ...]) -> jax.Array:
-        """Return the array of the layer's own rotary setting, of one array for each."""
+        """Choose the array of the layer's rotary setting."""
         own = self.layer.ropes
         return arrays[own[0]] if len(own) == 1 else jnp.stack(arrays)[self.layer.rope]
 
@@ -211,7 +211,7 @@ class KeysValues:
 
     @classmethod
     def form(cls, shape: tuple[int, ...], sizes: tuple[int, int], dtype: DTypeLike) -> "KeysValues":
-        """Return the form of those of one layer, (B, kv_heads, S) and the sizes D of keys and of values."""
+        """Return the shapes of one layer, (B, kv_heads, S) and the sizes D of keys and of values."""
         return jax.eval_shape(lambda: cls(*(jnp.zeros((*shape, size), dtype) for size in sizes)))
 
 

@@ -56,7 +56,7 @@ class DecoderSettings(BlockSettings):
         return layers_with(self.stack, name)
 
     def normed_behind(self, layer: int) -> bool:
-        """Whether what the MLP of a layer returns is normalised before it is added to the stream."""
+        """Whether the output of a layer's MLP is normalised before it is added to the stream."""
         return self.post_norms and "mlp_post" in self.stack[layer].names
 
     def ropes_of(self, mixer: Block | None) -> tuple[int, ...]:
@@ -67,12 +67,12 @@ class DecoderSettings(BlockSettings):
 
     @property
     def recurrent(self) -> bool:
-        """Whether a layer keeps a state that is not of keys and values."""
+        """Whether a layer keeps a state other than keys and values."""
         return any(layer.recurrent for layer in set(self.stack))
 
 
 def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
-    """Create what a pass over a whole stream x (B, T, H) hands from layer to layer; None if no layer needs it."""
+    """Create the state that a pass over a whole stream x (B, T, H) hands from layer to layer; None if unused."""
     read = {kind for layer in settings.stack for kind in layer.shared_kinds}
     if not read:
         return None
@@ -98,7 +98,7 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
 
 
 def read_settings(model: Architecture, ref: str) -> DecoderSettings:
-    """Read the settings of a model, whose name in errors is `ref`.
+    """Read the settings of a model; errors name it `ref`.
 
     Raises:
         CheckpointError: its configuration has a setting that the decoder does not support; the message names it.

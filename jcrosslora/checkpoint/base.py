@@ -94,7 +94,7 @@ class BaseModel:
 
     @property
     def prefix(self) -> str:
-        """What the modules of the model's class have instead of "model."; see `class_module_name`."""
+        """The prefix of modules in the model's class, instead of "model."; see `class_module_name`."""
         return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property
@@ -285,7 +285,7 @@ def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
 
 
 def base_digest(base: BaseModel) -> str:
-    """Return `BaseModel.digest`; files that have not changed since they were last read are not read again."""
+    """Return `BaseModel.digest`; unchanged files are not read again."""
     cache = open_cache()
     return base.digest(None if cache is None else cache.digests)
 
@@ -295,7 +295,7 @@ _PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"
 
 
 def weights_key(base: BaseModel, digests: Digests | None = None) -> str:
-    """Return the cache key of a base's weights and of how its modules are read from them."""
+    """Return the cache key of a base's weights and of the way its modules are read."""
     config = {name: value for name, value in base.config.items() if name not in _PROVENANCE}
     modules = [[name, module.shape, module.tensor, module.rows] for name, module in base.modules.items()]
     return digest_of(base.digest(digests), base.family.name, config, modules)

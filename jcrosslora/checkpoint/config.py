@@ -1,4 +1,4 @@
-"""A model's configuration: find its family, and refuse settings that are not understood."""
+"""A model's configuration: find its family, and refuse unknown settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
-    """Find the family of a configuration and refuse settings that are not known for it.
+    """Find the family of a configuration and refuse unknown settings.
 
     Raises:
         CheckpointError: unknown model type, architecture or key, a number that is not finite, or a value that changes

@@ -1,4 +1,4 @@
-"""How the experts of a model are stored, by name, shape and row, and how they are read."""
+"""Find the experts of a model by name, shape and row, and read them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,5 +156,5 @@ def _in_layer(layer: int, path: str) -> str:
 
 
 def _in_turn(count: int) -> np.ndarray:
-    """Return where each row is stored, those of gate first, where rows of gate and up take turns."""
+    """Return the stored place of each row, those of gate first, if rows of gate and up alternate."""
     return np.arange(count).reshape(-1, 2).T.reshape(-1)

@@ -1,4 +1,4 @@
-"""Evaluation with intervals: questions with choices, answers in writing; and the effect of a moved adapter."""
+"""Evaluation with intervals: multiple choice, written answers; and the effect of a moved adapter."""
 
 from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers, answer
 from jcrosslora.evaluate.bootstrap import Direction, Interval, bootstrap_means, intervals, lift_recovered, word_of

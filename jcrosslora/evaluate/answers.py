@@ -36,7 +36,7 @@ _MORE, _MOST = 16, 512  # tokens that an answer may have beyond the longest righ
 
 
 def exact(text: str, references: Sequence[str]) -> float:
-    """Return 1 if a text is one of the references, space around both not counted; else 0."""
+    """Return 1 if a text is one of the references, up to surrounding space; else 0."""
     return float(text.strip() in [reference.strip() for reference in references])
 
 
@@ -276,6 +276,6 @@ def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, numbe
 
 
 def _room(tokenizer: Tokenizer, completions: Sequence[Completion]) -> int:
-    """Count the tokens that an answer may have: those of the longest right one, and some more."""
+    """Count the tokens that an answer may have: those of the longest right one, plus some."""
     texts = [text for one in completions for text in (one.answer, *one.references)]
     return min(_MOST, _MORE + max(len(tokenizer.encode(text, special=False).ids) for text in texts))

@@ -30,7 +30,7 @@ class Interval:
 
 
 class Direction(StrEnum):
-    """What a difference to the base means, as the word that is printed."""
+    """The meaning of a difference to the base, as the word that is printed."""
 
     BETTER = "better"
     WORSE = "worse"

@@ -241,7 +241,7 @@ class Figures:
 
 
 def effect_cost(*, written: bool) -> Cost:
-    """Count a check; texts of both kinds, or those alone that were written for a fit."""
+    """Count a check; texts of both kinds, or only those that were written for a fit."""
     tokens = 2 * TEXTS * LENGTH * (1 if written else 2)
     read = Cost(source=tokens, target=tokens, predicted=(tokens, tokens), precise=True)
     return read if written else read + writing_cost(TEXTS, LENGTH, prompt=1)
@@ -288,7 +288,7 @@ def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter 
 
 
 def part_of(batch: ProbeBatch, side: int) -> Part:
-    """Take the source's (side 0) or the target's (side 1) part; texts with less than two matches have no positions."""
+    """Take the source's (side 0) or the target's (side 1) part; texts with fewer than two matches have no positions."""
     source = batch.tokens_src, batch.mask_src, batch.at_src
     tokens, mask, at = (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt) if side else source
     width, matches = tokens.shape[1], at[batch.valid]

@@ -1,4 +1,4 @@
-"""Files of the user: examples (questions with choices, prompts with right answers), and texts or prompts alone."""
+"""Files of the user: examples (questions with choices, prompts with right answers), and plain texts or prompts."""
 
 import codecs
 import json
@@ -83,7 +83,7 @@ def as_completion(example: Example) -> Completion:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read the texts of a file as `read_prompts` does; of a conversation the contents, one below the other."""
+    """Read the texts of a file as `read_prompts` does; a conversation becomes its contents, one below the other."""
     return [prompt_text(prompt) for prompt in read_prompts(path)]
 
 

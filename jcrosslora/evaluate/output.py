@@ -72,7 +72,7 @@ def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str 
 def answers_json(
     answers: Answers, not_scored: Sequence[str] = (), *, show: int = 0, trained: str | None = None
 ) -> dict[str, Any]:
-    """Return the figures of answers in writing, and some of the answers.
+    """Return the figures of written answers, and some of the answers.
 
     `show` is the number of examples, evenly spread, to return with the answers of all models; the rest as in
     `scores_json`.
@@ -261,7 +261,7 @@ def figure_rows(found: Scores | Answers) -> list[tuple[str, list[FigureRow]]]:
 
 
 def summary(answers: Answers) -> list[str]:
-    """Say what the figures are of, and whether no answer ended."""
+    """Describe the figures, and say if no answer ended."""
     count = len(answers.examples)
     lines = [
         f"{count:,} {'example' if count == 1 else 'examples'}, answers of at most {answers.max_new_tokens} tokens, "
@@ -275,7 +275,7 @@ def summary(answers: Answers) -> list[str]:
 
 
 def marks(answers: Answers, model: int, example: int) -> list[str]:
-    """Name what matters of an answer: "exact", "equal JSON", "not ended"."""
+    """Return the marks of an answer: "exact", "equal JSON", "not ended"."""
     found = [
         TITLES[figure].removesuffix(" match")
         for figure in ("exact", "json")

@@ -1,4 +1,4 @@
-"""What methods share: their two base classes, and for those with maps the evidence, the alignment and the shift."""
+"""Shared by methods: their two base classes, and for map methods the evidence, the alignment and the shift."""
 
 from jcrosslora.maps.evidence import Activations as Activations
 from jcrosslora.maps.evidence import Evidence as Evidence

@@ -79,7 +79,7 @@ class TransportCache:
         self._what = f"{start.name}, rank {task.rank}, {task.pair.names}"
 
     def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
-        """Yield the groups of these pairs, one after the other; None for one that is not kept.
+        """Yield the groups of these pairs, one by one; None for one that is not cached.
 
         While one is used the next is read: two are in memory.
         """

@@ -49,7 +49,7 @@ class BasePair:
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
-        """Return the digests of the weights of both bases; files are read whose digests the cache does not remember."""
+        """Return the digests of the weights of both bases; files are read unless the cache remembers their digests."""
         assert self.store is not None
         return tuple(weights_key(base, self.store.digests) for base in self.bases)
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class EvidenceKind(StrEnum):
-    """What is collected from two bases before a method can run; the value is its name in reports."""
+    """A kind of evidence that is collected from two bases; the value is its name in reports."""
 
     SINGULAR_VECTORS = "truncated SVDs of both bases"
     SHARED_VOCABULARY = "shared vocabulary (optional)"

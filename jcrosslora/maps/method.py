@@ -1,4 +1,4 @@
-"""The contract of transfer methods: what they are given, what they return, and their two base classes.
+"""The contract of transfer methods: their inputs, their results, and their two base classes.
 
 A method fits an update to what the adapter does, or it chooses maps that the update goes through.
 """
@@ -159,7 +159,7 @@ class Method:
 
     @property
     def start(self) -> MapMethod | None:
-        """The map method whose result `move` begins with, which is itself for map methods; None without one."""
+        """The map method whose result `move` starts from; a map method itself, None without one."""
         return None
 
     @property
@@ -211,7 +211,7 @@ class Method:
 
     @classmethod
     def _code_digest(cls) -> str:
-        """Digest the file of a user's method; without a file the function that decides what moves."""
+        """Digest the file of a user's method; without a file, its main function."""
         file = cls.source_file()
         if file is None:
             decides = cls.maps if issubclass(cls, MapMethod) else cls.move

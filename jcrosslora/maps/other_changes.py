@@ -1,4 +1,4 @@
-"""Move what an adapter changes without going through the maps: token rows, experts, and tokens that invoke it.
+"""Move changes of an adapter without maps: token rows, experts, and invocation tokens.
 
 A row of the embedding or the output head belongs to a token, and its numbers to dimensions of the residual stream. Rows
 therefore move only by methods that preserve the coordinates of the stream (or select among them), and only for tokens

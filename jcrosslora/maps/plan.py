@@ -27,7 +27,7 @@ def plan_alignment(
     seed: int = 0,
     sources: Collection[str] | None = None,
 ) -> AlignmentTask:
-    """Check an alignment; nothing is computed but what decides whether it can be done.
+    """Check whether an alignment can be done, and compute nothing else.
 
     `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `pair_modules`
     explains `depth`.
@@ -51,7 +51,7 @@ def plan_alignment(
 
 
 def check_hosts(task: AlignmentTask) -> None:
-    """Check, where several processes align together, that they can and that all were given the same.
+    """Check that several processes can align together, and that all have the same input.
 
     Raises:
         MethodError: the bases have to run on text.
@@ -82,7 +82,7 @@ def check_hosts(task: AlignmentTask) -> None:
 
 
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
-    """Return the task with the text that it is made from, and with the layers that the text pairs.
+    """Return the task with its text, and with the layers paired by it.
 
     `probes` is the text that both bases are run on; None lets the source write it if the maps need any.
 

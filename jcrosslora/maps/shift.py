@@ -202,7 +202,7 @@ class Shifter:
 
 
 def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
-    """Move what several adapters of one base hold for the pairs of a group, those that agree in one vmapped call."""
+    """Move the updates of several adapters for the pairs of a group; adapters of equal form share a vmapped call."""
     alike: dict[tuple[int, tuple[int, ...], bool], list[Shifter]] = {}
     for shifter in shifters:
         for rank, rows in _rows_by_rank(group, shifter.adapter.modules).items():

@@ -1,4 +1,4 @@
-"""An alignment that has been checked: which modules are paired, what the method needs, and how reports state it."""
+"""A checked alignment: paired modules, needs of the method, and its record for reports."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +138,7 @@ class AlignmentTask:
         )
 
     def _warnings(self) -> Iterator[str]:
-        """Yield what the user has to know before looking at any number."""
+        """Yield warnings to read before any figure."""
         source, target = self.pair.bases
         yield from (f"source base: {note}" for note in source.notes)
         yield from (f"target base: {note}" for note in target.notes)

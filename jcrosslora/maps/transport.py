@@ -19,7 +19,7 @@ from jcrosslora.relation.pairing import Pair, Pairing
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AlignRecipe:
-    """The settings that a transport was made with, and what came of them.
+    """The settings that a transport was made with, and their outcome.
 
     Attributes:
         method: name of the method, "module:Class" for one of a user's own.

@@ -1,4 +1,4 @@
-"""The report of a transfer. All that shows one reads the record `TransferReport`: tables, card, page and uploads."""
+"""The report of a transfer. Tables, card, page and uploads read the record `TransferReport`."""
 
 from jcrosslora.report.documents import complete as complete
 from jcrosslora.report.documents import documents as documents

@@ -97,7 +97,7 @@ class Repository:
 
     @classmethod
     def of(cls, repo_id: str, *, private: bool, token: str | None) -> Repository:
-        """Check the name, and find the token, if none is given, as the hub's client does. Nothing is sent.
+        """Check the name, and find the token as the hub's client does. Nothing is sent.
 
         Raises:
             UsageError: not a name of a repository, or a token with characters that no token has.
@@ -153,7 +153,7 @@ def _names(info: ModelInfo) -> set[str]:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise UsageError for what is not of the form owner/name, or has characters that the hub does not allow."""
+    """Raise UsageError for names that are not owner/name, or have characters that the hub does not allow."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     with suppress(HFValidationError):
@@ -166,7 +166,7 @@ def check_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the hub's client from lines about its retries, and from bars where nobody sees them move."""
+    """Silence the hub client's lines about retries, and its bars without a terminal."""
     from huggingface_hub import constants
     from huggingface_hub import utils as hub
 
@@ -216,7 +216,7 @@ def _account(error: Exception, repo_id: str) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those below it, which say more than those that wrap them."""
+    """Yield an error and its causes, which say more."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -247,14 +247,14 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def figures(self) -> dict[str, float]:
-        """Return what a log shows of a transfer: the totals, and the divergences that the adapters bring about."""
+        """Return the figures for a log: the totals, and the divergences that the adapters cause."""
         ends = {} if self.effect is None else {"effect_source": self.effect.source, "effect_target": self.effect.target}
         kl = {name: math.nan if one.kl is None else one.kl for name, one in ends.items()}
         return {"kept": self.kept, "left_behind": self.left_behind} | kl
 
     @property
     def rank_sentence(self) -> str:
-        """What the ranks became, in a sentence without a full stop."""
+        """The ranks before and after, in a sentence without a full stop."""
         by_rank: dict[int, list[str]] = {}
         for name, rank in self.ranks.items():
             roles = by_rank.setdefault(rank, [])

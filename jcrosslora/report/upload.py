@@ -1,4 +1,4 @@
-"""What of an adapter's folder is uploaded: its own files, checked to be whole, with a card that the hub accepts."""
+"""The upload of an adapter's folder: its files, checked to be whole, with a card that the hub accepts."""
 
 import json
 from collections.abc import Mapping

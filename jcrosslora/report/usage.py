@@ -12,7 +12,7 @@ QUESTION = "What do bees make?"
 
 
 def peft_lines(base: str, adapter: str) -> list[str]:
-    """Return statements, one a line, that load an adapter with peft and have it write.
+    """Return statements, one a line, that load an adapter with peft and generate text.
 
     `base` is a hub id, a folder, or a GGUF file, whose weights transformers reads as floats.
     """
@@ -31,7 +31,7 @@ def peft_lines(base: str, adapter: str) -> list[str]:
 
 
 def usage(base: Base, profile: str) -> str:
-    """Show how to load the adapter: with peft in Python, or by the command of the engine that its format is for."""
+    """Show how to load the adapter: with peft in Python, or by the command of its engine."""
     ref, name = base.ref or base.name or "BASE", base.name or "BASE"
     command = {
         "mlx": f"mlx_lm.generate --model {quoted(name)} --adapter-path FOLDER --prompt PROMPT",
@@ -49,7 +49,7 @@ def usage(base: Base, profile: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """Write a name of others for a shell to paste."""
+    """Quote an untrusted name for a shell."""
     return shlex.quote(visible(name, keep=""))
 
 

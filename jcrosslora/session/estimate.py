@@ -1,4 +1,4 @@
-"""What a transfer takes before it runs: seconds of each step, memory, and the devices that share the weights."""
+"""Estimates before a transfer: seconds of each step, memory, and the devices that share the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CHECKED = 4  # bytes of a number in the check of the effect, which holds one ba
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an alignment, and the transfer of one adapter through it, take.
+    """Time and memory of an alignment and of the transfer of one adapter through it.
 
     Attributes:
         reason: why "auto" chose the method; None if the user named it.
@@ -167,7 +167,7 @@ def _group_memory(task: AlignmentTask) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of bases lie while a fit, and the check of its effect, run them. Sizes are bytes on a device.
+    """The placement of weights in a fit and the check of its effect. Sizes are bytes on a device.
 
     Attributes:
         devices: over how many devices they are divided; 1 if they are whole on the first.
@@ -216,7 +216,7 @@ class Placement:
 
 
 def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOptions) -> Placement:
-    """Choose where the weights of the bases lie that a transfer runs, the target last.
+    """Choose where to place the weights of the bases that a transfer runs, the target last.
 
     Raises:
         UsageError: the weights have to be divided, and cannot be.

@@ -47,7 +47,7 @@ _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the e
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a session is asked to do: move an adapter by a method, or estimate that.
+    """A request to a session: move an adapter by a method, or estimate that.
 
     Attributes:
         adapter: in memory, a path or a hub id; None for a server, which has its own. An estimate takes None for an
@@ -278,7 +278,7 @@ class PairSession:
         self.loaded = self.loaded or self._bases(method, options, keep=True)
 
     def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
-        """Return what loads the bases of a transfer to their devices; None if they are not run by it.
+        """Return the loader of the bases of a transfer; None if it does not run them.
 
         Raises:
             UsageError, MemoryError: see `place_bases`.
@@ -294,7 +294,7 @@ class PairSession:
         return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
 
     def _task(self, shifted: Shifted, task: AlignmentTask, move: PairMove) -> Task:
-        """Return what the method moves: the adapter after the maps, with the prompts and the loaded bases."""
+        """Return the method's task: the adapter after the maps, with the prompts and the loaded bases."""
         given = task.probes if task.probes is not None and task.probes.seed is None else None
         return Task(
             source=self.pair.source,

@@ -63,7 +63,7 @@ class QueriedSession:
         return conclude(move, self._transport(source, request, move.method), unmapped, update, target)
 
     def estimate(self, request: Request) -> Estimate:
-        """Estimate the memory of the target; how long a source takes shows when it is queried. A server is reached."""
+        """Estimate the memory of the target; the time of a queried source is unknown. Connects to a server."""
         opening = self._opening(request)
         move = self._check(request)
         if isinstance(self._model, ServedModel):
@@ -74,7 +74,7 @@ class QueriedSession:
         return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed)
 
     def _opening(self, request: Request) -> Callable[[], QueriedSource]:
-        """Return what opens the source with its adapter, which may take minutes.
+        """Return the function that opens the source with its adapter, which may take minutes.
 
         Raises:
             UsageError: an adapter where none is wanted, or none if one is.
@@ -126,7 +126,7 @@ class QueriedSession:
         return place_bases([self._target], move.method, replace(move.options, effect="never"))
 
     def _transport(self, source: QueriedSource, request: Request, method: Method) -> Transport:
-        """Return the record of an alignment that there is none of."""
+        """Return the record of a transfer without an alignment."""
         recipe = AlignRecipe(
             method=method.name,
             settings=method.settings(),

@@ -89,7 +89,7 @@ class TransferResult:
     def html(
         self, answers: Answers | Scores | None = None, *, trained: str | None = None, random: str | None = None
     ) -> str:
-        """Return a page on the adapter, as `jcrosslora report` writes it: one HTML file that needs nothing but itself.
+        """Return a page on the adapter, as `jcrosslora report` writes it: one self-contained HTML file.
 
         Args:
             answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter and

@@ -57,7 +57,7 @@ class TransferOptions:
                 raise UsageError(msg)
 
     def checks_effect(self, *, runs_bases: bool) -> bool:
-        """Tell whether the effect is checked, of a method that runs the bases or does not."""
+        """Tell whether the effect is checked, for a method that runs the bases or does not."""
         return self.effect == "always" or (self.effect == "auto" and runs_bases)
 
 
@@ -138,7 +138,7 @@ class TransferSettings(TransferOptions):
     """Use the cache folder for factors and transports. The result is the same."""
 
     def __post_init__(self) -> None:
-        """Make the method an object, so that equal settings are equal; refuse settings that do not go together."""
+        """Make the method an object, so that equal settings are equal; refuse settings that exclude each other."""
         super().__post_init__()
         object.__setattr__(self, "method", make_method(self.method))
         if self.source_backend not in get_args(Backend):
@@ -260,7 +260,7 @@ def read_table(
 
 
 def _wanted(kind: Any) -> str:
-    """Name a type in words; what msgspec says has neither the value that came nor the choices."""
+    """Name a type in words; messages of msgspec lack the value and the choices."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         described = (one.description for one in parts[1:] if isinstance(one, Meta) and one.description)

@@ -1,4 +1,4 @@
-"""Seconds of what was counted: one matrix of each shape and a few layers of each base are timed on this machine."""
+"""Turn counts into seconds: time one matrix of each shape and a few layers of each base on this machine."""
 
 import time
 from collections.abc import Callable, Mapping

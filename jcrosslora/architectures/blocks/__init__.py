@@ -1,4 +1,4 @@
-"""The blocks that layers are made of, and what all of them together have."""
+"""The blocks that layers are made of, and their modules and tensors altogether."""
 
 from collections.abc import Mapping
 

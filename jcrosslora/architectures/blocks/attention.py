@@ -70,7 +70,7 @@ class SelfAttention(Block):
 
     @property
     def shared_kind(self) -> str | None:
-        """The kind of the keys and values that it reads, of a layer before."""
+        """The kind of the keys and values that it reads from an earlier layer."""
         return self._kind if self.shares_keys else None
 
     @property

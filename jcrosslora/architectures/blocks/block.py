@@ -1,4 +1,4 @@
-"""What a block of a layer is, and the plain blocks: a dense MLP, two mixers side by side, the input of a layer."""
+"""The base class of blocks, and the plain blocks: a dense MLP, two mixers side by side, the input of a layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Block:
         return {place: norm for part in self.parts for place, norm in part.norms().items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return name -> tensor, of the others but those of experts."""
+        """Return name -> tensor, of the other tensors except those of experts."""
         return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
 
     @cached_property
@@ -85,7 +85,7 @@ class Block:
 
     @property
     def shared_kind(self) -> str | None:
-        """The kind of a state of a layer before that this block reads, None if it reads none."""
+        """The kind of the state that this block reads from an earlier layer, None if it reads none."""
         return None
 
     @property
@@ -95,11 +95,11 @@ class Block:
 
     @property
     def mixed_size(self) -> int:
-        """Features of a token that the block mixes with those of others; 0 for a block that mixes none."""
+        """Features of a token that the block mixes with those of other tokens; 0 for none."""
         return max((part.mixed_size for part in self.parts), default=0)
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of what the block keeps of B texts of up to S tokens: kind -> `ShapeDtypeStruct` (B, ...)."""
+        """Return the shapes of the block's cache of B texts of up to S tokens: kind -> `ShapeDtypeStruct` (B, ...)."""
         return {kind: form for part in self.parts for kind, form in part.states(batch, length, dtype).items()}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:

@@ -116,7 +116,7 @@ class Experts(Block):
         return frozenset({*self.shapes(), *self.held})
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run the experts, whose router reads what they read; see `Block.forward`."""
+        """Run the experts; the router reads the same input. See `Block.forward`."""
         return self.mixed(run, x, x), cache
 
     def mixed(self, run: Run, x: jax.Array, routed: jax.Array) -> jax.Array:
@@ -255,7 +255,7 @@ def _weights(settings: Routing, scores: jax.Array) -> jax.Array:
 
 
 def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
-    """Choose the best expert and then the second, each with its share among those that score nearly as high.
+    """Choose the best expert and then the second, each weighed among those that score nearly as high.
 
     Follows `sparsemixer` of transformers (arXiv 2409.12136) as it is outside of training.
     """

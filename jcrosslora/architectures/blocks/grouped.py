@@ -45,7 +45,7 @@ class Sorted:
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Return N, the most rows of a block: the power of two at or above what one of E experts has on average."""
+    """Return N, the most rows of a block: the power of two at or above the average rows of one of E experts."""
     share = max(pairs // experts, 1)
     return min(max(1 << (share - 1).bit_length(), _FEWEST), _MOST)
 
@@ -109,7 +109,7 @@ mix.defvjp(lambda outputs, weights, order: (mix(outputs, weights, order), (outpu
 
 
 def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
-    """Call a function of a number of rows: the least part of a block of `rows` that holds those that are left."""
+    """Call a function for the smallest part of a block of `rows` that holds the remaining ones."""
     step = max(rows // _PARTS, _FEWEST)
     parts = [partial(function, size) for size in range(step, rows + 1, step)]
 

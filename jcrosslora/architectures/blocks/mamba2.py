@@ -68,7 +68,7 @@ class Mamba2(RecurrentBlock):
         return found
 
     def inside(self, run: Run) -> Inside:
-        """Return what the block has in a layer; its last module may be a tensor."""
+        """Return the modules and tensors of the block in a layer; its last module may be a tensor."""
         own = super().inside(run)
         if self.activation is not None:
             own = dataclasses.replace(own, activate=ACTIVATIONS[self.activation])

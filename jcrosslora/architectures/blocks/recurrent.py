@@ -27,7 +27,7 @@ from jcrosslora.architectures.run import KVCache, Run
 
 @flax.struct.dataclass
 class RecurrentState:
-    """What a recurrent block keeps of the tokens before.
+    """The state of a recurrent block after some tokens.
 
     Attributes:
         inputs: float32 (..., B, K - 1, C), the last inputs of the convolution.
@@ -111,7 +111,7 @@ class RecurrentBlock(Block):
         )
 
     def inside(self, run: Run) -> Inside:
-        """Return what the block has in a layer."""
+        """Return the modules and tensors of the block in a layer."""
         own = {name: run.tensors[name] for name in self.tensors()}
         tensors = {name: x.array if isinstance(x, Row) else x for name, x in own.items()}
         return Inside(run.module, tensors | {"conv": tensors["conv"][:, 0]}, run.activate, run.settings.eps)
@@ -130,7 +130,7 @@ class RecurrentBlock(Block):
     def mix(
         self, inside: Inside, x: jax.Array, state: RecurrentState, valid: jax.Array
     ) -> tuple[jax.Array, RecurrentState]:
-        """Run the block on the next tokens of B texts, from the state after those before.
+        """Run the block on the next tokens of B texts, from the state after the earlier ones.
 
         The stream x (B, T, hidden) is normalised; `valid`, bool (B, T), is False at padding, which leaves the state.
 
@@ -168,7 +168,7 @@ def causal_convolution(
 
 @dataclass(frozen=True)
 class ShortConvolution(RecurrentBlock):
-    """A convolution between two gates. It has no heads, and its state is the last inputs alone."""
+    """A convolution between two gates. It has no heads, and its state is only the last inputs."""
 
     LINEARS: ClassVar = (
         Linear("conv_in_proj", "conv.in_proj", "conv_in", "attn", "shortconv.in_proj"),
@@ -203,7 +203,7 @@ CHUNK = 64
 
 
 class Tokens(NamedTuple):
-    """What a recurrence reads of T tokens, float32, of one head or of G heads of queries and H of values.
+    """The inputs of a recurrence for T tokens, float32, for one head or for G heads of queries and H of values.
 
     Attributes:
         queries: (T, N) or (T, G, N), as the keys.

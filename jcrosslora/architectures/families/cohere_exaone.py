@@ -85,7 +85,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
-    """Return a number that may be zero, which it is where nothing is stated."""
+    """Return a number that may be zero, and is if nothing is stated."""
     return 0 if config.get(key) in (None, 0) else size(config, key)
 
 
@@ -94,7 +94,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
-    """Give layers with windows positions, and those with a dense MLP where all of these have full attention."""
+    """Give positions to layers with windows, and to those with a dense MLP if all of these have full attention."""
     dense = config.get(_PREFIX_PERIOD) == 1
     return [
         kind == SLIDING or (dense and mlp == "dense")

@@ -106,7 +106,7 @@ def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention, and how experts are chosen, which files state by the groups of them."""
+    """Return the sizes of attention, and how experts are chosen, by the groups in the file."""
     other = [key for key in ("expert_weights_norm", "attention.temperature_scale") if stated.get(key)]
     other += ["exp_probs_b"] if CORRECTION["correction"] in held else []
     if other:

@@ -19,7 +19,7 @@ _SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kind of each layer by one name, and their number, which is that of the kinds."""
+    """State the kind of each layer by one name, and the number of layers."""
     stated = config.get("layers_block_type")
     stated = config.get("layer_types") if stated is None else stated
     pattern = config.get("hybrid_override_pattern")
@@ -76,7 +76,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers, which two lists tell, and what files state otherwise than configurations.
+    """Return the kinds of the layers, by two lists, and settings that files state differently.
 
     Files do not state the least time step, which is taken to be that of the class.
     """

@@ -54,7 +54,7 @@ _PERIOD = 4
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, and in `rope_parameters` a `rope_theta` of null, where there are no positions."""
+    """State the kinds of the layers, and a `rope_theta` of null in `rope_parameters` if there are no positions."""
     kinds = layer_kinds(config, {LINEAR: LINEAR, FULL: FULL})
     if kinds is None:
         kinds = [LINEAR if (layer + 1) % _PERIOD else FULL for layer in range(layer_count(config))]

@@ -1,4 +1,4 @@
-"""The pictures of a report: the question that each answers, its caption, how it is drawn, and all on one sheet."""
+"""The pictures of a report, each with a question and a caption, and all on one sheet."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _draw_bars(evaluation: Evaluation, panels: list[Axes]) -> None:
 
 
 def _draw_curve(curve: Sequence[tuple[int, float]], panels: list[Axes]) -> None:
-    """Draw the divergence in nats at each look at what was held out, and where completions are gone through again."""
+    """Draw the held-out divergence in nats over the fit, and mark where another pass begins."""
     (axes,), places, values = panels, range(len(curve)), [divergence for _, divergence in curve]
     last = curve[-1][0]
     again = next(place for place, (used, _) in enumerate(curve) if used == last)

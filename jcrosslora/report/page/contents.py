@@ -1,4 +1,4 @@
-"""What a page is made from: a transfer, an evaluation, which adapter is which, and the update in each layer."""
+"""The contents of a page: a transfer, an evaluation, the roles of adapters, and the update in each layer."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ class _Output(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of adapters among those evaluated; None if it is not said."""
+    """Names of adapters in the evaluation; None if not given."""
 
     moved: str | None = None  # the adapter that the page is about
     trained: str | None = None  # on the target
@@ -228,7 +228,7 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
 
 
 def _called(said: str, names: Sequence[str]) -> str | None:
-    """Find the name that was said among names, or the only one with the same last part; None if there is none."""
+    """Find a given name among names, or the only one with the same last part; None if there is none."""
     alike = [name for name in names if PurePath(name).name == PurePath(said).name]
     return said if said in names else alike[0] if len(alike) == 1 else None
 

@@ -1,4 +1,4 @@
-"""What the figures of an evaluation say: how they are named and written, and the verdict of the page."""
+"""The figures of an evaluation, their names and formats, and the verdict of the page."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing but itself, section by section; and the result in a notebook.
+"""The page: one self-contained HTML file, section by section; and the result in a notebook.
 
 By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
 """
@@ -168,7 +168,7 @@ def _part(title: str, text: str, longest: int, marks: str = "") -> str:
 
 
 def _text_section(contents: Contents) -> str:
-    """Return what text the update was fitted on, or what the method looked at instead; "" without a transfer."""
+    """Return the text that the update was fitted to, or the method's evidence; "" without a transfer."""
     moved = contents.moved
     if moved is None:
         return ""
@@ -188,7 +188,7 @@ def _text_section(contents: Contents) -> str:
 
 
 def _warnings_section(contents: Contents) -> str:
-    """Return what to know before use; "" if there is nothing."""
+    """Return the warnings; "" if there are none."""
     moved, evaluation = contents.moved, contents.evaluation
     lines = [] if moved is None else list(moved.warnings)
     if moved is not None and moved.unmapped_targets:
@@ -258,7 +258,7 @@ def _method(report: TransferReport) -> str:
 
 
 def _details(title: str, items: Iterable[str]) -> str:
-    """Return what opens on a click, each item in a box that scrolls; "" without items."""
+    """Return a section that opens on a click, each item in a box that scrolls; "" without items."""
     boxes = [f'<div style="{_BOX}">{item}</div>' for item in items]
     return f"<details><summary>{title} ({len(boxes)})</summary>{''.join(boxes)}</details>" if boxes else ""
 

@@ -1,4 +1,4 @@
-"""What to do next with a moved adapter: sentences, and under each the commands with the names of this transfer."""
+"""The next steps with a moved adapter: sentences, each with commands for this transfer."""
 
 import os
 from collections.abc import Iterator

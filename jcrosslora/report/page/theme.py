@@ -1,4 +1,4 @@
-"""How pictures look: in the colours of the page, without the user's settings, and with the same bytes each time."""
+"""The look of pictures: the colours of the page, no settings of the user, and the same bytes each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of the jobs of a batch: the summary of a run, and the log by which finished jobs are known again."""
+"""The outcomes of a batch: the summary of a run, and the log of finished jobs."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def stamp_of(job: Job, *shared: str) -> str | None:
 
 
 def _asked(job: Job) -> tuple[object, ...]:
-    """Return the version of the package, and what the settings ask for."""
+    """Return the version of the package, and the requested settings."""
     settings = {key: value for key, value in job.settings.flat().items() if key not in _NO_PART}
     method = job.settings.method
     code = method.cache_key() if isinstance(method, Method) else None  # includes the file of a user's own method

@@ -1,4 +1,4 @@
-"""The plan of a batch: which adapters go from which base to which others and how; its units, and what they take."""
+"""The plan of a batch: adapters, bases and methods; its units, and their estimates."""
 
 import heapq
 import itertools
@@ -185,7 +185,7 @@ def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
 
 
 def _is_hidden(path: Path, pattern: Path) -> bool:
-    """Tell whether a path has a hidden folder although its pattern names none, as in a shell."""
+    """Tell whether a path has a hidden folder that its pattern does not name, as in a shell."""
     found, named = ([part for part in one.parts if part[0] == "." and part != ".."] for one in (path, pattern))
     return bool(found) and not named
 
@@ -262,7 +262,7 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
 
 @dataclass(frozen=True)
 class UnitEstimate:
-    """What the jobs of a unit take, if their adapters have all modules; those with fewer take less.
+    """Time and memory of the jobs of a unit, if their adapters have all modules; those with fewer take less.
 
     Attributes:
         found: the estimate of one adapter, or why the jobs cannot be done.
@@ -305,7 +305,7 @@ def estimate_batch(
 
 
 def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
-    """Print a table of what the units of a plan (or of a shard) take, or why they cannot be done."""
+    """Print a table of the estimates of a plan's units (or a shard's), or why they cannot be done."""
     names = ("source", "target", "method", "jobs", "modules", "time", "memory")
     table = Table(*(Column(name, overflow="fold") for name in names))
     for one in estimate_batch(plan, shard=shard):

