@@ -37,7 +37,7 @@ class TransferResult:
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
         frozen: the frozen factors for profile lora-xs; None for other profiles.
         chat_template: Jinja source by which the target read conversations; None if the fit had none.
-        completions: of the fit, if the source wrote their prompts itself. The user's own prompts are not among them.
+        completions: of the fit, if the source wrote their prompts itself. The user's prompts are not among them.
     """
 
     adapter: Adapter

@@ -96,7 +96,7 @@ class Shelf:
     def base(self) -> BaseModel:
         """The base, opened when it is first used.
 
-        Raises CheckpointError if it is not where it was or cannot be read, UsageError if it is not that of the shelf.
+        Raises CheckpointError if it has moved or cannot be read, UsageError if it is another base.
         """
         if self._base is None:
             ref = opened_place(self.folder, self.info.place)
@@ -159,7 +159,7 @@ class Shelf:
         prompts: str | Path | None = None,
         lift: float | None = None,
     ) -> Added:
-        """Add adapters, or all below a folder; those that are damaged or of another base are left out and listed.
+        """Add adapters, or all in a folder; damaged ones and those of another base are left out and listed.
 
         If the work is stopped, all but the additions of the last seconds are kept; the same call continues there.
 
@@ -220,7 +220,7 @@ class Shelf:
         return Retrieved(self.names, found.scores(several), found.thresholds)
 
     def retriever(self, by: str | None = None) -> Retriever:
-        """Open a way to search, for many searches; see `search`. Reads an index again that another process changed."""
+        """Open a way to search, for many searches; see `search`. Reads the index again if another process changed it."""
         try:
             return self._searching().retriever(by)
         except ChangedMeanwhileError:
@@ -248,7 +248,7 @@ class Shelf:
 
         Returns:
             The adapters that were found for any prompt, composed; and their weights for each prompt, float32 (P, N). A
-            prompt of no adapter's task has zeros, which is the base alone.
+            row of zeros stands for the base alone.
 
         Raises:
             UsageError: see `search`, `load` and `jcrosslora.compose`.

@@ -49,9 +49,9 @@ RATE = 0.01
 class Composed:
     """A base with several adapters; made by `compose`.
 
-    Every method takes `weights`: how much of each of the N adapters a prompt gets, numbers from 0 on, of shape (N,) for
-    all prompts or (P, N) with a row for each; or a function of the prompts that returns them. The composition decides
-    what they mean. None is 1 for all. A prompt whose weights are all 0 gets the base alone.
+    Every method takes `weights`: non-negative numbers for the N adapters, of shape (N,) for all prompts or (P, N) with
+    a row for each; or a function of the prompts that returns them. The composition decides what they mean. None is 1
+    for all. If all weights of a prompt are 0, the base answers alone.
 
     Attributes:
         adapters: N adapters of the base, the updates of fused modules split.
@@ -102,7 +102,7 @@ class Composed:
                 [{"role", "content"}, ...], which are read in the base's chat template. Only the last 2,048 tokens of
                 each are read.
             max_new_tokens: the most tokens to write after each prompt.
-            temperature: 0 takes the likeliest token.
+            temperature: 0 decodes greedily.
 
         Raises:
             UsageError: invalid weights, a number out of range, or a conversation that the template refuses.
@@ -184,7 +184,7 @@ class Composed:
         return dataclasses.replace(self, updates=self.updates.with_arrays(arrays))
 
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
-        """Make one adapter that does the same as all with these weights; not of gated and router.
+        """Make one adapter that does the same as all with these weights; not for `gated` and `router`.
 
         Of `mixture`, `uniform` and `stack` the ranks add up; `fusion` has the rank of one, and `select` is the adapter
         itself.
