@@ -220,7 +220,7 @@ class Shelf:
         return Retrieved(self.names, found.scores(several), found.thresholds)
 
     def retriever(self, by: str | None = None) -> Retriever:
-        """Open a way to search, for many searches; see `search`. Reads the index again if another process changed it."""
+        """Open a way to search, for many searches; see `search`. Rereads an index that another process changed."""
         try:
             return self._searching().retriever(by)
         except ChangedMeanwhileError:
