@@ -13,8 +13,8 @@ from jcrosslora.evaluate.probes import count_positions, match_positions, probe_b
 class PieceTokenizer(Tokenizer):
     """Tokens of `size` characters; with bos, and with every third token ending inside a character, if asked for."""
 
-    def __init__(self, size, bos=None, ragged=False):
-        super().__init__(bos=bos, stops=(), vocab=1_000_000, ref="pieces", backend=(size, ragged))
+    def __init__(self, size, bos=None, ragged=False, eos=None):
+        super().__init__(bos=bos, stops=(), vocab=1_000_000, ref="pieces", backend=(size, ragged), eos=eos)
 
     def encode(self, text, *, special=True):
         size, ragged = self.backend

@@ -10,7 +10,7 @@ from test_probes_matching import PieceTokenizer
 
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.symbols import NO_SPLITS, Moves, Symbols, _count_splits, in_target_symbols
-from jcrosslora.text import Completion
+from jcrosslora.text import Completion, read
 
 # Source: int 10, ent 11, in 12, cat 13; target: intent 20, in 22, cat 23, ca 24, t 25. Shared: in, cat.
 SYMBOLS = Symbols(
@@ -26,9 +26,8 @@ def batch_of(next_src, next_tgt, answer):
     empty = np.zeros((1, 1), np.int32)
     places = np.zeros(size, np.int32)
     following = np.array(next_src, np.int32), np.array(next_tgt, np.int32)
-    return DistillationBatch(
-        empty, empty > 0, empty, empty > 0, places, places, *following, np.array(answer), np.ones(size, np.float32)
-    )
+    read, each = (empty, empty > 0, empty, empty > 0, places, places), np.array(answer)
+    return DistillationBatch(*read, *following, each, np.zeros(size, bool), np.ones(size, np.float32))
 
 
 def test_tokens_that_begin_another_split_give_their_probability_to_the_targets_token():
@@ -129,3 +128,19 @@ def test_every_token_of_the_targets_answer_is_taught_once(sizes):
     matched = used & (batch.at_src > 0)
     np.testing.assert_array_equal(ends[0][batch.at_src[matched]], ends[1][batch.at_tgt[matched]])
     assert (batch.next_src[used & (batch.at_src == 0)] == -1).all()
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_is_right_of_an_answer_are_tokens_of_the_target(sizes, ended):
+    source, target = (PieceTokenizer(size, bos=7, eos=3) for size in sizes)
+    found = {}
+    for right in ("", "end", "answer"):
+        item = Completion("a prompt of text: ", "and an answer of 24 signs", ended=ended, right=right)
+        (batch,) = make_batches([item], (source, target), 1.0)
+        found[right] = dict(zip(batch.at_tgt[batch.known].tolist(), batch.next_tgt[batch.known].tolist(), strict=True))
+    told = read(target, item)
+    last = len(told.ids) - 1 - ended
+    end = {last: -1} if ended else {}
+    own = {place: told.ids[place + 1] for place in range(told.answer - 1, last)}
+    assert found == {"": {}, "end": end, "answer": own | end}

@@ -39,12 +39,15 @@ class DistillationBatch(MatchedTokens):
         next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
         next_tgt: int32 (P,), that of the target likewise.
         answer: bool (P,), whether a token of the answer follows.
+        known: bool (P,), whether the target's next token is right whatever the teacher says, see `Completion.right`.
+            Where `next_tgt` is -1 it is the end of the text.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
     """
 
     next_src: np.ndarray
     next_tgt: np.ndarray
     answer: np.ndarray
+    known: np.ndarray
     weight: np.ndarray
 
     @property
@@ -65,6 +68,7 @@ class _Pair(NamedTuple):
     at: tuple[np.ndarray, np.ndarray]
     next: tuple[np.ndarray, np.ndarray]
     answer: np.ndarray
+    known: np.ndarray
     weight: np.ndarray
 
 
@@ -80,8 +84,8 @@ def make_batches(
         UsageError: no completion has a matched position.
         CheckpointError: see `Tokenizer.encode`.
     """
-    sides = ([read(tokenizer, item) for tokenizer in tokenizers] for item in completions)
-    pairs = [pair for src, tgt in sides if len((pair := _match(src, tgt, prompt_weight)).weight)]
+    matched = (_match(item, tokenizers, prompt_weight) for item in completions)
+    pairs = [pair for pair in matched if len(pair.weight)]
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
         raise UsageError(msg)
@@ -98,12 +102,13 @@ def row_shape(tokens: int) -> tuple[int, int]:
     return max(1, min(BATCH, _MOST_TOKENS // width)), width
 
 
-def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
+def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float) -> _Pair:
     """Pair the tokens that end at the same place of the same content; of several on one side the first.
 
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
     of the target inside the answer that match nothing are compared with the text alone.
     """
+    src, tgt = (read(tokenizer, completion) for tokenizer in tokenizers)
     at_src, at_tgt = match_positions(*(Encoded(one.ids, _ends(one)) for one in (src, tgt)))
     inside = (at_src > 0) & (at_tgt > 0)
     at_src, at_tgt = at_src[inside], at_tgt[inside]
@@ -114,6 +119,8 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     at_src, at_tgt = np.concatenate([at_src, like]), np.concatenate([at_tgt, alone])
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
     sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
+    behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
+    known = np.where(behind, tgt.stop and completion.right != "", answer & (completion.right == "answer"))
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
     (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
     return _Pair(
@@ -121,6 +128,7 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
         (np.maximum(at_src, 0)[kept], at_tgt[kept]),
         (next_src[kept], next_tgt[kept]),
         answer[kept],
+        known[kept],
         np.where(answer, 1.0, prompt_weight).astype(np.float32)[kept],
     )
 
@@ -156,9 +164,10 @@ def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
         joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32) for side in (0, 1)
     )
     next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
-    answer, weight = joined([pair.answer for pair in pairs], 0, bool), joined([p.weight for p in pairs], 0, np.float32)
+    answer, known = (joined(part, 0, bool) for part in ([p.answer for p in pairs], [p.known for p in pairs]))
+    weight = joined([pair.weight for pair in pairs], 0, np.float32)
     read = tokens_src, mask_src, tokens_tgt, mask_tgt
-    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, weight)
+    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, known, weight)
 
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:

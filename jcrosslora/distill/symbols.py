@@ -25,7 +25,7 @@ from jcrosslora.errors import MethodError
 
 _STEPS = 512, 256, 256  # what the numbers of columns are rounded up to
 _SPLITS = 512  # what the number of splits is rounded up to
-_NEVER = -30.0  # log-probability of what a side cannot predict
+NEVER = -30.0  # log-probability of what a side cannot predict
 
 
 @flax.struct.dataclass
@@ -137,6 +137,13 @@ class Symbols:
         places = order[found]
         return np.where((ids[places] == tokens) & (tokens >= 0), places, -1).astype(np.int32)
 
+    def known(self, batch: DistillationBatch) -> np.ndarray:
+        """Return int32 (P,) the columns of the target's next symbols that are known, -1 for others and without one."""
+        shared, _, own = self.sizes
+        end = shared + own if self.ends[1] else -1
+        found = np.where(batch.next_tgt < 0, end, self.following(batch))
+        return np.where(batch.known, found, -1).astype(np.int32)
+
 
 def find_symbols(
     source: HasVocabulary,
@@ -209,15 +216,15 @@ def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bo
     found = jnp.concatenate([probability[:shared], none, probability[len(probability) - end :]])
     left = jnp.where(splits.source < shared, splits.source, len(found))
     found = found.at[splits.target].add(part).at[left].add(-part, mode="drop")
-    found = jnp.log(jnp.maximum(found, math.exp(_NEVER))).T
+    found = jnp.log(jnp.maximum(found, math.exp(NEVER))).T
     rows, shifts, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
     mass = jnp.take_along_axis(source, jnp.maximum(moved, 0)[:, None], axis=1)[:, 0]
     place = jnp.maximum(to, 0)
     emptied = jnp.arange(found.shape[1])[None] == jnp.where(shifts & (moved < shared), moved, -1)[:, None]
-    found = jnp.where(emptied | alone[:, None], _NEVER, found)
+    found = jnp.where(emptied | alone[:, None], NEVER, found)
     added = jnp.where(alone, 0.0, jnp.logaddexp(found[rows, place], mass))
     found = found.at[rows, place].set(jnp.where(shifts | alone, added, found[rows, place]))
-    return jax.nn.log_softmax(jnp.maximum(found, _NEVER), axis=-1)
+    return jax.nn.log_softmax(jnp.maximum(found, NEVER), axis=-1)
 
 
 def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
@@ -226,5 +233,5 @@ def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
     The source's own tokens get none.
     """
     (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
-    never = jnp.full((len(target), own), _NEVER, target.dtype)
+    never = jnp.full((len(target), own), NEVER, target.dtype)
     return jnp.concatenate([target[:, :shared], never, target[:, target.shape[1] - end :]], axis=1)

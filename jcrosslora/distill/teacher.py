@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Reader
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
-from jcrosslora.distill.symbols import Symbols, in_source_symbols, in_target_symbols
+from jcrosslora.distill.symbols import NEVER, Symbols, in_source_symbols, in_target_symbols
 
 
 @flax.struct.dataclass
@@ -56,12 +56,13 @@ class Teacher:
         # Skip models whose weight is zero.
         taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0 or chosen)
         if chosen:
-            answer, following = jnp.asarray(batch.answer), jnp.asarray(self._symbols.following(batch))
+            answer, following = jnp.asarray(batch.answer & ~batch.known), jnp.asarray(self._symbols.following(batch))
             share = jnp.float32(self._token_share)
             weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
             taught = dataclasses.replace(taught, weight=weight)
         mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
-        return dataclasses.replace(taught, teacher=mixed)
+        taught = dataclasses.replace(taught, teacher=mixed)
+        return with_known(taught, self._symbols.known(batch), batch.weight) if batch.known.any() else taught
 
     def sides(
         self, batch: DistillationBatch, *, own: bool = True, base: bool = True
@@ -114,6 +115,18 @@ def mix_teacher(
     share = teacher_weight + (sure_weight - teacher_weight) * jnp.exp(-entropy)
     mixed = target + share * (adapted - target) + contrast_weight * (adapted - base)
     return jax.nn.log_softmax(mixed, axis=-1)
+
+
+@jax.jit
+def with_known(taught: TaughtBatch, known: jax.Array, weight: jax.Array) -> TaughtBatch:
+    """Put a teacher that is sure of the symbol where the next one is known, int32 (P,) columns or -1, with its weight.
+
+    The source may read the text as tokens that the target does not have, so its own weights do not count there.
+    """
+    told, columns = known >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
+    sure = jnp.where(columns == known[:, None], jnp.float32(0), jnp.float32(NEVER))
+    teacher = jnp.where(told[:, None], jax.nn.log_softmax(sure, axis=-1), taught.teacher)
+    return dataclasses.replace(taught, weight=jnp.where(told, weight, taught.weight), teacher=teacher)
 
 
 @jax.jit

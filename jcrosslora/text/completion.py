@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 from jcrosslora.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
+Right = Literal["", "end", "answer"]
 COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
 _WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
@@ -37,6 +38,8 @@ class Completion:
         ended: whether the answer ends there. One that was cut off does not.
         origin: how it came about, for reports.
         references: answers that are as good; what a model writes is compared with them and with `answer`.
+        right: what is right whatever a model that is imitated says: nothing, the end of an answer that has ended, or
+            all of the answer and its end.
     """
 
     prompt: Prompt
@@ -44,6 +47,7 @@ class Completion:
     ended: bool = True
     origin: str = ""
     references: tuple[str, ...] = ()
+    right: Right = ""
 
     @property
     def text(self) -> str:

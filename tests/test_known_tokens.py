@@ -1,0 +1,111 @@
+"""What is right whatever the teacher says: the target is taught it, in tokens of its own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from probe_bases import CORPUS, write_base
+from tiny_bases import random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint import load_tokenizer
+from jcrosslora.decoder import load_model, stack_adapter
+from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.run import end_tokens
+from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import Teacher
+from jcrosslora.text import Completion
+
+WEIGHTS = 0.5, 1.0, 0.25
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Two bases that split text in different ways; the end of one is token 1, that of the other 2."""
+    folder = tmp_path_factory.mktemp("ends")
+    source = jcl.open_base(write_base(folder / "source", 30, bos=True, eos=1, layers=2))
+    target = jcl.open_base(write_base(folder / "target", 90, eos=2, layers=2, hidden=32, head_dim=8, seed=1))
+    return source, target
+
+
+def completions(right, ended=True):
+    parts = [(text[:8], f" the water{text[-8:]}") for text in CORPUS[:4]]
+    return [Completion(*part, ended=ended, right=right) for part in parts]
+
+
+def lesson(bases, items, share=1.0, told=()):
+    """The first batch of completions, its symbols, and how it is taught; `told` have the tokens that are compared."""
+    tokenizers = load_tokenizer(bases[0]), load_tokenizer(bases[1])
+    batches, others = (make_batches(part, tokenizers, 1.0) for part in (items, told or items))
+    symbols = find_symbols(*bases, others, 40, end_tokens(tokenizers, items))
+    counts = [len(side) for side in symbols.ends]
+    src, tgt = (
+        RestrictedModel.of(load_model(base), symbols.heads(side), counts[side]) for side, base in enumerate(bases)
+    )
+    reader = DecoderReader(src.with_adapter(stack_adapter(random_adapter(bases[0], scale=0.3), bases[0])))
+    return batches[0], symbols, Teacher(reader, tgt, symbols, WEIGHTS, share).read(batches[0])
+
+
+def said(batch, symbols, taught):
+    """Which of the target's tokens the teacher is sure of at each place; the end is -1."""
+    tokens = np.append(symbols.tokens(1), -1)
+    probability = np.exp(np.asarray(taught.teacher))
+    sure = (probability.max(axis=1) > 0.999) & (np.asarray(taught.weight) > 0)
+    return {batch.at_tgt[place]: tokens[probability[place].argmax()] for place in np.flatnonzero(sure)}
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_right_answers_are_taught_in_the_targets_tokens(bases, ended):
+    batch, symbols, taught = lesson(bases, completions("answer", ended))
+    told = said(batch, symbols, taught)
+    tokens, mask = batch.tokens_tgt.ravel(), batch.mask_tgt.ravel()
+    assert batch.rows == 4
+    assert symbols.known(batch).max() > len(symbols.shared[0])  # the two split the answers in different ways
+    for place in batch.at_tgt[batch.answer]:
+        last = place + 1 == len(tokens) or not mask[place + 1]
+        if last and not ended:
+            assert place not in told
+        else:
+            assert told[place] == (-1 if last else tokens[place + 1])
+
+
+def test_a_right_end_leaves_the_rest_to_the_source(bases):
+    free, known = (lesson(bases, completions(right)) for right in ("", "end"))
+    batch = known[0]
+    ends = batch.answer & (batch.next_tgt < 0) & (batch.weight > 0)
+    assert ends.sum() == 4
+    np.testing.assert_array_equal(batch.known, ends)
+    for name in ("teacher", "weight"):
+        one, other = (np.asarray(getattr(found[2], name)) for found in (free, known))
+        np.testing.assert_array_equal(one[~ends], other[~ends])
+    assert [said(*known)[place] for place in batch.at_tgt[ends]] == [-1] * 4
+    assert not any(place in said(*free) for place in batch.at_tgt[ends])
+
+
+def test_without_a_token_that_ends_a_text_no_end_is_taught(bases, tmp_path):
+    silent = jcl.open_base(write_base(tmp_path / "silent", 30, bos=True, layers=2))
+    both = silent, bases[1]
+    assert not load_tokenizer(silent).stops
+    free, known = (lesson(both, completions(right))[2] for right in ("", "end"))
+    np.testing.assert_array_equal(free.teacher, known.teacher)
+
+
+def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases):
+    told = [Completion(text, " a") for text in CORPUS[:4]]
+    free, known = (lesson(bases, completions(right), told=told) for right in ("", "answer"))
+    batch, symbols, taught = known
+    without = batch.known & (symbols.known(batch) < 0)
+    assert without.sum() > 0
+    for name in ("teacher", "weight"):
+        one, other = (np.asarray(getattr(found, name)) for found in (free[2], taught))
+        np.testing.assert_array_equal(one[without], other[without])
+
+
+def test_known_tokens_are_fitted_whichever_share_of_the_others_is(bases):
+    items = [dataclasses.replace(item, right="answer" * (place < 2)) for place, item in enumerate(completions(""))]
+    batch, _, taught = lesson(bases, items, share=0.25)
+    weight = np.asarray(taught.weight)
+    assert (weight[batch.known] == 1).all()
+    judged = batch.answer & ~batch.known & (batch.next_tgt >= 0)
+    assert 0 < (weight[judged] > 0).sum() < 0.5 * judged.sum()
