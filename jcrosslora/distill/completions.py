@@ -50,6 +50,7 @@ class Completions:
 
     Attributes:
         description: where they come from, for reports.
+        tokens: the most tokens of an answer.
         more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
             used, and who answers.
         task: what the search found out about the adapter; None where the user gave prompts.
@@ -57,6 +58,7 @@ class Completions:
 
     items: list[Completion]
     description: str
+    tokens: int
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     task: FoundTask | None = None
 
@@ -140,7 +142,7 @@ def answer_given(
     description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)
     description += f", {own} of them to others like these that a base wrote" if own else ""
-    return Completions(found, description, more)
+    return Completions(found, description, sampler.tokens, more)
 
 
 def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
@@ -194,7 +196,7 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
     description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"
     if asked(found):
         description += f", {asked(found)} of them answers to requests found by a search (it knows best: {task.job})"
-    return Completions(found, description, more, task)
+    return Completions(found, description, sampler.tokens, more, task)
 
 
 def write_pilot(source: Source, sampler: Sampler, each: int = PILOT, *, bar: Track | None = None) -> list[Completion]:

@@ -21,6 +21,7 @@ import optax
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
+from jcrosslora.distill.agreement import AnswerBatch, agreement
 from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
 from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.settings import DistillSettings, Optimizer
@@ -41,7 +42,7 @@ Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 @flax.struct.dataclass
 class FitState:
-    """What changes from step to step; the best factors are those with the lowest divergence so far."""
+    """What changes from step to step; the best factors are those of the best look so far."""
 
     step: jax.Array
     factors: StackedAdapter
@@ -51,14 +52,24 @@ class FitState:
 
 @dataclass(frozen=True)
 class Look:
-    """A look at the held-out completions: KL(teacher || target with the update), nats a position.
+    """A look at the held-out completions.
 
-    The seconds are those since the beginning, writing and reading completions included.
+    Attributes:
+        seconds: since the beginning, writing and reading completions included.
+        completions: used so far.
+        divergence: KL(teacher || target with the update), nats a position.
+        agreement: share of the source's greedy answers that the target writes as well; nan without answers.
     """
 
     seconds: float
     completions: int
     divergence: float
+    agreement: float = math.nan
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What decides which update is the best: the agreement, and the divergence where that is equal."""
+        return (0.0 if math.isnan(self.agreement) else self.agreement), -self.divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +103,8 @@ class Fit:
 
     Args:
         teacher: with the target in it.
-        held_out: completions that decide which update is the best, read by the teacher.
+        held_out: completions that nothing is fitted to, read by the teacher.
+        answers: greedy answers of the source to the same prompts. The two decide which update is the best, see `Look`.
         start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
         seed: of the first factors, and of the order of batches.
@@ -105,15 +117,15 @@ class Fit:
         settings: DistillSettings,
         start: StackedAdapter | None = None,
         *,
+        answers: Sequence[AnswerBatch] = (),
         begun: float,
         seed: int = 0,
     ) -> None:
-        self._teacher, self._held_out, self._settings = teacher, held_out, settings
+        self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
-        self._looks = [Look(self._seconds(), 0, self._divergence())]
-        record({"divergence": self._looks[0].divergence, "completions": 0}, 0)
+        self._looks = [self._judge()]
 
     def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
         """Take steps until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
@@ -186,15 +198,20 @@ class Fit:
         """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
         if self._seen == int(self._state.step):
             return
-        self._seen, found = int(self._state.step), self._divergence()
-        if found < min(look.divergence for look in self._looks):
+        self._seen, found = int(self._state.step), self._judge()
+        if found.rank > max(look.rank for look in self._looks):
             self._state = replace(self._state, best=self._state.factors)
-        self._looks.append(Look(self._seconds(), self._used, found))
-        record({"divergence": found, "completions": self._used}, self._seen)
-        bar.note = f"divergence {min(look.divergence for look in self._looks):.3f}"
+        self._looks.append(found)
+        best = max(self._looks, key=lambda look: look.rank)
+        bar.note = f"divergence {best.divergence:.3f}" + (f", agreement {best.agreement:.0%}" if self._answers else "")
 
-    def _divergence(self) -> float:
-        return mean_kl(self._teacher.target.with_adapter(self._joined(self._state.factors)), self._held_out)
+    def _judge(self) -> Look:
+        student = self._teacher.target.with_adapter(self._joined(self._state.factors))
+        found = mean_kl(student, self._held_out), agreement(student, self._answers)
+        look = Look(self._seconds(), self._used, *found)
+        figures = {"divergence": look.divergence, "agreement": look.agreement, "completions": look.completions}
+        record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
+        return look
 
     def _restore(self, checkpoints: Checkpoints) -> None:
         """Take up the newest saved state, if there is one."""

@@ -1,11 +1,12 @@
 """Distillation as a whole: write completions, make batches, fit."""
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
 from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, LoadedBases, StackedAdapter, fast_dtype, stack_adapter, unstack_adapter
+from jcrosslora.distill.agreement import answers_in_symbols, batch_answers
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.fit import Fit, Fitted, Look
@@ -121,12 +123,14 @@ def distill(
         completions = write_completions(source, writer, sampler, settings.discovery)
     fitted_to, held_out = hold_out(completions.items, settings.held_out, seed)
     batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (fitted_to, held_out))
+    kept_back = dict.fromkeys(item.prompt for item in held_out)
+    greedy = replace(sampler, tokens=completions.tokens, temperature=0.0)
+    answers = batch_answers(greedy.answer(source, [Completion(prompt) for prompt in kept_back]), tokenizers)
     ends = end_tokens(tokenizers, completions.items)
-    rounded, read = isinstance(source, DecoderSource), [*batches, *judged]
+    rounded, read = isinstance(source, DecoderSource), [*batches, *judged, *answers]
     symbols = find_symbols(source, target, read, settings.compared_tokens, ends, rounded=rounded)
     reader = source.reader(symbols.heads(0), len(symbols.ends[0]))
     tgt = RestrictedModel.of(model, symbols.heads(1), len(symbols.ends[1]))
-    kept_back = {item.prompt for item in held_out}
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
@@ -141,7 +145,9 @@ def distill(
         digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
-        fitted = Fit(teacher, taught, settings, begun, begun=clock, seed=seed).run(batches, fresh, checkpoints)
+        wanted = [answers_in_symbols(batch, symbols) for batch in answers]
+        fit = Fit(teacher, taught, settings, begun, answers=wanted, begun=clock, seed=seed)
+        fitted = fit.run(batches, fresh, checkpoints)
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
     chats = any(not isinstance(item.prompt, str) for item in completions.items)
@@ -189,14 +195,18 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
 
 
 def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int, devices: int) -> str:
-    first, best = fitted.looks[0].divergence, min(look.divergence for look in fitted.looks)
+    first, best = fitted.looks[0], max(fitted.looks, key=lambda look: look.rank)
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
     anew = max(look.completions for look in fitted.looks) - len(completions.items)
     further = f", then to {anew:,} more completions" if anew > 0 else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
     ending = "; it was stopped before its end" if fitted.stopped else ""
     ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""
-    held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {best:.3g} nats"
+    went = f"went from {first.divergence:.3g} to {best.divergence:.3g} nats"
+    held = f"on held-out completions the divergence from the teacher {went}"
+    if not math.isnan(best.agreement):
+        held += f", and the share of the source's greedy answers that the target writes from {first.agreement:.0%} to "
+        held += f"{best.agreement:.0%}"
     return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"
 
 

@@ -1,0 +1,65 @@
+"""How often the target writes what the source writes: a judge of answers that needs no labels.
+
+A divergence is a mean over positions, and an answer is right only if all of its tokens are. So two fits of one
+divergence may differ in how many answers are right. What both bases write with temperature 0 can be compared without
+labels: the target writes an answer of the source exactly where each of its tokens, the end included, is the likeliest
+behind those in front of it, which one forward pass shows for all tokens at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import Tokenizer
+from jcrosslora.distill.batches import DistillationBatch, make_batches
+from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
+from jcrosslora.distill.symbols import Symbols
+from jcrosslora.text import Completion
+
+
+@flax.struct.dataclass
+class AnswerBatch:
+    """Greedy answers of the source as the target reads them.
+
+    The shapes are (B, T), bool (B, T), flat positions (P,), and int32 (P,) columns of the symbols that the answers have
+    behind these positions, -1 where none is compared.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    at: jax.Array
+    wanted: jax.Array
+
+
+def batch_answers(answers: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[DistillationBatch]:
+    """Batch greedy answers of the source; all of their tokens are wanted. Errors are those of `make_batches`."""
+    return make_batches([replace(one, right="answer") for one in answers], tokenizers, 0.0) if answers else []
+
+
+def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatch:
+    """Find the symbols of a batch of `batch_answers`."""
+    parts = batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, symbols.known(batch)
+    return AnswerBatch(*map(jnp.asarray, parts))
+
+
+def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float:
+    """Return the share of answers that the target with its update writes as well; not a number without answers."""
+    judged = same = 0
+    for batch in batches:
+        wanted, hits = np.asarray(batch.wanted) >= 0, np.asarray(_likeliest(student, batch))
+        rows = np.asarray(batch.at) // batch.tokens.shape[1]
+        judged += len(answers := set(rows[wanted].tolist()))
+        same += len(answers - set(rows[wanted & ~hits].tolist()))
+    return same / judged if judged else math.nan
+
+
+@jax.jit
+def _likeliest(student: RestrictedModel, batch: AnswerBatch) -> jax.Array:
+    """Check where the wanted symbol is the likeliest one, bool (P,)."""
+    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
+    return jnp.argmax(found, axis=-1).astype(jnp.int32) == batch.wanted

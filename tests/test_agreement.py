@@ -1,0 +1,67 @@
+"""The label-free judge of a fit: which greedy answers of the source the target writes as well."""
+
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from probe_bases import CORPUS, write_base
+from tiny_bases import random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint import load_tokenizer
+from jcrosslora.decoder import Generator, load_model, stack_adapter
+from jcrosslora.distill.agreement import agreement, answers_in_symbols, batch_answers
+from jcrosslora.distill.run import end_tokens
+from jcrosslora.distill.sources.decoder import RestrictedModel
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.text import Completion
+
+TOKENS = 3
+PROMPTS = sorted({text[:length] for text in CORPUS for length in range(4, 60)})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return jcl.open_base(write_base(tmp_path_factory.mktemp("base"), 90, bos=True, eos=1, layers=2))
+
+
+def written(base, adapter):
+    """The tokens of prompts with what follows them, temperature 0."""
+    generator = Generator.of(base, adapter, model=load_model(base))
+    prompts = [generator.tokenizer.encode(text).ids for text in PROMPTS]
+    rows = generator.continue_tokens(prompts, TOKENS, 0.0, jax.random.key(0))
+    return [(*prompt, *row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def judged(base, answers, adapter):
+    """The agreement of the base with an adapter with answers, all of whose tokens are compared."""
+    tokenizers = load_tokenizer(base), load_tokenizer(base)
+    batches = batch_answers(answers, tokenizers)
+    symbols = find_symbols(base, base, batches, 10_000, end_tokens(tokenizers, answers))
+    model = RestrictedModel.of(load_model(base), symbols.heads(1), len(symbols.ends[1]))
+    student = model.with_adapter(stack_adapter(adapter, base))
+    return agreement(student, [answers_in_symbols(batch, symbols) for batch in batches])
+
+
+def test_agreement_is_the_share_of_equal_greedy_answers(base):
+    source, other = (random_adapter(base, scale=scale) for scale in (0.3, 0.32))
+    tokenizer, answers, equal, ended = load_tokenizer(base), [], [], []
+    for prompt, one, two in zip(PROMPTS, written(base, source), written(base, other), strict=True):
+        text = tokenizer.decode(one)
+        # Only a text that is tokenized as it was written has the same tokens in one pass.
+        if len(text) > len(prompt) and text.startswith(prompt) and tuple(tokenizer.encode(text).ids) == one:
+            answers.append(Completion(prompt, text[len(prompt) :], ended=False))
+            equal.append(one == two)
+            ended.append(len(one) < len(tokenizer.encode(prompt).ids) + TOKENS)
+    assert len(answers) >= 8
+    assert 0 < np.mean(equal) < 1
+    assert judged(base, answers, source) == 1
+    assert judged(base, answers, other) == pytest.approx(np.mean(equal))
+    assert judged(base, [replace(one, ended=True) for one in answers], source) == pytest.approx(np.mean(ended))
+
+
+def test_without_answers_there_is_no_figure():
+    assert batch_answers([], ()) == []
+    assert math.isnan(agreement(None, []))
