@@ -1,39 +1,40 @@
 """Compare settings of the fit of `distill`, or of `distilled-copy`, on the same completions.
 
     python experiments/fits.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl --work WORK
-        --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
+        --completions 300 --prompts 200 --answers --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
 source writes its own. The teacher then has the weights that it has with given ones, unless `--known` says how well the
 adapter's task is known, which experiments/discovery.py prints as "explained". Every `--fit` starts from nothing, or
-with `--method distilled-copy` from the adapter; the figure without a fit is printed first, and that of `--trained`, an
-adapter of the target to compare with. Of the 100 examples in front of the prompts the table has the NLL of the right
-answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be compared where the
-teacher differs; with `--write N` also how many of the next N answers in writing are right. A list is written as
-`roles=["v_proj","o_proj"]`. Data must be training data: choices are made by it.
+with `--method distilled-copy` from the adapter. The first row is of no fit; `--trained` adds one of an adapter of the
+target to compare with, `--answers` one of an adapter that is trained on the target, as experiments/jobs.py does, on the
+source's greedy answers to the prompts.
+
+The rows judge by the `--judged` examples in front of the prompts: the NLL of the right answers in nats a token; how
+many of them the target would write, as each of their tokens, the end included, is the likeliest ("right"); and how many
+of the source's greedy answers ("agreement"). The held-out divergence cannot be compared where the teacher differs. With
+`--write N` the N examples in front of those are answered in writing. A list is written as `roles=["v_proj","o_proj"]`.
+Data must be training data: choices are made by it. Rows are added to WORK/fits.jsonl.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from lift_tasks import parse_row
 from rich.console import Console
 from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import (
-    StackedAdapter,
-    fast_dtype,
-    load_model,
-    stack_adapter,
-    unstack_adapter,
-)
+from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, stack_adapter, unstack_adapter
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import Fit
@@ -44,12 +45,15 @@ from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
 from jcrosslora.evaluate import answer
+from jcrosslora.evaluate.harness_requests import judge
+from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.methods import Distill, make_method
 from jcrosslora.text import Completion, Message
-from jcrosslora.training import read_examples
-from jcrosslora.training.batches import Plan, answer_loss, as_completion, encode
+from jcrosslora.training import TrainingSettings, read_examples, train_lora
+from jcrosslora.training.batches import Encoded, as_completion, encode
 
-JUDGED = 100  # examples whose right answers are scored
+MOST = 96  # tokens of an answer that is compared
+POSITIONS = 1024  # tokens of a batch that is scored
 
 
 def parse() -> argparse.Namespace:
@@ -64,8 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=usual.answer_temperature, help="of the source's answers")
     parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")
     parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
-    parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of the method")
+    parser.add_argument("--fit", action="append", default=[], help="KEY=VALUE,... of the method")
     parser.add_argument("--trained", type=Path, help="an adapter of the target that is scored as well")
+    parser.add_argument("--answers", action="store_true", help="train on the source's greedy answers as well")
+    parser.add_argument("--judged", type=int, default=100, help="examples whose right answers are scored")
     parser.add_argument("--write", type=int, default=0, help="answers in writing that are judged")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -82,45 +88,77 @@ def load_completions(path: Path) -> list[Completion]:
     return found
 
 
+def save_completions(path: Path, items: Sequence[Completion]) -> None:
+    """Keep completions for another run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in items), encoding="utf-8")
+
+
+def judged_by(model: Model, update: StackedAdapter, right: list[Encoded], said: list[Encoded]) -> list[float]:
+    """Return the NLL a token of right answers, and the shares of these and of the source's that the update writes."""
+    models = Models(model.with_adapter(jax.tree.map(lambda leaf: leaf[None], update)), ("the update",))
+    pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in [*right, *said]]
+    sums, written = map(np.array, zip(*judge(models, pairs, POSITIONS), strict=True))
+    count = len(right)
+    tokens = sum(one.answer for one in right)
+    return [-sums[:count].sum() / tokens, written[:count].mean(), written[count:].mean()]
+
+
 def run(arguments: argparse.Namespace, console: Console) -> None:
     source, target = jcl.open_base(arguments.source), jcl.open_base(arguments.target)
     adapter = jcl.load_adapter(arguments.adapter, source)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     models = load_model(source, fast_dtype()), load_model(target, fast_dtype())
+    generator = DecoderSource.of(source, adapter, model=models[0], tokenizer=tokenizers[0])
     known = [as_completion(one) for one in read_examples(arguments.data)]
     known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
-    judged = known[-JUDGED - arguments.write :]
+    asked, judged = known[-arguments.judged - arguments.write : -arguments.judged], known[-arguments.judged :]
     sampler = Sampler(arguments.completions, temperature=arguments.temperature, seed=arguments.seed)
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{arguments.temperature:g}.jsonl"
-    path = arguments.work / name
+    path, greedy = arguments.work / name, arguments.work / f"greedy-{arguments.judged}-{arguments.prompts}.jsonl"
     if not path.exists():
-        generator = DecoderSource.of(source, adapter, model=models[0], tokenizer=tokenizers[0])
         writer = choose_writer(generator, DecoderSource.of(target, model=models[1], tokenizer=tokenizers[1]))
         if given:
             made = answer_given(generator, writer, [one.prompt for one in given], sampler)
         else:
             made = write_completions(generator, writer, sampler, Distill.discovery)
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
-    items = load_completions(path)
-    plan = Plan([encode(tokenizers[1], one) for one in judged[:JUDGED]], 1, JUDGED, 0)
+        save_completions(path, made.items)
+    if not greedy.exists():
+        prompts = [Completion(one.prompt) for one in [*judged, *given]]
+        save_completions(greedy, Sampler(tokens=MOST, temperature=0.0).answer(generator, prompts))
+    items, said = load_completions(path), {one.prompt: one for one in load_completions(greedy)}
+    imitated = [said[one.prompt] for one in judged if one.prompt in said]
+    right = sum(found.answer == one.answer for one in judged if (found := said.get(one.prompt))) / len(judged)
+    console.print(f"{right:.3f} of the source's greedy answers are right")
+    encoded = [[encode(tokenizers[1], one) for one in part] for part in (judged, imitated)]
     start = stack_adapter(adapter, target) if arguments.method == "distilled-copy" else None
+    table = Table("fit", "steps", "seconds", "divergence", "NLL", "right", "agreement", "written")
 
-    def likelihood(update: StackedAdapter) -> str:
-        total = count = 0.0
-        for step in range(JUDGED):
-            batch = plan.batch(step)
-            used = float(batch.used.sum())
-            total += used * float(scored(models[1].with_adapter(update), batch))
-            count += used
-        return f"{total / count:.4f}"
+    def add(
+        name: str, update: StackedAdapter, steps: int = 0, seconds: float = 0, divergence: float = math.nan
+    ) -> None:
+        figures = [f"{divergence:.4f}", *(f"{figure:.4f}" for figure in judged_by(models[1], update, *encoded)), ""]
+        if asked:
+            wrote = answer(target, asked, [unstack_adapter(update, target)], model=models[1], tokenizer=tokenizers[1])
+            figure = next(name for name in ("json", "exact") if name in wrote.figures)
+            figures[-1] = f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})"
+        values = (name, str(steps), f"{seconds:.0f}", *figures)
+        table.add_row(*values)
+        row = dict(zip((str(column.header) for column in table.columns), values, strict=True))
+        console.print(", ".join(f"{key} {value}" for key, value in row.items() if value))
+        made = {"source": source.name, "target": target.name, "data": arguments.data.name, "texts": path.name}
+        with (arguments.work / "fits.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(made | row) + "\n")
 
-    scored = jax.jit(answer_loss)
-    console.print(f"without a fit: NLL {likelihood(start or StackedAdapter({}))}")
+    add("none", start or StackedAdapter({}))
     if arguments.trained:
-        trained = stack_adapter(jcl.load_adapter(arguments.trained, target), target)
-        console.print(f"{arguments.trained}: NLL {likelihood(trained)}")
-    table = Table("fit", "steps", "seconds", "divergence", "NLL", *(["right"] if arguments.write else []))
+        add("trained", stack_adapter(jcl.load_adapter(arguments.trained, target), target))
+    if arguments.answers:
+        usual, begun = TrainingSettings(), time.monotonic()
+        taught = [found for one in given if (found := said.get(one.prompt)) and found.ended]
+        settings = dataclasses.replace(usual, alpha=2.0 * usual.rank, seed=arguments.seed)
+        update = stack_adapter(train_lora(target, taught, settings, tokenizer=tokenizers[1]), target)
+        add("answers", update, settings.steps, time.monotonic() - begun)
     for text in arguments.fit:
         settings = dict(parse_row(f"{arguments.method}:{text}").settings)
         method = make_method(settings.pop("method"), settings)
@@ -135,21 +173,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
         teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known), method.token_share)
         kept_back = [teacher.read(batch) for batch in held_out]
-        begun = time.monotonic()
-        fit = Fit(teacher, kept_back, method, start, begun=begun, seed=arguments.seed)
-        found = fit.run(batches, lambda *_: [])
-        seconds = time.monotonic() - begun
+        begun, prompted = time.monotonic(), bool(given)
+        found = Fit(teacher, kept_back, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
+            batches, lambda *_: []
+        )
+        seconds, steps = time.monotonic() - begun, len(batches) * method.passes_and_rate(prompted=prompted)[0]
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
-        row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
-        row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
-        if arguments.write:
-            update = unstack_adapter(found.adapter, target)
-            wrote = answer(target, judged[JUDGED:], [update], model=models[1], tokenizer=tokenizers[1])
-            figure = next(name for name in ("json", "exact") if name in wrote.figures)
-            row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")
-        table.add_row(*row)
-        console.print(f"{text}: " + ", ".join(row[1:]))
+        add(text, found.adapter, steps, seconds, min(look.divergence for look in found.looks))
     console.print(table)
 
 

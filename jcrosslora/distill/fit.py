@@ -91,9 +91,10 @@ def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
     # What is fitted to and what is held out each end with a batch of a few widths that is half full.
     held = settings.held_out * first + 2 * BATCH
     used = first - settings.held_out * first + 2 * BATCH + anew
-    looks = 1 + settings.passes * used / BATCH / LOOK
+    passes, _ = settings.passes_and_rate(prompted=prompts > 0)
+    looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
-    read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * settings.passes * used)
+    read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
     further = [round_cost(settings.answer_tokens, prompts)] * (len(settings.rounds) - 1)
     return sum(further, read)
 
@@ -105,6 +106,7 @@ class Fit:
         teacher: with the target in it.
         held_out: completions that nothing is fitted to, read by the teacher.
         answers: greedy answers of the source to the same prompts. The two decide which update is the best, see `Look`.
+        prompted: whether the completions answer prompts of a user.
         start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
         seed: of the first factors, and of the order of batches.
@@ -118,11 +120,13 @@ class Fit:
         start: StackedAdapter | None = None,
         *,
         answers: Sequence[AnswerBatch] = (),
+        prompted: bool = False,
         begun: float,
         seed: int = 0,
     ) -> None:
         self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
+        self._passes, self._rate = settings.passes_and_rate(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
         self._looks = [self._judge()]
@@ -173,12 +177,12 @@ class Fit:
         size = settings.rounds[self._rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
         before, read = self._share(), _remembering(self._teacher, batches)
         rng = np.random.default_rng([self._seed, 3, self._rounds])
-        order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
+        order = np.concatenate([rng.permutation(len(batches)) for _ in range(self._passes)])
         for place, index in enumerate(order.tolist()):
             if self._share() >= 1:
                 break
             batch, first = batches[index], place < len(batches)
-            rate = jnp.float32(settings.rate * schedule(self._share()))
+            rate = jnp.float32(self._rate * schedule(self._share()))
             remat = needs_remat(target.model.settings, batch.tokens_tgt.shape)
             state = gradient_step(target, settings.optimizer, self._state, read(index), rate, remat=remat)
             self._state = jax.block_until_ready(state)

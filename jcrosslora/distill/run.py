@@ -146,7 +146,8 @@ def distill(
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
         wanted = [answers_in_symbols(batch, symbols) for batch in answers]
-        fit = Fit(teacher, taught, settings, begun, answers=wanted, begun=clock, seed=seed)
+        prompted = bool(prompts)
+        fit = Fit(teacher, taught, settings, begun, answers=wanted, prompted=prompted, begun=clock, seed=seed)
         fitted = fit.run(batches, fresh, checkpoints)
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)

@@ -12,6 +12,7 @@ FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
+PROMPTED, UNPROMPTED = (8, 1.5e-3), (4, 5e-4)  # passes and rate, with the prompts of a user and without
 Optimizer = Literal["adam", "lora-rite"]
 
 
@@ -26,12 +27,13 @@ class DistillSettings:
     even if they take longer."""
     roles: tuple[str, ...] | None = None
     """The modules that are fitted, such as q_proj v_proj; all if not given."""
-    passes: int = 4
-    """How often each completion is used."""
+    passes: int | None = None
+    """How often each completion is used; if not given, 8 times where prompts are given, else 4."""
     fit_rank: int = 16
     """Rank of the update in each module, at most the module's short side."""
-    rate: float = 5e-4
-    """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine."""
+    rate: float | None = None
+    """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine. If not given, it is
+    1.5e-3 where prompts are given, else 5e-4: a fit to text that the source wrote goes astray at higher rates."""
     optimizer: Optimizer = "adam"
     """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     polish: float = 0.25
@@ -82,6 +84,11 @@ class DistillSettings:
             sure = self.teacher_weight + (1 - self.teacher_weight) * known
         return self.teacher_weight, sure, self.contrast_weight
 
+    def passes_and_rate(self, *, prompted: bool) -> tuple[int, float]:
+        """Return how often each completion is used and the highest rate, by whether prompts are given."""
+        passes, rate = PROMPTED if prompted else UNPROMPTED
+        return self.passes or passes, self.rate or rate
+
     @property
     def seconds(self) -> float | None:
         """The budget in seconds, such as 90s, 20min or 1.5h; None without one, and for any other text or no time."""
@@ -100,7 +107,7 @@ class DistillSettings:
         for name in ("teacher_weight", "sure_weight", "polish"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
-        rules["rate"] = 0 < self.rate < math.inf, "a positive number"
+        rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"
         rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
         rules["roles"] = known, f"some of {', '.join(ROLES)}"

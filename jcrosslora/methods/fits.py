@@ -7,7 +7,7 @@ layer, so that the residual stream changes alike (see `distill.residual`).
 
 from dataclasses import dataclass, replace
 
-from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.settings import UNPROMPTED, DistillSettings
 from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
@@ -76,6 +76,10 @@ class DistilledCopy(Distill):
     requires = Copy.requires | Distill.requires
     carries = Copy.carries | Distill.carries
 
+    passes: int | None = UNPROMPTED[0]
+    """How often each completion is used."""
+    rate: float | None = UNPROMPTED[1]
+    """Highest learning rate: the update that the fit starts from needs small steps."""
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
     contrast_weight: float = 0.0
