@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--completions", type=int, default=usual.completions)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=usual.answer_temperature, help="of the source's answers")
+    parser.add_argument("--temperature", type=float, help="of the source's answers; if not given, that of the method")
     parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")
     parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
     parser.add_argument("--fit", action="append", default=[], help="KEY=VALUE,... of the method")
@@ -113,8 +113,13 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     known = [as_completion(one) for one in read_examples(arguments.data)]
     known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
     asked, judged = known[-arguments.judged - arguments.write : -arguments.judged], known[-arguments.judged :]
-    sampler = Sampler(arguments.completions, temperature=arguments.temperature, seed=arguments.seed)
-    name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{arguments.temperature:g}.jsonl"
+    usual = make_method(arguments.method)
+    assert isinstance(usual, Distill)
+    warmth = arguments.temperature
+    if warmth is None:
+        warmth = usual.temperature(prompted=bool(given))
+    sampler = Sampler(arguments.completions, temperature=warmth, seed=arguments.seed)
+    name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{warmth:g}.jsonl"
     path, greedy = arguments.work / name, arguments.work / f"greedy-{arguments.judged}-{arguments.prompts}.jsonl"
     if not path.exists():
         writer = choose_writer(generator, DecoderSource.of(target, model=models[1], tokenizer=tokenizers[1]))
@@ -164,7 +169,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
         parts = hold_out(items, method.held_out, arguments.seed)
-        batches, held_out = (make_batches(part, tokenizers, method.prompt_weight) for part in parts)
+        shares = method.prompt_weight, method.text_weight
+        batches, held_out = (make_batches(part, tokenizers, *shares) for part in parts)
         ends, read = end_tokens(tokenizers, items), [*batches, *held_out]
         symbols = find_symbols(source, target, read, method.compared_tokens, ends)
         src, tgt = (

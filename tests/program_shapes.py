@@ -286,7 +286,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
     one = of(PLACES)
-    yield Program(teacher.with_known, (taught, whole(PLACES), one))
+    yield Program(teacher.with_known, (taught, whole(PLACES), one, one))
     yield Program(teacher.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
     yield Program(predictions.spread, (said, one, one, said))
     yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))

@@ -34,10 +34,10 @@ def completions(right, ended=True):
     return [Completion(*part, ended=ended, right=right) for part in parts]
 
 
-def lesson(bases, items, share=1.0, told=()):
+def lesson(bases, items, share=1.0, told=(), text_weight=0.0):
     """The first batch of completions, its symbols, and how it is taught; `told` have the tokens that are compared."""
     tokenizers = load_tokenizer(bases[0]), load_tokenizer(bases[1])
-    batches, others = (make_batches(part, tokenizers, 1.0) for part in (items, told or items))
+    batches, others = (make_batches(part, tokenizers, 1.0, text_weight) for part in (items, told or items))
     symbols = find_symbols(*bases, others, 40, end_tokens(tokenizers, items))
     counts = [len(side) for side in symbols.ends]
     src, tgt = (
@@ -75,7 +75,7 @@ def test_a_right_end_leaves_the_rest_to_the_source(bases):
     batch = known[0]
     ends = batch.answer & (batch.next_tgt < 0) & (batch.weight > 0)
     assert ends.sum() == 4
-    np.testing.assert_array_equal(batch.known, ends)
+    np.testing.assert_array_equal(batch.known == 1, ends)
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found[2], name)) for found in (free, known))
         np.testing.assert_array_equal(one[~ends], other[~ends])
@@ -95,7 +95,7 @@ def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases)
     told = [Completion(text, " a") for text in CORPUS[:4]]
     free, known = (lesson(bases, completions(right), told=told) for right in ("", "answer"))
     batch, symbols, taught = known
-    without = batch.known & (symbols.known(batch) < 0)
+    without = (batch.known > 0) & (symbols.known(batch) < 0)
     assert without.sum() > 0
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found, name)) for found in (free[2], taught))
@@ -106,6 +106,21 @@ def test_known_tokens_are_fitted_whichever_share_of_the_others_is(bases):
     items = [dataclasses.replace(item, right="answer" * (place < 2)) for place, item in enumerate(completions(""))]
     batch, _, taught = lesson(bases, items, share=0.25)
     weight = np.asarray(taught.weight)
-    assert (weight[batch.known] == 1).all()
-    judged = batch.answer & ~batch.known & (batch.next_tgt >= 0)
+    known = batch.known > 0
+    assert (weight[known] == 1).all()
+    judged = batch.answer & ~known & (batch.next_tgt >= 0)
     assert 0 < (weight[judged] > 0).sum() < 0.5 * judged.sum()
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_of_likely_answers_the_text_has_a_share_of_the_teacher(bases, share):
+    items = completions("likeliest")
+    batch, symbols, mixed = lesson(bases, items, text_weight=share)
+    free = lesson(bases, items)[2]
+    columns = symbols.known(batch)
+    told = (columns >= 0) & (np.asarray(mixed.weight) > 0)
+    assert told.sum() > 20
+    sure = np.eye(mixed.teacher.shape[1])[columns]
+    wanted = (1 - share) * np.exp(np.asarray(free.teacher)) + share * sure
+    np.testing.assert_allclose(np.exp(np.asarray(mixed.teacher))[told], wanted[told], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(mixed.teacher)[columns < 0], np.asarray(free.teacher)[columns < 0])

@@ -27,7 +27,7 @@ def batch_of(next_src, next_tgt, answer):
     places = np.zeros(size, np.int32)
     following = np.array(next_src, np.int32), np.array(next_tgt, np.int32)
     read, each = (empty, empty > 0, empty, empty > 0, places, places), np.array(answer)
-    return DistillationBatch(*read, *following, each, np.zeros(size, bool), np.ones(size, np.float32))
+    return DistillationBatch(*read, *following, each, np.zeros(size, np.float32), np.ones(size, np.float32))
 
 
 def test_tokens_that_begin_another_split_give_their_probability_to_the_targets_token():
@@ -138,7 +138,9 @@ def test_what_is_right_of_an_answer_are_tokens_of_the_target(sizes, ended):
     for right in ("", "end", "answer"):
         item = Completion("a prompt of text: ", "and an answer of 24 signs", ended=ended, right=right)
         (batch,) = make_batches([item], (source, target), 1.0)
-        found[right] = dict(zip(batch.at_tgt[batch.known].tolist(), batch.next_tgt[batch.known].tolist(), strict=True))
+        found[right] = dict(
+            zip(*(places[batch.known == 1].tolist() for places in (batch.at_tgt, batch.next_tgt)), strict=True)
+        )
     told = read(target, item)
     last = len(told.ids) - 1 - ended
     end = {last: -1} if ended else {}

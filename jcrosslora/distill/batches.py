@@ -39,8 +39,8 @@ class DistillationBatch(MatchedTokens):
         next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
         next_tgt: int32 (P,), that of the target likewise.
         answer: bool (P,), whether a token of the answer follows.
-        known: bool (P,), whether the target's next token is right whatever the teacher says, see `Completion.right`.
-            Where `next_tgt` is -1 it is the end of the text.
+        known: float32 (P,), how sure it is that the target's next token is right whatever the teacher says, 0 to 1; see
+            `Completion.right`. Where `next_tgt` is -1 it is the end of the text.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
     """
 
@@ -73,18 +73,23 @@ class _Pair(NamedTuple):
 
 
 def make_batches(
-    completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float
+    completions: Sequence[Completion],
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    prompt_weight: float,
+    text_weight: float = 0.0,
 ) -> list[DistillationBatch]:
     """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
 
     Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
-    those inside a prompt `prompt_weight`.
+    those inside a prompt `prompt_weight`. In the teacher of answers that the source wrote at temperature 0 the text
+    itself has the share `text_weight`.
 
     Raises:
         UsageError: no completion has a matched position.
         CheckpointError: see `Tokenizer.encode`.
     """
-    matched = (_match(item, tokenizers, prompt_weight) for item in completions)
+    sure = {"": (0.0, 0.0), "likeliest": (text_weight, text_weight), "end": (0.0, 1.0), "answer": (1.0, 1.0)}
+    matched = (_match(item, tokenizers, prompt_weight, sure[item.right]) for item in completions)
     pairs = [pair for pair in matched if len(pair.weight)]
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
@@ -102,7 +107,12 @@ def row_shape(tokens: int) -> tuple[int, int]:
     return max(1, min(BATCH, _MOST_TOKENS // width)), width
 
 
-def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float) -> _Pair:
+def _match(
+    completion: Completion,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    prompt_weight: float,
+    sure: tuple[float, float],
+) -> _Pair:
     """Pair the tokens that end at the same place of the same content; of several on one side the first.
 
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
@@ -120,7 +130,7 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], prom
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
     sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
-    known = np.where(behind, tgt.stop and completion.right != "", answer & (completion.right == "answer"))
+    known = np.where(behind, sure[1] * tgt.stop, sure[0] * answer).astype(np.float32)
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
     (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
     return _Pair(
@@ -164,8 +174,8 @@ def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
         joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32) for side in (0, 1)
     )
     next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
-    answer, known = (joined(part, 0, bool) for part in ([p.answer for p in pairs], [p.known for p in pairs]))
-    weight = joined([pair.weight for pair in pairs], 0, np.float32)
+    answer = joined([pair.answer for pair in pairs], 0, bool)
+    known, weight = (joined(part, 0, np.float32) for part in ([p.known for p in pairs], [p.weight for p in pairs]))
     read = tokens_src, mask_src, tokens_tgt, mask_tgt
     return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, known, weight)
 

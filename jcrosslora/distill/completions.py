@@ -137,7 +137,11 @@ def answer_given(
         rng = np.random.default_rng(seed + later)
         places = rng.permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
         asked = [Completion(prompt) for prompt in [*waiting, *(usable[place] for place in places)]]
-        return sampler.answer(answerer, asked + similar(missing - again, seed + later), later)
+        return _of(answerer).answer(answerer, asked + similar(missing - again, seed + later), later)
+
+    def _of(answerer: Writer) -> Sampler:
+        # The target's own text is sampled: what it is likeliest to write is not to become likelier.
+        return sampler if answerer is source else replace(sampler, temperature=1.0)
 
     description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)

@@ -116,16 +116,21 @@ def distill(
     writer: Writer = source.alone()
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
-    sampler = Sampler(settings.rounds[0], settings.answer_tokens, settings.answer_temperature, seed)
+    prompted = bool(prompts)
+    temperature = settings.temperature(prompted=prompted)
+    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed)
     if prompts:
         completions = answer_given(source, writer, prompts, sampler, shared=shared)
     else:
         completions = write_completions(source, writer, sampler, settings.discovery)
     fitted_to, held_out = hold_out(completions.items, settings.held_out, seed)
-    batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (fitted_to, held_out))
-    kept_back = dict.fromkeys(item.prompt for item in held_out)
-    greedy = replace(sampler, tokens=completions.tokens, temperature=0.0)
-    answers = batch_answers(greedy.answer(source, [Completion(prompt) for prompt in kept_back]), tokenizers)
+    shares = settings.prompt_weight, settings.text_weight
+    batches, judged = (make_batches(part, tokenizers, *shares) for part in (fitted_to, held_out))
+    kept_back, said = dict.fromkeys(item.prompt for item in held_out), held_out
+    if temperature > 0:
+        greedy = replace(sampler, tokens=completions.tokens, temperature=0.0)
+        said = greedy.answer(source, [Completion(prompt) for prompt in kept_back])
+    answers = batch_answers(said, tokenizers)
     ends = end_tokens(tokenizers, completions.items)
     rounded, read = isinstance(source, DecoderSource), [*batches, *judged, *answers]
     symbols = find_symbols(source, target, read, settings.compared_tokens, ends, rounded=rounded)
@@ -135,7 +140,7 @@ def distill(
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
         items = completions.more(number, kept_back, source if own is None else student)
-        return make_batches(items, tokenizers, settings.prompt_weight) if items else []
+        return make_batches(items, tokenizers, *shares) if items else []
 
     known = 1.0 if completions.task is None else completions.task.explained
     teacher = Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
@@ -146,7 +151,6 @@ def distill(
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
         wanted = [answers_in_symbols(batch, symbols) for batch in answers]
-        prompted = bool(prompts)
         fit = Fit(teacher, taught, settings, begun, answers=wanted, prompted=prompted, begun=clock, seed=seed)
         fitted = fit.run(batches, fresh, checkpoints)
     _check_finite(fitted, target)

@@ -12,7 +12,8 @@ FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
-PROMPTED, UNPROMPTED = (8, 1.5e-3), (4, 5e-4)  # passes and rate, with the prompts of a user and without
+# Passes, rate and temperature of answers, with the prompts of a user and without.
+PROMPTED, UNPROMPTED = (8, 1.5e-3, 0.0), (4, 5e-4, 1.0)
 Optimizer = Literal["adam", "lora-rite"]
 
 
@@ -57,8 +58,10 @@ class DistillSettings:
     """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
-    answer_temperature: float = 1.0
-    """Temperature at which answers are sampled."""
+    answer_temperature: float | None = None
+    """Temperature at which answers are sampled; if not given, 0 for answers to given prompts, else 1."""
+    text_weight: float = 0.5
+    """Share of the text itself in the teacher of answers that were written at temperature 0."""
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
@@ -86,8 +89,13 @@ class DistillSettings:
 
     def passes_and_rate(self, *, prompted: bool) -> tuple[int, float]:
         """Return how often each completion is used and the highest rate, by whether prompts are given."""
-        passes, rate = PROMPTED if prompted else UNPROMPTED
+        passes, rate, _ = PROMPTED if prompted else UNPROMPTED
         return self.passes or passes, self.rate or rate
+
+    def temperature(self, *, prompted: bool) -> float:
+        """Return the temperature of answers, by whether prompts are given."""
+        usual = (PROMPTED if prompted else UNPROMPTED)[2]
+        return usual if self.answer_temperature is None else self.answer_temperature
 
     @property
     def seconds(self) -> float | None:
@@ -104,7 +112,7 @@ class DistillSettings:
             for name, fewest in least.items()
         }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
-        for name in ("teacher_weight", "sure_weight", "polish"):
+        for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"

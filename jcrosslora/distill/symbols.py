@@ -142,7 +142,7 @@ class Symbols:
         shared, _, own = self.sizes
         end = shared + own if self.ends[1] else -1
         found = np.where(batch.next_tgt < 0, end, self.following(batch))
-        return np.where(batch.known, found, -1).astype(np.int32)
+        return np.where(batch.known != 0, found, -1).astype(np.int32)
 
 
 def find_symbols(

@@ -56,13 +56,18 @@ class Teacher:
         # Skip models whose weight is zero.
         taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0 or chosen)
         if chosen:
-            answer, following = jnp.asarray(batch.answer & ~batch.known), jnp.asarray(self._symbols.following(batch))
+            answer, following = (
+                jnp.asarray(batch.answer & (batch.known < 1)),
+                jnp.asarray(self._symbols.following(batch)),
+            )
             share = jnp.float32(self._token_share)
             weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
             taught = dataclasses.replace(taught, weight=weight)
         mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
         taught = dataclasses.replace(taught, teacher=mixed)
-        return with_known(taught, self._symbols.known(batch), batch.weight) if batch.known.any() else taught
+        if not batch.known.any():
+            return taught
+        return with_known(taught, self._symbols.known(batch), batch.known, batch.weight)
 
     def sides(
         self, batch: DistillationBatch, *, own: bool = True, base: bool = True
@@ -118,15 +123,19 @@ def mix_teacher(
 
 
 @jax.jit
-def with_known(taught: TaughtBatch, known: jax.Array, weight: jax.Array) -> TaughtBatch:
-    """Put a teacher that is sure of the symbol where the next one is known, int32 (P,) columns or -1, with its weight.
+def with_known(taught: TaughtBatch, known: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
+    """Mix a share of a teacher that is sure of the next symbol into the teacher where that is known.
 
-    The source may read the text as tokens that the target does not have, so its own weights do not count there.
+    `known` is int32 (P,), columns or -1, `share` and `weight` float32 (P,). Where the share is 1 the weight of the
+    position counts: the source may read the text as tokens that the target does not have.
     """
     told, columns = known >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
-    sure = jnp.where(columns == known[:, None], jnp.float32(0), jnp.float32(NEVER))
-    teacher = jnp.where(told[:, None], jax.nn.log_softmax(sure, axis=-1), taught.teacher)
-    return dataclasses.replace(taught, weight=jnp.where(told, weight, taught.weight), teacher=teacher)
+    sure = jax.nn.log_softmax(jnp.where(columns == known[:, None], jnp.float32(0), jnp.float32(NEVER)), axis=-1)
+    share = jnp.where(told, share, 0)[:, None]
+    # log(0) where a side has no share: the other one is the sum.
+    mixed = jnp.logaddexp(jnp.log1p(-share) + taught.teacher, jnp.log(share) + sure)
+    weight = jnp.where(told & (share[:, 0] == 1), weight, taught.weight)
+    return dataclasses.replace(taught, weight=weight, teacher=jnp.where(share > 0, mixed, taught.teacher))
 
 
 @jax.jit

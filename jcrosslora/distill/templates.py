@@ -128,8 +128,9 @@ class Sampler:
         key, most = jax.random.fold_in(jax.random.key(self.seed + turn), 1), tokens or self.tokens
         assert most is not None
         written = writer.write([item.prompt for item in prompts], most, self.temperature, key, bar=bar)
+        right = "likeliest" if self.temperature == 0 else ""
         return [
-            replace(item, answer=one.text, ended=one.ended)
+            replace(item, answer=one.text, ended=one.ended, right=right)
             for item, one in zip(prompts, written, strict=True)
             if one.text.strip()
         ]

@@ -80,6 +80,8 @@ class DistilledCopy(Distill):
     """How often each completion is used."""
     rate: float | None = UNPROMPTED[1]
     """Highest learning rate: the update that the fit starts from needs small steps."""
+    answer_temperature: float | None = UNPROMPTED[2]
+    """Temperature at which answers are sampled."""
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
     contrast_weight: float = 0.0
