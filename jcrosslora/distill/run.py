@@ -103,6 +103,7 @@ def distill(
     """
     settings.check()
     check_seed(seed)
+    settings = settings.for_prompts(len(prompts))
     loaded = loaded or LoadedBases()
     if isinstance(source, BaseModel):
         assert adapter is not None

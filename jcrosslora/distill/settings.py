@@ -2,8 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.errors import UsageError
@@ -12,6 +12,7 @@ FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
+ENOUGH = 200  # prompts that are fitted to as they are, without others that are made up
 # Passes, rate and temperature of answers, with the prompts of a user and without.
 PROMPTED, UNPROMPTED = (8, 1.5e-3, 0.0), (4, 5e-4, 1.0)
 Optimizer = Literal["adam", "lora-rite"]
@@ -22,7 +23,8 @@ class DistillSettings:
     """How `distill` fits an update."""
 
     completions: int = 300
-    """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
+    """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes.
+    Where 200 to 300 prompts are given, each is answered once, and up to 300 is as many as there are prompts."""
     budget: str | None = None
     """Time for the whole fit, such as 20min: completions are written anew until it is used up. The first 300 are used
     even if they take longer."""
@@ -86,6 +88,11 @@ class DistillSettings:
         if sure is None:
             sure = self.teacher_weight + (1 - self.teacher_weight) * known
         return self.teacher_weight, sure, self.contrast_weight
+
+    def for_prompts(self, count: int) -> Self:
+        """Return the settings of a fit to so many given prompts: no others are made up where there are enough."""
+        fewer = ENOUGH <= count < self.completions <= FIRST
+        return replace(self, completions=count) if fewer else self
 
     def passes_and_rate(self, *, prompted: bool) -> tuple[int, float]:
         """Return how often each completion is used and the highest rate, by whether prompts are given."""

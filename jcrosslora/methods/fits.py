@@ -28,9 +28,10 @@ class Distill(DistillSettings, Method):
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
 
-        first = replace(self, completions=self.rounds[0]) if self.budget is not None else self
+        asked = self.for_prompts(sizes.prompts)
+        first = replace(asked, completions=asked.rounds[0]) if self.budget is not None else asked
         fit = replace(fit_cost(first, sizes.prompts), budget=self.seconds)
-        written = completions_cost(self.rounds[0], self.answer_tokens, self.discovery, prompts=sizes.prompts)
+        written = completions_cost(asked.rounds[0], self.answer_tokens, self.discovery, prompts=sizes.prompts)
         return {"write completions": written, "fit": fit}
 
     def move(self, task: Task) -> Moved:
