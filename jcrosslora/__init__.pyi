@@ -10,6 +10,8 @@ from jcrosslora.adapter import stack_adapters as stack_adapters
 from jcrosslora.adapter import unstack_adapters as unstack_adapters
 from jcrosslora.adapter.export import ExportSettings as ExportSettings
 from jcrosslora.adapter.export import export_adapter as export_adapter
+from jcrosslora.adapter.extract import extract as extract
+from jcrosslora.adapter.extract_settings import ExtractSettings as ExtractSettings
 from jcrosslora.adapter.merge import MergeSettings as MergeSettings
 from jcrosslora.adapter.merge import merge as merge
 from jcrosslora.checkpoint import BaseModel as BaseModel

@@ -32,7 +32,7 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
 
 
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
-    """Load the weights of several modules of equal shape, (L', O, I) float32, spread over all local devices.
+    """Load the weights of modules of one shape, fused ones too, (L', O, I) float32, spread over all local devices.
 
     L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go
     to the device in their stored dtype and are widened there, unless that differs from module to module.
@@ -40,7 +40,7 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     Raises:
         CheckpointError: a weight holds NaN or infinity.
     """
-    weights = [base.weight(name) for name in names]
+    weights = [base.stored_weight(name) for name in names]
     if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()

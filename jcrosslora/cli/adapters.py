@@ -1,18 +1,19 @@
-"""`jcrosslora train`, `export`, `merge` and `push`: train, convert, merge or upload an adapter."""
+"""`jcrosslora train`, `extract`, `export`, `merge` and `push`: make an adapter, write it elsewhere."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import tyro
 from rich.console import Console
 
 from jcrosslora.adapter.export import ExportSettings, export_adapter
+from jcrosslora.adapter.extract_settings import ExtractSettings, Kept
 from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, Long, print_json, print_pushed, say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, Long, print_json, print_pushed, print_table, say
 from jcrosslora.errors import UsageError
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.logs import LogName, find_log, log_to
@@ -63,6 +64,55 @@ class Train(Long, TrainingSettings):
         template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, made, overwrite=self.overwrite, chat_template=template)
         say(console, f"written: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(Long, ExtractSettings):
+    """Extract a LoRA adapter from a full fine-tune and its base: the low-rank part of their difference."""
+
+    finetune: tyro.conf.Positional[str]
+    """The fine-tuned model: a folder of safetensors, a GGUF file or a hub id."""
+    base: str
+    """The base that it was trained from, in the same forms."""
+    out: Path
+    """The folder to write."""
+    finetune_revision: str | None = None
+    """Hub revision of the fine-tune."""
+    base_revision: str | None = None
+    """Hub revision of the base."""
+    json: bool = False
+    """Print the figures as JSON, with those of each module."""
+    overwrite: bool = False
+    """Replace the folder if it already holds an adapter."""
+
+    def run(self, console: Console) -> None:
+        from jcrosslora.adapter.extract import extract_with_figures
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.utils.files import ensure_free
+
+        ensure_free(self.out, self.overwrite)
+        finetune = open_base(self.finetune, revision=self.finetune_revision)
+        base = open_base(self.base, revision=self.base_revision)
+        found = extract_with_figures(finetune, base, settings_of(self, ExtractSettings))
+        found.save(self.out, self.overwrite)
+        if self.json:
+            print_json(found.to_json())
+            return
+        columns = ("kind", "modules", "rank", "share of difference", "kept", "relative error")
+        print_table(console, columns, map(_figures, found.rows), title=f"difference at {found.settings.rule}")
+        for note in found.notes:
+            say(console, f"note: {note}")
+        if found.left_out:
+            named = ", ".join(f"{kind} ({found.shares[kind]:.1%} of the whole difference)" for kind in found.left_out)
+            able = [kind for kind in found.left_out if kind in get_args(Kept)]
+            say(console, f"left out: {named}" + (f"; --keep {' '.join(able)} keeps them whole" if able else ""))
+        say(console, f"written: {self.out}")
+
+
+def _figures(row: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = row["ranks"]
+    ranks = str(low) if low == high else f"{low} to {high}"
+    return row["kind"], str(row["modules"]), ranks, f"{row['share']:.1%}", f"{row['kept']:.1%}", f"{row['error']:.3g}"
 
 
 @dataclass(frozen=True)

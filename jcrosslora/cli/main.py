@@ -72,6 +72,7 @@ COMMANDS = {
     "inspect": Command("inspect:Inspect", "Show what an adapter or a base model is."),
     "compare": Command("inspect:Compare", "Say how two base models are related, by their weights."),
     "check": Command("inspect:Check", "Say which engines read an adapter.", computes=False),
+    "extract": Command("adapters:Extract", "Extract a LoRA adapter from a full fine-tune and its base."),
     "export": Command("adapters:Export", "Write an adapter for another engine or rank, or a sum."),
     "merge": Command("adapters:Merge", "Merge an adapter into its base model."),
     "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),

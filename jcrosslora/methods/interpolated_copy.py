@@ -10,18 +10,14 @@ vectors (arXiv 2212.04089). Combining them with a copied adapter is this package
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, split_fused
 from jcrosslora.adapter.combining import add_factors
+from jcrosslora.adapter.difference import module_differences
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.linalg import decompose
 from jcrosslora.maps import Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy
 from jcrosslora.utils.cost import Cost
@@ -98,16 +94,12 @@ def interpolate_to_source(source: BaseModel, target: BaseModel, share: float, *,
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with track(len(target.modules), "interpolate", "modules") as bar:
-        for names in bounded_groups(
-            list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
-        ):
-            src, tgt = load_stack(source, names), load_stack(target, names)
-            found, energies = _truncated(src - tgt, rank)
-            for name, one, (of, held) in zip(names, found, energies, strict=False):
-                whole, left = whole + of, left + held
-                if one.rank and share:
-                    modules[name] = LoRAFactors(a=one.a, b=one.b * np.float32(share))
-            bar.update(len(names))
+        for name, found in module_differences(source, target, shapes[1], lambda _: rank):
+            cut = found.cut(found.lowest_rank(ENERGY))
+            whole, left = whole + found.energy, left + found.energy * cut.kept
+            if len(cut.s) and share:
+                modules[name] = LoRAFactors(a=cut.factors.a, b=cut.factors.b * np.float32(share))
+            bar.update()
     return SourceInterpolation(
         {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
     )
@@ -133,19 +125,3 @@ def _sentence(found: SourceInterpolation, share: float) -> str:
         f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; while "
         f"the adapter is on, the target gives up {share:.0%} of what they hold of its further training"
     )
-
-
-def _truncated(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:
-    """Return the factors of each matrix of (L, O, I), and its squared norm before and after truncation."""
-    # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
-    svd, _ = decompose(stack, min(rank, *stack.shape[1:]), vectors=False, tolerance=float("inf"))
-    wholes = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
-    u, s, v = (np.asarray(field) for field in (svd.u, svd.s, svd.v))
-    factors, energies = [], []
-    for place, whole in enumerate(wholes):
-        held = np.cumsum(s[place].astype(np.float64) ** 2)
-        count = min(int(np.searchsorted(held, ENERGY * whole)) + 1, len(held)) if whole > 0 else 0
-        b, a = u[place][:, :count] * s[place][:count], v[place][:, :count].T
-        factors.append(LoRAFactors(a=np.ascontiguousarray(a), b=np.ascontiguousarray(b)))
-        energies.append((float(whole), min(float(held[count - 1]), float(whole)) if count else 0.0))
-    return factors, energies

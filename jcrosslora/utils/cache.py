@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -25,12 +24,12 @@ from jcrosslora.errors import UsageError
 from jcrosslora.utils import cache_entries, version
 from jcrosslora.utils.cache_entries import Damaged, Entry, Loaded, Manifest
 from jcrosslora.utils.digests import FileDigests
+from jcrosslora.utils.files import parse_size
 from jcrosslora.utils.unfinished import unfinished
 
 _WORK = ".work"
 _LOG = logging.getLogger(__name__)
 _DEFAULT_LIMIT = 10 * 10**9
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
 _MIN_COMPILE_SECONDS = 0.1  # from which a program is kept
 # What JAX warns of where another process holds the lock of the folder; the program is then compiled and not kept.
@@ -260,11 +259,10 @@ def cache_limit() -> int:
         UsageError: the variable is not a size.
     """
     stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(_DEFAULT_LIMIT)
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", stated.strip().upper())
-    if found is None:
+    if (size := parse_size(stated)) is None:
         msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 turns it off"
         raise UsageError(msg)
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def keep_compiled() -> None:

@@ -6,6 +6,7 @@ Only regular files are read, as a pipe may never end and a device never does.
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,13 @@ MARK = "adapter_config.json"
 MARKS = (MARK, "adapter.gguf", "merge_report.json")
 # Bytes of a configuration, a tokenizer, a recipe, a template, an index: the largest known, of tokenizers, have 40 MB.
 SMALL = 128 << 20
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int | None:
+    """Read a number of bytes such as 500MB or 20G; None where the text is none."""
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
 def output_path(out: str | Path) -> Path:

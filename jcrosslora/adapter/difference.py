@@ -1,0 +1,168 @@
+"""The difference of two models of one architecture: linear modules at low rank, and the size of everything else."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING
+from jcrosslora.checkpoint import BaseModel, expert_tensors
+from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
+from jcrosslora.errors import CheckpointError
+from jcrosslora.linalg import decompose
+
+Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
+_BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row a token
+_ROWS = 4096  # compared at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """The leading singular triplets of a difference D (O, I), without those that are float32 rounding.
+
+    Attributes:
+        factors: B A = U diag(s) V', with the singular values split evenly between the two, of rank R.
+        s: (R,), descending.
+        energy: ||D||_F^2.
+    """
+
+    factors: LoRAFactors
+    s: np.ndarray
+    energy: float
+
+    @property
+    def kept(self) -> float:
+        """The share of the energy that the triplets hold; 1 for D = 0."""
+        return min(float(np.sum(np.square(self.s, dtype=np.float64))) / self.energy, 1.0) if self.energy else 1.0
+
+    def lowest_rank(self, share: float) -> int:
+        """Return the lowest rank that holds a share of the energy; R if none does."""
+        held = np.cumsum(np.square(self.s, dtype=np.float64))
+        return min(int(np.searchsorted(held, share * self.energy)) + 1, len(held))
+
+    def cut(self, rank: int) -> "Leading":
+        """Keep at most `rank` triplets; the others take no memory any more."""
+        if rank >= len(self.s):
+            return self
+        factors = LoRAFactors(a=np.array(self.factors.a[:rank]), b=np.array(self.factors.b[:, :rank]))
+        return replace(self, factors=factors, s=self.s[:rank])
+
+
+def stored_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Return (O, I) of each linear module as the model stores it: fused ones whole."""
+    owner = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in base.modules.items():
+        before, _ = shapes.get(holder := owner.get(name, name), (0, 0))
+        shapes[holder] = before + module.shape[0], module.shape[1]
+    return shapes
+
+
+def module_differences(
+    first: BaseModel, second: BaseModel, shapes: Mapping[str, tuple[int, int]], limit: Callable[[tuple[int, int]], int]
+) -> Iterator[tuple[str, Leading]]:
+    """Decompose W_first - W_second of each module, group by group: memory is bounded whatever the model's size.
+
+    Args:
+        shapes: of the modules, logical or fused, that both have.
+        limit: the largest rank that is wanted of a shape.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is not finite.
+    """
+    for names in bounded_groups(list(shapes), shapes.__getitem__, lambda name: 8 * prod(shapes[name])):
+        stack = load_stack(first, names) - load_stack(second, names)
+        rank = max(1, min(limit(shapes[names[0]]), *shapes[names[0]]))
+        # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
+        svd, _ = decompose(stack, rank, vectors=False, tolerance=float("inf"))
+        energies = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
+        u, s, v, counts = (np.asarray(field) for field in (svd.u, svd.s, svd.v, svd.numerical_rank))
+        for name, *found, count, energy in zip(names, u, s, v, counts, energies, strict=False):
+            yield name, _leading(*found, rank=int(count), energy=float(energy))
+
+
+def _leading(u: np.ndarray, s: np.ndarray, v: np.ndarray, *, rank: int, energy: float) -> Leading:
+    rank = rank if energy > 0 else 0
+    root = np.sqrt(s[:rank])
+    factors = LoRAFactors(a=np.ascontiguousarray((v[:, :rank] * root).T), b=u[:, :rank] * root)
+    return Leading(factors, s[:rank].copy(), energy)
+
+
+def check_alike(finetune: BaseModel, base: BaseModel) -> str | None:
+    """Check that two models have the same tensors; return a sentence if only the sizes of the vocabularies differ.
+
+    Raises:
+        CheckpointError: a tensor of one is missing in the other, or has another shape.
+    """
+    found = [_layout(one) for one in (finetune, base)]
+    odd = next((name for name in {**found[1], **found[0]} if found[0].get(name) != found[1].get(name)), None)
+    if odd is not None:
+        came, wanted = (" x ".join(map(str, one.get(odd, ("missing",)))) for one in found)
+        msg = f"{finetune.name} is no fine-tune of {base.name}: {odd} is {came} in it, and {wanted} in the base: give "
+        raise CheckpointError(msg + "the base that it was trained from")
+    rows = finetune.dims.vocab, base.dims.vocab
+    if rows[0] == rows[1]:
+        return None
+    return f"the fine-tune has {rows[0]} tokens, the base {rows[1]}: the first {min(rows)} rows are compared"
+
+
+def rest_of(finetune: BaseModel, base: BaseModel) -> dict[Rest, dict[str, float]]:
+    """Compute ||T_finetune - T_base||_F^2 of every tensor T outside linear modules that differs, by kind and name."""
+    found: dict[Rest, dict[str, float]] = {}
+    tables = (EMBEDDING,) if finetune.tied and base.tied else (EMBEDDING, HEAD)
+    modules = {module.tensor for module in base.modules.values()}
+    for name in (*tables, *(one for one in _layout(base) if one not in modules)):
+        if size := _energy(finetune, base, name):
+            found.setdefault(_kind(name), {})[name] = size
+    for layer in base.layers_with("router"):
+        if size := _of_experts(finetune, base, layer):
+            found.setdefault("experts", {})[f"model.layers.{layer}"] = size
+    return found
+
+
+def _layout(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors but embedding, head and experts; of one row a token the shape of a row."""
+    experts = {name for layer in base.layers_with("router") for name in base.experts.names(layer)}
+    shapes = {name: shape for name, shape in base.tensor_shapes().items() if name not in {EMBEDDING, HEAD, *experts}}
+    return {name: shape[1:] if name in _BY_TOKEN else shape for name, shape in shapes.items()}
+
+
+def _kind(name: str) -> Rest:
+    if name in (EMBEDDING, HEAD):
+        return "embeddings"
+    if name.endswith(".bias"):
+        return "biases"
+    return "norms" if "norm" in name and name.endswith(".weight") else "other tensors"
+
+
+def _energy(finetune: BaseModel, base: BaseModel, name: str) -> float:
+    if name not in _BY_TOKEN:
+        return _squared(*(one.tensor(name) for one in (finetune, base)))
+    rows = min(finetune.dims.vocab, base.dims.vocab)
+    total = 0.0
+    for start in range(0, rows, _ROWS):
+        ids = np.arange(start, min(start + _ROWS, rows))
+        total += _squared(*(one.rows(name, ids) for one in (finetune, base)))
+        finetune.release()
+        base.release()
+    return total
+
+
+def _of_experts(finetune: BaseModel, base: BaseModel, layer: int) -> float:
+    """Sum up a layer's router and experts, in whatever layouts the two store them."""
+    assert base.family.experts is not None
+    names = expert_tensors(base.family.experts)
+    pairs = (zip(*(one.experts.tensor(layer, name) for one in (finetune, base)), strict=True) for name in names)
+    total = sum(_squared(*pair) for each in pairs for pair in each)
+    finetune.release()
+    base.release()
+    return total
+
+
+def _squared(first: np.ndarray, second: np.ndarray) -> float:
+    """Compute ||first - second||_F^2; scalars count too."""
+    return float(np.sum(np.square(first.astype(np.float32) - second.astype(np.float32)), dtype=np.float64))
