@@ -18,6 +18,7 @@ from jcrosslora.linalg import decompose
 Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
 _BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row a token
 _ROWS = 4096  # compared at a time
+_ROUNDING = 2.0**-20  # of sums of squares in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,9 @@ class Leading:
 
     @property
     def kept(self) -> float:
-        """The share of the energy that the triplets hold; 1 for D = 0."""
-        return min(float(np.sum(np.square(self.s, dtype=np.float64))) / self.energy, 1.0) if self.energy else 1.0
+        """The share of the energy that the triplets hold; 1 where the rest is no more than float32 rounding."""
+        held = float(np.sum(np.square(self.s, dtype=np.float64)))
+        return held / self.energy if held < (1 - _ROUNDING) * self.energy else 1.0
 
     def lowest_rank(self, share: float) -> int:
         """Return the lowest rank that holds a share of the energy; R if none does."""

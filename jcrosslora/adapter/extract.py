@@ -15,16 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.changes import (
-    EMBEDDING,
-    HEAD,
-    MODULES,
-    TIED,
-    ReplacedTensors,
-    TokenUpdate,
-    changed_rows,
-    complete_rows,
-)
+from jcrosslora.adapter import changes
 from jcrosslora.adapter.difference import Leading, Rest, check_alike, module_differences, rest_of, stored_shapes
 from jcrosslora.adapter.extract_settings import ExtractSettings
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
@@ -51,14 +42,13 @@ def extract(finetune: Any, base: Any, settings: ExtractSettings = ExtractSetting
 
     Raises:
         CheckpointError: a model cannot be read, or the two have other tensors or shapes.
-        AdapterError: the two have the same weights in all linear modules.
+        AdapterError: the two have the same weights in all linear modules, or the budget holds not one rank.
     """
-    return extract_with_figures(finetune, base, settings).adapter
+    return extract_with_figures(open_base(finetune), open_base(base), settings).adapter
 
 
-def extract_with_figures(finetune: Any, base: Any, settings: ExtractSettings) -> "Extracted":
+def extract_with_figures(finetune: BaseModel, base: BaseModel, settings: ExtractSettings) -> "Extracted":
     """Extract a LoRA as `extract` does, with the figures of each module."""
-    finetune, base = open_base(finetune), open_base(base)
     notes = tuple(filter(None, (check_alike(finetune, base), _rounding(finetune, base))))
     shapes, found = stored_shapes(base), dict[str, Leading]()
     with track(len(shapes), "extract", "modules") as bar:
@@ -68,8 +58,8 @@ def extract_with_figures(finetune: Any, base: Any, settings: ExtractSettings) ->
             bar.update()
     if not any(len(one.s) for one in found.values()):
         why = f"not one rank fits {settings.rule}" if found else "they have the same weights in all linear modules"
-        msg = f"there is no update to extract from {finetune.name} and {base.name}: {why}: give a fine-tune and the "
-        raise AdapterError(msg + ("base that it was trained from" if not found else "base, and a larger budget"))
+        msg = f"there is no update to extract from {finetune.name} and {base.name}: {why}: give "
+        raise AdapterError(msg + ("a larger budget" if found else "a fine-tune and the base that it was trained from"))
     modules = {name: found[name] for name in shapes if name in found}
     return Extracted(finetune, base, settings, modules, rest_of(finetune, base), notes)
 
@@ -93,7 +83,7 @@ class Extracted:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """The share of each kind of `rest`, and of "modules", in the whole difference's squared Frobenius norm."""
+        """The share of "modules" and of each kind of `rest` in the whole difference's squared Frobenius norm."""
         sizes = {"modules": math.fsum(one.energy for one in self.modules.values())}
         sizes |= {kind: math.fsum(tensors.values()) for kind, tensors in self.rest.items()}
         return {kind: size / math.fsum(sizes.values()) for kind, size in sizes.items()}
@@ -108,13 +98,12 @@ class Extracted:
         kinds: dict[str, list[Leading]] = defaultdict(list)
         for name, one in self.modules.items():
             kinds[ending(name)].append(one)
-        every = list(self.modules.values())
-        whole = math.fsum(one.energy for one in every)
-        rows = []
+        rows, every = [], list(self.modules.values())
         for kind, items in {**kinds, "all": every}.items():
             energy, ranks = math.fsum(one.energy for one in items), [len(one.s) for one in items]
-            kept = min(math.fsum(one.energy * one.kept for one in items) / energy, 1.0)
-            figures = {"share": energy / whole, "kept": kept, "error": math.sqrt(1 - kept)}
+            lost = math.fsum(one.energy * (1 - one.kept) for one in items) / energy
+            share = energy / math.fsum(one.energy for one in every)
+            figures = {"share": share, "kept": 1 - lost, "error": math.sqrt(lost)}
             rows.append({"kind": kind, "modules": len(items), "ranks": [min(ranks), max(ranks)], **figures})
         return rows
 
@@ -146,22 +135,24 @@ class Extracted:
         modules = {name: parts[name] for name in self.base.modules if name in parts}
         return Adapter(modules, info, tuple(self._tokens()), tuple(self._replaced()))
 
-    def _replaced(self) -> Iterator[ReplacedTensors]:
+    def _replaced(self) -> Iterator[changes.ReplacedTensors]:
         for kind, form in (("norms", "full"), ("biases", "bias")):
             if kind in self.settings.keep and kind in self.rest:
                 tensors = {name: np.asarray(self.finetune.tensor(name)) for name in self.rest[kind]}
-                yield ReplacedTensors(form, tensors, self.shares[kind])
+                yield changes.ReplacedTensors(form, tensors, self.shares[kind])
 
-    def _tokens(self) -> Iterator[TokenUpdate]:
+    def _tokens(self) -> Iterator[changes.TokenUpdate]:
         if "embeddings" not in self.settings.keep or "embeddings" not in self.rest:
             return
-        size, base = math.fsum(self.rest["embeddings"].values()), self.base
-        ids = np.arange(min(self.finetune.dims.vocab, base.dims.vocab))
-        tables = (TIED,) if self.finetune.tied and base.tied else (EMBEDDING, HEAD)
-        rows = {table: self.finetune.rows(f"{MODULES[table][0]}.weight", ids) for table in tables}
-        found = [changed_rows(table, "full", base, ids, new) for table, new in rows.items()]
-        for one in complete_rows([one for one in found if len(one.ids)], base):
-            yield replace(one, share=self.shares["embeddings"] * one.energy / size)
+        tied = self.finetune.tied and self.base.tied
+        ids = np.arange(min(self.finetune.dims.vocab, self.base.dims.vocab))
+        found = [
+            changes.changed_rows(table, "full", self.base, ids, self.finetune.rows(name, ids))
+            for table in ((changes.TIED,) if tied else (changes.EMBEDDING, changes.HEAD))
+            if (name := f"{changes.MODULES[table][0]}.weight") in self.rest["embeddings"]
+        ]
+        unit = self.shares["embeddings"] / math.fsum(self.rest["embeddings"].values())
+        yield from (replace(one, share=unit * one.energy) for one in changes.complete_rows(found, self.base))
 
     def save(self, out: Path, overwrite: bool = False) -> Path:
         """Write the adapter as a PEFT folder; what it was extracted from goes to the header of its weights, as JSON.
@@ -171,23 +162,21 @@ class Extracted:
         Raises:
             OutputError: the folder exists already, or cannot be written.
         """
-        models = {"finetune": self.finetune, "base": self.base}
-        named = {
-            role: {"name": one.name, "revision": one.revision, "digest": base_digest(one)}
-            for role, one in models.items()
-        }
-        paths = local_names(*(name for one in models.values() for name in (one.name, one.ref)))
-        made = publish({"version": version(), **named, **self.to_json()}, paths)
+        models, paths = {"finetune": self.finetune, "base": self.base}, []
+        made: dict[str, Any] = {"version": version(), **self.to_json()}
+        for role, one in models.items():
+            made[role] = {"name": one.name, "revision": one.revision, "digest": base_digest(one)}
+            paths += [one.name, one.ref]
         template = self.adapter.info.chat_template
         return save_adapter(
             self.adapter,
             out,
-            base=describe_base(self.base, digest=named["base"]["digest"]),
+            base=describe_base(self.base, digest=made["base"]["digest"]),
             profile="peft" if self.settings.mixed or self.settings.keep else "portable",
             dtype=self.settings.dtype,
             overwrite=overwrite,
             documents={} if template is None else {CHAT_TEMPLATE: template},
-            metadata={"jcrosslora.extract": json.dumps(made)},
+            metadata={"jcrosslora.extract": json.dumps(publish(made, local_names(*paths)))},
         )
 
 
