@@ -70,6 +70,8 @@ def test_the_python_of_the_pages_is_python():
 def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = jcl.open_base(write_llama(tmp_path / "base"))
+    for seed, name in enumerate(("finetune", "target"), 1):
+        write_llama(tmp_path / name, seed=seed)
     for number in range(1, 4):
         jcl.save_adapter(random_adapter(base, seed=number, rank=2), tmp_path / f"task{number}", base_name="base")
     text = (ROOT / "docs" / "formats-and-kinds.md").read_text()
@@ -78,7 +80,8 @@ def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
         names = {"jcl": jcl, "np": np}
         exec(code, names)
         ranks.append({factors.rank for factors in names["adapter"].modules.values()})
-    assert ranks == [{6}, {3}]
+    assert ranks[:2] == [{6}, {3}]
+    assert len(ranks[2]) > 2  # each module has the rank that holds the energy
 
 
 def test_the_family_of_the_page_on_families_gives_the_logits_of_transformers():

@@ -109,6 +109,7 @@ def files(tmp_path_factory):
         _copy(source, folder / name)
     for name in ("TARGET", "COMPRESSED_BASE", "path/to/target", "path/to/target.gguf", "models/gemma-3-270m"):
         _copy(target, folder / name)
+    jcl.merge(jcl.MergeSettings(str(source), str(adapter), str(folder / "FINETUNE")))
     texts = [f"{text} {number}" for number in range(4) for text in CORPUS[3:]]
     for name in ("prompts.txt", "PROMPTS.txt"):
         (folder / name).write_text("\n".join(texts))

@@ -49,6 +49,7 @@ export adapter --out out/adapter-gguf --profile gguf --base source
 export dora --out out/adapter-mlx --profile mlx --base source
 merge source adapter --out out/merged
 merge source dora --out out/merged-half --dtype float16
+extract out/merged --base source --out out/extracted --keep norms
 batch plan.toml --log tensorboard
 push out/moved me/moved --with-completions
 push out/adapter-gguf me/gguf

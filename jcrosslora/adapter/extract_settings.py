@@ -87,7 +87,7 @@ class ExtractSettings:
 
     @property
     def _bytes(self) -> int:
-        return parse_size(self.budget or "") or 0
+        return parse_size(str(self.budget or "")) or 0
 
     def _cost(self, shape: tuple[int, int]) -> int:
         """Return the bytes that each rank of a module (O, I) takes."""
