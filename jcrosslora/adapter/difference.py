@@ -54,18 +54,8 @@ class Leading:
         return replace(self, factors=factors, s=self.s[:rank])
 
 
-def stored_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of each linear module as the model stores it: fused ones whole."""
-    owner = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, module in base.modules.items():
-        before, _ = shapes.get(holder := owner.get(name, name), (0, 0))
-        shapes[holder] = before + module.shape[0], module.shape[1]
-    return shapes
-
-
 def module_differences(
-    first: BaseModel, second: BaseModel, shapes: Mapping[str, tuple[int, int]], limit: Callable[[tuple[int, int]], int]
+    first: BaseModel, second: BaseModel, shapes: Mapping[str, tuple[int, ...]], limit: Callable[[tuple[int, ...]], int]
 ) -> Iterator[tuple[str, Leading]]:
     """Decompose W_first - W_second of each module, group by group: memory is bounded whatever the model's size.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter import changes
-from jcrosslora.adapter.difference import Leading, Rest, check_alike, module_differences, rest_of, stored_shapes
+from jcrosslora.adapter.difference import Leading, Rest, check_alike, module_differences, rest_of
 from jcrosslora.adapter.extract_settings import ExtractSettings
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.fused import split_fused
@@ -50,7 +50,9 @@ def extract(finetune: Any, base: Any, settings: ExtractSettings = ExtractSetting
 def extract_with_figures(finetune: BaseModel, base: BaseModel, settings: ExtractSettings) -> "Extracted":
     """Extract a LoRA as `extract` does, with the figures of each module."""
     notes = tuple(filter(None, (check_alike(finetune, base), _rounding(finetune, base))))
-    shapes, found = stored_shapes(base), dict[str, Leading]()
+    # As the base stores them: fused ones whole.
+    shapes = {one.tensor.removesuffix(".weight"): base.store.shape(one.tensor) for one in base.modules.values()}
+    found: dict[str, Leading] = {}
     with track(len(shapes), "extract", "modules") as bar:
         for name, leading in module_differences(finetune, base, shapes, settings.limit):
             if leading.energy:

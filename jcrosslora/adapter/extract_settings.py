@@ -62,7 +62,7 @@ class ExtractSettings:
             return f"{self.energy:.4g} of each module's energy"
         return f"rank {self.rank or _RANK}" if self.budget is None else f"{self.budget} of factors"
 
-    def limit(self, shape: tuple[int, int]) -> int:
+    def limit(self, shape: tuple[int, ...]) -> int:
         """Return the highest rank that a module (O, I) can get."""
         most = (self.max_rank or min(shape)) if self.mixed else self.rank or _RANK
         return most if self.budget is None else min(most, self._bytes // self._cost(shape))
@@ -76,9 +76,9 @@ class ExtractSettings:
         if self.budget is None:
             return {**found, name: new if self.energy is None else new.cut(new.lowest_rank(self.energy))}
         found = {**found, name: new}
-        costs = [np.full(len(one.s), self._cost(one.factors.shape)) for one in found.values()]
-        owners = np.repeat(np.arange(len(found)), [len(one.s) for one in found.values()])
-        cost = np.concatenate(costs)
+        sizes = [len(one.s) for one in found.values()]
+        owners = np.repeat(np.arange(len(found)), sizes)
+        cost = np.repeat([self._cost(one.factors.shape) for one in found.values()], sizes)
         worth = np.square(np.concatenate([one.s for one in found.values()]), dtype=np.float64) / cost
         order = np.argsort(-worth, kind="stable")
         taken = order[np.cumsum(cost[order]) <= self._bytes]
@@ -89,6 +89,6 @@ class ExtractSettings:
     def _bytes(self) -> int:
         return parse_size(str(self.budget or "")) or 0
 
-    def _cost(self, shape: tuple[int, int]) -> int:
+    def _cost(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that each rank of a module (O, I) takes."""
         return sum(shape) * (4 if self.dtype == "float32" else 2)
