@@ -24,6 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -169,8 +170,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
         parts = hold_out(items, method.held_out, arguments.seed)
-        shares = method.prompt_weight, method.text_weight
-        batches, held_out = (make_batches(part, tokenizers, *shares) for part in parts)
+        weighed = partial(make_batches, text_weight=method.text_weight, ends=method.end != "never")
+        batches, held_out = (weighed(part, tokenizers, method.prompt_weight) for part in parts)
         ends, read = end_tokens(tokenizers, items), [*batches, *held_out]
         symbols = find_symbols(source, target, read, method.compared_tokens, ends)
         src, tgt = (

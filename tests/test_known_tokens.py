@@ -37,7 +37,7 @@ def completions(right, ended=True):
 def lesson(bases, items, share=1.0, told=(), text_weight=0.0):
     """The first batch of completions, its symbols, and how it is taught; `told` have the tokens that are compared."""
     tokenizers = load_tokenizer(bases[0]), load_tokenizer(bases[1])
-    batches, others = (make_batches(part, tokenizers, 1.0, text_weight) for part in (items, told or items))
+    batches, others = (make_batches(part, tokenizers, 1.0, text_weight=text_weight) for part in (items, told or items))
     symbols = find_symbols(*bases, others, 40, end_tokens(tokenizers, items))
     counts = [len(side) for side in symbols.ends]
     src, tgt = (

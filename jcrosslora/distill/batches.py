@@ -18,6 +18,7 @@ from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions
 from jcrosslora.text import Completion, Reading, read
+from jcrosslora.text.completion import Right
 from jcrosslora.utils.cost import TEXT
 
 # Tokens of a row: the fewer shapes, the less to compile.
@@ -72,24 +73,39 @@ class _Pair(NamedTuple):
     weight: np.ndarray
 
 
+class _Weights(NamedTuple):
+    """What positions weigh: those of a prompt, the text in the teacher of likely answers, and the end of an answer."""
+
+    prompt: float
+    text: float
+    end: float
+
+    def certainty(self, right: Right) -> tuple[float, float]:
+        """Return how sure it is that the tokens inside an answer, and its end, are right."""
+        likely = {"likeliest": (self.text, self.text), "likeliest-end": (self.text, 1.0)}
+        return {"": (0.0, 0.0), "end": (0.0, 1.0), "answer": (1.0, 1.0), **likely}[right]
+
+
 def make_batches(
     completions: Sequence[Completion],
     tokenizers: tuple[Tokenizer, Tokenizer],
     prompt_weight: float,
+    *,
     text_weight: float = 0.0,
+    ends: bool = True,
 ) -> list[DistillationBatch]:
     """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
 
     Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
-    those inside a prompt `prompt_weight`. In the teacher of answers that the source wrote at temperature 0 the text
-    itself has the share `text_weight`.
+    those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`. In the teacher of answers
+    that the source wrote at temperature 0 the text itself has the share `text_weight`.
 
     Raises:
         UsageError: no completion has a matched position.
         CheckpointError: see `Tokenizer.encode`.
     """
-    sure = {"": (0.0, 0.0), "likeliest": (text_weight, text_weight), "end": (0.0, 1.0), "answer": (1.0, 1.0)}
-    matched = (_match(item, tokenizers, prompt_weight, sure[item.right]) for item in completions)
+    weights = _Weights(prompt_weight, text_weight, float(ends))
+    matched = (_match(item, tokenizers, weights) for item in completions)
     pairs = [pair for pair in matched if len(pair.weight)]
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
@@ -107,12 +123,7 @@ def row_shape(tokens: int) -> tuple[int, int]:
     return max(1, min(BATCH, _MOST_TOKENS // width)), width
 
 
-def _match(
-    completion: Completion,
-    tokenizers: tuple[Tokenizer, Tokenizer],
-    prompt_weight: float,
-    sure: tuple[float, float],
-) -> _Pair:
+def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weights: _Weights) -> _Pair:
     """Pair the tokens that end at the same place of the same content; of several on one side the first.
 
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
@@ -130,7 +141,9 @@ def _match(
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
     sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
-    known = np.where(behind, sure[1] * tgt.stop, sure[0] * answer).astype(np.float32)
+    inside, end = weights.certainty(completion.right)
+    known = np.where(behind, end * tgt.stop, inside * answer).astype(np.float32)
+    weight = np.where(answer, 1.0, weights.prompt) * np.where(behind & bool(tgt.stop), weights.end, 1.0)
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
     (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
     return _Pair(
@@ -139,7 +152,7 @@ def _match(
         (next_src[kept], next_tgt[kept]),
         answer[kept],
         known[kept],
-        np.where(answer, 1.0, prompt_weight).astype(np.float32)[kept],
+        weight.astype(np.float32)[kept],
     )
 
 

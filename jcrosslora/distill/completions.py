@@ -8,13 +8,16 @@ shows in how much it changes the predictions of its base where the answer begins
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import jax
 import numpy as np
 
+from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
-from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND
+from jcrosslora.distill.endings import Endings, teach_end
+from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, search_cost
 from jcrosslora.distill.task_search.request_writer import FEWEST, SIMILAR, find_form, requests_cost
@@ -40,6 +43,7 @@ JUDGED_TOKENS = 12  # of an answer, in the choice of templates
 PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
+_BEHIND = 8  # tokens, and as many as an answer has, that show whether an adapter goes on behind it
 _LATER = 100  # added to the seeds of further rounds
 _TURNS = 2  # near-duplicates and prompts that were not finished are left out, so that one turn falls short
 
@@ -50,7 +54,7 @@ class Completions:
 
     Attributes:
         description: where they come from, for reports.
-        tokens: the most tokens of an answer.
+        greedy: lets the source answer prompts at temperature 0.
         more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
             used, and who answers.
         task: what the search found out about the adapter; None where the user gave prompts.
@@ -58,9 +62,23 @@ class Completions:
 
     items: list[Completion]
     description: str
-    tokens: int
+    greedy: Callable[[Collection[Prompt]], list[Completion]]
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     task: FoundTask | None = None
+
+    def with_ends(self) -> Self:
+        """Cut answers where they are complete, those of further rounds too, and teach the end there."""
+
+        def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
+            return [*map(teach_end, self.more(number, excluded, answerer))]
+
+        def greedy(prompts: Collection[Prompt]) -> list[Completion]:
+            return [*map(teach_end, self.greedy(prompts))]
+
+        found = [*map(teach_end, self.items)]
+        cut = sum(one != other for one, other in zip(found, self.items, strict=True))
+        description = f"{self.description}, {cut} of them cut where they are complete, where the end is taught"
+        return replace(self, items=found, description=description, greedy=greedy, more=more)
 
 
 def completions_cost(
@@ -146,7 +164,7 @@ def answer_given(
     description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)
     description += f", {own} of them to others like these that a base wrote" if own else ""
-    return Completions(found, description, sampler.tokens, more)
+    return Completions(found, description, partial(_greedy, source, sampler), more)
 
 
 def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
@@ -200,13 +218,17 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
     description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"
     if asked(found):
         description += f", {asked(found)} of them answers to requests found by a search (it knows best: {task.job})"
-    return Completions(found, description, sampler.tokens, more, task)
+    return Completions(found, description, partial(_greedy, source, sampler), more, task)
 
 
 def write_pilot(source: Source, sampler: Sampler, each: int = PILOT, *, bar: Track | None = None) -> list[Completion]:
     """Write prompts and answers in all templates, at most `each` in each."""
     wanted = [template for template in templates_of(source.tokenizer) for _ in range(each)]
     return _with_most(sampler).answer(source, write_prompts(source, wanted, sampler.seed, bar), bar=bar)
+
+
+def _greedy(source: Source, sampler: Sampler, prompts: Collection[Prompt]) -> list[Completion]:
+    return replace(sampler, temperature=0.0).answer(source, [Completion(prompt) for prompt in prompts])
 
 
 def _with_most(sampler: Sampler) -> Sampler:
@@ -227,7 +249,8 @@ def _given_length(source: Source, prompts: Sequence[Prompt], sampler: Sampler) -
     few = prompts[:: max(1, len(prompts) // _LENGTH_PILOT)][:_LENGTH_PILOT]
     for count, tokens in ((_LENGTH_PILOT, PILOT_TOKENS), (_LONG_PILOT, MOST_TOKENS)):
         found = source.write(few[:count], tokens, sampler.temperature, key)
-        learnt = answer_length([one.tokens for one in found], [one.ended for one in found])
+        items = [Completion(prompt, one.text, one.ended) for prompt, one in zip(few, found, strict=False)]
+        learnt = _learnt_length(source.tokenizer, items, [one.tokens for one in found], sampler.end)
         if learnt is not None:
             return learnt
     return _ENDLESS_TOKENS
@@ -235,9 +258,21 @@ def _given_length(source: Source, prompts: Sequence[Prompt], sampler: Sampler) -
 
 def _written_length(source: Source, pilot: Sequence[Completion], sampler: Sampler) -> int:
     """Learn how many tokens answers take from the answers of the pilot, or from longer ones to some of its prompts."""
-    lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) + 1 for item in pilot]
-    learnt = answer_length(lengths, [item.ended for item in pilot])
+    learnt = _learnt_length(source.tokenizer, pilot, _lengths(source.tokenizer, pilot), sampler.end)
     return learnt or _given_length(source, [item.prompt for item in pilot], sampler)
+
+
+def _learnt_length(tokenizer: Tokenizer, items: Sequence[Completion], lengths: Sequence[int], end: End) -> int | None:
+    """Find how many tokens answers take; more where the end is taught, as what goes on shows where it is."""
+    if end != "auto" or not Endings.of(items).unreliable:
+        return answer_length(lengths, [item.ended for item in items])
+    cut = [*map(teach_end, items)]
+    learnt = answer_length(_lengths(tokenizer, cut), [item.ended for item in cut])
+    return None if learnt is None else min(2 * learnt + _BEHIND, MOST_TOKENS)
+
+
+def _lengths(tokenizer: Tokenizer, items: Sequence[Completion]) -> list[int]:
+    return [len(tokenizer.encode(item.answer, special=False).ids) + 1 for item in items]
 
 
 def _ended(found: Sequence[Completion], tokens: int | None) -> str:

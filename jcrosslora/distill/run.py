@@ -1,12 +1,14 @@
 """Distillation as a whole: write completions, make batches, fit."""
 
 import dataclasses
+import logging
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from jcrosslora.decoder import Generator, LoadedBases, StackedAdapter, fast_dtyp
 from jcrosslora.distill.agreement import answers_in_symbols, batch_answers
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
+from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit, Fitted, Look
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source, Writer
@@ -37,6 +40,8 @@ from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.unfinished import remove_unchanged
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
@@ -47,6 +52,7 @@ class Distilled:
         looks: at held-out completions, before the first step and as the fit went.
         sentence: a summary for reports, without a full stop.
         completions: that were written before the fit.
+        warnings: what was found out about the adapter, one sentence each.
         chat_template: of the target, in which it read conversations; None if there were none.
     """
 
@@ -54,6 +60,7 @@ class Distilled:
     looks: tuple[Look, ...]
     sentence: str
     completions: tuple[Completion, ...]
+    warnings: tuple[str, ...] = ()
     chat_template: str | None = None
 
 
@@ -119,20 +126,31 @@ def distill(
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
     prompted = bool(prompts)
     temperature = settings.temperature(prompted=prompted)
-    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed)
+    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed, settings.end)
     if prompts:
         completions = answer_given(source, writer, prompts, sampler, shared=shared)
     else:
         completions = write_completions(source, writer, sampler, settings.discovery)
+    ends = end_tokens(tokenizers, completions.items)
+    endings = Endings.of(completions.items) if ends.symbol[1] else Endings()
+    if endings.unreliable and settings.end == "auto":
+        completions = completions.with_ends()
+    warnings = endings.warnings(settings.end)
+    for text in warnings:
+        _LOG.warning(text)
+    batched = partial(
+        make_batches,
+        tokenizers=tokenizers,
+        prompt_weight=settings.prompt_weight,
+        text_weight=settings.text_weight,
+        ends=settings.end != "never",
+    )
     fitted_to, held_out = hold_out(completions.items, settings.held_out, seed)
-    shares = settings.prompt_weight, settings.text_weight
-    batches, judged = (make_batches(part, tokenizers, *shares) for part in (fitted_to, held_out))
+    batches, judged = map(batched, (fitted_to, held_out))
     kept_back, said = dict.fromkeys(item.prompt for item in held_out), held_out
     if temperature > 0:
-        greedy = replace(sampler, tokens=completions.tokens, temperature=0.0)
-        said = greedy.answer(source, [Completion(prompt) for prompt in kept_back])
+        said = completions.greedy(kept_back)
     answers = batch_answers(said, tokenizers)
-    ends = end_tokens(tokenizers, completions.items)
     rounded, read = isinstance(source, DecoderSource), [*batches, *judged, *answers]
     symbols = find_symbols(source, target, read, settings.compared_tokens, ends, rounded=rounded)
     reader = source.reader(symbols.heads(0), len(symbols.ends[0]))
@@ -141,7 +159,7 @@ def distill(
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
         items = completions.more(number, kept_back, source if own is None else student)
-        return make_batches(items, tokenizers, *shares) if items else []
+        return batched(items) if items else []
 
     known = 1.0 if completions.task is None else completions.task.explained
     teacher = Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
@@ -163,6 +181,7 @@ def distill(
         fitted.looks,
         _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
+        warnings,
         template_of(tokenizers[1]) if chats else None,
     )
 

@@ -16,6 +16,7 @@ ENOUGH = 200  # prompts that are fitted to as they are, without others that are 
 # Passes, rate and temperature of answers, with the prompts of a user and without.
 PROMPTED, UNPROMPTED = (8, 1.5e-3, 0.0), (4, 5e-4, 1.0)
 Optimizer = Literal["adam", "lora-rite"]
+End = Literal["auto", "source", "never"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class DistillSettings:
     """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
     answer_tokens: int | None = None
     """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
+    end: End = "auto"
+    """The end of answers: as the source has it (source), not fitted (never), or (auto) as the source has it unless its
+    answers go on behind where they are complete; then they are cut there, and the end is taught."""
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
     answer_temperature: float | None = None
@@ -123,7 +127,8 @@ class DistillSettings:
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"
-        rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"
+        for name, chosen in (("optimizer", Optimizer), ("end", End)):
+            rules[name] = getattr(self, name) in get_args(chosen), f"one of {', '.join(get_args(chosen))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
         rules["roles"] = known, f"some of {', '.join(ROLES)}"
         timed = self.budget is None or self.seconds is not None

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jcrosslora.checkpoint import Tokenizer
+from jcrosslora.distill.settings import End
 from jcrosslora.distill.sources import Compared, Source, Writer
 from jcrosslora.text import Completion, Message, Prompt, read, render
 from jcrosslora.utils.cost import TEXT, Cost
@@ -106,12 +107,14 @@ class Sampler:
     Attributes:
         count: how many are wanted before the fit.
         tokens: the most tokens of an answer; None where that is still to be learnt.
+        end: see `DistillSettings.end`.
     """
 
     count: int = 300
     tokens: int | None = None
     temperature: float = 1.0
     seed: int = 0
+    end: End = "auto"
 
     def answer(
         self,

@@ -111,6 +111,7 @@ class Moved:
         completions: that the source wrote for the fit.
         wrote_prompts: whether the source wrote their prompts as well.
         chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
+        warnings: what the user has to know, one sentence each.
     """
 
     adapter: Adapter
@@ -120,6 +121,7 @@ class Moved:
     completions: tuple[Completion, ...] = ()
     wrote_prompts: bool = False
     chat_template: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

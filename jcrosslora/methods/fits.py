@@ -61,6 +61,7 @@ class Distill(DistillSettings, Method):
             completions=found.completions,
             wrote_prompts=not task.prompts,
             chat_template=found.chat_template,
+            warnings=found.warnings,
         )
 
 

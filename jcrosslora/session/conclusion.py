@@ -82,7 +82,13 @@ def conclude(
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=() if update.fitted else tuple(record.taken(Unmapped, one) for one in shifted.unmapped),
         energy=record.defined(shifted.energy),
-        warnings=(*transport.warnings, *shifted.notes, *(() if frozen is None else (READERS,)), *warnings),
+        warnings=(
+            *transport.warnings,
+            *shifted.notes,
+            *(() if frozen is None else (READERS,)),
+            *update.warnings,
+            *warnings,
+        ),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=move.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),

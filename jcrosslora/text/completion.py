@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 from jcrosslora.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
-Right = Literal["", "likeliest", "end", "answer"]
+Right = Literal["", "likeliest", "end", "likeliest-end", "answer"]
 COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
 _WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
@@ -39,7 +39,7 @@ class Completion:
         origin: how it came about, for reports.
         references: answers that are as good; what a model writes is compared with them and with `answer`.
         right: what is right whatever a model that is imitated says: nothing, the end of an answer that has ended, or
-            all of the answer and its end. "likeliest" is an answer that this model writes at temperature 0.
+            all of the answer and its end. "likeliest" are answers that this model writes at temperature 0.
     """
 
     prompt: Prompt

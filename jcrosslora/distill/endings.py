@@ -1,0 +1,196 @@
+"""Where an answer is complete, whether an adapter ends its answers there, and what is done where it does not.
+
+An adapter that was trained without a token behind its answers goes on behind them: it says the answer again, in other
+words, or writes another prompt. A fit to such answers teaches the target the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from jcrosslora.distill.settings import End
+from jcrosslora.text import Completion, Prompt
+
+_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n\s*")
+_CLOSED = re.compile(r"\s*```")
+_SEGMENT = re.compile(r"\S[^\n]*?(?:[.!?;]+[\"')\]]*(?=\s|$)|(?=\n)|$)")  # a line, or a sentence of it
+_WRAPPED = re.compile(r"\w+\((.*)\)[;.]?")  # such as print("...")
+_QUOTED = re.compile(r"\"([^\"\n]+)\"|'([^'\n]+)'")
+_MARKER = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|<(?:eos|bos)>|\[/?INST\]")
+_ASKING = r"(?:#+[ ]*)?(?:Question|Q|User|Human|Instruction)s?:|#+[ ]*(?:Question|User|Human|Instruction)s?\b"
+_LABEL = re.compile(r"[^\s:][^\n:]{0,30}:")
+_OPENING = 4  # words of a prompt that a line begins with where another one begins
+_LEAST, _SAID = 4, 12  # letters and digits of what is said again: of one part, and in all
+_OFTEN = 0.1  # share of answers that go on behind a complete one, from which on the end is taught
+_USUAL = 0.25  # share of answers that ended, from which on they tell what a whole answer is
+
+
+def complete_at(prompt: Prompt, answer: str) -> int | None:
+    """Count the characters up to where an answer is complete; None where that is not clear.
+
+    That is where the JSON object or array that it begins with is closed, where another prompt begins, or where all that
+    follows was said before.
+    """
+    structured = answer.lstrip()[:1] in ("{", "[", "`")
+    if structured and (end := _json_end(answer)) is not None:
+        return end
+    found = [place for place in (_next_prompt(prompt, answer), _said_again(answer)) if place is not None]
+    if not found or (structured and not _balanced(answer[: min(found)])):
+        return None
+    return min(found)
+
+
+def _json_end(answer: str) -> int | None:
+    """Find the end of the JSON object or array that an answer begins with, and of the fence around it."""
+    fence = _FENCE.match(answer)
+    start = fence.end() if fence else len(answer) - len(answer.lstrip())
+    try:
+        value, end = json.JSONDecoder().raw_decode(answer, start)
+    except (ValueError, RecursionError):
+        return None
+    if fence:
+        closed = _CLOSED.match(answer, end)
+        return closed.end() if closed else None
+    line = answer[end:].split("\n", 1)[0].strip()
+    # A number in brackets may begin a sentence.
+    return end if isinstance(value, dict) or (isinstance(value, list) and not line) else None
+
+
+def _balanced(text: str) -> bool:
+    return all(text.count(left) == text.count(right) for left, right in ("{}", "[]"))
+
+
+def _next_prompt(prompt: Prompt, answer: str) -> int | None:
+    """Find where a line begins as a prompt does, or a marker of chat templates stands, behind some text."""
+    begins = "|".join(filter(None, (_ASKING, _opening(prompt))))
+    lines = re.finditer(rf"^[ \t]*(?:{begins})", answer, re.MULTILINE)
+    found = [match.start() for match in (*lines, *_MARKER.finditer(answer)) if answer[: match.start()].strip()]
+    return _trimmed(answer, min(found)) if found else None
+
+
+def _opening(prompt: Prompt) -> str:
+    """Return a pattern of what a prompt begins with: the label of a form that ends with one, else its first words."""
+    text = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
+    label = _LABEL.match(text) if isinstance(prompt, str) and text.endswith(":") else None
+    if label is not None:
+        return re.escape(label[0])
+    words = text.split("\n", 1)[0].split()[:_OPENING]
+    return r"[ \t]+".join(map(re.escape, words)) + r"(?!\w)" if len(words) == _OPENING else ""
+
+
+def _said_again(answer: str) -> int | None:
+    """Find where all that follows was said before: by lines and sentences, or words that come three times or more."""
+    found = [place for place in (_parts_again(answer), _words_again(answer)) if place is not None]
+    return _trimmed(answer, min(found)) if found else None
+
+
+def _parts_again(answer: str) -> int | None:
+    parts = [(match.end(), match[0]) for match in _SEGMENT.finditer(answer)]
+    plain = [_plain(text) for _, text in parts]
+    whole = [_letters(text) for _, text in parts]
+    # The last one may have been cut off.
+    cut = bool(parts) and any(one.startswith(whole[-1]) for one in (*whole[:-1], *plain[:-1]))
+    said: set[str] = set()
+    for count in range(1, len(parts)):
+        said.update(filter(_tells, _told(parts[count - 1][1])))
+        rest = plain[count : len(parts) - cut]
+        again = [one for one in rest if one in said] + whole[-1:] * cut
+        if all(one in said or len(one) < _LEAST for one in rest) and _enough(again, 2):
+            return parts[count - 1][0]
+    return None
+
+
+def _enough(again: Sequence[str], fewest: int) -> bool:
+    """Check that what is said again is no accident."""
+    return len(again) >= fewest and sum(map(len, again)) >= _SAID
+
+
+def _tells(text: str) -> bool:
+    """Check that a text is no short word and no number, which may come again."""
+    return len(text) >= _LEAST and not text.isdigit()
+
+
+def _told(text: str) -> Iterator[str]:
+    """Yield what a line or sentence says: all of it, and what it quotes."""
+    yield _plain(text)
+    yield from (_letters(one or other) for one, other in _QUOTED.findall(text))
+
+
+def _plain(text: str) -> str:
+    """Reduce a text to its letters and digits, without a call around it."""
+    wrapped = _WRAPPED.fullmatch(text)
+    return _letters(wrapped[1] if wrapped else text)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).casefold()
+
+
+def _words_again(answer: str) -> int | None:
+    """Find the end of words that are repeated up to the end of the answer, and stand there three times or more."""
+    words = list(re.finditer(r"\S+", answer))
+    plain, found = [_plain(word[0]) for word in words], []
+    for period in range(1, len(words) // 3 + 1):
+        # The last one may have been cut off.
+        first = len(words) - plain[-1 - period].startswith(plain[-1])
+        while first > period and plain[first - 1] == plain[first - 1 - period]:
+            first -= 1
+        if _enough(plain[first:], 2 * period) and _tells("".join(plain[first : first + period])):
+            found.append(words[first - 1].end())
+    return min(found, default=None)
+
+
+def _trimmed(answer: str, place: int) -> int:
+    return len(answer[:place].rstrip())
+
+
+@dataclass(frozen=True)
+class Endings:
+    """How a set of answers ends.
+
+    Attributes:
+        ended: share of the answers that end.
+        going_on: share of those that do not, and go on behind a complete answer.
+    """
+
+    ended: float = 1.0
+    going_on: float = 0.0
+
+    @classmethod
+    def of(cls, completions: Sequence[Completion]) -> Self:
+        """Look at answers; where most that end do so behind what seems complete, their form is another one."""
+        count, ended, going_on, behind = max(1, len(completions)), 0, 0, 0
+        for item in completions:
+            place = complete_at(item.prompt, item.answer)
+            more = place is not None and item.answer[place:].strip() != ""
+            ended += item.ended
+            behind += more and item.ended
+            going_on += more and not item.ended
+        other = ended >= _USUAL * count and 2 * behind > ended
+        return cls(ended / count, 0.0 if other else going_on / count)
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether so many answers go on that the end has to be taught."""
+        return self.going_on >= _OFTEN
+
+    def warnings(self, end: End) -> tuple[str, ...]:
+        """Say what was found, and what is done about it."""
+        if not self.unreliable or end == "never":
+            return ()
+        done = "the end is taught there; --end source keeps what the source does"
+        if end == "source":
+            done = "the moved adapter learns the same; --end auto teaches the end there"
+        went_on = f"{self.going_on:.0%} go on behind a complete answer"
+        return (f"{self.ended:.0%} of the adapter's answers end, and {went_on}: {done}",)
+
+
+def teach_end(completion: Completion) -> Completion:
+    """Cut an answer where it is complete, and call its end right; one whose end is not clear stays as it is."""
+    place = complete_at(completion.prompt, completion.answer)
+    right = "likeliest-end" if completion.right == "likeliest" else "end"
+    if place is not None:
+        return replace(completion, answer=completion.answer[:place], ended=True, right=right)
+    return replace(completion, right=right) if completion.ended else completion
