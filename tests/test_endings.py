@@ -111,6 +111,10 @@ def test_a_set_of_answers_tells_whether_the_end_is_reliable():
     # Where whole answers have more behind what seems complete, it is no mistake.
     assert not Endings.of(answers(*["+" + on] * 5, *[on] * 5)).unreliable
     assert Endings.of(answers("+" + on, *[on] * 9)).unreliable
+    # What says the answer again is a mistake, even if it comes to an end; another call is none.
+    again = "+" + CALL + '\nprint("17th of August")'
+    assert Endings.of(answers(*["+" + CALL] * 8, *[again] * 2)) == Endings(1.0, 0.2)
+    assert Endings.of(answers(*["+" + CALL + '\n{"date": "8th of May"}'] * 10)) == Endings(1.0, 0.0)
     assert not Endings.of([]).unreliable
 
 
@@ -163,7 +167,7 @@ def test_answers_that_go_on_are_long_enough_to_be_complete(pair):
 
 def test_the_search_for_a_task_learns_from_such_answers_too(pair):
     endless = Endless.of(pair[0], pair[2])
-    found = write_completions(Asking.of(pair[0], pair[2]), endless.alone(), Sampler(16), 0)
+    found = write_completions(Asking.of(pair[0], pair[2]), endless.alone(), Sampler(16, end="auto"), 0)
     assert "(0% ended)" in found.description
     assert all(item.ended for item in found.with_ends().items)
 
@@ -250,5 +254,6 @@ def test_an_unknown_end_is_refused(pair, tmp_path, capsys):
     given = ["transfer", folders[0], *(part for pair in zip(names, folders[1:], strict=True) for part in pair)]
     with pytest.raises(SystemExit, match="2"):
         main([*given, "--end", "sometimes"])
-    assert "'auto', 'never', 'source'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(f"'{end}'" in said for end in ("auto", "source", "never", "sometimes"))
     assert not (tmp_path / "out").exists()

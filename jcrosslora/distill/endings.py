@@ -146,13 +146,21 @@ def _trimmed(answer: str, place: int) -> int:
     return len(answer[:place].rstrip())
 
 
+def _nothing_new(answer: str, behind: str) -> bool:
+    """Check that the first line behind an answer has no word that the answer lacks."""
+    line = behind.strip().split("\n", 1)[0]
+    wrapped = _WRAPPED.fullmatch(line)
+    said, words = (re.findall(r"\w+", text.casefold()) for text in (answer, wrapped[1] if wrapped else line))
+    return any(map(_tells, words)) and set(words) <= set(said)
+
+
 @dataclass(frozen=True)
 class Endings:
     """How a set of answers ends.
 
     Attributes:
         ended: share of the answers that end.
-        going_on: share of those that do not, and go on behind a complete answer.
+        going_on: share of those that go on behind a complete answer, and do not end or say nothing new there.
     """
 
     ended: float = 1.0
@@ -160,16 +168,21 @@ class Endings:
 
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> Self:
-        """Look at answers; where most that end do so behind what seems complete, their form is another one."""
-        count, ended, going_on, behind = max(1, len(completions)), 0, 0, 0
+        """Look at answers; where most that end say something new behind what seems complete, their form is another."""
+        count, ended, again, endless, new = max(1, len(completions)), 0, 0, 0, 0
         for item in completions:
             place = complete_at(item.prompt, item.answer)
-            more = place is not None and item.answer[place:].strip() != ""
             ended += item.ended
-            behind += more and item.ended
-            going_on += more and not item.ended
-        other = ended >= _USUAL * count and 2 * behind > ended
-        return cls(ended / count, 0.0 if other else going_on / count)
+            if place is None or not item.answer[place:].strip():
+                continue
+            if _nothing_new(item.answer[:place], item.answer[place:]):
+                again += 1
+            elif item.ended:
+                new += 1
+            else:
+                endless += 1
+        other = ended >= _USUAL * count and 2 * new > ended
+        return cls(ended / count, (again + endless * (not other)) / count)
 
     @property
     def unreliable(self) -> bool:

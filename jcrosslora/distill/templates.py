@@ -114,7 +114,7 @@ class Sampler:
     tokens: int | None = None
     temperature: float = 1.0
     seed: int = 0
-    end: End = "auto"
+    end: End = "source"
 
     def answer(
         self,
