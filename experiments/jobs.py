@@ -34,11 +34,10 @@ from rich.console import Console
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_model
-from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import template_of
+from jcrosslora.text.reading import template_of, with_own_template
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 from jcrosslora.utils.progress import track
 
@@ -63,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--limit", type=int, default=200, help="examples that are answered")
     parser.add_argument("--steps", type=int, default=usual.steps)
-    parser.add_argument("--rank", type=int, default=usual.rank)
+    parser.add_argument("--rank", type=int, default=usual.size[0])
     return parser.parse_args()
 
 

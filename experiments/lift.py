@@ -74,7 +74,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--write-limit", type=int, default=100, help="questions of --written that models answer")
     parser.add_argument("--first", type=int, default=1200, help="train on so many; 300 or a quarter are always left")
     parser.add_argument("--steps", type=int, default=usual.steps)
-    parser.add_argument("--rank", type=int, default=usual.rank)
+    parser.add_argument("--rank", type=int, default=usual.size[0])
     parser.add_argument("--rate", type=float, default=usual.rate)
     parser.add_argument("--markdown", type=Path, help="file for the tables as Markdown")
     return parser.parse_args(given)

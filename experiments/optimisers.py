@@ -47,7 +47,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--batch", type=int, default=usual.batch)
-    parser.add_argument("--rank", type=int, default=usual.rank)
+    parser.add_argument("--rank", type=int, default=usual.size[0])
     parser.add_argument("--dtype", default=usual.dtype, help="of the base's weights")
     return parser.parse_args(given)
 

@@ -18,7 +18,7 @@ from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
 from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient, train_lora
 from jcrosslora.training import batches as training_batches
-from jcrosslora.training.batches import to_adapter
+from jcrosslora.training.start import to_adapter
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 
@@ -83,7 +83,7 @@ def test_first_factors_are_those_of_peft(base):
 
 def test_the_adapter_has_the_scale_inside_b(base):
     factors = jax.tree.map(lambda leaf: leaf + 0.5, first_factors(base, SETTINGS))
-    adapter = to_adapter(factors, SETTINGS, base)
+    adapter = to_adapter(factors, 2.0, base)
     assert len(adapter.modules) == 14
     assert adapter.info.base_name == base.name
     one = adapter.modules["model.layers.1.mlp.up_proj"]

@@ -25,8 +25,7 @@ from interleaved import median_seconds
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Generator, forward, load_model
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Batch, first_factors, loss_and_gradient
+from jcrosslora.training import Batch, TrainingSettings, first_factors, loss_and_gradient
 
 KINDS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bits of bfloat16": ("bfloat16", True)}
 WRITTEN = 16
@@ -44,12 +43,12 @@ def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[st
     batch = Batch(tokens, jnp.ones(shape, bool), *answers, jnp.arange(arguments.rows, dtype=jnp.int32))
     prompts = list(rng.integers(0, base.dims.vocab, (arguments.texts, WRITTEN)))
     usual = TrainingSettings()
-    factors = first_factors(base, usual)
+    factors, (rank, alpha) = first_factors(base, usual), usual.size
     run = jax.jit(lambda tokens: forward(model, tokens).hidden)
     generator = Generator.of(base, model=model)
     return {
         "forward": lambda: run(tokens),
-        "train": lambda: loss_and_gradient(model, factors, batch, usual.alpha / usual.rank),
+        "train": lambda: loss_and_gradient(model, factors, batch, alpha / rank),
         "write": lambda: generator.continue_tokens(prompts, WRITTEN, 1.0, jax.random.key(0)),
     }
 

@@ -17,8 +17,7 @@ from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import forward, load_model
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Batch, first_factors, loss_and_gradient
+from jcrosslora.training import Batch, TrainingSettings, first_factors, loss_and_gradient
 
 HIDDEN, LAYERS, VOCAB = 512, 6, 512
 

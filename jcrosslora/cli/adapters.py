@@ -29,6 +29,8 @@ class Train(Long, TrainingSettings):
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     out: Path
     """The folder to write."""
+    start: str | None = None
+    """Train a plain LoRA of this base on: a folder, a GGUF file or a hub id. Rank, alpha and modules are its own."""
     template: Path | None = None
     """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
@@ -41,9 +43,10 @@ class Train(Long, TrainingSettings):
     """Replace the folder if it already holds an adapter."""
 
     def run(self, console: Console) -> None:
+        from jcrosslora.adapter import load_adapter
         from jcrosslora.checkpoint import load_tokenizer, open_base
         from jcrosslora.text import Completion
-        from jcrosslora.text.reading import template_of
+        from jcrosslora.text.reading import template_of, with_own_template
         from jcrosslora.training import read_examples, save_trained, train_lora
         from jcrosslora.utils.files import ensure_free
 
@@ -55,11 +58,17 @@ class Train(Long, TrainingSettings):
             raise UsageError(msg)
         settings = settings_of(self, TrainingSettings)
         base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
-        tokenizer = load_tokenizer(base)
-        shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
+        tokenizer, start = load_tokenizer(base), None
+        facts = {**asdict(settings), **dict(zip(("rank", "alpha"), settings.size, strict=True))}
+        if self.start is not None:
+            start = load_adapter(self.start, base, replaced=True)
+            facts = {**asdict(settings), "start": {"name": public_name(self.start), "digest": start.info.digest}}
+            if self.template is None:
+                tokenizer = with_own_template(tokenizer, start.info.chat_template)
+        shown, states = {"base": public_name(self.base), "data": self.data.name, **facts}, self.checkpoints
         with log_to(self.log, self.out.resolve().name, shown):
-            adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, tokenizer=tokenizer)
-        made = {**asdict(settings), "task": self.data.name, "first": len(examples)}
+            adapter = train_lora(base, examples, settings, start=start, checkpoints=states, tokenizer=tokenizer)
+        made = {**facts, "task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, made, overwrite=self.overwrite, chat_template=template)

@@ -39,7 +39,7 @@ _METAVARS = {
         "out_rank": "RULE",
         "method": "NAME",
         "by": "NAME",
-        "trained": "ADAPTER",
+        **dict.fromkeys(("start", "trained"), "ADAPTER"),
         "push_to": "OWNER/NAME",
     },
     **{"coordinator": "HOST:PORT", "ray": "HOST:PORT", "source_base_model": "NAME", "source_model": "NAME"},

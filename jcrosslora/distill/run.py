@@ -27,7 +27,6 @@ from jcrosslora.distill.fit import Fit, Fitted, Look
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
-from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
@@ -35,7 +34,7 @@ from jcrosslora.distill.templates import Sampler
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import ending, template_of
+from jcrosslora.text.reading import ending, template_of, with_own_template
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.unfinished import remove_unchanged

@@ -14,7 +14,6 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.sources.opening import with_own_template
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Head, Index, split_samples
@@ -22,6 +21,7 @@ from jcrosslora.shelf.records import ShelfEntry, spread
 from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means, thresholds_of
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
 from jcrosslora.text import Message, Prompt, prompt_ids
+from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import regular_size, write_whole
 from jcrosslora.utils.progress import track

@@ -1,7 +1,7 @@
 """Render a conversation by a chat template, and read a completion as one base does: its tokens and where each ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -136,6 +136,11 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
 def template_of(tokenizer: Tokenizer) -> str:
     """Return the source of the template that `render` uses."""
     return tokenizer.chat_template or PLAIN_TEMPLATE
+
+
+def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """Read conversations in another template, such as that beside an adapter, if there is one."""
+    return tokenizer if template is None else replace(tokenizer, chat_template=template)
 
 
 @lru_cache(maxsize=16)

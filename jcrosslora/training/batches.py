@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jcrosslora.adapter import Adapter, AdapterInfo
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, target_log_probs, unstack_adapter
-from jcrosslora.errors import UsageError
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, target_log_probs
 from jcrosslora.evaluate.examples import Example, as_completion
 from jcrosslora.text import read
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.training.lora_rite import lora_rite
 
+# Of all updates, or role -> float32 (L, 1, 1) of each one.
+Scale: TypeAlias = float | jax.Array | dict[str, jax.Array]
 _MULTIPLE = 16  # of widths and of answer slots: every further shape has to be compiled
 _RARE = 1 / 16  # share of the steps below which it takes longer to compile for a width than it saves
 _WINDOW = 16  # batches among which examples of similar length are put together
@@ -202,7 +201,7 @@ def answer_loss(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
 
 @partial(jax.jit, static_argnames="remat")
 def loss_and_gradient(
-    model: Model, factors: StackedAdapter, batch: Batch, scale: float | jax.Array, remat: bool = False
+    model: Model, factors: StackedAdapter, batch: Batch, scale: Scale, remat: bool = False
 ) -> tuple[jax.Array, StackedAdapter]:
     """Compute `answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
 
@@ -227,38 +226,7 @@ def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> Trai
     return TrainState(trained, optimizer, state.step + 1)
 
 
-def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter:
-    """Initialise A uniformly in +-1/sqrt(I), Kaiming's bound as in PEFT, and B with zeros: training starts at the base.
-
-    The scale is not inside B: the steps of neither optimiser scale with it.
-
-    Raises:
-        UsageError: the base has none of the modules.
-    """
-    rng = np.random.default_rng([settings.seed, 1])
-    shapes = base.architecture.role_shapes
-    asked = tuple(shapes) if settings.modules is None else settings.modules
-    wanted = [role for role in asked if role in shapes]
-    if not wanted:
-        msg = f"modules {', '.join(asked)}: {base.name} has none of them, only "
-        raise UsageError(msg + ", ".join(shapes))
-    roles = {}
-    for role in wanted:
-        layers, (rows, columns) = len(base.layers_with(role)), shapes[role]
-        bound = columns**-0.5
-        a = rng.uniform(-bound, bound, (layers, settings.rank, columns)).astype(np.float32)
-        roles[role] = StackedFactors(jnp.asarray(a), jnp.zeros((layers, rows, settings.rank), jnp.float32))
-    return StackedAdapter(roles)
-
-
-def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
+def scaled(factors: StackedAdapter, scale: Scale) -> StackedAdapter:
     """Multiply B by the scale, as the decoder wants it."""
-    times = jnp.asarray(scale, jnp.float32)
-    return StackedAdapter({role: StackedFactors(one.a, one.b * times) for role, one in factors.roles.items()})
-
-
-def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
-    """Make an adapter of the factors, the scale inside B."""
-    host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
-    info = AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix)
-    return Adapter(unstack_adapter(host, base).modules, info)
+    times = scale if isinstance(scale, dict) else dict.fromkeys(factors.roles, jnp.asarray(scale, jnp.float32))
+    return StackedAdapter({role: StackedFactors(one.a, one.b * times[role]) for role, one in factors.roles.items()})

@@ -29,12 +29,13 @@ class TrainingSettings:
     """Batch size."""
     rate: float = 1e-3
     """Highest learning rate; it rises over the first 1/20 of the steps, then falls to 0 as a cosine."""
-    rank: int = 8
-    """Rank of the adapter in every module."""
-    alpha: float = 16.0
-    """The update is alpha / rank * B A."""
+    rank: int | None = None
+    """Rank of the adapter in every module; 8 if not given, or that of the adapter to start from."""
+    alpha: float | None = None
+    """The update is alpha / rank * B A; 16 if not given, or that of the adapter to start from."""
     modules: tuple[str, ...] | None = None
-    """Roles that get an update; those that the base does not have are left out; all if not given."""
+    """Roles that get an update; those that the base does not have are left out; all if not given, or those of the
+    adapter to start from."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
     optimizer: Optimizer = "adamw"
@@ -49,6 +50,11 @@ class TrainingSettings:
     """Recompute each layer in the backward pass, which takes less memory and more time."""
 
     @property
+    def size(self) -> tuple[int, float]:
+        """Rank and alpha of a fresh adapter."""
+        return 8 if self.rank is None else self.rank, 16.0 if self.alpha is None else self.alpha
+
+    @property
     def warm_up(self) -> int:
         """Steps over which the learning rate rises."""
         return self.steps // 20
@@ -58,9 +64,11 @@ class TrainingSettings:
         modules, wanted = self.modules, "a tuple of different ones of " + ", ".join(ROLES)
         # Compiled functions are cached by the settings, and a list cannot be hashed.
         listed = modules is None or (isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)))
-        rules = {name: (getattr(self, name) >= 1, "1 or more") for name in ("steps", "batch", "rank")}
-        for name in ("rate", "alpha", "clip"):
-            rules[name] = 0 < getattr(self, name) < math.inf, "a positive number"
+        rank, alpha = self.size
+        whole, positive = {"steps": self.steps, "batch": self.batch, "rank": rank}, {"rate": self.rate, "alpha": alpha}
+        rules = {name: (value >= 1, "1 or more") for name, value in whole.items()}
+        for name, value in (positive | {"clip": self.clip}).items():
+            rules[name] = 0 < value < math.inf, "a positive number"
         for name, known in (("optimizer", get_args(Optimizer)), ("dtype", get_args(Dtype))):
             rules[name] = getattr(self, name) in known, f"one of {', '.join(known)}"
         rules["weight_decay"] = 0 <= self.weight_decay < math.inf, "a number from 0 on"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, save_adapter, split_fused
+from jcrosslora.adapter import Adapter, load_adapter, save_adapter, split_fused
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, Tokenizer, describe_base, load_tokenizer, open_base
 from jcrosslora.checkpoint.base import base_digest
@@ -21,9 +21,11 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
+from jcrosslora.text.reading import with_own_template
 from jcrosslora.training import batches
 from jcrosslora.training.batches import Batch, Plan, answer_loss
 from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings
+from jcrosslora.training.start import continued, fresh, to_adapter
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
 
@@ -36,6 +38,7 @@ def train_lora(
     examples: Sequence[Example] | str | Path,
     settings: TrainingSettings = TrainingSettings(),  # noqa: B008
     *,
+    start: Adapter | str | Path | None = None,
     checkpoints: Path | None = None,
     every: int = 20,
     model: Model | None = None,
@@ -47,6 +50,7 @@ def train_lora(
     and continued from a checkpoint.
 
         adapter = jcl.train_lora("models/gemma-3-270m", "train.jsonl", jcl.TrainingSettings(rank=16))
+        better = jcl.train_lora("models/gemma-3-270m", "more.jsonl", start=adapter)
 
     Args:
         base: the model, opened, or what `open_base` opens; its weights do not change.
@@ -61,23 +65,30 @@ def train_lora(
 
     Raises:
         UsageError: settings out of range, no example, an answer without a token of its own, checkpoints of another run,
-            or a loss that is not finite.
+            a loss that is not finite, or a rank, alpha or modules that `start` does not have.
+        AdapterError: `start` cannot be read, is of another kind, or of another base.
         CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
         OutputError: a checkpoint cannot be written.
     """
     settings.check()
     base, examples = _opened(base, examples)
+    if start is None:
+        begin = fresh(base, settings)
+    else:
+        start = load_adapter(start, base, replaced=True)
+        begin = continued(base, start, settings)
+        tokenizer = tokenizer or with_own_template(load_tokenizer(base), start.info.chat_template)
 
     @cache
     def loaded() -> Model:  # with the first step: a finished run needs none
         return model or load_model(base, settings.dtype)
 
     def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
-        return batches.loss_and_gradient(loaded(), factors, batch, settings.alpha / settings.rank, settings.remat)
+        return batches.loss_and_gradient(loaded(), factors, batch, begin.scale, settings.remat)
 
-    start, states = batches.first_factors(base, settings), {"checkpoints": checkpoints, "every": every}
-    factors = train(base, examples, settings, start, gradient_of, **states, tokenizer=tokenizer)
-    return batches.to_adapter(factors, settings, base)
+    states = {"checkpoints": checkpoints, "every": every, "identity": begin.identity}
+    factors = train(base, examples, settings, begin.factors, gradient_of, **states, tokenizer=tokenizer)
+    return to_adapter(factors, begin.scale, base)
 
 
 def fit_magnitudes(
@@ -166,12 +177,14 @@ def train(
     *,
     checkpoints: Path | None = None,
     every: int = 20,
+    identity: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Trained:
     """Train arrays by their gradient; otherwise as `train_lora`.
 
     The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
-    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up.
+    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. What else the
+    numbers of a run depend on is its `identity`, which takes the place of settings of the same names.
 
     Raises:
         UsageError: as `train_lora`; or the optimiser is lora-rite, and the arrays are not a `StackedAdapter`.
@@ -187,7 +200,7 @@ def train(
     if checkpoints is not None:
         # What the numbers of a run depend on.
         run = {**dataclasses.asdict(settings), "base": base.digest(), "examples": batches.digest(encoded)}
-        kept = Checkpoints(checkpoints, run)
+        kept = Checkpoints(checkpoints, run | dict(identity or {}))
     with nullcontext() if kept is None else closing(kept):
         state = state if kept is None else kept.restore(state)[0]
         begun = int(state.step)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ def open_tokenizer(
     if path.is_file():
         return tokenizer, gguf_vocabulary(read_metadata(path), tokenizer.vocab)
     return tokenizer, read_vocabulary(path, tokenizer.vocab)
-
-
-def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """Read conversations in another template, such as that beside an adapter, if there is one."""
-    return tokenizer if template is None else replace(tokenizer, chat_template=template)
 
 
 def _found(ref: str | Path, revision: str | None) -> Path:

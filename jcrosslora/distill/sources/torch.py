@@ -21,9 +21,10 @@ from jcrosslora.decoder import LONGEST, Written
 from jcrosslora.decoder.generate import as_written
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, TorchModel, answer_places, seeds_of
-from jcrosslora.distill.sources.opening import find_peft_adapter, load_model, open_tokenizer, with_own_template
+from jcrosslora.distill.sources.opening import find_peft_adapter, load_model, open_tokenizer
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.text import Prompt, prompt_ids
+from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.progress import Track
 
 _ROWS, _READ_ROWS = 16, 8  # texts that are continued together, and read
