@@ -125,7 +125,7 @@ class StatedLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Line = TypeVar("Line", ResultLine, StatedLine)
 
 
-def append(path: Path, lines: Iterable[ResultLine]) -> None:
+def append(path: Path, lines: Iterable[msgspec.Struct]) -> None:
     """Add lines to a file."""
     with path.open("ab") as file:
         for line in lines:

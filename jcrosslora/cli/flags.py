@@ -32,7 +32,8 @@ _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 # What stands for a value, by the field's name or its last word; else that word, or N and X for numbers.
 _METAVARS = {
     **dict.fromkeys(("source", "target", "base", "tokenizer"), "BASE"),
-    **dict.fromkeys(("prompts", "recipe", "template", "data", "task", "html", "answers", "unrelated"), "FILE"),
+    **dict.fromkeys(("prompts", "examples", "recipe", "template", "data", "task"), "FILE"),
+    **dict.fromkeys(("html", "answers", "unrelated"), "FILE"),
     **dict.fromkeys(("models", "checkpoints", "shelf", "folder"), "DIR"),
     **{
         "out": "PATH",

@@ -29,7 +29,7 @@ class _Transfer(Long):
     """Move an adapter to another base model."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "": ("adapter", "source", "target", "out", "prompts", "method", "recipe", "overwrite"),
+        "": ("adapter", "source", "target", "out", "prompts", "examples", "method", "recipe", "overwrite"),
         "method": ("allow_module", "calibrate", "depth", "probe_count", "seed", "source_template", "target_template"),
         "output": ("profile", "dtype", "out_rank", "target_id", "push_to"),
         "run": ("dry_run", "json", "table", "fail_on", "log", *Long.GROUPS["run"]),

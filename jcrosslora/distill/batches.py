@@ -74,10 +74,11 @@ class _Pair(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What positions weigh: those of a prompt, the text in the teacher of likely answers, and the end of an answer."""
+    """What positions weigh: those of a prompt, the text in the teacher of likely answers, right answers, and ends."""
 
     prompt: float
     text: float
+    example: float
     end: float
 
     def certainty(self, right: Right) -> tuple[float, float]:
@@ -92,19 +93,21 @@ def make_batches(
     prompt_weight: float,
     *,
     text_weight: float = 0.0,
+    example_weight: float = 1.0,
     ends: bool = True,
 ) -> list[DistillationBatch]:
     """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
 
     Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
-    those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`. In the teacher of answers
-    that the source wrote at temperature 0 the text itself has the share `text_weight`.
+    those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`; those of an answer that
+    is known to be right have `example_weight`. In the teacher of answers that the source wrote at temperature 0 the text
+    itself has the share `text_weight`.
 
     Raises:
         UsageError: no completion has a matched position.
         CheckpointError: see `Tokenizer.encode`.
     """
-    weights = _Weights(prompt_weight, text_weight, float(ends))
+    weights = _Weights(prompt_weight, text_weight, example_weight, float(ends))
     matched = (_match(item, tokenizers, weights) for item in completions)
     pairs = [pair for pair in matched if len(pair.weight)]
     if not pairs:
@@ -143,7 +146,8 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
     inside, end = weights.certainty(completion.right)
     known = np.where(behind, end * tgt.stop, inside * answer).astype(np.float32)
-    weight = np.where(answer, 1.0, weights.prompt) * np.where(behind & bool(tgt.stop), weights.end, 1.0)
+    weight = np.where(answer, weights.example if completion.right == "answer" else 1.0, weights.prompt)
+    weight = weight * np.where(behind & bool(tgt.stop), weights.end, 1.0)
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
     (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
     return _Pair(

@@ -105,19 +105,26 @@ def round_cost(tokens: int | None, prompts: int = 0) -> Cost:
 
 
 def answer_given(
-    source: Source, writer: Writer, prompts: Sequence[Prompt], sampler: Sampler, *, shared: dict[Any, Any] | None = None
+    source: Source,
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    *,
+    labelled: Sequence[Prompt] = (),
+    shared: dict[Any, Any] | None = None,
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 
     `writer` writes prompts like them; where it cannot (`find_form`) the prompts are answered again. What it writes is
     the same for all adapters of a pair, so it is looked for in `shared`, and added. Only the last 2,048 tokens of a
-    prompt are used. Where there are more prompts than answers are wanted, the first ones are used.
+    prompt are used. Where there are more prompts than answers are wanted, the first ones are used. Prompts that are
+    `labelled`, whose right answers are known, serve as examples of others, and are answered where nothing else is.
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    form = find_form(prompts, writer.tokenizer)
+    form, every = find_form([*prompts, *labelled], writer.tokenizer), prompts or labelled
     kept: dict[Any, list[Completion]] = {} if shared is None else shared
     wanted, seed = sampler.count, sampler.seed
     further = 0 if form is None else max(0, wanted - len(prompts))
@@ -134,26 +141,28 @@ def answer_given(
         return list(kept[key])
 
     with track(wanted + further, "write completions", "texts") as bar:
-        sampler = replace(sampler, tokens=sampler.tokens or _given_length(source, prompts, sampler))
+        sampler = replace(sampler, tokens=sampler.tokens or _given_length(source, every, sampler))
         asked = [Completion(prompt) for prompt in prompts[:wanted]]
         asked += similar(wanted - len(asked), seed, bar)
-        asked += [Completion(prompts[place % len(prompts)]) for place in range(wanted - len(asked))]
+        asked += [Completion(every[place % len(every)]) for place in range(wanted - len(asked))]
         found = sampler.answer(source, asked, bar=bar)
     _check_enough(found, source)
     used = set(prompts[:wanted])
     first = f"the first {wanted} of " if len(prompts) > wanted else ""
+    given = f"{first}{len(prompts)} given prompts" if prompts else "prompts of labelled examples"
     long = sum(len(prompt_ids(source.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + number
-        usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
+        repeated = labelled if not prompts and form is None else prompts
+        usable = [prompt for prompt in dict.fromkeys(repeated) if prompt not in excluded]
         # Those that were not answered yet come first, once each.
         waiting = [prompt for prompt in usable if prompt not in used][(number - 1) * ROUND :][:ROUND]
         missing = ROUND - len(waiting)
-        again = missing if form is None else missing // 2
+        again = missing if form is None else missing // 2 if usable else 0
         rng = np.random.default_rng(seed + later)
-        places = rng.permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
+        places = rng.permutation(np.arange(max(again, len(usable))) % max(1, len(usable)))[:again]
         asked = [Completion(prompt) for prompt in [*waiting, *(usable[place] for place in places)]]
         return _of(answerer).answer(answerer, asked + similar(missing - again, seed + later), later)
 
@@ -161,7 +170,7 @@ def answer_given(
         # The target's own text is sampled: what it is likeliest to write is not to become likelier.
         return sampler if answerer is source else replace(sampler, temperature=1.0)
 
-    description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {first}{len(prompts)} given prompts{cut}"
+    description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {given}{cut}"
     own = sum(item.origin == SIMILAR for item in found)
     description += f", {own} of them to others like these that a base wrote" if own else ""
     return Completions(found, description, partial(_greedy, source, sampler), more)

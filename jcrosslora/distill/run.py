@@ -24,6 +24,7 @@ from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit, Fitted, Look
+from jcrosslora.distill.labelled import as_taught, examples_of_round, without_labelled
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
@@ -70,6 +71,7 @@ def distill(
     start: Adapter | None = None,
     *,
     prompts: Sequence[Prompt] = (),
+    examples: Sequence[Completion] = (),
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
     states: Path | None = None,
@@ -94,7 +96,10 @@ def distill(
             adapter.
         adapter: of a source that our decoder runs, with fused matrices split (see `fit_to_base`); else not used.
         start: an update of the target to start from; None starts from nothing.
-        prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
+        prompts: texts or conversations that answers are to follow; without any, and without examples, the source writes
+            prompts itself.
+        examples: prompts with right answers, which are taught on top of those that the source answers; it answers other
+            prompts, like theirs where none are given.
         seed: of all that is sampled.
         states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
         loaded: gives the weights of both bases; None loads them for this fit.
@@ -121,16 +126,18 @@ def distill(
     begun = None if start is None else stack_adapter(start, target)
     model = loaded.model(target, fast_dtype())
     writer: Writer = source.alone()
+    prompts, taught = without_labelled(prompts, examples), as_taught(examples)
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
-    prompted = bool(prompts)
+    prompted = bool(prompts or taught)
     temperature = settings.temperature(prompted=prompted)
     sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed, settings.end)
-    if prompts:
-        completions = answer_given(source, writer, prompts, sampler, shared=shared)
+    if prompted:
+        labelled = [one.prompt for one in taught]
+        completions = answer_given(source, writer, prompts, sampler, labelled=labelled, shared=shared)
     else:
         completions = write_completions(source, writer, sampler, settings.discovery)
-    ends = end_tokens(tokenizers, completions.items)
+    ends = end_tokens(tokenizers, [*completions.items, *taught])
     endings = Endings.of(completions.items) if ends.symbol[1] else Endings()
     if endings.unreliable and settings.end == "auto":
         completions = completions.with_ends()
@@ -142,9 +149,11 @@ def distill(
         tokenizers=tokenizers,
         prompt_weight=settings.prompt_weight,
         text_weight=settings.text_weight,
+        example_weight=settings.example_weight,
         ends=settings.end != "never",
     )
-    fitted_to, held_out = hold_out(completions.items, settings.held_out, seed)
+    items = [*completions.items, *taught]
+    fitted_to, held_out = hold_out(items, settings.held_out, seed)
     batches, judged = map(batched, (fitted_to, held_out))
     kept_back, said = dict.fromkeys(item.prompt for item in held_out), held_out
     if temperature > 0:
@@ -158,27 +167,28 @@ def distill(
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
         items = completions.more(number, kept_back, source if own is None else student)
+        items += examples_of_round(taught, number, kept_back)
         return batched(items) if items else []
 
     known = 1.0 if completions.task is None else completions.task.explained
     teacher = Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
-    taught = [teacher.read(batch) for batch in judged]
+    lessons = [teacher.read(batch) for batch in judged]
     kept = nullcontext()
     if states is not None and settings.grows:
         digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
-        kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
+        kept = kept_states(states, {"fit": digest_of(*digests, prompts, taught, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
         wanted = [answers_in_symbols(batch, symbols) for batch in answers]
-        fit = Fit(teacher, taught, settings, begun, answers=wanted, prompted=prompted, begun=clock, seed=seed)
+        fit = Fit(teacher, lessons, settings, begun, answers=wanted, prompted=prompted, begun=clock, seed=seed)
         fitted = fit.run(batches, fresh, checkpoints)
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
-    chats = any(not isinstance(item.prompt, str) for item in completions.items)
+    chats = any(not isinstance(item.prompt, str) for item in items)
     devices = 1 if loaded.mesh is None else loaded.mesh.size
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
         fitted.looks,
-        _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
+        _sentence(fitted, completions, len(taught), positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
         warnings,
         template_of(tokenizers[1]) if chats else None,
@@ -218,10 +228,13 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
         raise CheckpointError(msg)
 
 
-def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int, devices: int) -> str:
+def _sentence(
+    fitted: Fitted, completions: Completions, examples: int, positions: int, tokens: int, devices: int
+) -> str:
     first, best = fitted.looks[0], max(fitted.looks, key=lambda look: look.rank)
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
-    anew = max(look.completions for look in fitted.looks) - len(completions.items)
+    anew = max(look.completions for look in fitted.looks) - len(completions.items) - examples
+    right = f", and in {examples:,} labelled examples" if examples else ""
     further = f", then to {anew:,} more completions" if anew > 0 else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
     ending = "; it was stopped before its end" if fitted.stopped else ""
@@ -231,7 +244,7 @@ def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: 
     if not math.isnan(best.agreement):
         held += f", and the share of the source's greedy answers that the target writes from {first.agreement:.0%} to "
         held += f"{best.agreement:.0%}"
-    return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"
+    return f"{steps}, in {completions.description}{right}{further}{own}; {held}{ending}"
 
 
 @contextmanager

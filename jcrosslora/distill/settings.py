@@ -53,6 +53,8 @@ class DistillSettings:
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
     """Weight of predictions inside a prompt; those inside an answer have 1."""
+    example_weight: float = 1.0
+    """Weight of the tokens of a labelled example's answer; those of the source's answers have 1."""
     token_share: float = 1.0
     """Share of an answer's tokens that are fitted, those whose probability the adapter raises most; 1 fits all."""
     held_out: float = 0.15
@@ -126,6 +128,7 @@ class DistillSettings:
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
+        rules["example_weight"] = 0 < self.example_weight < math.inf, "a positive number"
         rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"
         for name, chosen in (("optimizer", Optimizer), ("end", End)):
             rules[name] = getattr(self, name) in get_args(chosen), f"one of {', '.join(get_args(chosen))}"

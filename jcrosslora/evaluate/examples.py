@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,11 +55,29 @@ def read_examples(path: str | Path) -> list[Example]:
     if "messages" in first:
         return [_conversation(_object(line), f"{path}:{number}") for number, line in lines]
     if "prompt" in first:
-        return [_prompted(line, f"{path}:{number}") for number, line in lines]
-    if first and "question" not in first:
+        return [_prompted(_object(line), ascii(line[:60])[1:], f"{path}:{number}") for number, line in lines]
+    if lines and "question" not in first:
         msg = f"{path}:{lines[0][0]}: is {ascii(lines[0][1][:60])[1:]}, wanted {_KINDS} on each line"
         raise UsageError(msg)
     return list(read_task(path))
+
+
+def parse_examples(entries: Sequence[Any]) -> list[Example]:
+    """Take examples from a list: as `read_examples` returns them, or mappings like the lines that it reads.
+
+    Raises:
+        UsageError: an entry is neither.
+    """
+    return [
+        one if isinstance(one, Completion | Question) else _parsed(one, f"example {number}")
+        for number, one in enumerate(entries)
+    ]
+
+
+def _parsed(entry: Any, place: str) -> Completion:
+    if isinstance(entry, Mapping) and "messages" in entry:
+        return _conversation(dict(entry), place)
+    return _prompted(dict(entry) if isinstance(entry, Mapping) else {}, shortened(ascii(entry)), place)
 
 
 def read_task(path: str | Path) -> list[Question]:
@@ -189,11 +207,10 @@ def _conversation(entry: dict[str, Any], place: str) -> Completion:
     return Completion(prompt, answer, references=_references(entry, place))
 
 
-def _prompted(line: bytes, place: str) -> Completion:
-    entry = _object(line)
+def _prompted(entry: Mapping[str, Any], shown: str, place: str) -> Completion:
     prompt, answer = map(entry.get, ("prompt", "answer"))
     if not is_text(prompt) or not is_text(answer):
-        msg = f'{place}: is {ascii(line[:60])[1:]}, wanted {{"prompt": text, "answer": text}} with texts not blank'
+        msg = f'{place}: is {shown}, wanted {{"prompt": text, "answer": text}} with texts not blank'
         raise UsageError(msg)
     return Completion(prompt, f" {answer}", references=_references(entry, place))
 

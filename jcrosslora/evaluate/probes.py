@@ -27,7 +27,7 @@ from jcrosslora.evaluate.probe_batches import ProbeBatch as ProbeBatch
 from jcrosslora.evaluate.probe_batches import count_positions as count_positions
 from jcrosslora.evaluate.probe_batches import match_positions as match_positions
 from jcrosslora.evaluate.probe_batches import probe_batches as probe_batches
-from jcrosslora.text import Prompt
+from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.cache import cache_root
 from jcrosslora.utils.cost import Cost
@@ -53,6 +53,8 @@ class Probes:
         positions: number of matched positions of the two bases (see `count_positions`); None before it is known.
         path: file that given texts were read from; None for other texts.
         prompts: what given texts were made of, which may be conversations; empty for other texts.
+        examples: prompts with right answers that the user gave as well; if without prompts, the texts are theirs.
+        examples_path: the file that they were read from.
     """
 
     texts: tuple[str, ...]
@@ -61,6 +63,8 @@ class Probes:
     positions: int | None = None
     path: str | None = None
     prompts: tuple[Prompt, ...] = ()
+    examples: tuple[Completion, ...] = ()
+    examples_path: str | None = None
 
     @classmethod
     def given(cls, prompts: Sequence[Prompt], description: str, path: str | None = None) -> Probes:
@@ -72,11 +76,13 @@ class Probes:
         """Describe the texts in a line for reports: count, source, seed, matched positions and digest."""
         seed = "" if self.seed is None else f", seed {self.seed}"
         positions = "" if self.positions is None else f", {self.positions} matched positions"
-        return f"{len(self.texts)} texts {self.description}{seed}{positions}, sha256 {self.digest()[:12]}"
+        more = f", {len(self.examples)} examples" if self.examples else ""
+        return f"{len(self.texts)} texts {self.description}{seed}{positions}{more}, sha256 {self.digest()[:12]}"
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of the texts as UTF-8, with a zero byte after each."""
-        joined = "".join(f"{text}\0" for text in self.texts)
+        """Return the SHA-256 (hex) of texts and examples as UTF-8, with a zero byte behind each."""
+        labelled = (part for one in self.examples for part in (prompt_text(one.prompt), one.answer))
+        joined = "".join(f"{text}\0" for text in (*self.texts, *labelled))
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 

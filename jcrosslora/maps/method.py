@@ -44,6 +44,7 @@ class Task:
         start: the adapter after the maps of the method's `start`; None if nothing is mapped.
         layers: for each target layer the source layer that feeds it, or None.
         prompts: the user's texts or conversations; empty if the source writes its own.
+        examples: the user's prompts with right answers.
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
         rank: the truncation rank of the alignment; 0 without one.
         shared: results that hold for all adapters of the pair; a method may add its own.
@@ -57,6 +58,7 @@ class Task:
     start: Adapter | None = None
     layers: Sequence[int | None] = ()
     prompts: Sequence[Prompt] = ()
+    examples: Sequence[Completion] = ()
     batches: Sequence[ProbeBatch] = ()
     rank: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Sizes:
     """The facts of a task before any adapter is moved.
 
     Attributes:
-        prompts: how many the user gave.
+        prompts: how many the user gave, as `examples` with their right answers.
         probes: how many probe texts are read.
         rank: the truncation rank of the alignment; 0 without one.
     """
@@ -97,6 +99,7 @@ class Sizes:
     prompts: int
     probes: int
     rank: int
+    examples: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +181,11 @@ class Method:
     def fits_update(self) -> bool:
         """Tell whether the whole update is fitted, so that its size follows from the fit."""
         return not isinstance(self, MapMethod)
+
+    @property
+    def uses_examples(self) -> bool:
+        """Tell whether the update is fitted to answers, among which labelled examples can be."""
+        return EvidenceKind.COMPLETIONS in self.requires
 
     @property
     def needs(self) -> str:

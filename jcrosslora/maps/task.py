@@ -133,6 +133,8 @@ class AlignmentTask:
             shared_tokens=tokens,
             probes="none" if probes is None else probes.describe(),
             prompts=None if probes is None else probes.path,
+            examples=None if probes is None else probes.examples_path,
+            example_count=0 if probes is None else len(probes.examples),
             probe_count=len(probes.texts) if probes is not None and probes.seed is not None else None,
             svd=describe_kernels(kernels) if EvidenceKind.SINGULAR_VECTORS in requires else "not needed",
         )

@@ -27,6 +27,7 @@ class AlignRecipe:
         shared_tokens: how many tokens the vocabularies share, 0 if they were not used.
         probes: the text that both bases were run on, "none" for methods that look at weights alone.
         prompts: the file that it was read from, if any.
+        examples: the file that labelled examples were read from, if any, and `example_count` how many there were.
         probe_count: how many texts the source base wrote, if it did.
         svd: which kernels the SVDs of both bases are from, with the number of matrices; "not needed" without any.
     """
@@ -39,6 +40,8 @@ class AlignRecipe:
     shared_tokens: int
     probes: str
     prompts: str | None = None
+    examples: str | None = None
+    example_count: int = 0
     probe_count: int | None = None
     svd: str = "not needed"
 

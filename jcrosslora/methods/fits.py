@@ -27,10 +27,13 @@ class Distill(DistillSettings, Method):
         """Count the written completions and the fit; with a budget, the fit to the first completions."""
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
+        from jcrosslora.distill.labelled import examples_cost
 
         asked = self.for_prompts(sizes.prompts)
         first = replace(asked, completions=asked.rounds[0]) if self.budget is not None else asked
-        fit = replace(fit_cost(first, sizes.prompts), budget=self.seconds)
+        passes, _ = self.passes_and_rate(prompted=sizes.prompts + sizes.examples > 0)
+        taught = examples_cost(sizes.examples, passes)
+        fit = replace(fit_cost(first, sizes.prompts) + taught, budget=self.seconds)
         written = completions_cost(asked.rounds[0], self.answer_tokens, self.discovery, prompts=sizes.prompts)
         return {"write completions": written, "fit": fit}
 
@@ -48,6 +51,7 @@ class Distill(DistillSettings, Method):
             task.adapter,
             start,
             prompts=task.prompts,
+            examples=task.examples,
             settings=self,
             seed=task.seed,
             states=task.states,
@@ -59,7 +63,7 @@ class Distill(DistillSettings, Method):
             fitted=found.sentence,
             curve=[(look.completions, look.divergence) for look in found.looks],
             completions=found.completions,
-            wrote_prompts=not task.prompts,
+            wrote_prompts=not (task.prompts or task.examples),
             chat_template=found.chat_template,
             warnings=found.warnings,
         )

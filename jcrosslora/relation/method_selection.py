@@ -30,6 +30,7 @@ COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
 PARTS_METHOD = "select"
 # For compressed targets: the same, then fitted to what the adapted source predicts.
 MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
+_FITTED = MENDED | {TRAINED_METHOD: MENDED[COPY_METHOD]}  # where there are answers to fit to
 # The method for bases that can both be run.
 _SUITED = {
     Likeness.COPY: COPY_METHOD,
@@ -95,6 +96,12 @@ def choose_method(
     obstacle = why_not_run(source, target) if method in _WITHOUT_FIT else None
     joint = "and" if finding.likeness is Likeness.NONE else "but"
     return choice if obstacle is None else _instead(choice, f"{joint} not both can be run on text ({obstacle})")
+
+
+def with_fit(choice: Choice) -> Choice:
+    """Replace a method that carries an update over as it is by one that fits it as well, if it is known how."""
+    method = _FITTED.get(choice.method)
+    return choice if method is None else Choice(method, choice_reason(choice.found, method), choice.found)
 
 
 def without_fit(choice: Choice, reason: str) -> Choice:

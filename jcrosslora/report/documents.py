@@ -22,7 +22,7 @@ SERVED = "source_model"  # the setting that says that a server was asked
 RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add ADAPTER, --source, --target and --prompts with your own paths, and
+# Local files are given by name only: add ADAPTER, --source, --target, --prompts and --examples with your own paths, and
 # --source-url for a source behind a server.
 """
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
@@ -94,9 +94,8 @@ def _source_name(report: TransferReport) -> str | None:
 def replacements(report: TransferReport) -> dict[str, str]:
     """Return the local paths in a report with their public names."""
     ends = report.source, report.target
-    return local_names(
-        report.adapter.name, report.recipe.prompts, *(end.ref for end in ends), *(end.name for end in ends)
-    )
+    files = report.adapter.name, report.recipe.prompts, report.recipe.examples
+    return local_names(*files, *(end.ref for end in ends), *(end.name for end in ends))
 
 
 def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
@@ -119,6 +118,7 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
         "profile": "portable",
         "seed": recipe.seed,
         "prompts": public_name(recipe.prompts),
+        "examples": public_name(recipe.examples),
         "probe_count": recipe.probe_count,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,

@@ -56,6 +56,8 @@ class Recipe(msgspec.Struct, frozen=True):
     shared_tokens: int = 0
     probes: str = "none"
     prompts: str | None = None
+    examples: str | None = None
+    example_count: int = 0
     probe_count: int | None = None
     svd: str = "not needed"
 

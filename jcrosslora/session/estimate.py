@@ -46,6 +46,7 @@ class Estimate:
         steps: seconds of each step, in order; None if they are not known.
         memory: bytes on a device: of both bases' weights if they run, and of a fit; else of the largest group's
             weights, factors and maps.
+        examples: number of labelled ones that are taught.
         placement: where the weights lie that a fit and the check of the effect run; None if neither does.
     """
 
@@ -56,6 +57,7 @@ class Estimate:
     steps: dict[str, float | None]
     memory: int
     placement: Placement | None = None
+    examples: int = 0
 
     def seconds(self, adapters: int = 1) -> float:
         """Sum the steps that are known, for adapters that share the alignment."""
@@ -68,6 +70,7 @@ class Estimate:
             "why": self.reason,
             "modules": self.modules,
             "rank": self.rank,
+            "examples": self.examples,
             "steps": self.steps,
             "seconds": self.seconds(),
             "memory_bytes": self.memory,
@@ -80,6 +83,8 @@ class Estimate:
         yield "modules", str(self.modules)
         if self.rank is not None:
             yield "rank", f"up to {self.rank}"
+        if self.examples:
+            yield "labels", f"{self.examples:,} examples of yours, taught as they are"
         parts = ((name, "not estimated" if value is None else duration(value)) for name, value in self.steps.items())
         yield "time", f"{self.time()} ({', '.join(map(' '.join, parts))})"
         yield "memory", self.size()
@@ -102,9 +107,15 @@ class Estimate:
 
 
 def estimate(
-    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch, reason: str | None = None
+    task: AlignmentTask,
+    options: TransferOptions,
+    given: tuple[int, int],
+    stopwatch: Stopwatch,
+    reason: str | None = None,
 ) -> Estimate:
-    """Estimate a transfer from the sizes of its bases; no weight is read. `prompts` texts were given by the user.
+    """Estimate a transfer from the sizes of its bases; no weight is read.
+
+    `given` are the numbers of texts and of labelled examples that the user gave.
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
@@ -121,19 +132,20 @@ def estimate(
     elif task.runs_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
-    steps = stopwatch.seconds(costs_of(task, options, prompts), task.pair, method)
+    steps = stopwatch.seconds(costs_of(task, options, given), task.pair, method)
     modules = len(task.modules) if method.start is not None else fitted_modules(method, task.pair.target)
-    return Estimate(method, reason, modules, rank, steps, memory, placement)
+    return Estimate(method, reason, modules, rank, steps, memory, placement, given[1])
 
 
 def costs_of(
-    task: AlignmentTask, options: TransferOptions, prompts: int, *, aligned: bool = False
+    task: AlignmentTask, options: TransferOptions, given: tuple[int, int], *, aligned: bool = False
 ) -> dict[str, Cost | None]:
     """Count the steps of a transfer, by their names on the display, in order; None for what is not counted.
 
-    `prompts` texts were given by the user; with `aligned` the maps are there already.
+    `given` are the numbers of texts and of labelled examples of the user; with `aligned` the maps are there already.
     """
-    method, texts = task.method, prompts or options.probe_count
+    method, (prompts, examples) = task.method, given
+    texts = prompts or options.probe_count
     found: dict[str, Cost | None] = {}
     if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in method.requires):
         found["write"] = probes_cost(texts)
@@ -141,7 +153,7 @@ def costs_of(
         found["compare layers"] = similarity_cost(texts)
     if not (aligned or method.start is None):
         found[ALIGN] = evidence_cost(task, texts)
-    found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank))
+    found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, examples))
     if options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = effect_cost(written=isinstance(method, DistillSettings))
     return found

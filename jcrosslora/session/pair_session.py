@@ -29,9 +29,9 @@ from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
 from jcrosslora.maps.shift import Shifted, Shifter, add_to_all
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.maps.transport import Transport, TransportGroup
-from jcrosslora.methods import Auto, Method, Task, make_chosen
+from jcrosslora.methods import METHODS, Auto, Method, Task, make_chosen
 from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
-from jcrosslora.relation.method_selection import MENDED
+from jcrosslora.relation.method_selection import MENDED, with_fit
 from jcrosslora.session.conclusion import Move, conclude, measure_effect
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
@@ -66,6 +66,11 @@ class Request:
     revision: str | None = None
     rank: int | None = None
 
+    @property
+    def examples(self) -> int:
+        """The number of labelled examples among the user's text."""
+        return 0 if self.probes is None else len(self.probes.examples)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairMove(Move):
@@ -98,7 +103,8 @@ class PairSession:
     def transfer(self, request: Request) -> TransferResult:
         """Move one adapter."""
         adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
-        move = self.start(adapter, request.method, request.options, request.profile)
+        examples = request.examples > 0
+        move = self.start(adapter, request.method, request.options, request.profile, examples=examples)
         task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
         # After everything has been checked: writing texts takes a minute.
         with self.steps(task, request.options, request.probes):
@@ -108,27 +114,46 @@ class PairSession:
 
     def estimate(self, request: Request) -> Estimate:
         """Estimate the transfer of an adapter; None is one that has all modules of the source."""
-        options = request.options
+        options, examples = request.options, request.examples
         if request.adapter is None:
-            (method, reason), sources = self.resolve(request.method), None
+            (method, reason), sources = self.resolve(request.method, examples=examples > 0), None
         else:
             adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
-            move = self.start(adapter, request.method, options, request.profile)
+            move = self.start(adapter, request.method, options, request.profile, examples=examples > 0)
             method, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
         prompts = 0 if request.probes is None else len(request.probes.texts)
-        return estimate(self.plan(method, options, sources), options, prompts, self.stopwatch, reason)
+        return estimate(self.plan(method, options, sources), options, (prompts, examples), self.stopwatch, reason)
 
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
         """Load an adapter of the source, see `load_adapter`."""
         return load_adapter(adapter, self.pair.source, revision=revision, rank=rank)
 
     def resolve(
-        self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None
+        self,
+        method: Method | Auto,
+        adapter: Adapter | None = None,
+        options: TransferOptions | None = None,
+        *,
+        examples: bool = False,
     ) -> tuple[Method, str | None]:
-        """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it."""
+        """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it.
+
+        Raises:
+            MethodError: there are labelled examples, which the method cannot use.
+        """
+        chosen, reason = self._chosen(method, adapter, options, examples=examples)
+        if examples and not chosen.uses_examples:
+            able = ", ".join(name for name, one in METHODS.items() if one().uses_examples)
+            msg = f"method {chosen.name} cannot use labelled examples, as it fits no update to answers: use {able}, "
+            raise MethodError(msg + "or leave out --examples")
+        return chosen, reason
+
+    def _chosen(
+        self, method: Method | Auto, adapter: Adapter | None, options: TransferOptions | None, *, examples: bool
+    ) -> tuple[Method, str | None]:
         if not isinstance(method, Auto):
             return method, None
-        choice = self._choice
+        choice = with_fit(self._choice) if examples else self._choice
         if adapter is not None and (reason := _why_no_fit(adapter, options, mends=choice.method in MENDED.values())):
             choice = without_fit(choice, reason)
         return make_chosen(choice.method, method), choice.reason
@@ -138,19 +163,25 @@ class PairSession:
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
     def start(
-        self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
+        self,
+        adapter: Adapter,
+        method: Method | Auto,
+        options: TransferOptions,
+        profile: Profile = "peft",
+        *,
+        examples: bool = False,
     ) -> PairMove:
-        """Check an adapter for every error that later stages could raise.
+        """Check an adapter for every error that later stages could raise; `examples` says that there are some.
 
         Raises:
             AdapterError: the adapter does not fit the source base.
-            MethodError: the method would run an adapter that waits for its invocation tokens.
+            MethodError: the method would run an adapter that waits for its invocation tokens, or cannot use examples.
             OutputError: the profile cannot hold the adapter, or cannot be written for the target.
             UsageError: the profile is unknown, or the options do not fit the method.
         """
         span_rank(profile, options.out_rank)
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
-        chosen, reason = self.resolve(method, adapter, options)
+        chosen, reason = self.resolve(method, adapter, options, examples=examples)
         target = self.pair.target
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
@@ -266,9 +297,9 @@ class PairSession:
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))
-        prompts = 0 if given is None else len(given.texts)
+        counts = (0, 0) if given is None else (len(given.texts), len(given.examples))
         runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
-        found = costs_of(task, options, prompts, aligned=aligned)
+        found = costs_of(task, options, counts, aligned=aligned)
         timing = timed and runs_bases
         seconds = self.stopwatch.seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
@@ -303,6 +334,7 @@ class PairSession:
             start=None if move.method.start is None else shifted.adapter,
             layers=task.pairing.layers,
             prompts=() if given is None else given.prompts or given.texts,
+            examples=() if given is None else given.examples,
             batches=task.batches,
             rank=task.rank,
             shared=self._shared,

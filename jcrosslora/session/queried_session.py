@@ -51,6 +51,7 @@ class QueriedSession:
             target=target,
             adapter=before,
             prompts=() if probes is None else probes.prompts or probes.texts,
+            examples=() if probes is None else probes.examples,
             seed=move.options.seed,
             states=None if self._root is None else self._root / "fits",
             loaded=LoadedBases(mesh=placement.mesh),
@@ -71,7 +72,7 @@ class QueriedSession:
         placed, method = self._placement(move), move.method
         rank = method.fit_rank if isinstance(method, Distill) else None
         modules, memory = fitted_modules(method, self._target), placed.weights + placed.beside
-        return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed)
+        return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed, request.examples)
 
     def _opening(self, request: Request) -> Callable[[], QueriedSource]:
         """Return the function that opens the source with its adapter, which may take minutes.
@@ -136,6 +137,8 @@ class QueriedSession:
             shared_tokens=0,
             probes="none" if request.probes is None else request.probes.describe(),
             prompts=None if request.probes is None else request.probes.path,
+            examples=None if request.probes is None else request.probes.examples_path,
+            example_count=request.examples,
         )
         described = BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
         layers = (None,) * self._target.dims.layers

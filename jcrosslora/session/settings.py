@@ -103,6 +103,9 @@ class TransferSettings(TransferOptions):
     "messages" of a conversation; a few hundred help most.
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
+    examples: str | None = None
+    """File of labelled examples, answers that you know to be right: JSONL with {"prompt", "answer"} or {"messages"}.
+    Ten to a thousand are taught along with what the source says; only where an update is fitted to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -203,7 +206,7 @@ class TransferSettings(TransferOptions):
 # Settings that may name a file or a folder.
 _REFERENCES = (
     *("adapter", "source", "target", "source_model", "source_base_model", "source_tokenizer"),
-    *("prompts", "source_template", "target_template"),
+    *("prompts", "examples", "source_template", "target_template"),
 )
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}

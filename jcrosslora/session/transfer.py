@@ -1,6 +1,7 @@
 """`jcrosslora.transfer`, `align` and `shift`: transfers at once and in two steps (arXiv 2508.05232), and from files."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources import ServedModel, TorchModel
-from jcrosslora.errors import MethodError
-from jcrosslora.evaluate.examples import read_prompts
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.evaluate.examples import as_completion, parse_examples, read_examples, read_prompts
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
@@ -38,6 +39,7 @@ def transfer(
     method: MethodLike = AUTO,
     *,
     prompts: Sequence[Any] | str | Path | None = None,
+    examples: Sequence[Any] | str | Path | None = None,
     cache: bool = True,
     **options: Any,
 ) -> TransferResult:
@@ -53,6 +55,9 @@ def transfer(
         prompts: text that both bases are run on, as a file (see `--prompts`) or as a list of texts and of
             conversations, each a list of {"role", "content"}.
             For a fit, prompts of the adapter's task recover more than those that the source writes.
+        examples: prompts with answers that you know to be right, as a file (see `--examples`) or as a list of
+            {"prompt", "answer"} and {"messages"}. They are taught as they are; the source answers other prompts. Only
+            for methods that fit an update to answers, of which "auto" then takes one.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
         options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 
@@ -65,7 +70,7 @@ def transfer(
     wanted, chosen = make_method(method), make_options(options)
     with hosts.together(), enough_memory(lighter(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        return session.transfer(Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts)))
+        return session.transfer(Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts, examples)))
 
 
 def align(
@@ -114,7 +119,12 @@ def align(
 
 
 def shift(
-    transport: Transport, adapter: Adapter | str | Path | Any, *, prompts: Any = None, **options: Any
+    transport: Transport,
+    adapter: Adapter | str | Path | Any,
+    *,
+    prompts: Any = None,
+    examples: Any = None,
+    **options: Any,
 ) -> TransferResult:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run the stages after the maps.
 
@@ -122,7 +132,7 @@ def shift(
 
     Args:
         adapter: an adapter of the transport's source: a path, a hub id, or an adapter in memory.
-        prompts: text for a method that fits an update, see `transfer`.
+        prompts: text for a method that fits an update, see `transfer`, as for `examples`.
         options: fields of `TransferOptions` except depth, which the transport determines.
 
     Raises:
@@ -136,8 +146,9 @@ def shift(
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with hosts.together(), enough_memory(lighter(transport.method)):
         session = PairSession(*transport.bases)
-        move = session.start(session.load(adapter), transport.method, chosen)
-        return session.finish_aligned(move, transport, given_probes(prompts))
+        given = given_probes(prompts, examples)
+        move = session.start(session.load(adapter), transport.method, chosen, examples=examples is not None)
+        return session.finish_aligned(move, transport, given)
 
 
 def transfer_files(settings: TransferSettings) -> TransferResult:
@@ -225,14 +236,30 @@ def open_session(
     return session
 
 
-def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
-    """Return the user's texts and conversations, from a list or from a file; None if none was given.
+def given_probes(
+    prompts: Sequence[Any] | str | Path | None, examples: Sequence[Any] | str | Path | None = None
+) -> Probes | None:
+    """Return the user's texts, conversations and labelled examples, from lists or files; None if none was given.
 
     Raises:
-        UsageError: the file cannot be read, or an entry of the list is neither text nor a conversation.
+        UsageError: a file cannot be read, there is no example, or an entry of the list is neither text nor a
+            conversation.
     """
+    if examples is None:
+        return None if prompts is None else _given_prompts(prompts)
+    path = str(examples) if isinstance(examples, str | Path) else None
+    known = [as_completion(one) for one in (parse_examples(examples) if path is None else read_examples(path))]
+    if not known:
+        msg = "examples is empty: give at least one prompt with its right answer, or leave it out"
+        raise UsageError(msg)
     if prompts is None:
-        return None
+        found = Probes.given([one.prompt for one in known], "of the examples")
+    else:
+        found = _given_prompts(prompts)
+    return replace(found, examples=tuple(known), examples_path=path)
+
+
+def _given_prompts(prompts: Sequence[Any] | str | Path) -> Probes:
     if isinstance(prompts, str | Path):
         return Probes.given(read_prompts(prompts), f"read from {Path(prompts).name}", str(prompts))
 
@@ -252,7 +279,7 @@ def _request(settings: TransferSettings, adapter: str | None) -> Request:
         adapter,
         make_method(settings.method),
         with_one_writer(settings),
-        given_probes(settings.prompts),
+        given_probes(settings.prompts, settings.examples),
         settings.profile,
         settings.adapter_revision,
         settings.adapter_rank,

@@ -42,7 +42,7 @@ _Base = dict[str, str]  # with the keys of _BASE
 # Settings that determine the alignment; all others concern a single adapter.
 _ALIGNING = (
     *("source", "target", "source_revision", "target_revision", "target_id", "source_template", "target_template"),
-    *("method", "depth", "seed", "prompts", "probe_count", "cache"),
+    *("method", "depth", "seed", "prompts", "examples", "probe_count", "cache"),
 )
 # Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
 CHUNK_BYTES = 256 * 2**20
@@ -121,8 +121,8 @@ def _jobs(
     if strange := [key for key in settings if not any(key in names for names in known.values())]:
         msg = f"{place} sets {strange[0]}, which none of its methods has: {', '.join(methods)}; leave it out"
         raise UsageError(msg)
-    if "prompts" in settings:  # never a hub id
-        settings["prompts"] = str(folder / _expanded(settings["prompts"], f"{place}, prompts"))
+    for key in {"prompts", "examples"} & settings.keys():  # never hub ids
+        settings[key] = str(folder / _expanded(settings[key], f"{place}, {key}"))
     source, label = move["from"], move.get("label", "")
     if missing := [name for name in (source, *targets) if name not in bases]:
         msg = f"{place} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}"

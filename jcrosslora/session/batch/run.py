@@ -20,7 +20,6 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import given_probes, save_as, session_of
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cost import enough_memory
-from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import Track, track
@@ -163,14 +162,14 @@ class _UnitRun:
         session = session_of(unit.settings)
         assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
         self._session = session
-        self._given = given_probes(unit.settings.prompts)
+        self._given = given_probes(unit.settings.prompts, unit.settings.examples)
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
     def do(self) -> None:
         """Run all unfinished jobs of the unit."""
         pair = self._session.pair
-        texts = "" if self._given is None else digest_of(*self._given.texts)
+        texts = "" if self._given is None else self._given.digest()
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
         stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit.jobs]
         if all(self._run.log.has(job, "stamp", stamp) for job, stamp in stamps):
@@ -251,7 +250,8 @@ class _UnitRun:
                         self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
 
     def _start(self, job: Job, adapter: Adapter) -> PairMove:
-        return self._session.start(adapter, make_method(job.settings.method), job.settings, job.settings.profile)
+        settings, examples = job.settings, job.settings.examples is not None
+        return self._session.start(adapter, make_method(settings.method), settings, settings.profile, examples=examples)
 
     def _load(self, job: Job) -> Adapter:
         """Return the adapter of a job, from memory or read again."""

@@ -1,0 +1,151 @@
+"""Labelled examples of the user in a fit: they are taught, and the source answers other prompts."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from command_line import main
+from probe_bases import CORPUS, QUESTIONS, write_move
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint import load_tokenizer
+from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.labelled import examples_of_round
+from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.evaluate import as_completion, score
+from jcrosslora.methods import Auto, Distill
+from jcrosslora.session.batch.plan import read_plan, units_of
+from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.transfer import given_probes
+from jcrosslora.text import Completion
+
+SMALL = Distill(fit_rank=4, passes=4, rate=3e-2, completions=24, answer_tokens=6, compared_tokens=400)
+LINES = [{"prompt": one.prompt, "answer": one.choices[one.answer]} for one in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return [str(place) for place in write_move(tmp_path_factory.mktemp("move"))]
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "right.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in LINES))
+    return path
+
+
+def loss(base, adapters):
+    """Nats a token of the right answers, by the base alone and with each adapter."""
+    found = score(jcl.open_base(base), QUESTIONS, adapters)
+    answers = np.arange(len(QUESTIONS)), found.answers
+    return -found.log_probs[:, *answers].sum(axis=1) / found.tokens[answers].sum()
+
+
+def test_right_answers_are_taught_and_the_source_answers_other_prompts(places):
+    prompts = [*CORPUS, QUESTIONS[0].prompt]
+    moves = [
+        jcl.transfer(*places, SMALL, prompts=prompts, examples=examples, effect="never", cache=False)
+        for examples in (None, QUESTIONS, LINES)
+    ]
+    alone, plain, taught, same = loss(places[2], [move.adapter for move in moves])
+    assert taught == same
+    assert taught < 0.9 * min(alone, plain)
+    labelled = tuple(one.prompt for one in QUESTIONS)
+    assert any(text.startswith(labelled) for text in moves[0].texts)
+    assert not any(text.startswith(labelled) for text in moves[1].texts)
+    assert len(moves[1].texts) > len(CORPUS)
+    report = moves[1].report
+    assert (report.recipe.example_count, report.recipe.examples) == (4, None)
+    assert "and in 4 labelled examples" in report.fitted
+    assert "labelled" not in moves[0].report.fitted
+
+
+def test_the_command_teaches_a_file_alone_and_records_it(places, right, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--method", "distill", "--completions", "16", "--passes", "1", "--fit-rank", "2", "--answer-tokens", "4"]
+    command = ["transfer", places[0], "--source", places[1], "--target", places[2], *given, "--effect", "never"]
+    command += ["--examples", str(right), "--out", str(out)]
+    main([*command, "--dry-run"])
+    assert "labels  4 examples of yours" in capsys.readouterr().out
+    main(command)
+    found = json.loads((out / "transfer_report.json").read_text())
+    assert (found["recipe"]["examples"], found["recipe"]["example_count"]) == ("right.jsonl", 4)
+    assert found["recipe"]["prompts"] is None
+    assert not found["wrote_prompts"]
+    assert "answers of at most 4 tokens" in found["fitted"]
+    assert "to prompts of labelled examples" in found["fitted"]
+    assert 'examples = "right.jsonl"' in (out / "recipe.toml").read_text()
+    assert str(right) not in "".join(path.read_text() for path in out.glob("*.*") if path.suffix != ".safetensors")
+
+
+def test_methods_that_fit_to_no_answers_are_refused_and_auto_takes_one_that_does(places, right):
+    adapter, source, target = places
+    with pytest.raises(jcl.MethodError, match=r"cross-lora cannot use labelled examples.* distill, or leave out --ex"):
+        jcl.transfer(adapter, source, target, "cross-lora", examples=right, cache=False)
+    session = PairSession(jcl.open_base(source), jcl.open_base(source))
+    assert session.resolve(Auto())[0].name == "copy"
+    assert session.resolve(Auto(), examples=True)[0].name == "distilled-copy"
+
+
+@pytest.mark.parametrize(
+    ("lines", "came"),
+    [
+        (["Who is it?"], r"right.jsonl:1: is 'Who is it\?', wanted \{\"messages\""),
+        (['{"text": "Who is it?"}'], r'right.jsonl:1: is .*, wanted \{"messages"'),
+        (['{"prompt": "a", "answer": "b"}', '{"prompt": "c"}'], r'right.jsonl:2: is .*, wanted \{"prompt": text, "ans'),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], "right.jsonl:1: its messages do not end with an answer"),
+    ],
+)
+def test_a_file_without_answers_is_refused_with_its_line(places, tmp_path, lines, came):
+    path = tmp_path / "right.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(jcl.UsageError, match=came) as caught:
+        jcl.transfer(*places, SMALL, examples=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_that_are_no_examples_are_refused():
+    with pytest.raises(jcl.UsageError, match=r"example 1: is .*'What'.*, wanted"):
+        given_probes(None, [LINES[0], "What"])
+    with pytest.raises(jcl.UsageError, match="examples is empty"):
+        given_probes(None, [])
+
+
+def test_another_answer_is_another_digest():
+    first, other = ([{"prompt": "p", "answer": answer}] for answer in "ab")
+    assert given_probes(["t"], first).digest() != given_probes(["t"], other).digest()
+    assert given_probes(["t"], first).digest() != given_probes(["t"]).digest()
+
+
+def test_an_examples_answer_has_its_own_weight(places):
+    tokenizers = tuple(load_tokenizer(jcl.open_base(place)) for place in places[1:])
+    plain = as_completion(QUESTIONS[0])
+    for item, weight in ((plain, 1.0), (Completion(plain.prompt, plain.answer, right="answer"), 3.0)):
+        (batch,) = make_batches([item], tokenizers, 0.5, example_weight=3.0)
+        used = batch.weight > 0
+        assert set(batch.weight[used & batch.answer]) == {weight}
+        assert set(batch.weight[used & ~batch.answer]) == {0.5}
+    with pytest.raises(jcl.UsageError, match=r"example_weight 0\.0"):
+        Distill(example_weight=0.0).check()
+
+
+def test_further_rounds_repeat_all_examples_in_turn():
+    examples = [Completion(str(number), "a") for number in range(30)]
+    found = [examples_of_round(examples, number, {"7"}) for number in range(1, 30)]
+    assert {len(one) for one in found} == {-(-29 * ROUND // FIRST)}
+    counts = Counter(one.prompt for part in found for one in part)
+    assert len(counts) == 29
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert examples_of_round([], 1) == []
+
+
+def test_a_plan_finds_examples_from_its_folder_and_aligns_other_ones_apart(tmp_path):
+    path = tmp_path / "plan.toml"
+    moves = [f'[[moves]]\nfrom = "a"\nto = "b"\nlabel = "{name}"\nexamples = "{name}.jsonl"\n' for name in ("x", "y")]
+    bases = 'out = "moved"\n[bases]\na = "org/a"\nb = "org/b"\n[adapters]\na = ["org/adapter"]\n'
+    path.write_text(bases + "".join(moves))
+    jobs = read_plan(path).jobs
+    assert [job.settings.examples for job in jobs] == [str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")]
+    assert len(units_of(jobs)) == 2
