@@ -170,7 +170,7 @@ def test_a_dry_run_gives_its_figures_as_json(places, capsys):
     main(["transfer", str(places[0]), *flags(places), "--dry-run", "--json", "--method", "cross-lora"])
     record = json.loads(capsys.readouterr().out)
     assert record["seconds"] == sum(record["steps"].values())
-    keys = {"method", "why", "modules", "rank", "steps", "seconds", "memory_bytes", "placement"}
+    keys = {"method", "why", "modules", "rank", "examples", "steps", "seconds", "memory_bytes", "placement"}
     assert keys == set(record)
     assert record["placement"] is None
 

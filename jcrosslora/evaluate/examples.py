@@ -215,7 +215,7 @@ def _prompted(entry: Mapping[str, Any], shown: str, place: str) -> Completion:
     return Completion(prompt, f" {answer}", references=_references(entry, place))
 
 
-def _references(entry: dict[str, Any], place: str) -> tuple[str, ...]:
+def _references(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:
     found = entry.get("references", [])
     if not isinstance(found, list) or not all(map(is_text, found)):
         msg = f"{place}: references is {ascii(found)[:60]}, wanted a list of texts that are not blank"

@@ -99,13 +99,13 @@ class TransferSettings(TransferOptions):
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
     them, for LoRA-XS. Only peft holds changes of the embedding and the output head."""
     prompts: str | None = None
-    """File with prompts of the adapter's task, without answers, one a line, or JSONL with "text", "prompt" or the
-    "messages" of a conversation; a few hundred help most.
+    """File with prompts of the adapter's task, without answers; a few hundred help most. One a line, or JSONL with
+    "text", "prompt" or the "messages" of a conversation.
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None
-    """File of labelled examples, answers that you know to be right: JSONL with {"prompt", "answer"} or {"messages"}.
-    Ten to a thousand are taught along with what the source says; only where an update is fitted to answers."""
+    """File of prompts with right answers, which are taught as well. JSONL with {"prompt", "answer"} or {"messages"}; 10
+    to 1,000, where an update is fitted to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None

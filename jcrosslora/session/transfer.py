@@ -247,8 +247,8 @@ def given_probes(
     """
     if examples is None:
         return None if prompts is None else _given_prompts(prompts)
-    path = str(examples) if isinstance(examples, str | Path) else None
-    known = [as_completion(one) for one in (parse_examples(examples) if path is None else read_examples(path))]
+    in_file = isinstance(examples, str | Path)
+    known = [as_completion(one) for one in (read_examples(examples) if in_file else parse_examples(examples))]
     if not known:
         msg = "examples is empty: give at least one prompt with its right answer, or leave it out"
         raise UsageError(msg)
@@ -256,7 +256,7 @@ def given_probes(
         found = Probes.given([one.prompt for one in known], "of the examples")
     else:
         found = _given_prompts(prompts)
-    return replace(found, examples=tuple(known), examples_path=path)
+    return replace(found, examples=tuple(known), examples_path=str(examples) if in_file else None)
 
 
 def _given_prompts(prompts: Sequence[Any] | str | Path) -> Probes:
