@@ -104,7 +104,7 @@ class TransferSettings(TransferOptions):
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None
-    """File of prompts with right answers, which are taught as well. JSONL with {"prompt", "answer"} or {"messages"}; 10
+    """File of prompts with right answers, which are taught too. JSONL with {"prompt", "answer"} or {"messages"}; 10
     to 1,000, where an update is fitted to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
