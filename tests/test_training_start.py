@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ peft = pytest.importorskip("peft")
 # peft 0.21 asks transformers 5.24 by a name that it has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
-PLAIN = {"steps": 3, "batch": 4, "rate": 1e-2, "dtype": "float32"}
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
+PLAIN: dict[str, Any] = {"steps": 3, "batch": 4, "rate": 1e-2, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
