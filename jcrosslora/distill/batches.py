@@ -100,8 +100,8 @@ def make_batches(
 
     Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
     those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`; those of an answer that
-    is known to be right have `example_weight`. In the teacher of answers that the source wrote at temperature 0 the text
-    itself has the share `text_weight`.
+    is known to be right have `example_weight`. In the teacher of answers that the source wrote at temperature 0 the
+    text itself has the share `text_weight`.
 
     Raises:
         UsageError: no completion has a matched position.

@@ -99,12 +99,12 @@ class TransferSettings(TransferOptions):
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
     them, for LoRA-XS. Only peft holds changes of the embedding and the output head."""
     prompts: str | None = None
-    """File with prompts of the adapter's task, without answers; a few hundred help most. One a line, or JSONL with
-    "text", "prompt" or the "messages" of a conversation.
+    """Prompts of the adapter's task; a few hundred help most. A file without answers, one a line, or JSONL with "text",
+    "prompt" or the "messages" of a conversation.
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None
-    """File of prompts with right answers, which are taught too. JSONL with {"prompt", "answer"} or {"messages"}; 10
+    """Prompts with right answers, which are taught too. A file of JSONL with {"prompt", "answer"} or {"messages"}; 10
     to 1,000, where an update is fitted to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
