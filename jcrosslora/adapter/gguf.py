@@ -8,7 +8,6 @@ Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
 import importlib
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, shown
 from jcrosslora.adapter.contents import Contents, Stored, as_adapter_errors, check_names, file_factors
-from jcrosslora.adapter.names import PREFIX, TensorName, ending, exact_pattern
+from jcrosslora.adapter.names import PREFIX, TensorName, ending, rank_settings
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.gguf import float_type, open_header, stored_rows, to_float
@@ -180,19 +179,17 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     ends = ".lora_A.weight", ".lora_embedding_A"
     factors = {name: entry.shape for name, entry in entries.items() if name.endswith(ends) and entry.shape}
     ranks = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]: max(shape[0], 1) for name, shape in factors.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {exact_pattern(module): rank for module, rank in ranks.items() if rank != common}
+    settings = rank_settings(ranks)
     name = metadata.get("general.base_model.0.name")
     config = {
         "peft_type": "LORA",
         # The hub id of the first base that the file names, else its name.
         "base_model_name_or_path": hub_id_of(metadata.get("general.base_model.0.repo_url"))
         or (name if isinstance(name, str) else None),
-        "r": common,
-        "rank_pattern": others,
+        **settings,
         # llama.cpp does not scale if there is no alpha.
-        "lora_alpha": alpha or common,
-        "alpha_pattern": {} if alpha else others,
+        "lora_alpha": alpha or settings["r"],
+        "alpha_pattern": {} if alpha else settings["rank_pattern"],
     }
     tokens = metadata.get(INVOCATION)
     return config if tokens is None else {**config, "alora_invocation_tokens": tokens}

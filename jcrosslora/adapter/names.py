@@ -18,6 +18,7 @@ Source: peft 0.21, utils/transformers_weight_conversion.py, with transformers 5.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -188,6 +189,12 @@ def file_scale(config: Mapping[str, Any], module: str, rank: int | None = None) 
 def exact_pattern(module: str, *, by_weight: bool = False) -> str:
     """Return a key that matches this module and no other; or its weight too, which peft looks up if it is named."""
     return "^" + re.escape(module) + (r"(\.weight)?" if by_weight else "")
+
+
+def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return `r` and `rank_pattern` for modules of these ranks: the most common one, and the others by name."""
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    return {"r": common, "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items() if rank != common}}
 
 
 def _pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:

@@ -40,7 +40,7 @@ def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
                 msg = f"{ref}: an adapter is merged into the weights of {name}: call unmerge_adapter() first"
                 raise CheckpointError(msg)
         weights = weights.state_dict()
-    flat = _without_peft(list(_flatten(weights, ())))
+    flat = _without_peft(list(flatten(weights)))
     if len(flat) != len({name for name, _ in flat}):
         msg = f"{ref}: two tensors have one name when the keys of the nested weights are joined by '.': rename one"
         raise CheckpointError(msg)
@@ -48,13 +48,14 @@ def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
     return {name: _joined([held[part] for part in parts]) for name, parts in names.parts(held).items()}
 
 
-def _flatten(weights: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def flatten(weights: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings, lists and `nnx` states by their keys, joined by dots."""
     if isinstance(weights, Mapping):
         for key, value in weights.items():
-            yield from _flatten(value, (*prefix, str(key)))
+            yield from flatten(value, (*prefix, str(key)))
     elif isinstance(weights, list | tuple):
         for index, value in enumerate(weights):
-            yield from _flatten(value, (*prefix, str(index)))
+            yield from flatten(value, (*prefix, str(index)))
     else:  # A variable of flax holds its array.
         yield ".".join(prefix), weights.get_value() if hasattr(weights, "get_value") else weights
 
