@@ -14,6 +14,7 @@ from jcrosslora.adapter.extract import extract as extract
 from jcrosslora.adapter.extract_settings import ExtractSettings as ExtractSettings
 from jcrosslora.adapter.merge import MergeSettings as MergeSettings
 from jcrosslora.adapter.merge import merge as merge
+from jcrosslora.adapter.nnx_models import to_nnx as to_nnx
 from jcrosslora.checkpoint import BaseModel as BaseModel
 from jcrosslora.checkpoint import open_base as open_base
 from jcrosslora.distill.sources import ServedModel as ServedModel

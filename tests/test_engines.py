@@ -27,7 +27,7 @@ from jcrosslora.adapter.truncation import AUTO_RANKS
 from jcrosslora.errors import AdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-ALL = ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama")
+ALL = ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama", "tunix")
 
 
 def verdicts(folder, family=None) -> dict[str, EngineVerdict]:

@@ -47,6 +47,7 @@ export own --out out/own
 export adapter --out out/xs --profile lora-xs --out-rank 2 --base source
 export adapter --out out/adapter-gguf --profile gguf --base source
 export dora --out out/adapter-mlx --profile mlx --base source
+export adapter --out out/adapter-tunix --profile tunix --base source
 merge source adapter --out out/merged
 merge source dora --out out/merged-half --dtype float16
 extract out/merged --base source --out out/extracted --keep norms

@@ -33,24 +33,26 @@ class ExportSettings:
     """The settings of an export."""
 
     adapter: tuple[str, ...]
-    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id. Several adapters of one base are
-    added up."""
+    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, an Orbax checkpoint of tunix, or a hub id.
+    Several adapters of one base are added up."""
     out: str
     """The folder to write."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, which every engine reads the same way. peft: a rank for each module. mlx: the
-    folder of MLX. gguf: the file of llama.cpp. lora-xs: a small matrix between the top --out-rank singular vectors of
-    each weight. Only peft holds changes of the embedding and the output head, trained biases, norms and whole
-    layers, which are read with the base."""
+    folder of MLX. gguf: the file of llama.cpp. tunix: an Orbax checkpoint with LoRA of qwix. lora-xs: a small matrix
+    between the top --out-rank singular vectors of each weight. Only peft holds changes of the embedding and the output
+    head, trained biases, norms and whole layers, which are read with the base."""
     base: str | None = None
-    """Its base: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
-    adapter is checked against it."""
+    """Its base: a folder of safetensors, a GGUF file or a hub id. Profiles gguf, tunix and lora-xs need it;
+    the adapter is checked against it."""
     out_rank: RankRule | None = None
     """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as
     0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: the
     number of singular vectors of each weight."""
     keep_dora: bool = False
     """Write a DoRA with its magnitudes instead of a fit of a lower rank; exact, in profile peft or mlx."""
+    alpha: float | None = None
+    """Alpha of the training of an Orbax checkpoint, where no lora_config.json in its folder states it."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     base_revision: str | None = None
@@ -122,7 +124,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
 
 def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     """Add the adapters and truncate the sum to the ranks of the settings."""
-    adapters = [load_adapter(ref, base, replaced=True) for ref in settings.adapter]
+    adapters = [load_adapter(ref, base, alpha=settings.alpha, replaced=True) for ref in settings.adapter]
     if base is not None:
         info = describe_base(base, digest="")
         adapters = [fit_to_base(adapter, info) for adapter in adapters]

@@ -1,4 +1,4 @@
-"""Find the files of an adapter and tell their format: a folder, a hub repository, or a file of llama.cpp.
+"""Find the files of an adapter and tell their format: a folder, a hub repository, a file of llama.cpp, a checkpoint.
 
 The licence of an adapter is the one in the YAML header of its model card, README.md.
 """
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jcrosslora.adapter.contents import as_adapter_errors, check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
+from jcrosslora.adapter.orbax import find_checkpoint, find_lora_config
 from jcrosslora.checkpoint.hub import check_revision, download, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
@@ -25,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
 GGUF_ENDING = ".gguf"
-Form = Literal["PEFT", "MLX", "GGUF"]
+Form = Literal["PEFT", "MLX", "GGUF", "Orbax"]
 _WEIGHTS = {"PEFT": WEIGHTS, "MLX": MLX_WEIGHTS}
 
 
@@ -35,7 +36,9 @@ class AdapterFiles:
 
     Attributes:
         name: the path or hub id that was given.
-        config: `adapter_config.json`; None if the weights file holds the configuration.
+        weights: their file; of Orbax the folder of a checkpoint.
+        config: `adapter_config.json`, or of Orbax `lora_config.json`; None if the weights file holds the configuration,
+            or there is none.
     """
 
     name: str
@@ -45,7 +48,7 @@ class AdapterFiles:
 
 
 def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
-    """Find an adapter: a folder (of PEFT, of MLX, or with `adapter.gguf`), a .gguf file, or a hub id.
+    """Find an adapter: a folder (of PEFT, of MLX, of Orbax, or with `adapter.gguf`), a .gguf file, or a hub id.
 
     An AdapterError tells which file is missing or cannot be read, or that a local folder is not of the revision.
     """
@@ -74,7 +77,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
 def is_adapter(path: Path) -> bool:
     """Whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
     if path.is_dir():
-        return (path / CONFIG).exists() or (path / GGUF_WEIGHTS).exists()
+        return any((path / name).exists() for name in (CONFIG, GGUF_WEIGHTS)) or find_checkpoint(path) is not None
     return path.suffix == GGUF_ENDING and path.is_file() and is_gguf_adapter(path)
 
 
@@ -104,6 +107,8 @@ def _local_files(folder: Path) -> AdapterFiles:
     if not (folder / CONFIG).is_file():
         if (folder / GGUF_WEIGHTS).is_file():
             return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS)
+        if (checkpoint := find_checkpoint(folder)) is not None:
+            return AdapterFiles(str(folder), "Orbax", checkpoint, find_lora_config(folder, checkpoint))
         if (folder / "config.json").is_file():
             msg = f"{folder}: is a whole model, perhaps with an adapter merged into it: give the adapter's own folder, "
             raise AdapterError(msg + f"which holds {CONFIG}, from before it was merged")

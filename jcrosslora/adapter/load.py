@@ -14,10 +14,11 @@ import numpy as np
 
 from jcrosslora.adapter.changes import Array, LoRAFactors
 from jcrosslora.adapter.contents import as_numpy
+from jcrosslora.adapter.jax_trainers import named_arrays, trainer_of
 from jcrosslora.adapter.kinds.dora import DORA, read_stored
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.peft import adapter_from_peft
-from jcrosslora.adapter.reading import open_adapter, open_state_dict, read_adapter
+from jcrosslora.adapter.reading import open_adapter, open_state_dict, open_trained, read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import text_module_name
@@ -31,6 +32,7 @@ def load_adapter(
     revision: str | None = None,
     rank: int | None = None,
     config: Mapping[str, Any] | None = None,
+    alpha: float | None = None,
     replaced: bool = False,
 ) -> Adapter:
     """Load an adapter: LoRA, or another kind that peft or its authors' code writes (`kinds.KINDS` lists them).
@@ -39,9 +41,11 @@ def load_adapter(
         ref: one of
             a folder with `adapter_config.json` and `adapter_model.safetensors`, or MLX's `adapters.safetensors`;
             a .gguf file of llama.cpp, or a folder with `adapter.gguf`;
+            an Orbax checkpoint with LoRA of tunix, qwix or google-deepmind/gemma, or a folder of such steps;
             the hub id of a PEFT or MLX folder (`HF_HUB_OFFLINE` is respected; only the two files are downloaded);
             a live `peft.PeftModel`, see `adapter_from_peft`;
-            a mapping: PEFT's state dict, with its `config`, or a tree for `from_pytree`;
+            a mapping: PEFT's state dict, with its `config`, LoRA of one of these JAX libraries, such as
+                `nnx.state(model, nnx.LoRAParam)`, or a tree for `from_pytree`;
             an `Adapter`, which is returned unchanged.
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are only defined with its
             weights or shapes, and llama.cpp's q and k of a llama only with its heads. If it is given, changes of the
@@ -50,6 +54,8 @@ def load_adapter(
         rank: the largest rank to read an update at, truncated optimally; None is exact, and for DoRA, whose update is
             of full rank, twice the rank of its B A. `info.read_as` says what that loses.
         config: the `adapter_config.json` of a state dict.
+        alpha: of qwix's LoraProvider, whose arrays do not hold it; None takes it from a `lora_config.json` in the
+            folder of the checkpoint.
         replaced: whether to also read biases, norms and whole layers that replace those of `base`; they fit no other
             base. Otherwise `info.ignored` lists them. The adapter may then have no update of a linear layer.
 
@@ -61,10 +67,14 @@ def load_adapter(
 
     Raises:
         AdapterError: not found, damaged, of a refused kind (named), or of a kind that needs the base.
-        UsageError: a rank below 1, or a `config` for something that has one.
+        UsageError: a rank below 1, or a `config` or `alpha` for something that has one.
     """
     if rank is not None and rank < 1:
         msg = f"adapter rank {rank} is out of range; it must be at least 1"
+        raise UsageError(msg)
+    trained = isinstance(ref, Mapping) and trainer_of(named_arrays(ref)) is not None
+    if alpha is not None and not trained and not isinstance(ref, str | Path):
+        msg = f"alpha was given for a {type(ref).__name__} without LoRA of a JAX trainer; leave it out"
         raise UsageError(msg)
     if isinstance(ref, Mapping) and config is not None:
         return read_adapter(open_state_dict(ref, config, base, name="state dict", rank=rank))
@@ -79,8 +89,10 @@ def load_adapter(
         if any(str(key).endswith(("lora_A.weight", "lora_B.weight")) for key in ref):
             msg = "a state dict of PEFT was given without its configuration, which holds the scale; give config=..."
             raise AdapterError(msg)
+        if trained:
+            return read_adapter(open_trained(ref, base, alpha=alpha, rank=rank))
         return from_pytree(ref)
-    return read_adapter(open_adapter(ref, base, revision=revision, rank=rank), replaced=replaced)
+    return read_adapter(open_adapter(ref, base, revision=revision, rank=rank, alpha=alpha), replaced=replaced)
 
 
 def to_pytree(adapter: Adapter) -> dict[str, dict[str, Any]]:

@@ -18,18 +18,20 @@ from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
 from jcrosslora.adapter.contents import Stored, check_names, stored_in_memory
 from jcrosslora.adapter.experts import read_experts
 from jcrosslora.adapter.gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.jax_trainers import as_state_dict, named_arrays
 from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
 from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
+from jcrosslora.adapter.orbax import read_checkpoint
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.architectures.blocks import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
-from jcrosslora.errors import AdapterError, JCrossLoRAError
+from jcrosslora.errors import AdapterError, JCrossLoRAError, UsageError
 
 _EXTRAS = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
 # A smaller share of the update's energy is rounding.
@@ -37,12 +39,20 @@ _ROUNDING = 1e-6
 
 
 def open_adapter(
-    ref: str | Path, base: BaseModel | None, *, revision: str | None = None, rank: int | None = None
+    ref: str | Path,
+    base: BaseModel | None,
+    *,
+    revision: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
 ) -> AdapterFile:
     """Open the files of an adapter; see `load_adapter`."""
     files = folder.find_adapter(ref, revision)
     identity = cached_identity(files.weights.parent)
-    stored = _stored(files, base)
+    if alpha is not None and files.form != "Orbax":
+        msg = f"{ref}: alpha was given for an adapter of {files.form}, which holds its own: leave it out"
+        raise UsageError(msg)
+    stored = _stored(files, base, alpha)
     origin = AdapterInfo(
         name=files.name,
         config=stored.stated,
@@ -67,7 +77,21 @@ def open_state_dict(
     return _grouped(stored, name, base, rank, AdapterInfo(name=name, config=config))
 
 
-def _stored(files: folder.AdapterFiles, base: BaseModel | None) -> Stored:
+def open_trained(
+    tree: Mapping[str, Any], base: BaseModel | None, *, alpha: float | None, rank: int | None = None
+) -> AdapterFile:
+    """Open the LoRA of a JAX trainer, a tree of arrays or an `nnx.State`; see `load_adapter`."""
+    stated = {} if alpha is None else {"alpha": alpha}
+    tensors, config = as_state_dict(named_arrays(tree), stated, "state")
+    return open_state_dict(tensors, config, base, name="state", rank=rank)
+
+
+def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | None) -> Stored:
+    if files.form == "Orbax":
+        stated = {} if files.config is None else folder.read_config(files.config)
+        given = stated if alpha is None else {**stated, "alpha": alpha}
+        tensors, settings = as_state_dict(read_checkpoint(files.weights), given, files.name)
+        return replace(stored_in_memory(str(files.weights), tensors, settings), stated=stated)
     if files.config is None:
         return translated_gguf(open_gguf_adapter(files.weights), base)
     config, where = folder.read_config(files.config), str(files.config)

@@ -13,9 +13,11 @@ from jcrosslora.adapter.contents import Contents, FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
+from jcrosslora.adapter.jax_trainers import LORA_CONFIG, check_tunix
 from jcrosslora.adapter.lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.names import by_weight, ending, natural_key
+from jcrosslora.adapter.orbax import write_tunix
 from jcrosslora.adapter.peft import write_peft, write_portable
 from jcrosslora.adapter.records import Adapter, Carried, check_always_active, restrict
 from jcrosslora.checkpoint.base import BaseInfo
@@ -23,9 +25,9 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
-Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
+Profile = Literal["portable", "peft", "mlx", "gguf", "tunix", "lora-xs"]
 TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
-_WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
+_WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, LORA_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ FORMATS: Mapping[str, ProfileFormat] = {
     "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, carries=Carried.EVERYTHING),
     "mlx": ProfileFormat(write_mlx, "MLX", magnitudes=True, invocation=False),
     "gguf": ProfileFormat(write_gguf, "llama.cpp"),
+    "tunix": ProfileFormat(write_tunix, "tunix", invocation=False),
     LORA_XS: ProfileFormat(write_lora_xs, "LoRA-XS", invocation=False),
 }
 
@@ -90,6 +93,8 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         raise UsageError(msg + "(leave out --keep-dora)")
     if profile == "gguf":
         check_gguf(family, heads)
+    if profile == "tunix":
+        check_tunix(family, heads)
     if profile == LORA_XS and family is None:
         msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
         raise OutputError(msg)
@@ -114,7 +119,7 @@ def save_adapter(
     Args:
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
-        base: its base; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
+        base: its base; profiles gguf and tunix need it. Updates of the parts of its fused modules are merged, see `fuse`;
             modules without an update that have the ending of a written one go into `exclude_modules`, or PEFT would
             expect tensors for them; the header of the weights file has the digest of the base, if known. None merges
             nothing, and keeps the names in the adapter's file.
@@ -123,8 +128,8 @@ def save_adapter(
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
-            `adapter.gguf` of llama.cpp; "lora-xs" the format of LoRA-XS, which holds the part of each update that lies
-            in the span of `frozen`.
+            `adapter.gguf` of llama.cpp; "tunix" the Orbax checkpoint of tunix with qwix's LoRA; "lora-xs" the format
+            of LoRA-XS, which holds the part of each update that lies in the span of `frozen`.
         dtype: of the tensors in the file.
         overwrite: whether an adapter folder at `out` may be replaced.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).

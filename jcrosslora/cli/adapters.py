@@ -128,7 +128,7 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, ...]:
 class Export(ExportSettings):
     """Write an adapter for another engine or at another rank, or the sum of several adapters."""
 
-    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("keep_dora", "dtype", "base_revision")}
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("keep_dora", "alpha", "dtype", "base_revision")}
 
     adapter: tyro.conf.Positional[tuple[str, ...]]
     fail_on: FailOnLoss = "never"

@@ -23,18 +23,20 @@ class Inspect:
     """Show what an adapter or a base model is: family, shapes, ranks, norms, and what can be moved."""
 
     path: tyro.conf.Positional[str]
-    """A folder or GGUF file of an adapter or of a base model, or a hub id."""
+    """A folder or GGUF file of an adapter or of a base model, an Orbax checkpoint with LoRA, or a hub id."""
     revision: str | None = None
     """Hub revision."""
     base: str | None = None
     """The base of an adapter. Some kinds (DoRA, PiSSA, ...) can only be read with it."""
+    alpha: float | None = None
+    """Alpha of the training of an Orbax checkpoint, where no lora_config.json in its folder states it."""
     json: bool = False
     """Print the description as JSON."""
 
     def run(self, console: Console) -> None:
         from jcrosslora.report.inspect import describe, open_any, print_description
 
-        found = open_any(self.path, revision=self.revision, base=self.base)
+        found = open_any(self.path, revision=self.revision, base=self.base, alpha=self.alpha)
         if self.json:
             print_json(describe(found))
         else:
@@ -73,7 +75,7 @@ class Check:
     """Say which engines will read an adapter, and why others will not."""
 
     path: tyro.conf.Positional[Path]
-    """The adapter: a folder of PEFT or MLX, or a GGUF file of llama.cpp."""
+    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or an Orbax checkpoint with LoRA."""
     base: str | None = None
     """Its base: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it, because engines may
     ignore a module under a wrong name. Some answers depend on the base's family, and on whether its output head is tied

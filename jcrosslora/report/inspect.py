@@ -18,8 +18,10 @@ from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.utils.terminal import say
 
 
-def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
-    """Open an adapter (of PEFT, MLX or llama.cpp), with the base that some kinds need, or a base model.
+def open_any(
+    ref: str, *, revision: str | None = None, base: str | None = None, alpha: float | None = None
+) -> Adapter | BaseModel:
+    """Open an adapter (of PEFT, MLX, llama.cpp or Orbax), with the base that some kinds need, or a base model.
 
     A hub id is opened as an adapter first, which is smaller; if it is neither, the error tells both reasons.
 
@@ -35,7 +37,7 @@ def open_any(ref: str, *, revision: str | None = None, base: str | None = None) 
         try:
             opened = None if base is None else open_base(base)
             # Changes of embedding and head alone are opened too, and what replaces tensors of the base is listed.
-            adapter = load_adapter(ref, opened, revision=revision, replaced=True)
+            adapter = load_adapter(ref, opened, revision=revision, alpha=alpha, replaced=True)
             return restrict(adapter, Carried.EVERYTHING & ~Carried.REPLACED, "")
         except JCrossLoRAError as error:
             if path.exists():

@@ -91,6 +91,9 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
         msg = f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer"
         raise AdapterError(msg)
     files = find_adapter(folder)
+    if files.form == "Orbax":
+        msg = f"{folder}: is a checkpoint of Orbax, unknown to the hub: write it with `jcrosslora export` first"
+        raise AdapterError(msg)
     facts = read_facts(folder)
     if not facts.shapes:
         msg = f"{files.weights}: holds no tensors: write the adapter again"

@@ -30,6 +30,18 @@ def peft_lines(base: str, adapter: str) -> list[str]:
     ]
 
 
+_TUNIX = (
+    "import json",
+    "from pathlib import Path",
+    "import qwix",
+    "from flax import nnx",
+    "from tunix.sft.checkpoint_manager import CheckpointManager",
+    'provider = qwix.LoraProvider(**json.loads(Path("FOLDER/lora_config.json").read_text()))',
+    "model = qwix.apply_lora_to_model(model, provider, **model.get_model_input(), rngs=nnx.Rngs(0))",
+    'CheckpointManager("FOLDER").maybe_restore(model, restore_only_lora_params=True)',
+)
+
+
 def usage(base: Base, profile: str) -> str:
     """Show how to load the adapter: with peft in Python, or by the command of its engine."""
     ref, name = base.ref or base.name or "BASE", base.name or "BASE"
@@ -40,6 +52,9 @@ def usage(base: Base, profile: str) -> str:
     }.get(profile)
     if command is not None:
         return f"```sh\n{command}\n```"
+    if profile == "tunix":
+        lines = "\n".join(_TUNIX)
+        return f"```python\n{lines}\n```\n\n`model` is the base as tunix loads it, and `FOLDER` the absolute path here."
     python = "\n".join(peft_lines(ref, "FOLDER"))
     said = "`FOLDER` is the folder of this card, or the adapter's id on the hub."
     if ref.endswith(".gguf"):

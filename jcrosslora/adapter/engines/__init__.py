@@ -13,7 +13,7 @@ from jcrosslora.adapter.engines.tables import ENGINES
 from jcrosslora.adapter.folder import Form
 from jcrosslora.checkpoint import BaseModel
 
-_PROFILES: dict[Form, str] = {"PEFT": "portable", "MLX": "mlx", "GGUF": "gguf"}
+_PROFILES: dict[Form, str] = {"PEFT": "portable", "MLX": "mlx", "GGUF": "gguf", "Orbax": "tunix"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_engines(
 
     Args:
         path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
-            a folder with `adapter.gguf`.
+            a folder with `adapter.gguf`; or an Orbax checkpoint with LoRA of a JAX trainer.
         base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
         base_tied: whether the base's output head is its embedding (`BaseModel.tied`); None if it is not known.
         base: the base that the adapter is for, which gives its family and `base_tied`; the names of modules are

@@ -23,6 +23,7 @@ from jcrosslora.adapter.names import (
     module_scale,
     parse_tensor_name,
 )
+from jcrosslora.adapter.orbax import checkpoint_shapes
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_tensors import hf_name
@@ -37,9 +38,9 @@ class AdapterFacts:
     """An adapter as the engine rules see it.
 
     Attributes:
-        config: its `adapter_config.json`, or the metadata of a GGUF file.
+        config: its `adapter_config.json` or `lora_config.json`, or the metadata of a GGUF file.
         shapes: tensor name to shape; empty if the weights are a pickle.
-        tensors: the same names, parsed; empty for MLX.
+        tensors: the same names, parsed; empty for MLX and Orbax.
         pickle: whether the weights are `adapter_model.bin`.
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
         tied: whether the base's output head is its embedding, None if it is not known.
@@ -98,6 +99,9 @@ def read_facts(
         if form_of(config) == "PEFT":
             return AdapterFacts(config, pickle=True, **known).with_faults()
     files = find_adapter(path)
+    if files.form == "Orbax":
+        config = {} if files.config is None else read_config(files.config)
+        return AdapterFacts(config, checkpoint_shapes(files.weights), form="Orbax", **known)
     if files.config is None:
         header = open_gguf_adapter(files.weights).header
         shapes = {name: info.shape for name, info in header.tensors.items()}

@@ -7,15 +7,17 @@ SGLang, main branch in September 2026: python/sglang/srt/lora; use_rslora is its
 MLX, mlx-lm 0.32 (2026): mlx_lm/tuner/utils.py.
 llama.cpp, main branch in 2026: convert_lora_to_gguf.py and src/llama-adapter.cpp.
 Ollama, main branch in August 2026: convert/convert.go.
+tunix 0.1.7 with qwix 0.1.8 (2026): tunix/sft/checkpoint_manager.py, qwix/_src/providers/lora.py.
 """
 
 from collections.abc import Mapping
 
-from jcrosslora.adapter.config import ALORA, DORA, KNOWN_TYPES, RANDOM_PISSA, is_variant
+from jcrosslora.adapter.config import ALORA, DORA, KNOWN_TYPES, RANDOM_PISSA, is_alpha, is_variant
 from jcrosslora.adapter.engines import rules
 from jcrosslora.adapter.engines.rules import AdapterFacts, Rule, found, no_tensor, no_value, when
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
+from jcrosslora.adapter.jax_trainers import LORA_CONFIG, QWIX, TUNIX, trainer_of
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, is_by_weight, is_of_experts, is_taken
 from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.families import FAMILIES
@@ -306,6 +308,25 @@ _ALWAYS_ACTIVE = when(
 )
 _OWN_ENGINE = "not for bases that its own engine runs, which knows no adapters (loras are not yet implemented)"
 
+_TUNIX_RULES = (
+    found(
+        lambda it: [it.family] if it.family not in (None, *TUNIX) else [],
+        f"it has no class for {{0}}, which is not one of {', '.join(TUNIX)}",
+    ),
+    found(
+        lambda it: [name for name in it.shapes if trainer_of([name]) is not QWIX],
+        "{0} is not a LoRA of qwix: write it with `jcrosslora export --profile tunix`",
+    ),
+    when(lambda it: not it.shapes, "it holds no LoRA"),
+)
+_TUNIX_NOTES = (
+    when(
+        lambda it: not is_alpha(it.config.get("alpha")),
+        f"{LORA_CONFIG} does not say which alpha its LoraProvider had: the arrays do not either",
+    ),
+    when(lambda it: it.family is None, "only for the family it was trained on; that of this base was not given"),
+)
+
 Rules = tuple[Rule, ...]
 # Engine -> format that it reads -> rules that give a reason against an adapter, and rules that give a note.
 ENGINES: Mapping[str, Mapping[Form, tuple[Rules, Rules]]] = {
@@ -315,4 +336,5 @@ ENGINES: Mapping[str, Mapping[Form, tuple[Rules, Rules]]] = {
     "llama.cpp": {"PEFT": (_LLAMA_RULES, (_PICKLE, lambda _: _CONVERT, _HEAD, _MIXER)), "GGUF": (_GGUF, (_HEAD,))},
     "MLX": {"MLX": (_MLX_RULES, (_MIXER,))},
     "Ollama": {"PEFT": (_OLLAMA_RULES, _OLLAMA_NOTES), "GGUF": ((*_GGUF, _ALWAYS_ACTIVE), (lambda _: _OWN_ENGINE,))},
+    "tunix": {"Orbax": (_TUNIX_RULES, _TUNIX_NOTES)},
 }

@@ -1,0 +1,238 @@
+"""LoRA of JAX trainers: how tunix (by qwix) and google-deepmind/gemma name and shape its arrays, in both directions.
+
+For a parameter W (in..., out...) they hold a (in..., K) and b (K, out...), and y = x W + scale (x a) b. A parameter of
+several matrices, such as `kv_einsum` of keys and values, has one a, and b is (K, matrices, out...). The scale is
+alpha / K in qwix and 1 in google-deepmind/gemma. Both keep the order of heads and rows of Hugging Face.
+
+Sources: qwix 0.1.8, providers/lora.py; tunix 0.1.7, the params files of its models; gemma 3.3 and 4.0, gm/nn/_lora.py.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.config import is_alpha, shown
+from jcrosslora.adapter.contents import as_numpy
+from jcrosslora.adapter.fused import fuse
+from jcrosslora.adapter.names import PREFIX, rank_settings
+from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.checkpoint.in_memory import flatten
+from jcrosslora.errors import AdapterError, OutputError
+
+LORA_CONFIG = "lora_config.json"
+_Q, _K, _V, _O = (f"self_attn.{role}_proj" for role in "qkvo")
+_GATE, _UP, _DOWN = (f"mlp.{role}_proj" for role in ("gate", "up", "down"))
+# Parameter of a layer -> the modules of the layer whose matrices it holds, in order.
+Layout = Mapping[str, tuple[str, ...]]
+_MLP: Layout = {f"{module}.kernel": (module,) for module in (_GATE, _UP, _DOWN)}
+_PROJECTIONS: Layout = {f"attn.{role}_proj.w": (f"self_attn.{role}_proj",) for role in "qkvo"} | _MLP
+_EINSUMS: Layout = {"attn.q_einsum.w": (_Q,), "attn.kv_einsum.w": (_K, _V), "attn.attn_vec_einsum.w": (_O,)} | _MLP
+_ONE_EINSUM: Layout = {"attn.qkv_einsum.w": (_Q, _K, _V), "attn.attn_vec_einsum.w": (_O,)} | _MLP
+# Family -> the layout of its class in tunix, and the one where each query head has its own key head.
+TUNIX: Mapping[str, tuple[Layout, Layout]] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), (_PROJECTIONS, _PROJECTIONS)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), (_EINSUMS, _ONE_EINSUM)),
+}
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a library stores LoRA: `factor` matches the name of an array, as (parameter, "a" or "b")."""
+
+    name: str
+    factor: re.Pattern[str]
+    layout: Layout
+    has_alpha: bool
+
+
+QWIX = Trainer("qwix", re.compile(r"(.+)_lora_([ab])"), _PROJECTIONS | _EINSUMS | _ONE_EINSUM, has_alpha=True)
+_LINEN: Layout = {
+    "attn.q_einsum": (_Q,),
+    "attn.kv_einsum": (_K, _V),
+    "attn.qkv_einsum": (_Q, _K, _V),
+    "attn.attn_vec_einsum": (_O,),
+    "mlp.gating_einsum": (_GATE, _UP),
+    "mlp.linear": (_DOWN,),
+}
+TRAINERS = (QWIX, Trainer("google-deepmind/gemma", re.compile(r"(.+)\.lora\.([ab])"), _LINEN, has_alpha=False))
+_LAYER = re.compile(r"(?:(?:params|model|transformer)\.)*layers?[._](\d+)\.(.+)")
+# Modules of google-deepmind/gemma that wrap one of a model, and those of a model's parts that it numbers.
+_WRAPPER = re.compile(r"\._LoRAEinsum_\d+|_LoRAEinsum_")
+
+
+def trainer_of(names: Iterable[str]) -> Trainer | None:
+    """Tell by the names of arrays, keys joined by dots, whose LoRA is among them; None if none is."""
+    names = tuple(names)
+    return next((one for one in TRAINERS if any(map(one.factor.fullmatch, names))), None)
+
+
+def named_arrays(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the arrays of a nested mapping or an `nnx.State` by their keys, joined by dots."""
+    return {array_name([name]): array for name, array in flatten(tree)}
+
+
+def array_name(keys: Iterable[str]) -> str:
+    """Join the keys that lead to an array; the last one, `value`, is that of a variable of `nnx`."""
+    return ".".join(keys).removesuffix(".value")
+
+
+def as_state_dict(
+    arrays: Mapping[str, Any], stated: Mapping[str, Any], where: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Translate the LoRA of a trainer into a state dict of PEFT and its configuration.
+
+    Args:
+        arrays: by their keys, joined by dots; those that are no factors are left out.
+        stated: the `alpha`, and perhaps the `rank`, that it was trained with.
+        where: names the source of the arrays in messages.
+
+    Raises:
+        AdapterError: no LoRA, one of a parameter that is not known, shapes that do not fit, or no alpha.
+    """
+    trainer = trainer_of(arrays)
+    if trainer is None:
+        msg = f"{where}: holds no LoRA of {' or '.join(one.name for one in TRAINERS)}: give what a training with LoRA "
+        raise AdapterError(msg + "saved, or nnx.state(model, nnx.LoRAParam)")
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for name, (a, b) in _pairs(trainer, arrays, where).items():
+        modules = modules_of(trainer, name, where)
+        rank = a.shape[-1]
+        several = len(modules) > 1
+        if b.shape[0] != rank or (several and b.shape[1] != len(modules)):
+            msg = f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; (in..., rank) and "
+            raise AdapterError(msg + f"(rank, {f'{len(modules)}, ' * several}out...) were wanted: the file is damaged")
+        for module, part in zip(modules, np.split(b, len(modules), axis=1), strict=True):
+            ranks[module] = rank
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.reshape(-1, rank).T
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = part.reshape(rank, -1).T
+    if not trainer.has_alpha and "alpha" in stated:
+        msg = f"{where}: alpha is {shown(stated, 'alpha')}, and LoRA of {trainer.name} has none: leave it out"
+        raise AdapterError(msg)
+    settings = {"peft_type": "LORA", **rank_settings(ranks)}
+    if trainer.has_alpha:
+        return tensors, settings | {"lora_alpha": _alpha(stated, set(ranks.values()), where)}
+    return tensors, settings | {"lora_alpha": settings["r"], "alpha_pattern": settings["rank_pattern"]}
+
+
+def _pairs(trainer: Trainer, arrays: Mapping[str, Any], where: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Collect a (in..., K) and b (K, out...) of each parameter."""
+    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, array in arrays.items():
+        if match := trainer.factor.fullmatch(name):
+            found[match[1]][match[2]] = as_numpy(array)
+    for name, sides in found.items():
+        if len(sides) != 2 or any(side.ndim < 2 or side.size == 0 for side in sides.values()):
+            msg = f"{where}: the LoRA of {name} has no a (in..., rank) and b (rank, out...): give the whole state of "
+            raise AdapterError(msg + "the LoRA")
+    return {name: (sides["a"], sides["b"]) for name, sides in found.items()}
+
+
+def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
+    """Return the modules, as Hugging Face names them, whose matrices a parameter holds; AdapterError if not known."""
+    if parameter == f"{_HEAD}.w":
+        return (_HEAD,)
+    match = _LAYER.fullmatch(_WRAPPER.sub("", parameter))
+    if match is not None and match[2] in trainer.layout:
+        return tuple(f"model.layers.{match[1]}.{module}" for module in trainer.layout[match[2]])
+    if parameter.startswith(("decoder.", "params.decoder.")):
+        msg = f"{where}: {parameter} is of MaxText, which stacks layers, and rescales and reorders heads: it is not "
+        raise AdapterError(msg + "read; write the adapter in the format of PEFT with MaxText")
+    msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
+    raise AdapterError(msg + "train on these alone")
+
+
+def _alpha(stated: Mapping[str, Any], ranks: set[int], where: str) -> float:
+    if not is_alpha(stated.get("alpha")):
+        msg = f"{where}: alpha is {shown(stated, 'alpha')}, and the arrays of qwix do not hold it: write that of its "
+        raise AdapterError(
+            msg + f'LoraProvider into a {LORA_CONFIG} there, as {{"alpha": 16}}, or give --alpha (alpha=)'
+        )
+    if "rank" in stated and all(stated["rank"] != rank for rank in ranks):
+        msg = (
+            f"{where}: {LORA_CONFIG} states rank {shown(stated, 'rank')}, the arrays have {max(ranks)}: it belongs to "
+        )
+        raise AdapterError(msg + "another training; correct it")
+    return stated["alpha"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a model of a trainer keeps the update of a parameter.
+
+    Attributes:
+        modules: the modules, as Hugging Face names them, whose matrices the parameter holds.
+        inputs: axes of a in front of the rank.
+        outputs: axes of b behind the rank.
+    """
+
+    modules: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def check_tunix(family: str | None, heads: tuple[int, int] | None) -> tuple[Layout, tuple[int, int]]:
+    """Return the layout of tunix's class for a base, and its heads; an OutputError if they are not known."""
+    if family is None or heads is None:
+        msg = "profile tunix needs the base model, whose heads shape the arrays: name it with --base (base=...)"
+        raise OutputError(msg)
+    if family not in TUNIX:
+        msg = f"profile tunix is for bases of {', '.join(TUNIX)}, this one is of {family}: use another profile"
+        raise OutputError(msg)
+    queries, keys = heads
+    return TUNIX[family][queries == keys], heads
+
+
+def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
+    """Return the parameters of tunix's class for a base that hold these modules, by their keys, joined by dots.
+
+    Raises:
+        OutputError: a base of a family that tunix has no class for, or a module that has no parameter in it.
+    """
+    layout, (queries, keys) = check_tunix(base.family, base.heads)
+    parameters = {module: name for name, held in layout.items() for module in held}
+    slots: dict[str, Slot] = {}
+    for module in modules:
+        _, _, layer, role = module.split(".", 3) if module.startswith("model.layers.") else ("", "", "", module)
+        if role == _HEAD and layout is _PROJECTIONS:
+            rows, columns = base.shapes[_HEAD]
+            slots[f"{_HEAD}.w"] = Slot((_HEAD,), (columns,), (rows,))
+            continue
+        if role not in parameters:
+            msg = f"module {module!r} has no parameter in tunix's class of {base.family}: use another profile"
+            raise OutputError(msg)
+        held = tuple(f"model.layers.{layer}.{one}" for one in layout[parameters[role]])
+        rows, columns = base.shapes[module]
+        inputs = (queries, columns // queries) if role == _O else (columns,)
+        heads = {_Q: queries, _K: keys, _V: keys}.get(role)
+        outputs = (rows,) if heads is None else (heads, rows // heads)
+        slots[f"layers.{layer}.{parameters[role]}"] = Slot(
+            held, inputs, outputs if len(held) == 1 else (len(held), *outputs)
+        )
+    return slots
+
+
+def factors_in_slots(modules: Mapping[str, LoRAFactors], slots: Mapping[str, Slot]) -> dict[str, LoRAFactors]:
+    """Merge the updates of matrices that one parameter holds; see `fuse`, which may add up ranks.
+
+    Returns:
+        By the name of the parameter b (all rows, K) and a (K, all columns).
+    """
+    layout = {}
+    for name, slot in slots.items():
+        rows = prod(slot.outputs) // len(slot.modules)
+        layout[name] = tuple((module, at * rows, (at + 1) * rows) for at, module in enumerate(slot.modules))
+    return fuse(modules, layout)
+
+
+def slot_arrays(a: np.ndarray, b: np.ndarray, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
+    """Shape a (K, I) and b (O, K) as a parameter has them, (in..., K) and (K, out...)."""
+    rank = len(a)
+    return np.ascontiguousarray(a.T).reshape(*slot.inputs, rank), np.ascontiguousarray(b.T).reshape(rank, *slot.outputs)
