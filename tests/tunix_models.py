@@ -93,7 +93,8 @@ def with_lora(model, *, path: str = MODULES, rank: int = RANK, alpha: float = AL
     from flax import nnx
 
     provider = qwix.LoraProvider(module_path=path, rank=rank, alpha=alpha)
-    model = qwix.apply_lora_to_model(model, provider, **model.get_model_input(), rngs=nnx.Rngs(0))
+    with jax.numpy_dtype_promotion("standard"):
+        model = qwix.apply_lora_to_model(model, provider, **model.get_model_input(), rngs=nnx.Rngs(0))
     if seed is not None:
         rng = np.random.default_rng(seed)
         state = nnx.state(model, nnx.LoRAParam)
@@ -120,12 +121,14 @@ def restore_lora(model, folder: Path) -> None:
 
 
 def tunix_logits(model, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    import jax
     import jax.numpy as jnp
 
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
-    return np.asarray(model(jnp.asarray(tokens), positions, None, mask)[0], np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(model(jnp.asarray(tokens), positions, None, mask)[0], np.float32)
 
 
 def write_fixtures() -> None:
