@@ -120,9 +120,9 @@ def save_adapter(
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
         base: its base; profiles gguf and tunix need it. Updates of the parts of its fused modules are merged, see
-            `fuse`; modules without an update that have the ending of a written one go into `exclude_modules`, or PEFT would
-            expect tensors for them; the header of the weights file has the digest of the base, if known. None merges
-            nothing, and keeps the names in the adapter's file.
+            `fuse`; modules without an update that have the ending of a written one go into `exclude_modules`, or PEFT
+            would expect tensors for them; the header of the weights file has the digest of the base, if known. None
+            merges nothing, and keeps the names in the adapter's file.
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
