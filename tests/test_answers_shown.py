@@ -135,7 +135,7 @@ def files(tmp_path_factory):
 
 def command(files, task, *flags):
     adapters = [str(files / name) for name in ("moved", "trained")]
-    return ["evaluate", "--base", str(files / "base"), "--task", str(files / task), "--adapter", *adapters, *flags]
+    return ["evaluate", "--base", str(files / "base"), "--data", str(files / task), "--adapter", *adapters, *flags]
 
 
 def test_conversations_are_answered_as_text_and_as_a_page(files, tmp_path, capsys):

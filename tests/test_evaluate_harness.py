@@ -1,11 +1,13 @@
 """The model class for lm-evaluation-harness against the harness's own torch model, and against our scorer."""
 
 import dataclasses
+import functools
 import json
 import socket
 
 import numpy as np
 import pytest
+from command_line import main
 from harness_models import (
     PROMPT,
     TaskManager,
@@ -143,9 +145,8 @@ def write_tasks(folder, lines):
 
 
 def evaluated(model, manager, tasks, **settings):
-    return lm_eval.simple_evaluate(
-        model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True, **settings
-    )
+    settings = {"bootstrap_iters": 0, "log_samples": True} | settings
+    return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **settings)
 
 
 def check_against_our_scores(found, scores):
@@ -171,6 +172,70 @@ def test_a_local_task_runs_without_network_and_agrees_with_our_scorer(folder, tm
     assert found["results"]["tiny_texts"]["exact_match,none"] == 0
     assert found["config"]["adapter"]
     assert get_model("jcrosslora") is JCrossLoRALM
+
+
+def test_the_command_judges_base_and_adapters_by_tasks_as_the_harness_does(folder, tmp_path, capsys):
+    manager = write_tasks(tmp_path, QUESTIONS)
+    saved = save_adapter(adapter_of(folder), tmp_path / "adapter", base_name="tiny")
+    names = ["tiny_questions", "tiny_texts"]
+    command = ["evaluate", "--base", str(folder), "--adapter", str(saved), "--tasks", "tiny_q*,tiny_texts"]
+    command += ["--include-path", str(tmp_path), "--limit", "2", "--num-fewshot", "1"]
+    main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    settings = {"limit": 2, "num_fewshot": 1, "bootstrap_iters": 100}
+    both = [evaluated(JCrossLoRALM(folder, one), manager, names, **settings) for one in (None, saved)]
+    figures = {(one["task"], one["metric"]): one for one in found["tasks"]}
+    wanted = [("tiny_questions", "acc"), ("tiny_questions", "acc_norm"), ("tiny_texts", "exact_match")]
+    assert list(figures) == wanted
+    for (task, metric), figure in figures.items():
+        assert (figure["examples"], figure["shots"]) == (2, 1)
+        for model, one in zip(figure["models"], both, strict=True):
+            figures_there = one["results"][task]
+            assert model["value"] == figures_there[f"{metric},none"]
+            assert model["stderr"] == pytest.approx(figures_there[f"{metric}_stderr,none"])
+    assert [model["name"] for model in figures[wanted[0]]["models"]] == [folder.name, "adapter"]
+    assert found["digest"] == open_base(folder).digest()
+    capsys.readouterr()
+    main(command)
+    printed = capsys.readouterr()
+    assert "Tokenizing" not in printed.err  # a bar of the harness's own
+    row = next(line.split() for line in printed.out.splitlines() if "acc_norm" in line)
+    value = figures[wanted[1]]["models"][1]
+    assert row == [
+        "tiny_questions",
+        "2",
+        "1",
+        "acc_norm",
+        *row[4:7],
+        f"{value['value']:.3f}",
+        "±",
+        f"{value['stderr']:.3f}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks", "tiny_question"], "task 'tiny_question' is unknown to lm_eval (did you mean 'tiny_questions'?)"),
+        (["--tasks", "tiny_questions"], "task 'tiny_questions' cannot be loaded (FileNotFoundError"),
+        (["--tasks", ","], "no task was named"),
+        (["--tasks", "tiny_questions", "--include-path", "nowhere"], "include-path nowhere: is no folder"),
+        (["--tasks", "task.jsonl"], "task.jsonl is a file: give it with --data"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_one_line(folder, tmp_path, capsys, monkeypatch, flags, said):
+    # lm_eval's own tasks take 10 s to list.
+    of_all = functools.partial(write_tasks(tmp_path, QUESTIONS).__class__, include_path=str(tmp_path))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: of_all(include_defaults=False))
+    monkeypatch.setattr("jcrosslora.evaluate.harness_tasks.reaches_hub", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    if "FileNotFound" in said:
+        (tmp_path / "task.jsonl").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--base", str(folder), *flags])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert said in error
 
 
 def test_requests_that_cannot_be_scored_are_refused(both):

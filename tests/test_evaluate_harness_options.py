@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from command_line import main
+from probe_bases import write_base
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness_requests import Options, read_options
@@ -73,3 +75,35 @@ def test_the_package_does_not_import_the_harness():
     lines = "import jcrosslora.evaluate.harness, sys; print(*(n for n in ('lm_eval', 'datasets') if n in sys.modules))"
     found = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "neither --data nor --tasks was given"),
+        (["--data", "a.jsonl", "--tasks", "arc_easy"], "both --data and --tasks were given"),
+        (["--tasks", "arc_easy", "--show", "3"], "--show is not for --tasks"),
+        (["--data", "a.jsonl", "--num-fewshot", "3"], "--num-fewshot is not for --data"),
+        (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num-fewshot -1 is out of range"),
+        (["--tasks", "arc_easy", "--limit", "0"], "limit 0 is out of range"),
+        (["--task", "arc_easy"], "--task is unknown (did you mean --tasks?)"),
+        (["--tasks", "arc_easy"], "no base was given"),
+    ],
+)
+def test_a_file_and_names_of_tasks_are_alternatives(flags, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *flags])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert said in error
+
+
+def test_the_command_names_the_extra_where_the_harness_is_missing(tmp_path, monkeypatch, capsys):
+    write_base(tmp_path / "base", 60)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, MODEL, raising=False)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--base", str(tmp_path / "base"), "--tasks", "arc_easy"])
+    error = capsys.readouterr().err
+    assert "pip install 'jcrosslora[eval]'" in error
+    assert error.count("\n") == 1

@@ -60,7 +60,7 @@ def test_choices_are_scored_as_with_the_adapter_alone(files, tmp_path):
 
 
 def test_the_command_prints_the_figures_and_what_is_kept(files, capsys):
-    flags = ["--shelf", str(files / "shelf"), "--task", str(files / "fox.jsonl"), "--max-new-tokens", "4"]
+    flags = ["--shelf", str(files / "shelf"), "--data", str(files / "fox.jsonl"), "--max-new-tokens", "4"]
     main(["evaluate", *flags, "--adapter", "fox", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in found["models"]][1:] == ["shelf (mixture)", "fox"]
@@ -86,7 +86,7 @@ def test_the_command_prints_the_figures_and_what_is_kept(files, capsys):
 def test_bad_input_is_one_line(files, capsys, flags, message):
     given = [str(files / "shelf") if flag == "SHELF" else flag for flag in flags]
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "--task", str(files / "fox.jsonl"), *given])
+        main(["evaluate", "--data", str(files / "fox.jsonl"), *given])
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed

@@ -54,16 +54,16 @@ extract out/merged --base source --out out/extracted --keep norms
 batch plan.toml --log tensorboard
 push out/moved me/moved --with-completions
 push out/adapter-gguf me/gguf
-evaluate --task answers.jsonl --base target --adapter out/moved out/copied --trained out/tuned --show 2 --json
+evaluate --data answers.jsonl --base target --adapter out/moved out/copied --trained out/tuned --show 2 --json
     --html out/answers.html > out/moved/answers.json
-evaluate --task choices.jsonl --base source --adapter adapter dora other/adapter --json > out/figures.json
+evaluate --data choices.jsonl --base source --adapter adapter dora other/adapter --json > out/figures.json
 report out/moved
 report out/moved --answers out/moved/answers.json --out out/page.svg
 shelf add out/shelf adapter out/trained --base source --prompts prompts.txt
 shelf add out/shelf dora --name third
 shelf remove out/shelf third
 shelf train out/shelf --steps 1
-evaluate --task choices.jsonl --shelf out/shelf --adapter dora other/adapter --json > out/shelf.json
+evaluate --data choices.jsonl --shelf out/shelf --adapter dora other/adapter --json > out/shelf.json
 demo --out out/demo --method pad-truncate
 """
 PLAN = """

@@ -87,7 +87,7 @@ GENERATE = ("generate", "Hello", "--base", "base", "--adapter", "adapter")
         ("recipe.toml", ("transfer", "--recipe", "recipe.toml")),
         ("plan.toml", ("batch", "plan.toml")),
         ("template.jinja", (*GENERATE, "--template", "template.jinja")),
-        ("task.jsonl", ("evaluate", "--base", "base", "--task", "task.jsonl")),
+        ("task.jsonl", ("evaluate", "--base", "base", "--data", "task.jsonl")),
         ("adapter/transfer_report.json", ("report", "adapter")),
         ("samples.txt", ("shelf", "add", "shelf", "adapter", "--prompts", "samples.txt")),
         ("shelf/segments/000001.json", ("shelf", "list", "shelf")),

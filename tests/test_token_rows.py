@@ -476,7 +476,7 @@ def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bas
     question, *choices = (f"<s{WORDS + place}>" for place in range(3))
     (tmp_path / "task.jsonl").write_text(json.dumps({"question": question, "choices": choices, "answer": 0}))
     base, adapter = str(bases / "tied" / "source"), str(tmp_path / "adapter")
-    main(["evaluate", "--base", base, "--task", str(tmp_path / "task.jsonl"), "--adapter", adapter])
+    main(["evaluate", "--base", base, "--data", str(tmp_path / "task.jsonl"), "--adapter", adapter])
     assert "not scored: " in capsys.readouterr().out
 
 

@@ -1,9 +1,9 @@
 """`jcrosslora evaluate` and `report`: score a base with and without adapters, and write a page on a moved one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,8 @@ from jcrosslora.errors import UsageError
 from jcrosslora.utils.files import write_output
 
 if TYPE_CHECKING:
+    from jcrosslora.adapter import Adapter
+    from jcrosslora.checkpoint import BaseModel
     from jcrosslora.evaluate import Answers, Scores
 
 Form = Literal["html", "svg", "pdf", "png"]
@@ -22,14 +24,26 @@ _ADVICE = "free space, or choose another file"  # where a file cannot be written
 
 @dataclass(frozen=True)
 class Evaluate(OnDevice):
-    """Score a base, alone and with adapters, on a task; say for each adapter whether it is better.
+    """Score a base, alone and with adapters, on a file of examples or on tasks of lm_eval.
 
-    Questions with choices are scored by likelihood. For examples with "messages", or with "prompt" and "answer", each
-    model writes an answer, which is compared with the right one.
+    Of a file, questions with choices are scored by likelihood. Examples with "messages", or with "prompt" and "answer",
+    are answered in writing, and the answers compared with the right ones.
     """
 
-    task: Path
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "data": ("trained", "shelf", "compose", "top", "template", "max_new_tokens", "show", "html"),
+        "tasks": ("num_fewshot", "include_path"),
+        **OnDevice.GROUPS,
+    }
+
+    data: Path | None = None
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
+    tasks: str | None = None
+    """In place of --data: tasks of lm_eval by name, such as arc_easy,hellaswag; needs jcrosslora[eval]."""
+    num_fewshot: int | None = None
+    """Worked examples in front of each; if not given, as the task says."""
+    include_path: Path | None = None
+    """Folder with YAML files of tasks of your own."""
     base: str | None = None
     """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
@@ -46,7 +60,7 @@ class Evaluate(OnDevice):
     template: Path | None = None
     """File with a chat template, by which conversations are read instead of the base's own."""
     limit: int | None = None
-    """Use the first N lines."""
+    """Use the first N examples, of each task."""
     max_new_tokens: int | None = None
     """Length at which answers are cut off; by default that of the longest right one plus 16, at most 512."""
     show: int = 0
@@ -58,15 +72,15 @@ class Evaluate(OnDevice):
 
     def run(self, console: Console) -> None:
         from jcrosslora.adapter import load_adapter
-        from jcrosslora.adapter.records import left_out
-        from jcrosslora.checkpoint.hub import public_names
-        from jcrosslora.decoder.model import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
-        from jcrosslora.utils.cache import open_cache
 
-        examples = read_examples(self.task)
+        self._check()
+        if self.data is None:
+            self._run_tasks(console)
+            return
+        examples = read_examples(self.data)
         questions = [one for one in examples if isinstance(one, Question)]
-        self._check(written=not questions)
+        self._check_data(self.data, written=not questions)
         refs = [ref for group in self.adapter for ref in group if ref != self.trained]
         if self.shelf is not None:
             from jcrosslora.shelf import judge
@@ -81,24 +95,51 @@ class Evaluate(OnDevice):
         refs += [] if self.trained is None else [self.trained]
         base = opened_base(self.base, self.template)
         adapters = [load_adapter(ref, base) for ref in refs]
-        notes = [
-            f"{name}: {sentence}"
-            for name, adapter in zip(public_names(adapter.info.name for adapter in adapters), adapters, strict=True)
-            for sentence in left_out(adapter, RUN, "bases are run without it")
-        ]
+        notes = _notes(adapters)
         if questions:
             found = score(base, questions[: self.limit], adapters)
         else:
             found = answer(base, examples[: self.limit], adapters, max_new_tokens=self.max_new_tokens)
-        cache = open_cache()
-        more = {"digest": base.digest(None if cache is None else cache.digests)} if self.json else {}
-        self._print(found, notes, console, more)
+        self._print(found, notes, console, {"digest": _digest(base)} if self.json else {})
 
-    def _check(self, *, written: bool) -> None:
-        """Refuse what cannot be done, before any work."""
+    def _run_tasks(self, console: Console) -> None:
+        """Judge base and adapters by tasks of lm_eval."""
+        from jcrosslora.adapter import load_adapter
+        from jcrosslora.evaluate.harness_tasks import Tasks, figures_json, print_figures
+
+        base = opened_base(self.base, None)
+        adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
+        tasks = Tasks([name for name in (self.tasks or "").split(",") if name], self.include_path)
+        figures = tasks.judge(base, adapters, limit=self.limit, num_fewshot=self.num_fewshot)
+        names, notes = [base.name, *(adapter.info.name for adapter in adapters)], _notes(adapters)
+        if self.json:
+            print_json({"tasks": figures_json(figures, names), "not_scored": notes, "digest": _digest(base)})
+            return
+        for note in notes:
+            say(console, f"not scored: {note}")
+        print_figures(figures, names, console)
+
+    def _check(self) -> None:
+        """Refuse options that do not go together, before any work."""
+        if (self.data is None) == (self.tasks is None):
+            came = "neither --data nor --tasks was" if self.data is None else "both --data and --tasks were"
+            msg = f"{came} given: give a file of examples with --data, or names of lm_eval's tasks with --tasks"
+            raise UsageError(msg)
+        other = self.GROUPS["data" if self.data is None else "tasks"]
+        for one in fields(self):
+            if one.name in other and getattr(self, one.name) != one.default:
+                flag = f"--{one.name.replace('_', '-')}"
+                msg = f"{flag} is not for {'--tasks' if self.data is None else '--data'}: leave it out"
+                raise UsageError(msg)
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            msg = f"num-fewshot {self.num_fewshot} is out of range; it must be at least 0"
+            raise UsageError(msg)
         if self.limit is not None and self.limit < 1:
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
+
+    def _check_data(self, data: Path, *, written: bool) -> None:
+        """Refuse what cannot be done with a file of examples."""
         if self.shelf is None and (self.top != 1 or self.compose != "mixture"):
             msg = f"compose {self.compose} with top {self.top} and no shelf: they say how the adapters of a shelf act, "
             raise UsageError(msg + "give it with --shelf")
@@ -110,7 +151,7 @@ class Evaluate(OnDevice):
             msg += "show, and 1 token or more"
             raise UsageError(msg)
         if not written and (self.show or self.html or self.max_new_tokens):
-            msg = f"{self.task}: holds questions with choices, which are not answered in writing: leave out --show, "
+            msg = f"{data}: holds questions with choices, which are not answered in writing: leave out --show, "
             msg += '--html and --max-new-tokens, or give lines of {"messages"} or {"prompt", "answer"}'
             raise UsageError(msg)
         if self.html is not None:
@@ -144,6 +185,26 @@ class Evaluate(OnDevice):
             say(console, line)
         if self.html is not None and written:
             say(console, f"written: {self.html}")
+
+
+def _notes(adapters: "Sequence[Adapter]") -> list[str]:
+    """Say what of the adapters is not part of the figures."""
+    from jcrosslora.adapter.records import left_out
+    from jcrosslora.checkpoint.hub import public_names
+    from jcrosslora.decoder.model import RUN
+
+    return [
+        f"{name}: {sentence}"
+        for name, adapter in zip(public_names(adapter.info.name for adapter in adapters), adapters, strict=True)
+        for sentence in left_out(adapter, RUN, "bases are run without it")
+    ]
+
+
+def _digest(base: "BaseModel") -> str:
+    from jcrosslora.utils.cache import open_cache
+
+    cache = open_cache()
+    return base.digest(None if cache is None else cache.digests)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
+from jcrosslora.cli.common import COMMON
 from jcrosslora.errors import UsageError, suggestion
 
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
@@ -32,13 +33,14 @@ _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 # What stands for a value, by the field's name or its last word; else that word, or N and X for numbers.
 _METAVARS = {
     **dict.fromkeys(("source", "target", "base", "tokenizer"), "BASE"),
-    **dict.fromkeys(("prompts", "examples", "recipe", "template", "data", "task"), "FILE"),
+    **dict.fromkeys(("prompts", "examples", "recipe", "template", "data"), "FILE"),
     **dict.fromkeys(("html", "answers", "unrelated"), "FILE"),
-    **dict.fromkeys(("models", "checkpoints", "shelf", "folder"), "DIR"),
+    **dict.fromkeys(("models", "checkpoints", "shelf", "folder", "include_path"), "DIR"),
     **{
         "out": "PATH",
         "out_rank": "RULE",
         "method": "NAME",
+        "tasks": "NAME,...",
         "by": "NAME",
         **dict.fromkeys(("start", "trained"), "ADAPTER"),
         "push_to": "OWNER/NAME",
@@ -96,6 +98,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
         if end.code:
             msg = f"{_reason(printed.getvalue())}; {prog} --help lists the options"
             raise UsageError(msg) from None
+        print(f"{', '.join(COMMON)}: of every command, see `jcrosslora --help`")
         if short:
             print(f"{prog} {_HELP_ALL} lists all {len(fields(command))} options")  # type: ignore[arg-type]
         raise
@@ -106,7 +109,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
 def _check_flags(command: type, given: Sequence[str], defaults: Mapping[str, Any], prog: str) -> None:
     """Refuse unknown flags, and flags of positional arguments."""
     hints = get_type_hints(command, include_extras=True)
-    known, alone = {*_HELP, _HELP_ALL, *_COMPLETION}, {}
+    known, alone = {*_HELP, _HELP_ALL, *_COMPLETION, *COMMON}, {}
     for one in fields(command):
         flag = one.name.replace("_", "-")
         if tyro.conf.Positional in get_args(hints[one.name]):

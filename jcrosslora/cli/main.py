@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -33,7 +34,9 @@ commands:
 
 jcrosslora COMMAND --help   the options of a command
 jcrosslora --version        the version
-jcrosslora --tyro-write-completion bash FILE   tab completion (bash, zsh, fish)"""
+jcrosslora --tyro-write-completion bash FILE   tab completion (bash, zsh, fish)
+
+{}"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ COMMANDS = {
     "demo": Command("inspect:Demo", "Move the shipped adapter between two small real models."),
     "transfer": Command("transfer:transfer_command", "Move an adapter to another base model."),
     "batch": Command("batch:Batch", "Run many transfers from a plan, and resume after any stop."),
-    "evaluate": Command("evaluate:Evaluate", "Score a base with and without adapters on a task."),
+    "evaluate": Command("evaluate:Evaluate", "Score a base with and without adapters."),
     "shelf": Command("shelf:ACTIONS", "Keep adapters of one base, and find the ones for a prompt."),
     "report": Command("evaluate:Report", "Write a page on a moved adapter.", computes=False),
     "generate": Command("generate:Generate", "Generate text with one or several adapters."),
@@ -148,12 +151,14 @@ def _answer_interrupts() -> None:
 
 def _run(arguments: list[str], own_process: bool) -> int:
     """Find the command and run it; everything slow is imported in here, where Ctrl-C is caught."""
+    from jcrosslora.cli.common import COMMON_HELP
     from jcrosslora.errors import suggestion
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in _HELP_FLAGS:
         width = max(map(len, COMMANDS))
-        print(_HELP.format("\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())))
+        listed = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())
+        print(_HELP.format(listed, COMMON_HELP))
         return OK
     if name == "--version":
         from jcrosslora.utils import version
@@ -169,6 +174,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
 
 def _call(command: Command, name: str, arguments: list[str], own_process: bool) -> int:
+    from jcrosslora.cli.common import Common
     from jcrosslora.cli.flags import parse
     from jcrosslora.errors import JCrossLoRAError, LostHostError
     from jcrosslora.utils.cost import enough_memory
@@ -177,7 +183,11 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
 
     # A table in a file has no reason to be cut at 80 columns.
     console = SafeConsole(width=None if sys.stdout.isatty() else 160)
+    verbose = "--verbose" in arguments
     try:
+        common = Common.of(arguments)
+        common.apply()
+        arguments = common.arguments
         with enough_memory():
             found = command.load(arguments)
             if isinstance(found, dict):
@@ -197,16 +207,18 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
                 from jcrosslora.utils.cache import keep_compiled
 
                 keep_compiled()
-            quiet = getattr(parsed, "quiet", False)
-            console.quiet = quiet
-            with show_progress(not quiet):
+            written = getattr(parsed, "written", None) if common.quiet else None
+            console.quiet = written is not None
+            with show_progress(not common.quiet):
                 code = parsed.run(console) or OK
-            if quiet and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):
-                print(parsed.written())
+            if written and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):
+                print(written())
             return code
     except LostHostError as error:
         _leave(fail(str(error), USER_ERROR))
     except JCrossLoRAError as error:
+        if verbose:
+            traceback.print_exception(error)
         return fail(str(error), USER_ERROR)
 
 

@@ -43,12 +43,7 @@ class OnDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Long(OnDevice):
-    """The flags of a command that runs for long and writes."""
-
-    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"run": ("quiet", "device")}
-
-    quiet: bool = False
-    """Print only errors, and the path of the result."""
+    """The flags of a command that runs for long and writes; --quiet has it print the path alone."""
 
     def written(self) -> str:
         """Return the path that was written."""

@@ -43,7 +43,7 @@ class _Transfer(Long):
     }
     SHORT: ClassVar[tuple[str, ...]] = (
         *GROUPS[""],
-        *("completions", "budget", "roles", "out_rank", "profile", "seed", "dry_run", "json", "quiet", "device"),
+        *("completions", "budget", "roles", "out_rank", "profile", "seed", "dry_run", "json", "device"),
     )
     DOCS: ClassVar[Mapping[str, str]] = {}
     METHOD_FLAGS: ClassVar[tuple[str, ...]] = ()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from jcrosslora.adapter.records import left_out
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, load_model, stack_adapters
+from jcrosslora.decoder import Generator, Model, load_model, stack_adapters
 from jcrosslora.decoder.model import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import harness_requests as harness
@@ -45,6 +46,7 @@ class JCrossLoRALM(TemplateLM):
         self,
         base: str | Path | BaseModel,
         adapter: str | Path | Adapter | None = None,
+        model: Model | None = None,
         **settings: Any,
     ) -> None:
         """Load the weights.
@@ -52,6 +54,7 @@ class JCrossLoRALM(TemplateLM):
         Args:
             base: a folder of safetensors, a GGUF file, a hub id, or an open base.
             adapter: of this base, applied unmerged: a folder, a hub id, or a loaded adapter; None for the base alone.
+            model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
             settings: the fields of `ModelSettings`.
 
         Raises:
@@ -71,7 +74,7 @@ class JCrossLoRALM(TemplateLM):
         self._text = load_tokenizer(self.base)
         self._prefix = harness.prefix_token(self.base, self._text, self.settings.prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
-        model = load_model(self.base, self.settings.dtype).with_adapter(stacked)
+        model = (model or load_model(self.base, self.settings.dtype)).with_adapter(stacked)
         self._models = Models(model, (self.base.name,))
         self._generator = Generator.of(self.base, self.adapter, model=model, tokenizer=self._text)
 
@@ -110,7 +113,8 @@ class JCrossLoRALM(TemplateLM):
             if not continuation:
                 msg = f"the continuation of {context[-60:]!r} is empty: give text to score"
                 raise UsageError(msg)
-        return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
+        quiet = disable_tqdm or not self.settings.bars  # the harness has a bar of its own
+        return super().loglikelihood(list(requests), disable_tqdm=quiet)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Score requests (text,): log p(text) after the prefix token, in windows if the text is too long.
@@ -137,7 +141,7 @@ class JCrossLoRALM(TemplateLM):
         keys = jax.random.key(self.settings.seed)
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
-        with show_progress(not disable_tqdm), track(len(requests), "write", "texts") as bar:
+        with self._progress(disable_tqdm), track(len(requests), "write", "texts") as bar:
             for number, (options, members) in enumerate(harness.group_prompts(prompts, self.settings.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
                 written = harness.generate(self._generator, rows, options, jax.random.fold_in(keys, number))
@@ -189,10 +193,13 @@ class JCrossLoRALM(TemplateLM):
         return context[-(self.max_length + 1 - len(scored)) :], scored
 
     def _judge(self, pairs: Sequence[Pair], quiet: bool) -> list[tuple[float, bool]]:
-        with show_progress(not quiet):
+        with self._progress(quiet):
             found = harness.judge(self._models, pairs, self.settings.batch_tokens)
         harness.check_finite(found, self.base, self.adapter)
         return found
+
+    def _progress(self, quiet: bool) -> AbstractContextManager[object]:
+        return show_progress(not quiet) if self.settings.bars else nullcontext()
 
     def _windows(self, text: str) -> list[Pair]:
         tokens = self.tok_encode(text, add_special_tokens=False)

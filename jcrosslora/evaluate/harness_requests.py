@@ -39,6 +39,7 @@ class ModelSettings:
         max_length: the most tokens that the model reads; None takes the number in its configuration.
         prefix_token_id: token before a text without context; None takes bos, or eos if there is no bos.
         seed: of the sampling, in tasks with a temperature.
+        bars: whether to show progress as the harness asks; else as `jcrosslora.show_progress` says.
         batch_size: accepted for the harness and not used, as the next two: see `batch_tokens`; JAX picks the device.
 
     Raises:
@@ -50,6 +51,7 @@ class ModelSettings:
     max_length: int | None = None
     prefix_token_id: int | None = None
     seed: int = 0
+    bars: bool = True
     batch_size: int | str | None = None
     max_batch_size: int | None = None
     device: str | None = None

@@ -41,7 +41,7 @@ class _Names:
 
     def evaluate(self, more: str = "") -> str:
         beside = f"--adapter {quoted(self.folder)}{more} --show 10 --json > answers.json"
-        return f"jcrosslora evaluate --base {quoted(self.base)} --task task.jsonl {beside}"
+        return f"jcrosslora evaluate --base {quoted(self.base)} --data task.jsonl {beside}"
 
     def report(self, more: str = "") -> str:
         return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
