@@ -58,7 +58,7 @@ def test_the_table_fits_80_columns_and_shows_every_figure(answers):
         # One line each: nothing is folded, for nats of two digits either.
         assert len(rows) == 3
         assert shown in rows[0]
-    assert [line.split()[-1] for line in lines if line.startswith("equal JSON")][1:] == ["better", "neither"]
+    assert [line.split()[-1] for line in lines if line.startswith("equal JSON")][1:] == ["better", "unclear"]
     assert "/home/me/[red]moved" in lines
 
 

@@ -1,15 +1,20 @@
 """Mistakes of users, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
 
+import copy
+import dataclasses
 import errno
+import inspect
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -419,3 +424,31 @@ def test_a_live_model_needs_torch(good, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(jcl.UsageError, match=r"torch is not installed: pip install 'jcrosslora\[torch\]'"):
         jcl.transfer(good / "adapter", good / "source", good / "target", "pad-truncate").to_peft(None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (jcl.TransferSettings, {"adaptr": "a"}, r"TransferSettings has no setting adaptr \(did you mean 'adapter'\?\)"),
+        (jcl.TransferSettings, {"adapter": "a"}, "TransferSettings: missing a required argument: 'source'"),
+        (jcl.methods.Distill, {"complletions": 9}, r"method distill has no setting complletions \(did you mean 'comp"),
+        (jcl.TrainingSettings, {"step": 8}, r"TrainingSettings has no setting step \(did you mean 'steps'\?\)"),
+        (jcl.ExportSettings, {"outt": "b"}, "ExportSettings has no setting outt"),
+        (jcl.MergeSettings, {"bas": "a"}, "MergeSettings has no setting bas"),
+        (jcl.ServedModel, {"modell": "b"}, "ServedModel has no setting modell"),
+        (jcl.TorchModel, {"modle": "b"}, "TorchModel has no setting modle"),
+        (partial(dataclasses.replace, jcl.methods.Copy()), {"rank": 8}, "method copy has no setting rank; it has no"),
+        (partial(jcl.transfer, "a", "s", "t"), {"promts": []}, r"no option 'promts' \(did you mean 'prompts'\?\)"),
+    ],
+)
+def test_settings_that_there_are_not_are_named_in_python_too(kind, given, said):
+    with pytest.raises(jcl.UsageError, match=said):
+        kind(**given)
+
+
+def test_settings_keep_their_signature_and_can_be_copied():
+    settings = jcl.TransferSettings(
+        adapter="a", source="s", target="t", out="o", method=jcl.methods.Distill(completions=20)
+    )
+    assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == dataclasses.replace(settings) == settings
+    assert list(inspect.signature(jcl.TrainingSettings).parameters)[:2] == ["steps", "batch"]

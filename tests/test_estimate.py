@@ -170,7 +170,7 @@ def test_a_dry_run_gives_its_figures_as_json(places, capsys):
     main(["transfer", str(places[0]), *flags(places), "--dry-run", "--json", "--method", "cross-lora"])
     record = json.loads(capsys.readouterr().out)
     assert record["seconds"] == sum(record["steps"].values())
-    keys = {"method", "why", "modules", "rank", "examples", "steps", "seconds", "memory_bytes", "placement"}
+    keys = {"method", "why", "modules", "rank", "examples", "steps", "seconds", "memory_bytes", "placement", "warnings"}
     assert keys == set(record)
     assert record["placement"] is None
 
@@ -185,7 +185,38 @@ def test_a_dry_run_refuses_settings_that_the_transfer_would(places, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["transfer", str(places[0]), *flags(places), "--dry-run", "--method", "distill", "--roles", "qproj"])
     assert stopped.value.code == 2
-    assert "roles ('qproj',) was asked for, wanted some of q_proj" in capsys.readouterr().err
+    wanted = "wanted different roles of linear modules (did you mean 'q_proj'?), such as q_proj, k_proj"
+    assert f"roles ('qproj',) was asked for, {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["auto", "distill"])
+def test_an_unknown_role_is_refused_before_a_base_is_looked_for(tmp_path, capsys, method):
+    bases = ["--source", str(tmp_path / "none"), "--target", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["transfer", "none", *bases, "--method", method, "--roles", "q_proj", "up_prj"])
+    error = capsys.readouterr().err
+    assert "(did you mean 'up_proj'?)" in error
+    assert len(error) < 300
+
+
+def test_one_base_at_both_ends_is_called_so_before_the_work(places, capsys):
+    same = [
+        "--source",
+        str(places[1]),
+        "--target",
+        str(places[1]),
+        "--out",
+        str(places[1].parent / "same"),
+        "--dry-run",
+    ]
+    main(["transfer", str(places[0]), *same])
+    reason = "source and target are one and the same base (equal digests), and nothing has to be moved"
+    assert reason in capsys.readouterr().out
+    main(["transfer", str(places[0]), *same, "--method", "cross-lora", "--json"])
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning == "source and target are one and the same base: nothing has to be moved"
+    main(["compare", str(places[1]), str(places[1])])
+    assert reason in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_memory_of_a_fit_is_that_of_weights_predictions_activations_and_factors(places):

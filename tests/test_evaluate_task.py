@@ -197,8 +197,8 @@ def test_differences_are_named_better_worse_or_none():
     assert word_of("accuracy", Interval(-0.1, -0.2, -0.05)) == "worse"
     assert word_of("nll_per_char", Interval(-0.1, -0.2, -0.05)) == "better"
     assert word_of("nll_per_char", Interval(0.1, 0.05, 0.2)) == "worse"
-    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2)) == "neither"
-    assert word_of("accuracy", Interval(0.1, 0.0, 0.2)) == "neither"
+    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2)) == "unclear"
+    assert word_of("accuracy", Interval(0.1, 0.0, 0.2)) == "unclear"
 
 
 def test_the_table_shows_every_figure_in_80_columns():
@@ -206,7 +206,7 @@ def test_the_table_shows_every_figure_in_80_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     print_scores(found, console)
     text = console.export_text()
-    for wanted in ("org/base[1]", "folder/[red]x", "2 questions", "nats per character", "neither"):
+    for wanted in ("org/base[1]", "folder/[red]x", "2 questions", "nats per character", "unclear"):
         assert wanted in text
     for figure in FIGURES:
         value = found.bootstrap(figure)[1]

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_move
 from tiny_bases import delta, random_adapter
 
@@ -63,6 +64,22 @@ def test_a_source_that_holds_the_adapter_already_is_warned_about(move, tmp_path)
     assert (len(warned[0]), len(warned[1])) == (0, 1)
 
 
+def test_what_speaks_against_a_source_is_said_before_the_work(move, tmp_path, capsys):
+    _, source, target = move
+    base = jcl.open_base(source)
+    adapter = random_adapter(base, scale=0.3)
+    saved = jcl.save_adapter(adapter, tmp_path / "adapter", base_name="tiny")
+    merged = jcl.merge(jcl.MergeSettings(str(source), str(saved), str(tmp_path / "merged"))).folder
+    command = ["transfer", str(saved), "--source", str(merged), "--target", str(target), "--out", str(tmp_path / "out")]
+    command += ["--method", "theseus", "--no-cache", "--effect", "never"]
+    main([*command, "--dry-run"])
+    said = "the weights of the source seem to hold the adapter already"
+    assert f"warning {said}" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "prompts.txt").write_text("\n".join(CORPUS))
+    main([*command, "--prompts", str(tmp_path / "prompts.txt")])
+    assert f"warning: {said}" in capsys.readouterr().err
+
+
 def test_a_merged_model_is_no_adapter_and_is_called_what_it_is(move):
     _, source, target = move
     with pytest.raises(jcl.AdapterError, match="is a whole model, perhaps with an adapter merged into it"):
@@ -73,7 +90,9 @@ def test_a_target_that_is_the_source_is_called_the_same_model(move):
     adapter, source, _ = move
     verdict = jcl.transfer(adapter, source, source, "copy", cache=False).verdict
     assert verdict.level == "aligned"
-    assert verdict.text.startswith("source and target are the same model (equal digests)")
+    assert verdict.text.startswith(
+        "source and target are one and the same base (equal digests): nothing had to be moved"
+    )
 
 
 @pytest.mark.parametrize("method", ["copy", "lora-x", "prolora"])

@@ -23,13 +23,14 @@ from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version
 from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.settings import Settings
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
 _DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)
 
 
 @dataclass(frozen=True)
-class ExportSettings:
+class ExportSettings(Settings):
     """The settings of an export."""
 
     adapter: tuple[str, ...]

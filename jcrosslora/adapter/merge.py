@@ -33,6 +33,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.settings import Settings
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
 _CONFIG = "config.json"
@@ -52,7 +53,7 @@ Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray]
 
 
 @dataclass(frozen=True)
-class MergeSettings:
+class MergeSettings(Settings):
     """The settings of a merge."""
 
     base: str

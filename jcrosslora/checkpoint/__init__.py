@@ -1,6 +1,6 @@
 """Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
-from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES
+from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, wanted_roles
 from jcrosslora.architectures.config import Dims
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.architectures.family import Family
@@ -49,4 +49,5 @@ __all__ = [
     "read_dims",
     "shared_ids",
     "text_module_name",
+    "wanted_roles",
 ]

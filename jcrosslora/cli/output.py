@@ -86,6 +86,8 @@ def print_table(
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
+    if console.measure(table).minimum > console.width:  # rather no lines than no ends of words
+        table.box, table.padding = None, (0, 1, 0, 0)
     console.print(table, highlight=False, markup=False)
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint import ROLES, wanted_roles
 from jcrosslora.errors import UsageError
 
 FEWEST_COMPLETIONS = 16
@@ -133,7 +133,7 @@ class DistillSettings:
         for name, chosen in (("optimizer", Optimizer), ("end", End)):
             rules[name] = getattr(self, name) in get_args(chosen), f"one of {', '.join(get_args(chosen))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
-        rules["roles"] = known, f"some of {', '.join(ROLES)}"
+        rules["roles"] = known, wanted_roles(self.roles)
         timed = self.budget is None or self.seconds is not None
         rules["budget"] = timed, "a time such as 90s, 20min or 1.5h"
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"

@@ -34,7 +34,7 @@ class Direction(StrEnum):
 
     BETTER = "better"
     WORSE = "worse"
-    UNCLEAR = "neither"
+    UNCLEAR = "unclear"
 
 
 def word_of(figure: str, difference: Interval) -> Direction:

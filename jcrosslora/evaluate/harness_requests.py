@@ -18,6 +18,7 @@ from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.settings import Settings
 
 Pair = tuple[Sequence[int], Sequence[int]]
 _LOGITS_AT_ONCE = 128
@@ -30,7 +31,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """How a base is run for the harness.
 
     Attributes:

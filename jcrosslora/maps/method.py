@@ -19,6 +19,7 @@ from jcrosslora.errors import MethodError
 from jcrosslora.maps.evidence import RUNNING, Evidence, EvidenceKind, Maps
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.settings import Settings
 
 if TYPE_CHECKING:
     from jcrosslora.decoder import LoadedBases
@@ -128,7 +129,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Settings):
     """Base class of all methods. A subclass is a frozen dataclass; its fields are its hyper-parameters.
 
     The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
@@ -149,6 +150,11 @@ class Method:
     reference: ClassVar[str] = ""
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
     carries: ClassVar[Carried] = Carried.LINEAR | Carried.EXPERTS
+
+    @classmethod
+    def called(cls) -> str:
+        """Return what errors call it."""
+        return f"method {cls.name}"
 
     def move(self, task: Task) -> Moved:
         """Return the update of the target."""

@@ -145,19 +145,17 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
         if strange := given.keys() - (known := setting_fields()).keys():
             msg = f"no method has a setting {min(strange)}{suggestion(min(strange), known)}; see jcrosslora.methods"
             raise UsageError(msg)
+        for name, value in given.items():  # by a method that has it, before the bases are looked at
+            METHODS[next(iter(known[name]))](**{name: value}).check()
         return Auto(**given)
     if isinstance(method, str):
         method = find_method(method)
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
         msg = f"method {method!r} is neither a name nor a method; see jcrosslora.methods"
         raise MethodError(msg)
-    known = [field.name for field in dataclasses.fields(method)]
-    for name in settings:
-        if name not in known:
-            has = f"its settings are {', '.join(known)}" if known else "it has no settings"
-            msg = f"method {method.name} has no setting {name}; {has}"
-            raise UsageError(msg)
-    return method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
+    made = method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
+    made.check()  # before anything slow
+    return made
 
 
 def make_chosen(name: str, auto: Auto) -> Method:

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.matching import MATRICES
-from jcrosslora.relation.method_selection import Choice, choose_method
+from jcrosslora.relation.method_selection import Choice, choose_method, equal_files
 from jcrosslora.relation.relation import Relation, TensorComparison, compare_modules, compare_other_tensors, relation_of
 from jcrosslora.relation.structure import Part, count_parts
 from jcrosslora.relation.structure_search import find_structure
@@ -120,8 +120,7 @@ def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
 
 def _compare_fully(bases: Bases) -> tuple[Relation, str]:
     """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
-    sizes = [[path.stat().st_size for path in base.store.files] for base in bases]
-    if sizes[0] == sizes[1] and bases.source.digest() == bases.target.digest():
+    if equal_files(*bases):
         return Relation.SAME, "the weight files are equal, byte by byte"
     unequal = _unequal_tensors(bases)
     if not unequal:

@@ -33,6 +33,7 @@ MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
 _FITTED = MENDED | {TRAINED_METHOD: MENDED[COPY_METHOD]}  # where there are answers to fit to
 # The method for bases that can both be run.
 _SUITED = {
+    Likeness.SAME: COPY_METHOD,
     Likeness.COPY: COPY_METHOD,
     Likeness.TRAINED_COPY: TRAINED_METHOD,
     Likeness.MERGED_COPY: TRAINED_METHOD,
@@ -156,6 +157,8 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
 
 
 def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
+    if not similarity.distance and equal_files(*bases):
+        return Finding(Likeness.SAME, similarity)
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
@@ -170,6 +173,12 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
         return Finding(Likeness.TRAINED_COPY, similarity)
     coarse = relation and not by_source and similarity.distance >= _COMPRESSED
     return Finding(Likeness.COARSE_COPY if coarse else Likeness.COPY, similarity, by_quantiser)
+
+
+def equal_files(source: BaseModel, target: BaseModel) -> bool:
+    """Check whether the weights of two bases are equal, byte by byte; files of one size are read for their digests."""
+    sizes = [[path.stat().st_size for path in base.store.files] for base in (source, target)]
+    return sizes[0] == sizes[1] and source.digest() == target.digest()
 
 
 def compare_weights(

@@ -13,6 +13,7 @@ from jcrosslora.relation.structure import Part
 _SHOWN_NAMES = 3  # tensors named in one sentence
 _COPY, _PARTS = "the two bases are nearly identical{}", "one of the two bases is made of the other's parts{}"
 _FOUND = {
+    Likeness.SAME: "source and target are one and the same base (equal digests), and nothing has to be moved",
     Likeness.COPY: _COPY,
     Likeness.TRAINED_COPY: f"{_COPY}, but one is the other {Relation.TRAINED}",
     Likeness.MERGED_COPY: f"{_COPY}, but one is the other {Relation.LORA_MERGED}",

@@ -193,7 +193,9 @@ def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str, same: bool) -
     if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
     if cosine >= _SAME_COSINE and same:
-        return Verdict("aligned", "source and target are the same model (equal digests): the adapter works as it is")
+        return Verdict(
+            "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
+        )
     if cosine >= _SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")

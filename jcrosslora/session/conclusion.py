@@ -38,6 +38,7 @@ class Move:
         reason: why `auto` chose the method; None if the user named it.
         queried: settings by which the source was queried, if its weights were not read.
         rank: the rank of the source adapter, if its factors were not read; None if that is not known.
+        doubts: what speaks against the source as the base of the adapter, and against a move at all.
         known: singular vectors of the target's weights that other adapters needed; new ones are added.
     """
 
@@ -47,6 +48,7 @@ class Move:
     profile: Profile = "peft"
     queried: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
+    doubts: tuple[str, ...] = ()
     known: Known = field(default_factory=dict)
 
 

@@ -48,6 +48,7 @@ class Estimate:
             weights, factors and maps.
         examples: number of labelled ones that are taught.
         placement: where the weights lie that a fit and the check of the effect run; None if neither does.
+        warnings: what speaks against the source as the base of the adapter, one sentence each.
     """
 
     method: Method
@@ -58,6 +59,7 @@ class Estimate:
     memory: int
     placement: Placement | None = None
     examples: int = 0
+    warnings: tuple[str, ...] = ()
 
     def seconds(self, adapters: int = 1) -> float:
         """Sum the steps that are known, for adapters that share the alignment."""
@@ -75,6 +77,7 @@ class Estimate:
             "seconds": self.seconds(),
             "memory_bytes": self.memory,
             "placement": None if self.placement is None else self.placement.record(),
+            "warnings": list(self.warnings),
         }
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -90,6 +93,7 @@ class Estimate:
         yield "memory", self.size()
         if self.placement is not None and self.placement.was_chosen:
             yield "devices", self.placement.text()
+        yield from (("warning", sentence) for sentence in self.warnings)
 
     def size(self, more: int = 0) -> str:
         """Write the memory with `more` bytes; without a fit activations come on top."""

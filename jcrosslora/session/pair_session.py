@@ -40,7 +40,7 @@ from jcrosslora.session.timing import Stopwatch
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import free_memory
-from jcrosslora.utils.progress import Steps, begin, shows_progress, steps
+from jcrosslora.utils.progress import Steps, begin, say, shows_progress, steps
 
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
@@ -106,6 +106,8 @@ class PairSession:
         examples = request.examples > 0
         move = self.start(adapter, request.method, request.options, request.profile, examples=examples)
         task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
+        for sentence in move.doubts if shows_progress() else ():
+            say(f"warning: {sentence}")
         # After everything has been checked: writing texts takes a minute.
         with self.steps(task, request.options, request.probes):
             task = self.collect_text(task, request.options, request.probes)
@@ -117,12 +119,15 @@ class PairSession:
         options, examples = request.options, request.examples
         if request.adapter is None:
             (method, reason), sources = self.resolve(request.method, examples=examples > 0), None
+            doubts: tuple[str, ...] = ()
         else:
             adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
             move = self.start(adapter, request.method, options, request.profile, examples=examples > 0)
             method, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
+            doubts = move.doubts
         prompts = 0 if request.probes is None else len(request.probes.texts)
-        return estimate(self.plan(method, options, sources), options, (prompts, examples), self.stopwatch, reason)
+        plan = self.plan(method, options, sources)
+        return replace(estimate(plan, options, (prompts, examples), self.stopwatch, reason), warnings=doubts)
 
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
         """Load an adapter of the source, see `load_adapter`."""
@@ -193,7 +198,11 @@ class PairSession:
         if Carried.TOKENS in chosen.carries:
             adapter = for_profile(adapter, profile)
         shifter = Shifter(adapter, self._source_info, chosen, calibrate=options.calibrate, scale=options.scale)
-        return PairMove(chosen, reason, options, profile, known=self._known, shifter=shifter)
+        # Maps may come from the cache, and then no weights are read.
+        found = doubts(adapter, self.pair.source, weights=chosen.runs_bases)
+        if reason is None and self.pair.source.store.files and self.pair.source.store.files == target.store.files:
+            found += ("source and target are one and the same base: nothing has to be moved",)
+        return PairMove(chosen, reason, options, profile, doubts=found, known=self._known, shifter=shifter)
 
     @cached_property
     def _source_info(self) -> BaseInfo:
@@ -257,8 +266,7 @@ class PairSession:
             if given is not None and task.probes is None:
                 text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
                 warnings = (f"{text} was not read: method {move.method.name} asks for none", *warnings)
-            weights = move.method.runs_bases  # maps may come from the cache, and then no weights are read
-            return effect, (*doubts(move.shifter.adapter, self.pair.source, weights=weights), *warnings)
+            return effect, (*move.doubts, *warnings)
 
         result = conclude(move, transport, shifted, update, self.pair.target, check=check)
         return result if result.texts else replace(result, texts=tuple(probes))

@@ -17,14 +17,16 @@ from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifted import Calibration
 from jcrosslora.methods import AUTO, METHODS, Auto, MethodLike, hyper_types, make_method, setting_fields
 from jcrosslora.utils.files import read_small_text
+from jcrosslora.utils.settings import Settings
 
 EffectCheck = Literal["auto", "always", "never"]
 Divide = Literal["auto", "always", "never"]
+_ARGUMENTS = ("adapter", "source", "target", "method", "prompts", "cache")  # of `transfer`, which are no options
 Backend = Literal["jax", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferOptions:
+class TransferOptions(Settings):
     """Options of a transfer other than method and files. Keywords of `jcrosslora.transfer`."""
 
     depth: str = "proportional"
@@ -70,7 +72,9 @@ def make_options(given: Mapping[str, Any]) -> TransferOptions:
             msg = f"{name} is no option of a transfer, but a setting of methods: give method={example}"
             raise UsageError(msg)
         if name not in known:
-            msg = f"a transfer has no option {name!r}{suggestion(name, known)}; it has {', '.join(known)}"
+            msg = (
+                f"a transfer has no option {name!r}{suggestion(name, [*known, *_ARGUMENTS])}; it has {', '.join(known)}"
+            )
             raise UsageError(msg)
     return TransferOptions(**given)
 

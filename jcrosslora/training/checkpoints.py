@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint import ROLES, wanted_roles
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.utils.settings import Settings
 
 Dtype = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "lora-rite"]
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """How `train_lora` trains; the same settings, examples and base give the same adapter on one kind of machine."""
 
     steps: int = 160
@@ -61,7 +62,7 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise UsageError if a setting is out of range."""
-        modules, wanted = self.modules, "a tuple of different ones of " + ", ".join(ROLES)
+        modules = self.modules
         # Compiled functions are cached by the settings, and a list cannot be hashed.
         listed = modules is None or (isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)))
         rank, alpha = self.size
@@ -73,7 +74,7 @@ class TrainingSettings:
             rules[name] = getattr(self, name) in known, f"one of {', '.join(known)}"
         rules["weight_decay"] = 0 <= self.weight_decay < math.inf, "a number from 0 on"
         rules["seed"] = 0 <= self.seed < 1 << 32, "an integer from 0 to 2^32 - 1"
-        rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), wanted
+        rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), f"a tuple of {wanted_roles(modules)}"
         for name, (holds, wanted) in rules.items():
             if not holds:
                 msg = f"training with {name} {getattr(self, name)!r}: wanted {wanted}"

@@ -1,6 +1,6 @@
 """The blocks that layers are made of, and their modules and tensors altogether."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jcrosslora.architectures.blocks.attention import HeadNorms as HeadNorms
 from jcrosslora.architectures.blocks.attention import LatentAttention as LatentAttention
@@ -22,6 +22,7 @@ from jcrosslora.architectures.blocks.experts import Scores as Scores
 from jcrosslora.architectures.blocks.mamba2 import Mamba2 as Mamba2
 from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as RecurrentBlock
 from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
+from jcrosslora.errors import suggestion
 
 # The classes that have linear modules, in the order in which these are listed.
 BLOCKS: tuple[type[Block], ...] = (
@@ -66,3 +67,9 @@ HEAD_BIAS = "lm_head.bias"
 LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
 LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"
+
+
+def wanted_roles(given: Iterable[str] | None) -> str:
+    """Say what roles there are, to those who named one that there is not; a whole list would have 44."""
+    near = next((suggestion(one, ROLES) for one in given or () if one not in ROLES), "")
+    return f"different roles of linear modules{near}, such as {', '.join(DENSE_ROLES)}"

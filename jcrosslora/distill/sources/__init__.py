@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.settings import Settings
 
 if TYPE_CHECKING:  # a command that describes a source does not run one
     from jcrosslora.adapter import AdapterInfo
@@ -153,7 +154,7 @@ class QueriedSource(Source, Protocol):
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ServedModel(Settings):
     """A base with an adapter that an OpenAI-compatible server runs: vLLM, SGLang, llama.cpp's or another.
 
     A key for the server is taken from the environment, JCROSSLORA_SOURCE_KEY or else OPENAI_API_KEY, and sent to this
@@ -203,7 +204,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class TorchModel:
+class TorchModel(Settings):
     """A base that transformers runs.
 
     Attributes:
