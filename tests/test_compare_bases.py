@@ -376,6 +376,7 @@ def test_equal_weights_under_another_tokenizer_are_not_the_same(tmp_path, swappe
     found = compare_bases(open_base(source), open_base(target))
     assert found.words == (OTHER_TOKENIZER if swapped else SAME)
     assert found.choice.method == "copy"
+    assert ("one and the same base" in found.choice.reason) == (swapped == 0)
     assert (f"{swapped} of 96 ids stand for other tokens" in found.sentence) == (swapped > 0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, module_rows
+from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, evenly_spaced, module_rows
 from jcrosslora.relation.relation import (
     Finding,
     Likeness,
@@ -157,7 +157,7 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
 
 
 def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
-    if not similarity.distance and equal_files(*bases):
+    if not similarity.distance and equal_files(*bases) and compare_token_names(*bases) is None:
         return Finding(Likeness.SAME, similarity)
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.

@@ -56,7 +56,7 @@ class Relation(StrEnum):
 class Likeness(Enum):
     """How alike two bases are, as far as the way of an update from one to the other depends on it."""
 
-    SAME = auto()  # files of equal digests
+    SAME = auto()  # files of equal digests, and tokenizers that agree
     COPY = auto()  # up to rounding
     TRAINED_COPY = auto()
     MERGED_COPY = auto()  # with a LoRA
