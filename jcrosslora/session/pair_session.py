@@ -118,16 +118,16 @@ class PairSession:
         """Estimate the transfer of an adapter; None is one that has all modules of the source."""
         options, examples = request.options, request.examples
         if request.adapter is None:
-            (method, reason), sources = self.resolve(request.method, examples=examples > 0), None
-            doubts: tuple[str, ...] = ()
+            (method, reason), sources, warnings = self.resolve(request.method, examples=examples > 0), None, ()
         else:
             adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
             move = self.start(adapter, request.method, options, request.profile, examples=examples > 0)
-            method, reason, sources = move.method, move.reason, move.shifter.adapter.modules.keys()
-            doubts = move.doubts
+            method, reason, warnings = move.method, move.reason, move.doubts
+            sources = move.shifter.adapter.modules.keys()
         prompts = 0 if request.probes is None else len(request.probes.texts)
         plan = self.plan(method, options, sources)
-        return replace(estimate(plan, options, (prompts, examples), self.stopwatch, reason), warnings=doubts)
+        found = estimate(plan, options, (prompts, examples), self.stopwatch, reason)
+        return replace(found, warnings=warnings)
 
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
         """Load an adapter of the source, see `load_adapter`."""
