@@ -252,7 +252,7 @@ class Display:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
         left = self._shown[0].left(now, self._shown[1:])
-        ending = f"{duration(now - self._begun)} so far" if not left else f"{_about(left)} left"
+        ending = f"{duration(now - self._begun)} so far" if left is None else f"{_about(left)} left"
         return ", ".join([*parts, ending])
 
     @contextmanager
