@@ -110,7 +110,7 @@ def test_command_evaluates_a_moved_adapter(files, tmp_path, capsys):
     items = [{"question": f"What is {i}?", "choices": ["water", "light"], "answer": i % 2} for i in range(4)]
     task.write_text("\n".join(map(json.dumps, items)))
     adapters = [str(shutil.copytree(files / "adapter", tmp_path / name)) for name in ("one", "two", "three")]
-    given = ["--base", str(files / "source"), "--task", str(task)]
+    given = ["--base", str(files / "source"), "--data", str(task)]
     main(["evaluate", *given, "--adapter", *adapters[:2], "--adapter", adapters[2]])
     printed = capsys.readouterr().out
     assert "4 questions" in printed
