@@ -6,7 +6,10 @@ import tomllib
 import pytest
 
 import jcrosslora as jcl
-from jcrosslora.report import Base, Recipe, Row, SourceAdapter, Unmapped, Verdict, complete, model_card
+from jcrosslora.adapter.records import AdapterOrigin
+from jcrosslora.maps.shifted import ModuleRow, UnmappedSource
+from jcrosslora.maps.transport import AlignRecipe
+from jcrosslora.report import Base, Verdict, complete, model_card
 
 
 def report(base_name="google/gemma-3-270m", source_adapter="owner/lora", **changes) -> jcl.TransferReport:
@@ -16,14 +19,14 @@ def report(base_name="google/gemma-3-270m", source_adapter="owner/lora", **chang
             "version": "1",
             "verdict": Verdict("chance", "at chance level:\nexpect no effect"),
             "recipe_toml": 'method = "cross-lora"\nrank = 320\n',
-            "recipe": Recipe("cross-lora"),
+            "recipe": AlignRecipe("cross-lora"),
             "source": Base("owner/small", revision="v1", digest="sha256:aa"),
             "target": Base(base_name, digest="sha256:bb"),
-            "adapter": SourceAdapter(source_adapter),
+            "adapter": AdapterOrigin(source_adapter),
             "layers": (0,),
-            "rows": (Row(target="q_proj", source="q_proj", role="q|k", kept=0.1, **figures),),
+            "rows": (ModuleRow(target="q_proj", source="q_proj", role="q|k", kept=0.1, **figures),),
             "unmapped_targets": (),
-            "unmapped_sources": (Unmapped("model.layers.29.self_attn.q_proj", 0.015),),
+            "unmapped_sources": (UnmappedSource("model.layers.29.self_attn.q_proj", 0.015),),
             "energy": 1.0,
             "warnings": ("Signs are not anchored.",),
             **changes,

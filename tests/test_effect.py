@@ -257,6 +257,6 @@ def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
 
 
 def test_random_control_keeps_its_verdict(pair, report):
-    recipe = msgspec.structs.replace(report.recipe, method="random")
+    recipe = dataclasses.replace(report.recipe, method="random")
     full = msgspec.structs.replace(report, recipe=recipe, effect=MeasuredEffect.of(made(0.01, 0)))
     assert jcl.verdict(complete(full, Random())).level == "control"

@@ -17,17 +17,15 @@ from jcrosslora.utils.texts import html_table
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """The provenance of an adapter, and the contents of its files that were not read. Compared and hashed by value.
+class AdapterOrigin:
+    """The provenance of an adapter, as reports state it.
 
     Attributes:
         name: the path or hub id that it was read from, or a name given by its maker.
         base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
-        config: the raw `adapter_config.json`, or the metadata of a GGUF file.
         form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
-        prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
         ignored: other contents of the files and why they do not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
@@ -35,7 +33,6 @@ class AdapterInfo:
         licence: as the adapter's own card states it.
         licence_name: the name of one that the hub does not know, whose `licence` is "other".
         rank_limit: the largest rank to read it at.
-        chat_template: Jinja template in its folder, which it was probably trained in.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
@@ -43,11 +40,9 @@ class AdapterInfo:
 
     name: str = "memory"
     base_name: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     form: str | None = None
     digest: str | None = None
     revision: str | None = None
-    prefix: str = TEXT
     ignored: tuple[str, ...] = ()
     kind: str = "LoRA"
     read_as: str | None = None
@@ -56,10 +51,24 @@ class AdapterInfo:
     licence_name: str | None = None
     licence_link: str | None = None
     rank_limit: int | None = None
-    chat_template: str | None = None
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()
+
+
+@dataclass(frozen=True)
+class AdapterInfo(AdapterOrigin):
+    """The provenance of an adapter, and the contents of its files that were not read. Compared and hashed by value.
+
+    Attributes:
+        config: the raw `adapter_config.json`, or the metadata of a GGUF file.
+        prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
+        chat_template: Jinja template in its folder, which it was probably trained in.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    prefix: str = TEXT
+    chat_template: str | None = None
 
     def acting(self) -> "AdapterInfo":
         """Return the part that decides when the adapter acts, its invocation tokens."""

@@ -1,5 +1,6 @@
 """Names on the hub, files from it, why a request failed, and names instead of this machine's paths."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -191,7 +192,7 @@ def local_names(*refs: str | None) -> dict[str, str]:
 
 
 def publish(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace the paths in all texts of a JSON value or of a record of msgspec, longer ones first."""
+    """Replace the paths in all texts of a JSON value or of a record, longer ones first."""
     pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
 
     def replaced(value: Any) -> Any:
@@ -203,6 +204,8 @@ def publish(value: Any, names: Mapping[str, str]) -> Any:
             return type(value)(map(replaced, value))
         if isinstance(value, msgspec.Struct):
             return type(value)(**{name: replaced(getattr(value, name)) for name in value.__struct_fields__})
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return type(value)(**{one.name: replaced(getattr(value, one.name)) for one in dataclasses.fields(value)})
         return value
 
     return replaced(value)

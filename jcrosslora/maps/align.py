@@ -21,7 +21,7 @@ from jcrosslora.maps.method import MapMethod
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.singular_vectors import describe
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
-from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, Agreement, TransportGroup, measure
+from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils import hosts
 from jcrosslora.utils.digests import digest_of
@@ -159,8 +159,8 @@ def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: ja
 
 
 @partial(jax.jit, static_argnames=("method", "mesh"))
-def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, Agreement]:
-    def one(evidence: Evidence, vocabulary: object) -> tuple[Maps, Agreement]:
+def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, dict[str, jax.Array]]:
+    def one(evidence: Evidence, vocabulary: object) -> tuple[Maps, dict[str, jax.Array]]:
         evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
         maps = method.maps(evidence)
         return maps, measure(evidence, maps, by_coordinates=method.measure == "weight cosine")

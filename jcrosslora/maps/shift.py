@@ -1,6 +1,5 @@
 """LoRA-Shift (arXiv 2508.05232, section 3): carry adapters through the maps, the same for all methods."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Terms
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.other_changes import carry_experts, carry_tokens
-from jcrosslora.maps.shifted import Calibration, ModuleRow, Shifted, UnmappedSource
+from jcrosslora.maps.shifted import Calibration, ModuleRow, Shifted, UnmappedSource, defined
 from jcrosslora.maps.transport import Transport, TransportGroup
 from jcrosslora.relation.pairing import Pair
 
@@ -188,17 +187,14 @@ class Shifter:
             b = moved.b[index] if self._scale == 1 else moved.b[index] * np.float32(self._scale)
             self._modules[pair.target] = LoRAFactors(a=moved.a[index], b=b)
             before = float(moved.before[index])
-            row = ModuleRow(
-                target=pair.target,
-                source=pair.source,
-                role=pair.role,
-                energy=before,
-                kept=float(moved.mapped[index]) / before if before > 0 else 1.0,
-                norm_before=float(np.sqrt(moved.before[index])),
-                norm_after=float(np.sqrt(moved.after[index])) * abs(self._scale),
-                **agreement,
-            )
-            self._rows.append(row)
+            figures = agreement | {
+                "energy": before,
+                "kept": float(moved.mapped[index]) / before if before > 0 else 1.0,
+                "norm_before": float(np.sqrt(moved.before[index])),
+                "norm_after": float(np.sqrt(moved.after[index])) * abs(self._scale),
+            }
+            known: dict[str, Any] = {name: defined(value) for name, value in figures.items()}
+            self._rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
 
 
 def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
@@ -212,7 +208,7 @@ def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
         factors = [_stack([shifter.adapter.modules[pair.source] for pair in pairs]) for shifter in some]
         a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
         moved = jax.tree.map(np.asarray, _shift_stack(_terms_of(group, rows), a, b, scale, keep_norm))
-        agreement = {key: np.asarray(x)[np.array(rows)] for key, x in dataclasses.asdict(group.agreement).items()}
+        agreement = {key: np.asarray(x)[np.array(rows)] for key, x in group.agreement.items()}
         agreements = [{key: x[index].item() for key, x in agreement.items()} for index in range(len(pairs))]
         for index, shifter in enumerate(some):
             shifter.take(pairs, agreements, jax.tree.map(lambda x, index=index: x[:, index], moved))

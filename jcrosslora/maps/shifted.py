@@ -2,17 +2,27 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.records import describe_change
+from jcrosslora.maps.transport import Agreement
 
 Calibration = Literal["none", "frobenius"]
+# What is read from a report is bounded: a damaged number must not become a picture that cannot be drawn.
+Size = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 
 
-@dataclass(frozen=True)
-class ModuleRow:
-    """The update of one target module; the fields from `rank` on are those of `Agreement`.
+def defined(value: float) -> float | None:
+    """Return a figure as rows and reports have it: None in place of NaN."""
+    return None if math.isnan(value) else value
+
+
+class ModuleRow(Agreement, frozen=True):
+    """The update of one target module, with the agreement of the pair. None where a figure is not defined.
 
     Attributes:
         source: module of the source base whose update it received; "" if it was fitted and received none.
@@ -24,30 +34,16 @@ class ModuleRow:
 
     target: str
     source: str
-    role: str
-    energy: float
-    kept: float = math.nan
-    norm_before: float = math.nan
-    norm_after: float = 0.0
-    rank: int = 0
-    energy_src: float = math.nan
-    energy_tgt: float = math.nan
-    gap_src: float = math.nan
-    gap_tgt: float = math.nan
-    condition_src: float = math.nan
-    condition_tgt: float = math.nan
-    error_src: float = math.nan
-    error_tgt: float = math.nan
-    similarity_out: float = math.nan
-    similarity_in: float = math.nan
-    vector_ratio: float = math.nan
-    activation_cosine: float = math.nan
-    weight_cosine: float = math.nan
+    role: Role
+    energy: Size | None
+    kept: float | None = None
+    norm_before: Size | None = None
+    norm_after: Size | None = 0.0
 
     @classmethod
     def unmapped(cls, target: str, role: str, source: str = "", energy: float = 0.0) -> "ModuleRow":
         """Account for a module that no map leads to; `source` lies at its depth, and is "" where none does."""
-        return cls(target, source, role, energy, norm_before=math.sqrt(energy) if source else math.nan)
+        return cls(target, source, role, energy, norm_before=math.sqrt(energy) if source else None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class UnmappedSource:
     """A source module whose update is not moved, and its share of the whole update's ||.||_F^2."""
 
     source: str
-    share: float
+    share: Size
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from jcrosslora.checkpoint import BaseInfo, BaseModel
@@ -17,7 +18,7 @@ from jcrosslora.maps.method import Method
 from jcrosslora.relation.pairing import Pair, Pairing
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class AlignRecipe:
     """The settings that a transport was made with, and their outcome.
 
@@ -33,12 +34,12 @@ class AlignRecipe:
     """
 
     method: str
-    settings: Mapping[str, Any]
-    depth: str
-    seed: int
-    signs: str
-    shared_tokens: int
-    probes: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    depth: str = ""
+    seed: int = 0
+    signs: str = ""
+    shared_tokens: int = 0
+    probes: str = "none"
     prompts: str | None = None
     examples: str | None = None
     example_count: int = 0
@@ -46,9 +47,10 @@ class AlignRecipe:
     svd: str = "not needed"
 
 
-@flax.struct.dataclass
-class Agreement:
-    """Diagnostics of one pair of modules, all scalars; NaN if a figure is undefined or not required.
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """Diagnostics of one pair of modules; None if a figure is undefined or not required.
+
+    An alignment computes them as scalar arrays by these names, with NaN for None.
 
     Attributes:
         rank: R, the truncation rank of this pair.
@@ -63,24 +65,24 @@ class Agreement:
             the others.
     """
 
-    rank: jax.Array
-    energy_src: jax.Array
-    energy_tgt: jax.Array
-    gap_src: jax.Array
-    gap_tgt: jax.Array
-    condition_src: jax.Array
-    condition_tgt: jax.Array
-    error_src: jax.Array
-    error_tgt: jax.Array
-    similarity_out: jax.Array
-    similarity_in: jax.Array
-    vector_ratio: jax.Array
-    activation_cosine: jax.Array
-    weight_cosine: jax.Array
+    rank: int = 0
+    energy_src: float | None = None
+    energy_tgt: float | None = None
+    gap_src: float | None = None
+    gap_tgt: float | None = None
+    condition_src: float | None = None
+    condition_tgt: float | None = None
+    error_src: float | None = None
+    error_tgt: float | None = None
+    similarity_out: float | None = None
+    similarity_in: float | None = None
+    vector_ratio: float | None = None
+    activation_cosine: float | None = None
+    weight_cosine: float | None = None
 
 
 MAP_FIELDS = tuple(field.name for field in dataclasses.fields(LinearMap))
-AGREEMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Agreement))
+AGREEMENT_FIELDS = Agreement.__struct_fields__
 _SIDES = ("out", "in")
 
 
@@ -90,11 +92,12 @@ class TransportGroup:
 
     Attributes:
         terms: pairs (P_out, P_in) of linear maps, with a leading axis L on every array, as in `agreement`.
+        agreement: the arrays of the figures of `Agreement`, by name.
         kernels: static, what each matrix was decomposed by, the source's first; see `jcrosslora.linalg.decompose`.
     """
 
     terms: Terms
-    agreement: Agreement
+    agreement: dict[str, jax.Array]
     pairs: tuple[Pair, ...] = flax.struct.field(pytree_node=False)
     kernels: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
@@ -106,7 +109,7 @@ class TransportGroup:
             for side, linear in zip(_SIDES, maps, strict=True)
             for field in MAP_FIELDS
         }
-        return arrays | {field: getattr(self.agreement, field) for field in AGREEMENT_FIELDS}
+        return arrays | {field: self.agreement[field] for field in AGREEMENT_FIELDS}
 
     def facts(self) -> dict[str, Any]:
         """Return the other fields as JSON values, without the pairs."""
@@ -120,7 +123,7 @@ class TransportGroup:
             tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)
             for term in range(facts["terms"])
         )
-        agreement = Agreement(*(placed[field] for field in AGREEMENT_FIELDS))
+        agreement = {field: placed[field] for field in AGREEMENT_FIELDS}
         return cls(terms, agreement, pairs, tuple(facts["kernels"]))  # type: ignore[arg-type]
 
 
@@ -156,8 +159,11 @@ class Transport:
         return html_table(rows, f"{self.method.name}: {self.source.name} to {self.target.name}")
 
 
-def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreement:
-    """Measure the agreement of a pair; with `by_coordinates` the maps are applied to W_src if the shapes differ."""
+def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str, jax.Array]:
+    """Measure the agreement of a pair, by the fields of `Agreement`, NaN for None.
+
+    With `by_coordinates` the maps are applied to W_src if the shapes differ.
+    """
     nan = jnp.full((), jnp.nan)
     sides = {"src": evidence.src.svd, "tgt": evidence.tgt.svd}
     figures = {
@@ -166,15 +172,14 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreemen
         for figure in ("energy", "gap", "condition", "error")
     }
     unknown = None in sides.values()
-    return Agreement(
-        rank=jnp.full((), evidence.rank, jnp.int32),
-        similarity_out=nan if unknown else _similarity(evidence, stream=not evidence.reads),
-        similarity_in=nan if unknown else _similarity(evidence, stream=evidence.reads),
-        vector_ratio=maps.vector_ratio,
-        activation_cosine=maps.activation_cosine,
-        weight_cosine=_weight_cosine(evidence, maps, by_coordinates),
-        **figures,
-    )
+    return figures | {
+        "rank": jnp.full((), evidence.rank, jnp.int32),
+        "similarity_out": nan if unknown else _similarity(evidence, stream=not evidence.reads),
+        "similarity_in": nan if unknown else _similarity(evidence, stream=evidence.reads),
+        "vector_ratio": maps.vector_ratio,
+        "activation_cosine": maps.activation_cosine,
+        "weight_cosine": _weight_cosine(evidence, maps, by_coordinates),
+    }
 
 
 def _similarity(evidence: Evidence, *, stream: bool) -> jax.Array:

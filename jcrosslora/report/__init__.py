@@ -7,11 +7,7 @@ from jcrosslora.report.documents import published as published
 from jcrosslora.report.record import REPORT as REPORT
 from jcrosslora.report.record import Base as Base
 from jcrosslora.report.record import MeasuredEffect as MeasuredEffect
-from jcrosslora.report.record import Recipe as Recipe
-from jcrosslora.report.record import Row as Row
-from jcrosslora.report.record import SourceAdapter as SourceAdapter
 from jcrosslora.report.record import TransferReport as TransferReport
-from jcrosslora.report.record import Unmapped as Unmapped
 from jcrosslora.report.record import Verdict as Verdict
 from jcrosslora.report.record import cut as cut
 from jcrosslora.report.record import read_report as read_report

@@ -11,9 +11,11 @@ from huggingface_hub import ModelCardData
 
 from jcrosslora.adapter.folder import CARD
 from jcrosslora.adapter.origin import other_model
+from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
+from jcrosslora.maps.shifted import defined
 from jcrosslora.methods import Method
-from jcrosslora.report.record import REPORT, SourceAdapter, Totals, TransferReport, defined, spread
+from jcrosslora.report.record import REPORT, Totals, TransferReport, spread
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
 from jcrosslora.report.usage import usage
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
@@ -205,7 +207,7 @@ def without_examples(card: str) -> str:
     return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
-def _front_matter(base: str | None, library: str, adapter: SourceAdapter) -> str:
+def _front_matter(base: str | None, library: str, adapter: AdapterOrigin) -> str:
     on_the_hub = is_on_hub(base)
     data = ModelCardData(
         base_model=base if on_the_hub else None,

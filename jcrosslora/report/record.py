@@ -9,11 +9,13 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
-from jcrosslora.maps.shifted import TokenRow
+from jcrosslora.maps.shifted import ModuleRow, Size, TokenRow, UnmappedSource
+from jcrosslora.maps.transport import AlignRecipe
 from jcrosslora.utils.files import read_file
 from jcrosslora.utils.texts import html_table
 
@@ -23,13 +25,10 @@ REPORT = "transfer_report.json"
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 
-# What is read is bounded: a damaged number must not become a picture of a billion layers, or one that cannot be drawn.
+# Bounded as `Size` is: a damaged number must not become a picture of a billion layers.
 Layer = Annotated[int, msgspec.Meta(ge=0, le=999)]
-Size = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
-Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 T = TypeVar("T")
-S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -45,23 +44,6 @@ class Verdict(msgspec.Struct, frozen=True):
     text: str
 
 
-class Recipe(msgspec.Struct, frozen=True):
-    """The method with its settings, and what came of them; the fields are those of `AlignRecipe`."""
-
-    method: str
-    settings: dict[str, Any] = {}
-    depth: str = ""
-    seed: int = 0
-    signs: str = ""
-    shared_tokens: int = 0
-    probes: str = "none"
-    prompts: str | None = None
-    examples: str | None = None
-    example_count: int = 0
-    probe_count: int | None = None
-    svd: str = "not needed"
-
-
 class Base(msgspec.Struct, frozen=True):
     """A base model; the fields are those of `BaseInfo`."""
 
@@ -71,60 +53,6 @@ class Base(msgspec.Struct, frozen=True):
     digest: str | None = None
     family: str = ""
     has_experts: bool = False
-
-
-class SourceAdapter(msgspec.Struct, frozen=True):
-    """The adapter that was moved; the fields are those of `AdapterInfo`."""
-
-    name: str | None = None
-    base_name: str | None = None
-    form: str | None = None
-    digest: str | None = None
-    revision: str | None = None
-    ignored: tuple[str, ...] = ()
-    kind: str = "LoRA"
-    read_as: str | None = None
-    lost: float | None = 0.0
-    licence: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
-    rank_limit: int | None = None
-    invocation: tuple[int, ...] | None = None
-    invocation_target: tuple[int, ...] | None = None
-    stacked: tuple[SourceAdapter, ...] = ()
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """The update of one target module; the fields are those of `ModuleRow`."""
-
-    target: str
-    source: str
-    role: Role
-    energy: Size | None
-    kept: float | None = None
-    norm_before: Size | None
-    norm_after: Size | None
-    rank: int = 0
-    energy_src: float | None = None
-    energy_tgt: float | None = None
-    gap_src: float | None = None
-    gap_tgt: float | None = None
-    condition_src: float | None = None
-    condition_tgt: float | None = None
-    error_src: float | None = None
-    error_tgt: float | None = None
-    similarity_out: float | None = None
-    similarity_in: float | None = None
-    vector_ratio: float | None = None
-    activation_cosine: float | None = None
-    weight_cosine: float | None = None
-
-
-class Unmapped(msgspec.Struct, frozen=True):
-    """A source module whose update is not moved, and its share of the whole update's ||.||_F^2."""
-
-    source: str
-    share: Size
 
 
 class BaseChange(msgspec.Struct, frozen=True):
@@ -205,16 +133,16 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
     recipe_toml: str = ""
     schema: int = SCHEMA
     version: str
-    recipe: Recipe
+    recipe: AlignRecipe
     source: Base
     target: Base
-    adapter: SourceAdapter
+    adapter: AdapterOrigin
     calibration: str = "none"  # or "frobenius"
     scale: float = 1.0
     layers: tuple[Layer | None, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRow, ...]
     unmapped_targets: tuple[str, ...]
-    unmapped_sources: tuple[Unmapped, ...]
+    unmapped_sources: tuple[UnmappedSource, ...]
     energy: Size | None
     warnings: tuple[str, ...]
     out_rank: RankRule | None = None
@@ -301,7 +229,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         ranks = self.ranks.values()
         return tuple(dict.fromkeys((min(ranks), max(ranks)))) if ranks else ()
 
-    def by_role(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
+    def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""
         for role in dict.fromkeys(row.role for row in self.rows):
             yield role, tuple(row for row in self.rows if row.role == role)
@@ -339,17 +267,7 @@ def read_bytes(path: Path) -> bytes:
         raise UsageError(msg) from error
 
 
-def taken(kind: type[S], given: Any) -> S:
-    """Take the fields of a part of the report from an object that has them, NaN as None."""
-    return kind(**{name: defined(getattr(given, name)) for name in kind.__struct_fields__})
-
-
-def defined(value: T) -> T | None:
-    """Return a value as the report has it: None instead of NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def weighted(rows: Sequence[Row], field: str) -> float:
+def weighted(rows: Sequence[ModuleRow], field: str) -> float:
     """Return the mean of a field over rows, weighted by energy; NaN if no row has the figure."""
     found = [row for row in rows if getattr(row, field) is not None]
     values = [getattr(row, field) for row in found]

@@ -8,10 +8,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from jcrosslora.maps.shifted import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.relation.pairing import SIMILAR
-from jcrosslora.report.record import Row, TransferReport, Verdict, cut, weighted
+from jcrosslora.report.record import TransferReport, Verdict, cut, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -116,7 +117,7 @@ def _left(report: TransferReport) -> str:
     )
 
 
-def _cells(label: str, rows: Sequence[Row]) -> dict[str, str]:
+def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
@@ -186,7 +187,7 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
     return _by_alignment(method.measure, report.rows, report.recipe.signs, same)
 
 
-def _by_alignment(measure: str, rows: tuple[Row, ...], signs: str, same: bool) -> Verdict:
+def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: bool) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
     if measure == "head cosine":
         return _by_heads(cosine)

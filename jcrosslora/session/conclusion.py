@@ -1,22 +1,24 @@
 """The end of every transfer: ranks as the format holds them, the check of the effect, and the report."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from msgspec import convert, structs
+
 from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
+from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import LoadedBases, fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
-from jcrosslora.maps.shifted import ModuleRow, Shifted
+from jcrosslora.maps.shifted import ModuleRow, Shifted, defined
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Method, Moved, Task
 from jcrosslora.relation import why_not_run
-from jcrosslora.report import MeasuredEffect, Recipe, SourceAdapter, TransferReport, Unmapped, complete, record, spread
+from jcrosslora.report import Base, MeasuredEffect, TransferReport, complete, spread
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version
@@ -64,7 +66,7 @@ def conclude(
     """
     options = move.options
     moved = replace(shifted.adapter, modules=update.adapter.modules)
-    norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
+    norms = {row.target: row.norm_after or 0.0 for row in shifted.rows} if shifted.calibration == "frobenius" else None
     moved, truncation, frozen = truncate_for_profile(moved, target, move.profile, options.out_rank, norms, move.known)
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
@@ -72,18 +74,18 @@ def conclude(
     rows = _rows(shifted, update, moved, target) if changed else shifted.rows
     report = TransferReport(
         version=version(),
-        recipe=record.taken(Recipe, transport.recipe),
-        source=record.taken(record.Base, transport.source),
-        target=record.taken(record.Base, transport.target),
-        adapter=record.taken(SourceAdapter, shifted.original.info),
+        recipe=transport.recipe,
+        source=convert(transport.source, Base, from_attributes=True),
+        target=convert(transport.target, Base, from_attributes=True),
+        adapter=convert(shifted.original.info, AdapterOrigin, from_attributes=True),
         calibration=shifted.calibration,
         scale=shifted.scale,
         layers=transport.pairing.layers,
-        rows=tuple(record.taken(record.Row, row) for row in rows),
+        rows=rows,
         unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
         # A fit uses the whole adapter, so no source module is left out.
-        unmapped_sources=() if update.fitted else tuple(record.taken(Unmapped, one) for one in shifted.unmapped),
-        energy=record.defined(shifted.energy),
+        unmapped_sources=() if update.fitted else shifted.unmapped,
+        energy=defined(shifted.energy),
         warnings=(
             *transport.warnings,
             *shifted.notes,
@@ -113,14 +115,14 @@ def conclude(
 
 def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:
     """Return the account of each module of the moved adapter, in the target's order."""
-    norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
+    norms = {name: defined(update_norm(factors)) for name, factors in moved.modules.items()}
     if not update.fitted:
-        return tuple(replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
+        return tuple(structs.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
     # The share that the maps kept is undefined for a fitted update.
-    rows = {row.target: replace(row, norm_after=0.0, kept=math.nan) for row in shifted.rows}
+    rows = {row.target: structs.replace(row, norm_after=0.0, kept=None) for row in shifted.rows}
     for name, norm in norms.items():
         row = rows.get(name) or ModuleRow.unmapped(name, target.modules[name].role)
-        rows[name] = replace(row, norm_after=norm)
+        rows[name] = structs.replace(row, norm_after=norm)
     places = {name: place for place, name in enumerate(target.modules)}
     return tuple(sorted(rows.values(), key=lambda row: places.get(row.target, len(places))))
 

@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from jcrosslora.errors import UsageError
+from jcrosslora.maps.shifted import ModuleRow
 from jcrosslora.report.page import theme
 from jcrosslora.report.page.contents import LAYER, Contents, Evaluation
 from jcrosslora.report.page.headline import FIGURES, headline, main_figures
 from jcrosslora.report.page.theme import BASE, INK, LEFT, LINE, MOVED, MUTED, OTHER, TRAINED, numbered
-from jcrosslora.report.record import Row, TransferReport
+from jcrosslora.report.record import TransferReport
 from jcrosslora.utils.texts import shortened, visible
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def left_shares(report: TransferReport) -> dict[int, float]:
     return _sums((layer_of(one.source), one.share) for one in report.unmapped_sources)
 
 
-def _squares(rows: Iterable[Row]) -> dict[int, float]:
+def _squares(rows: Iterable[ModuleRow]) -> dict[int, float]:
     return _sums((layer_of(row.target), (row.norm_after or 0.0) ** 2) for row in rows)
 
 

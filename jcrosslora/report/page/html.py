@@ -6,13 +6,14 @@ By `data/report.css` it is light or dark as the reader's system is, one column o
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
+from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.report.documents import replacements
 from jcrosslora.report.page.charts import Picture, pictures
 from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
-from jcrosslora.report.record import Base, SourceAdapter, TransferReport, cut, spread
+from jcrosslora.report.record import Base, TransferReport, cut, spread
 from jcrosslora.report.table import diagnostics_title, role_rows
 from jcrosslora.utils.texts import html_prose, html_table, html_text
 
@@ -248,7 +249,7 @@ def _recipe_section(moved: TransferReport) -> str:
     return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{html_text(moved.recipe_toml.strip())}</pre>{again}")
 
 
-def _named(base: Base | SourceAdapter) -> str:
+def _named(base: Base | AdapterOrigin) -> str:
     parts = [base.name or "not named", f"revision {base.revision}" if base.revision else "", base.digest or ""]
     return ", ".join(filter(None, parts))
 
