@@ -31,10 +31,10 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.evaluate import lift_recovered, read_examples
 from jcrosslora.evaluate.examples import as_completion
-from jcrosslora.shelf import spread
 from jcrosslora.shelf.composition import RATE, Composed
 from jcrosslora.text import Completion
 from jcrosslora.training import Example, TrainingSettings
+from jcrosslora.utils.spread import from_start
 
 WAYS = ("retrieved", "retrieved, top 2", "uniform", "random-gate", "gated", "router")
 
@@ -64,7 +64,7 @@ def own_texts(chosen: Composed, tasks: list[list[str]], arguments: argparse.Name
     asked = [
         (as_completion(one).prompt, owner)
         for owner, (_, train, *_) in enumerate(tasks)
-        for one in spread(read_examples(train), arguments.texts)
+        for one in from_start(read_examples(train), arguments.texts)
     ]
     prompts, owners = [prompt for prompt, _ in asked], [owner for _, owner in asked]
     weights = one_hot(owners, len(tasks))

@@ -16,16 +16,17 @@ from pathlib import Path
 from jcrosslora import Shelf
 from jcrosslora.evaluate import read_examples
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.shelf import SAMPLES, Accuracy, ProbeSettings, accuracy, spread
+from jcrosslora.shelf import SAMPLES, Accuracy, ProbeSettings, accuracy
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import message_entries
 from jcrosslora.utils.progress import show_progress
+from jcrosslora.utils.spread import from_start
 
 WAYS = ("text", "tfidf", "certainty", "weights")
 
 
 def prompts_of(path: str, count: int) -> list[Prompt]:
-    return spread([example.prompt for example in read_examples(path)], count)
+    return list(from_start([example.prompt for example in read_examples(path)], count))
 
 
 def add(shelf: Shelf, name: str, train: str, adapters: list[str], work: Path) -> list[str]:

@@ -14,9 +14,10 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.decoder import Written
 from jcrosslora.evaluate import Answers, answers_page, print_answers
-from jcrosslora.evaluate.output import TITLES, spread
+from jcrosslora.evaluate.output import TITLES
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
+from jcrosslora.utils.spread import from_start
 
 HOSTILE = "<script>alert('&')</script>\x1b[2J[red]"
 
@@ -70,9 +71,9 @@ def test_examples_are_shown_with_marks_and_without_control_characters(answers):
     assert "\\x1b[2J[red]" in text
     for wanted in ('{"a":20}  [equal JSON]', '{"a": 20}  [not ended]', "right answer", '{"b": 1}', "[red]moved"):
         assert wanted in text
-    assert spread(answers, 0) == []
-    assert spread(answers, 3) == [0, 13, 26]
-    assert spread(answers, 99) == list(range(40))
+    assert from_start(answers.examples, 0) == ()
+    assert from_start(range(40), 3) == (0, 13, 26)
+    assert from_start(range(40), 99) == tuple(range(40))
 
 
 def test_answers_that_never_end_are_explained():

@@ -60,10 +60,11 @@ from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weight
 from jcrosslora.distill.templates import Sampler, first_sentence, in_template, judge_templates, known_templates
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS
-from jcrosslora.report import complete, cut, model_card, print_report, published, spread
+from jcrosslora.report import complete, cut, model_card, print_report, published
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.reading import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
+from jcrosslora.utils.spread import with_ends
 
 SMALL = DistillSettings(
     fit_rank=4,
@@ -654,9 +655,9 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
 
 
 def test_examples_are_spread_and_short():
-    assert spread([str(number) for number in range(101)], 3) == ("0", "50", "100")
-    assert spread(["a", "b"], 10) == ("a", "b")
-    assert spread([], 10) == ()
+    assert with_ends([str(number) for number in range(101)], 3) == ("0", "50", "100")
+    assert with_ends(["a", "b"], 10) == ("a", "b")
+    assert with_ends([], 10) == ()
     assert cut("x" * 400) == "x" * 300 + " ..."
 
 

@@ -32,7 +32,8 @@ from jcrosslora.adapter.peft import peft_config, peft_names, write_peft_files
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.truncation import RankRule, Truncation, reduce_fused, truncate_fused
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
+from jcrosslora.checkpoint.base import finite
+from jcrosslora.errors import AdapterError, OutputError, UsageError
 from jcrosslora.linalg import decompose
 
 LORA_XS = "lora-xs"
@@ -173,11 +174,8 @@ def frozen_factors(
 
 
 def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
-    weight = np.array(base.stored_weight(name), np.float32)
+    weight = finite(base, name, np.array(base.stored_weight(name), np.float32))
     base.release()
-    if not np.isfinite(weight).all():
-        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-        raise CheckpointError(msg)
     top = min(rank, *weight.shape)
     svd, _ = decompose(jnp.asarray(weight)[None], top, vectors=False, tolerance=_TOLERANCE)
     u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))

@@ -284,6 +284,23 @@ def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
     )
 
 
+def finite(base: BaseModel, name: str, array: np.ndarray) -> np.ndarray:
+    """Return a weight as float32.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    if not np.isfinite(array := array.astype(np.float32, copy=False)).all():
+        raise damaged(base, name)
+    return array
+
+
+def damaged(base: BaseModel, name: str) -> CheckpointError:
+    """Return the error for a weight that is not finite."""
+    msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+    return CheckpointError(msg)
+
+
 def base_digest(base: BaseModel) -> str:
     """Return `BaseModel.digest`; unchanged files are not read again."""
     cache = open_cache()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import CheckpointError
+from jcrosslora.checkpoint.base import damaged
 from jcrosslora.linalg import spread
 
 # Bytes of both bases' weights in a group, as float32. The next group is read while one is aligned, so two groups bound
@@ -53,9 +53,7 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
         finite = np.asarray(finite)
     base.release()
     if not finite.all():
-        name = names[min(int(np.argmin(finite)), len(names) - 1)]
-        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-        raise CheckpointError(msg)
+        raise damaged(base, names[min(int(np.argmin(finite)), len(names) - 1)])
     return stack
 
 

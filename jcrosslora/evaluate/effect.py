@@ -20,6 +20,7 @@ from jcrosslora.evaluate.log_probs import in_pieces
 from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.spread import with_ends
 
 Adapted = tuple[BaseModel, Adapter]  # a base with an adapter of it
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
@@ -268,15 +269,10 @@ def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> l
     if not texts:
         return []
     try:
-        found = probe_batches(_spread(texts), tokenizers, length=LENGTH, batch=_BATCH)
+        found = probe_batches(with_ends(texts, TEXTS), tokenizers, length=LENGTH, batch=_BATCH)
     except UsageError:  # no position matches
         return []
     return found if any(part_of(batch, 0).at.size for batch in found) else []
-
-
-def _spread(texts: Sequence[str]) -> list[str]:
-    places = np.linspace(0, len(texts) - 1, min(len(texts), TEXTS)).round().astype(np.int64)
-    return [texts[int(place)] for place in places]
 
 
 def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:

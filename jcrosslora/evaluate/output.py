@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,8 @@ from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.bootstrap import Interval, word_of
 from jcrosslora.evaluate.score import Scores
 from jcrosslora.text.completion import prompt_text
-from jcrosslora.utils.texts import html_table, html_text, visible
+from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.texts import html_page, html_table, html_text, visible
 
 TITLES = {
     "exact": "exact match",
@@ -47,8 +47,6 @@ body { margin: 1.5rem auto; max-width: 110rem; padding: 0 1rem; background: Canv
 .right { color: light-dark(#1b6e20, #81c784); }
 .cut { color: light-dark(#8a5200, #ffb74d); }
 """
-# A page that was made of texts of others loads nothing and runs nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _LABEL = 20  # columns for a model's name before its answer
 
 
@@ -87,7 +85,8 @@ def answers_json(
         "not_scored": list(not_scored),
         **_trained(answers, trained),
     }
-    return found | ({"answers": [_example(answers, place) for place in spread(answers, show)]} if show else {})
+    shown = from_start(range(len(answers.examples)), show)
+    return found | ({"answers": [_example(answers, place) for place in shown]} if show else {})
 
 
 def print_scores(scores: Scores, console: Console) -> None:
@@ -122,7 +121,7 @@ def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
         console.print()
         console.print(Text(visible(name), "bold"))
         console.print(table)
-    for example in spread(answers, show):
+    for example in from_start(range(len(answers.examples)), show):
         console.print(f"\nexample {example + 1:,}", highlight=False, markup=False, style="bold")
         console.print(_side_by_side(answers, example))
 
@@ -147,18 +146,15 @@ def answers_page(answers: Answers) -> str:
     ]
     heads = ["", "prompt", "right answer", *names]
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+        f"<h1>{title}</h1>",
         *(f"<p>{html_text(line)}</p>" for line in summary(answers)),
         f'<div class="wide">{html_table(figures)}</div>',
         '<h2>Side by side</h2>\n<div class="wide"><table class="answers">',
         f"<thead><tr>{''.join(f'<th>{html_text(head)}</th>' for head in heads)}</tr></thead>\n<tbody>",
         *(_row(answers, example) for example in range(len(answers.examples))),
-        "</tbody></table></div>\n</body>\n</html>\n",
+        "</tbody></table></div>",
     ]
-    return "\n".join(parts)
+    return html_page(title, _STYLE, parts)
 
 
 def _trained(found: Scores | Answers, trained: str | None) -> dict[str, str]:
@@ -282,12 +278,6 @@ def marks(answers: Answers, model: int, example: int) -> list[str]:
         if figure in answers.figures and answers.by_example(figure)[model, example]
     ]
     return [*found, *([] if answers.written[model][example].ended else ["not ended"])]
-
-
-def spread(answers: Answers, count: int) -> list[int]:
-    """Choose examples to show, evenly spread over all, the first among them."""
-    every = len(answers.examples)
-    return sorted({int(place) for place in np.arange(min(count, every)) * every / max(1, min(count, every))})
 
 
 def labels(answers: Answers) -> list[str]:

@@ -136,7 +136,7 @@ def _align(
     src, tgt = task.shapes(pairs[0])
     stack = ModuleStack(pairs, len(stacks[0]))
     evidence = Evidence(
-        *map(partial(_side, stack), task.pair.bases, stack.names, stacks),
+        *map(partial(_side, stack), task.pair, stack.names, stacks),
         vocabulary=None,
         activations=None,
         key=None,

@@ -1,5 +1,6 @@
 """A pair of bases with the facts that several stages share: structure, shared vocabulary, keys of the cache."""
 
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING
-from jcrosslora.checkpoint import BaseModel, shared_ids
+from jcrosslora.checkpoint import shared_ids
 from jcrosslora.checkpoint.base import weights_key
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import tokenizer_key
@@ -16,6 +17,7 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence import Vocabulary
 from jcrosslora.relation import Structure, find_structure
+from jcrosslora.relation.bases import Bases
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import digest_of, numerics_key
 
@@ -27,20 +29,15 @@ _TOKENS_AT_ONCE = 4096
 _Sums = tuple[jax.Array, ...]
 
 
-class BasePair:
+@dataclass(frozen=True, eq=False)
+class BasePair(Bases):
     """The source and the target of transfers. Facts about the pair are computed on first use and kept.
 
     Attributes:
         store: the disk cache for factors and transports; None disables it.
     """
 
-    def __init__(self, source: BaseModel, target: BaseModel, store: Cache | None = None) -> None:
-        self.source, self.target, self.store = source, target, store
-
-    @property
-    def bases(self) -> tuple[BaseModel, BaseModel]:
-        """Return the source and the target."""
-        return self.source, self.target
+    store: Cache | None = None
 
     @cached_property
     def names(self) -> str:
@@ -51,7 +48,7 @@ class BasePair:
     def weights(self) -> tuple[str, ...]:
         """Return the digests of the weights of both bases; files are read unless the cache remembers their digests."""
         assert self.store is not None
-        return tuple(weights_key(base, self.store.digests) for base in self.bases)
+        return tuple(weights_key(base, self.store.digests) for base in self)
 
     def head_counts(self, role: str) -> tuple[int, int]:
         """Return the numbers of heads of the target and of the source in attention modules of a role."""
@@ -68,7 +65,7 @@ class BasePair:
 
     @cached_property
     def _tokenizers(self) -> tuple[str, ...]:
-        return tuple(map(tokenizer_key, self.bases))
+        return tuple(map(tokenizer_key, self))
 
     @cached_property
     def structure(self) -> tuple[Structure | None, str]:
@@ -115,8 +112,7 @@ class BasePair:
             for part in parts:
                 rows = (base.rows(EMBEDDING, ids[part]) for base, ids in sides)
                 totals = _add(totals, *map(_padded, rows, centres))
-        self.source.release()
-        self.target.release()
+        self.release()
         assert totals is not None
         if not all(np.isfinite(total).all() for total in totals):
             msg = f"the embedding table of {self.source.ref} or {self.target.ref} holds NaN, infinity or numbers whose "

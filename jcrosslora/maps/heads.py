@@ -85,14 +85,14 @@ def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> d
     by_layers: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
     found, skipped, attention = {}, set(), [one for one in modules if one.role in ATTENTION]
     for one in attention:
-        for base, name in zip(pair.bases, (one.source, one.target), strict=True):
+        for base, name in zip(pair, (one.source, one.target), strict=True):
             if not base.modules.keys() >= {*_names(base.modules[name].layer)}:
                 skipped.add(one.role)
     for one in attention:
         if one.role not in skipped:
             layers = pair.source.modules[one.source].layer, pair.target.modules[one.target].layer
             if layers not in by_layers:
-                src, tgt = map(_attention, pair.bases, layers)
+                src, tgt = map(_attention, pair, layers)
                 cosines = np.asarray(circuit_cosines(src, tgt, stream))
                 match = best_match(cosines)
                 by_layers[layers] = match, float(cosines[match.T].mean())

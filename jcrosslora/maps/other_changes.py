@@ -34,7 +34,7 @@ def carry_tokens(
         AdapterError: the changed tables differ in size from the source's.
         CheckpointError: a weight cannot be read.
     """
-    source, target = pair.bases
+    source, target = pair
     ids_tgt, reason = target_ids(pair)
     if target.family.own_embedding is not None and any(update.table != HEAD for update in adapter.tokens):
         stored = target.family.stored.embedding
@@ -59,8 +59,7 @@ def carry_tokens(
         share = kept / update.energy if update.energy else 1.0
         rows.append(TokenRow(update.modules, update.kind, changed, count, update.share, share))
     moved = complete_rows(found, target)
-    for base in pair.bases:
-        base.release()
+    pair.release()
     return moved, tuple(rows), ""
 
 
@@ -74,7 +73,7 @@ def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
     Returns:
         int64 (V_src,), -1 for tokens that the target does not have; or None with the reason.
     """
-    source, target = pair.bases
+    source, target = pair
     size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
     same = src.tokens == tgt.tokens and src.special == tgt.special and size == target.dims.vocab
     if same and (src.tokens is not None or source.digest() == target.digest()):
@@ -129,7 +128,7 @@ class _RowMap:
 
     def replaced(self, update: TokenUpdate) -> _Carried:
         """Move a change that is held as whole rows."""
-        source, target = self.pair.bases
+        source, target = self.pair
         name = f"{update.modules[0]}.weight"
         ids, rows, changed, energy = [], [], 0, 0.0
         for part in update.parts():

@@ -66,7 +66,7 @@ def check_hosts(task: AlignmentTask) -> None:
             "at weights alone, such as cross-lora, or use one process"
         )
         raise MethodError(msg)
-    bases = task.pair.bases
+    bases = task.pair
     stated = [
         [name, module.shape, module.tensor, module.rows] for base in bases for name, module in base.modules.items()
     ]

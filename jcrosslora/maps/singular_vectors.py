@@ -30,11 +30,11 @@ def collect_singular_vectors(task: AlignmentTask) -> AddEvidence:
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
         sides = []
-        for index, side in enumerate((evidence.src, evidence.tgt)):
+        for index, (base, side) in enumerate(zip(pair, (evidence.src, evidence.tgt), strict=True)):
             if pair.store is None:
                 svd, kernels = decompose(side.weight, evidence.rank, vectors=vectors)
             else:
-                cache = FactorCache(pair.store, pair.bases[index], pair.weights[index], evidence.rank, vectors=vectors)
+                cache = FactorCache(pair.store, base, pair.weights[index], evidence.rank, vectors=vectors)
                 svd, kernels = cache.decompose(stack.names[index], side.weight)
             stack.kernels.extend(kernels[: len(stack.pairs)])
             sides.append(dataclasses.replace(side, svd=svd))

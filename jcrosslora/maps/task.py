@@ -114,7 +114,7 @@ class AlignmentTask:
             source=describe_base(self.pair.source),
             target=describe_base(self.pair.target),
             pairing=self.pairing,
-            bases=self.pair.bases,
+            bases=(self.pair.source, self.pair.target),
             warnings=tuple(self._warnings()),
         )
 
@@ -141,7 +141,7 @@ class AlignmentTask:
 
     def _warnings(self) -> Iterator[str]:
         """Yield warnings to read before any figure."""
-        source, target = self.pair.bases
+        source, target = self.pair
         yield from (f"source base: {note}" for note in source.notes)
         yield from (f"target base: {note}" for note in target.notes)
         if EvidenceKind.SHARED_VOCABULARY in self.method.requires and not self.pair.shared_tokens[0]:

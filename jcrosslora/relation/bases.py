@@ -7,8 +7,9 @@ import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base import finite
 from jcrosslora.checkpoint.vocabulary import Vocabulary
-from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.spread import evenly_spaced
 
 _TOKENS, _MIN_COSINE = 512, 0.7  # sampled rows of the embeddings, and the cosine of a row and its copy, see `matching`
 
@@ -41,23 +42,6 @@ class Bases:
         """Give the memory of what was read back, see `BaseModel.release`."""
         for base in self:
             base.release()
-
-
-def finite(base: BaseModel, name: str, array: np.ndarray) -> np.ndarray:
-    """Return a weight as float32.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
-    if not np.isfinite(array := array.astype(np.float32, copy=False)).all():
-        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-        raise CheckpointError(msg)
-    return array
-
-
-def evenly_spaced(count: int, wanted: int) -> np.ndarray:
-    """Return at most `wanted` different integers from 0 to count - 1, evenly spaced and with both ends."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
 def some_of(items: np.ndarray, wanted: int) -> np.ndarray:

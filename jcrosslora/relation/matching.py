@@ -3,8 +3,10 @@
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base import finite
 from jcrosslora.checkpoint.config import Dims
-from jcrosslora.relation.bases import Bases, cosine_similarity, evenly_spaced, finite, some_of
+from jcrosslora.relation.bases import Bases, cosine_similarity, some_of
+from jcrosslora.utils.spread import evenly_spaced
 
 # Cosine from which a column is taken for a trained or rounded copy of another, see `relation`. Few rows reach
 # it by chance, so `_threshold` raises it for them.

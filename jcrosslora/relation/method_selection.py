@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, evenly_spaced, module_rows
+from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows
 from jcrosslora.relation.relation import (
     Finding,
     Likeness,
@@ -21,6 +21,7 @@ from jcrosslora.relation.relation import (
 from jcrosslora.relation.structure import Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
 from jcrosslora.relation.wording import choice_reason, finding_phrase
+from jcrosslora.utils.spread import evenly_spaced
 
 # For different bases: if both can be run on text, and otherwise.
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"

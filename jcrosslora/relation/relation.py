@@ -11,13 +11,15 @@ import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint.base import finite
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.layout import Module
-from jcrosslora.relation.bases import Both, evenly_spaced, finite, some_of
+from jcrosslora.relation.bases import Both, some_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
 from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding
 from jcrosslora.relation.structure import Part, Structure
+from jcrosslora.utils.spread import evenly_spaced
 
 _ROWS = 64  # of each module
 # Norms whose features are no dimensions of the stream.
@@ -296,7 +298,7 @@ def _biases(structure: Structure) -> Iterator[Both]:
             continue
         src, tgt = source.bias(name), target.bias(module.name)
         if src is not None and tgt is not None:
-            src, tgt = finite(source, f"{name}.bias", src), finite(target, f"{module.name}.bias", tgt)
+            src, tgt = finite(source, f"{name}.bias", src)(target, f"{module.name}.bias", tgt)
             yield src[rows[rows >= 0]], tgt[rows >= 0]
 
 

@@ -16,9 +16,10 @@ from jcrosslora.architectures.blocks import EMBEDDING, ROLE_PATHS, Mlp, SelfAtte
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.checkpoint.vocabulary import shared_ids
-from jcrosslora.relation.bases import Bases, Both, cosine_similarity, evenly_spaced, module_rows, some_of
+from jcrosslora.relation.bases import Bases, Both, cosine_similarity, module_rows, some_of
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
+from jcrosslora.utils.spread import evenly_spaced
 
 # Sampled rows of the embedding, of o_proj and down_proj, and of the modules that confirm a match.
 _TOKENS, _STREAM_ROWS, _CHECKED_ROWS = 512, 128, 16
@@ -231,4 +232,4 @@ def _sampled_rows(base: BaseModel, layer: int) -> Iterator[tuple[str, np.ndarray
     """Yield the role of each module of a layer, and a few of its rows."""
     for name, module in base.modules.items():
         if module.layer == layer:
-            yield module.role, module_rows(base, name, evenly_spaced(module.shape[0], _CHECKED_ROWS))
+            yield module.role, module_rows(base, name(module.shape[0], _CHECKED_ROWS))

@@ -11,6 +11,5 @@ from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.record import Verdict as Verdict
 from jcrosslora.report.record import cut as cut
 from jcrosslora.report.record import read_report as read_report
-from jcrosslora.report.record import spread as spread
 from jcrosslora.report.table import print_report as print_report
 from jcrosslora.report.table import verdict as verdict

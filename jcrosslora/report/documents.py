@@ -15,9 +15,10 @@ from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.maps.shifted import defined
 from jcrosslora.methods import Method
-from jcrosslora.report.record import REPORT, Totals, TransferReport, spread
+from jcrosslora.report.record import REPORT, Totals, TransferReport
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
 from jcrosslora.report.usage import usage
+from jcrosslora.utils.spread import with_ends
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
 SERVED = "source_model"  # the setting that says that a server was asked
@@ -195,7 +196,7 @@ def _fit(report: TransferReport) -> Iterator[str]:
     if report.fitted:
         yield f"The update was {markdown_text(report.fitted)}."
     if report.curve:
-        looks = spread(report.curve, _LOOKS)
+        looks = with_ends(report.curve, _LOOKS)
         rows = [(f"{used:,}", "-" if found is None else f"{found:.3f}") for used, found in looks]
         yield _markdown([{"completions used": used, "divergence": found} for used, found in rows])
     if report.examples:

@@ -279,12 +279,6 @@ def weighted(rows: Sequence[ModuleRow], field: str) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
 
 
-def spread(items: Sequence[T], count: int) -> tuple[T, ...]:
-    """Take at most `count` items, evenly spread, the ends among them."""
-    places = {round(place * (len(items) - 1) / max(count - 1, 1)) for place in range(count)} if items else ()
-    return tuple(items[at] for at in sorted(places))
-
-
 def cut(text: str, most: int = _LONGEST) -> str:
     """Cut a text to a number of characters, and say so."""
     return text if len(text) <= most else f"{text[:most]} ..."

@@ -18,12 +18,13 @@ from jcrosslora.maps.shifted import ModuleRow, Shifted, defined
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Method, Moved, Task
 from jcrosslora.relation import why_not_run
-from jcrosslora.report import Base, MeasuredEffect, TransferReport, complete, spread
+from jcrosslora.report import Base, MeasuredEffect, TransferReport, complete
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.progress import begin
+from jcrosslora.utils.spread import with_ends
 
 EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
 _EXAMPLES = 10  # completions of a fit that the report shows
@@ -100,7 +101,7 @@ def conclude(
         curve=tuple(update.curve),
         added=update.added,
         wrote_prompts=update.wrote_prompts,
-        examples=spread(texts, _EXAMPLES) if update.wrote_prompts else (),
+        examples=with_ends(texts, _EXAMPLES) if update.wrote_prompts else (),
         truncation=truncation,
         rank_before=max(_ranks(shifted.original).values(), default=move.rank),
         ranks=_ranks(moved),

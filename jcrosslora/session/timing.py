@@ -56,7 +56,7 @@ class Stopwatch:
 
     def _of(self, cost: Cost, pair: BasePair, method: Method) -> float:
         dtype, total = jnp.float32 if cost.precise else fast_dtype(), 0.0
-        read = zip((pair.source, pair.target), (cost.source, cost.target), cost.predicted, strict=True)
+        read = zip(pair, (cost.source, cost.target), cost.predicted, strict=True)
         for base, tokens, predicted in read:
             if tokens:
                 layers = base.dims.layers * tokens + _head(base) * predicted

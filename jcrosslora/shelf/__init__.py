@@ -10,7 +10,6 @@ from jcrosslora.shelf.records import SAMPLES as SAMPLES
 from jcrosslora.shelf.records import ShelfBase as ShelfBase
 from jcrosslora.shelf.records import ShelfEntry as ShelfEntry
 from jcrosslora.shelf.records import labelled_prompts as labelled_prompts
-from jcrosslora.shelf.records import spread as spread
 from jcrosslora.shelf.retrieval import Retrieved as Retrieved
 from jcrosslora.shelf.shelf import Shelf as Shelf
 from jcrosslora.shelf.weight_probes import ProbeSettings as ProbeSettings

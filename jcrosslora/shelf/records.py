@@ -15,6 +15,7 @@ from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.text import COMPLETIONS, Message, Prompt, prompt_text
+from jcrosslora.utils.spread import from_start
 
 SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
@@ -142,7 +143,7 @@ def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
     """
     different = list(dict.fromkeys(read_prompts(path)))
     short = [one for one in different if len(prompt_text(one)) <= _LONGEST]
-    return tuple(spread(short or different, SAMPLES)), Path(path).name
+    return from_start(short or different, SAMPLES), Path(path).name
 
 
 def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
@@ -159,6 +160,9 @@ def labelled_prompts(
 
     Labels are "NAME=FILE" or "NAME,NAME=FILE"; UsageError is raised for another form, or a file that cannot be read.
     """
+    if limit < 1:
+        msg = f"{limit} samples were asked for; wanted 1 or more"
+        raise UsageError(msg)
     files: list[tuple[tuple[str, ...], str | Path]] = []
     for label in labelled:
         names, _, file = label.partition("=")
@@ -167,14 +171,6 @@ def labelled_prompts(
             raise UsageError(msg)
         files.append((tuple(names.split(",")), file))
     files += [] if unrelated is None else [((), unrelated)]
-    read = [(spread(read_prompts(file), limit), names) for names, file in files]
+    read = [(from_start(read_prompts(file), limit), names) for names, file in files]
     prompts = [prompt for each, _ in read for prompt in each]
     return prompts, [names for each, names in read for _ in each]
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Take at most `count` items, evenly spread over all."""
-    if count < 1:
-        msg = f"{count} samples were asked for; wanted 1 or more"
-        raise UsageError(msg)
-    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)

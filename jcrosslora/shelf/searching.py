@@ -17,7 +17,7 @@ from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Head, Index, split_samples
-from jcrosslora.shelf.records import ShelfEntry, spread
+from jcrosslora.shelf.records import ShelfEntry
 from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means, thresholds_of
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
 from jcrosslora.text import Message, Prompt, prompt_ids
@@ -25,6 +25,7 @@ from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import regular_size, write_whole
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.spread import from_start
 
 _TEXT_FILE, _WEIGHTS_FILE = "text.safetensors", "weights.safetensors"
 _KEY, _SEAL = "index", "sha256"  # the metadata of these files
@@ -167,7 +168,7 @@ class CertaintyRetriever:
         self._base, self._entries, self._load = base, entries, load
         self._tokenizer, self._model = load_tokenizer(base), load_model(base, fast_dtype())
         samples = [(number, one) for number, entry in enumerate(entries) for one in entry.samples]
-        background = spread(samples, _BACKGROUND)
+        background = from_start(samples, _BACKGROUND)
         self._usual = np.ones(len(entries))
         scores = []
         for number, source in self._sources("measure adapters on samples"):
@@ -175,7 +176,7 @@ class CertaintyRetriever:
             # An adapter's samples would make its usual change large, and the fewer adapters there are, the larger.
             foreign = [change for change, (owner, _) in zip(changes, background, strict=True) if owner != number]
             self._usual[number] = np.mean(foreign) if foreign else 1.0
-            of_adapter = spread(entries[number].samples, _OF_ADAPTER)
+            of_adapter = from_start(entries[number].samples, _OF_ADAPTER)
             scores.append(self._scores(number, self._changes(source, entries[number], of_adapter)))
         self.thresholds = thresholds_of(scores)
 

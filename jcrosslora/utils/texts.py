@@ -17,6 +17,7 @@ _ACTING = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # of a page that is made of texts of others
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -55,6 +56,17 @@ _CELL = "text-align:left;padding:2px 12px 2px 0;border-bottom:1px solid rgba(128
 def html_text(text: object) -> str:
     """Return an untrusted text as HTML that shows it."""
     return escape(visible(str(text)))
+
+
+def html_page(title: str, style: str, body: Sequence[str]) -> str:
+    """Return a whole HTML page of a title and parts, both escaped already. It loads nothing and runs nothing."""
+    head = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>",
+    ]
+    return "\n".join([*head, *body, "</body>\n</html>\n"])
 
 
 def html_prose(text: object) -> str:

@@ -16,6 +16,7 @@ from jcrosslora.evaluate import Answers, Interval, Scores, answers_json, scores_
 from jcrosslora.evaluate.bootstrap import Direction, word_of
 from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text import COMPLETIONS
+from jcrosslora.utils.spread import from_start
 
 _SHOWN = 10
 LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
@@ -274,8 +275,7 @@ def _texts(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     lines = [line for line in read_bytes(path).split(b"\n") if line.strip()]
-    places = sorted({at * len(lines) // _SHOWN for at in range(_SHOWN)}) if lines else []
-    return tuple(_text(lines[at], f"{path}:{at + 1}") for at in places)
+    return tuple(_text(lines[at], f"{path}:{at + 1}") for at in from_start(range(len(lines)), _SHOWN))
 
 
 def _text(line: bytes, place: str) -> str:

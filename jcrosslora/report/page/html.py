@@ -13,12 +13,11 @@ from jcrosslora.report.page.charts import Picture, pictures
 from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
-from jcrosslora.report.record import Base, TransferReport, cut, spread
+from jcrosslora.report.record import Base, TransferReport, cut
 from jcrosslora.report.table import diagnostics_title, role_rows
-from jcrosslora.utils.texts import html_prose, html_table, html_text
+from jcrosslora.utils.spread import with_ends
+from jcrosslora.utils.texts import html_page, html_prose, html_table, html_text
 
-# A page that was made of texts of others loads nothing and runs nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SHOWN = 10
 _TEXTS = 5  # shown in a notebook, evenly spread
 _COLOURS = {"aligned": "#2e7d32"} | dict.fromkeys(("weak", "unknown", "control"), "#b26a00")  # of verdicts there
@@ -59,13 +58,7 @@ def report_page(contents: Contents) -> str:
         "" if moved is None else _recipe_section(moved),
         _section("Other steps", "".join(steps[1:])),
     ]
-    head = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
-    ]
-    return "\n".join([*head, *filter(None, body), "</main>\n</body>\n</html>\n"])
+    return html_page(title, f"\n{style}", ["<main>", *filter(None, body), "</main>"])
 
 
 def result_html(report: TransferReport, texts: Sequence[str]) -> str:
@@ -83,7 +76,7 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
         html_table(role_rows(report, full=False), diagnostics_title(report)),
         html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
         _details("Warnings", map(html_prose, report.warnings)),
-        _details("Text that it was made on", [html_text(cut(text, _LONGEST)) for text in spread(texts, _TEXTS)]),
+        _details("Text that it was made on", [html_text(cut(text, _LONGEST)) for text in with_ends(texts, _TEXTS)]),
     ]
     return publish(f"<div>{''.join(parts)}</div>", replacements(report))
 

@@ -1,0 +1,23 @@
+"""Some of many items, evenly spread over them: the same ones on every run."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Return at most `wanted` different integers from 0 to count - 1, evenly spaced and with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def with_ends(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """Take at most `count` items, evenly spread, the first and the last among them."""
+    return tuple(items[int(place)] for place in evenly_spaced(len(items), count))
+
+
+def from_start(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """Take at most `count` items, the first of each of `count` equal parts."""
+    return tuple(items[part * len(items) // count] for part in range(count)) if len(items) > count else tuple(items)
