@@ -78,7 +78,7 @@ def hooks():
 def nothing_is_timed(request, monkeypatch):
     """For the display of a transfer every part takes a second: timing compiles them. The tests of the estimate time."""
     if request.module.__name__ != "test_estimate":
-        monkeypatch.setattr("jcrosslora.session.timing.Stopwatch._fastest", lambda *_: 1.0)
+        monkeypatch.setattr("jcrosslora.session.timing._fastest", lambda *_: 1.0)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.batch import estimate_batch, read_plan
-from jcrosslora.session.timing import Stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +25,17 @@ def places(tmp_path_factory):
     return [*write_move(folder, layers=3), folder / "out"]
 
 
-def seconds_each():
-    """A stopwatch by which everything takes one second."""
-    return Stopwatch(itertools.count().__next__)
+@pytest.fixture(autouse=True)
+def ticks(monkeypatch):
+    """A clock by which everything that is timed takes one second; nothing has been timed yet."""
+    clock = itertools.count()
+    monkeypatch.setattr("jcrosslora.session.timing._CLOCK", clock.__next__)
+    monkeypatch.setattr("jcrosslora.session.timing._KNOWN", {})
+    return clock
 
 
 def found(places, **settings):
-    return estimate_files(transfer_settings(*places, **settings), seconds_each())
+    return estimate_files(transfer_settings(*places, **settings))
 
 
 def test_each_decomposition_of_both_bases_counts(places):
@@ -145,10 +148,8 @@ def test_a_fit_counts_for_each_adapter_and_an_alignment_once():
     assert estimate.time(3) == "over 12 min"
 
 
-def test_the_same_sizes_are_timed_once(places):
-    ticks = itertools.count()
-    watch = Stopwatch(ticks.__next__)
-    first, second = (estimate_files(transfer_settings(*places, method="distill"), watch) for _ in range(2))
+def test_the_same_sizes_are_timed_once(places, ticks):
+    first, second = (found(places, method="distill") for _ in range(2))
     assert first == second
     # Of the source on whole texts and on one token each, of the target back as well, in one dtype; of both bases for
     # the check, in float32.
@@ -243,7 +244,7 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
         f'out="moved"\n[bases]\na="{places[1]}"\nb="{places[2]}"\n[adapters]\na=["{places[0]}"]\n'
         '[[moves]]\nfrom="a"\nto="b"\nmethods=["distill","cross-lora","copy"]\n'
     )
-    fit, maps, refused = (one.record() for one in estimate_batch(read_plan(plan), stopwatch=seconds_each()))
+    fit, maps, refused = (one.record() for one in estimate_batch(read_plan(plan)))
     assert fit["steps"] == found(places, method="distill").steps
     assert maps["seconds"] == 42
     assert "cannot be moved" in refused["error"]

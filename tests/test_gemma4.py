@@ -23,7 +23,7 @@ from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.heads import match_heads
 from jcrosslora.relation import pair_modules
-from jcrosslora.session.timing import Stopwatch
+from jcrosslora.session.timing import time_layer
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -134,4 +134,4 @@ def test_heads_are_matched_where_all_layers_of_a_role_have_keys(base):
 
 
 def test_the_time_of_a_layer_is_measured(base):
-    assert Stopwatch().layer(base, (1, 4), jnp.float32) > 0
+    assert time_layer(base, (1, 4), jnp.float32) > 0

@@ -125,16 +125,9 @@ def save_adapter(
             merges nothing, and keeps the names in the adapter's file.
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
-        profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
-            form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
-            `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
-            `adapter.gguf` of llama.cpp; "tunix" the Orbax checkpoint of tunix with qwix's LoRA; "lora-xs" the format
-            of LoRA-XS, which holds the part of each update that lies in the span of `frozen`.
-        dtype: of the tensors in the file.
-        overwrite: whether an adapter folder at `out` may be replaced.
+        profile: with `dtype`, `overwrite` and `frozen` see `jcrosslora.save_adapter`.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
-        frozen: of each module for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 

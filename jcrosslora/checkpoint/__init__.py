@@ -1,53 +1,33 @@
 """Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
-from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, wanted_roles
-from jcrosslora.architectures.config import Dims
-from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.architectures.family import Family
-from jcrosslora.checkpoint.base import BaseInfo, BaseModel, describe_base
-from jcrosslora.checkpoint.config import ModelConfig, check_config, read_dims
-from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name
-from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
-from jcrosslora.checkpoint.opening import open_base
-from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile, ShardedStore
-from jcrosslora.checkpoint.store import MappedFile
-from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, load_tokenizer, pad_right
-from jcrosslora.checkpoint.vocabulary import Vocabulary, shared_ids
-from jcrosslora.checkpoint.wrapped import class_module_name, text_module_name
-
-__all__ = [
-    "DTYPES",
-    "FAMILIES",
-    "ROLES",
-    "ROLE_PATHS",
-    "BaseInfo",
-    "BaseModel",
-    "Dims",
-    "Encoded",
-    "Family",
-    "MappedFile",
-    "ModelConfig",
-    "Module",
-    "SafetensorsFile",
-    "ShardedStore",
-    "Tokenizer",
-    "Vocabulary",
-    "architecture",
-    "check_config",
-    "class_module_name",
-    "describe_base",
-    "expected_shapes",
-    "expert_tensors",
-    "gguf_name",
-    "holder_of",
-    "is_hub_id",
-    "load_tokenizer",
-    "open_base",
-    "pad_right",
-    "read_dims",
-    "shared_ids",
-    "text_module_name",
-    "wanted_roles",
-]
+from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS
+from jcrosslora.architectures.blocks import ROLES as ROLES
+from jcrosslora.architectures.config import Dims as Dims
+from jcrosslora.architectures.families import FAMILIES as FAMILIES
+from jcrosslora.architectures.family import Family as Family
+from jcrosslora.checkpoint.base import BaseInfo as BaseInfo
+from jcrosslora.checkpoint.base import BaseModel as BaseModel
+from jcrosslora.checkpoint.base import describe_base as describe_base
+from jcrosslora.checkpoint.config import ModelConfig as ModelConfig
+from jcrosslora.checkpoint.config import check_config as check_config
+from jcrosslora.checkpoint.config import read_dims as read_dims
+from jcrosslora.checkpoint.experts import expert_tensors as expert_tensors
+from jcrosslora.checkpoint.gguf_tensors import architecture as architecture
+from jcrosslora.checkpoint.gguf_tensors import gguf_name as gguf_name
+from jcrosslora.checkpoint.hub import is_hub_id as is_hub_id
+from jcrosslora.checkpoint.layout import Module as Module
+from jcrosslora.checkpoint.layout import expected_shapes as expected_shapes
+from jcrosslora.checkpoint.layout import holder_of as holder_of
+from jcrosslora.checkpoint.opening import open_base as open_base
+from jcrosslora.checkpoint.safetensors import DTYPES as DTYPES
+from jcrosslora.checkpoint.safetensors import SafetensorsFile as SafetensorsFile
+from jcrosslora.checkpoint.safetensors import ShardedStore as ShardedStore
+from jcrosslora.checkpoint.store import MappedFile as MappedFile
+from jcrosslora.checkpoint.tokenizer import Encoded as Encoded
+from jcrosslora.checkpoint.tokenizer import Tokenizer as Tokenizer
+from jcrosslora.checkpoint.tokenizer import load_tokenizer as load_tokenizer
+from jcrosslora.checkpoint.tokenizer import pad_right as pad_right
+from jcrosslora.checkpoint.vocabulary import Vocabulary as Vocabulary
+from jcrosslora.checkpoint.vocabulary import shared_ids as shared_ids
+from jcrosslora.checkpoint.wrapped import class_module_name as class_module_name
+from jcrosslora.checkpoint.wrapped import text_module_name as text_module_name

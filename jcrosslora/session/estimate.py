@@ -27,7 +27,7 @@ from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import SIMILAR, Pair
 from jcrosslora.session.conclusion import EFFECT
 from jcrosslora.session.settings import Divide, TransferOptions
-from jcrosslora.session.timing import Stopwatch
+from jcrosslora.session.timing import seconds_of
 from jcrosslora.utils.cost import Cost, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
@@ -114,7 +114,6 @@ def estimate(
     task: AlignmentTask,
     options: TransferOptions,
     given: tuple[int, int],
-    stopwatch: Stopwatch,
     reason: str | None = None,
 ) -> Estimate:
     """Estimate a transfer from the sizes of its bases; no weight is read.
@@ -136,7 +135,7 @@ def estimate(
     elif task.runs_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
-    steps = stopwatch.seconds(costs_of(task, options, given), task.pair, method)
+    steps = seconds_of(costs_of(task, options, given), task.pair, method)
     modules = len(task.modules) if method.start is not None else fitted_modules(method, task.pair.target)
     return Estimate(method, reason, modules, rank, steps, memory, placement, given[1])
 

@@ -36,7 +36,7 @@ from jcrosslora.session.conclusion import Move, conclude, measure_effect
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import Stopwatch
+from jcrosslora.session.timing import seconds_of
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import free_memory
@@ -87,15 +87,11 @@ class PairSession:
 
     Attributes:
         pair: the two bases, with the facts that stages share.
-        stopwatch: times the parts of an estimate.
         loaded: keeps the weights of both bases for what runs them; None loads them anew each time.
     """
 
-    def __init__(
-        self, source: BaseModel, target: BaseModel, *, store: Cache | None = None, stopwatch: Stopwatch | None = None
-    ) -> None:
+    def __init__(self, source: BaseModel, target: BaseModel, *, store: Cache | None = None) -> None:
         self.pair = BasePair(source, target, store)
-        self.stopwatch = stopwatch or Stopwatch()
         self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
@@ -126,7 +122,7 @@ class PairSession:
             sources = move.shifter.adapter.modules.keys()
         prompts = 0 if request.probes is None else len(request.probes.texts)
         plan = self.plan(method, options, sources)
-        found = estimate(plan, options, (prompts, examples), self.stopwatch, reason)
+        found = estimate(plan, options, (prompts, examples), reason)
         return replace(found, warnings=warnings)
 
     def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
@@ -309,7 +305,7 @@ class PairSession:
         runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
         found = costs_of(task, options, counts, aligned=aligned)
         timing = timed and runs_bases
-        seconds = self.stopwatch.seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
+        seconds = seconds_of(found, task.pair, task.method) if timing else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
 
     def keep_bases(self, method: Method, options: TransferOptions) -> None:

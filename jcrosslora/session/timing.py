@@ -34,94 +34,96 @@ _LAYERS, _MOST_WEIGHTS = 4, 1 << 26
 _SVD_SIDE = 512  # of the square matrix whose full SVD is timed
 _RUNS = 3  # after compilation; the fastest counts
 _PERIOD = 4093  # of the numbers in weights, a prime
+_CLOCK = time.perf_counter
+_KNOWN: dict[Any, float] = {}  # seconds of what this process has timed
 
 
-class Stopwatch:
-    """Measures seconds by `clock`, and keeps them for the next estimate of the same sizes."""
+def seconds_of(costs: Mapping[str, Cost | None], pair: BasePair, method: Method) -> dict[str, float | None]:
+    """Turn the counts of the steps of a transfer into seconds; None stays None.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._known = clock, dict[Any, float]()
+    What is timed is kept for the next estimate of the same sizes.
 
-    def seconds(self, costs: Mapping[str, Cost | None], pair: BasePair, method: Method) -> dict[str, float | None]:
-        """Turn the counts of the steps of a transfer into seconds; None stays None.
+    Raises:
+        CheckpointError: the bases have to run, and the decoder does not support one.
+    """
+    found, before = dict[str, float | None](), 0.0
+    for name, cost in costs.items():
+        found[name] = None if cost is None else max(_seconds(cost, pair, method), (cost.budget or 0.0) - before)
+        before = found[name] or 0.0
+    return found
 
-        Raises:
-            CheckpointError: the bases have to run, and the decoder does not support one.
-        """
-        found, before = dict[str, float | None](), 0.0
-        for name, cost in costs.items():
-            found[name] = None if cost is None else max(self._of(cost, pair, method), (cost.budget or 0.0) - before)
-            before = found[name] or 0.0
-        return found
 
-    def _of(self, cost: Cost, pair: BasePair, method: Method) -> float:
-        dtype, total = jnp.float32 if cost.precise else fast_dtype(), 0.0
-        read = zip(pair, (cost.source, cost.target), cost.predicted, strict=True)
-        for base, tokens, predicted in read:
-            if tokens:
-                layers = base.dims.layers * tokens + _head(base) * predicted
-                total += layers / prod(_READ) * self.layer(base, _READ, dtype)
-        if cost.written:
-            layers = (pair.source.dims.layers + _head(pair.source)) * cost.written
-            total += _CACHED * layers * self.layer(pair.source, _WRITTEN, fast_dtype())
-        if cost.stepped and isinstance(method, DistillSettings):
-            layers = pair.target.dims.layers * cost.stepped
-            total += layers / prod(_READ) * self._gradient(pair.target, method)
-        total += sum(starmap(self._decomposition, cost.decomposed))
-        if cost.svd:  # those of activations would take minutes
-            total += cost.svd / _SVD_SIDE**3 * self._full_svd()
-        return total + (_COMPILING if cost.runs_bases else 0)
+def _seconds(cost: Cost, pair: BasePair, method: Method) -> float:
+    dtype, total = jnp.float32 if cost.precise else fast_dtype(), 0.0
+    for base, tokens, predicted in zip(pair, (cost.source, cost.target), cost.predicted, strict=True):
+        if tokens:
+            layers = base.dims.layers * tokens + _head(base) * predicted
+            total += layers / prod(_READ) * time_layer(base, _READ, dtype)
+    if cost.written:
+        layers = (pair.source.dims.layers + _head(pair.source)) * cost.written
+        total += _CACHED * layers * time_layer(pair.source, _WRITTEN, fast_dtype())
+    if cost.stepped and isinstance(method, DistillSettings):
+        layers = pair.target.dims.layers * cost.stepped
+        total += layers / prod(_READ) * _time_gradient(pair.target, method)
+    total += sum(starmap(_time_decomposition, cost.decomposed))
+    if cost.svd:  # those of activations would take minutes
+        total += cost.svd / _SVD_SIDE**3 * _time_full_svd()
+    return total + (_COMPILING if cost.runs_bases else 0)
 
-    def _decomposition(self, shape: tuple[int, int], rank: int, vectors: bool) -> float:
-        """Time the truncated SVD of a matrix (O, I); `vectors` says whether single singular vectors matter."""
 
-        def make() -> Callable[[], Any]:
-            matrix = jax.random.normal(jax.random.key(0), (1, *shape))
-            return lambda: decompose(matrix, rank, vectors=vectors)[0]
+def _time_decomposition(shape: tuple[int, int], rank: int, vectors: bool) -> float:
+    """Time the truncated SVD of a matrix (O, I); `vectors` says whether single singular vectors matter."""
 
-        return self._fastest((shape, rank, vectors), make, 1)
+    def make() -> Callable[[], Any]:
+        matrix = jax.random.normal(jax.random.key(0), (1, *shape))
+        return lambda: decompose(matrix, rank, vectors=vectors)[0]
 
-    def _full_svd(self) -> float:
-        def make() -> Callable[[], Any]:
-            return partial(jnp.linalg.svd, jax.random.normal(jax.random.key(0), (_SVD_SIDE, _SVD_SIDE)))
+    return _fastest((shape, rank, vectors), make, 1)
 
-        return self._fastest("full SVD", make, _RUNS)
 
-    def layer(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
-        """Time the forward pass of a layer like the base's last on tokens (B, T)."""
-        few = _few_layers(base)
+def _time_full_svd() -> float:
+    def make() -> Callable[[], Any]:
+        return partial(jnp.linalg.svd, jax.random.normal(jax.random.key(0), (_SVD_SIDE, _SVD_SIDE)))
 
-        def make() -> Callable[[], Any]:
-            return partial(_pass, _made_up_model(few, base, dtype), _tokens(shape))
+    return _fastest("full SVD", make, _RUNS)
 
-        return self._fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
-    def _gradient(self, base: BaseModel, fit: DistillSettings) -> float:
-        """Time the pass of such a layer forward and back, for the factors of a fit."""
-        # Imported here: methods that look at weights alone need no optimiser.
-        from jcrosslora.distill.fit import first_state
+def time_layer(base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
+    """Time the forward pass of a layer like the base's last on tokens (B, T)."""
+    few = _few_layers(base)
 
-        few = _few_layers(base)
+    def make() -> Callable[[], Any]:
+        return partial(_pass, _made_up_model(few, base, dtype), _tokens(shape))
 
-        def make() -> Callable[[], Any]:
-            model = _made_up_model(few, base, fast_dtype())
-            factors = jax.eval_shape(lambda: first_state(model, fit).factors)
-            factors = jax.tree.map(lambda one: jnp.asarray(_numbers(one.shape, one.dtype)), factors)
-            return partial(_gradient, model, factors, _tokens(_READ))
+    return _fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
-        key = few, fast_dtype().name, fit.roles, fit.fit_rank
-        return self._fastest(key, make, _RUNS) / few.layers
 
-    def _fastest(self, key: Any, make: Callable[[], Callable[[], Any]], runs: int) -> float:
-        if key not in self._known:
-            run, found = make(), []
-            jax.block_until_ready(run())  # compiles
-            for _ in range(runs):
-                start = self._clock()
-                jax.block_until_ready(run())
-                found.append(self._clock() - start)
-            self._known[key] = min(found)
-        return self._known[key]
+def _time_gradient(base: BaseModel, fit: DistillSettings) -> float:
+    """Time the pass of such a layer forward and back, for the factors of a fit."""
+    # Imported here: methods that look at weights alone need no optimiser.
+    from jcrosslora.distill.fit import first_state
+
+    few = _few_layers(base)
+
+    def make() -> Callable[[], Any]:
+        model = _made_up_model(few, base, fast_dtype())
+        factors = jax.eval_shape(lambda: first_state(model, fit).factors)
+        factors = jax.tree.map(lambda one: jnp.asarray(_numbers(one.shape, one.dtype)), factors)
+        return partial(_gradient, model, factors, _tokens(_READ))
+
+    return _fastest((few, fast_dtype().name, fit.roles, fit.fit_rank), make, _RUNS) / few.layers
+
+
+def _fastest(key: Any, make: Callable[[], Callable[[], Any]], runs: int) -> float:
+    if key not in _KNOWN:
+        run, found = make(), []
+        jax.block_until_ready(run())  # compiles
+        for _ in range(runs):
+            start = _CLOCK()
+            jax.block_until_ready(run())
+            found.append(_CLOCK() - start)
+        _KNOWN[key] = min(found)
+    return _KNOWN[key]
 
 
 def _head(base: BaseModel) -> float:

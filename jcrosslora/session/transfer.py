@@ -23,7 +23,6 @@ from jcrosslora.session.pair_session import PairSession, Request, lighter, with_
 from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings, make_options
-from jcrosslora.session.timing import Stopwatch
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils import hosts
@@ -173,22 +172,22 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
     return result
 
 
-def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = None) -> Estimate:
+def estimate_files(settings: TransferSettings) -> Estimate:
     """Check a transfer as `transfer_files` does, and estimate what it takes; nothing is computed or written.
 
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid.
     """
     ensure_free(Path(settings.out), settings.overwrite)
-    return estimate_pair(settings, stopwatch, settings.adapter)
+    return estimate_pair(settings, settings.adapter)
 
 
-def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch | None, adapter: str | None = None) -> Estimate:
+def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Estimate:
     """Estimate transfers of one adapter between two bases, or of any that has all modules of the source (None).
 
     Of the weights only those are read that `auto` looks at.
     """
-    session = session_of(settings, store=False, stopwatch=stopwatch)
+    session = session_of(settings, store=False)
     with enough_memory(_lighter(settings)):
         return session.estimate(_request(settings, adapter))
 
@@ -198,9 +197,7 @@ def save_as(result: TransferResult, settings: TransferSettings) -> None:
     result.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
 
 
-def session_of(
-    settings: TransferSettings, *, store: bool = True, stopwatch: Stopwatch | None = None
-) -> PairSession | QueriedSession:
+def session_of(settings: TransferSettings, *, store: bool = True) -> PairSession | QueriedSession:
     """Open both bases of a transfer, and the cache if the settings and `store` have it take part."""
     revision, template = settings.source_revision, settings.source_template
     source = _queried_model(settings) or open_base(settings.source, revision=revision, chat_template=template)
@@ -210,14 +207,11 @@ def session_of(
         name=settings.target_id,
         chat_template=settings.target_template,
     )
-    return open_session(source, target, open_cache() if settings.cache and store else None, stopwatch)
+    return open_session(source, target, open_cache() if settings.cache and store else None)
 
 
 def open_session(
-    source: BaseModel | QueriedModel | str | Path,
-    target: BaseModel | str | Path,
-    store: Cache | None,
-    stopwatch: Stopwatch | None = None,
+    source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
 ) -> PairSession | QueriedSession:
     """Open what moves adapters of a base, or of a source that can only be queried, to a target.
 
@@ -230,7 +224,7 @@ def open_session(
         session = QueriedSession(source, opened[-1], store=store)
     else:
         opened = [open_base(source), open_base(target)]
-        session = PairSession(*opened, store=store, stopwatch=stopwatch)
+        session = PairSession(*opened, store=store)
     for base in opened if digests is not None else ():
         base.digest(digests)
     return session

@@ -1,17 +1,12 @@
 """What models read and write: conversations, prompts with answers, chat templates, and their tokens."""
 
-from jcrosslora.text.completion import COMPLETIONS, Completion, Message, Prompt, completion_lines, prompt_text
-from jcrosslora.text.reading import Reading, prompt_ids, read, render
-
-__all__ = [
-    "COMPLETIONS",
-    "Completion",
-    "Message",
-    "Prompt",
-    "Reading",
-    "completion_lines",
-    "prompt_ids",
-    "prompt_text",
-    "read",
-    "render",
-]
+from jcrosslora.text.completion import COMPLETIONS as COMPLETIONS
+from jcrosslora.text.completion import Completion as Completion
+from jcrosslora.text.completion import Message as Message
+from jcrosslora.text.completion import Prompt as Prompt
+from jcrosslora.text.completion import completion_lines as completion_lines
+from jcrosslora.text.completion import prompt_text as prompt_text
+from jcrosslora.text.reading import Reading as Reading
+from jcrosslora.text.reading import prompt_ids as prompt_ids
+from jcrosslora.text.reading import read as read
+from jcrosslora.text.reading import render as render

@@ -19,7 +19,6 @@ from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError, UsageE
 from jcrosslora.methods import AUTO, find_method, setting_fields
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
-from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import estimate_pair
 
 _Text = Annotated[str, Meta(min_length=1)]
@@ -289,14 +288,11 @@ class UnitEstimate:
         return settings.source, settings.target, method, str(jobs), *figures
 
 
-def estimate_batch(
-    plan: BatchPlan, *, shard: tuple[int, int] = (1, 1), stopwatch: Stopwatch | None = None
-) -> Iterator[UnitEstimate]:
+def estimate_batch(plan: BatchPlan, *, shard: tuple[int, int] = (1, 1)) -> Iterator[UnitEstimate]:
     """Estimate the units of a plan or of a shard (i, n); no adapter is read, and nothing is written."""
-    stopwatch = stopwatch or Stopwatch()
     for unit in share_of(units_of(plan.jobs), *shard):
         try:
-            yield UnitEstimate(unit, estimate_pair(unit.settings, stopwatch))
+            yield UnitEstimate(unit, estimate_pair(unit.settings))
         except JCrossLoRAError as error:
             # An adapter without the modules that fail may be moved.
             of_modules = isinstance(error, MethodError | PairingError)
