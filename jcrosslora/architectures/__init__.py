@@ -9,12 +9,8 @@ from jcrosslora.architectures.architecture import usual_layers as usual_layers
 from jcrosslora.architectures.blocks import ATTENTION as ATTENTION
 from jcrosslora.architectures.blocks import DENSE_ROLES as DENSE_ROLES
 from jcrosslora.architectures.blocks import EMBEDDING as EMBEDDING
-from jcrosslora.architectures.blocks import HEAD as HEAD
-from jcrosslora.architectures.blocks import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.architectures.blocks import LATENT as LATENT
 from jcrosslora.architectures.blocks import LAYER_EMBEDDING as LAYER_EMBEDDING
-from jcrosslora.architectures.blocks import LAYER_INPUT_NORM as LAYER_INPUT_NORM
-from jcrosslora.architectures.blocks import LAYER_INPUT_PROJECTION as LAYER_INPUT_PROJECTION
 from jcrosslora.architectures.blocks import MLP as MLP
 from jcrosslora.architectures.blocks import QKV as QKV
 from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS

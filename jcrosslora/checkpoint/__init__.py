@@ -2,9 +2,7 @@
 
 from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.architectures.blocks import ROLES as ROLES
-from jcrosslora.architectures.config import Dims as Dims
 from jcrosslora.architectures.families import FAMILIES as FAMILIES
-from jcrosslora.architectures.family import Family as Family
 from jcrosslora.checkpoint.base import BaseInfo as BaseInfo
 from jcrosslora.checkpoint.base import BaseModel as BaseModel
 from jcrosslora.checkpoint.base import describe_base as describe_base

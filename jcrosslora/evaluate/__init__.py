@@ -14,9 +14,7 @@ from jcrosslora.evaluate.effect import Effect as Effect
 from jcrosslora.evaluate.effect import check_effect as check_effect
 from jcrosslora.evaluate.examples import Example as Example
 from jcrosslora.evaluate.examples import Question as Question
-from jcrosslora.evaluate.examples import as_completion as as_completion
 from jcrosslora.evaluate.examples import read_examples as read_examples
-from jcrosslora.evaluate.examples import read_prompts as read_prompts
 from jcrosslora.evaluate.examples import read_task as read_task
 from jcrosslora.evaluate.output import answers_json as answers_json
 from jcrosslora.evaluate.output import answers_page as answers_page

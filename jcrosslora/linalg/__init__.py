@@ -16,7 +16,6 @@ from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import product_energy as product_energy
 from jcrosslora.linalg.low_rank import recompress as recompress
 from jcrosslora.linalg.low_rank import select as select
-from jcrosslora.linalg.svd import Kernel as Kernel
 from jcrosslora.linalg.svd import choose_kernel as choose_kernel
 from jcrosslora.linalg.svd import decompose as decompose
 from jcrosslora.linalg.svd import describe_kernels as describe_kernels

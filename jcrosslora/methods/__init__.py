@@ -3,7 +3,6 @@
 The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
 
-from jcrosslora.maps import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
 from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved

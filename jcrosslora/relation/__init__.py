@@ -2,7 +2,6 @@
 
 from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.relation.base_comparison import compare_bases as compare_bases
-from jcrosslora.relation.bases import Bases as Bases
 from jcrosslora.relation.bases import compare_token_names as compare_token_names
 from jcrosslora.relation.method_selection import Choice as Choice
 from jcrosslora.relation.method_selection import choose_method as choose_method

@@ -4,7 +4,6 @@ from jcrosslora.report.page.charts import left_shares as left_shares
 from jcrosslora.report.page.charts import report_sheet as report_sheet
 from jcrosslora.report.page.charts import source_shares as source_shares
 from jcrosslora.report.page.charts import target_shares as target_shares
-from jcrosslora.report.page.contents import Contents as Contents
 from jcrosslora.report.page.contents import Roles as Roles
 from jcrosslora.report.page.contents import contents_of as contents_of
 from jcrosslora.report.page.contents import find_contents as find_contents
@@ -13,4 +12,3 @@ from jcrosslora.report.page.headline import gain_share as gain_share
 from jcrosslora.report.page.headline import headline as headline
 from jcrosslora.report.page.html import answers_section as answers_section
 from jcrosslora.report.page.html import report_page as report_page
-from jcrosslora.report.page.html import result_html as result_html
