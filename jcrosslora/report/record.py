@@ -267,6 +267,11 @@ def read_bytes(path: Path) -> bytes:
         raise UsageError(msg) from error
 
 
+def taken(kind: type[T], given: Any) -> T:
+    """Take the fields of a part of the report from an object that has them."""
+    return kind(**{name: getattr(given, name) for name in kind.__annotations__})
+
+
 def weighted(rows: Sequence[ModuleRow], field: str) -> float:
     """Return the mean of a field over rows, weighted by energy; NaN if no row has the figure."""
     found = [row for row in rows if getattr(row, field) is not None]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from msgspec import convert, structs
+from msgspec import structs
 
 from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
@@ -18,7 +18,7 @@ from jcrosslora.maps.shifted import ModuleRow, Shifted, defined
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Method, Moved, Task
 from jcrosslora.relation import why_not_run
-from jcrosslora.report import Base, MeasuredEffect, TransferReport, complete
+from jcrosslora.report import MeasuredEffect, TransferReport, complete, record
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version
@@ -76,9 +76,9 @@ def conclude(
     report = TransferReport(
         version=version(),
         recipe=transport.recipe,
-        source=convert(transport.source, Base, from_attributes=True),
-        target=convert(transport.target, Base, from_attributes=True),
-        adapter=convert(shifted.original.info, AdapterOrigin, from_attributes=True),
+        source=record.taken(record.Base, transport.source),
+        target=record.taken(record.Base, transport.target),
+        adapter=record.taken(AdapterOrigin, shifted.original.info),
         calibration=shifted.calibration,
         scale=shifted.scale,
         layers=transport.pairing.layers,
