@@ -298,7 +298,7 @@ def _biases(structure: Structure) -> Iterator[Both]:
             continue
         src, tgt = source.bias(name), target.bias(module.name)
         if src is not None and tgt is not None:
-            src, tgt = finite(source, f"{name}.bias", src)(target, f"{module.name}.bias", tgt)
+            src, tgt = finite(source, f"{name}.bias", src), finite(target, f"{module.name}.bias", tgt)
             yield src[rows[rows >= 0]], tgt[rows >= 0]
 
 

@@ -232,4 +232,4 @@ def _sampled_rows(base: BaseModel, layer: int) -> Iterator[tuple[str, np.ndarray
     """Yield the role of each module of a layer, and a few of its rows."""
     for name, module in base.modules.items():
         if module.layer == layer:
-            yield module.role, module_rows(base, name(module.shape[0], _CHECKED_ROWS))
+            yield module.role, module_rows(base, name, evenly_spaced(module.shape[0], _CHECKED_ROWS))
