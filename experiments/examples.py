@@ -30,7 +30,8 @@ from result_lines import append, commit, versions
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
-from jcrosslora.evaluate import Interval, answer, as_completion
+from jcrosslora.evaluate import Interval, answer
+from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion
 from jcrosslora.training import TrainingSettings, read_examples, save_trained, train_lora

@@ -160,9 +160,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.trained:
         add("trained", stack_adapter(jcl.load_adapter(arguments.trained, target), target))
     if arguments.answers:
-        usual, begun = TrainingSettings(), time.monotonic()
+        begun = time.monotonic()
         taught = [found for one in given if (found := said.get(one.prompt)) and found.ended]
-        settings = dataclasses.replace(usual, alpha=2.0 * usual.rank, seed=arguments.seed)
+        settings = TrainingSettings(seed=arguments.seed)
         update = stack_adapter(train_lora(target, taught, settings, tokenizer=tokenizers[1]), target)
         add("answers", update, settings.steps, time.monotonic() - begun)
     for text in arguments.fit:
