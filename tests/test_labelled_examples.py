@@ -13,7 +13,8 @@ from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.labelled import examples_of_round
 from jcrosslora.distill.settings import FIRST, ROUND
-from jcrosslora.evaluate.examples import as_completion, score
+from jcrosslora.evaluate import score
+from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.methods import Auto, Distill
 from jcrosslora.session.batch.plan import read_plan, units_of
 from jcrosslora.session.pair_session import PairSession
