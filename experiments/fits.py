@@ -20,7 +20,6 @@ Data must be training data: choices are made by it. Rows are added to WORK/fits.
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from lift_tasks import parse_row
+from result_lines import commit
 from rich.console import Console
 from rich.table import Table
 
@@ -141,20 +141,21 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     table = Table("fit", "steps", "seconds", "divergence", "NLL", "right", "agreement", "written")
 
     def add(
-        name: str, update: StackedAdapter, steps: int = 0, seconds: float = 0, divergence: float = math.nan
+        name: str, update: StackedAdapter, steps: int = 0, seconds: float = 0, divergence: float | None = None
     ) -> None:
-        figures = [f"{divergence:.4f}", *(f"{figure:.4f}" for figure in judged_by(models[1], update, *encoded)), ""]
+        figures: list[float | None] = [divergence, *judged_by(models[1], update, *encoded), None]
         if asked:
             wrote = answer(target, asked, [unstack_adapter(update, target)], model=models[1], tokenizer=tokenizers[1])
             figure = next(name for name in ("json", "exact") if name in wrote.figures)
-            figures[-1] = f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})"
-        values = (name, str(steps), f"{seconds:.0f}", *figures)
-        table.add_row(*values)
+            figures[-1] = wrote.bootstrap(figure)[1].value
+        rounded = [None if value is None else round(float(value), 4) for value in figures]
+        values = (name, steps, round(seconds), *rounded)
+        table.add_row(*("" if value is None else str(value) for value in values))
         row = dict(zip((str(column.header) for column in table.columns), values, strict=True))
-        console.print(", ".join(f"{key} {value}" for key, value in row.items() if value))
+        console.print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
         made = {"source": source.name, "target": target.name, "data": arguments.data.name, "texts": path.name}
         with (arguments.work / "fits.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(made | row) + "\n")
+            lines.write(json.dumps(made | row | {"commit": commit()}) + "\n")
 
     add("none", start or StackedAdapter({}))
     if arguments.trained:
