@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import numpy as np
@@ -116,6 +117,11 @@ class Sampler:
     seed: int = 0
     end: End = "source"
 
+    @property
+    def varied(self) -> Self:
+        """The same for prompts that are answered again: at temperature 0 every answer would be the same."""
+        return self if self.temperature > 0 else replace(self, temperature=1.0)
+
     def answer(
         self,
         writer: Writer,
@@ -128,6 +134,8 @@ class Sampler:
 
         The turn is added to the seed. Answers have at most `tokens`; None is as many as those of the fit.
         """
+        if not prompts:
+            return []
         key, most = jax.random.fold_in(jax.random.key(self.seed + turn), 1), tokens or self.tokens
         assert most is not None
         written = writer.write([item.prompt for item in prompts], most, self.temperature, key, bar=bar)
