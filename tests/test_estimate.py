@@ -82,7 +82,7 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
         for kind in (
             {"method": "distill", "completions": 150},
             {"method": "distill", "completions": 300},
-            {"method": "distill", "completions": 150, "prompts": str(texts)},
+            {"method": "distill", "completions": 150, "passes": 4, "prompts": str(texts)},
         )
     )
     assert many["write completions"] > 1.1 * few["write completions"] > 2 * given["write completions"]

@@ -75,8 +75,8 @@ def test_an_adapter_that_was_fitted_to_another_chat_template_is_named(files, tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter", "a"], "--adapter was given beside the shelf"),
-        (["--weights", "1"], "--weights was given beside the shelf"),
+        (["--adapter", "a"], "--adapter was given with the shelf"),
+        (["--weights", "1"], "--weights was given with the shelf"),
         (["--compose", "router2"], "composition 'router2' is unknown (did you mean 'router'?)"),
         (["--compose", "ties"], "write one adapter with peft's add_weighted_adapter"),
         (["--compose", "."], ".: brings its adapters"),

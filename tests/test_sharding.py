@@ -118,7 +118,7 @@ def test_weights_are_divided_where_they_do_not_fit_into_one_device():
     divided = choose_placement(sizes, 6 * GB, 4, 46 * GB - 1, "auto")
     assert (divided.devices, divided.weights) == (4, 12 * GB)
     assert divided.text() == (
-        "4 share the weights: 12.00 GB of 40.00 GB on each, and up to 6.00 GB beside them, where 46.00 GB are free"
+        "4 share the weights: 12.00 GB of 40.00 GB on each, and up to 6.00 GB on top, where 46.00 GB are free"
     )
 
 

@@ -87,7 +87,7 @@ def test_every_method_moves_between_equal_shapes(files, tmp_path, method):
     if method == "copy":
         for name, factors in moved.adapter.modules.items():
             np.testing.assert_array_equal(delta(factors), delta(adapter.modules[name]))
-    assert "the same model (equal digests)" in jcl.verdict(moved.report).text
+    assert "one and the same base (equal digests)" in jcl.verdict(moved.report).text
 
 
 def test_align_then_shift_equals_transfer(files, tmp_path):
