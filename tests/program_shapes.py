@@ -29,7 +29,7 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher
+from jcrosslora.distill import DistillSettings, agreement, fit, residual, symbols, teacher
 from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
@@ -285,6 +285,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(symbols.in_target_symbols, (said, symbols.Moves(*ways), (shapes.vocab - 2, 1, True)))
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
+    yield Program(agreement._likeliest, (restricted, agreement.AnswerBatch(*shapes.read, whole(PLACES))))
     one = of(PLACES)
     yield Program(teacher.with_known, (taught, whole(PLACES), one, one))
     yield Program(teacher.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
