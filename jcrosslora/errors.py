@@ -7,7 +7,8 @@ exits with code 2; a traceback means a defect of ours.
 from collections.abc import Iterable
 
 _LONGEST = 4000  # characters; real messages have a few hundred
-_RENAMED = {"probe_text": "prompts", "--probe-text": "--prompts"}  # for those who knew the old names
+# For those who knew the old names.
+_RENAMED = {"probe_text": "prompts", "--probe-text": "--prompts", "--task": "--data"}
 
 
 class JCrossLoRAError(Exception):

@@ -25,7 +25,13 @@ pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-ELSEWHERE = {"docs/adding-a-method.md", "docs/adding-a-family.md", "docs/formats-and-kinds.md"}  # run in test_docs.py
+# Run in test_docs.py, and in test_jax_trainers.py.
+ELSEWHERE = {
+    "docs/adding-a-method.md",
+    "docs/adding-a-family.md",
+    "docs/formats-and-kinds.md",
+    "docs/from-jax-trainers.md",
+}
 # The beginning of a command, and why it is not run.
 NOT_RUN = {
     "python3 -m venv": "makes an environment",
@@ -45,6 +51,7 @@ NOT_RUN = {
     "jcrosslora transfer --source-url": "a server",
     "jcrosslora transfer ADAPTER --source BASE --source-backend torch": "torch; tests/test_asked_transfer.py runs it",
     "jcrosslora transfer ...": "the end of another command",
+    "jcrosslora evaluate --base BASE --tasks": "lm_eval; tests/test_evaluate_task.py runs it",
     "jcrosslora evaluate --shelf": "a shelf by name",
     "jcrosslora generate --shelf": "a shelf by name",
     "jcrosslora shelf": "a shelf by name; tests/test_shelf.py runs these",
@@ -117,7 +124,8 @@ def files(tmp_path_factory):
     for name in ("questions.jsonl", "TRAIN.jsonl", "test.jsonl", "json.jsonl", "poems.jsonl"):
         (folder / name).write_text("".join(json.dumps(task) + "\n" for task in tasks))
     written = [{"prompt": question.prompt, "answer": question.choices[question.answer]} for question in QUESTIONS]
-    (folder / "FILE.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    for name in ("FILE.jsonl", "right.jsonl"):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in written))
     (folder / "plan.toml").write_text(PLAN)
     return folder
 

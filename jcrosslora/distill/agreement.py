@@ -1,9 +1,9 @@
 """How often the target writes what the source writes: a judge of answers that needs no labels.
 
 A divergence is a mean over positions, and an answer is right only if all of its tokens are. So two fits of one
-divergence may differ in how many answers are right. What both bases write with temperature 0 can be compared without
-labels: the target writes an answer of the source exactly where each of its tokens, the end included, is the likeliest
-behind those in front of it, which one forward pass shows for all tokens at once.
+divergence may differ in how many answers are right. Greedy answers can be compared without labels: the target writes an
+answer of the source if each of its tokens, the end included, is the likeliest after the tokens before it. One forward
+pass shows that for all tokens at once.
 """
 
 import math

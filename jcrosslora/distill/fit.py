@@ -42,7 +42,7 @@ Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 @flax.struct.dataclass
 class FitState:
-    """What changes from step to step; the best factors are those of the best look so far."""
+    """What changes from step to step; the best factors are those with the lowest divergence so far."""
 
     step: jax.Array
     factors: StackedAdapter
@@ -65,11 +65,6 @@ class Look:
     completions: int
     divergence: float
     agreement: float = math.nan
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """What decides which update is the best: the agreement, and the divergence where that is equal."""
-        return (0.0 if math.isnan(self.agreement) else self.agreement), -self.divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +99,8 @@ class Fit:
 
     Args:
         teacher: with the target in it.
-        held_out: completions that nothing is fitted to, read by the teacher.
-        answers: greedy answers of the source to the same prompts. The two decide which update is the best, see `Look`.
+        held_out: completions that decide which update is the best, read by the teacher.
+        answers: greedy answers of the source to the same prompts, for the agreement of each look.
         prompted: whether the completions answer prompts of a user.
         start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
@@ -203,10 +198,10 @@ class Fit:
         if self._seen == int(self._state.step):
             return
         self._seen, found = int(self._state.step), self._judge()
-        if found.rank > max(look.rank for look in self._looks):
+        if found.divergence < min(look.divergence for look in self._looks):
             self._state = replace(self._state, best=self._state.factors)
         self._looks.append(found)
-        best = max(self._looks, key=lambda look: look.rank)
+        best = min(self._looks, key=lambda look: look.divergence)
         bar.note = f"divergence {best.divergence:.3f}" + (f", agreement {best.agreement:.0%}" if self._answers else "")
 
     def _judge(self) -> Look:

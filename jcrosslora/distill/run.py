@@ -231,7 +231,7 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
 def _sentence(
     fitted: Fitted, completions: Completions, examples: int, positions: int, tokens: int, devices: int
 ) -> str:
-    first, best = fitted.looks[0], max(fitted.looks, key=lambda look: look.rank)
+    first, best = fitted.looks[0], min(fitted.looks, key=lambda look: look.divergence)
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
     anew = max(look.completions for look in fitted.looks) - len(completions.items) - examples
     right = f", and in {examples:,} labelled examples" if examples else ""
