@@ -51,7 +51,7 @@ NOT_RUN = {
     "jcrosslora transfer --source-url": "a server",
     "jcrosslora transfer ADAPTER --source BASE --source-backend torch": "torch; tests/test_asked_transfer.py runs it",
     "jcrosslora transfer ...": "the end of another command",
-    "jcrosslora evaluate --base BASE --tasks": "lm_eval; tests/test_evaluate_task.py runs it",
+    "jcrosslora evaluate --base BASE --tasks": "lm_eval; tests/test_evaluate_harness.py runs it",
     "jcrosslora evaluate --shelf": "a shelf by name",
     "jcrosslora generate --shelf": "a shelf by name",
     "jcrosslora shelf": "a shelf by name; tests/test_shelf.py runs these",

@@ -44,7 +44,7 @@ PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
 _BEHIND = 8  # tokens, and as many as an answer has, that show whether an adapter goes on behind it
-_LATER, _AGAIN = 100, 50  # added to the seeds of further rounds, and of prompts that are answered again
+_LATER = 100  # added to the seeds of further rounds
 _TURNS = 2  # near-duplicates and prompts that were not finished are left out, so that one turn falls short
 
 
@@ -145,7 +145,7 @@ def answer_given(
         asked = [Completion(prompt) for prompt in prompts[:wanted]]
         asked += similar(wanted - len(asked), seed, bar)
         repeated = [Completion(every[place % len(every)]) for place in range(wanted - len(asked))]
-        found = sampler.answer(source, asked, bar=bar) + sampler.varied.answer(source, repeated, _AGAIN, bar)
+        found = sampler.answer_both(source, asked, repeated, bar=bar)
     _check_enough(found, source)
     used = set(prompts[:wanted])
     first = f"the first {wanted} of " if len(prompts) > wanted else ""
@@ -163,11 +163,13 @@ def answer_given(
         again = missing if form is None else missing // 2 if usable else 0
         rng = np.random.default_rng(seed + later)
         places = rng.permutation(np.arange(max(again, len(usable))) % max(1, len(usable)))[:again]
-        asked = [Completion(prompt) for prompt in waiting] + similar(missing - again, seed + later)
+        asked = [Completion(prompt) for prompt in waiting]
         repeated = [Completion(usable[place]) for place in places]
+        others = similar(missing - again, seed + later)
+        if answerer is source and sampler.temperature == 0:
+            return sampler.answer_both(source, asked + others, repeated, later)
         # The target's own text is sampled: what it is likeliest to write is not to become likelier.
-        first = sampler if answerer is source else sampler.varied
-        return first.answer(answerer, asked, later) + sampler.varied.answer(answerer, repeated, later + _AGAIN)
+        return sampler.varied.answer(answerer, [*asked, *repeated, *others], later)
 
     description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {given}{cut}"
     own = sum(item.origin == SIMILAR for item in found)

@@ -122,6 +122,19 @@ class Sampler:
         """The same for prompts that are answered again: at temperature 0 every answer would be the same."""
         return self if self.temperature > 0 else replace(self, temperature=1.0)
 
+    def answer_both(
+        self,
+        writer: Writer,
+        prompts: Sequence[Completion],
+        repeated: Sequence[Completion],
+        turn: int = 0,
+        bar: Track | None = None,
+    ) -> list[Completion]:
+        """Answer prompts, and prompts that are answered again, which are always sampled."""
+        if self.varied is self:
+            return self.answer(writer, [*prompts, *repeated], turn, bar)
+        return self.answer(writer, prompts, turn, bar) + self.varied.answer(writer, repeated, turn, bar)
+
     def answer(
         self,
         writer: Writer,
