@@ -86,7 +86,7 @@ def test_the_package_does_not_import_the_harness():
         (["--data", "a.jsonl", "--num-fewshot", "3"], "--num-fewshot is not for --data"),
         (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num-fewshot -1 is out of range"),
         (["--tasks", "arc_easy", "--limit", "0"], "limit 0 is out of range"),
-        (["--task", "arc_easy"], "--task is unknown (did you mean --tasks?)"),
+        (["--task", "arc_easy"], "--task is unknown (did you mean --data?)"),
         (["--tasks", "arc_easy"], "no base was given"),
     ],
 )
