@@ -44,6 +44,7 @@ def loss(base, adapters):
     return -found.log_probs[:, *answers].sum(axis=1) / found.tokens[answers].sum()
 
 
+@pytest.mark.full
 def test_right_answers_are_taught_and_the_source_answers_other_prompts(places):
     prompts = [*CORPUS, QUESTIONS[0].prompt]
     moves = [
