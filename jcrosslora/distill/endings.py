@@ -195,7 +195,7 @@ class Endings:
             return ()
         done = "the end is taught there; --end source keeps what the source does"
         if end == "source":
-            done = "the moved adapter learns the same; --end auto teaches the end there"
+            done = "the moved adapter learns the same; --end auto with --prompts teaches the end there"
         went_on = f"{self.going_on:.0%} go on behind a complete answer"
         return (f"{self.ended:.0%} of the adapter's answers end, and {went_on}: {done}",)
 

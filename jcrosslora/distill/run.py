@@ -25,7 +25,7 @@ from jcrosslora.distill.completions import Completions, answer_given, write_comp
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit, Fitted, Look
 from jcrosslora.distill.labelled import as_taught, examples_of_round, without_labelled
-from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.settings import DistillSettings, End
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.symbols import Ends, find_symbols
@@ -131,7 +131,9 @@ def distill(
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
     prompted = bool(prompts or taught)
     temperature = settings.temperature(prompted=prompted)
-    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed, settings.end)
+    # Without prompts it cost likelihood to teach the end: 0.78 of the demo's lift, 0.95 without.
+    end: End = "source" if settings.end == "auto" and not prompted else settings.end
+    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed, end)
     if prompted:
         labelled = [one.prompt for one in taught]
         completions = answer_given(source, writer, prompts, sampler, labelled=labelled, shared=shared)
@@ -139,9 +141,9 @@ def distill(
         completions = write_completions(source, writer, sampler, settings.discovery)
     ends = end_tokens(tokenizers, [*completions.items, *taught])
     endings = Endings.of(completions.items) if ends.symbol[1] else Endings()
-    if endings.unreliable and settings.end == "auto":
+    if endings.unreliable and end == "auto":
         completions = completions.with_ends()
-    warnings = endings.warnings(settings.end)
+    warnings = endings.warnings(end)
     for text in warnings:
         _LOG.warning(text)
     batched = partial(

@@ -63,7 +63,7 @@ class DistillSettings:
     """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
     end: End = "auto"
     """The end of answers: as the source has it (source), not fitted (never), or (auto) as the source has it unless its
-    answers go on behind where they are complete; then they are cut there, and the end is taught."""
+    answers to given prompts go on after they are complete; then they are cut there, and the end is taught."""
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
     answer_temperature: float | None = None
