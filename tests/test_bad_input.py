@@ -434,6 +434,7 @@ def test_a_live_model_needs_torch(good, monkeypatch):
         (jcl.methods.Distill, {"complletions": 9}, r"method distill has no setting complletions \(did you mean 'comp"),
         (jcl.TrainingSettings, {"step": 8}, r"TrainingSettings has no setting step \(did you mean 'steps'\?\)"),
         (jcl.ExportSettings, {"outt": "b"}, "ExportSettings has no setting outt"),
+        (jcl.ExtractSettings, {"energi": 0.9}, r"ExtractSettings has no setting energi \(did you mean 'energy'\?\)"),
         (jcl.MergeSettings, {"bas": "a"}, "MergeSettings has no setting bas"),
         (jcl.ServedModel, {"modell": "b"}, "ServedModel has no setting modell"),
         (jcl.TorchModel, {"modle": "b"}, "TorchModel has no setting modle"),

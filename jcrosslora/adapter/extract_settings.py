@@ -10,13 +10,14 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.difference import Leading
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.files import parse_size
+from jcrosslora.utils.settings import Settings
 
 Kept = Literal["norms", "biases", "embeddings"]
 _RANK = 16
 
 
 @dataclass(frozen=True)
-class ExtractSettings:
+class ExtractSettings(Settings):
     """The settings of an extraction; one of rank, energy and budget decides the ranks."""
 
     rank: int | None = None
