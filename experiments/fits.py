@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     assert isinstance(usual, Distill)
     warmth = arguments.temperature
     if warmth is None:
-        warmth = usual.temperature(prompted=bool(given))
+        warmth = usual.course(prompted=bool(given)).temperature
     sampler = Sampler(arguments.completions, temperature=warmth, seed=arguments.seed)
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{warmth:g}.jsonl"
     path, greedy = arguments.work / name, arguments.work / f"greedy-{arguments.judged}-{arguments.prompts}.jsonl"
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         found = Fit(teacher, kept_back, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
             batches, lambda *_: []
         )
-        seconds, steps = time.monotonic() - begun, len(batches) * method.passes_and_rate(prompted=prompted)[0]
+        seconds, steps = time.monotonic() - begun, len(batches) * method.course(prompted=prompted).passes
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
         add(text, found.adapter, steps, seconds, min(look.divergence for look in found.looks))

@@ -15,6 +15,7 @@ from jcrosslora.distill.labelled import examples_of_round
 from jcrosslora.distill.settings import FIRST, ROUND
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
+from jcrosslora.maps.method import Sizes
 from jcrosslora.methods import Auto, Distill
 from jcrosslora.session.batch.plan import read_plan, units_of
 from jcrosslora.session.pair_session import PairSession
@@ -151,3 +152,26 @@ def test_a_plan_finds_examples_from_its_folder_and_aligns_other_ones_apart(tmp_p
     jobs = read_plan(path).jobs
     assert [job.settings.examples for job in jobs] == [str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")]
     assert len(units_of(jobs)) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "examples", "completions", "wanted"),
+    [
+        (200, 0, 300, 200),
+        (150, 50, 300, 150),
+        (199, 0, 300, 300),
+        (8, 300, 300, 300),
+        (250, 0, 900, 900),
+        (400, 0, 300, 300),
+    ],
+)
+def test_with_enough_prompts_no_others_are_made_up(prompts, examples, completions, wanted):
+    assert Distill(completions=completions).for_prompts(prompts, examples).completions == wanted
+
+
+def test_an_estimate_of_examples_alone_has_no_search_and_the_passes_of_prompts(places):
+    costs = [Distill().cost(Sizes(jcl.open_base(places[2]), *counts)) for counts in ((0, 0, 8, 0), (0, 0, 8, 60))]
+    alone, labelled = ({name: cost.texts for name, cost in found.items()} for found in costs)
+    assert labelled["write completions"] < alone["write completions"]
+    steps = [found["fit"].stepped for found in costs]
+    assert steps[1] > 2 * steps[0]

@@ -82,15 +82,21 @@ class Completions:
 
 
 def completions_cost(
-    count: int, tokens: int | None, search: int, *, prompts: int = 0, templates: int = len(TEMPLATES)
+    count: int,
+    tokens: int | None,
+    search: int,
+    *,
+    prompts: int = 0,
+    examples: int = 0,
+    templates: int = len(TEMPLATES),
 ) -> Cost:
-    """Count the completions that are written before a fit, at most; without `prompts` the source writes prompts too.
+    """Count the completions that are written before a fit, at most; with nothing given the source writes prompts too.
 
     Answers have at most so many tokens, or as many as is learnt; the search has so many texts in each step.
     """
     answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
-    if prompts:
-        similar = count - prompts if FEWEST <= prompts < count else 0
+    if prompts or examples:
+        similar = max(0, count - prompts) if prompts + examples >= FEWEST else 0
         return answers + requests_cost(similar)
     pilot, most = PILOT * templates, tokens or PILOT_TOKENS
     judged = comparing_cost(pilot * templates)  # every pilot in every template

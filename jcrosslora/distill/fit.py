@@ -80,17 +80,18 @@ class Fitted:
     stopped: bool
 
 
-def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
-    """Count a fit to so many given prompts, with the completions of its further rounds."""
+def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> Cost:
+    """Count a fit to so many given prompts and labelled examples, with the completions of its further rounds."""
     first, anew = settings.rounds[0], sum(settings.rounds[1:])
     # What is fitted to and what is held out each end with a batch of a few widths that is half full.
     held = settings.held_out * first + 2 * BATCH
     used = first - settings.held_out * first + 2 * BATCH + anew
-    passes, _ = settings.passes_and_rate(prompted=prompts > 0)
+    passes = settings.course(prompted=prompts + examples > 0).passes
     looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
-    further = [round_cost(settings.answer_tokens, prompts)] * (len(settings.rounds) - 1)
+    read += Cost(source=2 * TEXT * examples, target=TEXT * examples, stepped=TEXT * passes * examples)
+    further = [round_cost(settings.answer_tokens, prompts + examples)] * (len(settings.rounds) - 1)
     return sum(further, read)
 
 
@@ -121,7 +122,7 @@ class Fit:
     ) -> None:
         self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
-        self._passes, self._rate = settings.passes_and_rate(prompted=prompted)
+        self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
         self._looks = [self._judge()]
@@ -172,12 +173,12 @@ class Fit:
         size = settings.rounds[self._rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
         before, read = self._share(), _remembering(self._teacher, batches)
         rng = np.random.default_rng([self._seed, 3, self._rounds])
-        order = np.concatenate([rng.permutation(len(batches)) for _ in range(self._passes)])
+        order = np.concatenate([rng.permutation(len(batches)) for _ in range(self._course.passes)])
         for place, index in enumerate(order.tolist()):
             if self._share() >= 1:
                 break
             batch, first = batches[index], place < len(batches)
-            rate = jnp.float32(self._rate * schedule(self._share()))
+            rate = jnp.float32(self._course.rate * schedule(self._share()))
             remat = needs_remat(target.model.settings, batch.tokens_tgt.shape)
             state = gradient_step(target, settings.optimizer, self._state, read(index), rate, remat=remat)
             self._state = jax.block_until_ready(state)

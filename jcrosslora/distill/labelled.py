@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from jcrosslora.distill.settings import FIRST, ROUND
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.utils.cost import TEXT, Cost
 
 
 def as_taught(examples: Sequence[Completion]) -> list[Completion]:
@@ -29,8 +28,3 @@ def examples_of_round(
     usable = [one for one in examples if one.prompt not in excluded]
     count = -(-len(usable) * ROUND // FIRST)
     return [usable[place % len(usable)] for place in range((number - 1) * count, number * count)]
-
-
-def examples_cost(count: int, passes: int) -> Cost:
-    """Count the passes over examples in the first round, which both sides read before the steps."""
-    return Cost(source=2 * TEXT * count, target=TEXT * count, stepped=TEXT * passes * count)

@@ -25,7 +25,7 @@ from jcrosslora.distill.completions import Completions, answer_given, write_comp
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit, Fitted, Look
 from jcrosslora.distill.labelled import as_taught, examples_of_round, without_labelled
-from jcrosslora.distill.settings import DistillSettings, End
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.symbols import Ends, find_symbols
@@ -114,7 +114,8 @@ def distill(
     """
     settings.check()
     check_seed(seed)
-    settings = settings.for_prompts(len(prompts))
+    prompts, taught = without_labelled(prompts, examples), as_taught(examples)
+    settings = settings.for_prompts(len(prompts), len(taught))
     loaded = loaded or LoadedBases()
     if isinstance(source, BaseModel):
         assert adapter is not None
@@ -126,14 +127,11 @@ def distill(
     begun = None if start is None else stack_adapter(start, target)
     model = loaded.model(target, fast_dtype())
     writer: Writer = source.alone()
-    prompts, taught = without_labelled(prompts, examples), as_taught(examples)
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
         writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
     prompted = bool(prompts or taught)
-    temperature = settings.temperature(prompted=prompted)
-    # Without prompts it cost likelihood to teach the end: 0.78 of the demo's lift, 0.95 without.
-    end: End = "source" if settings.end == "auto" and not prompted else settings.end
-    sampler = Sampler(settings.rounds[0], settings.answer_tokens, temperature, seed, end)
+    course = settings.course(prompted=prompted)
+    sampler = Sampler(settings.rounds[0], settings.answer_tokens, course.temperature, seed, course.end)
     if prompted:
         labelled = [one.prompt for one in taught]
         completions = answer_given(source, writer, prompts, sampler, labelled=labelled, shared=shared)
@@ -141,9 +139,9 @@ def distill(
         completions = write_completions(source, writer, sampler, settings.discovery)
     ends = end_tokens(tokenizers, [*completions.items, *taught])
     endings = Endings.of(completions.items) if ends.symbol[1] else Endings()
-    if endings.unreliable and end == "auto":
+    if endings.unreliable and course.end == "auto":
         completions = completions.with_ends()
-    warnings = endings.warnings(end)
+    warnings = endings.warnings(course.end)
     for text in warnings:
         _LOG.warning(text)
     batched = partial(
@@ -152,13 +150,13 @@ def distill(
         prompt_weight=settings.prompt_weight,
         text_weight=settings.text_weight,
         example_weight=settings.example_weight,
-        ends=settings.end != "never",
+        ends=course.end != "never",
     )
     items = [*completions.items, *taught]
     fitted_to, held_out = hold_out(items, settings.held_out, seed)
     batches, judged = map(batched, (fitted_to, held_out))
     kept_back, said = dict.fromkeys(item.prompt for item in held_out), held_out
-    if temperature > 0:
+    if course.temperature > 0:
         said = completions.greedy(kept_back)
     answers = batch_answers(said, tokenizers)
     rounded, read = isinstance(source, DecoderSource), [*batches, *judged, *answers]

@@ -56,12 +56,9 @@ class Teacher:
         # Skip models whose weight is zero.
         taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0 or chosen)
         if chosen:
-            answer, following = (
-                jnp.asarray(batch.answer & (batch.known < 1)),
-                jnp.asarray(self._symbols.following(batch)),
-            )
-            share = jnp.float32(self._token_share)
-            weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
+            answer, following = batch.answer & (batch.known < 1), self._symbols.following(batch)
+            sides = jnp.asarray(answer), jnp.asarray(following), base, adapted
+            weight = chosen_weights(taught.weight, *sides, jnp.float32(self._token_share))
             taught = dataclasses.replace(taught, weight=weight)
         mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
         taught = dataclasses.replace(taught, teacher=mixed)

@@ -27,14 +27,12 @@ class Distill(DistillSettings, Method):
         """Count the written completions and the fit; with a budget, the fit to the first completions."""
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
-        from jcrosslora.distill.labelled import examples_cost
 
-        asked = self.for_prompts(sizes.prompts)
+        asked = self.for_prompts(sizes.prompts, sizes.examples)
         first = replace(asked, completions=asked.rounds[0]) if self.budget is not None else asked
-        passes, _ = self.passes_and_rate(prompted=sizes.prompts + sizes.examples > 0)
-        taught = examples_cost(sizes.examples, passes)
-        fit = replace(fit_cost(first, sizes.prompts) + taught, budget=self.seconds)
-        written = completions_cost(asked.rounds[0], self.answer_tokens, self.discovery, prompts=sizes.prompts)
+        given = {"prompts": sizes.prompts, "examples": sizes.examples}
+        fit = replace(fit_cost(first, **given), budget=self.seconds)
+        written = completions_cost(asked.rounds[0], self.answer_tokens, self.discovery, **given)
         return {"write completions": written, "fit": fit}
 
     def move(self, task: Task) -> Moved:
@@ -82,11 +80,11 @@ class DistilledCopy(Distill):
     requires = Copy.requires | Distill.requires
     carries = Copy.carries | Distill.carries
 
-    passes: int | None = UNPROMPTED[0]
+    passes: int | None = UNPROMPTED.passes
     """How often each completion is used."""
-    rate: float | None = UNPROMPTED[1]
+    rate: float | None = UNPROMPTED.rate
     """Highest learning rate: the update that the fit starts from needs small steps."""
-    answer_temperature: float | None = UNPROMPTED[2]
+    answer_temperature: float | None = UNPROMPTED.temperature
     """Temperature at which answers are sampled."""
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
