@@ -26,6 +26,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.evaluate import read_task, score
 from jcrosslora.evaluate.harness import JCrossLoRALM
+from jcrosslora.evaluate.harness_tasks import Tasks
 
 SAME = {"atol": 1e-4, "rtol": 1e-5}
 LENGTH = 16
@@ -213,11 +214,17 @@ def test_the_command_judges_base_and_adapters_by_tasks_as_the_harness_does(folde
     ]
 
 
+MINE = ["--include-path", "."]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tasks", "tiny_question"], "task 'tiny_question' is unknown to lm_eval (did you mean 'tiny_questions'?)"),
-        (["--tasks", "tiny_questions"], "task 'tiny_questions' cannot be loaded (FileNotFoundError"),
+        (
+            [*MINE, "--tasks", "tiny_question"],
+            "task 'tiny_question' is unknown to lm_eval (did you mean 'tiny_questions'?)",
+        ),
+        ([*MINE, "--tasks", "tiny_questions"], "task 'tiny_questions' cannot be loaded (FileNotFoundError"),
         (["--tasks", ","], "no task was named"),
         (["--tasks", "tiny_questions", "--include-path", "nowhere"], "include-path nowhere: is no folder"),
         (["--tasks", "task.jsonl"], "task.jsonl is a file: give it with --data"),
@@ -236,6 +243,19 @@ def test_tasks_that_cannot_be_run_are_one_line(folder, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert (stopped.value.code, error.count("\n")) == (2, 1)
     assert said in error
+
+
+def test_a_misspelt_task_is_refused_before_lm_eval_lists_its_tasks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--base", str(tmp_path / "not opened"), "--tasks", "arc_*,hellaswagg"])
+    assert stopped.value.code == 2
+    assert "task 'hellaswagg' is unknown to lm_eval (did you mean 'hellaswag'?)" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_every_task_that_lm_eval_lists_is_taken():
+    assert len(Tasks(TaskManager().all_tasks).names) > 1000
 
 
 def test_requests_that_cannot_be_scored_are_refused(both):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import PAGE, OnDevice, opened_base, opened_shelf, print_json, say, writable_file
+from jcrosslora.cli.output import PAGE, OnDevice, opened_base, opened_shelf, print_json, say, warn, writable_file
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.files import write_output
 
@@ -71,7 +71,6 @@ class Evaluate(OnDevice):
     """Print the figures as JSON."""
 
     def run(self, console: Console) -> None:
-        from jcrosslora.adapter import load_adapter
         from jcrosslora.evaluate import Question, answer, read_examples, score
 
         self._check()
@@ -93,8 +92,7 @@ class Evaluate(OnDevice):
                 say(console, line)
             return
         refs += [] if self.trained is None else [self.trained]
-        base = opened_base(self.base, self.template)
-        adapters = [load_adapter(ref, base) for ref in refs]
+        base, adapters = self._opened(refs)
         notes = _notes(adapters)
         if questions:
             found = score(base, questions[: self.limit], adapters)
@@ -104,12 +102,11 @@ class Evaluate(OnDevice):
 
     def _run_tasks(self, console: Console) -> None:
         """Judge base and adapters by tasks of lm_eval."""
-        from jcrosslora.adapter import load_adapter
         from jcrosslora.evaluate.harness_tasks import Tasks, figures_json, print_figures
 
-        base = opened_base(self.base, None)
-        adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
         tasks = Tasks([name for name in (self.tasks or "").split(",") if name], self.include_path)
+        base, adapters = self._opened([ref for group in self.adapter for ref in group])
+        tasks.load()
         figures = tasks.judge(base, adapters, limit=self.limit, num_fewshot=self.num_fewshot)
         names, notes = [base.name, *(adapter.info.name for adapter in adapters)], _notes(adapters)
         if self.json:
@@ -118,6 +115,16 @@ class Evaluate(OnDevice):
         for note in notes:
             say(console, f"not scored: {note}")
         print_figures(figures, names, console)
+
+    def _opened(self, refs: Sequence[str]) -> "tuple[BaseModel, list[Adapter]]":
+        """Open the base and its adapters, and warn of those that are of another base."""
+        from jcrosslora.adapter import load_adapter
+        from jcrosslora.adapter.origin import other_base
+
+        base = opened_base(self.base, self.template)
+        adapters = [load_adapter(ref, base) for ref in refs]
+        warn(other_base(one.info, base) for one in adapters)
+        return base, adapters
 
     def _check(self) -> None:
         """Refuse options that do not go together, before any work."""

@@ -1,9 +1,11 @@
 """Tasks of lm-evaluation-harness by name, for a base alone and with adapters: what `evaluate --tasks` runs."""
 
 import importlib
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.utils.progress import track
 
 _LOG = logging.getLogger("lm_eval")
+_PATTERN = frozenset("*?[")  # in names such as arc_*, which stand for several
+# Words of a YAML file, among which are all names of tasks, and most of these names.
+_WORDS = re.compile(rb"""[^\s"',\[\]]+""")
+_NAMES = re.compile(rb"""^[ \t]*["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'#\[]+)""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,26 +51,35 @@ class Tasks:
     """Tasks of lm_eval by name, and of the user's own from the YAML files of a folder, with their data."""
 
     def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
-        """Find the tasks and load their data, before any weights are read.
+        """Check the names without importing lm_eval, which takes some seconds and lists its tasks for some more.
 
         Raises:
-            UsageError: lm_eval is not installed, a task is unknown, or its data cannot be had.
+            UsageError: lm_eval is not installed, no task was named, or one is unknown.
         """
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars would run through our line
-        self.model = importlib.import_module("jcrosslora.evaluate.harness_model").JCrossLoRALM
-        if not _LOG.isEnabledFor(logging.INFO):
-            _LOG.setLevel(logging.ERROR)  # it warns of defaults in its own task files
         if include_path is not None and not include_path.is_dir():
             msg = f"include-path {include_path}: is no folder: give the one that holds the YAML files of your tasks"
             raise UsageError(msg)
         if not names:
             msg = "no task was named: give names of lm_eval's tasks, such as arc_easy,hellaswag"
             raise UsageError(msg)
-        self.names = list(dict.fromkeys(names))
-        self._manager = self._find(include_path)
+        self.names, self._folder = list(dict.fromkeys(names)), include_path
+        if include_path is None:
+            _check_names(self.names)
+
+    def load(self) -> None:
+        """Find the tasks and load their data, before any weights are read.
+
+        Raises:
+            UsageError: a task is unknown, or its data cannot be had.
+        """
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars would run through our line
+        self.model = importlib.import_module("jcrosslora.evaluate.harness_model").JCrossLoRALM
+        if not _LOG.isEnabledFor(logging.INFO):
+            _LOG.setLevel(logging.ERROR)  # it warns of defaults in its own task files
+        self._manager = self._find(self._folder)
         matched = (one for name in self.names for one in self._manager.match_tasks([name]))  # name may be arc_*
         self.names = list(dict.fromkeys(matched))
-        self._load()
+        self._load_data()
 
     def judge(
         self, base: BaseModel, adapters: Sequence[Adapter], *, limit: int | None = None, num_fewshot: int | None = None
@@ -84,27 +99,22 @@ class Tasks:
         return list(_figures(found))
 
     def _find(self, include_path: Path | None) -> Any:
-        """Return what knows the tasks: the folder alone where it has them all, as lm_eval's own take 10 s to list."""
+        """Return what knows the tasks: the folder alone where it has them all, as lm_eval's own take 7 s to list."""
         manage = importlib.import_module("lm_eval.tasks").TaskManager
         folder = None if include_path is None else str(include_path)
         manager = manage(include_path=folder, include_defaults=False)
-        if self._unknown(manager):
+        if others := self._unknown(manager):
+            _check_names(others, manager.all_tasks)
             with track(1, "list the tasks of lm_eval"):
                 manager = manage(include_path=folder)
-        if not (unknown := self._unknown(manager)):
-            return manager
-        name = unknown[0]
-        if Path(name).is_file():
-            msg = f"--tasks takes names of lm_eval's tasks, and {name} is a file: give it with --data, or the folder "
-            raise UsageError(msg + "of a task file with --include-path")
-        said = f"task {name!r} is unknown to lm_eval{suggestion(name, manager.all_tasks)}"
-        msg = f"{said}: `lm_eval ls tasks` lists all; the folder of a task file of yours is given with --include-path"
-        raise UsageError(msg)
+        for name in self._unknown(manager):
+            raise _unknown_task(name, manager.all_tasks)
+        return manager
 
     def _unknown(self, manager: Any) -> list[str]:
         return [name for name in self.names if not manager.match_tasks([name])]
 
-    def _load(self) -> None:
+    def _load_data(self) -> None:
         online = reaches_hub()
         if not online:  # else each file would be tried for 20 s
             importlib.import_module("datasets").config.HF_HUB_OFFLINE = True
@@ -118,6 +128,43 @@ class Tasks:
                 if not online:
                     advice = "its data is not in the cache, and the hub cannot be reached: check the network"
                 raise UsageError(why + advice) from error
+
+
+def _check_names(names: Sequence[str], others: Iterable[str] = ()) -> None:
+    """Refuse a name that is no word of lm_eval's task files; `others` may be suggested in its place.
+
+    Whether a word of them is the name of a task is only known when lm_eval has listed its tasks.
+    """
+    text = _task_files()
+    words = set(_WORDS.findall(text))
+    for name in names:
+        if not _PATTERN.intersection(name) and name.encode() not in words:
+            raise _unknown_task(name, [*others, *(found.decode(errors="replace") for found in _NAMES.findall(text))])
+
+
+def _task_files() -> bytes:
+    """Read the task files of lm_eval, 8 MB; those that others include end in _yaml or have no ending.
+
+    Raises:
+        UsageError: lm_eval is not installed.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or not found.submodule_search_locations:
+        msg = "--tasks needs the lm_eval package, which is not installed: pip install 'jcrosslora[eval]'"
+        raise UsageError(msg)
+    texts = []
+    for folder, _, names in os.walk(Path(found.submodule_search_locations[0]) / "tasks"):
+        texts += [Path(folder, name).read_bytes() for name in names if "yaml" in name or "." not in name]
+    return b"\n".join(texts)
+
+
+def _unknown_task(name: str, known: Iterable[str]) -> UsageError:
+    if Path(name).is_file():
+        msg = f"--tasks takes names of lm_eval's tasks, and {name} is a file: give it with --data, or the folder "
+        return UsageError(msg + "of a task file with --include-path")
+    said = f"task {name!r} is unknown to lm_eval{suggestion(name, known)}"
+    msg = f"{said}: `lm_eval ls tasks` lists all; the folder of a task file of yours is given with --include-path"
+    return UsageError(msg)
 
 
 def _figures(found: Sequence[dict[str, Any]]) -> Iterator[TaskFigure]:

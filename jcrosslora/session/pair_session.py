@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.lora_xs import Known, span_rank
 from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
@@ -181,6 +182,8 @@ class PairSession:
             UsageError: the profile is unknown, or the options do not fit the method.
         """
         span_rank(profile, options.out_rank)
+        adapter = fit_to_base(adapter, self._source_info)  # before anything is read of the weights
+        self.take_digests()
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
         chosen, reason = self.resolve(method, adapter, options, examples=examples)
         target = self.pair.target
@@ -202,7 +205,13 @@ class PairSession:
 
     @cached_property
     def _source_info(self) -> BaseInfo:
-        return describe_base(self.pair.source)
+        return describe_base(self.pair.source, digest="")
+
+    def take_digests(self) -> None:
+        """Take the digests of both bases that the cache of any process remembers, so that files are not read again."""
+        digests = hosts.shared(None if self.pair.store is None else self.pair.store.digests)
+        for base in self.pair if digests is not None else ():
+            base.digest(digests)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
         """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""

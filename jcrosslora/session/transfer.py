@@ -213,21 +213,13 @@ def session_of(settings: TransferSettings, *, store: bool = True) -> PairSession
 def open_session(
     source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
 ) -> PairSession | QueriedSession:
-    """Open what moves adapters of a base, or of a source that can only be queried, to a target.
-
-    All processes take the digests of the weights that the cache of any of them remembers, so that files are not read
-    again.
-    """
-    digests = hosts.shared(None if store is None else store.digests)
-    if isinstance(source, ServedModel | TorchModel):
-        opened = [open_base(target)]
-        session = QueriedSession(source, opened[-1], store=store)
-    else:
-        opened = [open_base(source), open_base(target)]
-        session = PairSession(*opened, store=store)
-    for base in opened if digests is not None else ():
-        base.digest(digests)
-    return session
+    """Open what moves adapters of a base, or of a source that can only be queried, to a target."""
+    if not isinstance(source, ServedModel | TorchModel):
+        return PairSession(open_base(source), open_base(target), store=store)
+    opened = open_base(target)
+    if store is not None:
+        opened.digest(store.digests)
+    return QueriedSession(source, opened, store=store)
 
 
 def given_probes(

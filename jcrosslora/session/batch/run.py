@@ -168,6 +168,7 @@ class _UnitRun:
 
     def do(self) -> None:
         """Run all unfinished jobs of the unit."""
+        self._session.take_digests()
         pair = self._session.pair
         texts = "" if self._given is None else self._given.digest()
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
