@@ -1,11 +1,13 @@
 """Adapters that are given with another model than their own: what is said, and what is not."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 from command_line import main
 from probe_bases import CORPUS, write_move
+from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
@@ -106,3 +108,69 @@ def test_a_target_that_is_nearly_the_source_is_called_so(move, method):
     verdict = jcl.transfer(adapter, source, near, method, cache=False).verdict
     assert verdict.level == "aligned"
     assert verdict.text.startswith("the two bases are nearly identical (weight cosine 1.000)")
+
+
+@pytest.fixture(scope="module")
+def written(move, tmp_path_factory):
+    """An adapter that records its base, that base, and another of its shapes."""
+    adapter, source, target = move
+    folder = tmp_path_factory.mktemp("written")
+    jcl.transfer(adapter, source, target, "pad-truncate").save(folder / "moved")
+    shutil.copytree(target, folder / "other")
+    tensors = load_file(folder / "other" / "model.safetensors")
+    save_file({name: 2 * one for name, one in tensors.items()}, folder / "other" / "model.safetensors")
+    return folder / "moved", target, folder / "other"
+
+
+@pytest.mark.parametrize("profile", ["peft", "mlx", "gguf"])
+def test_the_digest_that_a_file_records_decides_and_not_names(move, written, tmp_path, profile):
+    _, own, other = written
+    out = jcl.transfer(move[0], move[1], own, "pad-truncate").save(tmp_path / "moved", profile=profile)
+    for given, warned in ((own, 0), (other, 1)):
+        base = jcl.open_base(given, name="Another 7B chat")
+        adapter = jcl.load_adapter(out, base)
+        stated = dataclasses.replace(adapter.info, base_name="org/Some-1B")
+        adapter = dataclasses.replace(adapter, info=stated)
+        warnings = jcl.transfer(adapter, base, move[1], "pad-truncate").report.warnings
+        assert not [text for text in warnings if "as its base" in text]
+        found = [text for text in warnings if "whose weights differ" in text]
+        assert len(found) == warned
+        assert all("was written for org/Some-1B (sha256:" in text for text in found)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "export", "merge"])
+def test_every_command_warns_of_a_base_that_is_not_the_recorded_one(written, tmp_path, capsys, command):
+    adapter, own, other = written
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Water", "answer": " boils"}\n')
+    for base in (own, other):
+        out = ["--out", str(tmp_path / base.name)]
+        main(
+            {
+                "evaluate": ["evaluate", "--data", str(tmp_path / "data.jsonl"), "--limit", "1"],
+                "generate": ["generate", "Water", "--max-new-tokens", "1"],
+                "export": ["export", str(adapter), *out],
+                "merge": ["merge", str(base), str(adapter), *out],
+            }[command]
+            + ([] if command == "merge" else ["--base", str(base)])
+            + (["--adapter", str(adapter)] if command in ("evaluate", "generate") else [])
+        )
+        printed = capsys.readouterr()
+        said = [line for line in (printed.out + printed.err).splitlines() if line.startswith("warning: ")]
+        assert len(said) == (base == other)
+        assert all("whose weights differ: the adapter is used on them as it is" in line for line in said)
+
+
+def test_a_wrong_base_is_refused_before_weights_are_read(move, tmp_path, capsys, monkeypatch):
+    adapter, source, target = move
+
+    def read(*_):
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr("jcrosslora.checkpoint.safetensors.ShardedStore.tensor", read)
+    monkeypatch.setattr("jcrosslora.checkpoint.safetensors.ShardedStore.sha256s", read)
+    command = ["transfer", str(adapter), "--source", str(target), "--target", str(source), "--out", str(tmp_path / "o")]
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *flags])
+        assert stopped.value.code == 2
+        assert "give the base it was trained on" in capsys.readouterr().err

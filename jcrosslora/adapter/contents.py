@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 FileDtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BASE = "jcrosslora.target"  # of the header of a weights file: name, revision and digest of the base, as JSON
 _NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched against; real ones have less than 150
 
 
@@ -40,6 +41,7 @@ class Stored:
         sha256: returns the hex digest of the contents.
         stated: the configuration in the files, in their own format.
         notes: settings that are not read, one sentence each.
+        metadata: of the header of the weights file.
     """
 
     path: Path
@@ -49,6 +51,15 @@ class Stored:
     sha256: Callable[[], str]
     stated: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_digest(self) -> str | None:
+        """The digest of the base that the header names, as files of this package do; None if it names none."""
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(self.metadata[BASE])["digest"]
+            return found if isinstance(found, str) and found else None
+        return None
 
 
 def stored_in_memory(

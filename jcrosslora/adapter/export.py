@@ -13,6 +13,7 @@ from jcrosslora.adapter.fused import fit_to_base, fuse
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.lora_xs import Frozen, span_rank, truncate_for_profile
+from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule
@@ -71,6 +72,7 @@ class Exported:
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
         frozen: the frozen factors of profile lora-xs.
+        warnings: what tells that an adapter is of another base than the one given, one sentence each.
     """
 
     adapter: Adapter
@@ -78,6 +80,7 @@ class Exported:
     sources: tuple[AdapterInfo, ...]
     magnitudes: Mapping[str, np.ndarray] | None = None
     frozen: Frozen | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -108,6 +111,9 @@ def export_adapter(settings: ExportSettings) -> Exported:
         exported = Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
     else:
         exported = _summed(settings, base)
+    if base is not None:
+        found = (other_base(info, base) for info in exported.sources)
+        exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
     save_adapter(
         exported.adapter,
         settings.out,

@@ -111,7 +111,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
     heads = _heads(adapter, base)
     config = _config(adapter, entries)
     read = partial(_read, adapter, heads, stored)
-    return Stored(path, config, entries, read, adapter.file.sha256, metadata)
+    return Stored(path, config, entries, read, adapter.file.sha256, metadata, metadata=metadata)
 
 
 def _name(stored: str, adapter: GGUFAdapter) -> str:

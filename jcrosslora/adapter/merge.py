@@ -18,6 +18,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors, TokenUpdate
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
+from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, open_base
@@ -78,7 +79,8 @@ class Merged:
 
     Attributes:
         modules: number of modules that were changed.
-        notes: parts of the base or the adapter that are missing in the folder, one sentence each.
+        notes: what tells that the adapter is of another base, and parts of the base or the adapter that are missing in
+            the folder, one sentence each.
         lost: whether parts of the adapter are.
     """
 
@@ -131,6 +133,8 @@ def merge(settings: MergeSettings) -> Merged:
         notes = write_companions(base, folder, settings.dtype, as_stored=as_stored, untied=untied)
         if untied:
             notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
+        if (sentence := other_base(adapter.info, base)) is not None:
+            notes = (f"warning: {sentence}", *notes)
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
         others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
         merged = Merged(out, len(adapter.modules.keys() | others), notes, bool(adapter.info.ignored))

@@ -104,7 +104,7 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
     def read(name: str) -> np.ndarray:
         return np.transpose(file.array(stored[name]))
 
-    return Stored(file.file.path, peft, entries, read, file.file.sha256, config, notes)
+    return Stored(file.file.path, peft, entries, read, file.file.sha256, config, notes, file.metadata)
 
 
 def _peft_name(name: str, file: SafetensorsFile) -> str:

@@ -1,4 +1,4 @@
-"""Find signs that an adapter was trained on another base: names, and weights that already hold the update.
+"""Find signs that an adapter is of another base: recorded digests, names, and weights that already hold the update.
 
 Adapters of other shapes are refused on loading; this is for models of equal shapes.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.changes import update_norm
-from jcrosslora.adapter.records import Adapter
-from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.checkpoint.base import BaseModel, quick_digest
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
 
 _MODULES = 4  # whose weights are read
@@ -28,14 +28,29 @@ def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ..
 
     With `weights` some of the base's weights are compared too.
     """
-    stated, found = adapter.info.base_name, []
-    if stated is not None and (evidence := other_model(stated, base.name)) is not None:
-        said = f"the adapter's configuration names {stated} as its base, and the source is {public_name(base.name)}"
-        found.append(f"{said} ({evidence}): if they are two models, give --source {stated}")
+    found = [] if (sentence := other_base(adapter.info, base, "source")) is None else [sentence]
     if weights and (share := _held_share(adapter, base)) is not None:
         said = f"the weights of the source seem to hold the adapter already ({share:.0%} of its update)"
         found.append(f"{said}, as those of a merged model do: give the model that it was trained on")
     return tuple(found)
+
+
+def other_base(info: AdapterInfo, base: BaseModel, flag: str = "base") -> str | None:
+    """Say in a sentence that an adapter is of another base than the one given with `flag`; None if nothing tells.
+
+    The digest that a file of ours records decides, where that of the base is quickly known; else the two names.
+    """
+    stated, given = info.base_name, public_name(base.name)
+    if info.base_digest is not None and (digest := quick_digest(base)) is not None:
+        if digest == info.base_digest:
+            return None
+        recorded = f"{stated or 'a base'} ({info.base_digest[:19]}...)"
+        said = f"adapter {public_name(info.name)} was written for {recorded}, and the {flag} is {given} "
+        return f"{said}({digest[:19]}...), whose weights differ: the adapter is used on them as it is"
+    if stated is None or (evidence := other_model(stated, base.name)) is None:
+        return None
+    said = f"the adapter's configuration names {stated} as its base, and the {flag} is {given} ({evidence})"
+    return f"{said}: if they are two models, give --{flag} {stated}"
 
 
 def other_model(stated: str, name: str) -> str | None:

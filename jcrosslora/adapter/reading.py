@@ -99,7 +99,8 @@ def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | N
         return translated_mlx(config, folder.open_weights(files.weights), where)
     check_type(config, where, TYPES)
     file = folder.open_weights(files.weights)
-    return Stored(file.file.path, config, file.entries, file.array, file.file.sha256, config, config_notes(config))
+    notes = config_notes(config)
+    return Stored(file.file.path, config, file.entries, file.array, file.file.sha256, config, notes, file.metadata)
 
 
 def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo) -> AdapterFile:

@@ -62,11 +62,13 @@ class AdapterInfo(AdapterOrigin):
 
     Attributes:
         config: the raw `adapter_config.json`, or the metadata of a GGUF file.
+        base_digest: "sha256:..." of the base, which files of this package record.
         prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
         chat_template: Jinja template in its folder, which it was probably trained in.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    base_digest: str | None = None
     prefix: str = TEXT
     chat_template: str | None = None
 

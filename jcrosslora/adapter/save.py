@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.adapter.contents import Contents, FileDtype
+from jcrosslora.adapter.contents import BASE, Contents, FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
@@ -26,7 +26,6 @@ from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
 Profile = Literal["portable", "peft", "mlx", "gguf", "tunix", "lora-xs"]
-TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, LORA_CONFIG)
 
 
@@ -154,7 +153,7 @@ def save_adapter(
     target = {}
     if base is not None and base.digest:
         named = {"name": public_name(base.name), "revision": base.revision, "digest": base.digest}
-        target[TARGET] = json.dumps(named)
+        target[BASE] = json.dumps(named)
     modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
     contents = Contents(
         replace(held, modules=modules),

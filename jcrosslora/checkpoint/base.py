@@ -307,6 +307,17 @@ def base_digest(base: BaseModel) -> str:
     return base.digest(None if cache is None else cache.digests)
 
 
+_LITTLE = 1 << 30  # bytes that are read for a digest in about two seconds
+
+
+def quick_digest(base: BaseModel) -> str | None:
+    """Return `base_digest` if it is recorded, or its files are small; None for large files, and weights in memory."""
+    files, cache = base.store.files, open_cache()
+    recorded = cache is not None and cache.digests.known(files) is not None
+    small = sum(path.stat().st_size for path in files) <= _LITTLE
+    return base_digest(base) if files and (recorded or small or "_digest" in base.__dict__) else None
+
+
 # Keys of a configuration that say where it came from.
 _PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 

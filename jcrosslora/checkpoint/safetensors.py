@@ -75,6 +75,8 @@ class SafetensorsFile:
         }
         _check_apart(self.file, found)
         self.entries = {name: entry for name, (entry, _) in found.items()}
+        stated = header.get("__metadata__")
+        self.metadata: Mapping[str, Any] = stated if isinstance(stated, dict) else {}
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only view in its stored dtype.

@@ -13,7 +13,7 @@ from jcrosslora.adapter.extract_settings import ExtractSettings, Kept
 from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, Long, print_json, print_pushed, print_table, say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, Long, print_json, print_pushed, print_table, say, warn
 from jcrosslora.errors import UsageError
 from jcrosslora.training.checkpoints import TrainingSettings
 from jcrosslora.utils.logs import LogName, find_log, log_to
@@ -136,6 +136,7 @@ class Export(ExportSettings):
 
     def run(self, console: Console) -> int:
         exported = export_adapter(settings_of(self, ExportSettings))
+        warn(exported.warnings)
         for sentence in exported.losses:
             say(console, f"lost: {sentence}")
         if exported.truncation is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import OnDevice, opened_base, opened_shelf, print_json, say, title_of
+from jcrosslora.cli.output import OnDevice, opened_base, opened_shelf, print_json, say, title_of, warn
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.texts import visible
 
@@ -60,6 +60,8 @@ class Generate(OnDevice):
     """Print the answers as JSON."""
 
     def run(self, console: Console) -> None:
+        from jcrosslora.adapter.origin import other_base
+
         prompts = self._prompts()
         if self.shelf is None:
             if self.top != 1:
@@ -71,6 +73,7 @@ class Generate(OnDevice):
         else:
             composed, weights, chats = self._found(prompts)
             notes = [*_notes(composed, self.compose), *_chosen(prompts, composed.names, weights)]
+        warn(other_base(one.info, composed.base) for one in composed.adapters)
         for note in notes:
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
@@ -96,7 +99,8 @@ class Generate(OnDevice):
         from jcrosslora.evaluate.examples import parse_prompts, read_prompts
 
         if bool(self.prompt) == (self.prompts is not None):
-            msg = f"{len(self.prompt)} prompts and the file {self.prompts}: give texts, or a file with --prompts"
+            came = f"both texts and the file {self.prompts} were" if self.prompt else "no prompt was"
+            msg = f"{came} given: give texts behind the options, or a file with --prompts"
             raise UsageError(msg)
         if self.prompts is None:
             return self.prompt

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import output_path
 from jcrosslora.utils.terminal import say as say
-from jcrosslora.utils.texts import shortened
+from jcrosslora.utils.texts import shortened, visible
 
 if TYPE_CHECKING:
     from jcrosslora.checkpoint import BaseModel
@@ -77,6 +77,13 @@ def print_json(data: Any) -> None:
     """Print data as JSON on stdout."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     print()
+
+
+def warn(sentences: Iterable[str | None]) -> None:
+    """Print warnings on stderr, each on its line."""
+    for sentence in sentences:
+        if sentence is not None:
+            print(f"warning: {visible(sentence, keep='')}", file=sys.stderr)
 
 
 def print_table(

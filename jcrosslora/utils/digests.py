@@ -39,16 +39,19 @@ class FileDigests:
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
         """Return the hex digests of files, see `Digests`."""
-        before = [file_state(path) for path in paths]
-        known = [self._find(path, state) for path, state in zip(paths, before, strict=True)]
-        found = [digest for digest in known if digest is not None]
-        if len(found) == len(paths):
+        if (found := self.known(paths)) is not None:
             return found
+        before = [file_state(path) for path in paths]
         computed = compute()
         for path, state, digest in zip(paths, before, computed, strict=True):
             if state is not None and state == file_state(path) and is_settled(state, self._clock()):
                 self._keep(path, state, digest)
         return computed
+
+    def known(self, paths: Sequence[Path]) -> list[str] | None:
+        """Return the recorded hex digests of files in their order; None if one has no valid record."""
+        found = [digest for path in paths if (digest := self._find(path, file_state(path))) is not None]
+        return found if len(found) == len(paths) else None
 
     def _record(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}.json"

@@ -144,6 +144,7 @@ class AdapterFile:
         return replace(
             self.origin,
             base_name=base_name if isinstance(base_name, str) and base_name else None,
+            base_digest=self.stored.base_digest,
             digest=f"sha256:{self.stored.sha256()}",
             kind=self.kind.name,
             prefix=next((found for module in self.modules if (found := prefix_of(module)) != TEXT), TEXT),
