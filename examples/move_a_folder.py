@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", type=Path, help="a folder of adapters, all of one base")
     parser.add_argument("source", help="the base they were trained on")
-    parser.add_argument("targets", nargs="+", help="the bases they shall work on")
+    parser.add_argument("targets", nargs="+", help="the bases to move them to")
     parser.add_argument("--out", type=Path, default=Path("moved"), help="the folder to write")
     parser.add_argument("--method", default="auto", help="see `jcrosslora methods`")
     arguments = parser.parse_args()

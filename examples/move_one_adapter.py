@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="the adapter to move")
     parser.add_argument("source", help="the base it was trained on")
-    parser.add_argument("target", help="the base it shall work on")
+    parser.add_argument("target", help="the base to move it to")
     parser.add_argument("--out", default="moved", help="the folder to write")
     parser.add_argument("--prompts", help="a file with prompts of the adapter's own task, one a line: more survives")
     parser.add_argument("--completions", type=int, default=300, help="texts that an update is fitted to")

@@ -95,6 +95,9 @@ def test_texts_are_asked_in_the_chat_template_of_the_base(tmp_path, capsys):
     assert asked == composed.generate([(Message("user", "Anna"),)], max_new_tokens=6)
     assert generated(capsys, *flags, "Anna").out == f"{asked[0]}\n"
     assert generated(capsys, *flags, "--chat", "never", "Anna").out == f"{plain[0]}\n"
+    for written, said in (({"prompt": "Peter"}, plain), ({"messages": [{"role": "user", "content": "Peter"}]}, asked)):
+        (tmp_path / "a" / "completions.jsonl").write_text(json.dumps(written | {"answer": "Anna"}))
+        assert generated(capsys, *flags, "Anna").out == f"{said[0]}\n"
 
 
 @pytest.mark.parametrize(

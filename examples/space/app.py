@@ -38,9 +38,9 @@ _CANCELLED = "cancelled: nothing of the job is kept"
 
 _INTRODUCTION = """# Move a LoRA adapter to another base model
 [jcrosslora](https://github.com/jcrosslora/jcrosslora) moves an adapter without its training data: the source model
-writes text with it, and an update of the target is fitted to that. The page is filled in with a small example, whose
-move takes some minutes on a CPU. **Plan** says which method suits the two bases and what it takes, **Move** does it.
-One job runs at a time; **Cancel** ends yours."""
+writes text with it, and a LoRA for the target is trained on that text. The page is filled in with a small example,
+whose move takes some minutes on a CPU. **Plan** says which method suits the two bases and what it takes, **Move** does
+it. One job runs at a time; **Cancel** ends yours."""
 _KINDS = {
     ADAPTER: "a hub id, or the files of a folder of PEFT or of mlx_lm, or one GGUF adapter",
     SOURCE: "the model it was trained on: a hub id, or config, tokenizer and safetensors, or one GGUF file",

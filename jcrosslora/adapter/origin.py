@@ -44,9 +44,9 @@ def other_base(info: AdapterInfo, base: BaseModel, flag: str = "base") -> str | 
     if info.base_digest is not None and (digest := quick_digest(base)) is not None:
         if digest == info.base_digest:
             return None
-        recorded = f"{stated or 'a base'} ({info.base_digest[:19]}...)"
-        said = f"adapter {public_name(info.name)} was written for {recorded}, and the {flag} is {given} "
-        return f"{said}({digest[:19]}...), whose weights differ: the adapter is used on them as it is"
+        said = f"adapter {public_name(info.name)} was written for {stated or 'a base'} ({info.base_digest[:19]}...), "
+        said += f"and the {flag} is {given}, whose digest is another ({digest[:19]}...)"
+        return f"{said}: the adapter is used on it as it is"
     if stated is None or (evidence := other_model(stated, base.name)) is None:
         return None
     said = f"the adapter's configuration names {stated} as its base, and the {flag} is {given} ({evidence})"

@@ -46,8 +46,8 @@ class Generate(OnDevice):
     prompts: str | None = None
     """File with a prompt a line, or JSONL with {"prompt"} or {"messages"}; - reads standard input, in either form."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Whether a prompt is a user's message in the chat template: auto does so if the base has one, or if the adapters
-    of the shelf that suit it read conversations."""
+    """Whether a prompt is a user's message in the chat template: auto does so if the base has one and the adapters were
+    not moved with plain texts alone, or if the adapters of the shelf that suit it read conversations."""
     template: Path | None = None
     """File with a chat template, instead of the base's own."""
     max_new_tokens: int = 128
@@ -68,7 +68,7 @@ class Generate(OnDevice):
                 msg = f"top {self.top} was given and no shelf, of whose adapters it speaks: give one with --shelf"
                 raise UsageError(msg)
             composed, weights = self._composed(), self._weights()
-            chats = [composed.tokenizer.chat_template is not None] * len(prompts)
+            chats = [composed.tokenizer.chat_template is not None and not self._read_plain()] * len(prompts)
             notes = _notes(composed, self.compose)
         else:
             composed, weights, chats = self._found(prompts)
@@ -100,7 +100,7 @@ class Generate(OnDevice):
 
         if bool(self.prompt) == (self.prompts is not None):
             came = f"both texts and the file {self.prompts} were" if self.prompt else "no prompt was"
-            msg = f"{came} given: give texts behind the options, or a file with --prompts"
+            msg = f"{came} given: give texts, or a file with --prompts"
             raise UsageError(msg)
         if self.prompts is None:
             return self.prompt
@@ -108,6 +108,13 @@ class Generate(OnDevice):
             return read_prompts(self.prompts)
         text = sys.stdin.read()
         return parse_prompts(text, "standard input", json_lines=text.lstrip().startswith("{"))
+
+    def _read_plain(self) -> bool:
+        """Whether the adapters were moved with plain texts alone, by the completions in their folders."""
+        from jcrosslora.shelf.records import written_samples
+
+        read = [one for ref in self.adapter for one in written_samples(Path(ref).expanduser())[0]]
+        return bool(read) and all(isinstance(one, str) for one in read)
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return the adapters that suit the prompts, their weights, and whether each prompt is a message."""

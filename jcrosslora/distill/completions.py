@@ -233,7 +233,7 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"
     if asked(found):
-        description += f", {asked(found)} of them answers to requests found by a search (it knows best: {task.job})"
+        description += f", {asked(found)} of them answers to requests found by a search (likely task: {task.job})"
     return Completions(found, description, partial(_greedy, source, sampler), more, task)
 
 

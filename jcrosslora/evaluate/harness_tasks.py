@@ -22,7 +22,7 @@ from jcrosslora.utils.progress import track
 
 _LOG = logging.getLogger("lm_eval")
 _PATTERN = frozenset("*?[")  # in names such as arc_*, which stand for several
-# Words of a YAML file, among which are all names of tasks, and most of these names.
+# The words of YAML files, which include the names of all tasks; and most of these names, to suggest one.
 _WORDS = re.compile(rb"""[^\s"',\[\]]+""")
 _NAMES = re.compile(rb"""^[ \t]*["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s"'#\[]+)""", re.MULTILINE)
 
