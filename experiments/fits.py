@@ -40,8 +40,8 @@ from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, st
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import Fit
-from jcrosslora.distill.run import end_tokens, hold_out
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
+from jcrosslora.distill.steps import end_tokens, hold_out
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher

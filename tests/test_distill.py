@@ -35,10 +35,9 @@ from jcrosslora.decoder import (
     logits,
     stack_adapter,
 )
-from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, templates_of
+from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, steps, templates_of
 from jcrosslora.distill import completions as completions_module
 from jcrosslora.distill import fit as fit_module
-from jcrosslora.distill import run as run_module
 from jcrosslora.distill import settings as settings_module
 from jcrosslora.distill import teacher as teacher_module
 from jcrosslora.distill import templates as templates_module
@@ -356,7 +355,7 @@ def test_a_base_without_answers_is_refused(pair):
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
 def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, monkeypatch):
     source, target, _ = pair
-    monkeypatch.delattr("jcrosslora.distill.run.Fit")
+    monkeypatch.delattr("jcrosslora.distill.steps.Fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
@@ -538,7 +537,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
 def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
     source, target, adapter = pair
     chosen = []
-    monkeypatch.setattr(run_module, "choose_writer", lambda source, target, shared: chosen.append(target) or target)
+    monkeypatch.setattr(steps, "choose_writer", lambda source, target, shared: chosen.append(target) or target)
     few, given = dataclasses.replace(SMALL, completions=16), [f"Anna said {number}" for number in range(16)]
     distill(source, target, adapter, prompts=given, settings=few)
     assert not chosen
@@ -715,7 +714,7 @@ def _recipe(card):
 def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
     tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
     items = [Completion(text, " and water") for text in CORPUS[:2]]
-    batches, held_out = (make_batches(part, tokenizers, 1.0) for part in run_module.hold_out(items, share, 0))
+    batches, held_out = (make_batches(part, tokenizers, 1.0) for part in steps.hold_out(items, share, 0))
     assert len(batches) == len(held_out) == 1
 
 
@@ -865,7 +864,7 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
         return distill(source, target, adapter, prompts=CORPUS, settings=asked, seed=seed, states=tmp_path / "fits")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "answer_given", lambda *a, **k: dataclasses.replace(answer_given(*a, **k), more=stop))
+        patch.setattr(steps, "answer_given", lambda *a, **k: dataclasses.replace(answer_given(*a, **k), more=stop))
         with pytest.raises(RuntimeError):
             whole()
     (kept,) = (tmp_path / "fits").iterdir()

@@ -11,8 +11,8 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.run import end_tokens
 from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
+from jcrosslora.distill.steps import end_tokens
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.text import Completion

@@ -1,12 +1,8 @@
-"""Distillation as a whole: write completions, make batches, fit."""
+"""Distillation as a whole: open the source, write completions, fit, and say what came out."""
 
-import dataclasses
-import logging
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,30 +13,19 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
-from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
-from jcrosslora.decoder import Generator, LoadedBases, StackedAdapter, fast_dtype, stack_adapter, unstack_adapter
-from jcrosslora.distill.agreement import answers_in_symbols, batch_answers
-from jcrosslora.distill.batches import DistillationBatch, make_batches
-from jcrosslora.distill.completions import Completions, answer_given, write_completions
-from jcrosslora.distill.endings import Endings
-from jcrosslora.distill.fit import Fit, Fitted, Look
-from jcrosslora.distill.labelled import as_taught, examples_of_round, without_labelled
+from jcrosslora.checkpoint import BaseModel, load_tokenizer
+from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
+from jcrosslora.distill.completions import Completions
+from jcrosslora.distill.fit import Fitted, Look
+from jcrosslora.distill.labelled import as_taught, without_labelled
 from jcrosslora.distill.settings import DistillSettings
-from jcrosslora.distill.sources import Source, Writer
-from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
-from jcrosslora.distill.symbols import Ends, find_symbols
-from jcrosslora.distill.task_search import choose_writer
-from jcrosslora.distill.teacher import Teacher
-from jcrosslora.distill.templates import Sampler
+from jcrosslora.distill.sources import Source
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.steps import Run
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import ending, template_of, with_own_template
-from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.utils.digests import digest_of
-from jcrosslora.utils.unfinished import remove_unchanged
-
-_LOG = logging.getLogger(__name__)
+from jcrosslora.text.reading import template_of, with_own_template
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,73 +102,19 @@ def distill(
     prompts, taught = without_labelled(prompts, examples), as_taught(examples)
     settings = settings.for_prompts(len(prompts), len(taught))
     loaded = loaded or LoadedBases()
-    if isinstance(source, BaseModel):
-        assert adapter is not None
-        tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
-        load_tokenizer(target)  # refused before weights are read
-        source = DecoderSource.of(source, adapter, model=loaded.model(source, fast_dtype()), tokenizer=tokenizer)
+    source = _opened(source, target, adapter, loaded)
     clock = time.monotonic()
-    tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
     model = loaded.model(target, fast_dtype())
-    writer: Writer = source.alone()
-    if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
-        writer = choose_writer(source, DecoderSource.of(target, model=model, tokenizer=tokenizers[1]), shared)
-    prompted = bool(prompts or taught)
-    course = settings.course(prompted=prompted)
-    sampler = Sampler(settings.rounds[0], settings.answer_tokens, course.temperature, seed, course.end)
-    if prompted:
-        labelled = [one.prompt for one in taught]
-        completions = answer_given(source, writer, prompts, sampler, labelled=labelled, shared=shared)
-    else:
-        completions = write_completions(source, writer, sampler, settings.discovery)
-    ends = end_tokens(tokenizers, [*completions.items, *taught])
-    endings = Endings.of(completions.items) if ends.symbol[1] else Endings()
-    if endings.unreliable and course.end == "auto":
-        completions = completions.with_ends()
-    warnings = endings.warnings(course.end)
-    for text in warnings:
-        _LOG.warning(text)
-    batched = partial(
-        make_batches,
-        tokenizers=tokenizers,
-        prompt_weight=settings.prompt_weight,
-        text_weight=settings.text_weight,
-        example_weight=settings.example_weight,
-        ends=course.end != "never",
-    )
-    items = [*completions.items, *taught]
-    fitted_to, held_out = hold_out(items, settings.held_out, seed)
-    batches, judged = map(batched, (fitted_to, held_out))
-    kept_back, said = dict.fromkeys(item.prompt for item in held_out), held_out
-    if course.temperature > 0:
-        said = completions.greedy(kept_back)
-    answers = batch_answers(said, tokenizers)
-    rounded, read = isinstance(source, DecoderSource), [*batches, *judged, *answers]
-    symbols = find_symbols(source, target, read, settings.compared_tokens, ends, rounded=rounded)
-    reader = source.reader(symbols.heads(0), len(symbols.ends[0]))
-    tgt = RestrictedModel.of(model, symbols.heads(1), len(symbols.ends[1]))
-
-    def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
-        student = Generator(model.with_adapter(own), tokenizers[1], target.ref, "the fitted update")
-        items = completions.more(number, kept_back, source if own is None else student)
-        items += examples_of_round(taught, number, kept_back)
-        return batched(items) if items else []
-
-    known = 1.0 if completions.task is None else completions.task.explained
-    teacher = Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
-    lessons = [teacher.read(batch) for batch in judged]
-    kept = nullcontext()
-    if states is not None and settings.grows:
-        digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
-        kept = kept_states(states, {"fit": digest_of(*digests, prompts, taught, dataclasses.asdict(settings), seed)})
-    with kept as checkpoints:
-        wanted = [answers_in_symbols(batch, symbols) for batch in answers]
-        fit = Fit(teacher, lessons, settings, begun, answers=wanted, prompted=prompted, begun=clock, seed=seed)
-        fitted = fit.run(batches, fresh, checkpoints)
+    run = Run(source, target, model, settings, prompts, taught, seed, clock)
+    completions, warnings = run.with_ends(run.write(shared))
+    data = run.divide(completions)
+    symbols = run.symbols(data, completions)
+    fit = run.begin(data, symbols, completions, begun)
+    with run.states(states, start) as checkpoints:
+        fitted = fit.run(data.fitted, partial(run.fresh, completions, data.held_out), checkpoints)
     _check_finite(fitted, target)
-    positions = sum(batch.positions for batch in batches)
-    chats = any(not isinstance(item.prompt, str) for item in items)
+    positions = sum(batch.positions for batch in data.fitted)
     devices = 1 if loaded.mesh is None else loaded.mesh.size
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
@@ -191,32 +122,18 @@ def distill(
         _sentence(fitted, completions, len(taught), positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
         warnings,
-        template_of(tokenizers[1]) if chats else None,
+        template_of(run.tokenizers[1]) if run.chats(completions) else None,
     )
 
 
-def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:
-    """Divide completions into those to fit to and those held out; answers to one prompt are all on one side."""
-    prompts = list(dict.fromkeys(item.prompt for item in completions))
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    # At least one prompt on each side.
-    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
-    held_out = {prompts[index] for index in order[:count]}
-    rest = [item for item in completions if item.prompt not in held_out]
-    return rest, [item for item in completions if item.prompt in held_out]
-
-
-def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> Ends:
-    """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
-
-    The symbol has none on both sides if one side has none, as the end then cannot be compared.
-    """
-    stops = tokenizers[0].stops, tokenizers[1].stops
-    chats = {not isinstance(item.prompt, str) for item in completions}
-    found = {ending(tokenizers[1], chat=chat) for chat in chats}
-    if None in found or not stops[0]:
-        return Ends(stops)
-    return Ends(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))
+def _opened(source: BaseModel | Source, target: BaseModel, adapter: Adapter | None, loaded: LoadedBases) -> Source:
+    """Return the source with its adapter; a base is loaded, to be run by our decoder."""
+    if not isinstance(source, BaseModel):
+        return source
+    assert adapter is not None
+    tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+    load_tokenizer(target)  # refused before weights are read
+    return DecoderSource.of(source, adapter, model=loaded.model(source, fast_dtype()), tokenizer=tokenizer)
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
@@ -245,16 +162,3 @@ def _sentence(
         held += f", and the share of the source's greedy answers that the target writes from {first.agreement:.0%} to "
         held += f"{best.agreement:.0%}"
     return f"{steps}, in {completions.description}{right}{further}{own}; {held}{ending}"
-
-
-@contextmanager
-def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
-    """Open the folder of a fit, named by what the fit depends on; remove it when the block ends without an exception.
-
-    Folders that did not change for 30 days are removed as well. Errors are those of `Checkpoints`.
-    """
-    folder = parent / digest_of(run)[:24]
-    remove_unchanged(parent, folder)
-    with closing(Checkpoints(folder, run)) as found:
-        yield found
-    shutil.rmtree(folder, ignore_errors=True)

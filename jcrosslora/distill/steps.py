@@ -1,0 +1,218 @@
+"""The steps of distillation around the fit: write completions, divide them, find the symbols, make the teacher."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
+from jcrosslora.decoder import Generator, Model, StackedAdapter
+from jcrosslora.distill.agreement import AnswerBatch, answers_in_symbols, batch_answers
+from jcrosslora.distill.batches import DistillationBatch, make_batches
+from jcrosslora.distill.completions import Completions, answer_given, write_completions
+from jcrosslora.distill.endings import Endings
+from jcrosslora.distill.fit import Fit
+from jcrosslora.distill.labelled import examples_of_round
+from jcrosslora.distill.settings import Course, DistillSettings
+from jcrosslora.distill.sources import Source, Writer
+from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
+from jcrosslora.distill.symbols import Ends, Symbols, find_symbols
+from jcrosslora.distill.task_search import choose_writer
+from jcrosslora.distill.teacher import Teacher
+from jcrosslora.distill.templates import Sampler
+from jcrosslora.text import Completion, Prompt
+from jcrosslora.text.reading import ending
+from jcrosslora.training.checkpoints import Checkpoints
+from jcrosslora.utils.digests import digest_of
+from jcrosslora.utils.unfinished import remove_unchanged
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The first completions, with labelled examples, as the fit reads them.
+
+    Attributes:
+        judged: batches of the held-out ones, which decide what update is the best.
+        answers: the source's greedy answers to the held-out prompts.
+        held_out: these prompts.
+    """
+
+    fitted: list[DistillationBatch]
+    judged: list[DistillationBatch]
+    answers: list[AnswerBatch]
+    held_out: Collection[Prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The steps before and between those of the fit, and what they share.
+
+    Attributes:
+        model: the target with its weights.
+        prompts: of the user, to be answered by the source.
+        taught: labelled examples.
+        clock: `time.monotonic()` at the beginning.
+    """
+
+    source: Source
+    target: BaseModel
+    model: Model
+    settings: DistillSettings
+    prompts: Sequence[Prompt]
+    taught: Sequence[Completion]
+    seed: int
+    clock: float
+
+    @property
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """Those of source and target."""
+        return self.source.tokenizer, load_tokenizer(self.target)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the completions answer prompts of a user."""
+        return bool(self.prompts or self.taught)
+
+    @property
+    def course(self) -> Course:
+        """The settings that depend on whether there are prompts."""
+        return self.settings.course(prompted=self.prompted)
+
+    def write(self, shared: dict[Any, Any] | None) -> Completions:
+        """Write the completions that come before the first step."""
+        writer, course, settings = self._writer(shared), self.course, self.settings
+        sampler = Sampler(settings.rounds[0], settings.answer_tokens, course.temperature, self.seed, course.end)
+        if not self.prompted:
+            return write_completions(self.source, writer, sampler, settings.discovery)
+        labelled = [one.prompt for one in self.taught]
+        return answer_given(self.source, writer, self.prompts, sampler, labelled=labelled, shared=shared)
+
+    def _writer(self, shared: dict[Any, Any] | None) -> Writer:
+        """Choose who writes prompts: the base that does it better, or the source where none is to be written."""
+        if self.settings.budget is None and len(set(self.prompts)) >= self.settings.completions:
+            return self.source.alone()
+        target = DecoderSource.of(self.target, model=self.model, tokenizer=self.tokenizers[1])
+        return choose_writer(self.source, target, shared)
+
+    def with_ends(self, completions: Completions) -> tuple[Completions, tuple[str, ...]]:
+        """Have the end of answers taught where too many go on behind it; return warnings of it as well."""
+        endings = Endings.of(completions.items) if self._ends(completions).symbol[1] else Endings()
+        if endings.unreliable and self.course.end == "auto":
+            completions = completions.with_ends()
+        warnings = endings.warnings(self.course.end)
+        for text in warnings:
+            _LOG.warning(text)
+        return completions, warnings
+
+    def _ends(self, completions: Completions) -> Ends:
+        return end_tokens(self.tokenizers, self._items(completions))
+
+    def _items(self, completions: Completions) -> list[Completion]:
+        return [*completions.items, *self.taught]
+
+    def chats(self, completions: Completions) -> bool:
+        """Whether some of the prompts are conversations."""
+        return any(not isinstance(item.prompt, str) for item in self._items(completions))
+
+    def divide(self, completions: Completions) -> Data:
+        """Divide the completions into those that are fitted to and those that judge, as batches."""
+        fitted, judging = hold_out(self._items(completions), self.settings.held_out, self.seed)
+        held_out, said = dict.fromkeys(item.prompt for item in judging), judging
+        if self.course.temperature > 0:
+            said = completions.greedy(held_out)
+        return Data(self.batches(fitted), self.batches(judging), batch_answers(said, self.tokenizers), held_out)
+
+    def batches(self, items: Sequence[Completion]) -> list[DistillationBatch]:
+        """Make batches with the weights of the settings."""
+        settings = self.settings
+        return make_batches(
+            items,
+            tokenizers=self.tokenizers,
+            prompt_weight=settings.prompt_weight,
+            text_weight=settings.text_weight,
+            example_weight=settings.example_weight,
+            ends=self.course.end != "never",
+        )
+
+    def symbols(self, data: Data, completions: Completions) -> Symbols:
+        """Find the tokens on which predictions are compared."""
+        read = [*data.fitted, *data.judged, *data.answers]
+        ends, rounded = self._ends(completions), isinstance(self.source, DecoderSource)
+        return find_symbols(self.source, self.target, read, self.settings.compared_tokens, ends, rounded=rounded)
+
+    def begin(self, data: Data, symbols: Symbols, completions: Completions, start: StackedAdapter | None) -> Fit:
+        """Make the teacher, and the fit with the first look at what judges it."""
+        reader = self.source.reader(symbols.heads(0), len(symbols.ends[0]))
+        target = RestrictedModel.of(self.model, symbols.heads(1), len(symbols.ends[1]))
+        known = 1.0 if completions.task is None else completions.task.explained
+        weights = self.settings.teacher_weights(known)
+        teacher = Teacher(reader, target, symbols, weights, self.settings.token_share)
+        lessons = [teacher.read(batch) for batch in data.judged]
+        answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
+        prompted, clock = self.prompted, self.clock
+        return Fit(
+            teacher, lessons, self.settings, start, answers=answers, prompted=prompted, begun=clock, seed=self.seed
+        )
+
+    def fresh(
+        self, completions: Completions, held_out: Collection[Prompt], number: int, own: StackedAdapter | None
+    ) -> list[DistillationBatch]:
+        """Write the batches of a further round; with an update `own` of the target, the target writes them."""
+        student = Generator(self.model.with_adapter(own), self.tokenizers[1], self.target.ref, "the fitted update")
+        items = completions.more(number, held_out, self.source if own is None else student)
+        items += examples_of_round(self.taught, number, held_out)
+        return self.batches(items) if items else []
+
+    def states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[Checkpoints | None]:
+        """Open the folder for the states of this fit, named by all that it depends on, if it is to grow."""
+        if parent is None or not self.settings.grows:
+            return nullcontext()
+        digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
+        settings = dataclasses.asdict(self.settings)
+        return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.taught, settings, self.seed)})
+
+
+def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:
+    """Divide completions into those to fit to and those held out; answers to one prompt are all on one side."""
+    prompts = list(dict.fromkeys(item.prompt for item in completions))
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    # At least one prompt on each side.
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    held_out = {prompts[index] for index in order[:count]}
+    rest = [item for item in completions if item.prompt not in held_out]
+    return rest, [item for item in completions if item.prompt in held_out]
+
+
+def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> Ends:
+    """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
+
+    The symbol has none on both sides if one side has none, as the end then cannot be compared.
+    """
+    stops = tokenizers[0].stops, tokenizers[1].stops
+    chats = {not isinstance(item.prompt, str) for item in completions}
+    found = {ending(tokenizers[1], chat=chat) for chat in chats}
+    if None in found or not stops[0]:
+        return Ends(stops)
+    return Ends(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))
+
+
+@contextmanager
+def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
+    """Open the folder of a fit, named by what the fit depends on; remove it when the block ends without an exception.
+
+    Folders that did not change for 30 days are removed as well. Errors are those of `Checkpoints`.
+    """
+    folder = parent / digest_of(run)[:24]
+    remove_unchanged(parent, folder)
+    with closing(Checkpoints(folder, run)) as found:
+        yield found
+    shutil.rmtree(folder, ignore_errors=True)
