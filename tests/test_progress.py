@@ -199,7 +199,7 @@ def test_work_that_is_not_needed_is_passed_over_and_has_no_pace(display, clock):
         clock.now += 40
         shown.update(41)
         shown.skip_to(97)
-        assert display.line(clock.now) == "write, 100 of 100 texts, about 10 s left"
+        assert display.line(clock.now) == "write, 100 of 100 texts, 60 s so far"
 
 
 @pytest.mark.parametrize(

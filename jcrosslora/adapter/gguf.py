@@ -64,7 +64,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
         gguf, file, header = open_header(path)
     kind = header.metadata.get("general.type", "model")
     if kind != "adapter":
-        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted"
+        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted: give the file or folder of a LoRA"
         raise AdapterError(msg)
     check_names(path, header.tensors)
     return GGUFAdapter(file, header, gguf)

@@ -269,12 +269,12 @@ def _ranks(adapters: Iterable[Adapter], base: BaseModel) -> dict[str, int]:
 def _check_fit(name: str, factors: LoRAFactors, adapter: Adapter, base: BaseModel) -> str:
     module = base.modules.get(name)
     if module is None:
-        msg = f"{adapter.info.name}: updates {name}, which {base.ref} does not have"
+        msg = f"{adapter.info.name}: updates {name}, which {base.ref} does not have: give the base it was trained on"
         raise AdapterError(msg)
     if factors.shape != module.shape or factors.b.shape[1] != factors.rank:
         shapes = f"A {list(factors.a.shape)} and B {list(factors.b.shape)}"
-        msg = f"{adapter.info.name}: {name} has {shapes}, {base.ref} wants an update of {list(module.shape)}"
-        raise AdapterError(msg)
+        msg = f"{adapter.info.name}: {name} has {shapes}, {base.ref} wants an update of {list(module.shape)}: "
+        raise AdapterError(msg + "give the base it was trained on")
     return module.role
 
 

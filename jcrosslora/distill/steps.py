@@ -14,7 +14,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, StackedAdapter
-from jcrosslora.distill.agreement import AnswerBatch, answers_in_symbols, batch_answers
+from jcrosslora.distill.agreement import answers_in_symbols, batch_answers
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings
@@ -48,7 +48,7 @@ class Data:
 
     fitted: list[DistillationBatch]
     judged: list[DistillationBatch]
-    answers: list[AnswerBatch]
+    answers: list[DistillationBatch]
     held_out: Collection[Prompt]
 
 

@@ -128,7 +128,7 @@ class Effect:
         return {
             "ineffective": f"the moved update is ineffective ({kl}): it changes far less than the original does",
             "destructive": f"the moved update is destructive ({kl}; {growth}): do not use it at this strength",
-            "plausible": f"the moved update has an effect of plausible size ({kl}; {growth})",
+            "plausible": f"the moved update changes the target's predictions by a plausible amount ({kl}; {growth})",
             "unmeasured": f"the effect cannot be judged: the original update changes nothing on these texts ({kl})",
         }[self.outcome]
 

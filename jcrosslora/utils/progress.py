@@ -251,7 +251,9 @@ class Display:
         for one in self._shown:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
-        left = self._shown[0].left(now, self._shown[1:])
+        first = self._shown[0]
+        is_done = isinstance(first, Track) and first.done == first.total
+        left = None if is_done else first.left(now, self._shown[1:])
         ending = f"{duration(now - self._begun)} so far" if left is None else f"{_about(left)} left"
         return ", ".join([*parts, ending])
 

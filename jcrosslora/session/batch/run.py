@@ -22,7 +22,7 @@ from jcrosslora.utils import hosts
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
-from jcrosslora.utils.progress import Track, track
+from jcrosslora.utils.progress import Track, say, shows_progress, track
 from jcrosslora.utils.unfinished import remove_unfinished
 
 SUMMARY = "batch_summary.json"
@@ -199,6 +199,8 @@ class _UnitRun:
         except JCrossLoRAError as error:
             self._run.close(job, "failed", str(error))
             return None
+        for sentence in move.doubts if shows_progress() else ():
+            say(f"warning: {job.name}: {sentence}")
         factors = move.shifter.adapter
         size = sum(4 * item.rank * sum(item.shape) for item in factors.modules.values())
         size += sum(4 * update.numbers for update in factors.tokens)
