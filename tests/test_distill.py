@@ -360,6 +360,12 @@ def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, mon
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 
+def test_a_fit_that_finds_nothing_says_what_to_do(pair):
+    source, target, adapter = pair
+    with pytest.raises(MethodError, match=r"no update that is better than none .*: give more prompts"):
+        distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, rate=1e-30))
+
+
 def test_a_base_without_finite_predictions_is_named(pair):
     source, _, _ = pair
     model = load_model(source)

@@ -28,7 +28,7 @@ class Batch(Long):
     }
 
     plan: tyro.conf.Positional[Path]
-    """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
+    """A TOML file: out, [bases], [adapters] and [[moves]]; see docs/batches-and-clusters.md."""
     allow_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Allow the plan to import this Python module with methods; may be given several times."""
     dry_run: bool = False

@@ -22,7 +22,7 @@ from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.steps import Run
-from jcrosslora.errors import CheckpointError
+from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import template_of, with_own_template
@@ -92,7 +92,8 @@ def distill(
 
     Raises:
         UsageError: settings or a seed out of range, or texts without a position that matches.
-        MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
+        MethodError: too few answers, answers to one prompt alone, too few tokens that both bases have, or no update
+            that is better than none.
         AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
         SourceError: a source behind a server does not answer, or not as it should.
@@ -114,10 +115,12 @@ def distill(
     with run.states(states, start) as checkpoints:
         fitted = fit.run(data.fitted, partial(run.fresh, completions, data.held_out), checkpoints)
     _check_finite(fitted, target)
+    update = truncate_to_rounding(unstack_adapter(fitted.adapter, target))
+    _check_found(update, fitted)
     positions = sum(batch.positions for batch in data.fitted)
     devices = 1 if loaded.mesh is None else loaded.mesh.size
     return Distilled(
-        truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
+        update,
         fitted.looks,
         _sentence(fitted, completions, len(taught), positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
@@ -143,6 +146,14 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
         what = "its weights, or the update that the fit started from, are too large or not numbers"
         msg = f"{target.ref}: gives predictions that are not finite: {what}"
         raise CheckpointError(msg)
+
+
+def _check_found(update: Adapter, fitted: Fitted) -> None:
+    """Raise MethodError if the fit found nothing better than no update at all."""
+    if not jax.tree.leaves(update):
+        looks = f"{len(fitted.looks) - 1} looks at held-out completions"
+        msg = f"the fit found no update that is better than none ({looks}): give more prompts, --completions or "
+        raise MethodError(msg + "--passes, and see what the adapter does on its own base (`jcrosslora generate`)")
 
 
 def _sentence(
