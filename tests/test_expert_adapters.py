@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from command_line import main
 from dense_models import random_model
 from expert_models import EXPERT_VARIANTS
 from full_set import full_except
@@ -114,6 +115,26 @@ def test_an_adapter_of_experts_is_written_as_peft_reads_it(case, tmp_path):
     np.testing.assert_allclose(run_torch(loaded), case.wanted, **CLOSE)
 
 
+def test_merged_experts_are_those_of_peft(case, tmp_path):
+    done = jcl.merge(jcl.MergeSettings(str(case.folder / "base"), str(case.folder / "adapter"), str(tmp_path / "m")))
+    assert not done.lost
+    np.testing.assert_allclose(run_torch(loaded(case, tmp_path / "m")), case.wanted, **CLOSE)
+
+
+def test_absorbed_experts_and_the_rest_are_the_adapter_in_peft(case, tmp_path, capsys):
+    folders = ["--base", str(case.folder / "base"), "--out", str(tmp_path / "o"), "--absorb", str(tmp_path / "b")]
+    main(["export", str(case.folder / "adapter"), *folders, "--fail-on", "loss"])
+    assert "in the base: LoRA of experts" in capsys.readouterr().out
+    both = peft.PeftModel.from_pretrained(loaded(case, tmp_path / "b"), str(tmp_path / "o")).eval()
+    np.testing.assert_allclose(run_torch(both), case.wanted, **CLOSE)
+    assert {one.engine for one in check_engines(tmp_path / "o", base=case.base) if one.reads} >= {"PEFT", "vLLM"}
+
+
+def loaded(case, folder):
+    """A model of the class of a case, from another folder."""
+    return case.load.func(folder, **case.load.keywords, attn_implementation="eager").eval()
+
+
 def test_experts_of_the_base_are_no_missing_modules(mixtral):
     verdicts = check_engines(mixtral.folder / "adapter", base=mixtral.base)
     assert {one.engine for one in verdicts if one.reads} >= {"PEFT"}
@@ -126,11 +147,6 @@ def test_what_cannot_hold_experts_says_so(mixtral, tmp_path):
     assert "the base that it was trained on was not given" in without.info.ignored[-1]
     moved = jcl.transfer(mixtral.adapter, mixtral.base, mixtral.base, "cross-lora", cache=False, effect="never")
     assert any("LoRA of experts" in warning for warning in moved.report.warnings)
-    settings = jcl.MergeSettings(
-        str(mixtral.folder / "base"), str(mixtral.folder / "adapter"), str(tmp_path / "merged")
-    )
-    with pytest.raises(AdapterError, match="updates experts, which are not merged"):
-        jcl.merge(settings)
 
 
 def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(mixtral, tmp_path):

@@ -4,17 +4,19 @@ The matrices of all experts are the rows of one tensor in peft's files (`target_
 the experts follows `ParamWrapper` of peft 0.21.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.changes import ExpertUpdate
+from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors
 from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
+from jcrosslora.architectures import ExpertRules
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.experts import single_parts
+from jcrosslora.checkpoint.experts import StoredExperts, single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
@@ -69,6 +71,34 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
         for side, matrix in (("A", a.reshape(count * rank, columns)), ("B", b)):
             tensors[f"{module}.lora_{side}.weight"] = np.ascontiguousarray(file_matrix(update.name, matrix, dtype))
     return tensors
+
+
+def stored_updates(update: ExpertUpdate, experts: StoredExperts) -> dict[str, ExpertUpdate | LoRAFactors]:
+    """Return the update of a matrix by the names of the base's tensors: of all experts in one, or of each on its own.
+
+    That of all experts has the axes of the tensor, which may hold the transposes.
+    """
+    rules, paths, prefix = experts.rules, experts.paths, f"model.layers.{update.layer}."
+    a, b = np.asarray(update.a), np.asarray(update.b)
+    path = paths.get(update.matrix)
+    if path is not None and "{}" not in path:
+        if path in rules.transposed:
+            update = dataclasses.replace(update, a=b.swapaxes(1, 2), b=a.swapaxes(1, 2))
+        return {prefix + path: update}
+    parts = single_parts(rules) if path is None else (update.matrix,)
+    return {
+        prefix + paths[part].format(expert): LoRAFactors(
+            a=a[expert], b=b[expert, _rows(rules, b.shape[1], place, parts)]
+        )
+        for expert in range(len(b))
+        for place, part in enumerate(parts)
+    }
+
+
+def _rows(rules: ExpertRules, rows: int, place: int, parts: Sequence[str]) -> slice:
+    """Return which rows of gate and up together are those of a part: they take turns, or those of gate are first."""
+    height = rows // len(parts)
+    return slice(place, None, len(parts)) if rules.interleaved else slice(height * place, height * (place + 1))
 
 
 def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,9 +177,7 @@ def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, par
             msg += f"{list(b.shape)}, which do not fit the base {base.name}; give the base it was trained on"
             raise AdapterError(msg)
         ranks = slice(rank * index, rank * index + len(a))
-        # Rows of gate and up take turns, or those of gate are first.
-        of_part = slice(index, None, len(names)) if experts.interleaved else slice(height * index, height * (index + 1))
-        each_a[expert, ranks], each_b[expert, of_part, ranks] = a, b
+        each_a[expert, ranks], each_b[expert, _rows(experts, rows, index, names), ranks] = a, b
     if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)

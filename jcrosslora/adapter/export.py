@@ -2,17 +2,21 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from jcrosslora.adapter.absorb import Split, split_for_base
 from jcrosslora.adapter.combining import add_adapters
 from jcrosslora.adapter.contents import FileDtype
+from jcrosslora.adapter.folder import CARD
 from jcrosslora.adapter.fused import fit_to_base, fuse
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.lora_xs import Frozen, span_rank, truncate_for_profile
+from jcrosslora.adapter.merge import Merged, write_merged
 from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
@@ -20,14 +24,14 @@ from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import local_names, publish
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version
-from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.settings import Settings
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
-_DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)
+_DOCUMENTS = (CARD, "transfer_report.json", COMPLETIONS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class ExportSettings(Settings):
     """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as
     0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: the
     number of singular vectors of each weight."""
+    absorb: str | None = None
+    """A second folder, for the base with all changes in its weights that are no LoRA of linear modules: trained norms,
+    biases, whole layers, embedding, head, experts. The adapter is then one of this base. Needs --base."""
     keep_dora: bool = False
     """Write a DoRA with its magnitudes instead of a fit of a lower rank; exact, in profile peft or mlx."""
     alpha: float | None = None
@@ -73,6 +80,8 @@ class Exported:
         magnitudes: of a DoRA that was kept.
         frozen: the frozen factors of profile lora-xs.
         warnings: what tells that an adapter is of another base than the one given, one sentence each.
+        split: what went into a base of its own, and what into the adapter.
+        merged: that base as written; None if nothing had to go into it.
     """
 
     adapter: Adapter
@@ -81,6 +90,8 @@ class Exported:
     magnitudes: Mapping[str, np.ndarray] | None = None
     frozen: Frozen | None = None
     warnings: tuple[str, ...] = ()
+    split: Split | None = None
+    merged: Merged | None = None
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -102,6 +113,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
     span_rank(settings.profile, settings.out_rank)
     if settings.keep_dora:
         _check_kept(settings)
+    if settings.absorb is not None:
+        _check_absorbing(settings, settings.absorb)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
     info = None if base is None else describe_base(base, digest="")
     known = (None, None) if info is None else (info.family, info.heads)
@@ -114,18 +127,26 @@ def export_adapter(settings: ExportSettings) -> Exported:
     if base is not None:
         found = (other_base(info, base) for info in exported.sources)
         exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
-    save_adapter(
-        exported.adapter,
-        settings.out,
-        base=info,
-        profile=settings.profile,
-        dtype=settings.dtype,
-        overwrite=settings.overwrite,
-        documents=_documents(settings.adapter),
-        metadata={"jcrosslora.version": version(), "jcrosslora.export": _account(exported, base)},
-        magnitudes=exported.magnitudes,
-        frozen=exported.frozen,
-    )
+    documents, split = _documents(settings.adapter), exported.split
+    with ExitStack() as stack:
+        if settings.absorb is not None and base and info and split and split.changes_base:
+            out = output_path(settings.absorb)
+            folder = stack.enter_context(atomic_folder(out, settings.overwrite))
+            exported = replace(exported, merged=replace(write_merged(base, split.absorbed, folder), folder=out))
+            info = replace(info, name=out.name, revision=None)
+            documents.pop(CARD, None)  # it says which base to load the adapter on
+        save_adapter(
+            exported.adapter,
+            settings.out,
+            base=info,
+            profile=settings.profile,
+            dtype=settings.dtype,
+            overwrite=settings.overwrite,
+            documents=documents,
+            metadata={"jcrosslora.version": version(), "jcrosslora.export": _account(exported, base)},
+            magnitudes=exported.magnitudes,
+            frozen=exported.frozen,
+        )
     return exported
 
 
@@ -137,13 +158,29 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     check_holds(settings.profile, total)
-    total = for_profile(total, settings.profile)
+    split = None if settings.absorb is None or base is None else split_for_base(total, base)
+    if split is not None and not split.kept.modules and not split.kept.experts:
+        msg = f"{total.info.name}: all its changes go into the base, and no update is left for an adapter: write one "
+        raise OutputError(msg + "model with `jcrosslora merge`")
+    total = for_profile(total if split is None else split.kept, settings.profile)
     sources = tuple(adapter.info for adapter in adapters)
     if not total.modules:  # changes of the embedding and the head have no rank to truncate
-        return Exported(total, None, sources)
+        return Exported(total, None, sources, split=split)
     cut, truncation, frozen = truncate_for_profile(total, base, settings.profile, settings.out_rank)
     merged = fuse(cut.modules, {} if base is None else base.fused)
-    return Exported(replace(cut, modules=merged), truncation, sources, frozen=frozen)
+    return Exported(replace(cut, modules=merged), truncation, sources, frozen=frozen, split=split)
+
+
+def _check_absorbing(settings: ExportSettings, folder: str) -> None:
+    """Refuse a base's folder that is not apart from the adapter's, and settings that read no other changes."""
+    ensure_free(folder, settings.overwrite)
+    if settings.base is None or settings.keep_dora:
+        msg = f"--absorb {folder} needs the base, whose weights it changes, and reads no DoRA in its stored form: name "
+        raise UsageError(msg + "the base with --base, and leave out --keep-dora")
+    base, adapter = (output_path(path).absolute() for path in (folder, settings.out))
+    if base == adapter or base in adapter.parents or adapter in base.parents:
+        msg = f"--absorb {folder} and --out {settings.out} lie in one another: give the base a folder next to the "
+        raise UsageError(msg + "adapter's")
 
 
 def _check_kept(settings: ExportSettings) -> None:
@@ -172,6 +209,7 @@ def _account(exported: Exported, base: BaseModel | None) -> str:
         "kept": None if cut is None else cut.kept,
         "kept_by_module": None if cut is None else cut.shares,
         "lost": exported.losses,
+        "absorbed": () if exported.split is None else exported.split.sentences,
         "not_written": exported.adapter.info.ignored,
     }
     named = [] if base is None else [base.name, base.ref]

@@ -89,6 +89,13 @@ def read_config(path: Path) -> dict[str, Any]:
         return config
 
 
+def check_imports_nothing(files: AdapterFiles) -> None:
+    """Refuse an adapter for which PEFT would import a module that its configuration names."""
+    if files.config is not None and (named := read_config(files.config)).get("megatron_config"):
+        msg = f"{files.name}: its megatron_core names a Python module, {named.get('megatron_core')!r}, which is not "
+        raise AdapterError(msg + "imported: give an adapter without megatron_config")
+
+
 def open_weights(path: Path) -> SafetensorsFile:
     """Open a weights file and check its header and the length of its tensor names."""
     with as_adapter_errors():

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jcrosslora.adapter.changes import LoRAFactors, TokenUpdate
+from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, TokenUpdate
+from jcrosslora.adapter.experts import stored_updates
 from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.origin import other_base
@@ -30,7 +31,7 @@ from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
 from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
-from jcrosslora.errors import AdapterError, CheckpointError, OutputError
+from jcrosslora.errors import CheckpointError, OutputError
 from jcrosslora.utils import version
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
@@ -49,8 +50,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards
 _BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 
-# Factors that are added to a range of rows, a change of single rows, or a tensor that replaces all of them.
-Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray]
+# Factors that are added to a range of rows, a change of single rows, a tensor that replaces all of them, or factors for
+# the matrices of all experts as they are stored.
+Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray | ExpertUpdate]
 
 
 @dataclass(frozen=True)
@@ -106,39 +108,46 @@ def merge(settings: MergeSettings) -> Merged:
     # Weights can hold an update of any rank, so a DoRA is merged at full rank.
     whole = max(min(module.shape) for module in base.modules.values())
     adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole, replaced=True)
-    if adapter.experts:
-        msg = f"{settings.adapter}: updates experts, which are not merged; merge it with peft (merge_and_unload)"
-        raise AdapterError(msg)
-    if base.expert_layout is not None and not is_loadable(base.expert_layout):
-        msg = f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge "
-        raise CheckpointError(msg + "into the unquantised safetensors of the model")
     check_always_active(adapter, "which weights cannot express: load it as an adapter, in an engine that knows aLoRA")
     adapter = fit_to_base(adapter, describe_base(base, digest=""))
+    with atomic_folder(out, settings.overwrite) as folder:
+        return replace(write_merged(base, adapter, folder, settings.dtype), folder=out)
+
+
+def write_merged(base: BaseModel, adapter: Adapter, folder: Path, dtype: MergeDtype = "keep") -> Merged:
+    """Write a base with an adapter merged into it to an empty folder; see `merge`.
+
+    Args:
+        adapter: fitted to the base, see `fit_to_base`.
+    """
+    if base.expert_layout is not None and not is_loadable(base.expert_layout):
+        msg = f"{base.ref}: its experts are not stored as transformers loads them, and are not written: merge "
+        raise CheckpointError(msg + "into the unquantised safetensors of the model")
     as_stored = _is_plain_folder(base)
-    wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
+    wanted = None if dtype == "keep" else _STORED[dtype]
     updates = _updates_of(adapter, base)
     # Embedding and head become two matrices if their changes differ.
     untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
     files = (_stored_plan if as_stored else _read_plan)(base, updates, wanted, untied=untied)
     total = sum(piece.size for pieces in files.values() for piece in pieces)
-    _check_space(out, total)
-    with atomic_folder(out, settings.overwrite) as folder:
-        with track(total, "merge", "B") as bar:
-            for name, pieces in files.items():
-                write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
-        if list(files) != [SINGLE]:
-            weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored, untied=untied)
-        if untied:
-            notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
-        if (sentence := other_base(adapter.info, base)) is not None:
-            notes = (f"warning: {sentence}", *notes)
-        notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
-        others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
-        merged = Merged(out, len(adapter.modules.keys() | others), notes, bool(adapter.info.ignored))
-        (folder / _REPORT).write_text(_report(settings, base, adapter, merged), encoding="utf-8")
+    _check_space(folder, total)
+    with track(total, "merge", "B") as bar:
+        for name, pieces in files.items():
+            write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
+    if list(files) != [SINGLE]:
+        weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    notes = write_companions(base, folder, dtype, as_stored=as_stored, untied=untied)
+    if untied:
+        notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
+    if (sentence := other_base(adapter.info, base)) is not None:
+        notes = (f"warning: {sentence}", *notes)
+    notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
+    others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
+    others |= {update.name for update in adapter.experts}
+    merged = Merged(folder, len(adapter.modules.keys() | others), notes, bool(adapter.info.ignored))
+    (folder / _REPORT).write_text(_report(base, adapter, dtype, merged), encoding="utf-8")
     return merged
 
 
@@ -201,20 +210,19 @@ def _read_plan(
     return {f"model-{index:05d}-of-{count:05d}.safetensors": group for index, group in enumerate(groups, 1)}
 
 
-def _check_space(out: Path, total: int) -> None:
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
+def _check_space(folder: Path, total: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < total:
-        msg = f"{out}: needs {total / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free: free space, or choose another"
-        raise OutputError(msg + " output")
+        msg = f"the merged model needs {total / 1e9:.2f} GB, the disk of the output has {free / 1e9:.2f} GB free: free "
+        raise OutputError(msg + "space, or choose another output")
 
 
-def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, merged: Merged) -> str:
+def _report(base: BaseModel, adapter: Adapter, dtype: MergeDtype, merged: Merged) -> str:
     made = {
         "version": version(),
         "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
         "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
-        "dtype": settings.dtype,
+        "dtype": dtype,
         "modules": merged.modules,
         "whole": not merged.lost,
         "notes": list(merged.notes),
@@ -234,6 +242,9 @@ def _updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
     for update in adapter.tokens:
         for name in update.modules:
             found.setdefault(f"{name}.weight", []).append(update)
+    for update in adapter.experts:
+        for name, part in stored_updates(update, base.experts).items():
+            found[name] = [part if isinstance(part, ExpertUpdate) else (0, part.shape[0], part)]
     return found
 
 
@@ -273,6 +284,10 @@ def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
     for update in updates:
         if isinstance(update, np.ndarray):
             result[...] = update[first : first + len(block)]
+            continue
+        if isinstance(update, ExpertUpdate):
+            every = slice(first, first + len(block))
+            result += (np.asarray(update.b)[every] @ np.asarray(update.a)[every]).astype(wide)
             continue
         if isinstance(update, TokenUpdate):
             part = slice(*np.searchsorted(update.ids, (first, first + len(block))))

@@ -143,9 +143,17 @@ class Export(ExportSettings):
             say(console, f"truncation: {exported.truncation.sentence}")
         if exported.magnitudes is not None:
             say(console, f"kept: a DoRA, with the magnitudes of its {len(exported.magnitudes)} modules")
+        for sentence in () if exported.split is None else exported.split.sentences:
+            say(console, sentence)
         for sentence in exported.adapter.info.ignored:
             say(console, f"not written: {sentence}")
         lost = bool(exported.losses or exported.adapter.info.ignored)
+        if exported.merged is not None:
+            for note in exported.merged.notes:
+                say(console, f"note: {note}")
+            say(console, f"written: {exported.merged.folder} (the base, {exported.merged.modules} modules changed)")
+        elif self.absorb is not None:
+            say(console, "base: nothing goes into it, so none was written")
         say(console, f"written: {self.out}{' (without parts of the adapter, see above)' if lost else ''}")
         return ASKED_FOR if self.fail_on == "loss" and lost else 0
 

@@ -111,7 +111,7 @@ def _check_flags(command: type, given: Sequence[str], defaults: Mapping[str, Any
     hints = get_type_hints(command, include_extras=True)
     known, alone = {*_HELP, _HELP_ALL, *_COMPLETION, *COMMON}, {}
     for one in fields(command):
-        flag = one.name.replace("_", "-")
+        flag = _flag(one.name)
         if tyro.conf.Positional in get_args(hints[one.name]):
             alone[f"--{flag}"] = _metavar(one.name, hints[one.name])
         else:
@@ -197,8 +197,15 @@ def _annotated(name: str, hint: Any, text: str, choices: Collection[str], defaul
         hint = Literal[tuple(choices)]  # type: ignore[valid-type]
     elif choices:
         text, metavar = f"{text} One of {', '.join(choices)}.", "NAME"
-    config = tyro.conf.arg(help=text, help_behavior_hint=_shown(default), metavar=metavar)
+    config = tyro.conf.arg(
+        name=_flag(name) if name.endswith("_") else None, help=text, help_behavior_hint=_shown(default), metavar=metavar
+    )
     return Annotated[(hint, config, tyro.conf.FlagCreatePairsOff)]
+
+
+def _flag(name: str) -> str:
+    """Return the flag of a field, whose name has a _ behind where a method has it already."""
+    return name.removesuffix("_").replace("_", "-")
 
 
 def _metavar(name: str, hint: Any) -> str | None:

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Column
 
 from jcrosslora.cli.output import Long, print_json, print_table, say
+from jcrosslora.errors import UsageError
 
 if TYPE_CHECKING:
     from jcrosslora.relation import BaseComparison, Part, TensorComparison
 
+OK, DIFFERS = 0, 1  # exit codes of `check --run`
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
 
@@ -72,7 +74,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Check:
-    """Say which engines will read an adapter, and why others will not."""
+    """Say which engines will read an adapter, and why others will not; or run it in one."""
 
     path: tyro.conf.Positional[Path]
     """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or an Orbax checkpoint with LoRA."""
@@ -82,23 +84,46 @@ class Check:
     to its embedding."""
     family: str | None = None
     """Family of its base (llama, gemma2, ...), if an answer depends on it; the report of a moved adapter names it."""
+    run_: bool = False
+    """Instead run the adapter with its base in the engine that its format is for, peft, llama.cpp or mlx_lm, and
+    compare with our decoder; exit code 1 if the two differ."""
+    original: str | None = None
+    """With --run: the adapter that this one was made from, which our decoder then runs."""
     json: bool = False
     """Print the answers as JSON."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         from jcrosslora.adapter import check_engines
         from jcrosslora.checkpoint import open_base
         from jcrosslora.report.inspect import reported_family
 
+        if self.run_:
+            return self._run_in_engine(console)
         base = None if self.base is None else open_base(self.base)
         found = check_engines(self.path, base_family=self.family or reported_family(self.path), base=base)
         if self.json:
             print_json([asdict(one) for one in found])
-            return
+            return OK
         rows = ((one.engine, "yes" if one.reads else "no", "\n".join((*one.reasons, *one.notes))) for one in found)
         print_table(console, ("engine", "reads it", "reasons and notes"), rows)
         if base is None:
             say(console, "modules: not looked up in the base; name it with --base")
+        return OK
+
+    def _run_in_engine(self, console: Console) -> int:
+        from jcrosslora.evaluate.engine_check import check_run
+
+        if self.base is None:
+            msg = "--run needs the base that the engine loads: name it with --base"
+            raise UsageError(msg)
+        found = check_run(self.path, self.base, original=self.original)
+        if self.json:
+            print_json(found.to_json())
+        else:
+            for note in found.notes:
+                say(console, f"not run by our decoder: {note}")
+            say(console, found.sentence)
+        return DIFFERS if found.differs else OK
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ COMMANDS = {
     "generate": Command("generate:Generate", "Generate text with one or several adapters."),
     "inspect": Command("inspect:Inspect", "Show what an adapter or a base model is."),
     "compare": Command("inspect:Compare", "Say how two base models are related, by their weights."),
-    "check": Command("inspect:Check", "Say which engines read an adapter.", computes=False),
+    "check": Command("inspect:Check", "Say which engines read an adapter, or run it in one."),
     "extract": Command("adapters:Extract", "Extract a LoRA adapter from a full fine-tune and its base."),
     "export": Command("adapters:Export", "Write an adapter for another engine or rank, or a sum."),
     "merge": Command("adapters:Merge", "Merge an adapter into its base model."),
@@ -88,7 +88,8 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line: the arguments, or those of this process if None.
 
-    Exits with 0; with 2 after a user's error; with 3 if the condition of `--fail-on` holds; with 130 after Ctrl-C.
+    Exits with 0; with 1 if `check --run` finds a difference; with 2 after a user's error; with 3 if the condition of
+    `--fail-on` holds; with 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None

@@ -1,12 +1,9 @@
 """Open what torch or a server runs: a base and its adapter with transformers and PEFT, and tokenizers."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
+from jcrosslora.adapter.folder import AdapterFiles, check_imports_nothing, find_adapter, open_weights
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, is_hub_id
 from jcrosslora.checkpoint.hub import fetch_companions
 from jcrosslora.checkpoint.opening import read_template
@@ -17,6 +14,7 @@ from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
 from jcrosslora.checkpoint.vocabulary import read_tokenizer as read_vocabulary
 from jcrosslora.distill.sources import TorchModel
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+from jcrosslora.evaluate.engine_runs import quiet
 
 _FACTOR = ".lora_"
 _NOT_LOADED = "missing adapter keys"  # PEFT's warning of a file that holds other modules than the model has
@@ -72,9 +70,7 @@ def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFi
     if found.form != "PEFT":
         msg = f"{ref}: is an adapter of {found.form}, which PEFT does not load: convert it by `jcrosslora export "
         raise AdapterError(msg + "--profile peft`, or leave out --source-backend torch")
-    if found.config is not None and (named := read_config(found.config)).get("megatron_config"):
-        msg = f"{ref}: its megatron_core names a Python module, {named.get('megatron_core')!r}, which is not imported: "
-        raise AdapterError(msg + "give an adapter without megatron_config")
+    check_imports_nothing(found)
     return found
 
 
@@ -100,7 +96,7 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
         msg = f"torch has no device {device!r} ({_line(error)}): give another, such as cpu"
         raise UsageError(msg) from error
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    with _quiet() as heard:
+    with quiet() as heard:
         try:
             base = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, trust_remote_code=False)
         except Exception as error:  # whatever a model's own class raises
@@ -139,22 +135,6 @@ def _place(source: TorchModel) -> dict[str, Any]:
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
     return {"pretrained_model_name_or_path": str(ref), "revision": source.revision}
-
-
-@contextmanager
-def _quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Collect warnings, and show no progress bars of transformers."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            yield heard
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _line(error: BaseException) -> str:

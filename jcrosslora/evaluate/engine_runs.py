@@ -1,0 +1,133 @@
+"""Ask engines for their log-probabilities of the next token, of a base alone or with an adapter."""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jcrosslora.adapter.folder import AdapterFiles, Form, check_imports_nothing
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+
+
+class Text(NamedTuple):
+    """Token ids of a prompt and what was written after it, int32 (T,); `first` is the prompt's last place."""
+
+    ids: np.ndarray
+    first: int
+
+
+Answers = list[np.ndarray]  # of each text (T - first, V) log-probabilities, NaN where the engine gives none
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that runs in Python.
+
+    Attributes:
+        package: the distribution that it is.
+        extra: of this package, which installs it.
+        bases: that it loads, for messages.
+        run: from a base's path, V, an adapter's path or None, and texts to answers.
+    """
+
+    name: str
+    package: str
+    extra: str
+    bases: str
+    run: Callable[[Path, int, Path | None, Sequence[Text]], Answers]
+
+    @property
+    def version(self) -> str:
+        """The version that is installed; a UsageError says how to install it."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError as error:
+            msg = f"this adapter runs in {self.name}, which is not installed: pip install 'jcrosslora[{self.extra}]'"
+            raise UsageError(msg) from error
+
+    def answers(self, base: BaseModel, adapter: AdapterFiles | None, texts: Sequence[Text]) -> Answers:
+        """Run a base, alone or with an adapter; a JCrossLoRAError says why the engine cannot load one of them."""
+        place = None
+        if adapter is not None:
+            check_imports_nothing(adapter)
+            place = adapter.weights if adapter.form == "GGUF" else adapter.weights.parent
+        try:
+            return self.run(Path(base.path or base.ref), base.dims.vocab, place, texts)
+        except Exception as error:  # whatever an engine raises
+            kind, what = (CheckpointError, base.ref) if adapter is None else (AdapterError, adapter.name)
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            msg = f"{what}: {self.name} cannot run it ({why}): it loads bases {self.bases}, and adapters of these"
+            raise kind(msg) from error
+
+
+def _run_peft(base: Path, _vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, settings = (base.parent, {"gguf_file": base.name}) if base.is_file() else (base, {})
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=False, **settings
+        )
+        model = (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+    with torch.inference_mode():
+        rows = [model(torch.tensor([text.ids.tolist()])).logits[0, text.first :] for text in texts]
+        return [torch.log_softmax(one, -1).numpy() for one in rows]
+
+
+def _run_mlx(base: Path, _vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+    import mlx.core as mx
+    from mlx_lm.utils import load_adapters, load_model
+
+    model = load_model(base)[0]
+    model = model if adapter is None else load_adapters(model, str(adapter))
+    model.eval()
+    rows = [model(mx.array([text.ids.tolist()]))[0, text.first :].astype(mx.float32) for text in texts]
+    return [np.array(one - mx.logsumexp(one, axis=-1, keepdims=True)) for one in rows]
+
+
+def _run_llama_cpp(base: Path, vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+    beginnings = [text.ids[: end + 1].tolist() for text in texts for end in range(text.first, len(text.ids))]
+    known = int(texts[0].ids[texts[0].first])  # the end of a prompt, which is a word or a sign
+    request = json.dumps([str(base), None if adapter is None else str(adapter), beginnings, known])
+    command = [sys.executable, str(Path(__file__).with_name("llama_cpp_process.py"))]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    found = np.full((len(beginnings), vocab), np.nan)
+    for row, likeliest in zip(found, json.loads(done.stdout), strict=True):
+        row[[int(token) for token in likeliest]] = list(likeliest.values())
+    return np.split(found, np.cumsum([len(text.ids) - text.first for text in texts])[:-1])
+
+
+@contextmanager
+def quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect warnings, and show no progress bars of transformers, while the block runs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            yield heard
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+ENGINES: Mapping[Form, Engine] = {
+    "PEFT": Engine("peft", "peft", "torch", "in safetensors, or in GGUF if transformers reads that", _run_peft),
+    "GGUF": Engine("llama.cpp", "xllamacpp", "engines", "in GGUF", _run_llama_cpp),
+    "MLX": Engine("mlx_lm", "mlx-lm", "engines", "in safetensors", _run_mlx),
+}
