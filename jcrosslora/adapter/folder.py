@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from jcrosslora.adapter.contents import as_adapter_errors, check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
-from jcrosslora.adapter.orbax import find_checkpoint, find_lora_config
+from jcrosslora.adapter.jax_trainers import LORA_CONFIG
+from jcrosslora.adapter.orbax import holds_lora
 from jcrosslora.checkpoint.hub import check_revision, download, is_hub_id, is_on_hub
+from jcrosslora.checkpoint.orbax import find_checkpoint, nearest_file
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
 from jcrosslora.errors import AdapterError
@@ -77,7 +79,9 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
 def is_adapter(path: Path) -> bool:
     """Whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
     if path.is_dir():
-        return any((path / name).exists() for name in (CONFIG, GGUF_WEIGHTS)) or find_checkpoint(path) is not None
+        checkpoint = find_checkpoint(path)
+        named = any((path / name).exists() for name in (CONFIG, GGUF_WEIGHTS))
+        return named or (checkpoint is not None and holds_lora(checkpoint))
     return path.suffix == GGUF_ENDING and path.is_file() and is_gguf_adapter(path)
 
 
@@ -115,7 +119,7 @@ def _local_files(folder: Path) -> AdapterFiles:
         if (folder / GGUF_WEIGHTS).is_file():
             return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS)
         if (checkpoint := find_checkpoint(folder)) is not None:
-            return AdapterFiles(str(folder), "Orbax", checkpoint, find_lora_config(folder, checkpoint))
+            return AdapterFiles(str(folder), "Orbax", checkpoint, nearest_file(LORA_CONFIG, checkpoint, folder))
         if (folder / "config.json").is_file():
             msg = f"{folder}: is a whole model, perhaps with an adapter merged into it: give the adapter's own folder, "
             raise AdapterError(msg + f"which holds {CONFIG}, from before it was merged")

@@ -22,24 +22,13 @@ from jcrosslora.adapter.contents import as_numpy
 from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.names import PREFIX, rank_settings
 from jcrosslora.checkpoint.base import BaseInfo
-from jcrosslora.checkpoint.in_memory import flatten
+from jcrosslora.checkpoint.tunix import HEAD_MATRIX, LORA_FACTOR, MATRICES, PROJECTIONS, TUNIX, Layout
 from jcrosslora.errors import AdapterError, OutputError
 
 LORA_CONFIG = "lora_config.json"
+_HEAD = "lm_head"
 _Q, _K, _V, _O = (f"self_attn.{role}_proj" for role in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{role}_proj" for role in ("gate", "up", "down"))
-# Parameter of a layer -> the modules of the layer whose matrices it holds, in order.
-Layout = Mapping[str, tuple[str, ...]]
-_MLP: Layout = {f"{module}.kernel": (module,) for module in (_GATE, _UP, _DOWN)}
-_PROJECTIONS: Layout = {f"attn.{role}_proj.w": (f"self_attn.{role}_proj",) for role in "qkvo"} | _MLP
-_EINSUMS: Layout = {"attn.q_einsum.w": (_Q,), "attn.kv_einsum.w": (_K, _V), "attn.attn_vec_einsum.w": (_O,)} | _MLP
-_ONE_EINSUM: Layout = {"attn.qkv_einsum.w": (_Q, _K, _V), "attn.attn_vec_einsum.w": (_O,)} | _MLP
-# Family -> the layout of its class in tunix, and the one where each query head has its own key head.
-TUNIX: Mapping[str, tuple[Layout, Layout]] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), (_PROJECTIONS, _PROJECTIONS)),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), (_EINSUMS, _ONE_EINSUM)),
-}
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class Trainer:
     has_alpha: bool
 
 
-QWIX = Trainer("qwix", re.compile(r"(.+)_lora_([ab])"), _PROJECTIONS | _EINSUMS | _ONE_EINSUM, has_alpha=True)
+QWIX = Trainer("qwix", LORA_FACTOR, MATRICES, has_alpha=True)
 _LINEN: Layout = {
     "attn.q_einsum": (_Q,),
     "attn.kv_einsum": (_K, _V),
@@ -71,16 +60,6 @@ def trainer_of(names: Iterable[str]) -> Trainer | None:
     """Tell by the names of arrays, keys joined by dots, whose LoRA is among them; None if none is."""
     names = tuple(names)
     return next((one for one in TRAINERS if any(map(one.factor.fullmatch, names))), None)
-
-
-def named_arrays(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the arrays of a nested mapping or an `nnx.State` by their keys, joined by dots."""
-    return {array_name([name]): array for name, array in flatten(tree)}
-
-
-def array_name(keys: Iterable[str]) -> str:
-    """Join the keys that lead to an array; the last one, `value`, is that of a variable of `nnx`."""
-    return ".".join(keys).removesuffix(".value")
 
 
 def as_state_dict(
@@ -137,14 +116,14 @@ def _pairs(trainer: Trainer, arrays: Mapping[str, Any], where: str) -> dict[str,
 
 def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
     """Return the modules, as Hugging Face names them, whose matrices a parameter holds; AdapterError if not known."""
-    if parameter == f"{_HEAD}.w":
+    if parameter == HEAD_MATRIX:
         return (_HEAD,)
     match = _LAYER.fullmatch(_WRAPPER.sub("", parameter))
     if match is not None and match[2] in trainer.layout:
         return tuple(f"model.layers.{match[1]}.{module}" for module in trainer.layout[match[2]])
     if parameter.startswith(("decoder.", "params.decoder.")):
         msg = f"{where}: {parameter} is of MaxText, which stacks layers, and rescales and reorders heads: it is not "
-        raise AdapterError(msg + "read; write the adapter in the format of PEFT with MaxText")
+        raise AdapterError(msg + "read; merge it with MaxText's to_huggingface.py, and run 'jcrosslora extract'")
     msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
     raise AdapterError(msg + "train on these alone")
 
@@ -201,9 +180,9 @@ def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for module in modules:
         _, _, layer, role = module.split(".", 3) if module.startswith("model.layers.") else ("", "", "", module)
-        if role == _HEAD and layout is _PROJECTIONS:
+        if role == _HEAD and layout is PROJECTIONS:
             rows, columns = base.shapes[_HEAD]
-            slots[f"{_HEAD}.w"] = Slot((_HEAD,), (columns,), (rows,))
+            slots[HEAD_MATRIX] = Slot((_HEAD,), (columns,), (rows,))
             continue
         if role not in parameters:
             msg = f"module {module!r} has no parameter in tunix's class of {base.family}: use another profile"

@@ -14,13 +14,14 @@ import numpy as np
 
 from jcrosslora.adapter.changes import Array, LoRAFactors
 from jcrosslora.adapter.contents import as_numpy
-from jcrosslora.adapter.jax_trainers import named_arrays, trainer_of
+from jcrosslora.adapter.jax_trainers import trainer_of
 from jcrosslora.adapter.kinds.dora import DORA, read_stored
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.peft import adapter_from_peft
 from jcrosslora.adapter.reading import open_adapter, open_state_dict, open_trained, read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.in_memory import named_arrays
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, UsageError
 

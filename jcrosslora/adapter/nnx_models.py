@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.jax_trainers import QWIX, Slot, array_name, factors_in_slots, modules_of, slot_arrays
+from jcrosslora.adapter.jax_trainers import QWIX, Slot, factors_in_slots, modules_of, slot_arrays
 from jcrosslora.adapter.records import Adapter, check_always_active
+from jcrosslora.checkpoint.in_memory import array_name
 from jcrosslora.errors import AdapterError
 
 

@@ -1,53 +1,28 @@
-"""Orbax checkpoints with the LoRA of a JAX trainer: find them in a folder, read their LoRA, and write one for tunix.
+"""Orbax checkpoints with the LoRA of a JAX trainer: read their LoRA, and write one for tunix.
 
-A checkpoint is a folder of one item, which `CheckpointManager` keeps in the folder of a step, next to other steps. What
-the arrays do not tell, alpha above all, stands in a `lora_config.json` in one of these folders, by the names that
-qwix's LoraProvider has for it.
+What the arrays do not tell, alpha above all, stands in a `lora_config.json` in or above the folder of the checkpoint,
+by the names that qwix's LoraProvider has for it.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents, file_factors
+from jcrosslora.adapter.contents import Contents, as_adapter_errors, file_factors
 from jcrosslora.adapter.jax_trainers import (
     LORA_CONFIG,
-    array_name,
     factors_in_slots,
-    named_arrays,
     slot_arrays,
     slots_of_tunix,
     trainer_of,
 )
+from jcrosslora.checkpoint.in_memory import array_name
+from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore
 from jcrosslora.errors import AdapterError
-
-_MARK = "_METADATA"  # in the folder of an item
-_ITEM = "model_params"  # tunix's name of the item with the weights
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the folder of the weights in a checkpoint, a step, or the latest of several steps; None elsewhere.
-
-    Of a step's items it is tunix's `model_params`, or the only one.
-    """
-    if (folder / _MARK).is_file():
-        return folder
-    steps = [one for one in folder.glob("[0-9]*") if one.name.isascii() and one.name.isdecimal() and one.is_dir()]
-    items = {mark.parent for mark in max(steps, key=lambda one: int(one.name), default=folder).glob(f"*/{_MARK}")}
-    named = {item for item in items if item.name == _ITEM} or items
-    return named.pop() if len(named) == 1 else None
-
-
-def find_lora_config(folder: Path, checkpoint: Path) -> Path | None:
-    """Return the `lora_config.json` nearest to a checkpoint, in it or in a folder up to the one that was given."""
-    around = [one for one in (checkpoint, *checkpoint.parents) if one.is_relative_to(folder)]
-    return next((path for one in around if (path := one / LORA_CONFIG).is_file()), None)
 
 
 def checkpoint_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -56,63 +31,27 @@ def checkpoint_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         AdapterError: the checkpoint cannot be read.
     """
-    return {name: tuple(array.shape) for name, array in named_arrays(_lora_part(checkpoint)).items()}
+    return {array_name(path): tuple(array.shape) for path, array in _lora_entries(checkpoint).items()}
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, np.ndarray]:
     """Read the LoRA's arrays, and no others, by their keys, joined by dots; raises as `checkpoint_shapes`."""
-    import orbax.checkpoint as ocp
-
-    wanted = _lora_part(checkpoint)
-    if not wanted:
-        return {}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-    with _readable(checkpoint), ocp.Checkpointer(_handler(), multiprocessing_options=_alone()) as checkpointer:
-        return named_arrays(checkpointer.restore(checkpoint.absolute(), args=args))
+    with as_adapter_errors():
+        return restore(checkpoint, _lora_entries(checkpoint))
 
 
-def _lora_part(checkpoint: Path) -> dict[str, Any]:
-    """Return the branches of a checkpoint's tree that lead to LoRA, with shapes and dtypes as leaves."""
-    from etils import epath
-
-    with _readable(checkpoint):
-        tree = _handler().metadata(epath.Path(checkpoint.absolute())).tree
-    return _kept(tree, ()) if isinstance(tree, dict) else {}
-
-
-def _kept(tree: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    found = {}
-    for key, part in tree.items():
-        here = (*path, key)
-        kept = _kept(part, here) if isinstance(part, Mapping) else trainer_of([array_name(here)]) and part
-        if kept:
-            found[key] = kept
-    return found
-
-
-def _alone() -> Any:
-    """Let this process read or write alone: of several that work together, not all reach this point."""
-    import orbax.checkpoint as ocp
-
-    me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-
-
-def _handler() -> Any:
-    import orbax.checkpoint as ocp
-
-    return ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-
-
-@contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def holds_lora(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds LoRA, perhaps next to the model, or cannot be read."""
     try:
-        yield
-    except Exception as error:  # of damaged files Orbax raises anything
-        reason = " ".join(str(error).split())[:120]
-        msg = f"{checkpoint}: is not a readable checkpoint of Orbax ({reason}): give a complete one"
-        raise AdapterError(msg) from error
+        return bool(_lora_entries(checkpoint))
+    except AdapterError:
+        return True
+
+
+def _lora_entries(checkpoint: Path) -> Entries:
+    with as_adapter_errors():
+        entries = read_entries(checkpoint)
+    return {path: entry for path, entry in entries.items() if trainer_of([array_name(path)])}
 
 
 def write_tunix(contents: Contents, folder: Path) -> None:
@@ -135,11 +74,11 @@ def write_tunix(contents: Contents, folder: Path) -> None:
         a, b = slot_arrays(*file_factors(name, merged[name], contents.dtype, rank), slot)
         place |= {f"{parameter}_lora_a": {"value": a}, f"{parameter}_lora_b": {"value": b}}
     options = ocp.CheckpointManagerOptions(
-        create=False, enable_async_checkpointing=False, multiprocessing_options=_alone()
+        create=False, enable_async_checkpointing=False, multiprocessing_options=alone()
     )
-    items = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(tree)})
+    items = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)})
     try:
-        with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers={_ITEM: _handler()}) as manager:
+        with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers={ITEM: handler()}) as manager:
             manager.save(0, args=items, custom_metadata=dict(contents.metadata))
     except ValueError as error:  # so its storage reports a full disk
         raise OSError(" ".join(str(error).split())[:120]) from error

@@ -18,7 +18,7 @@ from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
 from jcrosslora.adapter.contents import Stored, check_names, stored_in_memory
 from jcrosslora.adapter.experts import read_experts
 from jcrosslora.adapter.gguf import open_gguf_adapter, translated_gguf
-from jcrosslora.adapter.jax_trainers import as_state_dict, named_arrays
+from jcrosslora.adapter.jax_trainers import as_state_dict
 from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
@@ -30,6 +30,7 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.architectures.blocks import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
+from jcrosslora.checkpoint.in_memory import named_arrays
 from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError, UsageError
 

@@ -81,6 +81,8 @@ class GGUFStore:
         stated: float32 tensors that the file states in its metadata, by Hugging Face name.
     """
 
+    advice = "download it again"
+
     def __init__(
         self,
         file: MappedFile,

@@ -6,14 +6,15 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.checkpoint.safetensors import DTYPES
-from jcrosslora.checkpoint.store import FileNames
+from jcrosslora.checkpoint.store import FileNames, TensorStore
+from jcrosslora.checkpoint.tunix_config import is_tunix_config, translate
 from jcrosslora.errors import CheckpointError
 
 # What PEFT puts between the name of a module that it wraps and the module's own parameters.
@@ -24,6 +25,12 @@ _PEFT_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 def is_live_model(weights: Any) -> bool:
     """Whether an object is a model of transformers or PEFT, or one that looks like it."""
     return callable(getattr(weights, "state_dict", None)) and hasattr(weights, "config")
+
+
+def is_nnx_model(weights: Any) -> bool:
+    """Whether an object is a module of `flax.nnx`; if nothing imported that, it is none."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(weights, nnx.Module)
 
 
 def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
@@ -60,6 +67,16 @@ def flatten(weights: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, A
         yield ".".join(prefix), weights.get_value() if hasattr(weights, "get_value") else weights
 
 
+def named_arrays(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the arrays of a nested mapping or an `nnx.State` by their keys, joined by dots."""
+    return {array_name([name]): array for name, array in flatten(tree)}
+
+
+def array_name(keys: Iterable[str]) -> str:
+    """Join the keys that lead to an array; the last one, `value`, is that of a variable of `nnx`."""
+    return ".".join(keys).removesuffix(".value")
+
+
 def _joined(arrays: Sequence[Any]) -> Any:
     """Return one array unchanged, and the rows of several one after another as a numpy array."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([_to_numpy(array) for array in arrays])
@@ -77,7 +94,9 @@ def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def config_values(config: Any, ref: str) -> dict[str, Any]:
-    """Return the content of config.json from a mapping, or from a configuration of transformers."""
+    """Return the content of config.json from a mapping, a configuration of transformers, or a ModelConfig of tunix."""
+    if is_tunix_config(config):
+        return translate(config, ref)
     values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if isinstance(values, Mapping):
         return {key: value for key, value in values.items() if not _of_gguf(key, value)}
@@ -121,7 +140,7 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
     return folder
 
 
-_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class MemoryStore:
@@ -132,6 +151,8 @@ class MemoryStore:
     Raises:
         CheckpointError: a value that is no array, holds no data, or has a dtype that cannot be read.
     """
+
+    advice = "give Hugging Face names and weights of shape (out, in)"
 
     def __init__(self, arrays: Mapping[str, Any], ref: str):
         self._arrays, self._ref = dict(arrays), ref
@@ -161,7 +182,7 @@ class MemoryStore:
 
     def dtype(self, name: str) -> str:
         """Dtype as safetensors names it, e.g. "BF16"."""
-        return _CODES[_dtype_name(self._array(name))]
+        return DTYPE_CODES[_dtype_name(self._array(name))]
 
     def tensor(self, name: str) -> np.ndarray:
         """A read-only view of an array on the host, a copy of one on a device."""
@@ -177,13 +198,18 @@ class MemoryStore:
         """Do nothing: the arrays belong to the caller."""
 
     def sha256s(self) -> list[str]:
-        """One hex digest of names, dtypes, shapes and numbers, for any order and library of the arrays."""
-        names = sorted(self._arrays)
-        header = [[name, self.dtype(name), self.shape(name)] for name in names]
-        digest = hashlib.sha256(json.dumps(header).encode())
-        for name in names:
-            digest.update(np.ascontiguousarray(self.tensor(name)).reshape(-1).view(np.uint8).data)
-        return [digest.hexdigest()]
+        """The digest of the content."""
+        return [content_digest(self)]
+
+
+def content_digest(store: TensorStore) -> str:
+    """Return a hex digest of names, dtypes, shapes and numbers, for any order and library of the arrays."""
+    names = sorted(store.names())
+    header = [[name, store.dtype(name), store.shape(name)] for name in names]
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name in names:
+        digest.update(np.ascontiguousarray(store.tensor(name)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _defect(name: str, array: Any) -> str | None:
@@ -192,7 +218,7 @@ def _defect(name: str, array: Any) -> str | None:
         return f"{name!r} is of type {type(array).__name__}, wanted a numpy, jax or torch array"
     if getattr(array, "is_meta", False):
         return f"tensor {name!r} is on the meta device and holds no data: load the weights first"
-    supported = _dtype_name(array) in _CODES
+    supported = _dtype_name(array) in DTYPE_CODES
     return None if supported else f"tensor {name!r} has dtype {_dtype_name(array)}, which is not supported"
 
 
@@ -203,7 +229,7 @@ def _dtype_name(array: Any) -> str:
 def _to_numpy(array: Any) -> np.ndarray:
     if hasattr(array, "detach"):
         array = array.detach().cpu()
-        dtype = DTYPES[_CODES[_dtype_name(array)]]
+        dtype = DTYPES[DTYPE_CODES[_dtype_name(array)]]
         if dtype.kind == "V":  # numpy knows bfloat16 and FP8 by ml_dtypes, which torch does not: pass the bits.
             array = array.view(getattr(sys.modules["torch"], f"int{8 * dtype.itemsize}"))
         array = array.numpy().view(dtype)

@@ -161,8 +161,7 @@ def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
             problems.append(f"{name} has dtype {store.dtype(name)}, wanted a float dtype")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        advice = "download it again" if store.files else "give Hugging Face names and weights of shape (out, in)"
-        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: {advice}"
+        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: {store.advice}"
         raise CheckpointError(msg)
 
 

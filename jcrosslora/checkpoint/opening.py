@@ -13,11 +13,22 @@ from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
 from jcrosslora.checkpoint.gguf import open_gguf
-from jcrosslora.checkpoint.in_memory import MemoryStore, config_values, flat_weights, is_live_model, tokenizer_folder
+from jcrosslora.checkpoint.in_memory import (
+    MemoryStore,
+    config_values,
+    flat_weights,
+    is_live_model,
+    is_nnx_model,
+    named_arrays,
+    tokenizer_folder,
+)
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
+from jcrosslora.checkpoint.orbax import checkpoint_arrays, find_checkpoint, nearest_file
+from jcrosslora.checkpoint.parameters import ParameterStore, live_arrays
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
+from jcrosslora.checkpoint.tunix import is_tunix
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.utils.files import read_small_text
 
@@ -37,12 +48,13 @@ def open_base(
         base: a folder with config.json and safetensors, a .gguf file, or a hub id "org/name"; a live model of
             transformers or PEFT, whose adapters are left out; or weights with Hugging Face names and matrices of
             shape (out features, in features): a mapping such as a torch `state_dict`, nested mappings, or an
-            `nnx.State`. Weights in memory are not copied and must not change while the base is in use. A `BaseModel`
-            is returned unchanged.
+            `nnx.State`. A model of tunix, whose LoRA is left out and whose quantisation by qwix is undone: a folder
+            with config.json and an Orbax checkpoint, a live model, or its `nnx.State`. Weights in memory are not
+            copied and must not change while the base is in use. A `BaseModel` is returned unchanged.
         revision: branch, tag or commit of a hub id. Of local files only their known commit is accepted.
         name: what adapters should name as their base; the rule without it is at `BaseModel.name`.
-        config: for weights in memory, the content of config.json or a configuration of transformers. A live model
-            brings its own.
+        config: for weights in memory, the content of config.json, a configuration of transformers, or a ModelConfig
+            of tunix. A live model brings its own, but Llama of tunix, whose ModelConfig does not say enough.
         tokenizer: for weights in memory, the tokenizer if text is to be read: a folder, a tokenizer.json, a fast
             tokenizer of transformers, or a `tokenizers.Tokenizer`.
         chat_template: a file with a Jinja template, by which conversations are read instead of the base's own.
@@ -111,10 +123,22 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
 
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:
+    if not any(folder.glob("*.safetensors")) and (checkpoint := find_checkpoint(folder)) is not None:
+        return _open_checkpoint(checkpoint, folder, ref, name)
     config = read_config(folder)
     store = dequantised(ShardedStore(folder, config.names), config.values, str(folder))
     hub_id, revision = identity or (None, None)
     return _build(name or hub_id or str(folder), ref, folder, revision, config, store)
+
+
+def _open_checkpoint(checkpoint: Path, folder: Path, ref: str, name: str | None) -> BaseModel:
+    path = nearest_file("config.json", checkpoint, folder)
+    if path is None:
+        msg = f"{ref}: is a checkpoint of Orbax without config.json, which states the model's sizes: get it from the "
+        raise CheckpointError(msg + f"hub, as by 'hf download ORG/NAME config.json tokenizer.json --local-dir {ref}'")
+    config = read_config(path.parent)
+    store = ParameterStore(checkpoint_arrays(checkpoint), config.family, ref)
+    return _build(name or str(folder), ref, path.parent, None, config, store)
 
 
 def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) -> BaseModel:
@@ -123,17 +147,32 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
         config = weights.config
         loaded = str(getattr(config, "_name_or_path", ""))
         name = name or (loaded if hub.is_hub_id(loaded) else None)
+    elif is_nnx_model(weights):
+        from flax import nnx
+
+        config = getattr(weights, "config", None) if config is None else config
+        weights = nnx.state(weights)
     elif not isinstance(weights, Mapping):
         msg = f"a base of type {type(weights).__name__} cannot be opened: give a folder, a .gguf file, a hub id, a "
-        raise CheckpointError(msg + "live model of transformers, or a mapping from Hugging Face names to arrays")
+        raise CheckpointError(msg + "live model of transformers or tunix, or a mapping from names to arrays")
     ref = name or "base in memory"
     checked = check_config(config_values(config, ref), ref)
-    arrays = flat_weights(weights, checked.names, ref)
-    store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
-    if checked.family.is_tied(checked.values) and not has_own_head(checked.family, checked.values, store):
-        arrays.pop(HEAD, None)  # the embedding a second time
-        store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
+    parameters = named_arrays(weights) if isinstance(weights, Mapping) else {}
+    if is_tunix(parameters):
+        store: TensorStore = ParameterStore(live_arrays(parameters), checked.family, ref)
+    else:
+        store = _named_store(weights, checked, ref)
     return replace(_build(ref, ref, None, None, checked, store), tokenizer_path=tokenizer_folder(tokenizer, store, ref))
+
+
+def _named_store(weights: Any, config: ModelConfig, ref: str) -> TensorStore:
+    """Return the tensors of weights that have Hugging Face names."""
+    arrays = flat_weights(weights, config.names, ref)
+    store = dequantised(MemoryStore(arrays, ref), config.values, ref)
+    if config.family.is_tied(config.values) and not has_own_head(config.family, config.values, store):
+        arrays.pop(HEAD, None)  # the embedding a second time
+        store = dequantised(MemoryStore(arrays, ref), config.values, ref)
+    return store
 
 
 def _build(

@@ -99,6 +99,8 @@ class ShardedStore:
         CheckpointError: neither index nor single file, or an invalid index.
     """
 
+    advice = "download it again"
+
     def __init__(self, folder: Path, names: FileNames | None = None):
         self.folder = folder
         self._shards: dict[str, SafetensorsFile] = {}

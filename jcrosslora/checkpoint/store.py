@@ -23,6 +23,11 @@ class TensorStore(Protocol):
     """Named tensors of one checkpoint, read on demand."""
 
     @property
+    def advice(self) -> str:
+        """What to do if the tensors do not fit the configuration."""
+        ...
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, in index order."""
         ...

@@ -17,12 +17,13 @@ from jcrosslora.adapter.engines import rules
 from jcrosslora.adapter.engines.rules import AdapterFacts, Rule, found, no_tensor, no_value, when
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
-from jcrosslora.adapter.jax_trainers import LORA_CONFIG, QWIX, TUNIX, trainer_of
+from jcrosslora.adapter.jax_trainers import LORA_CONFIG, QWIX, trainer_of
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, is_by_weight, is_of_experts, is_taken
 from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_tensors import architecture
+from jcrosslora.checkpoint.tunix import TUNIX
 from jcrosslora.checkpoint.wrapped import TEXT, text_module_name
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

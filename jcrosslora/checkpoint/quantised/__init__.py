@@ -90,6 +90,7 @@ class QuantisedStore:
         self._store, self._formats, self._where = store, formats, where
         self._settings = settings_of(config)
         self._stored = frozenset(store.names())
+        self.advice = store.advice
         self._packed: dict[str, Packed | None] = {}
 
     @property

@@ -1,0 +1,104 @@
+"""Orbax checkpoints: find one in a folder, list its arrays, and read some of them.
+
+A checkpoint is a folder of one item, which `CheckpointManager` keeps in the folder of a step, next to other steps. Its
+arrays are the leaves of nested mappings; `restore` reads those that are asked for, in the process that asks.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.in_memory import array_name, named_arrays
+from jcrosslora.checkpoint.parameters import Arrays
+from jcrosslora.errors import CheckpointError
+
+ITEM = "model_params"  # tunix's name of the item with the weights
+_MARK = "_METADATA"  # in the folder of an item
+Entries = Mapping[tuple[str, ...], Any]  # the keys that lead to an array -> its shape and dtype
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of the weights in a checkpoint, a step, or the latest of several steps; None elsewhere.
+
+    Of a step's items it is tunix's `model_params`, or the only one.
+    """
+    if (folder / _MARK).is_file():
+        return folder
+    steps = [one for one in folder.glob("[0-9]*") if one.name.isascii() and one.name.isdecimal() and one.is_dir()]
+    items = {mark.parent for mark in max(steps, key=lambda one: int(one.name), default=folder).glob(f"*/{_MARK}")}
+    named = {item for item in items if item.name == ITEM} or items
+    return named.pop() if len(named) == 1 else None
+
+
+def nearest_file(name: str, checkpoint: Path, folder: Path) -> Path | None:
+    """Return the file of this name nearest to a checkpoint, in it or in a folder up to the one that was given."""
+    around = [one for one in (checkpoint, *checkpoint.parents) if one.is_relative_to(folder)]
+    return next((path for one in around if (path := one / name).is_file()), None)
+
+
+def read_entries(checkpoint: Path) -> Entries:
+    """Read which arrays a checkpoint holds.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    from etils import epath
+    from flax.traverse_util import flatten_dict
+
+    with _readable(checkpoint):
+        tree = handler().metadata(epath.Path(checkpoint.absolute())).tree
+    return flatten_dict(tree) if isinstance(tree, dict) else {}
+
+
+def restore(checkpoint: Path, entries: Entries) -> dict[str, np.ndarray]:
+    """Read these arrays, and no others, by their keys, joined by dots; raises as `read_entries`."""
+    import orbax.checkpoint as ocp
+    from flax.traverse_util import unflatten_dict
+
+    if not entries:
+        return {}
+    as_numpy = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in entries})
+    args = ocp.args.PyTreeRestore(unflatten_dict(entries), restore_args=as_numpy, partial_restore=True)
+    with _readable(checkpoint), ocp.Checkpointer(handler(), multiprocessing_options=alone()) as checkpointer:
+        return named_arrays(checkpointer.restore(checkpoint.absolute(), args=args))
+
+
+def checkpoint_arrays(checkpoint: Path) -> Arrays:
+    """Return the arrays of a checkpoint, which are read when they are asked for; raises as `read_entries`."""
+    entries = {path: entry for path, entry in read_entries(checkpoint).items() if hasattr(entry, "shape")}
+    others = {path for path in checkpoint.iterdir() if path.name not in (_MARK, "manifest.ocdbt")}  # as config.json
+    files = tuple(sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in others))
+
+    def read(names: Collection[str]) -> dict[str, np.ndarray]:
+        return restore(checkpoint, {path: entry for path, entry in entries.items() if array_name(path) in names})
+
+    return Arrays({array_name(path): entry for path, entry in entries.items()}, read, files)
+
+
+def alone() -> Any:
+    """Let this process read or write alone: of several that work together, not all reach this point."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
+def handler() -> Any:
+    """Return what reads and writes a tree of arrays in this process alone."""
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone())
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of damaged files Orbax raises anything
+        reason = " ".join(str(error).split())[:120]
+        msg = f"{checkpoint}: is not a readable checkpoint of Orbax ({reason}): give a complete one"
+        raise CheckpointError(msg) from error
