@@ -1,7 +1,8 @@
-"""Tiny models of tunix with LoRA by qwix: the oracle of adapters of JAX trainers.
+"""Tiny models of tunix with LoRA or quantisation by qwix: the oracle of adapters and bases of JAX trainers.
 
 Run as a script in an environment with tunix, torch and peft, it writes `tests/fixtures/tunix`, which tests read where
-tunix is not installed: for each family a base, a checkpoint of the LoRA, and the logits that tunix computes with it.
+tunix is not installed: for each family a base, a checkpoint of the LoRA, one of the whole model, and the logits that
+tunix computes with each.
 """
 
 import json
@@ -102,14 +103,33 @@ def with_lora(model, *, path: str = MODULES, rank: int = RANK, alpha: float = AL
     return model
 
 
-def save_lora(model, folder: Path, step: int = 7) -> Path:
-    """Save the LoRA alone by tunix's checkpoint manager."""
+def quantised(model, qtype: str, *, tile: int | None = None, calibration: str = "absmax"):
+    """Quantise the matrices by qwix; `minmax` gives zero points."""
+    import jax
+    import qwix
+
+    rule = qwix.QuantizationRule(
+        module_path=".*", weight_qtype=qtype, tile_size=tile, weight_calibration_method=calibration
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        return qwix.quantize_model(model, qwix.PtqProvider([rule]), **model.get_model_input())
+
+
+def save_model(model, folder: Path, step: int = 7, *, lora_only: bool = False) -> Path:
+    """Save a model by tunix's checkpoint manager."""
     from tunix.sft.checkpoint_manager import CheckpointManager
 
     manager = CheckpointManager(str(folder.absolute()))
-    manager.save(step, model, save_only_lora_params=True, force=True)
+    manager.save(step, model, save_only_lora_params=lora_only, force=True)
     manager.close()
+    for mark in folder.rglob("commit_success.txt"):
+        mark.write_text("Checkpoint commit was successful\n")  # it names the folder of this machine
     return folder
+
+
+def save_lora(model, folder: Path) -> Path:
+    """Save the LoRA alone."""
+    return save_model(model, folder, lora_only=True)
 
 
 def restore_lora(model, folder: Path) -> None:
@@ -139,9 +159,21 @@ def write_fixtures() -> None:
         (base / "generation_config.json").unlink(missing_ok=True)
         model = with_lora(tunix_model(name, base), seed=1)
         save_lora(model, folder / "lora")
-        for mark in (folder / "lora").rglob("commit_success.txt"):
-            mark.write_text("Checkpoint commit was successful\n")  # it names the folder of this machine
         np.save(folder / "logits.npy", tunix_logits(model))
+        write_whole(name)
+
+
+def write_whole(name: str) -> None:
+    """Write the whole model of a fixture: that of Llama with LoRA, that of Gemma quantised."""
+    folder = FIXTURES / name
+    model = tunix_model(name, folder / "base")
+    if name == "llama":
+        np.save(folder / "model_logits.npy", tunix_logits(model))
+        model = with_lora(model, seed=1)
+    else:
+        model = quantised(model, "int4", tile=8, calibration="minmax")
+        np.save(folder / "model_logits.npy", tunix_logits(model))
+    save_model(model, folder / "model")
 
 
 if __name__ == "__main__":
