@@ -241,6 +241,7 @@ REFERENCES = {
     "prolora": reference_prolora,
     "copy": reference_copy,
     "interpolated-copy": reference_copy,  # without the difference between the weights of the bases
+    "compensated-copy": reference_copy,  # the same
     "distilled-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
     "index-interp": reference_index_interp,

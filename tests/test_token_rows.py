@@ -376,8 +376,8 @@ def test_without_its_base_they_are_listed(tmp_path, bases, capsys):
     assert "not written: LoRA of an embedding, model.embed_tokens" in capsys.readouterr().out
     main(["inspect", str(tmp_path / "adapter"), "--base", str(bases / "untied" / "source")])
     assert (
-        "can be moved by copy, interpolated-copy, distilled-copy, select, distilled-select alone: LoRA of an embedding"
-        in capsys.readouterr().out
+        "can be moved by copy, interpolated-copy, compensated-copy, distilled-copy, select, distilled-select alone: "
+        "LoRA of an embedding" in capsys.readouterr().out
     )
 
 

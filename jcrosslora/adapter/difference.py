@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +14,7 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING
 from jcrosslora.checkpoint import BaseModel, expert_tensors
 from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
 from jcrosslora.errors import CheckpointError
-from jcrosslora.linalg import decompose
+from jcrosslora.linalg import decompose, dot, spread
 
 Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
 _BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row a token
@@ -25,10 +26,12 @@ _ROUNDING = 2.0**-20  # of sums of squares in float32
 class Leading:
     """The leading singular triplets of a difference D (O, I), without those that are float32 rounding.
 
+    On inputs X (N, I) they are those of D X'.
+
     Attributes:
-        factors: B A = U diag(s) V', with the singular values split evenly between the two, of rank R.
+        factors: B A = U U' D, which is U diag(s) V' without inputs, with sizes split evenly between the two; of rank R.
         s: (R,), descending.
-        energy: ||D||_F^2.
+        energy: ||D||_F^2, or ||D X'||_F^2.
     """
 
     factors: LoRAFactors
@@ -55,13 +58,18 @@ class Leading:
 
 
 def module_differences(
-    first: BaseModel, second: BaseModel, shapes: Mapping[str, tuple[int, ...]], limit: Callable[[tuple[int, ...]], int]
+    first: BaseModel,
+    second: BaseModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    limit: Callable[[tuple[int, ...]], int],
+    inputs: Callable[[str], jax.Array] | None = None,
 ) -> Iterator[tuple[str, Leading]]:
     """Decompose W_first - W_second of each module, group by group: memory is bounded whatever the model's size.
 
     Args:
         shapes: of the modules, logical or fused, that both have.
         limit: the largest rank that is wanted of a shape.
+        inputs: gives X (N, I) of a module, on which the difference acts; None decomposes the weights.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
@@ -69,18 +77,27 @@ def module_differences(
     for names in bounded_groups(list(shapes), shapes.__getitem__, lambda name: 8 * prod(shapes[name])):
         stack = load_stack(first, names) - load_stack(second, names)
         rank = max(1, min(limit(shapes[names[0]]), *shapes[names[0]]))
+        acting = stack if inputs is None else _applied(stack, [np.asarray(inputs(name)).T for name in names])
+        rank = min(rank, acting.shape[2])
         # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
-        svd, _ = decompose(stack, rank, vectors=False, tolerance=float("inf"))
-        energies = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
-        u, s, v, counts = (np.asarray(field) for field in (svd.u, svd.s, svd.v, svd.numerical_rank))
+        svd, _ = decompose(acting, rank, vectors=False, tolerance=float("inf"))
+        energies = np.asarray(jnp.sum(acting**2, axis=(1, 2)), np.float64)
+        rows = svd.v * svd.s[:, None] if inputs is None else dot(stack.mT, svd.u)
+        u, s, v, counts = (np.asarray(field) for field in (svd.u, svd.s, rows, svd.numerical_rank))
         for name, *found, count, energy in zip(names, u, s, v, counts, energies, strict=False):
             yield name, _leading(*found, rank=int(count), energy=float(energy))
 
 
-def _leading(u: np.ndarray, s: np.ndarray, v: np.ndarray, *, rank: int, energy: float) -> Leading:
+def _applied(stack: jax.Array, inputs: list[np.ndarray]) -> jax.Array:
+    """Return D X' (L', O, N) of a stack that `load_stack` made, and of as many X' (I, N) as there are names."""
+    return dot(stack, spread(np.stack([*inputs, *inputs[-1:] * (len(stack) - len(inputs))])))
+
+
+def _leading(u: np.ndarray, s: np.ndarray, rows: np.ndarray, *, rank: int, energy: float) -> Leading:
+    """Return U (U' D) from U (O, R) and D' U (I, R), with the size of each triplet split evenly."""
     rank = rank if energy > 0 else 0
-    root = np.sqrt(s[:rank])
-    factors = LoRAFactors(a=np.ascontiguousarray((v[:, :rank] * root).T), b=u[:, :rank] * root)
+    root = np.sqrt(np.linalg.norm(rows[:, :rank], axis=0))
+    factors = LoRAFactors(a=np.ascontiguousarray((rows[:, :rank] / root).T), b=u[:, :rank] * root)
     return Leading(factors, s[:rank].copy(), energy)
 
 

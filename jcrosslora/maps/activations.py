@@ -29,12 +29,15 @@ from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
+from jcrosslora.utils.spread import with_ends
 
 # Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4
 # Passes of the target that take as long as the products of activations of both bases (for two bases of width 600 there
 # are 12 million numbers for each layer of 3.5 million parameters), and as the grams of each.
 _MOMENTS, _GRAMS = 4, 8
+# Positions at which the inputs of modules are kept.
+_INPUTS = 2048
 # Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
 _EIGEN = 0.4
 # Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
@@ -199,6 +202,38 @@ def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> CrossMoments:
     input_squares, output_squares = jax.tree.map(squares, src, tgt)
     input_grams, output_grams = jax.tree.map(own, src, tgt) if grams else (None, None)
     return CrossMoments(inputs, outputs, input_squares, output_squares, None, input_grams, output_grams)
+
+
+def inputs_cost(texts: int) -> Cost:
+    """Count the source's pass over as many of the texts as `input_rows` reads."""
+    return Cost(source=min(texts * PROBE_TOKENS, _INPUTS), precise=True)
+
+
+def input_rows(base: BaseModel, batches: Sequence[ProbeBatch]) -> Callable[[str], jax.Array]:
+    """Run a base, as the source of probe texts, on evenly spaced batches that have about 2,048 positions.
+
+    Memory: the inputs of all layers at these positions, float32.
+
+    Returns:
+        A function from a module to its inputs (N, I), with rows of zeros where the matches are padded.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+    """
+    positions = sum(int(batch.valid.sum()) for batch in batches)
+    some = with_ends(batches, -(-_INPUTS * len(batches) // positions))
+    read = _reader(base, [batch.tokens_src for batch in some], tuple(sorted(base.architecture.role_shapes)))
+    found: dict[str, list[jax.Array]] = {}
+    for batch in each(some, "collect inputs", "batches"):
+        for site, rows in read(batch.tokens_src, batch.mask_src, batch.at_src, batch.valid)[0].items():
+            found.setdefault(site, []).append(rows)
+    sites = {site: jnp.concatenate(found.pop(site), axis=1) for site in list(found)}
+
+    def inputs(name: str) -> jax.Array:
+        module = base.modules[name]
+        return sites[INPUT_SITES[module.role]][module.layer]
+
+    return inputs
 
 
 def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:

@@ -7,6 +7,7 @@ from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved
 from jcrosslora.maps import Task as Task
+from jcrosslora.methods.compensated_copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import IndexInterp as IndexInterp
 from jcrosslora.methods.copy import PadTruncate as PadTruncate

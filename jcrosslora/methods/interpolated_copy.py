@@ -8,9 +8,11 @@ Sources: interpolation of the weights of a model and its fine-tuned version (WiS
 vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, split_fused
@@ -36,6 +38,10 @@ class InterpolatedCopy(Copy):
     when = "for a base and its further-trained version"
     reference = "this package; interpolation of weights: arXiv 2109.01903"
 
+    held: ClassVar[str] = (
+        "the difference; while the adapter is on, the target gives up {} of what they hold of its further training"
+    )
+
     interpolation: float = 0.75
     """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
     svd_rank: int = 8
@@ -55,10 +61,31 @@ class InterpolatedCopy(Copy):
 
     def move(self, task: Task) -> Moved:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""
-        if self not in task.shared:
-            task.shared[self] = interpolate_to_source(task.base, task.target, self.interpolation, rank=task.rank)
-        found = task.shared[self]
-        return Moved(_sum(task.target, task.mapped, found), added=_sentence(found, self.interpolation))
+        key = self, *task.batches
+        if key not in task.shared:
+            share, inputs = self.interpolation, self.inputs(task)
+            task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
+        found = task.shared[key]
+        return Moved(_sum(task.target, task.mapped, found), added=self.sentence(found))
+
+    def sentence(self, found: "SourceInterpolation") -> str:
+        """Say what is added, without a full stop."""
+        share = f"{self.interpolation:.0%}"
+        if not found.modules:
+            reason = "the two bases have the same weights in all modules"
+            reason = reason if self.interpolation else "an interpolation of 0 was asked for"
+            return f"nothing is added to the copy: {reason}"
+        highest = max(factors.rank for factors in found.modules.values())
+        return (
+            f"{share} of the difference from the target's weights to the source's is added to the copy, in "
+            f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of "
+            f"{self.held.format(share)}"
+        )
+
+    def inputs(self, task: Task) -> Callable[[str], jax.Array] | None:
+        """Return what gives the inputs (N, I) of a module, by which its difference is truncated; None for none."""
+        del task
+        return None
 
 
 @dataclass(frozen=True)
@@ -67,18 +94,27 @@ class SourceInterpolation:
 
     Attributes:
         modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
-        kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 if nothing differs.
+        kept: share of ||W_src - W_tgt||_F^2, or of what it writes on inputs, over all modules, that the ranks hold; 1
+            if nothing differs.
     """
 
     modules: Mapping[str, LoRAFactors]
     kept: float
 
 
-def interpolate_to_source(source: BaseModel, target: BaseModel, share: float, *, rank: int) -> SourceInterpolation:
+def interpolate_to_source(
+    source: BaseModel,
+    target: BaseModel,
+    share: float,
+    *,
+    rank: int,
+    inputs: Callable[[str], jax.Array] | None = None,
+) -> SourceInterpolation:
     """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
 
     Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
     makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
+    With `inputs` each is truncated to `rank` by what it does on the inputs (N, I) of its module.
 
     The share goes from 0 (target) to 1 (source).
 
@@ -94,8 +130,8 @@ def interpolate_to_source(source: BaseModel, target: BaseModel, share: float, *,
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with track(len(target.modules), "interpolate", "modules") as bar:
-        for name, found in module_differences(source, target, shapes[1], lambda _: rank):
-            cut = found.cut(found.lowest_rank(ENERGY))
+        for name, found in module_differences(source, target, shapes[1], lambda _: rank, inputs):
+            cut = found.cut(found.lowest_rank(ENERGY)) if inputs is None else found
             whole, left = whole + found.energy, left + found.energy * cut.kept
             if len(cut.s) and share:
                 modules[name] = LoRAFactors(a=cut.factors.a, b=cut.factors.b * np.float32(share))
@@ -111,17 +147,3 @@ def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapt
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
     parts = split_fused(Adapter(whole), target.fused).modules
     return Adapter({name: parts[name] for name in target.modules if name in moved.modules or name in found.modules})
-
-
-def _sentence(found: SourceInterpolation, share: float) -> str:
-    if not found.modules:
-        reason = (
-            "the two bases have the same weights in all modules" if share else "an interpolation of 0 was asked for"
-        )
-        return f"nothing is added to the copy: {reason}"
-    highest = max(factors.rank for factors in found.modules.values())
-    return (
-        f"{share:.0%} of the difference from the target's weights to the source's is added to the copy, in "
-        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; while "
-        f"the adapter is on, the target gives up {share:.0%} of what they hold of its further training"
-    )

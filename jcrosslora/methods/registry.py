@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod, Method
+from jcrosslora.methods.compensated_copy import CompensatedCopy
 from jcrosslora.methods.copy import Copy, IndexInterp, PadTruncate, Select
 from jcrosslora.methods.cross_lora import CrossLoRA, Random
 from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect, ResidualFit
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
         ProLoRA,
         Copy,
         InterpolatedCopy,
+        CompensatedCopy,
         DistilledCopy,
         Select,
         DistilledSelect,
