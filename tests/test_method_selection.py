@@ -127,9 +127,21 @@ def test_stored_quantisation_is_compressed_from_four_bits_down(tmp_path, kind, c
     assert ("stays as it is" in found.reason) != compressed
 
 
-def test_compressed_source_selects_copy(source, tmp_path):
-    """An adapter that was trained on four bits is not fitted to what these four bits cost."""
-    assert choose_method(changed(tmp_path, levels(7)), source).method == "copy"
+def test_compressed_source_selects_a_copy_with_its_error(source, tmp_path):
+    """An adapter that was trained on four bits needs what these four bits changed."""
+    found = choose_method(changed(tmp_path, levels(7)), source)
+    assert found.method == "compensated-copy"
+    assert "the source is rounded coarsely" in found.reason
+    (tmp_path / "tokenizer.json").unlink()
+    found = choose_method(open_base(tmp_path), source)
+    assert found.method == "copy"
+    assert "has no tokenizer.json" in found.reason
+
+
+@pytest.mark.parametrize(("first", "second"), [(7, 6), (6, 7)])
+def test_two_compressed_bases_select_a_copy_that_is_fitted(tmp_path, first, second):
+    pair = [changed(tmp_path / str(most), levels(most)) for most in (first, second)]
+    assert choose_method(*pair).method == "distilled-copy"
 
 
 @pytest.mark.parametrize("change", [levels(7), pruned])
@@ -156,7 +168,7 @@ def test_near_copy_that_was_trained_selects_interpolated_copy(source, tmp_path, 
         (0.05, (), "interpolated-copy"),
         (0.05, ("target",), "copy"),
         (0.3, ("target",), "distilled-copy"),
-        (0.3, ("source",), "copy"),
+        (0.3, ("source",), "compensated-copy"),
     ],
 )
 def test_what_a_stated_quantiser_left_is_not_taken_for_training(tmp_path, size, stated, method):
@@ -181,7 +193,7 @@ def test_every_finding_and_every_method_has_a_sentence():
     assert len(found) == len(Likeness)
     figures = "(cosine 0.900, relative distance 0.100 of the weights of 4 sampled modules)"
     assert sum(figures in one for one in found) == len(Likeness) - 1  # of the same base there is none to tell
-    for method in (ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "select", *MENDED.values()):
+    for method in (ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "compensated-copy", "select", *MENDED.values()):
         assert choice_reason("found", method).startswith("found, ")
     for method in (WEIGHT_METHOD, *MENDED):
         assert choice_reason("found", method, "but it is late").startswith("found, but it is late, so ")

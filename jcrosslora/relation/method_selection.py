@@ -9,6 +9,7 @@ from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows
+from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
     Finding,
     Likeness,
@@ -27,11 +28,14 @@ from jcrosslora.utils.spread import evenly_spaced
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
 # For near copies: if they differ by rounding at most, and if one was trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
+# For a source that was rounded coarsely.
+ROUNDED_METHOD = "compensated-copy"
 # For bases where one is made of the other's parts.
 PARTS_METHOD = "select"
 # For compressed targets: the same, then fitted to what the adapted source predicts.
 MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
-_FITTED = MENDED | {TRAINED_METHOD: MENDED[COPY_METHOD]}  # where there are answers to fit to
+# Where there are answers to fit to.
+_FITTED = MENDED | dict.fromkeys((TRAINED_METHOD, ROUNDED_METHOD), MENDED[COPY_METHOD])
 # The method for bases that can both be run.
 _SUITED = {
     Likeness.SAME: COPY_METHOD,
@@ -40,6 +44,7 @@ _SUITED = {
     Likeness.MERGED_COPY: TRAINED_METHOD,
     Likeness.SPARSE_COPY: MENDED[COPY_METHOD],
     Likeness.COARSE_COPY: MENDED[COPY_METHOD],
+    Likeness.COARSE_SOURCE: ROUNDED_METHOD,
     Likeness.FEWER_EXPERTS: MENDED[COPY_METHOD],
     Likeness.PARTS: PARTS_METHOD,
     Likeness.FEWER_PARTS: MENDED[PARTS_METHOD],
@@ -49,9 +54,10 @@ _SUITED = {
 # target's scores on ARC-Easy (-0.72 and -0.38 of the lift, README). cross-lora has no effect between unlike bases, and
 # the report says so.
 _WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fitted in MENDED.items()}}
-# Relative distance of the weights from which a quantised target is fitted. Rounding to the nearest level moves weights
-# of about normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and
-# by 0.01 with 8. What a copy loses there: docs/compressed-bases.md.
+_WITHOUT_RUN = _WITHOUT_FIT | {ROUNDED_METHOD: COPY_METHOD}
+# Relative distance of the weights from which a copy is not enough. Rounding to the nearest level moves weights of about
+# normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and by 0.01
+# with 8. What a copy loses to and from there: docs/compressed-bases.md.
 _COMPRESSED = 0.06
 _LAYERS, _ROWS = 4, 64  # sampled layers of each role, and rows of each module
 _STRAY = 1.25  # ratio of distances up to which parts at another index are taken for strays of the match
@@ -84,6 +90,7 @@ def choose_method(
     clearly trained further. Bases where one is made of the other's parts (pruned, permuted, with repeated layers)
     get `select`. If the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
     source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
+    If the source alone is quantised that coarsely, they get `compensated-copy`, if both can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
 
     `found` and `compared` are the results of `find_structure` and `compare_modules`, if they are already known.
@@ -95,7 +102,7 @@ def choose_method(
     finding = _examine(Bases(source, target), structure, compared)
     method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
     choice = Choice(method, choice_reason(phrase, method), phrase)
-    obstacle = why_not_run(source, target) if method in _WITHOUT_FIT else None
+    obstacle = why_not_run(source, target) if method in _WITHOUT_RUN else None
     joint = "and" if finding.likeness is Likeness.NONE else "but"
     return choice if obstacle is None else _instead(choice, f"{joint} not both can be run on text ({obstacle})")
 
@@ -132,7 +139,7 @@ def why_not_run(*bases: BaseModel) -> str | None:
 
 
 def _instead(choice: Choice, hindrance: str) -> Choice:
-    method = _WITHOUT_FIT[choice.method]
+    method = _WITHOUT_RUN[choice.method]
     return Choice(method, choice_reason(choice.found, method, hindrance), choice.found)
 
 
@@ -164,16 +171,17 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
-    by_source = 2 * sum(item.difference.rounded == "source" for item in compared) > len(compared)
-    by_source = by_source or stated == [True, False]
+    rounded = [item.difference for item in compared if item.difference.change is Change.ROUNDED]
+    by_source = 2 * sum(one.rounded == "source" for one in rounded) > len(compared) or stated == [True, False]
     if Relation.SPARSE in relation:
         return Finding(Likeness.SPARSE_COPY, similarity)
     if Relation.LORA_MERGED in relation:
         return Finding(Likeness.MERGED_COPY, similarity)
     if Relation.TRAINED in relation and not by_quantiser:
         return Finding(Likeness.TRAINED_COPY, similarity)
-    coarse = relation and not by_source and similarity.distance >= _COMPRESSED
-    return Finding(Likeness.COARSE_COPY if coarse else Likeness.COPY, similarity, by_quantiser)
+    if not relation or similarity.distance < _COMPRESSED:
+        return Finding(Likeness.COPY, similarity, by_quantiser)
+    return Finding(Likeness.COARSE_SOURCE if by_source else Likeness.COARSE_COPY, similarity, by_quantiser)
 
 
 def equal_files(source: BaseModel, target: BaseModel) -> bool:

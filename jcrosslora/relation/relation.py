@@ -63,7 +63,8 @@ class Likeness(Enum):
     TRAINED_COPY = auto()
     MERGED_COPY = auto()  # with a LoRA
     SPARSE_COPY = auto()
-    COARSE_COPY = auto()  # rounded to about 4 bits or fewer
+    COARSE_COPY = auto()  # the target is rounded to about 4 bits or fewer
+    COARSE_SOURCE = auto()  # the source alone is
     FEWER_EXPERTS = auto()  # and otherwise a copy
     PARTS = auto()  # one base is made of the other's parts
     FEWER_PARTS = auto()  # and the target lacks some
