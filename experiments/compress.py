@@ -4,9 +4,10 @@
 
 For each way a GGUF file OUT/NAME.gguf with the metadata and the tokenizer of BASE. bf16 is the whole base, whatever
 BASE itself was rounded to. q4_0 and the other types that the gguf package can write are stored as such, with the
-embedding in Q8_0. rtnBITS-BLOCK rounds to the nearest of 2^BITS even levels between the ends of each block, and
-prunedP sets the smallest P% of the numbers of every matrix to zero; both leave the embedding as it is, and are stored
-as float16. Norms are never changed. Prints the relative error of the matrices of all layers together.
+embedding in Q8_0. nf4 rounds to the 16 levels of QLoRA (arXiv 2305.14314) times the largest number of each block of 64.
+rtnBITS-BLOCK rounds to the nearest of 2^BITS even levels between the ends of each block, and prunedP sets the smallest
+P% of the numbers of every matrix to zero. These leave the embedding as it is, and are stored as float16. Norms are
+never changed. Prints the relative error of the matrices of all layers together.
 """
 
 import argparse
@@ -20,6 +21,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType
 
 WAYS = ("bf16", "q4_0", "rtn4-64", "rtn3-32", "pruned50")
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
+        *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+    ],
+    np.float32,
+)
 Compress = Callable[[np.ndarray], tuple[np.ndarray, Kind]]
 
 
@@ -32,6 +40,8 @@ def compressor(how: str) -> Compress:
     if found := re.fullmatch(r"rtn([2-8])-(\d+)", how):
         bits, block = map(int, found.groups())
         return lambda x: (round_to_nearest(x, bits, block).astype(np.float16), Kind.F16)
+    if how == "nf4":
+        return lambda x: (round_to_nf4(x).astype(np.float16), Kind.F16)
     if found := re.fullmatch(r"pruned(\d\d)", how):
         share = int(found[1]) / 100
         return lambda x: (prune(x, share).astype(np.float16), Kind.F16)
@@ -48,6 +58,14 @@ def round_to_nearest(x: np.ndarray, bits: int, block: int) -> np.ndarray:
     low, high = parts.min(axis=1, keepdims=True), parts.max(axis=1, keepdims=True)
     step = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
     return (low + step * np.round((parts - low) / step)).reshape(x.shape)
+
+
+def round_to_nf4(x: np.ndarray) -> np.ndarray:
+    """Round blocks of 64 numbers, divided by their largest, to the nearest level of NF4."""
+    parts = x.reshape(-1, 64)
+    scale = np.maximum(np.abs(parts).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    between = (NF4[1:] + NF4[:-1]) / 2
+    return (NF4[np.searchsorted(between, parts / scale)] * scale).reshape(x.shape)
 
 
 def prune(x: np.ndarray, share: float) -> np.ndarray:
