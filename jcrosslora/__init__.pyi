@@ -33,6 +33,7 @@ from jcrosslora.errors import ShortMemoryError as ShortMemoryError
 from jcrosslora.errors import SourceError as SourceError
 from jcrosslora.errors import UsageError as UsageError
 from jcrosslora.evaluate import answer as answer
+from jcrosslora.evaluate import judge_draft as judge_draft
 from jcrosslora.evaluate import score as score
 from jcrosslora.evaluate.probes import Probes as Probes
 from jcrosslora.evaluate.probes import written_probes as written_probes

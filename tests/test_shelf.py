@@ -111,8 +111,8 @@ def test_all_adapters_below_a_folder_are_added_and_bad_ones_are_listed(shelf, ba
     assert sorted(shelf.names) == ["one/boil", "one/cities", "one/fox"]
     entry = shelf.entry("one/fox")
     assert entry.verified
-    assert entry.origin is not None
-    assert (entry.origin.adapter, entry.origin.base, entry.origin.method) == ("original", "from here", "distill")
+    (original,) = entry.earlier
+    assert (original.adapter, original.base, original.method) == ("original", "from here", "distill")
     assert (entry.samples_from, len(entry.samples), entry.rank, entry.modules) == ("completions", 16, 2, 4)
     found = jcl.Shelf(tmp_path / "again", base).add(output)
     assert sorted(found.added) == sorted(shelf.names)
@@ -140,7 +140,7 @@ def test_what_training_writes_names_its_base(base, tmp_path):
     shelf = jcl.Shelf(tmp_path / "shelf", base, encoder="none")
     shelf.add(tmp_path / "trained")
     entry = shelf.entry("trained")
-    assert (entry.verified, entry.origin) == (True, None)
+    assert (entry.verified, entry.earlier) == (True, ())
     other = jcl.open_base(write_base(tmp_path / "other", 30, bos=True, layers=2, seed=7))  # of the same shapes
     refused = jcl.Shelf(tmp_path / "others", other, encoder="none").add(tmp_path / "trained").refused
     assert "of another base by its own record" in refused[0].reason
@@ -225,7 +225,8 @@ def test_the_command_adds_lists_shows_and_searches(base, output, tmp_path, capsy
     listed = json.loads(capsys.readouterr().out)
     assert {one["name"]: one["samples"] for one in listed["adapters"]} == {f"one/{task}": 16 for task in TASKS}
     main(["shelf", "show", folder, "one/fox"])
-    assert "moved from: original, of from here, by distill" in capsys.readouterr().out
+    line = f"line: original of from here, moved to {jcl.Shelf(folder).info.name} by distill"
+    assert line in capsys.readouterr().out
     asked = ["Water boils at 100 degrees", "§§§ ???"]
     main(["shelf", "search", folder, *asked, "--by", "tfidf", "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -22,6 +22,7 @@ from jcrosslora.errors import AdapterError
 from jcrosslora.utils.files import read_small, read_small_text
 
 CARD = "README.md"
+REPORT = "transfer_report.json"
 CONFIG = "adapter_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = "adapter_model.safetensors"

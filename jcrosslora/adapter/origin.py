@@ -1,4 +1,4 @@
-"""Find signs that an adapter is of another base: recorded digests, names, and weights that already hold the update.
+"""Find signs that an adapter is of another base: digests, names, earlier moves, weights that hold the update already.
 
 Adapters of other shapes are refused on loading; this is for models of equal shapes.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.changes import update_norm
+from jcrosslora.adapter.lineage import told
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel, quick_digest
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
@@ -24,11 +25,15 @@ _KINDS |= {"it": "instruct", "chat": "instruct", "code": "coder", "vl": "vision"
 
 
 def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
-    """Give the signs that an adapter was trained on another base, one sentence each.
+    """Give the signs that an adapter was not trained on a base, one sentence each.
 
     With `weights` some of the base's weights are compared too.
     """
     found = [] if (sentence := other_base(adapter.info, base, "source")) is None else [sentence]
+    if adapter.info.earlier:
+        first, line = adapter.info.earlier[0], told(adapter.info.earlier, public_name(base.name) or base.name)
+        said = f"this adapter was itself moved ({line}), and the errors of moves add up"
+        found.append(f"{said}: move the original {first.adapter} instead ({first.digest}), if you have it")
     if weights and (share := _held_share(adapter, base)) is not None:
         said = f"the weights of the source seem to hold the adapter already ({share:.0%} of its update)"
         found.append(f"{said}, as those of a merged model do: give the model that it was trained on")

@@ -22,6 +22,7 @@ from jcrosslora.adapter.jax_trainers import as_state_dict
 from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
+from jcrosslora.adapter.lineage import earlier_of, read_record
 from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
 from jcrosslora.adapter.orbax import read_checkpoint
@@ -61,6 +62,7 @@ def open_adapter(
         revision=identity[1] if identity is not None and identity[0] == files.name else None,
         **folder.stated_licences(files),
         chat_template=folder.stated_template(files.weights.parent),
+        earlier=earlier_of(read_record(files)),
     )
     return _grouped(stored, str(files.config or files.weights), base, rank, origin)
 

@@ -17,6 +17,17 @@ from jcrosslora.utils.texts import html_table
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """An adapter that another was moved from: its name and digest, the name and digest of its base, and the method."""
+
+    adapter: str | None = None
+    digest: str | None = None
+    base: str | None = None
+    base_digest: str | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterOrigin:
     """The provenance of an adapter, as reports state it.
 
@@ -36,6 +47,7 @@ class AdapterOrigin:
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
+        earlier: the adapters that it was moved from one after the other, the original first, as its files say.
     """
 
     name: str = "memory"
@@ -54,6 +66,7 @@ class AdapterOrigin:
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()
+    earlier: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class Vocabulary:
     reason: str = ""
     special: Mapping[bytes, int] = field(default_factory=dict)
 
+    @property
+    def names(self) -> dict[int, bytes]:
+        """What each id stands for, special and control tokens included."""
+        return {index: name for name, index in {**(self.tokens or {}), **self.special}.items()}
+
 
 def byte_alphabet() -> dict[str, int]:
     """Map each character of byte-level BPE to its byte.

@@ -24,7 +24,7 @@ _ADVICE = "free space, or choose another file"  # where a file cannot be written
 
 @dataclass(frozen=True)
 class Evaluate(OnDevice):
-    """Score a base, alone and with adapters, on a file of examples or on tasks of lm_eval.
+    """Score a base, alone and with adapters, on a file of examples or on tasks of lm_eval; or judge a draft model.
 
     Of a file, questions with choices are scored by likelihood. Examples with "messages", or with "prompt" and "answer",
     are answered in writing, and the answers compared with the right ones.
@@ -33,6 +33,7 @@ class Evaluate(OnDevice):
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "data": ("trained", "shelf", "compose", "top", "template", "max_new_tokens", "show", "html"),
         "tasks": ("num_fewshot", "include_path"),
+        "draft": ("draft", "draft_adapter", "drafted"),
         **OnDevice.GROUPS,
     }
 
@@ -67,6 +68,13 @@ class Evaluate(OnDevice):
     """Print N examples from all over the file, with all answers to them."""
     html: Path | None = None
     """Write a page with the figures and all answers side by side to this file, replacing an old one."""
+    draft: str | None = None
+    """A small model with the base's vocabulary that drafts for it in speculative decoding: shows how many of its tokens
+    the base, with the --adapter if one is given, accepts when it answers the prompts of --data."""
+    draft_adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Adapters of the draft to compare, such as the base's own moved to it."""
+    drafted: int = 4
+    """Tokens that are drafted for each pass of the base."""
     json: bool = False
     """Print the figures as JSON."""
 
@@ -76,6 +84,9 @@ class Evaluate(OnDevice):
         self._check()
         if self.data is None:
             self._run_tasks(console)
+            return
+        if self.draft is not None:
+            self._judge_draft(self.data, self.draft, console)
             return
         examples = read_examples(self.data)
         questions = [one for one in examples if isinstance(one, Question)]
@@ -126,17 +137,38 @@ class Evaluate(OnDevice):
         warn(other_base(one.info, base) for one in adapters)
         return base, adapters
 
+    def _judge_draft(self, data: Path, draft: str, console: Console) -> None:
+        """Judge a draft model, alone and with adapters, by the answers of the base to the prompts of a file."""
+        from jcrosslora.adapter import load_adapter
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.cli.drafts import print_drafts
+        from jcrosslora.evaluate import judge_draft
+        from jcrosslora.evaluate.examples import read_prompts
+
+        refs, moved = ([ref for group in groups for ref in group] for groups in (self.adapter, self.draft_adapter))
+        if len(refs) > 1:
+            msg = f"--adapter names {len(refs)} adapters, and the base answers with one: give those of the draft with "
+            raise UsageError(msg + "--draft-adapter")
+        (base, own), small = self._opened(refs), open_base(draft)
+        adapters = [load_adapter(ref, small) for ref in moved]
+        room, adapter = 128 if self.max_new_tokens is None else self.max_new_tokens, own[0] if own else None
+        prompts = read_prompts(data)[: self.limit]
+        found = judge_draft(base, small, prompts, adapter, adapters, drafted=self.drafted, max_new_tokens=room)
+        print_drafts(found, _notes([*own, *adapters]), console, as_json=self.json)
+
     def _check(self) -> None:
         """Refuse options that do not go together, before any work."""
         if (self.data is None) == (self.tasks is None):
             came = "neither --data nor --tasks was" if self.data is None else "both --data and --tasks were"
             msg = f"{came} given: give a file of examples with --data, or names of lm_eval's tasks with --tasks"
             raise UsageError(msg)
-        other = self.GROUPS["data" if self.data is None else "tasks"]
+        mode = "tasks" if self.data is None else "data" if self.draft is None else "draft"
+        allowed = {*self.GROUPS[mode], *(("template", "max_new_tokens") if mode == "draft" else ())}
         for one in fields(self):
-            if one.name in other and getattr(self, one.name) != one.default:
-                flag = f"--{one.name.replace('_', '-')}"
-                msg = f"{flag} is not for {'--tasks' if self.data is None else '--data'}: leave it out"
+            group = next((each for each in ("data", "tasks", "draft") if one.name in self.GROUPS[each]), None)
+            if group and one.name not in allowed and getattr(self, one.name) != one.default:
+                more = ", or give a --draft" if (mode, group) == ("data", "draft") else ""
+                msg = f"--{one.name.replace('_', '-')} is not for --{mode}: leave it out{more}"
                 raise UsageError(msg)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             msg = f"num-fewshot {self.num_fewshot} is out of range; it must be at least 0"

@@ -32,7 +32,7 @@ _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
 _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 # What stands for a value, by the field's name or its last word; else that word, or N and X for numbers.
 _METAVARS = {
-    **dict.fromkeys(("source", "target", "base", "tokenizer"), "BASE"),
+    **dict.fromkeys(("source", "target", "base", "tokenizer", "draft"), "BASE"),
     **dict.fromkeys(("prompts", "examples", "recipe", "template", "data"), "FILE"),
     **dict.fromkeys(("html", "answers", "unrelated"), "FILE"),
     **dict.fromkeys(("models", "checkpoints", "shelf", "folder", "include_path"), "DIR"),

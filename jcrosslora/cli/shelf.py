@@ -95,7 +95,7 @@ class List(_OnShelf):
                 str(entry.rank),
                 f"{len(entry.samples)} ({entry.samples_from})",
                 "verified" if entry.verified else "not verified",
-                Text(f"{entry.origin.adapter} ({entry.origin.base})" if entry.origin else "-"),
+                Text(f"{entry.earlier[-1].adapter} ({entry.earlier[-1].base})" if entry.earlier else "-"),
                 entry.verdict or "-",
                 "-" if entry.lift is None else f"{entry.lift:.2f}",
                 "missing" if shelf.missing(entry) else f"{entry.size / 1e6:.1f} MB",
@@ -117,6 +117,7 @@ class Show(_OnShelf):
     """Print it as JSON."""
 
     def run(self, console: Console) -> None:
+        from jcrosslora.adapter.lineage import told
         from jcrosslora.text import prompt_text
 
         shelf = self._opened()
@@ -128,8 +129,8 @@ class Show(_OnShelf):
         say(console, f"{entry.name}: {entry.kind} of rank {entry.rank}, {entry.modules} modules")
         say(console, f"files: {shelf.place(entry.name)}{' (missing)' if shelf.missing(entry) else ''}, {entry.digest}")
         say(console, f"base: {shelf.info.name}, {base}")
-        if entry.origin is not None:
-            say(console, f"moved from: {entry.origin.adapter}, of {entry.origin.base}, by {entry.origin.method}")
+        if entry.earlier:
+            say(console, f"line: {told(entry.earlier, shelf.info.name)}; original {entry.earlier[0].digest}")
         if entry.verdict is not None:
             outcome = "" if entry.effect is None else f"; measured effect: {entry.effect.get('outcome')}"
             say(console, f"expected: {entry.verdict}{outcome}")

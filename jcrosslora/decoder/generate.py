@@ -197,25 +197,32 @@ class Generator:
         *,
         bar: Track | None = None,
     ) -> list[Written]:
-        """Answer prompts in batches of similar length, 48 or, of long prompts, fewer.
-
-        What several of them begin with is read once, if the base allows it and that saves enough.
-
-        Of each prompt, a text or a conversation, the last 2,048 tokens are read. Settings and errors are those of
-        `continue_tokens`; the bar advances by one for each prompt.
+        """Answer prompts, texts or conversations; of each the last 2,048 tokens are read. See `write_tokens`.
 
         Raises:
             UsageError: the chat template refuses a conversation.
         """
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
-        found = [Written("", 0, False)] * len(ids)
+        rows = self.write_tokens(ids, max_new_tokens, temperature, key, bar=bar)
+        return [as_written(self.tokenizer, *pair) for pair in zip(ids, rows, strict=True)]
+
+    def write_tokens(
+        self, ids: Sequence[np.ndarray], max_new_tokens: int, temperature: float, key: jax.Array, *, bar: Track | None
+    ) -> list[np.ndarray]:
+        """Answer prompts of at most 2,048 tokens in batches of similar length, 48 or, of long prompts, fewer.
+
+        What several of them begin with is read once, if the base allows it and that saves enough. Settings and errors
+        are those of `continue_tokens`; the bar advances by one for each prompt. Returns int32 (T,) for each: what was
+        written, with the stop token if there is one.
+        """
+        found = [np.zeros(0, np.int32)] * len(ids)
         start = 0
         for batch in plan_batches(ids, max_new_tokens, share=self.shares_beginnings):
             model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
             rows = model._continue(batch, sampling, pad_left=True)
             key = jax.random.fold_in(key, start)
             for place, row in zip(batch.places, rows, strict=True):
-                found[place] = as_written(self.tokenizer, ids[place], row)
+                found[place] = row
             start += len(batch.places)
             if bar is not None:
                 bar.update(len(batch.places))

@@ -9,6 +9,8 @@ from jcrosslora.evaluate.bootstrap import bootstrap_means as bootstrap_means
 from jcrosslora.evaluate.bootstrap import intervals as intervals
 from jcrosslora.evaluate.bootstrap import lift_recovered as lift_recovered
 from jcrosslora.evaluate.bootstrap import word_of as word_of
+from jcrosslora.evaluate.drafts import Acceptance as Acceptance
+from jcrosslora.evaluate.drafts import judge_draft as judge_draft
 from jcrosslora.evaluate.effect import Change as Change
 from jcrosslora.evaluate.effect import Effect as Effect
 from jcrosslora.evaluate.effect import check_effect as check_effect

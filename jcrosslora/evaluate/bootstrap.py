@@ -115,6 +115,15 @@ def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list
     return [_interval(float(row.mean()), found) for row, found in zip(np.asarray(values), means, strict=True)]
 
 
+def ratios(parts: np.ndarray, wholes: np.ndarray, *, minus_first: bool = False) -> list[Interval]:
+    """Compute sum(parts) / sum(wholes) of each row of (A, n) with its interval; `minus_first` subtracts the first."""
+    found = parts.sum(axis=1) / wholes.sum(axis=1)
+    drawn = np.divide(*np.split(bootstrap_means(np.concatenate([parts, wholes])), 2))
+    if minus_first:
+        found, drawn = found - found[0], drawn - drawn[0]
+    return [_interval(float(value), row) for value, row in zip(found, drawn, strict=True)]
+
+
 def lift_recovered(
     base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int = 10_000, seed: int = 0
 ) -> Interval:

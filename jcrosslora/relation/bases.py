@@ -8,7 +8,6 @@ import numpy as np
 from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import finite
-from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.utils.spread import evenly_spaced
 
 _TOKENS, _MIN_COSINE = 512, 0.7  # sampled rows of the embeddings, and the cosine of a row and its copy, see `matching`
@@ -109,17 +108,13 @@ def compare_token_names(source: BaseModel, target: BaseModel) -> TokenNames | No
     """
     if source.dims.hidden != target.dims.hidden:
         return None
-    names_src, names_tgt = _names(source.vocabulary()), _names(target.vocabulary())
+    names_src, names_tgt = source.vocabulary().names, target.vocabulary().names
     both = names_src.keys() & names_tgt.keys()
     differ = sorted(index for index in both if names_src[index] != names_tgt[index])
     if not differ or not _rows_agree(Bases(source, target), np.array(differ)):
         return None
     known = set(names_tgt.values())
     return TokenNames(len(differ), len(both), any(names_src[index] in known for index in differ))
-
-
-def _names(vocabulary: Vocabulary) -> dict[int, bytes]:
-    return {index: name for name, index in {**(vocabulary.tokens or {}), **vocabulary.special}.items()}
 
 
 def _rows_agree(bases: Bases, ids: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from jcrosslora.adapter.folder import REPORT as REPORT
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.checkpoint.hub import public_name
@@ -21,7 +22,6 @@ from jcrosslora.utils.texts import html_table
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 3
-REPORT = "transfer_report.json"
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 

@@ -1,27 +1,24 @@
 """Find adapters in a folder, read the facts that the index needs, and put them on a shelf."""
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jcrosslora.adapter import Adapter, find_adapter, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
 from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter.lineage import read_record, text_of
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
-from jcrosslora.report import REPORT
 from jcrosslora.shelf.index import Fresh
-from jcrosslora.shelf.records import Added, Origin, Refused, Sample, ShelfEntry, is_there, stored_place, written_samples
-from jcrosslora.utils.files import read_small, read_small_text
+from jcrosslora.shelf.records import Added, Refused, Sample, ShelfEntry, is_there, stored_place, written_samples
+from jcrosslora.utils.files import read_small
 from jcrosslora.utils.progress import track
 
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
@@ -157,15 +154,14 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
     Raises AdapterError if it is damaged, its record names another base, or it does not fit the base.
     """
     files = find_adapter(found.ref)
-    record = _read_record(files)
-    stated = _text(record, "target", "digest")
+    record = read_record(files)
+    stated = text_of(record, "target", "digest")
     if stated is not None and stated != info.digest:
         name = record["target"].get("name")
         msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
         raise AdapterError(msg + f"({info.digest[:19]}...)")
     adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
     fit_to_base(adapter, info)
-    origin = (("adapter", "name"), ("source", "name"), ("source", "digest"), ("recipe", "method"))
     entry = ShelfEntry(
         name=found.name,
         place=place,
@@ -176,8 +172,8 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         rank=largest_rank(adapter),
         modules=len(adapter.modules),
         size=files.weights.stat().st_size,
-        origin=Origin(*(_text(record, *keys) for keys in origin)) if isinstance(record.get("recipe"), dict) else None,
-        verdict=_text(record, "verdict", "level"),
+        earlier=adapter.info.earlier,
+        verdict=text_of(record, "verdict", "level"),
         effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
         licence=stated_licences(files).get("licence"),
     )
@@ -198,35 +194,3 @@ def config_digest(files: AdapterFiles) -> str:
     except OSError as error:
         msg = f"{files.config}: cannot be read ({error.strerror}): give the folder of a complete adapter"
         raise AdapterError(msg) from error
-
-
-def _read_record(files: AdapterFiles) -> dict[str, Any]:
-    """Read the record of a transfer from the report in the folder, and from the header of the weights.
-
-    The header overrides the report, which may belong to other weights.
-    """
-    found: Any = {}
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(read_small_text(files.weights.parent / REPORT))
-    found = found if isinstance(found, dict) else {}
-    for key, value in _metadata(files.weights).items():
-        name = key.removeprefix("jcrosslora.")
-        if name != key and name != "version":
-            with suppress(ValueError, RecursionError):
-                found[name] = json.loads(value)
-    return found
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}  # no safetensors file, or a damaged one; reading its tensors says what is wrong
-
-
-def _text(record: Any, *keys: str) -> str | None:
-    """Return a text inside nested objects; None if it is not there, empty, or no text."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record if isinstance(record, str) and record else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jcrosslora.adapter.folder import is_adapter
+from jcrosslora.adapter.records import Earlier
 from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import read_prompts
@@ -36,16 +37,6 @@ class ShelfBase:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What an adapter was moved from, as the record of its transfer states it: names, the base's digest, the method."""
-
-    adapter: str | None = None
-    base: str | None = None
-    base_digest: str | None = None
-    method: str | None = None
-
-
-@dataclass(frozen=True)
 class ShelfEntry:
     """An adapter on a shelf.
 
@@ -53,7 +44,7 @@ class ShelfEntry:
         verified: whether the record of its transfer names the base by digest; otherwise only shapes were compared.
         rank: the largest of its modules.
         size: of its weights file in bytes.
-        origin: what it was moved from; None without a record of a transfer.
+        earlier: the adapters that it was moved from, the original first; none without a record of a transfer.
         verdict: the level of the transfer's verdict.
         effect: of the transfer, as in its report.
         lift: the share of a trained adapter's gain that it recovers, as the user stated it.
@@ -69,7 +60,7 @@ class ShelfEntry:
     rank: int
     modules: int
     size: int
-    origin: Origin | None = None
+    earlier: tuple[Earlier, ...] = ()
     verdict: str | None = None
     effect: dict[str, Any] | None = None
     lift: float | None = None

@@ -1,0 +1,182 @@
+"""Judge a draft model: how many of its tokens greedy speculative decoding accepts.
+
+The target keeps drafted tokens as long as it would write them itself (Y. Leviathan et al., arXiv 2211.17192). So its
+answers are those that it writes alone, and one pass of the draft over them shows which tokens it drafts rightly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.hub import public_names
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import LONGEST, Generator, Model, load_model, logits
+from jcrosslora.decoder.loading import held_numbers
+from jcrosslora.errors import CheckpointError, UsageError, not_finite
+from jcrosslora.evaluate.bootstrap import Interval, ratios
+from jcrosslora.evaluate.examples import read_prompts
+from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
+from jcrosslora.text.completion import Asked, as_prompts
+from jcrosslora.text.reading import prompt_ids
+from jcrosslora.utils.progress import track
+
+_POSITIONS, _LOGITS_AT_ONCE = 4096, 128  # in memory; the first over all drafts
+
+
+@dataclass(frozen=True)
+class DraftFigures:
+    """The figures of one draft, with 95% intervals over prompts.
+
+    Attributes:
+        acceptance_rate: share of the target's tokens that the draft foresees.
+        acceptance_length: tokens for each pass of the target, the one that it adds itself included.
+        minus_alone: its acceptance length minus that of the draft without an adapter.
+        estimated_speed_up: over the target alone, if a pass takes as long as a model has parameters.
+    """
+
+    name: str
+    acceptance_rate: Interval
+    acceptance_length: Interval
+    minus_alone: Interval
+    estimated_speed_up: float
+
+
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """How well A drafts, the draft model alone and with each adapter, foresee n greedy answers of a target.
+
+    Attributes:
+        names: (A,) names of the drafts, without their folders.
+        foreseen: (n,) of bool (A, T): whether a token of an answer, the end token included, is the draft's likeliest.
+        drafted: how many tokens are drafted for each pass of the target.
+        cost: the draft's share of the target's parameters.
+    """
+
+    names: tuple[str, ...]
+    foreseen: tuple[np.ndarray, ...]
+    drafted: int
+    cost: float
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all answers."""
+        return sum(one.shape[1] for one in self.foreseen)
+
+    def passes(self) -> np.ndarray:
+        """float64 (A, n): passes of the target that write each answer."""
+        return np.array([[_passes(row, self.drafted) for row in one] for one in self.foreseen], np.float64).T
+
+    def figures(self) -> list[DraftFigures]:
+        """Compute the figures of each draft."""
+        hits, passes = np.array([one.sum(axis=1) for one in self.foreseen]).T, self.passes()
+        tokens = np.broadcast_to([float(one.shape[1]) for one in self.foreseen], passes.shape)
+        lengths = ratios(tokens, passes)
+        speed_ups = [one.value / (1 + self.drafted * self.cost) for one in lengths]
+        columns = self.names, ratios(hits, tokens), lengths, ratios(tokens, passes, minus_first=True), speed_ups
+        return [DraftFigures(*row) for row in zip(*columns, strict=True)]
+
+
+def judge_draft(
+    target: BaseModel | str | Path,
+    draft: BaseModel | str | Path,
+    prompts: Sequence[Asked] | str | Path,
+    adapter: Adapter | str | Path | None = None,
+    draft_adapters: Sequence[Adapter | str | Path] = (),
+    *,
+    drafted: int = 4,
+    max_new_tokens: int = 128,
+    dtype: DTypeLike = jnp.float32,
+) -> Acceptance:
+    """Let a target write greedy answers, and count the tokens that a draft, alone and with adapters, foresees.
+
+        found = jcl.judge_draft("qwen-1.5b", "qwen-0.5b", "prompts.jsonl", "trained", ["moved"])
+        found.figures()[1].minus_alone
+
+    Args:
+        target: the model that answers, opened, or what `open_base` opens.
+        draft: the smaller model that drafts, given in the same way.
+        prompts: texts and conversations, or a file of them, in the form of `transfer --prompts`.
+        adapter: of the target, loaded, or what `load_adapter` loads; None lets the target answer alone.
+        draft_adapters: of the draft.
+        drafted: how many tokens are drafted for each pass of the target.
+        max_new_tokens: tokens at which an answer is cut off.
+        dtype: of the weights, float32 or bfloat16.
+
+    Raises:
+        UsageError: the two have different vocabularies, there is no prompt, or a number is below 1.
+        AdapterError: an adapter does not fit, or its predictions are not finite.
+        CheckpointError: a base or its tokenizer cannot be read, or its predictions are not finite.
+    """
+    asked = read_prompts(prompts) if isinstance(prompts, str | Path) else as_prompts(prompts)
+    if not asked or min(drafted, max_new_tokens) < 1:
+        msg = f"{len(asked)} prompts, {drafted} tokens drafted, answers of {max_new_tokens}: wanted 1 or more of each"
+        raise UsageError(msg)
+    target, draft = open_base(target), open_base(draft)
+    _check_vocabularies(target, draft)
+    adapter = None if adapter is None else load_adapter(adapter, target)
+    adapters = [load_adapter(one, draft) for one in draft_adapters]
+    tokenizer = load_tokenizer(target)
+    ids = [prompt_ids(tokenizer, one)[-LONGEST:] for one in asked]
+    with track(len(ids), "write answers", "answers") as bar:
+        generator = Generator.of(target, adapter, model=load_model(target, dtype), tokenizer=tokenizer)
+        rows = generator.write_tokens(ids, max_new_tokens, 0.0, jax.random.key(0), bar=bar)
+        del generator  # before the draft is loaded
+    items = [Tokens(one[:-1], (np.append(one[-1:], row),), (1,)) for one, row in zip(ids, rows, strict=True)]
+    models = Models.of(draft, adapters, None, dtype)
+    cost = held_numbers(draft) / held_numbers(target)
+    return Acceptance(tuple(public_names(models.names)), _foreseen(models, items), drafted, cost)
+
+
+def _passes(foreseen: np.ndarray, drafted: int) -> int:
+    """Count the passes of the target: each takes drafted tokens up to the first wrong one, and adds its own."""
+    passes = place = 0
+    while place < len(foreseen):
+        wrong = np.flatnonzero(~foreseen[place : place + drafted])
+        place += 1 + (int(wrong[0]) if len(wrong) else drafted)
+        passes += 1
+    return passes
+
+
+def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
+    """Run all drafts over the answers; return bool (A, T) for each, where a draft's likeliest token is the answer's."""
+    found, base = [np.zeros(0)] * len(items), models.model.with_adapter(None)
+    with track(len(items), "draft", "answers") as bar:
+        for part in models.batches(items, max(1, _POSITIONS // models.count)):
+            states = token_states(models, part)
+            for hidden, name in zip(states.hidden, (None, *models.names[1:]), strict=True):
+                if not np.isfinite(hidden).all():
+                    raise not_finite(models.names[0], name, sound=True)
+            likeliest = [in_pieces(partial(_likeliest, base), _LOGITS_AT_ONCE, hidden) for hidden in states.hidden]
+            for item in np.unique(states.places[:, 0]):
+                own = states.places[:, 0] == item
+                found[item] = np.stack(likeliest)[:, own] == states.wanted[own]
+            bar.update(part.questions)
+    return tuple(found)
+
+
+@jax.jit
+def _likeliest(model: Model, hidden: jax.Array) -> jax.Array:
+    """Return the likeliest tokens, int (S,), after states (S, H)."""
+    return jnp.argmax(logits(model, hidden), axis=-1)
+
+
+def _check_vocabularies(target: BaseModel, draft: BaseModel) -> None:
+    """Refuse different tokenizers: drafted tokens are handed over as ids. Embedding rows without a token may differ."""
+    for base in (target, draft):
+        if base.vocabulary().tokens is None:
+            msg = f"{base.ref}: its vocabulary cannot be compared: {base.vocabulary().reason}"
+            raise CheckpointError(msg)
+    names, own = target.vocabulary().names, draft.vocabulary().names
+    if differ := sorted(index for index in names.keys() | own.keys() if names.get(index) != own.get(index)):
+        shown = [one.get(differ[0], b"").decode(errors="replace") for one in (own, names)]
+        msg = f"{draft.ref} cannot draft for {target.ref}: {len(differ):,} token ids differ, such as {differ[0]}, "
+        msg += f"which is {shown[0]!r} in the draft and {shown[1]!r} in the target: give a draft of the target's own "
+        raise UsageError(msg + "family, as vLLM and llama.cpp need one vocabulary for both")
