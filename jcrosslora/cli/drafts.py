@@ -28,6 +28,6 @@ def print_drafts(found: "Acceptance", notes: Sequence[str], console: Console, *,
 
 
 def _text(value: "Interval | float | str") -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.2f}" if isinstance(value, float) else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    if isinstance(value, str | int | float):
+        return value if isinstance(value, str) else f"{value:.2f}"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
