@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     assert isinstance(usual, Distill)
     warmth = arguments.temperature
     if warmth is None:
-        warmth = usual.course(None if given else 0.0).temperature
+        warmth = usual.course(prompted=bool(given)).temperature
     sampler = Sampler(arguments.completions, temperature=warmth, seed=arguments.seed)
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{warmth:g}.jsonl"
     path, greedy = arguments.work / name, arguments.work / f"greedy-{arguments.judged}-{arguments.prompts}.jsonl"
@@ -181,11 +181,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
         teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known), method.token_share)
         kept_back = [teacher.read(batch) for batch in held_out]
-        begun, course = time.monotonic(), method.course(None if given else arguments.known)
-        found = Fit(teacher, kept_back, method, start, course=course, begun=begun, seed=arguments.seed).run(
+        begun, prompted = time.monotonic(), bool(given)
+        found = Fit(teacher, kept_back, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
             batches, lambda *_: []
         )
-        seconds, steps = time.monotonic() - begun, len(batches) * course.passes
+        seconds, steps = time.monotonic() - begun, len(batches) * method.course(prompted=prompted).passes
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
         add(text, found.adapter, steps, seconds, min(look.divergence for look in found.looks))

@@ -199,7 +199,7 @@ def phases(
     return {
         "write": (-(-arguments.prompts // WRITTEN), prefilled + arguments.answer * token),
         "read": (3 * batches, read),
-        "step": (DistillSettings().course().passes * batches, again * read),
+        "step": (DistillSettings().course(prompted=True).passes * batches, again * read),
     }
 
 

@@ -183,15 +183,12 @@ def answer_given(
     return Completions(found, description, partial(_greedy, source, sampler), more)
 
 
-def write_completions(
-    source: Source, writer: Writer, sampler: Sampler, search: int, warmth: Callable[[float], float] | None = None
-) -> Completions:
+def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`known_templates`); what it was trained to say shows where
     its change is amplified (`find_task`, with so many texts in each step, 0 for no search). The source writes the
-    prompts of a known template, `writer` the others. `warmth` gives the temperature of all answers by what the search
-    explains; None keeps that of the search.
+    prompts of a known template, `writer` the others.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
@@ -210,9 +207,6 @@ def write_completions(
         wanted = round(task.share * sampler.count)
         found += [one.item for one in task.further[:wanted]]
         sampler = replace(sampler, tokens=sampler.tokens or _written_length(source, found, sampler))
-        if warmth is not None and (chosen := warmth(task.explained)) != sampler.temperature:
-            sampler = replace(sampler, temperature=chosen)
-            found = sampler.answer(source, found)
 
         def asked(items: Sequence[Completion]) -> int:
             return sum(item.origin not in named for item in items)
@@ -234,9 +228,7 @@ def write_completions(
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         prompts = write(ROUND, round(task.share * ROUND), _LATER + number)
-        # The target's own text is sampled: what it is likeliest to write is not to become likelier.
-        writing = sampler if answerer is source else sampler.varied
-        return writing.answer(answerer, [one for one in prompts if one.prompt not in excluded], _LATER + number)
+        return sampler.answer(answerer, [one for one in prompts if one.prompt not in excluded], _LATER + number)
 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"

@@ -24,7 +24,7 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stack
 from jcrosslora.distill.agreement import AnswerBatch, agreement
 from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
 from jcrosslora.distill.completions import round_cost
-from jcrosslora.distill.settings import Course, DistillSettings, Optimizer
+from jcrosslora.distill.settings import DistillSettings, Optimizer
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.training.checkpoints import Checkpoints
@@ -86,7 +86,7 @@ def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> 
     # What is fitted to and what is held out each end with a batch of a few widths that is half full.
     held = settings.held_out * first + 2 * BATCH
     used = first - settings.held_out * first + 2 * BATCH + anew
-    passes = settings.course(None if prompts + examples else 1.0).passes
+    passes = settings.course(prompted=prompts + examples > 0).passes
     looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
@@ -102,7 +102,7 @@ class Fit:
         teacher: with the target in it.
         held_out: completions that decide which update is the best, read by the teacher.
         answers: greedy answers of the source to the same prompts, for the agreement of each look.
-        course: passes and rate; None for those of a fit to prompts of a user.
+        prompted: whether the completions answer prompts of a user.
         start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
         seed: of the first factors, and of the order of batches.
@@ -116,13 +116,13 @@ class Fit:
         start: StackedAdapter | None = None,
         *,
         answers: Sequence[AnswerBatch] = (),
-        course: Course | None = None,
+        prompted: bool = False,
         begun: float,
         seed: int = 0,
     ) -> None:
         self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
-        self._course = course or settings.course()
+        self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
         self._looks = [self._judge()]

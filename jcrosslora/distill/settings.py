@@ -19,7 +19,7 @@ End = Literal["auto", "source", "never"]
 
 
 class Course(NamedTuple):
-    """What of a fit depends on how well the adapter's task is known; see `DistillSettings`."""
+    """What of a fit depends on whether a user gives prompts; see `DistillSettings`."""
 
     passes: int
     rate: float
@@ -28,9 +28,7 @@ class Course(NamedTuple):
 
 
 # To teach the end without prompts cost likelihood: the demo had 0.78 of the lift, and has 0.95.
-PROMPTED, FOUND = Course(8, 1.5e-3, 0.0, "auto"), Course(8, 1.5e-3, 0.0, "source")
-UNKNOWN = Course(4, 5e-4, 1.0, "source")
-ENOUGH_EXPLAINED = 0.4  # by the search, of the answers, for the course of a task that is found
+PROMPTED, UNPROMPTED = Course(8, 1.5e-3, 0.0, "auto"), Course(4, 5e-4, 1.0, "source")
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,12 @@ class DistillSettings:
     roles: tuple[str, ...] | None = None
     """The modules that are fitted, such as q_proj v_proj; all if not given."""
     passes: int | None = None
-    """How often each completion is used; if not given, 8 times where prompts are given or the search finds what the
-    adapter is for, else 4."""
+    """How often each completion is used; if not given, 8 times where prompts are given, else 4."""
     fit_rank: int = 16
     """Rank of the update in each module, at most the module's short side."""
     rate: float | None = None
     """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine. If not given, it is
-    1.5e-3 where prompts are given or the search finds what the adapter is for, else 5e-4: a fit to other text that the
-    source wrote goes astray at higher rates."""
+    1.5e-3 where prompts are given, else 5e-4: a fit to text that the source wrote goes astray at higher rates."""
     optimizer: Optimizer = "adam"
     """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     polish: float = 0.25
@@ -83,8 +79,7 @@ class DistillSettings:
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
     answer_temperature: float | None = None
-    """Temperature at which answers are sampled; if not given, 0 where prompts are given or the search finds what
-    the adapter is for, else 1."""
+    """Temperature at which answers are sampled; if not given, 0 for answers to given prompts, else 1."""
     text_weight: float = 0.5
     """Share of the text itself in the teacher of answers that were written at temperature 0."""
     compared_tokens: int = 6000
@@ -117,12 +112,9 @@ class DistillSettings:
         enough = prompts + examples >= ENOUGH and prompts >= FEWEST_COMPLETIONS
         return replace(self, completions=prompts) if enough and prompts < self.completions <= FIRST else self
 
-    def course(self, explained: float | None = None) -> Course:
-        """Return these settings, and the usual ones for those that are not given.
-
-        They depend on how well a search explains the adapter, see `FoundTask.explained`; None where prompts are given.
-        """
-        usual = PROMPTED if explained is None else FOUND if explained >= ENOUGH_EXPLAINED else UNKNOWN
+    def course(self, *, prompted: bool) -> Course:
+        """Return these settings, and the usual ones for those that are not given."""
+        usual = PROMPTED if prompted else UNPROMPTED
         temperature = usual.temperature if self.answer_temperature is None else self.answer_temperature
         end = usual.end if self.end == "auto" else self.end
         return Course(self.passes or usual.passes, self.rate or usual.rate, temperature, end)

@@ -82,19 +82,17 @@ class Run:
         """Whether the completions answer prompts of a user."""
         return bool(self.prompts or self.taught)
 
-    def course(self, completions: Completions) -> Course:
-        """Return the settings that depend on how well the task is known."""
-        return self.settings.course(None if completions.task is None else completions.task.explained)
+    @property
+    def course(self) -> Course:
+        """The settings that depend on whether there are prompts."""
+        return self.settings.course(prompted=self.prompted)
 
     def write(self, shared: dict[Any, Any] | None) -> Completions:
         """Write the completions that come before the first step."""
-        writer, settings = self._writer(shared), self.settings
-        course = settings.course(None if self.prompted else 0.0)
+        writer, course, settings = self._writer(shared), self.course, self.settings
         sampler = Sampler(settings.rounds[0], settings.answer_tokens, course.temperature, self.seed, course.end)
         if not self.prompted:
-            return write_completions(
-                self.source, writer, sampler, settings.discovery, lambda found: settings.course(found).temperature
-            )
+            return write_completions(self.source, writer, sampler, settings.discovery)
         labelled = [one.prompt for one in self.taught]
         return answer_given(self.source, writer, self.prompts, sampler, labelled=labelled, shared=shared)
 
@@ -108,10 +106,9 @@ class Run:
     def with_ends(self, completions: Completions) -> tuple[Completions, tuple[str, ...]]:
         """Have the end of answers taught where too many go on behind it; return warnings of it as well."""
         endings = Endings.of(completions.items) if self._ends(completions).symbol[1] else Endings()
-        end = self.course(completions).end
-        if endings.unreliable and end == "auto":
+        if endings.unreliable and self.course.end == "auto":
             completions = completions.with_ends()
-        warnings = endings.warnings(end)
+        warnings = endings.warnings(self.course.end)
         for text in warnings:
             _LOG.warning(text)
         return completions, warnings
@@ -130,7 +127,7 @@ class Run:
         """Divide the completions into those that are fitted to and those that judge, as batches."""
         fitted, judging = hold_out(self._items(completions), self.settings.held_out, self.seed)
         held_out, said = dict.fromkeys(item.prompt for item in judging), judging
-        if self.course(completions).temperature > 0:
+        if self.course.temperature > 0:
             said = completions.greedy(held_out)
         return Data(self.batches(fitted), self.batches(judging), batch_answers(said, self.tokenizers), held_out)
 
@@ -143,7 +140,7 @@ class Run:
             prompt_weight=settings.prompt_weight,
             text_weight=settings.text_weight,
             example_weight=settings.example_weight,
-            ends=self.settings.end != "never",
+            ends=self.course.end != "never",
         )
 
     def symbols(self, data: Data, completions: Completions) -> Symbols:
@@ -161,8 +158,10 @@ class Run:
         teacher = Teacher(reader, target, symbols, weights, self.settings.token_share)
         lessons = [teacher.read(batch) for batch in data.judged]
         answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
-        course, clock = self.course(completions), self.clock
-        return Fit(teacher, lessons, self.settings, start, answers=answers, course=course, begun=clock, seed=self.seed)
+        prompted, clock = self.prompted, self.clock
+        return Fit(
+            teacher, lessons, self.settings, start, answers=answers, prompted=prompted, begun=clock, seed=self.seed
+        )
 
     def fresh(
         self, completions: Completions, held_out: Collection[Prompt], number: int, own: StackedAdapter | None

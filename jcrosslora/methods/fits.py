@@ -7,7 +7,7 @@ layer, so that the residual stream changes alike (see `distill.residual`).
 
 from dataclasses import dataclass, replace
 
-from jcrosslora.distill.settings import UNKNOWN, DistillSettings
+from jcrosslora.distill.settings import UNPROMPTED, DistillSettings
 from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
@@ -80,11 +80,11 @@ class DistilledCopy(Distill):
     requires = Copy.requires | Distill.requires
     carries = Copy.carries | Distill.carries
 
-    passes: int | None = UNKNOWN.passes
+    passes: int | None = UNPROMPTED.passes
     """How often each completion is used."""
-    rate: float | None = UNKNOWN.rate
+    rate: float | None = UNPROMPTED.rate
     """Highest learning rate: the update that the fit starts from needs small steps."""
-    answer_temperature: float | None = UNKNOWN.temperature
+    answer_temperature: float | None = UNPROMPTED.temperature
     """Temperature at which answers are sampled."""
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
