@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import PAGE, OnDevice, opened_base, opened_shelf, print_json, say, warn, writable_file
+from jcrosslora.cli.output import (
+    PAGE,
+    OnDevice,
+    given_base,
+    opened_base,
+    opened_shelf,
+    print_json,
+    say,
+    warn,
+    writable_file,
+)
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.files import write_output
 
@@ -115,6 +125,7 @@ class Evaluate(OnDevice):
         """Judge base and adapters by tasks of lm_eval."""
         from jcrosslora.evaluate.harness_tasks import Tasks, figures_json, print_figures
 
+        given_base(self.base)
         tasks = Tasks([name for name in (self.tasks or "").split(",") if name], self.include_path)
         base, adapters = self._opened([ref for group in self.adapter for ref in group])
         tasks.load()

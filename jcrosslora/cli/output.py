@@ -134,10 +134,15 @@ def opened_base(base: str | None, template: Path | None) -> "BaseModel":
     """Open a base, with a chat template instead of its own if one is given."""
     from jcrosslora.checkpoint import open_base
 
+    return open_base(given_base(base), chat_template=template)
+
+
+def given_base(base: str | None) -> str:
+    """Raise UsageError if no base is named."""
     if base is None:
         msg = "no base was given: give one with --base, or a shelf, which knows its own, with --shelf"
         raise UsageError(msg)
-    return open_base(base, chat_template=template)
+    return base
 
 
 def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shelf":
