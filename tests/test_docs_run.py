@@ -50,6 +50,7 @@ NOT_RUN = {
     "jcrosslora --tyro": "writes into the user's folder",
     "jcrosslora transfer --source-url": "a server",
     "jcrosslora transfer ADAPTER --source BASE --source-backend torch": "torch; tests/test_asked_transfer.py runs it",
+    "jcrosslora transfer ADAPTER --source QUANTISED_BASE": "a 4-bit base; tests/test_compensated_copy.py runs it",
     "jcrosslora transfer ...": "the end of another command",
     "jcrosslora evaluate --base BASE --tasks": "lm_eval; tests/test_evaluate_harness.py runs it",
     "jcrosslora evaluate --shelf": "a shelf by name",
