@@ -34,7 +34,7 @@ from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.evaluate import effect, harness_requests, log_probs
+from jcrosslora.evaluate import drafts, effect, engine_check, harness_requests, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
@@ -318,6 +318,8 @@ def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
     yield Program(harness_requests._compare, (shapes.base, states, wanted))
     yield Program(effect._states, (shapes.model, *shapes.read[:2]))
+    yield Program(engine_check._predict, (shapes.model, *shapes.read[:2]))
+    yield Program(drafts._likeliest, (shapes.model, of(PLACES, shapes.hidden)))
     yield Program(effect._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)
     texts = (whole(2, 6), told(2, 6)), whole(4), (whole(4, 5), told(4, 5))
