@@ -8,7 +8,8 @@ source writes its own. The teacher then has the weights that it has with given o
 adapter's task is known, which experiments/discovery.py prints as "explained". Every `--fit` starts from nothing, or
 with `--method distilled-copy` from the adapter. The first row is of no fit; `--trained` adds one of an adapter of the
 target to compare with, `--answers` one of an adapter that is trained on the target, as experiments/jobs.py does, on the
-source's greedy answers to the prompts.
+source's greedy answers to the prompts. With `--labels` the prompts have their right answers, to fit and to train on: so
+much is in so many prompts.
 
 The rows judge by the `--judged` examples in front of the prompts: the NLL of the right answers in nats a token; how
 many of them the target would write, as each of their tokens, the end included, is the likeliest ("right"); and how many
@@ -72,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fit", action="append", default=[], help="KEY=VALUE,... of the method")
     parser.add_argument("--trained", type=Path, help="an adapter of the target that is scored as well")
     parser.add_argument("--answers", action="store_true", help="train on the source's greedy answers as well")
+    parser.add_argument("--labels", action="store_true", help="right answers instead of the source's")
     parser.add_argument("--judged", type=int, default=100, help="examples whose right answers are scored")
     parser.add_argument("--write", type=int, default=0, help="answers in writing that are judged")
     parser.add_argument("--seed", type=int, default=0)
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     sampler = Sampler(arguments.completions, temperature=warmth, seed=arguments.seed)
     name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{warmth:g}.jsonl"
     path, greedy = arguments.work / name, arguments.work / f"greedy-{arguments.judged}-{arguments.prompts}.jsonl"
-    if not path.exists():
+    if not path.exists() and not arguments.labels:
         writer = choose_writer(generator, DecoderSource.of(target, model=models[1], tokenizer=tokenizers[1]))
         if given:
             made = answer_given(generator, writer, [one.prompt for one in given], sampler)
@@ -132,7 +134,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if not greedy.exists():
         prompts = [Completion(one.prompt) for one in [*judged, *given]]
         save_completions(greedy, Sampler(tokens=MOST, temperature=0.0).answer(generator, prompts))
-    items, said = load_completions(path), {one.prompt: one for one in load_completions(greedy)}
+    said = {one.prompt: one for one in load_completions(greedy)}
+    labelled = [dataclasses.replace(one, right="answer") for one in given]
+    items = labelled if arguments.labels else load_completions(path)
     imitated = [said[one.prompt] for one in judged if one.prompt in said]
     right = sum(found.answer == one.answer for one in judged if (found := said.get(one.prompt))) / len(judged)
     console.print(f"{right:.3f} of the source's greedy answers are right")
@@ -153,7 +157,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         table.add_row(*("" if value is None else str(value) for value in values))
         row = dict(zip((str(column.header) for column in table.columns), values, strict=True))
         console.print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
-        made = {"source": source.name, "target": target.name, "data": arguments.data.name, "texts": path.name}
+        made = {"source": source.name, "target": target.name, "data": arguments.data.name}
+        made["texts"] = "labels" if arguments.labels else path.name
         with (arguments.work / "fits.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(made | row | {"commit": commit()}) + "\n")
 
@@ -162,7 +167,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         add("trained", stack_adapter(jcl.load_adapter(arguments.trained, target), target))
     if arguments.answers:
         begun = time.monotonic()
-        taught = [found for one in given if (found := said.get(one.prompt)) and found.ended]
+        greedily = [found for one in given if (found := said.get(one.prompt)) and found.ended]
+        taught = labelled if arguments.labels else greedily
         settings = TrainingSettings(seed=arguments.seed)
         update = stack_adapter(train_lora(target, taught, settings, tokenizer=tokenizers[1]), target)
         add("answers", update, settings.steps, time.monotonic() - begun)
