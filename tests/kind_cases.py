@@ -88,12 +88,17 @@ MADE = {
 }
 
 
-def make_adapter(config, folder):
-    """Save an adapter with random numbers in all trained parameters."""
-    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+def random_peft(config, model=None):
+    """A tiny model of peft, of llama if none is given, with random numbers in all trained parameters."""
+    wrapped = peft.get_peft_model(tiny_model("llama") if model is None else model, config)
     torch.manual_seed(1)
     with torch.no_grad():
-        for _, parameter in wrapped.named_parameters():
+        for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def make_adapter(config, folder, model=None):
+    """Save the adapter of `random_peft`."""
+    random_peft(config, model).save_pretrained(folder)

@@ -9,7 +9,7 @@ from command_line import main
 from engine_readers import llama_cpp_log_probs, log_softmax, mlx_log_probs
 from full_set import full_except
 from gguf_files import converted, gguf_name, metadata_of, write_gguf
-from kind_cases import peft
+from kind_cases import make_adapter, peft
 from tiny_models import save_tiny, tiny_model, torch, transformers
 
 import jcrosslora as jcl
@@ -58,13 +58,7 @@ def predicted(model) -> np.ndarray:
 
 def train(family, tied, config, out):
     """Save an adapter with random numbers in all trained parameters; return the logits of peft without and with it."""
-    wrapped = peft.get_peft_model(tiny_model(family, tie_word_embeddings=tied, **LAYERS), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(out)
+    make_adapter(config, out, tiny_model(family, tie_word_embeddings=tied, **LAYERS))
     plain = tiny_model(family, tie_word_embeddings=tied, **LAYERS)
     before = predicted(plain)
     return before, predicted(peft.PeftModel.from_pretrained(plain, out))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from adapter_folders import CONFIG, Q, V, adapter_of, delta, tensors, write_folder
 from flax import nnx
-from kind_cases import MADE, TARGETS, lora, peft
+from kind_cases import MADE, TARGETS, lora, peft, random_peft
 from tiny_models import save_tiny, tiny_model, torch
 
 import jcrosslora as jcl
@@ -50,13 +50,7 @@ def logits(model) -> np.ndarray:
 
 def live(config):
     """A peft model whose trained parameters are random."""
-    model = peft.get_peft_model(tiny_model("llama"), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return random_peft(config).eval()
 
 
 def merged(adapter: Adapter):

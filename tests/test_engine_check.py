@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from command_line import main
 from gguf_files import converted, gguf_name, metadata_of, write_gguf
-from kind_cases import peft
+from kind_cases import make_adapter, peft
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
-from tiny_models import save_tiny, tiny_model, torch, transformers
+from tiny_models import save_tiny, tiny_model, transformers
 from tiny_tokenizers import byte_level, write_tokenizer
 
 import jcrosslora as jcl
@@ -109,13 +109,7 @@ def test_a_module_that_the_engine_does_not_find_is_a_difference(base, tmp_path, 
 
 def test_norms_and_token_rows_are_run_as_well(base, tmp_path, capsys):
     settings = {"modules_to_save": ["norm"], "trainable_token_indices": [5, 50], "target_modules": ["q_proj"]}
-    wrapped = peft.get_peft_model(tiny_model("llama", **SIZES), peft.LoraConfig(r=2, **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(tmp_path / "a")
+    make_adapter(peft.LoraConfig(r=2, **settings), tmp_path / "a", tiny_model("llama", **SIZES))
     code, found = checked(capsys, tmp_path / "a", "--base", base.path)
     assert (code, found["notes"]) == (0, [])
     assert found["change"] > 0.1

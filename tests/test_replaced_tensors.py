@@ -9,7 +9,7 @@ import safetensors
 from adapter_folders import write_folder
 from command_line import main
 from gguf_files import small_llama
-from kind_cases import peft
+from kind_cases import make_adapter, peft
 from tiny_models import save_tiny, tiny_model, torch
 
 import jcrosslora as jcl
@@ -46,13 +46,7 @@ def bases(tmp_path_factory):
 
 def train(family, config, out):
     """Save an adapter with random numbers in all trained parameters; return the weights that peft merges of it."""
-    wrapped = peft.get_peft_model(tiny_model(family, **LAYERS), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(out)
+    make_adapter(config, out, tiny_model(family, **LAYERS))
     return merged_by_peft(family, out)
 
 

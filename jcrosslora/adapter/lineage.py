@@ -3,18 +3,17 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors import SafetensorError, safe_open
 
-from jcrosslora.adapter.folder import REPORT, AdapterFiles
+from jcrosslora.adapter.folder import REPORT, AdapterFiles, open_weights
 from jcrosslora.adapter.records import Earlier
+from jcrosslora.errors import AdapterError
 from jcrosslora.utils.files import read_small_text
 
 
-def read_record(files: AdapterFiles) -> dict[str, Any]:
+def read_record(files: AdapterFiles, header: Mapping[str, Any]) -> dict[str, Any]:
     """Read the record of a transfer from the report in the folder, and from the header of the weights.
 
     The header overrides the report, which may belong to other weights.
@@ -23,10 +22,10 @@ def read_record(files: AdapterFiles) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(read_small_text(files.weights.parent / REPORT))
     found = found if isinstance(found, dict) else {}
-    for key, value in _metadata(files.weights).items():
+    for key, value in header.items():
         name = key.removeprefix("jcrosslora.")
         if name != key and name != "version":
-            with suppress(ValueError, RecursionError):
+            with suppress(ValueError, TypeError, RecursionError):
                 found[name] = json.loads(value)
     return found
 
@@ -56,9 +55,9 @@ def text_of(record: Any, *keys: str) -> str | None:
     return record if isinstance(record, str) and record else None
 
 
-def _metadata(path: Path) -> Mapping[str, str]:
+def read_header(files: AdapterFiles) -> Mapping[str, Any]:
+    """Read the metadata of a safetensors file; of another file, or a damaged one, there are none."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}  # no safetensors file, or a damaged one; reading its tensors says what is wrong
+        return open_weights(files.weights).metadata if files.form in ("PEFT", "MLX") else {}
+    except AdapterError:  # reading its tensors says what is wrong
+        return {}

@@ -62,7 +62,7 @@ def open_adapter(
         revision=identity[1] if identity is not None and identity[0] == files.name else None,
         **folder.stated_licences(files),
         chat_template=folder.stated_template(files.weights.parent),
-        earlier=earlier_of(read_record(files)),
+        earlier=earlier_of(read_record(files, stored.metadata)),
     )
     return _grouped(stored, str(files.config or files.weights), base, rank, origin)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, find_adapter, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
 from jcrosslora.adapter.fused import fit_to_base
-from jcrosslora.adapter.lineage import read_record, text_of
+from jcrosslora.adapter.lineage import read_header, read_record, text_of
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.shelf.index import Fresh
@@ -154,7 +154,7 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
     Raises AdapterError if it is damaged, its record names another base, or it does not fit the base.
     """
     files = find_adapter(found.ref)
-    record = read_record(files)
+    record = read_record(files, read_header(files))
     stated = text_of(record, "target", "digest")
     if stated is not None and stated != info.digest:
         name = record["target"].get("name")
