@@ -1,11 +1,12 @@
 """Ask engines for their log-probabilities of the next token, of a base alone or with an adapter."""
 
+import io
 import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,7 +119,8 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(record=True) as heard:
+        # Its bar for GGUF is one of tqdm, which this does not reach.
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             yield heard
     finally:
