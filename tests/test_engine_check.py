@@ -118,30 +118,35 @@ def test_norms_and_token_rows_are_run_as_well(base, tmp_path, capsys):
     assert checked(capsys, tmp_path / "o", "--base", base.path, "--original", tmp_path / "a")[0] == 1
 
 
-def test_what_cannot_be_run_is_said_in_one_line(base, packed, tmp_path, capsys, monkeypatch):
-    adapter = random_adapter(base, scale=0.1)
-    plain = jcl.save_adapter(adapter, tmp_path / "p", base=base)
-    for_cpp = jcl.save_adapter(adapter, tmp_path / "g", base=base, profile="gguf")
-    for_mlx = jcl.save_adapter(adapter, tmp_path / "m", base=base, profile="mlx")
+def test_what_cannot_be_run_is_said_in_one_line(base, tmp_path, capsys, monkeypatch):
+    plain = jcl.save_adapter(random_adapter(base, scale=0.1), tmp_path / "p", base=base)
     stated = json.loads((plain / "adapter_config.json").read_text())
-    evil = jcl.save_adapter(adapter, tmp_path / "e", base=base)
+    evil = jcl.save_adapter(jcl.load_adapter(plain), tmp_path / "e", base=base)
     (evil / "adapter_config.json").write_text(json.dumps(stated | {"megatron_config": {"a": 1}, "megatron_core": "x"}))
-    cases = [
-        ([plain], "name it with --base"),
-        ([for_cpp, "--base", base.path], "it loads bases in GGUF"),
-        ([for_mlx, "--base", packed.path], "it loads bases in safetensors"),
-        ([evil, "--base", base.path], "which is not imported"),
-    ]
+    assert "name it with --base" in refusal(capsys, plain)
+    assert "which is not imported" in refusal(capsys, evil, "--base", base.path)
     missing = engine_runs.Engine("peft", "not-a-package", "torch", "", lambda *_: [])
-    for arguments, sentence in [*cases, ([plain, "--base", base.path], "pip install 'jcrosslora[torch]'")]:
-        if "pip" in sentence:
-            monkeypatch.setitem(engine_runs.ENGINES, "PEFT", missing)
-        with pytest.raises(SystemExit) as left:
-            main(["check", *map(str, arguments), "--run"])
-        assert left.value.code == 2
-        error = capsys.readouterr().err
-        assert sentence in error
-        assert len(error.splitlines()) == 1
+    monkeypatch.setitem(engine_runs.ENGINES, "PEFT", missing)
+    assert "pip install 'jcrosslora[torch]'" in refusal(capsys, plain, "--base", base.path)
+
+
+@pytest.mark.parametrize(
+    ("profile", "package", "loads"), [("gguf", "xllamacpp", "in GGUF"), ("mlx", "mlx_lm", "in safetensors")]
+)
+def test_a_base_that_the_engine_does_not_load_is_refused(base, packed, tmp_path, capsys, profile, package, loads):
+    pytest.importorskip(package)
+    adapter = jcl.save_adapter(random_adapter(base, scale=0.1), tmp_path / "a", base=base, profile=profile)
+    wrong = base if profile == "gguf" else packed
+    assert f"it loads bases {loads}" in refusal(capsys, adapter, "--base", wrong.path)
+
+
+def refusal(capsys, *arguments):
+    """Return the one line by which `check --run` refuses to run."""
+    with pytest.raises(SystemExit) as left:
+        main(["check", *map(str, arguments), "--run"])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_predictions_that_are_no_numbers_differ(base, tmp_path, capsys):
