@@ -33,7 +33,7 @@ from jcrosslora.decoder import (
     unstack_adapter,
 )
 from jcrosslora.decoder.model import update
-from jcrosslora.decoder.sampling import draw
+from jcrosslora.decoder.sampling import draw, likeliest
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -317,6 +317,12 @@ def test_fast_dtype_is_float32_on_a_cpu_without_bfloat16_products(monkeypatch, b
 def test_unsupported_dtype_is_refused(model):
     with pytest.raises(UsageError, match="float16"):
         load_model(model[0], jnp.float16)
+
+
+@pytest.mark.parametrize("vocab", [7, 512, 513, 3000])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocab):
+    scores = np.random.default_rng(vocab).integers(-9, 9, (2, 5, vocab)).astype(np.float32)  # with many ties
+    assert np.array_equal(likeliest(scores), scores.argmax(axis=-1))
 
 
 @pytest.mark.parametrize("vocab", full_except([5, 512, 1300], [512]))

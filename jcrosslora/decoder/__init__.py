@@ -33,5 +33,6 @@ from jcrosslora.decoder.prompt_batches import LONGEST as LONGEST
 from jcrosslora.decoder.prompt_batches import plan_batches as plan_batches
 from jcrosslora.decoder.sampling import Sampling as Sampling
 from jcrosslora.decoder.sampling import extend as extend
+from jcrosslora.decoder.sampling import likeliest as likeliest
 from jcrosslora.decoder.sampling import prefill as prefill
 from jcrosslora.decoder.sampling import step as step

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import Tokenizer
+from jcrosslora.decoder import likeliest
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import Symbols
@@ -62,4 +63,4 @@ def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float
 def _likeliest(student: RestrictedModel, batch: AnswerBatch) -> jax.Array:
     """Check where the wanted symbol is the likeliest one, bool (P,)."""
     found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
-    return jnp.argmax(found, axis=-1).astype(jnp.int32) == batch.wanted
+    return likeliest(found) == batch.wanted

@@ -18,7 +18,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import LONGEST, Generator, Model, load_model, logits
+from jcrosslora.decoder import LONGEST, Generator, Model, likeliest, load_model, logits
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import CheckpointError, UsageError, not_finite
 from jcrosslora.evaluate.bootstrap import Interval, ratios
@@ -154,10 +154,10 @@ def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]
             for hidden, name in zip(states.hidden, (None, *models.names[1:]), strict=True):
                 if not np.isfinite(hidden).all():
                     raise not_finite(models.names[0], name, sound=True)
-            likeliest = [in_pieces(partial(_likeliest, base), _LOGITS_AT_ONCE, hidden) for hidden in states.hidden]
+            written = [in_pieces(partial(_likeliest, base), _LOGITS_AT_ONCE, hidden) for hidden in states.hidden]
             for item in np.unique(states.places[:, 0]):
                 own = states.places[:, 0] == item
-                found[item] = np.stack(likeliest)[:, own] == states.wanted[own]
+                found[item] = np.stack(written)[:, own] == states.wanted[own]
             bar.update(part.questions)
     return tuple(found)
 
@@ -165,7 +165,7 @@ def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]
 @jax.jit
 def _likeliest(model: Model, hidden: jax.Array) -> jax.Array:
     """Return the likeliest tokens, int (S,), after states (S, H)."""
-    return jnp.argmax(logits(model, hidden), axis=-1)
+    return likeliest(logits(model, hidden))
 
 
 def _check_vocabularies(target: BaseModel, draft: BaseModel) -> None:

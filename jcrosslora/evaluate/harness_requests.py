@@ -13,7 +13,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Generator, Model, logits
+from jcrosslora.decoder import Generator, Model, likeliest, logits
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
 from jcrosslora.evaluate.probes import check_seed
@@ -144,7 +144,7 @@ def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Ar
     """Log-probabilities float32 (S,) of tokens from states (S, H) before them, and whether these are likeliest."""
     scores = logits(model, hidden)
     chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted
+    return chosen - jax.nn.logsumexp(scores, axis=-1), likeliest(scores) == wanted
 
 
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], options: Options, key: jax.Array) -> list[str]:
