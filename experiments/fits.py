@@ -1,7 +1,7 @@
 """Compare settings of the fit of `distill`, or of `distilled-copy`, on the same completions.
 
     python experiments/fits.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl --work WORK
-        --completions 300 --prompts 200 --answers --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
+        --completions 300 --prompts 200 --answers --fit passes=1 --fit passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
 source writes its own. The teacher then has the weights that it has with given ones, unless `--known` says how well the
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             RestrictedModel.of(model, symbols.heads(side), len(ends.symbol[side])) for side, model in enumerate(models)
         )
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
-        teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known), method.token_share)
+        teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known))
         kept_back = [teacher.read(batch) for batch in held_out]
         begun, prompted = time.monotonic(), bool(given)
         found = Fit(teacher, kept_back, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(

@@ -30,7 +30,6 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.distill import DistillSettings, agreement, fit, residual, symbols, teacher
-from jcrosslora.distill.settings import Optimizer
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
@@ -128,11 +127,11 @@ class Shapes:
     def begun(self) -> Any:
         return jax.eval_shape(partial(sampling.prefill, room=4), self.model, *self.read[:2])
 
-    def step(self, optimizer: Optimizer, *, remat: bool) -> Program:
+    def step(self, *, remat: bool) -> Program:
         taught = teacher.TaughtBatch(*self.read, of(PLACES), of(PLACES, self.vocab))
-        state = jax.eval_shape(partial(fit.first_state, settings=DistillSettings(optimizer=optimizer)), self.base)
-        given = RestrictedModel(self.base), optimizer, state, taught, of()
-        return Program(fit.gradient_step, given, {"remat": remat}, optimizer)
+        state = jax.eval_shape(partial(fit.first_state, settings=DistillSettings()), self.base)
+        given = RestrictedModel(self.base), state, taught, of()
+        return Program(fit.gradient_step, given, {"remat": remat})
 
     def batch(self) -> Batch:
         return Batch(self.tokens, self.mask, whole(PLACES), whole(PLACES), of(PLACES), whole(BATCH))
@@ -276,7 +275,6 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
 
 def fit_programs(shapes: Shapes) -> Iterator[Program]:
     settings, restricted = shapes.base.settings, RestrictedModel(shapes.model, 2)
-    yield shapes.step("lora-rite", remat=False)
     yield Program(decoder_source.shared_log_probs, (restricted, *shapes.read))
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
@@ -288,7 +286,6 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(agreement._likeliest, (restricted, agreement.AnswerBatch(*shapes.read, whole(PLACES))))
     one = of(PLACES)
     yield Program(teacher.with_known, (taught, whole(PLACES), one, one))
-    yield Program(teacher.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
     yield Program(predictions.spread, (said, one, one, said))
     yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)
@@ -305,10 +302,9 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
 def training_programs(shapes: Shapes) -> Iterator[Program]:
     adapter = shapes.adapter
     yield Program(training_batches.loss_and_gradient, (shapes.base, adapter, shapes.batch(), of(), True))
-    for optimizer in ("adamw", "lora-rite"):
-        chosen = dataclasses.replace(TrainingSettings(), optimizer=optimizer)
-        state = jax.eval_shape(partial(training_batches.first_state, settings=chosen), adapter)
-        yield Program(training_batches.update, (chosen, state, adapter), label=optimizer)
+    chosen = TrainingSettings()
+    state = jax.eval_shape(partial(training_batches.first_state, settings=chosen), adapter)
+    yield Program(training_batches.update, (chosen, state, adapter))
     own = {role: of(LAYERS) for role in adapter.roles}
     given = shapes.base, adapter, own, shapes.batch(), False
     yield Program(training_run.loss_and_magnitude_gradient, given)

@@ -100,7 +100,7 @@ def fitted(base, model):
     at, weight = jnp.asarray(np.arange(1, 13, 2).astype(np.int32)), jnp.ones(6)
     batch, state = TaughtBatch(tokens, jnp.ones(tokens.shape, bool), at, weight, teacher), fit.first_state(model, own)
     for _ in range(4):
-        state = fit.gradient_step(target, "adam", state, batch, jnp.float32(1e-2), remat=False)
+        state = fit.gradient_step(target, state, batch, jnp.float32(1e-2), remat=False)
     return state.factors
 
 

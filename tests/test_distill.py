@@ -123,7 +123,7 @@ def test_remat_gives_the_same_step(pair):
     tokens = jnp.asarray(rng.integers(0, 90, (8, 64)), jnp.int32)
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
     read = TaughtBatch(tokens, jnp.ones((8, 64), bool), jnp.asarray([2, 3, 99, 300, 511]), jnp.ones(5), teacher)
-    given = target, "adam", first_state(target.model, SMALL), read, jnp.float32(1e-2)
+    given = target, first_state(target.model, SMALL), read, jnp.float32(1e-2)
     found = [gradient_step(*given, remat=remat).factors for remat in (False, True)]
     for kept, again in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(again, kept, rtol=1e-3, atol=1e-4)
@@ -166,7 +166,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
         array(places),
         array(places, vocab),
     )
-    given = target, "adam", state, read, array()
+    given = target, state, read, array()
     kept, again = (
         gradient_step.lower(*given, remat=remat).compile().memory_analysis().temp_size_in_bytes
         for remat in (False, True)
@@ -265,13 +265,11 @@ def test_an_adapter_of_zeros_has_nothing_to_find(pair):
     "change",
     [
         {"rate": 0.0},
-        {"optimizer": "sgd"},
         {"roles": ("v_proj", "lm_head")},
         {"held_out": 1.0},
         {"fit_rank": 0},
         {"teacher_weight": 1.5},
         {"sure_weight": -0.1},
-        {"token_share": 0.0},
         {"contrast_weight": float("nan")},
         {"completions": 15},
     ],
@@ -745,7 +743,7 @@ def teaching(pair):
     reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
 
     def teacher(settings, known=1.0):
-        return Teacher(reader, tgt, symbols, settings.teacher_weights(known), settings.token_share)
+        return Teacher(reader, tgt, symbols, settings.teacher_weights(known))
 
     return teacher, batches
 
@@ -794,15 +792,6 @@ def beginning(teaching):
     return teacher, batches[1:], [teacher.read(batches[0])]
 
 
-def test_a_share_of_the_answers_tokens_is_chosen(teaching):
-    batch = teaching[1][0]
-    whole, chosen = (teaching[0](dataclasses.replace(SMALL, token_share=share)).read(batch) for share in (1.0, 0.5))
-    judged = batch.answer & (np.asarray(whole.weight) > 0) & (batch.next_tgt >= 0)
-    np.testing.assert_array_equal(whole.weight[~judged], chosen.weight[~judged])
-    assert np.sum(np.asarray(chosen.weight)[judged] > 0) == pytest.approx(0.5 * judged.sum(), abs=1)
-    np.testing.assert_array_equal(whole.teacher, chosen.teacher)
-
-
 LONG = dataclasses.replace(SMALL, completions=FIRST + 3 * ROUND, rate=1e-2)
 
 
@@ -828,13 +817,11 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
     assert found.own == sum(batch.rows for batch in batches)
 
 
-@pytest.mark.parametrize("optimizer", full_except(["adam", "lora-rite"], ["adam"]))
-def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimizer):
+def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
     teacher, batches, held_out = beginning
-    asked = dataclasses.replace(LONG, optimizer=optimizer)
 
     def run(fresh, states):
-        return Fit(teacher, held_out, asked, begun=time.monotonic()).run(batches, fresh, states)
+        return Fit(teacher, held_out, LONG, begun=time.monotonic()).run(batches, fresh, states)
 
     def fresh(number, _):
         if number == 2 and not seen:

@@ -62,9 +62,9 @@ def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house,
         loads.append((Path(base.name).name, jnp.dtype(dtype)))
         return load_model(base, dtype, mesh=mesh)
 
-    def counted(target, optimizer, state, batch, rate, **more):
+    def counted(target, state, batch, rate, **more):
         widths.add(batch.tokens.shape)
-        return step(target, optimizer, state, batch, rate, **more)
+        return step(target, state, batch, rate, **more)
 
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr(fit_module, "gradient_step", counted)

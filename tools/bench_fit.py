@@ -76,7 +76,7 @@ def ours(base: BaseModel, model: Model, arguments: argparse.Namespace) -> dict[s
         return extend(writer, begun, Sampling(jnp.float32(1), jax.random.key(0)), count=arguments.answer)[1]
 
     def step() -> Any:
-        return gradient_step(restricted, _SETTINGS.optimizer, state, batch, jnp.float32(1e-4), remat=again)
+        return gradient_step(restricted, state, batch, jnp.float32(1e-4), remat=again)
 
     def read() -> Any:
         return shared_log_probs(reader, *read_by)

@@ -110,7 +110,7 @@ def make_programs(model: Model, prompt: int, answer: int) -> dict[str, tuple[Any
         return extend(model, begun, Sampling(jnp.float32(1), jax.random.key(0)), count=answer)[1]
 
     def step(target: RestrictedModel, state: Any, taught: TaughtBatch) -> Any:
-        return gradient_step(target, "adam", state, taught, jnp.float32(1e-3), remat=remat)
+        return gradient_step(target, state, taught, jnp.float32(1e-3), remat=remat)
 
     prompts = jnp.zeros((WRITTEN, prompt), jnp.int32), jnp.ones((WRITTEN, prompt), bool)
     return {

@@ -24,18 +24,24 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stack
 from jcrosslora.distill.agreement import AnswerBatch, agreement
 from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
 from jcrosslora.distill.completions import round_cost
-from jcrosslora.distill.settings import DistillSettings, Optimizer
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.training.lora_rite import lora_rite
 from jcrosslora.utils.cost import TEXT, Cost
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import Track, track
 
 LOOK = 24  # batches between two looks at the held-out completions
 _WARM_UP = 0.05  # share of the fit over which the rate rises
-_CLIP, _DECAYS = 1.0, (0.9, 0.99)
+
+
+def _adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, 0.9, 0.99))
+
+
+# Its state holds the rate, which follows the share of the fit and not the number of steps.
+_ADAM = optax.inject_hyperparams(_adam)(rate=0.0)
 # Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
 Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
@@ -180,7 +186,7 @@ class Fit:
             batch, first = batches[index], place < len(batches)
             rate = jnp.float32(self._course.rate * schedule(self._share()))
             remat = needs_remat(target.model.settings, batch.tokens_tgt.shape)
-            state = gradient_step(target, settings.optimizer, self._state, read(index), rate, remat=remat)
+            state = gradient_step(target, self._state, read(index), rate, remat=remat)
             self._state = jax.block_until_ready(state)
             self._used += batch.rows * first
             self._own += batch.rows * own * first
@@ -277,13 +283,13 @@ def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitS
         roles[role] = StackedFactors(a, jnp.zeros((layers, rows, rank), jnp.float32))
     factors: Any = StackedAdapter(roles)
     zeros = jax.tree.map(jnp.zeros_like, factors)
-    return FitState(jnp.zeros((), jnp.int32), factors, _optimizer(settings.optimizer).init(factors), zeros)
+    return FitState(jnp.zeros((), jnp.int32), factors, _ADAM.init(factors), zeros)
 
 
 # The state is not donated: the best update and the one that writes share its arrays.
-@partial(jax.jit, static_argnames=("optimizer", "remat"))
+@partial(jax.jit, static_argnames="remat")
 def gradient_step(
-    target: RestrictedModel, optimizer: Optimizer, state: FitState, batch: TaughtBatch, rate: jax.Array, *, remat: bool
+    target: RestrictedModel, state: FitState, batch: TaughtBatch, rate: jax.Array, *, remat: bool
 ) -> FitState:
     """Take a step on the weighted mean of KL(teacher || target) over a batch; an adapter of the target stays."""
     start: Any = target.model.adapter
@@ -299,16 +305,6 @@ def gradient_step(
     gradient: Any = jax.grad(loss)(factors)
     moments = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, "rate": rate})
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it
-        changes, moments = _optimizer(optimizer).update(gradient, moments, factors)
+        changes, moments = _ADAM.update(gradient, moments, factors)
         factors = optax.apply_updates(factors, changes)
     return FitState(state.step + 1, factors, moments, state.best)
-
-
-def _optimizer(name: Optimizer) -> optax.GradientTransformationExtraArgs:
-    """Make an optimiser whose state holds its rate, which follows the share of the fit and not the number of steps."""
-
-    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adam(rate, *_DECAYS))
-
-    made = {"adam": adam, "lora-rite": partial(lora_rite, clip=_CLIP)}[name]
-    return optax.inject_hyperparams(made)(rate=0.0)

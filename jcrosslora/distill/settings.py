@@ -14,7 +14,6 @@ MOST_TOKENS = 512  # of an answer whose length is learnt
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
 ENOUGH = 200  # prompts that are fitted to as they are, without others that are made up
 
-Optimizer = Literal["adam", "lora-rite"]
 End = Literal["auto", "source", "never"]
 
 
@@ -50,8 +49,6 @@ class DistillSettings:
     rate: float | None = None
     """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine. If not given, it is
     1.5e-3 where prompts are given, else 5e-4: a fit to text that the source wrote goes astray at higher rates."""
-    optimizer: Optimizer = "adam"
-    """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     polish: float = 0.25
     """Share of a longer fit, its end, in which the target answers, with its own update."""
     teacher_weight: float = 0.5
@@ -67,8 +64,6 @@ class DistillSettings:
     """Weight of predictions inside a prompt; those inside an answer have 1."""
     example_weight: float = 1.0
     """Weight of the tokens of a labelled example's answer; those of the source's answers have 1."""
-    token_share: float = 1.0
-    """Share of an answer's tokens that are fitted, those whose probability the adapter raises most; 1 fits all."""
     held_out: float = 0.15
     """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
     answer_tokens: int | None = None
@@ -136,11 +131,9 @@ class DistillSettings:
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
-        rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["example_weight"] = 0 < self.example_weight < math.inf, "a positive number"
         rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"
-        for name, chosen in (("optimizer", Optimizer), ("end", End)):
-            rules[name] = getattr(self, name) in get_args(chosen), f"one of {', '.join(get_args(chosen))}"
+        rules["end"] = self.end in get_args(End), f"one of {', '.join(get_args(End))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
         rules["roles"] = known, wanted_roles(self.roles)
         timed = self.budget is None or self.seconds is not None

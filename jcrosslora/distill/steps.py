@@ -154,8 +154,7 @@ class Run:
         reader = self.source.reader(symbols.heads(0), len(symbols.ends[0]))
         target = RestrictedModel.of(self.model, symbols.heads(1), len(symbols.ends[1]))
         known = 1.0 if completions.task is None else completions.task.explained
-        weights = self.settings.teacher_weights(known)
-        teacher = Teacher(reader, target, symbols, weights, self.settings.token_share)
+        teacher = Teacher(reader, target, symbols, self.settings.teacher_weights(known))
         lessons = [teacher.read(batch) for batch in data.judged]
         answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
         prompted, clock = self.prompted, self.clock

@@ -35,7 +35,6 @@ class Teacher:
     Args:
         source: reads with and without the adapter.
         weights: see `mix_teacher` and `DistillSettings.teacher_weights`.
-        token_share: of an answer's tokens that are fitted, see `chosen_weights`.
     """
 
     def __init__(
@@ -44,22 +43,14 @@ class Teacher:
         target: RestrictedModel,
         symbols: Symbols,
         weights: tuple[float, float, float],
-        token_share: float = 1.0,
     ) -> None:
-        self._source, self.target, self._symbols = source, target, symbols
-        self._weights, self._token_share = weights, token_share
+        self._source, self.target, self._symbols, self._weights = source, target, symbols, weights
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
         *shares, contrast = self._weights
-        chosen = self._token_share < 1
         # Skip models whose weight is zero.
-        taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0 or chosen)
-        if chosen:
-            answer, following = batch.answer & (batch.known < 1), self._symbols.following(batch)
-            sides = jnp.asarray(answer), jnp.asarray(following), base, adapted
-            weight = chosen_weights(taught.weight, *sides, jnp.float32(self._token_share))
-            taught = dataclasses.replace(taught, weight=weight)
+        taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0)
         mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
         taught = dataclasses.replace(taught, teacher=mixed)
         if not batch.known.any():
@@ -140,28 +131,3 @@ def weighted_kl(teacher: jax.Array, student: jax.Array, weight: jax.Array) -> tu
     """Sum weight * KL(teacher || student) over positions; also return the sum of the weights."""
     kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
     return jnp.sum(jnp.where(weight > 0, weight * kl, 0)), jnp.sum(weight)
-
-
-@jax.jit
-def chosen_weights(
-    weight: jax.Array, answer: jax.Array, following: jax.Array, base: jax.Array, adapted: jax.Array, share: jax.Array
-) -> jax.Array:
-    """Set the weights of an answer's tokens to 0, but for the share with the highest excess.
-
-    TiTok (Jung and Kim 2025, arXiv 2510.04682) trains on the tokens of an answer with the highest excess
-    S(y) = log p_adapted(y) - log p_base(y), and leaves out the rest, which the base knows as well.
-
-    Positions of prompts, and those that no known token follows, such as the end of an answer, keep their weights.
-
-    Args:
-        weight: float32 (P,).
-        answer: bool (P,), whether a token of the answer follows.
-        following: int32 (P,), column of the token that follows, -1 where there is none.
-        base: float32 (P, V), log-probabilities of the source, as `adapted` with its adapter.
-        share: of the answer's tokens in the batch that are kept, 0 to 1.
-    """
-    judged = answer & (weight > 0) & (following >= 0)
-    columns = jnp.maximum(following, 0)[:, None]
-    excess = jnp.take_along_axis(adapted - base, columns, axis=1)[:, 0]
-    threshold = jnp.nanquantile(jnp.where(judged, excess, jnp.nan), 1 - share)
-    return jnp.where(judged & (excess < threshold), 0, weight)

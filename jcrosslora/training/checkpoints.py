@@ -17,7 +17,6 @@ from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.utils.settings import Settings
 
 Dtype = Literal["bfloat16", "float32"]
-Optimizer = Literal["adamw", "lora-rite"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,10 @@ class TrainingSettings(Settings):
     adapter to start from."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
-    optimizer: Optimizer = "adamw"
-    """AdamW, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     weight_decay: float = 0.0
-    """Weight decay of the optimiser."""
+    """Weight decay of AdamW."""
     clip: float = 1.0
-    """The norm of the gradient over all factors is clipped to this; in LoRA-RITE, that of its unmagnified gradient."""
+    """The norm of the gradient over all factors is clipped to this."""
     dtype: Dtype = "bfloat16"
     """Dtype of the base's weights; the factors and their gradients are float32."""
     remat: bool = False
@@ -70,8 +67,7 @@ class TrainingSettings(Settings):
         rules = {name: (value >= 1, "1 or more") for name, value in whole.items()}
         for name, value in (positive | {"clip": self.clip}).items():
             rules[name] = 0 < value < math.inf, "a positive number"
-        for name, known in (("optimizer", get_args(Optimizer)), ("dtype", get_args(Dtype))):
-            rules[name] = getattr(self, name) in known, f"one of {', '.join(known)}"
+        rules["dtype"] = self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"
         rules["weight_decay"] = 0 <= self.weight_decay < math.inf, "a number from 0 on"
         rules["seed"] = 0 <= self.seed < 1 << 32, "an integer from 0 to 2^32 - 1"
         rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), f"a tuple of {wanted_roles(modules)}"

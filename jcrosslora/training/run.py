@@ -116,8 +116,7 @@ def fit_magnitudes(
         The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
 
     Raises:
-        UsageError: settings out of range, the optimiser lora-rite, which is for factors, an adapter without updates
-            of the modules, or as `train_lora`.
+        UsageError: settings out of range, an adapter without updates of the modules, or as `train_lora`.
         AdapterError: the adapter does not fit the base.
         CheckpointError: the base or its tokenizer cannot be read.
     """
@@ -187,8 +186,7 @@ def train(
     numbers of a run depend on is its `identity`, which takes the place of settings of the same names.
 
     Raises:
-        UsageError: as `train_lora`; or the optimiser is lora-rite, and the arrays are not a `StackedAdapter`.
-        CheckpointError, OutputError: see `train_lora`.
+        UsageError, CheckpointError, OutputError: see `train_lora`.
     """
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"

@@ -1,11 +1,11 @@
-"""Train the same examples by several optimisers and learning rates, and print the loss on examples held back.
+"""Train the same examples at several learning rates, and print the loss on examples held back.
 
-    python experiments/optimisers.py --base BASE --data TRAIN.jsonl --held-back 100 \
+    python experiments/rates.py --base BASE --data TRAIN.jsonl --held-back 100 \
         --rate 5e-4 --rate 1e-3 --rate 2e-3 --seeds 3 [--adapter ADAPTER --magnitude-rate 0.05]
 
 The last examples of the file are held back from training. A seed decides the first factors and the order of the
-examples, so adamw and lora-rite train the same from the same start. With `--adapter`, one of this base such as a moved
-one, the magnitudes of its updates are trained on the same examples as well. The loss is the mean over the tokens of the
+examples. With `--adapter`, one of this base such as a moved one, the magnitudes of its updates are trained on the same
+examples as well. The loss is the mean over the tokens of the
 right answers, in nats. Seconds are those of a whole training; every one compiles anew. The table on held-back examples
 is for the choice of a rate: test questions are not looked at.
 """
@@ -28,9 +28,6 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.training import Example, read_examples
 from jcrosslora.training.batches import Plan, answer_loss, encode
-from jcrosslora.training.checkpoints import Optimizer
-
-OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "lora-rite")
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +37,6 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="JSONL as `jcrosslora train` takes it")
     parser.add_argument("--held-back", type=int, default=100, help="examples at the end of the file")
     parser.add_argument("--limit", type=int, default=None, help="only the first examples of the rest are trained on")
-    parser.add_argument("--optimizer", action="append", choices=OPTIMIZERS, help="both, if none is given")
     parser.add_argument("--rate", type=float, action="append", help=f"{usual.rate:g}, if none is given")
     parser.add_argument("--adapter", help="whose magnitudes are trained")
     parser.add_argument("--magnitude-rate", type=float, action="append", help="0.05, if none is given")
@@ -115,19 +111,11 @@ def _runs(
     arguments: argparse.Namespace, moved: Sequence[jcl.Adapter]
 ) -> Iterator[tuple[str, float, Callable[..., jcl.Adapter]]]:
     """Each way to train with each of its rates."""
-    for optimizer in arguments.optimizer or OPTIMIZERS:
-        for rate in arguments.rate or (jcl.TrainingSettings().rate,):
-            yield optimizer, rate, _factors(optimizer)
+    for rate in arguments.rate or (jcl.TrainingSettings().rate,):
+        yield "factors", rate, jcl.train_lora
     for adapter in moved:
         for rate in arguments.magnitude_rate or (0.05,):
             yield "magnitudes", rate, _magnitudes(adapter)
-
-
-def _factors(optimizer: Optimizer) -> Callable[..., jcl.Adapter]:
-    def train(base, examples, settings, **given):
-        return jcl.train_lora(base, examples, dataclasses.replace(settings, optimizer=optimizer), **given)
-
-    return train
 
 
 def _magnitudes(adapter: jcl.Adapter) -> Callable[..., jcl.Adapter]:
