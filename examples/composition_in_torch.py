@@ -43,7 +43,7 @@ def router(x, out, updates, chosen, own):
     return out + torch.einsum("btn,btno->bto", alpha, values)
 
 
-RULES = {"gated": gated, "random-gate": gated, "router": router}
+RULES = {"gated": gated, "router": router}
 
 
 def load(base, folder) -> Any:

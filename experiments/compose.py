@@ -16,12 +16,14 @@ TRAIN and TEST are JSONL as `read_examples` takes them. A line of each row goes 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from retrieve import add
 from rich.console import Console
@@ -52,6 +54,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate of it")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def random_gate(gated: Composed, seed: int) -> Composed:
+    """Draw the weights and the bias of gates from a normal distribution, as AutoLoRA does before training; w_o is 1."""
+    rng, found = np.random.default_rng(seed), {}
+    for role, one in gated.updates.roles.items():
+        found[role] = dict(one.arrays, weight_out=jnp.ones_like(one.arrays["weight_out"]))
+        for name in ("weight_base", "weight_lora", "weight_cross", "bias"):
+            found[role][name] = jnp.asarray(rng.normal(size=one.arrays[name].shape).astype(np.float32))
+    return dataclasses.replace(gated, updates=gated.updates.with_arrays(found))
 
 
 def one_hot(owners: list[int], count: int) -> np.ndarray:
@@ -111,8 +123,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             weights = found.weights(top)[:, order]
             composed = chosen if top == 1 else jcl.compose(base, adapters, "mixture", **loaded)
         else:
-            composed = jcl.compose(base, adapters, way, seed=arguments.seed, **loaded)
-            if composed.how.trained:
+            random = way == "random-gate"
+            composed = jcl.compose(base, adapters, "gated" if random else way, seed=arguments.seed, **loaded)
+            if random:
+                composed = random_gate(composed, arguments.seed)
+            elif composed.how.trained:
                 settings = TrainingSettings(steps=arguments.steps, rate=arguments.rate, seed=arguments.seed)
                 composed = composed.fit(texts, settings)
         nll = -composed.score(examples, weights=weights)

@@ -22,7 +22,7 @@ from jcrosslora.text.completion import message_entries
 from jcrosslora.utils.progress import show_progress
 from jcrosslora.utils.spread import from_start
 
-WAYS = ("text", "tfidf", "certainty", "weights")
+WAYS = ("text", "tfidf", "weights")
 
 
 def prompts_of(path: str, count: int) -> list[Prompt]:

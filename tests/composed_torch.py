@@ -62,7 +62,7 @@ def stack(x, out, updates, weights, arrays):
     return out + sum(used[:, i, None, None] * update(x) for i, update in enumerate(updates))
 
 
-RULES = {one.__name__: one for one in (select, mixture, uniform, fusion, gated, router, stack)} | {"random-gate": gated}
+RULES = {one.__name__: one for one in (select, mixture, uniform, fusion, gated, router, stack)}
 
 
 class Update:

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from probe_bases import chat_base
@@ -16,12 +14,10 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import retrieve
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import fast_dtype, forward, load_model, logits
-from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.decoder import forward, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf import accuracy, encoders, retrieval, searching
-from jcrosslora.text import Message, prompt_ids, prompt_text
+from jcrosslora.text import Message
 
 UNRELATED = ["Peter and Anna", "Plants need light", "naïve readers say where"]
 
@@ -245,40 +241,6 @@ def test_a_shelf_finds_its_sentence_encoder_where_both_have_moved_to(base, tmp_p
     (tmp_path / "here").rename(tmp_path / "there")
     jcl.Shelf(tmp_path / "there" / "shelf", base).search(["a"])
     assert asked == [str(tmp_path / one / "encoder") for one in ("here", "there")]
-
-
-def test_certainty_is_the_change_at_the_end_of_a_prompt_beside_the_usual_one(shelf, base, monkeypatch):
-    samples = [(n, prompt_text(one)) for n, entry in enumerate(shelf.entries) for one in entry.samples]
-    background = samples[::3]  # 16 of 48, evenly spread
-    read = []
-
-    def by_length(source, texts, starts, tokens):
-        assert [len(text) - start for text, start in zip(texts, starts, strict=True)] == [tokens] * len(texts)
-        read.append(texts)
-        return np.array([len(text) for text in texts], float), None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DecoderSource, "compare", by_length)
-        retriever = shelf.retriever("certainty")
-        prompt = NEW["fox"][0]
-        found = retriever.scores([prompt, (Message("user", prompt),)])
-    ids = prompt_ids(load_tokenizer(base), (Message("user", prompt),))
-    # As conversations, with a place for the first token of an answer; read[0] is the background for the first adapter.
-    assert read[0][0][:-1].tolist() == prompt_ids(load_tokenizer(base), shelf.entries[0].samples[0]).tolist()
-    for place in range(3):
-        usual = np.mean([len(text) for (owner, _), text in zip(background, read[0], strict=True) if owner != place])
-        np.testing.assert_allclose(found[:, place], np.log((len(ids) + 1) / usual), rtol=1e-5)
-        half = shelf.entries[place].samples[::2]
-        own = np.log([len(prompt_ids(load_tokenizer(base), one)) + 1 for one in half] / usual)
-        assert retriever.thresholds[place] == pytest.approx(np.quantile(own, 0.05), abs=1e-5)
-    # The real change, of one prompt.
-    name = shelf.names[0]
-    source = DecoderSource.of(base, shelf.load(name), model=load_model(base, fast_dtype()))
-    states = [forward(source.model.with_adapter(one), ids).hidden[0] for one in (source.model.adapter, None)]
-    adapted, plain = (jax.nn.log_softmax(logits(source.model, one), -1) for one in states)
-    change = (jnp.exp(adapted) * (adapted - plain)).sum(-1)[-16:].mean()
-    found = retriever._changes(source, shelf.entries[0], [prompt])
-    np.testing.assert_allclose(found, [change], rtol=0.05)
 
 
 def test_the_experiment_judges_every_way_on_the_same_prompts(base, tmp_path, capsys, monkeypatch):

@@ -46,7 +46,7 @@ class Add(_OnShelf):
     """The share of a trained adapter's gain that a single adapter recovers, if you have measured it."""
     encoder: str | None = None
     """For a new shelf, what computes vectors of samples. hidden, the default: hidden states of the base.
-    sentences:MODEL: a model of sentence-transformers. none: no vectors, for searches by words or certainty."""
+    sentences:MODEL: a model of sentence-transformers. none: no vectors, for searches by words."""
 
     def run(self, console: Console) -> int:
         from jcrosslora.adapter.folder import is_adapter
@@ -167,8 +167,8 @@ class Search(_OnShelf):
     prompts: Path | None = None
     """File of further prompts: one a line, or JSONL with "text", "prompt" or "messages"."""
     by: str | None = None
-    """How: text (vectors of samples, the default), tfidf (their words), certainty (how much an adapter changes what the
-    base predicts; runs every adapter) or weights (vectors of weights, see `shelf train`)."""
+    """How: text (vectors of samples, the default), tfidf (their words) or weights (vectors of weights, see `shelf
+    train`)."""
     top: int = 1
     """Find at most N adapters for a prompt."""
     base: str | None = None

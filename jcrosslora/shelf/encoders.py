@@ -159,7 +159,7 @@ class SentenceEncoder:
 
 
 class NoEncoder:
-    """Makes empty vectors (P, 0), for a shelf that is searched only by words or by certainty."""
+    """Makes empty vectors (P, 0), for a shelf that is searched only by words."""
 
     def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return float32 (P, 0)."""

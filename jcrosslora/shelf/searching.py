@@ -1,8 +1,8 @@
-"""Open the ways to search a shelf, keep the arrays that they derive from the index, and search by certainty."""
+"""Open the ways to search a shelf, and keep the arrays that they derive from the index."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,28 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel, load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_model
-from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Head, Index, split_samples
-from jcrosslora.shelf.records import ShelfEntry
-from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means, thresholds_of
+from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
-from jcrosslora.text import Message, Prompt, prompt_ids
-from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import regular_size, write_whole
-from jcrosslora.utils.progress import track
-from jcrosslora.utils.spread import from_start
 
 _TEXT_FILE, _WEIGHTS_FILE = "text.safetensors", "weights.safetensors"
 _KEY, _SEAL = "index", "sha256"  # the metadata of these files
-_PREDICTIONS = 16  # at the end of a prompt, the answer's first token among them
-_BACKGROUND = 16  # samples of the whole shelf
-_OF_ADAPTER = 8  # samples of an adapter, for its threshold
-_LEAST = 1e-6  # nats; an adapter that changes less changes nothing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +39,6 @@ class Searching:
         makers: dict[str, Callable[[], Retriever]] = {
             "text": lambda: self.means().retriever(self.encoder()),
             "tfidf": lambda: WordRetriever(self.index.entries),
-            "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load),
             "weights": self._by_weights,
         }
         if by not in makers:
@@ -153,60 +141,3 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
         found.update(f"{name!r} {array.dtype} {array.shape} ".encode())
         found.update(array.tobytes())
     return found.hexdigest()
-
-
-class CertaintyRetriever:
-    """Searches by how much every adapter changes what the base predicts at the end of a prompt.
-
-    It needs no encoder, but an adapter that learnt a format changes its base at the start of any answer, on any subject
-    (docs/shelf.md has figures). Adapters differ in size, so each change is divided by the adapter's mean change on
-    samples of the whole shelf. Nothing is cached: every search loads and runs every adapter.
-    """
-
-    def __init__(self, base: BaseModel, entries: Sequence[ShelfEntry], load: Callable[[str], Adapter]) -> None:
-        """Run every adapter on samples; `load` loads one by its name."""
-        self._base, self._entries, self._load = base, entries, load
-        self._tokenizer, self._model = load_tokenizer(base), load_model(base, fast_dtype())
-        samples = [(number, one) for number, entry in enumerate(entries) for one in entry.samples]
-        background = from_start(samples, _BACKGROUND)
-        self._usual = np.ones(len(entries))
-        scores = []
-        for number, source in self._sources("measure adapters on samples"):
-            changes = self._changes(source, entries[number], [one for _, one in background])
-            # An adapter's samples would make its usual change large, and the fewer adapters there are, the larger.
-            foreign = [change for change, (owner, _) in zip(changes, background, strict=True) if owner != number]
-            self._usual[number] = np.mean(foreign) if foreign else 1.0
-            of_adapter = from_start(entries[number].samples, _OF_ADAPTER)
-            scores.append(self._scores(number, self._changes(source, entries[number], of_adapter)))
-        self.thresholds = thresholds_of(scores)
-
-    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return float32 (P, N): log of an adapter's change on a prompt over its usual change."""
-        found = np.zeros((len(prompts), len(self._entries)), np.float32)
-        for number, source in self._sources("run adapters on prompts"):
-            found[:, number] = self._scores(number, self._changes(source, self._entries[number], prompts))
-        return found
-
-    def _sources(self, description: str) -> Iterator[tuple[int, DecoderSource]]:
-        with track(len(self._entries), description, "adapters") as bar:
-            for number, entry in enumerate(self._entries):
-                adapter = self._load(entry.name)
-                tokenizer = with_own_template(self._tokenizer, adapter.info.chat_template)
-                yield number, DecoderSource.of(self._base, adapter, model=self._model, tokenizer=tokenizer)
-                bar.update()
-
-    def _changes(self, source: DecoderSource, entry: ShelfEntry, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return KL(with adapter || base), float64 (P,), over the last predictions of each prompt, in nats."""
-        if not prompts:
-            return np.zeros(0)
-        # An adapter whose samples are conversations reads a text as the message of a user.
-        chats = any(not isinstance(one, str) for one in entry.samples)
-        asked = [(Message("user", one),) if chats and isinstance(one, str) else one for one in prompts]
-        ids = [prompt_ids(source.tokenizer, one) for one in asked]
-        # The token after a prompt stands for the prediction of the answer's first token; its value does not matter.
-        texts = [np.append(row, np.int32(0)) for row in ids]
-        starts = [max(1, len(text) - _PREDICTIONS) for text in texts]
-        return source.compare(texts, starts, _PREDICTIONS)[0]
-
-    def _scores(self, number: int, changes: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(changes, _LEAST) / max(self._usual[number], _LEAST)).astype(np.float32)

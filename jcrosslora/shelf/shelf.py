@@ -205,9 +205,8 @@ class Shelf:
 
         Args:
             prompts: a text or a conversation, or several.
-            by: "text", by vectors of the samples; "tfidf", by their words; "certainty", by how much an adapter changes
-                the base's predictions on the prompt; "weights", by vectors of the adapters' weights, see
-                `train_probes`. None is "text", or "tfidf" on a shelf without an encoder.
+            by: "text", by vectors of the samples; "tfidf", by their words; "weights", by vectors of the adapters'
+                weights, see `train_probes`. None is "text", or "tfidf" on a shelf without an encoder.
 
         Raises:
             UsageError: an unknown way to search, one that the shelf has no data for, or no prompt.

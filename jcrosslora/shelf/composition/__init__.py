@@ -15,7 +15,6 @@ from jcrosslora.shelf.composition.ways import COMPOSITIONS as COMPOSITIONS
 from jcrosslora.shelf.composition.ways import Fusion as Fusion
 from jcrosslora.shelf.composition.ways import Gated as Gated
 from jcrosslora.shelf.composition.ways import Mixture as Mixture
-from jcrosslora.shelf.composition.ways import RandomGate as RandomGate
 from jcrosslora.shelf.composition.ways import Router as Router
 from jcrosslora.shelf.composition.ways import Select as Select
 from jcrosslora.shelf.composition.ways import Stack as Stack

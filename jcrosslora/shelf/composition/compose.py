@@ -46,8 +46,8 @@ def compose(
     Args:
         base: the model, opened, or what `open_base` opens; it needs a tokenizer.
         adapters: at least one of this base, loaded, or what `load_adapter` loads.
-        how: "select", "mixture", "fusion", "gated", "router", "stack", or the controls "uniform" and "random-gate"; or
-            one of these objects with other settings, for example `Router(rank=4)` of `jcrosslora.shelf.composition`.
+        how: "select", "mixture", "fusion", "gated", "router", "stack", or the control "uniform"; or one of these
+            objects with other settings, for example `Router(rank=4)` of `jcrosslora.shelf.composition`.
         seed: of the arrays that a composition draws before it is trained.
         dtype: of the base's weights, float32 or bfloat16; None takes the faster one on this machine.
         model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.

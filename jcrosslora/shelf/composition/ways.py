@@ -165,8 +165,8 @@ class Gated(Learned):
     y_b is the module's output in the base, y_i = s_i B_i A_i x that of an adapter, and all products are
     elementwise. The arrays have the names of AutoLoRA's code; both norms have a gain and a bias.
 
-    AutoLoRA starts from normal numbers, which is the control `random-gate` here. This starts from zeros and w_o = 2/N:
-    every gate is 1/2, and before it is trained the result is the mean of all N adapters' outputs.
+    AutoLoRA starts from normal numbers. This starts from zeros and w_o = 2/N: every gate is 1/2, and before it is
+    trained the result is the mean of all N adapters' outputs.
     """
 
     name: ClassVar[str] = "gated"
@@ -177,7 +177,9 @@ class Gated(Learned):
         del seed
         shape, count = updates.b.shape[:2], updates.a.shape[1]
         zeros = dict.fromkeys(("weight_base", "weight_lora", "weight_cross", "bias"), jnp.zeros(shape, jnp.float32))
-        return zeros | _plain_norms(shape) | {"weight_out": jnp.full(shape, 2 / count, jnp.float32)}
+        norms = {f"{one}.weight": jnp.ones(shape, jnp.float32) for one in ("norm_base", "norm_lora")}
+        norms |= {f"{one}.bias": jnp.zeros(shape, jnp.float32) for one in ("norm_base", "norm_lora")}
+        return zeros | norms | {"weight_out": jnp.full(shape, 2 / count, jnp.float32)}
 
     def apply(self, x: jax.Array, out: jax.Array, updates: Updates) -> jax.Array:
         """Add the adapters' outputs, each times its gate."""
@@ -197,22 +199,6 @@ class Gated(Learned):
 
         each = updates.a, updates.b.swapaxes(0, 1), updates.shares.T
         return lax.scan(add, out, each)[0]
-
-
-@dataclass(frozen=True)
-class RandomGate(Gated):
-    """A control: the gate with the numbers that AutoLoRA draws before training, and no training."""
-
-    name: ClassVar[str] = "random-gate"
-    reference: ClassVar[str] = "control"
-    trained: ClassVar[bool] = False
-
-    def first_arrays(self, updates: Updates, seed: int) -> Arrays:
-        """Draw the weights and the bias of the gate from a normal distribution; w_o is 1."""
-        rng, shape = np.random.default_rng(seed), updates.b.shape[:2]
-        names = "weight_base", "weight_lora", "weight_cross", "bias"
-        drawn = {name: jnp.asarray(rng.normal(size=shape).astype(np.float32)) for name in names}
-        return drawn | _plain_norms(shape) | {"weight_out": jnp.ones(shape, jnp.float32)}
 
 
 @dataclass(frozen=True)
@@ -255,7 +241,7 @@ class Router(Learned):
 
 
 COMPOSITIONS: dict[str, type[Composition]] = {
-    one.name: one for one in (Select, Mixture, Fusion, Gated, Router, Stack, Uniform, RandomGate)
+    one.name: one for one in (Select, Mixture, Fusion, Gated, Router, Stack, Uniform)
 }
 
 
@@ -289,10 +275,3 @@ def _weighted_sum(adapters: Sequence[Adapter], shares: Sequence[float], factor: 
         return replace(adapter, modules=modules)
 
     return add_adapters([weighted(number, one) for number, one in enumerate(adapters) if shares[number] > 0])
-
-
-def _plain_norms(shape: tuple[int, ...]) -> Arrays:
-    """Make the gains and biases of both norms, (L, O): 1 and 0."""
-    ones, zeros = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-    norms = ("norm_base", "norm_lora")
-    return {f"{norm}.weight": ones for norm in norms} | {f"{norm}.bias": zeros for norm in norms}
