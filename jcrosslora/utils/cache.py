@@ -92,7 +92,6 @@ class Cache:
         folder = self._folder / kind / key
         try:
             manifest = cache_entries.read_manifest(folder)
-            # Checked first, because Orbax may do anything with damaged files.
             cache_entries.check_files(folder, manifest)
             arrays = cache_entries.read_arrays(folder, manifest.arrays)
         except FileNotFoundError:
@@ -133,7 +132,7 @@ class Cache:
             with self._work() as work:
                 self._write(work / "entry", place, manifest, arrays)
             self._evict()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._writable = False
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
             _LOG.warning("the cache %s cannot be written (%s); going on without it", self.root, reason)

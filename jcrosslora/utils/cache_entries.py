@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
-_FORMAT = 1
+_FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
 _FOLDER = "arrays"
-_FILE_BYTES = 16 * 2**20  # of one file, so that several threads can check the files of an entry
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name of an array -> dtype and shape
 
@@ -124,8 +123,11 @@ def read_manifest(folder: Path) -> Manifest:
     if not intact:
         msg = "its manifest was changed after writing"
         raise Damaged(msg)
-    if (fields["kind"], fields["key"], fields["format"]) != (folder.parent.name, folder.name, _FORMAT):
+    if (fields["kind"], fields["key"]) != (folder.parent.name, folder.name):
         msg = "its manifest belongs to another entry"
+        raise Damaged(msg)
+    if fields["format"] != _FORMAT:
+        msg = "it was written by another version"
         raise Damaged(msg)
     return Manifest(arrays=arrays, files=files, **fields)
 
@@ -165,59 +167,18 @@ def _encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": digest}, sort_keys=True, indent=1).encode()
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Shapes:
-    """Write arrays into the folder of an entry, and return their shapes.
+def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike]) -> Shapes:
+    """Write the bytes of each array into a file in the folder of an entry, and return their shapes.
 
-    Raises:
-        OSError: they cannot be written; ValueError where Orbax's storage reports it.
+    Raises OSError if they cannot be written.
     """
+    (folder / _FOLDER).mkdir()
     held = {name: np.asarray(array) for name, array in arrays.items()}
-    # Orbax does not store arrays without elements; their shape is enough.
-    full = {name: array for name, array in held.items() if array.size}
-    if full:
-        import orbax.checkpoint as ocp
-
-        with _checkpointer() as checkpointer:
-            checkpointer.save(
-                (folder / _FOLDER).absolute(), args=ocp.args.PyTreeSave(full, ocdbt_target_data_file_size=_FILE_BYTES)
-            )
-    return _shapes(held)
+    for name, array in held.items():
+        (folder / _FOLDER / name).write_bytes(array.tobytes())
+    return {name: (array.dtype.name, array.shape) for name, array in held.items()}
 
 
 def read_arrays(folder: Path, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Read the arrays that `write_arrays` wrote, of the shapes that it returned.
-
-    Raises:
-        OSError: they cannot be read.
-        ValueError: they cannot be read, as Orbax's storage reports it, or have other names, dtypes or shapes.
-    """
-    found = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items() if 0 in shape}
-    full = {name for name in shapes if name not in found}
-    if full:
-        import orbax.checkpoint as ocp
-
-        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in full}
-        with _checkpointer() as checkpointer:
-            path = (folder / _FOLDER).absolute()
-            found |= checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
-    if _shapes(found) != dict(shapes):
-        msg = f"{folder}: the names, dtypes or shapes of its arrays differ from its manifest"
-        raise ValueError(msg)
-    return found
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> Shapes:
-    return {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-
-
-def _checkpointer():
-    import orbax.checkpoint as ocp
-
-    # This process alone: of several that work together, not all reach this point.
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    # Uncompressed: mantissas of singular vectors are noise, and zstd took three times as long to read.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=True, use_compression=False, multiprocessing_options=alone
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    """Read the arrays that `write_arrays` wrote, of the shapes that it returned, or raise OSError or ValueError."""
+    return {name: np.fromfile(folder / _FOLDER / name, dtype).reshape(shape) for name, (dtype, shape) in shapes.items()}
