@@ -11,8 +11,8 @@ from probe_bases import CORPUS, QUESTIONS, write_move
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.labelled import examples_of_round
 from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.distill.steps import examples_of_round
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.maps.method import Sizes

@@ -22,10 +22,10 @@ from jcrosslora.adapter.jax_trainers import as_state_dict
 from jcrosslora.adapter.kinds import TYPES, kind_of
 from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
-from jcrosslora.adapter.lineage import earlier_of, read_record
 from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
 from jcrosslora.adapter.orbax import read_checkpoint
+from jcrosslora.adapter.origin import earlier_of, read_record
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
 from jcrosslora.architectures.blocks import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION

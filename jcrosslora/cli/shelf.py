@@ -117,7 +117,7 @@ class Show(_OnShelf):
     """Print it as JSON."""
 
     def run(self, console: Console) -> None:
-        from jcrosslora.adapter.lineage import told
+        from jcrosslora.adapter.origin import told
         from jcrosslora.text import prompt_text
 
         shelf = self._opened()

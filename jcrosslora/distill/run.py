@@ -17,11 +17,10 @@ from jcrosslora.checkpoint import BaseModel, load_tokenizer
 from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.completions import Completions
 from jcrosslora.distill.fit import Fitted, Look
-from jcrosslora.distill.labelled import as_taught, without_labelled
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.steps import Run
+from jcrosslora.distill.steps import Run, as_taught, without_labelled
 from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt

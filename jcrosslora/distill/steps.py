@@ -19,8 +19,7 @@ from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit
-from jcrosslora.distill.labelled import examples_of_round
-from jcrosslora.distill.settings import Course, DistillSettings
+from jcrosslora.distill.settings import FIRST, ROUND, Course, DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.symbols import Ends, Symbols, find_symbols
@@ -178,6 +177,29 @@ class Run:
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
         settings = dataclasses.asdict(self.settings)
         return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.taught, settings, self.seed)})
+
+
+def as_taught(examples: Sequence[Completion]) -> list[Completion]:
+    """Make completions of examples: their answers, ends included, are taught as they are."""
+    return [dataclasses.replace(one, right="answer") for one in examples]
+
+
+def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) -> list[Prompt]:
+    """Leave out prompts whose right answer is known, which the source need not answer."""
+    labelled = {one.prompt for one in examples}
+    return [one for one in prompts if one not in labelled]
+
+
+def examples_of_round(
+    examples: Sequence[Completion], number: int, excluded: Collection[Prompt] = ()
+) -> list[Completion]:
+    """Take the examples that a further round repeats, in turn; `number` counts rounds from 1.
+
+    They are the same share of it as of the first completions, so that a long fit does not forget them.
+    """
+    usable = [one for one in examples if one.prompt not in excluded]
+    count = -(-len(usable) * ROUND // FIRST)
+    return [usable[place % len(usable)] for place in range((number - 1) * count, number * count)]
 
 
 def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:

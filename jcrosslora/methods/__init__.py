@@ -7,7 +7,6 @@ from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved
 from jcrosslora.maps import Task as Task
-from jcrosslora.methods.compensated_copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import IndexInterp as IndexInterp
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
@@ -18,6 +17,7 @@ from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
 from jcrosslora.methods.fits import ResidualFit as ResidualFit
+from jcrosslora.methods.interpolated_copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX as LoRAX
 from jcrosslora.methods.lora_x import ProLoRA as ProLoRA

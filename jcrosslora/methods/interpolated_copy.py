@@ -4,8 +4,17 @@ Further training turned the source's weights into W_tgt = W_src + T. A copied up
 applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So a share of T is
 subtracted while the adapter is on, and the adapter works on weights between the two bases, W_src + (1 - share) T + dW.
 
+Compensated copy adds all of what a quantiser's error does on text. An adapter that was trained on a quantised base
+(QLoRA) works for the weights W_src + dW. A copy on the target lacks E = W_src - W_tgt, to which the training had
+adapted. E is of full rank, but the inputs X (N, I) of a module are not:
+
+    dW_tgt = dW + U U' E,   U (O, R) the leading left singular vectors of E X'
+
+of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
+
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
-vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.
+vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv
+2410.06040), which repair a quantised base. Combining them with a copied adapter is this package's own.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +29,7 @@ from jcrosslora.adapter.combining import add_factors
 from jcrosslora.adapter.difference import module_differences
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.maps import Moved, Sizes, Task
+from jcrosslora.maps import EvidenceKind, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
@@ -86,6 +95,35 @@ class InterpolatedCopy(Copy):
         """Return what gives the inputs (N, I) of a module, by which its difference is truncated; None for none."""
         del task
         return None
+
+
+@dataclass(frozen=True)
+class CompensatedCopy(InterpolatedCopy):
+    """The unchanged update, plus the difference from the target's weights to the source's, as it acts on text."""
+
+    name = "compensated-copy"
+    summary = "the unchanged update, plus what the difference of the two bases does on text, at low rank"
+    when = "for an adapter of a 4-bit base (QLoRA) and the full base"
+    reference = "this package; LQER: arXiv 2402.02446"
+    requires = frozenset({EvidenceKind.PROBE_TEXTS})
+    held: ClassVar[str] = "what it does on the texts"
+
+    interpolation: float = 1.0
+    """Share of the difference that is added: 0 is a plain copy."""
+    svd_rank: int = 32
+    """Rank that is added to each module."""
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count the source's pass over the texts, and the decompositions."""
+        from jcrosslora.maps.activations import inputs_cost
+
+        return {"collect inputs": inputs_cost(sizes.probes), **super().cost(sizes)}
+
+    def inputs(self, task: Task) -> Callable[[str], jax.Array]:
+        """Run the source over the texts."""
+        from jcrosslora.maps.activations import input_rows
+
+        return input_rows(task.base, task.batches)
 
 
 @dataclass(frozen=True)
