@@ -21,13 +21,6 @@ def uniform(x, out, updates, weights, arrays):
     return mixture(x, out, updates, (weights > 0).float(), arrays)
 
 
-def fusion(x, out, updates, weights, arrays):
-    shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    a = torch.einsum("pn,nki->pki", shares, torch.stack([one.a for one in updates]))
-    b = torch.einsum("pn,nok->pok", shares, torch.stack([one.b for one in updates]))
-    return out + torch.einsum("pok,pki,pti->pto", b, a, x)
-
-
 def gated(x, out, updates, weights, arrays):
     def norm(y, name):
         return torch.nn.functional.layer_norm(
@@ -62,7 +55,7 @@ def stack(x, out, updates, weights, arrays):
     return out + sum(used[:, i, None, None] * update(x) for i, update in enumerate(updates))
 
 
-RULES = {one.__name__: one for one in (select, mixture, uniform, fusion, gated, router, stack)}
+RULES = {one.__name__: one for one in (select, mixture, uniform, gated, router, stack)}
 
 
 class Update:

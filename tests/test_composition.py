@@ -108,7 +108,7 @@ def test_one_adapter_is_that_adapter(llama, how):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("how", ["uniform", "mixture", "fusion", "router", "gated"])
+@pytest.mark.parametrize("how", ["uniform", "mixture", "router", "gated"])
 def test_copies_of_an_adapter_are_that_adapter(llama, how):
     composed = llama.compose(how, llama.adapters[:1] * 3)
     alone = stack_adapter(llama.adapters[0], llama.base)
@@ -149,13 +149,6 @@ def test_updates_of_experts_are_refused_by_name(llama):
     update = ExpertUpdate("mlp.experts.down_proj", 1, "down", np.zeros((2, 3, 3)), np.zeros((2, 3, 3)))
     with pytest.raises(AdapterError, match=r"updates experts \(mlp\.experts\.down_proj\), and only linear modules"):
         llama.compose("mixture", [llama.adapters[0], dataclasses.replace(llama.adapters[1], experts=(update,))])
-
-
-def test_fusion_wants_one_rank(llama):
-    other = random_adapter(llama.base, rank=2)
-    with pytest.raises(AdapterError, match="has rank 3 in memory, 2 in memory: take mixture"):
-        llama.compose("fusion", [llama.adapters[0], other])
-    llama.compose("mixture", [llama.adapters[0], other])
 
 
 @pytest.mark.parametrize(

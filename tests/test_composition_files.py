@@ -95,7 +95,7 @@ def test_a_saved_composition_gives_the_same_logits_here_and_in_torch(llama, tmp_
         close(model(torch.tensor(TOKENS)).logits.numpy(), wanted)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("select", 3), ("mixture", 6), ("fusion", 3), ("stack", 6)])
+@pytest.mark.parametrize(("how", "rank"), [("select", 3), ("mixture", 6), ("stack", 6)])
 def test_what_depends_on_weights_alone_is_an_adapter_of_peft(llama, tmp_path, how, rank):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -105,7 +105,7 @@ def test_texts_are_asked_in_the_chat_template_of_the_base(tmp_path, capsys):
     [
         (["--adapter", "{}/foreign", "x"], "foreign: model.layers.0.mlp.down_proj has A"),
         (["x"], "no adapters to compose"),
-        (["--adapter", "{}/a0", "--compose", "fussion", "x"], "(did you mean 'fusion'?)"),
+        (["--adapter", "{}/a0", "--compose", "mixtures", "x"], "(did you mean 'mixture'?)"),
         (["--adapter", "{}/a0", "--adapter", "{}/a1", "--compose", "select", "x"], "no weights"),
         (["--adapter", "{}/a0", "--weights", "1,2", "x"], "weights have shape [2]: wanted [1]"),
         (["--adapter", "{}/a0", "--weights=-1", "x"], "a weight is -1"),

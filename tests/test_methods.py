@@ -190,13 +190,6 @@ def reference_half_copy(w_src, w_tgt, update):
     return HalfCopy().share * reference_pad_truncate(w_src, w_tgt, update)
 
 
-def reference_index_interp(w_src, w_tgt, update):
-    rows, columns = (
-        np.floor(np.linspace(0, m - 1, n) + 1e-9).astype(int) for m, n in zip(w_src.shape, w_tgt.shape, strict=True)
-    )
-    return update[np.ix_(rows, columns)]
-
-
 def canonical(x):
     return x * np.sign(np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0))
 
@@ -244,7 +237,6 @@ REFERENCES = {
     "compensated-copy": reference_copy,  # the same
     "distilled-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
-    "index-interp": reference_index_interp,
     "half-copy": reference_half_copy,
 }
 
@@ -369,7 +361,7 @@ def test_without_vocabulary_signs_are_reproducible_and_the_ratio_is_nan():
 # --- the same model on both sides ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["copy", "pad-truncate", "index-interp", "cross-lora", "lora-x"])
+@pytest.mark.parametrize("name", ["copy", "pad-truncate", "cross-lora", "lora-x"])
 def test_equal_bases_keep_the_update(name):
     """Coordinate methods return the update; subspace methods its projection on the base's singular subspaces."""
     method = METHODS[name]()

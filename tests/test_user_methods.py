@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
-from jcrosslora.methods.copy import padded_maps, resampled_maps
+from jcrosslora.methods.copy import padded_maps
 from jcrosslora.utils.cache import Cache
 
 PLAN = """
@@ -337,9 +337,9 @@ def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
         "class Cell(MapMethod):\n    name = 'cell'\n    def maps(self, evidence):\n        return padded_maps(evidence)"
     )
     made = []
-    for maps in (padded_maps, resampled_maps):
-        scope = {"MapMethod": jcl.MapMethod, "__name__": "a_notebook", maps.__name__: maps}
-        exec(cells.replace("padded_maps", maps.__name__), scope)
+    for code in (cells, cells.replace("(evidence)", "(evidence=evidence)")):
+        scope = {"MapMethod": jcl.MapMethod, "__name__": "a_notebook", "padded_maps": padded_maps}
+        exec(code, scope)
         made.append(dataclasses.dataclass(frozen=True)(scope["Cell"]))
     first, second = made
     assert first.source_file() is None

@@ -38,7 +38,7 @@ class Generate(OnDevice):
     top: int = 1
     """Use at most N adapters of the shelf for a prompt."""
     compose: str = "mixture"
-    """How several adapters combine: select, mixture, fusion, gated, router, stack or uniform; or a folder
+    """How several adapters combine: select, mixture, gated, router, stack or uniform; or a folder
     with a saved composition and its adapters."""
     weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A non-negative number for each adapter, such as 1,0,0.5; once for all prompts, or once for each prompt. With 0

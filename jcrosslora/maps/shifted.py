@@ -28,7 +28,7 @@ class ModuleRow(Agreement, frozen=True):
         source: module of the source base whose update it received; "" if it was fitted and received none.
         energy: ||dW_src||_F^2.
         kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
-            if a map repeats rows (index-interp).
+            if a map repeats rows.
         norm_before: ||dW_src||_F; `norm_after` is ||dW_tgt||_F as written, after re-ranking and calibration.
     """
 

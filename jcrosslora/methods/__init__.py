@@ -8,7 +8,6 @@ from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved
 from jcrosslora.maps import Task as Task
 from jcrosslora.methods.copy import Copy as Copy
-from jcrosslora.methods.copy import IndexInterp as IndexInterp
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
 from jcrosslora.methods.copy import Select as Select
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA

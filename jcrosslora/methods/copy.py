@@ -1,8 +1,8 @@
-"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, resampled, or selected.
+"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, or selected.
 
 If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
-same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` and
-`IndexInterp` are baselines of a public repository with the models of the Cross-LoRA paper.
+same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` is
+a baseline of a public repository with the models of the Cross-LoRA paper.
 """
 
 from dataclasses import dataclass
@@ -43,21 +43,6 @@ class Copy(PadTruncate):
 
 
 @dataclass(frozen=True)
-class IndexInterp(MapMethod):
-    """Rows and columns resampled at the nearest index."""
-
-    name = "index-interp"
-    summary = "rows and columns resampled at the nearest index"
-    when = "as a baseline"
-    reference = "github.com/ootyzzz/PAW, interpo_core.py"
-    measure = "weight cosine"
-
-    def maps(self, evidence: Evidence) -> Maps:
-        """Return maps that repeat or skip indices."""
-        return resampled_maps(evidence)
-
-
-@dataclass(frozen=True)
 class Select(MapMethod):
     """Rows, columns and layers of the source that the target consists of."""
 
@@ -88,18 +73,6 @@ def padded_maps(evidence: Evidence) -> Maps:
     return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
 
 
-def resampled_maps(evidence: Evidence) -> Maps:
-    """Return maps that resample rows and columns at the nearest index."""
-    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Maps(((_resampled(o_src, o_tgt), _resampled(i_src, i_tgt)),))
-
-
 def _padded(size_src: int, size_tgt: int) -> LinearMap:
     index = jnp.arange(size_tgt)
     return select(jnp.minimum(index, size_src - 1), (index < size_src).astype(jnp.float32), size_src)
-
-
-def _resampled(size_src: int, size_tgt: int) -> LinearMap:
-    # floor(i (m - 1) / (n - 1)) in integers: evenly spaced from the first index to the last.
-    index = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
-    return select(index, jnp.ones(size_tgt), size_src)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod, Method
-from jcrosslora.methods.copy import Copy, IndexInterp, PadTruncate, Select
+from jcrosslora.methods.copy import Copy, PadTruncate, Select
 from jcrosslora.methods.cross_lora import CrossLoRA, Random
 from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect, ResidualFit
 from jcrosslora.methods.interpolated_copy import CompensatedCopy, InterpolatedCopy
@@ -32,7 +32,6 @@ METHODS: dict[str, type[Method]] = {
         Select,
         DistilledSelect,
         PadTruncate,
-        IndexInterp,
         Theseus,
         ScaledProcrustes,
         ResidualFit,

@@ -12,7 +12,6 @@ from jcrosslora.shelf.composition.composition import stack_for as stack_for
 from jcrosslora.shelf.composition.fit import loss_and_gradient as loss_and_gradient
 from jcrosslora.shelf.composition.fit import mean_divergence as mean_divergence
 from jcrosslora.shelf.composition.ways import COMPOSITIONS as COMPOSITIONS
-from jcrosslora.shelf.composition.ways import Fusion as Fusion
 from jcrosslora.shelf.composition.ways import Gated as Gated
 from jcrosslora.shelf.composition.ways import Mixture as Mixture
 from jcrosslora.shelf.composition.ways import Router as Router

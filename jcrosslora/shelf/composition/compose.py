@@ -46,7 +46,7 @@ def compose(
     Args:
         base: the model, opened, or what `open_base` opens; it needs a tokenizer.
         adapters: at least one of this base, loaded, or what `load_adapter` loads.
-        how: "select", "mixture", "fusion", "gated", "router", "stack", or the control "uniform"; or one of these
+        how: "select", "mixture", "gated", "router", "stack", or the control "uniform"; or one of these
             objects with other settings, for example `Router(rank=4)` of `jcrosslora.shelf.composition`.
         seed: of the arrays that a composition draws before it is trained.
         dtype: of the base's weights, float32 or bfloat16; None takes the faster one on this machine.
@@ -65,7 +65,6 @@ def compose(
     if not opened:
         msg = f"no adapters to compose: give at least one of {base.ref}"
         raise AdapterError(msg)
-    how.check(opened)
     updates = stack_for(how, opened, base, seed)
     tokenizer = tokenizer or load_tokenizer(base)
     return Composed(base, opened, how, updates, model or load_model(base, dtype or fast_dtype()), tokenizer)

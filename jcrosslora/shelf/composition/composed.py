@@ -186,8 +186,7 @@ class Composed:
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
         """Make one adapter that does the same as all with these weights; not for `gated` and `router`.
 
-        Of `mixture`, `uniform` and `stack` the ranks add up; `fusion` has the rank of one, and `select` is the adapter
-        itself.
+        Of `mixture`, `uniform` and `stack` the ranks add up, and `select` is the adapter itself.
 
         `weights` are (N,). `out_rank` cuts every update to its best approximation of a lower rank: a rank, a share of
         its energy such as 0.99, or "auto"; `info.read_as` and `info.lost` say what that loses.

@@ -39,9 +39,6 @@ class Composition:
     trained: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
 
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise AdapterError if the adapters cannot be composed in this way."""
-
     def shares(self, weights: np.ndarray) -> np.ndarray:
         """Turn weights of P prompts, float32 (P, N) from 0 on, as a user or a retrieval gives them, into shares.
 
@@ -72,7 +69,7 @@ class Composition:
         """
         del adapters, shares, arrays
         msg = f"{self.name} decides by token, which no single adapter does: save the composition instead, or take one "
-        raise UsageError(msg + "of select, mixture, uniform and fusion")
+        raise UsageError(msg + "of select, mixture and uniform")
 
 
 @flax.struct.dataclass

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, add_adapters
+from jcrosslora.adapter import Adapter, add_adapters
 from jcrosslora.architectures.ops import einsum, layer_norm, linear
-from jcrosslora.errors import AdapterError, UsageError, suggestion
+from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.shelf.composition.composition import (
     Arrays,
     Composition,
@@ -26,7 +26,7 @@ from jcrosslora.shelf.composition.composition import (
 SHARE = "share"  # the array of `Stack`
 EPS = 1e-5  # of both norms of a gate, as in AutoLoRA's code
 _FAR = -1e30  # a score whose softmax is zero, and without NaN if it is the only one
-_OF_PEFT = ("ties", "dare", "dare_ties", "dare_linear", "magnitude_prune")
+_OF_PEFT = ("fusion", "linear", "ties", "dare", "dare_ties", "dare_linear", "magnitude_prune")
 
 
 @dataclass(frozen=True)
@@ -74,48 +74,6 @@ class Uniform(Mixture):
     def shares(self, weights: np.ndarray) -> np.ndarray:
         """Return equal shares of the adapters with a positive weight."""
         return super().shares(_chosen(weights))
-
-
-@dataclass(frozen=True)
-class Fusion(Composition):
-    """y = y_b + (sum_i w_i s_i B_i) (sum_j w_j A_j) x: A and B are averaged separately.
-
-    So it is published; it has the rank of one adapter and depends on how each update is split into factors. The mean of
-    the updates themselves is `mixture`.
-    """
-
-    name: ClassVar[str] = "fusion"
-    reference: ClassVar[str] = "LoraRetriever, arXiv 2402.09997"
-
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise AdapterError if the adapters' ranks differ in a module."""
-        ranks: dict[str, tuple[int, str]] = {}
-        for adapter in adapters:
-            for name, factors in adapter.modules.items():
-                rank, first = ranks.setdefault(name, (factors.rank, adapter.info.name))
-                if rank != factors.rank:
-                    msg = f"fusion averages factors of one rank, and {name} has rank {rank} in {first}, {factors.rank} "
-                    msg += f"in {adapter.info.name}: take mixture, or write them at one rank (jcrosslora export)"
-                    raise AdapterError(msg)
-
-    def apply(self, x: jax.Array, out: jax.Array, updates: Updates) -> jax.Array:
-        """Add the update of the mean factors."""
-        shares = updates.shares[:, None, :, None]
-        inner = jnp.sum(read_all(x, updates.a) * shares, axis=-2, keepdims=True)
-        return out + write_all((inner * shares).astype(x.dtype), updates.b)
-
-    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
-        """Average the factors; a module that an adapter does not update counts as zeros."""
-        del arrays
-        modules: dict[str, LoRAFactors] = {}
-        for adapter, share in zip(adapters, shares, strict=True):
-            for name, one in adapter.modules.items() if share > 0 else ():
-                a, b = (np.float32(share) * np.asarray(each, np.float32) for each in (one.a, one.b))
-                b = b * np.float32(one.scale)
-                old = modules.get(name)
-                modules[name] = LoRAFactors(a=a, b=b) if old is None else LoRAFactors(a=old.a + a, b=old.b + b)
-        first = adapters[0].info
-        return Adapter(modules, AdapterInfo("mean of factors", first.base_name, prefix=first.prefix))
 
 
 @dataclass(frozen=True)
@@ -240,9 +198,7 @@ class Router(Learned):
         return out + write_all(inner * alpha[..., None], updates.b)
 
 
-COMPOSITIONS: dict[str, type[Composition]] = {
-    one.name: one for one in (Select, Mixture, Fusion, Gated, Router, Stack, Uniform)
-}
+COMPOSITIONS: dict[str, type[Composition]] = {one.name: one for one in (Select, Mixture, Gated, Router, Stack, Uniform)}
 
 
 def find_composition(how: str | Composition) -> Composition:
