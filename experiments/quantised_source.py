@@ -30,7 +30,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from result_lines import commit
 from rich.console import Console
@@ -44,7 +43,6 @@ from jcrosslora.decoder import INPUT_SITES, fast_dtype, load_model, stack_adapte
 from jcrosslora.evaluate.harness_requests import judge
 from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.evaluate.probes import Probes
-from jcrosslora.linalg import reduced_rank_ridge
 from jcrosslora.maps.activations import batch_probes, cross_moments
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.methods import InterpolatedCopy
@@ -145,10 +143,22 @@ def on_inputs(missing: dict[str, np.ndarray], grams: dict[str, np.ndarray], rank
     """Return the part of E of a rank that is best on the inputs of each module."""
     found = {}
     for name, change in missing.items():
-        gram = jnp.asarray(grams[name])
-        left, right = reduced_rank_ridge(gram, gram @ change.T, min(rank, *change.shape), PENALTY)
-        found[name] = LoRAFactors(a=np.asarray(left.T), b=np.asarray(right))
+        left, right = reduced_rank_ridge(grams[name], grams[name] @ change.T, min(rank, *change.shape))
+        found[name] = LoRAFactors(a=left.T.astype(np.float32), b=right.astype(np.float32))
     return found
+
+
+def reduced_rank_ridge(gram: np.ndarray, cross: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return left (M, R) and right (N, R), whose product W = left right' minimises ||X W - Y||_F^2 + c ||W||_F^2.
+
+    `gram` is X'X (M, M) and `cross` X'Y (M, N); c is `PENALTY` times the mean of the gram's diagonal. With L L' = X'X +
+    c I the best L'W of a rank is the truncated SVD of L^-1 X'Y (Izenman 1975; Mukherjee and Zhu 2011).
+    """
+    mean = np.mean(np.diagonal(gram)) or 1.0
+    damped = gram.astype(np.float64) + PENALTY * mean * np.eye(len(gram))
+    white = np.linalg.solve(np.linalg.cholesky(damped), cross)
+    right = np.linalg.eigh(white.T @ white)[1][:, ::-1][:, :rank]
+    return np.linalg.solve(damped, cross @ right), right
 
 
 Variants = dict[str, Callable[[], Adapter]]

@@ -21,15 +21,12 @@ from jcrosslora.checkpoint import weight_stacks
 from jcrosslora.decoder import (
     Model,
     Sampling,
-    StackedFactors,
     load_model,
     loading,
-    residual_streams,
     sampling,
     stack_adapter,
 )
-from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.distill import DistillSettings, agreement, fit, residual, symbols, teacher
+from jcrosslora.distill import DistillSettings, agreement, fit, symbols, teacher
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
@@ -154,7 +151,7 @@ def programs() -> Iterator[Program]:
 
 
 def decoder_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, texts = shapes.base.settings, shapes.read[:2]
+    texts = shapes.read[:2]
     yield Program(sampling.prefill, (shapes.model, *texts), {"room": 4})
     behind = sampling.Behind(whole(2, 6), told(2, 6), whole(BATCH))
     yield Program(sampling.prefill, (shapes.model, *texts, behind), {"room": 4})
@@ -163,19 +160,8 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     both = begun.replace(cache=(begun.cache, begun.cache))
     given = shapes.model, both, (of(), of()), DRAWN
     yield Program(sampling.extend_amplified, given, {"count": 4, "stop_tokens": ()})
-    layer = jax.eval_shape(lambda model: layer_at(settings, model.params, model.adapter, 0), shapes.model)
-    stream = of(BATCH, LENGTH, shapes.hidden)
-    yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, (stream, None), None))
-    factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
-    yield Program(
-        residual_streams._add_update, (settings, settings.post_norms, of(shapes.hidden), factors, stream, down(stream))
-    )
     yield Program(timing._pass, (shapes.base, shapes.tokens))
     yield Program(timing._gradient, (shapes.base, shapes.adapter, shapes.tokens))
-
-
-def down(stream: jax.ShapeDtypeStruct) -> residual_streams.Down:
-    return residual_streams.Down(of(BATCH, LENGTH, DIMS["intermediate"]), stream)
 
 
 def svd_programs() -> Iterator[Program]:
@@ -274,7 +260,7 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
 
 
 def fit_programs(shapes: Shapes) -> Iterator[Program]:
-    settings, restricted = shapes.base.settings, RestrictedModel(shapes.model, 2)
+    restricted = RestrictedModel(shapes.model, 2)
     yield Program(decoder_source.shared_log_probs, (restricted, *shapes.read))
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
@@ -290,13 +276,6 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)
     yield Program(decoder_source._divergence, (shapes.base, states, states, whole(PLACES)))
-    stream = of(BATCH, LENGTH, shapes.hidden)
-    sums = jax.eval_shape(lambda *given: residual._no_sums(given[:4], given[4]), *[stream] * 4, down(stream))
-    places = whole(PLACES), whole(PLACES), told(PLACES)
-    yield Program(
-        residual._add, (settings.eps if settings.post_norms else None, sums, (stream,) * 4, down(stream), places)
-    )
-    yield Program(residual._solve, (sums, of(shapes.hidden), of()), {"rank": RANK})
 
 
 def training_programs(shapes: Shapes) -> Iterator[Program]:

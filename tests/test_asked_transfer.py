@@ -161,7 +161,7 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
 def test_what_needs_weights_is_refused(places, server):
     folder, source, _ = places
     served = jcl.ServedModel(server.url, MODEL, source.path)
-    for method in ("cross-lora", "distilled-copy", "residual-fit"):
+    for method in ("cross-lora", "distilled-copy"):
         with pytest.raises(MethodError, match=f"method {method} needs the weights of the source.*--method distill"):
             jcl.transfer(None, served, folder / "target", method)
     for option in ({"scale": 2.0}, {"calibrate": "frobenius"}, {"effect": "always"}):

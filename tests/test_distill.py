@@ -615,7 +615,7 @@ def test_first_sentence(text, wanted):
 
 @pytest.mark.parametrize(
     "method",
-    ["auto", pytest.param("distill", marks=pytest.mark.slow), pytest.param("residual-fit", marks=pytest.mark.full)],
+    ["auto", pytest.param("distill", marks=pytest.mark.slow)],
 )
 def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     source, target, adapter = pair
@@ -623,14 +623,14 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
     flags = ["--prompts", str(tmp_path / "prompts.txt"), "--out-rank", "5", "--depth", "0,0"]
-    flags += ["--completions", "40", "--answer-tokens", "6"] if method != "residual-fit" else []
+    flags += ["--completions", "40", "--answer-tokens", "6"]
     main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
     moved = jcl.load_adapter(tmp_path / "out")
     assert {factors.rank for factors in moved.modules.values()} == {5}
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
     assert report["fitted"].startswith("fitted")
     assert report["unmapped_sources"] == []
-    assert report["recipe"]["method"] == ("residual-fit" if method == "residual-fit" else "distill")
+    assert report["recipe"]["method"] == "distill"
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -695,14 +695,13 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     assert 0 < float(last) < float(first)
 
 
-@pytest.mark.parametrize("method", ["distill", "residual-fit"])
 @pytest.mark.parametrize("setting", [{"calibrate": "frobenius"}, {"scale": 0.6}])
-def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
+def test_a_fitted_update_is_not_calibrated(pair, tmp_path, setting):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
-    given = transfer_settings(str(tmp_path / "adapter"), **where, method=method, **setting)
-    with pytest.raises(UsageError, match=f"(frobenius|scale 0.6) has no part in method {method}"):
+    given = transfer_settings(str(tmp_path / "adapter"), **where, method="distill", **setting)
+    with pytest.raises(UsageError, match=r"(frobenius|scale 0\.6) has no part in method distill"):
         transfer_files(given)
     assert not (tmp_path / "out").exists()
 

@@ -250,18 +250,21 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
     assert "cannot be moved" in refused["error"]
 
 
+FEW = Distill(completions=16, answer_tokens=2, passes=1)
+
+
 def test_a_transfer_shows_its_steps(places, every_line, capsys):
-    jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False)
+    jcl.transfer(*places[:3], FEW, prompts=CORPUS, cache=False)
     lines = capsys.readouterr().err.splitlines()
-    for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
+    for step in ("1 of 3: write completions", "2 of 3: fit", "3 of 3: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
 
 
 def test_a_shift_shows_the_steps_behind_the_maps(places, every_line, capsys):
-    transport = jcl.align(*places[1:3], "residual-fit")
+    transport = jcl.align(*places[1:3], FEW)
     jcl.shift(transport, places[0], prompts=CORPUS, effect="always")
     lines = capsys.readouterr().err.splitlines()
-    for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
+    for step in ("1 of 3: write completions", "2 of 3: fit", "3 of 3: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
 
 

@@ -1,8 +1,5 @@
 """Gemma 4 in the places beside the decoder's pass: gradients, streams, comparisons, and files as they are published."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,16 +7,13 @@ from dense_models import random_model
 from gradients_of_both import gradients_of_both
 from hybrid_models import ATTENTION, HYBRIDS
 from safetensors.numpy import load_file, save_file
-from tiny_bases import random_adapter
 from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.architectures import LAYER_EMBEDDING
 from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.decoder import forward, load_model, stack_adapter
-from jcrosslora.decoder.residual_streams import Stream, Texts
-from jcrosslora.distill.residual import ResidualFit
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.decoder import stack_adapter
+from jcrosslora.errors import AdapterError
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.heads import match_heads
 from jcrosslora.relation import pair_modules
@@ -76,24 +70,6 @@ def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_p
                 assert np.linalg.norm(own - wanted[name].numpy()) < 1e-3 * wanted[name].norm()
                 seen.add(name)
     assert seen == set(wanted)
-
-
-@pytest.mark.full
-def test_streams_advanced_by_layer_equal_the_whole_pass(base):
-    """Layers hand the keys on that others share, and the embeddings hold the rows of the occurring tokens alone."""
-    ours = load_model(base)
-    adapter = stack_adapter(random_adapter(base, rank=2, scale=0.05), base)
-    run = jax.jit(partial(forward, capture=frozenset({"residual"})))
-    whole = run(ours.with_adapter(adapter), TOKENS).captured["residual"]
-    stream = Stream(Texts(base, ours, [(TOKENS, np.ones(TOKENS.shape, bool))]), adapter)
-    for layer in range(ours.settings.layers):
-        stream.run_to(layer)
-        np.testing.assert_allclose(stream.states[0], whole[layer + 1], **CLOSE)
-
-
-def test_the_residual_fit_refuses_layers_that_change_the_stream_behind_their_mlp(base):
-    with pytest.raises(UsageError, match=r"layers of gemma4_text change the stream behind down_proj, .*; use distill"):
-        ResidualFit(base, base, [object()], range(6))
 
 
 def test_keys_of_layers_that_read_those_of_others_are_ignored_as_in_transformers(folder, base, tmp_path):

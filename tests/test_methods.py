@@ -242,7 +242,7 @@ REFERENCES = {
 
 
 # Maps that have planted symmetries of their own in test_scaled_procrustes, and those that carry nothing over.
-ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"residual-fit", "distill"}
+ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"distill"}
 
 
 @pytest.mark.parametrize(("method", "shapes"), [case for case in MARKED if name_of(case) not in ELSEWHERE | {"random"}])

@@ -150,12 +150,13 @@ def test_unsupported_whitening_is_refused(method, power, wanted):
 def test_shift_runs_the_fit_of_a_fitting_method(files):
     """The transport of such a method has no maps; the fit is that of a transfer."""
     base, target, adapter = jcl.open_base(files / "source"), jcl.open_base(files / "target"), files / "adapter"
-    transport = jcl.align(base, target, "residual-fit")
+    method = jcl.methods.Distill(completions=16, answer_tokens=2, passes=1)
+    transport = jcl.align(base, target, method)
     assert transport.groups == ()
     shifted = jcl.shift(transport, adapter, prompts=CORPUS)
-    moved = jcl.transfer(adapter, base, target, "residual-fit", prompts=CORPUS, effect="never", cache=False)
+    moved = jcl.transfer(adapter, base, target, method, prompts=CORPUS, effect="never", cache=False)
     assert shifted.report.fitted == moved.report.fitted is not None
-    assert shifted.texts == moved.texts == tuple(CORPUS)
+    assert shifted.texts == moved.texts
     for name, factors in moved.adapter.modules.items():
         np.testing.assert_allclose(delta(shifted.adapter.modules[name]), delta(factors), rtol=1e-5)
     assert any(delta(factors).any() for factors in moved.adapter.modules.values())

@@ -6,8 +6,6 @@ Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 from jcrosslora.linalg.least_squares import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.least_squares import procrustes as procrustes
 from jcrosslora.linalg.least_squares import psd_power as psd_power
-from jcrosslora.linalg.least_squares import reduced_rank_ridge as reduced_rank_ridge
-from jcrosslora.linalg.least_squares import ridge as ridge
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap
 from jcrosslora.linalg.low_rank import complement as complement
 from jcrosslora.linalg.low_rank import cosine as cosine

@@ -15,7 +15,6 @@ from jcrosslora.methods.cross_lora import Random as Random
 from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
-from jcrosslora.methods.fits import ResidualFit as ResidualFit
 from jcrosslora.methods.interpolated_copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX as LoRAX

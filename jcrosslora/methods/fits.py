@@ -1,8 +1,7 @@
 """Fits: an update of the target fitted to what the adapter does to the source.
 
 Distillation fits it to the predictions of the adapted source (see `distill`); it starts from nothing, from a copy of
-the update, or from the parts of the update that a pruned target has. The residual fit solves for down_proj, layer by
-layer, so that the residual stream changes alike (see `distill.residual`).
+the update, or from the parts of the update that a pruned target has.
 """
 
 from dataclasses import dataclass, replace
@@ -110,33 +109,3 @@ class DistilledSelect(DistilledCopy):
     def start(self) -> MapMethod:
         """Return the selection that the fit starts from."""
         return Select()
-
-
-@dataclass(frozen=True)
-class ResidualFit(Method):
-    """Updates of down_proj that change the target's residual stream as the adapter changes the source's."""
-
-    name = "residual-fit"
-    summary = "down_proj, layer by layer, so that the target's residual stream changes as the source's"
-    when = "for two different models, if distill takes too long"
-    reference = "this package"
-    requires = frozenset({EvidenceKind.PROBE_TEXTS})
-
-    residual_scale: float = 0.6
-    """Share of the change of the source's residual stream that the update is fitted to."""
-
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
-        """Count the passes of both bases over the probe texts."""
-        from jcrosslora.distill.residual import residual_cost
-
-        return {"fit the residual stream": residual_cost(sizes.probes)}
-
-    def move(self, task: Task) -> Moved:
-        """Run both bases over the probe texts and fit each layer in closed form."""
-        from jcrosslora.decoder import unstack_adapter
-        from jcrosslora.distill.residual import ResidualFit as Fit
-
-        fit = Fit(task.base, task.target, task.batches, task.layers)
-        fitted = fit.fit(task.adapter, scale=self.residual_scale)
-        what = f"{self.residual_scale:g} times the change of the source's residual stream"
-        return Moved(unstack_adapter(fitted, task.target), fitted=f"fitted to {what}, on down_proj alone")

@@ -11,7 +11,7 @@ from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod, Method
 from jcrosslora.methods.copy import Copy, PadTruncate, Select
 from jcrosslora.methods.cross_lora import CrossLoRA, Random
-from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect, ResidualFit
+from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect
 from jcrosslora.methods.interpolated_copy import CompensatedCopy, InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX, ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite
@@ -34,7 +34,6 @@ METHODS: dict[str, type[Method]] = {
         PadTruncate,
         Theseus,
         ScaledProcrustes,
-        ResidualFit,
         Distill,
         LoRASuite,
         Random,
