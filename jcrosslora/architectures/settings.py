@@ -36,7 +36,7 @@ class DecoderSettings(BlockSettings):
         final_soft_cap: soft cap of the logits, or None.
         tied: whether the head is the embedding.
         post_norms: whether the outputs of attention and MLP are normalised before they are added, in some layers at
-            least, see `normed_behind`.
+            least.
         windows: (L,) number of visible positions of a layer, its own included; None for all.
         layer_ropes: (L,) index into `ropes`.
     """
@@ -54,10 +54,6 @@ class DecoderSettings(BlockSettings):
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm or tensor of this name."""
         return layers_with(self.stack, name)
-
-    def normed_behind(self, layer: int) -> bool:
-        """Whether the output of a layer's MLP is normalised before it is added to the stream."""
-        return self.post_norms and "mlp_post" in self.stack[layer].names
 
     def ropes_of(self, mixer: Block | None) -> tuple[int, ...]:
         """Return the rotary settings of the layers with a mixer, as indices into `ropes`."""
