@@ -1,7 +1,7 @@
 """Time and exactness of every SVD kernel on this machine's accelerator, and of a whole pair of models.
 
     python tools/bench_gpu.py [--models FOLDER] [--shapes 576x1536 640x2048 2048x8192 4096x4096] [--repeats 5]
-        [--kernels gram krylov subspace full] [--layers 32] [--rank 320] [--fit 1B] [--device H100] [--small]
+        [--kernels gram krylov full] [--layers 32] [--rank 320] [--fit 1B] [--device H100] [--small]
 
 It runs on whatever JAX finds: a GPU, a TPU, or, with `--small` in seconds, a CPU. Shapes with a short side below 1,000
 are stacks of `--layers` matrices as a model has them, larger ones of a quarter of that. Weights are those of a model in
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a folder of models to take weights from, and a pair")
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "640x2048", "2048x8192", "4096x4096"])
-    parser.add_argument("--kernels", nargs="+", default=["gram", "krylov", "subspace", "full"])
+    parser.add_argument("--kernels", nargs="+", default=["gram", "krylov", "full"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=32, help="matrices of a stack")
     parser.add_argument("--rank", type=int, default=320)

@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a folder of models to take weights from")
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "640x2048", "2048x8192", "4096x4096"])
-    parser.add_argument("--kernels", nargs="+", default=["auto"], help="auto, full, gram, krylov, subspace")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], help="auto, full, gram, krylov")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--layers", type=int, default=8, help="matrices of a stack")

@@ -26,4 +26,3 @@ from jcrosslora.linalg.svd_kernels import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.svd_kernels import full_svd as full_svd
 from jcrosslora.linalg.svd_kernels import gram_svd as gram_svd
 from jcrosslora.linalg.svd_kernels import krylov_svd as krylov_svd
-from jcrosslora.linalg.svd_kernels import subspace_svd as subspace_svd

@@ -25,11 +25,10 @@ from jcrosslora.linalg.svd_kernels import (
     gram_svd,
     krylov_columns,
     krylov_svd,
-    subspace_svd,
 )
 
 AXIS = "layers"
-Kernel = Literal["auto", "full", "gram", "krylov", "subspace"]
+Kernel = Literal["auto", "full", "gram", "krylov"]
 
 _DEEPER = 6
 _IN_FLOAT64 = " in float64"
@@ -38,11 +37,9 @@ KERNELS: dict[str, Callable[..., TruncatedSVD]] = {
     "gram": gram_svd,
     "krylov": krylov_svd,
     "krylov, deeper": partial(krylov_svd, depth=_DEEPER),
-    "subspace": subspace_svd,
 }
 # Kernels that are tried in turn on a matrix that misses the tolerance.
 _STRONGER = {
-    "subspace": ("krylov, deeper", "gram", "full"),
     "krylov": ("krylov, deeper", "gram", "full"),
     "gram": ("full",),
     "full": (),

@@ -2,7 +2,7 @@
 
 `full_svd` is slow, with an error of float32 rounding only. `gram_svd` takes the eigenvectors of the Gram matrix of the
 short side: fast, but it squares the condition number. `krylov_svd` finds a few leading triplets in a subspace a few
-times as wide as the rank. `subspace_svd`, the usual randomised method, is kept for comparison.
+times as wide as the rank.
 """
 
 import dataclasses
@@ -220,27 +220,6 @@ def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Arra
         basis, projected = lax.fori_loop(start, stop, extend, state)
     last = dot(basis.T, dot(gram, basis[:, -block:]))
     return basis, projected.at[:, -block:].set(last)
-
-
-def subspace_svd(
-    w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0, extra: int | None = None, iterations: int = 8
-) -> TruncatedSVD:
-    """Compute the leading triplets of W (O, I) by subspace iteration (Halko, Martinsson and Tropp 2011).
-
-    Each iteration gains a factor of (s_{R+extra} / s_R)^2, which is close to 1 for the slowly decaying spectra of
-    language models: the subspace converges, individual vectors near the cut do not. `error` shows this.
-
-    `extra` is the number of columns beyond R, half of R by default, and `iterations` that of the products with the Gram
-    matrix; the other arguments are those of `full_svd`.
-    """
-    chex.assert_rank(w, 2)
-    gram = gram_matrix(scale_out(w)[0])
-    columns = min(rank + max(guard, rank // 2 if extra is None else extra), *w.shape)
-    basis = jax.random.normal(jax.random.key(0), (gram.shape[0], columns), w.dtype)
-    for _ in range(iterations):
-        basis, _ = jnp.linalg.qr(dot(gram, basis))
-    values, rotation = jnp.linalg.eigh(dot(basis.T, dot(gram, basis)))
-    return from_eigenpairs(w, values, dot(basis, rotation), rank=rank, vectors=vectors, guard=guard)
 
 
 def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
