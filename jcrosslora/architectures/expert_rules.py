@@ -100,11 +100,7 @@ class ExpertRules:
         return stated | {"output_router_logits", "router_aux_loss_coef"}
 
     def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":
-        """Read the sizes of a model.
-
-        Raises:
-            CheckpointError: one is missing or out of range.
-        """
+        """Read the sizes of a model; raise CheckpointError if one is missing or out of range."""
         count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
         count, used, width = (size(config, key) for key in (count_key, self.used, self.width))
         groups = 1, 1
@@ -119,8 +115,7 @@ class ExpertRules:
     def scores_of(self, config: Mapping[str, Any]) -> Scores:
         """Return the scores of the experts of a model.
 
-        Raises:
-            CheckpointError: the configuration states others than the class has.
+        Raises CheckpointError if the configuration states others than the class has.
         """
         stated = None if self.scores_key is None else config.get(self.scores_key)
         if stated is None:
@@ -132,11 +127,7 @@ class ExpertRules:
         return self.scores_names[stated]
 
     def block(self, config: Mapping[str, Any], hidden: int) -> Experts:
-        """Return the experts of a model.
-
-        Raises:
-            CheckpointError: a size or a number is missing or out of range.
-        """
+        """Return the experts of a model; raise CheckpointError if a size or a number is missing or out of range."""
         sizes, clamp, normalised = self.sizes(config), self.clamp, self.normalised
         routing = Routing(
             count=sizes.number,

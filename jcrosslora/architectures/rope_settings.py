@@ -42,8 +42,7 @@ _MORE_RULES = {
 def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
     """Return the rotary setting of each layer, by their kinds; in one without positions the angles are zero.
 
-    Raises:
-        CheckpointError: a rope type, key or number is not supported, or a kind of layer has no settings.
+    Raises CheckpointError if a rope type, key or number is not supported, or a kind of layer has no settings.
     """
     config, family = model.config, model.family
     rule = family.positions.rotated

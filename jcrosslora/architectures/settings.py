@@ -96,8 +96,7 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
 def read_settings(model: Architecture, ref: str) -> DecoderSettings:
     """Read the settings of a model; errors name it `ref`.
 
-    Raises:
-        CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
+    Raises CheckpointError if its configuration has a setting that the decoder does not support; the message names it.
     """
     try:
         return _settings(model)

@@ -285,11 +285,7 @@ def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
 
 
 def finite(base: BaseModel, name: str, array: np.ndarray) -> np.ndarray:
-    """Return a weight as float32.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
+    """Return a weight as float32; raise CheckpointError if it holds NaN or infinity."""
     if not np.isfinite(array := array.astype(np.float32, copy=False)).all():
         raise damaged(base, name)
     return array

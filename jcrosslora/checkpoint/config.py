@@ -118,8 +118,7 @@ def _short(value: Any) -> str:
 def read_dims(model: ModelConfig, where: Path | str) -> Dims:
     """Read the sizes of a model from its configuration.
 
-    Raises:
-        CheckpointError: a size is missing, or is not a positive integer.
+    Raises CheckpointError if a size is missing, or is not a positive integer.
     """
     config, width, read = model.values, model.family.width(model.values), partial(size, limit=_SIZE_LIMIT)
     with errors_of(where):

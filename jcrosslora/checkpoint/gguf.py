@@ -30,8 +30,7 @@ _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
     """Return the configuration and the tensors of a GGUF model, and its name in the metadata.
 
-    Raises:
-        CheckpointError: the gguf package is missing, or the file is corrupt, truncated or not supported.
+    Raises CheckpointError if the gguf package is missing, or the file is corrupt, truncated or not supported.
     """
     gguf, file, header = open_header(path)
     meta = Metadata(header.metadata, path)
@@ -56,9 +55,8 @@ def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
 def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
     """Return the gguf package, the mapped file and its header; the file may be a model or an adapter.
 
-    Raises:
-        CheckpointError: the package is missing, or the file is corrupt, truncated or of a quantisation that cannot be
-            read.
+    Raises CheckpointError if the package is missing, or the file is corrupt, truncated or of a quantisation that cannot
+    be read.
     """
     try:
         importlib.import_module("gguf.quants")

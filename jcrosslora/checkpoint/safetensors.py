@@ -81,8 +81,7 @@ class SafetensorsFile:
     def array(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only view in its stored dtype.
 
-        Raises:
-            CheckpointError: the tensor is not in the file, or has a dtype that is not supported.
+        Raises CheckpointError if the tensor is not in the file, or has a dtype that is not supported.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -312,10 +311,8 @@ def write_pieces(
 ) -> None:
     """Write a safetensors file; `written` is called with the number of bytes after each block.
 
-    Wider dtypes come first in the file, so that every tensor is aligned to its items.
-
-    Raises:
-        OSError: it cannot be written.
+    Wider dtypes come first in the file, so that every tensor is aligned to its items. Raises OSError if it cannot be
+    written.
     """
     pieces = sorted(pieces, key=lambda piece: -DTYPES[piece.dtype].itemsize)
     with path.open("wb") as file:

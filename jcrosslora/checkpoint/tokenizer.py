@@ -115,8 +115,7 @@ def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.nd
 def load_tokenizer(base: BaseModel) -> Tokenizer:
     """Load the tokenizer of a base from tokenizer.json or from the metadata of its GGUF file, once for an opened base.
 
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
+    Raises CheckpointError if there is none, or it cannot be read.
     """
     if base in _READ:
         return _READ[base]

@@ -34,11 +34,9 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     """Load the weights of modules of one shape, fused ones too, (L', O, I) float32, spread over all local devices.
 
-    L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go
-    to the device in their stored dtype and are widened there, unless that differs from module to module.
-
-    Raises:
-        CheckpointError: a weight holds NaN or infinity.
+    L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go to
+    the device in their stored dtype and are widened there, unless that differs from module to module. Raises
+    CheckpointError if a weight holds NaN or infinity.
     """
     weights = [base.stored_weight(name) for name in names]
     if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16

@@ -69,11 +69,7 @@ class Task:
 
     @property
     def base(self) -> BaseModel:
-        """Return the source, whose weights the method reads.
-
-        Raises:
-            MethodError: the source can only be queried.
-        """
+        """Return the source, whose weights the method reads; raise MethodError if the source can only be queried."""
         if not isinstance(self.source, BaseModel):
             msg = f"this method reads the weights of the source, and {self.source.name} can only be queried: use "
             raise MethodError(msg + "--method distill, or give the weights with --source")

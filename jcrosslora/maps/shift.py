@@ -136,8 +136,7 @@ class Shifter:
     def finish(self, transport: Transport, pair: BasePair) -> Shifted:
         """Put the modules in the target's order and close the account; the transport may have dropped its groups.
 
-        Raises:
-            PairingError: no update of the adapter was moved.
+        Raises PairingError if no update of the adapter was moved.
         """
         adapter, method = self.adapter, self._method
         experts, notes = (), ()

@@ -92,10 +92,8 @@ def register_method(method: type[M]) -> type[M]:
 def allow_module(name: str) -> None:
     """Import a module of the user's own, also from the current folder, so that its methods can be named "module:Class".
 
-    The name is always one that the user typed, never one from a file, which may be somebody else's.
-
-    Raises:
-        MethodError: it does not exist, or cannot be imported.
+    The name is always one that the user typed, never one from a file, which may be somebody else's. Raises MethodError
+    if it does not exist, or cannot be imported.
     """
     here = os.getcwd()
     sys.path.insert(0, here)  # a console script does not search the current folder
@@ -111,8 +109,7 @@ def allow_module(name: str) -> None:
 def find_method(name: str) -> type[Method]:
     """Return the method called `name`, which may be "module:Class" of a module that has been imported.
 
-    Raises:
-        MethodError: `name` is not registered, its module has not been imported, or has no such class.
+    Raises MethodError if `name` is not registered, its module has not been imported, or has no such class.
     """
     module, _, own = name.partition(":")
     if own and module in sys.modules:

@@ -93,10 +93,8 @@ def choose_method(
     If the source alone is quantised that coarsely, they get `compensated-copy`, if both can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
 
-    `found` and `compared` are the results of `find_structure` and `compare_modules`, if they are already known.
-
-    Raises:
-        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    `found` and `compared` are the results of `find_structure` and `compare_modules`, if they are already known. Raises
+    CheckpointError if a weight cannot be read, or holds NaN or infinity.
     """
     structure, _ = found or find_structure(source, target)
     finding = _examine(Bases(source, target), structure, compared)

@@ -74,8 +74,7 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
 def parse_depth(text: str) -> Depth:
     """Read a depth map from a command line: a name, or a comma-separated list such as `0,1,3,-,5`.
 
-    Raises:
-        PairingError: the text is neither a name nor a list.
+    Raises PairingError if the text is neither a name nor a list.
     """
     if text in (*DEPTH_MAPS, SIMILAR):
         return text

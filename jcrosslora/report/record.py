@@ -242,8 +242,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
 def read_report(path: Path) -> TransferReport:
     """Read a `transfer_report.json`.
 
-    Raises:
-        UsageError: the file cannot be read, is damaged, or is of another schema.
+    Raises UsageError if the file cannot be read, is damaged, or is of another schema.
     """
     content = read_bytes(path)
     try:

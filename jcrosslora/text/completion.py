@@ -65,10 +65,8 @@ def is_text(value: Any) -> TypeGuard[str]:
 def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
     """Read the value of "messages" in a JSON line, a list of {"role", "content"}.
 
-    A content may also be a list of {"type": "text", "text"}. `place` names the line in errors.
-
-    Raises:
-        UsageError: it is not such a list, or a content is empty.
+    A content may also be a list of {"type": "text", "text"}. `place` names the line in errors. Raises UsageError if it
+    is not such a list, or a content is empty.
     """
     if not isinstance(value, list) or not value:
         msg = f"{place}: messages is {ascii(value)[:60]}, {_WANTED}"

@@ -48,8 +48,7 @@ class Reading:
 def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
     """Tokenize a completion: a conversation by the base's chat template, plain text unchanged.
 
-    Raises:
-        UsageError: the answer has no separate token, or the chat template refuses the messages.
+    Raises UsageError if the answer has no separate token, or the chat template refuses the messages.
     """
     prompt, answer = completion.prompt, completion.answer
     chat = not isinstance(prompt, str)
@@ -109,10 +108,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
     """Render messages by the chat template of a base; `PLAIN_TEMPLATE` if it has none.
 
     The text equals that of `apply_chat_template` of transformers. `ask` adds the generation prompt, which precedes an
-    answer.
-
-    Raises:
-        UsageError: the template refuses the messages, or changes a content beyond stripping space.
+    answer. Raises UsageError if the template refuses the messages, or changes a content beyond stripping space.
     """
     contents = [message.content for message in messages]
     text = _rendered(tokenizer, messages, contents, ask)

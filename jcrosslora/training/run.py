@@ -152,10 +152,8 @@ def save_trained(
 ) -> None:
     """Write a trained adapter as a PEFT folder; how it was `made` goes to the file's metadata, as JSON.
 
-    A chat template goes into the same folder, for those who use or move the adapter.
-
-    Raises:
-        OutputError: the folder exists already, or cannot be written.
+    A chat template goes into the same folder, for those who use or move the adapter. Raises OutputError if the folder
+    exists already, or cannot be written.
     """
     save_adapter(
         adapter,
@@ -183,10 +181,8 @@ def train(
 
     The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
     batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. What else the
-    numbers of a run depend on is its `identity`, which takes the place of settings of the same names.
-
-    Raises:
-        UsageError, CheckpointError, OutputError: see `train_lora`.
+    numbers of a run depend on is its `identity`, which takes the place of settings of the same names. Errors are those
+    of `train_lora`.
     """
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"

@@ -45,10 +45,8 @@ def fresh(base: BaseModel, settings: TrainingSettings) -> Start:
 def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter:
     """Initialise A uniformly in +-1/sqrt(I), Kaiming's bound as in PEFT, and B with zeros: training starts at the base.
 
-    The scale is not inside B: the steps of neither optimiser scale with it.
-
-    Raises:
-        UsageError: the base has none of the modules.
+    The scale is not inside B: the steps of AdamW do not scale with it. Raises UsageError if the base has none of
+    the modules.
     """
     rng, (rank, _) = np.random.default_rng([settings.seed, 1]), settings.size
     shapes = base.architecture.role_shapes

@@ -241,8 +241,7 @@ def cache_root() -> Path | None:
 def cache_folder(kind: str) -> Path:
     """Return the cache folder of one kind of data, such as "models"; it is not created.
 
-    Raises:
-        UsageError: the user has no home folder and no environment variable names a cache.
+    Raises UsageError if the user has no home folder and no environment variable names a cache.
     """
     root = cache_root()
     if root is None:
@@ -254,8 +253,7 @@ def cache_folder(kind: str) -> Path:
 def cache_limit() -> int:
     """Return the bytes that cached arrays may take: $JCROSSLORA_CACHE_SIZE, such as 500MB or 20G, else 10 GB.
 
-    Raises:
-        UsageError: the variable is not a size.
+    Raises UsageError if the variable is not a size.
     """
     stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(_DEFAULT_LIMIT)
     if (size := parse_size(stated)) is None:

@@ -41,10 +41,8 @@ def output_path(out: str | Path) -> Path:
 def ensure_free(out: str | Path, overwrite: bool) -> None:
     """Check that a folder can be written, before any work is done for it; remove what killed processes left there.
 
-    `overwrite` allows to replace an empty folder, or one with one of `MARKS`.
-
-    Raises:
-        OutputError: something exists there that may not be replaced, or the place cannot be written to.
+    `overwrite` allows to replace an empty folder, or one with one of `MARKS`. Raises OutputError if something exists
+    there that may not be replaced, or the place cannot be written to.
     """
     out = output_path(out)
     if out.name in ("", ".."):
@@ -68,10 +66,8 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     If the block or the rename fails, the temporary folder is removed and an old folder at `out` is as before. Missing
     parents are made, and removed again on failure. What may be replaced is as in `ensure_free`; a symbolic link is
-    refused, not followed.
-
-    Raises:
-        OutputError: `out` may not be replaced, or the system refuses to write (no permission, disk full).
+    refused, not followed. Raises OutputError if `out` may not be replaced, or the system refuses to write (no
+    permission, disk full).
     """
     out = output_path(out)
     ensure_free(out, overwrite)
@@ -101,9 +97,7 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
     """Write a file next to `path` and rename it into place, so that no reader sees a part of it.
 
     The folder must exist. With `sync` the file is flushed to the disk before the rename and survives a power failure.
-
-    Raises:
-        OSError: the file cannot be written; an old one is as before.
+    Raises OSError if the file cannot be written; an old one is as before.
     """
     with unfinished(path, file=True) as work:
         work.write_bytes(content)

@@ -85,10 +85,8 @@ def together() -> Iterator[None]:
 def exchange(what: str, value: Any) -> list[Any]:
     """Return the values of all processes, in their order. All of them have to call it, within `together`.
 
-    `what` names the exchange, the same in all processes; `value` is a JSON value.
-
-    Raises:
-        HostError: another process failed, ended, or is at another exchange.
+    `what` names the exchange, the same in all processes; `value` is a JSON value. Raises HostError if another process
+    failed, ended, or is at another exchange.
     """
     if count() == 1:
         return [value]
@@ -119,10 +117,8 @@ def gather(
 ) -> tuple[dict[str, np.ndarray], list[list[Any]]]:
     """Gather the parts of all processes, of `items` in all, at an exchange of this name.
 
-    The arrays of a part have a first axis over the items of `own_part`, and its lists one JSON value for each.
-
-    Raises:
-        HostError: another process failed or ended.
+    The arrays of a part have a first axis over the items of `own_part`, and its lists one JSON value for each. Raises
+    HostError if another process failed or ended.
     """
     parts_of_all = exchange(what, [list(one) for one in labels])
     by_item: list[dict[int, Any]] = [{} for _ in labels]
@@ -152,8 +148,7 @@ def over_all_devices() -> NamedSharding:
 def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the first process's arrays, by name, in all processes; the arguments of the others are ignored.
 
-    Raises:
-        HostError: another process failed or ended.
+    Raises HostError if another process failed or ended.
     """
     if count() == 1:
         return dict(arrays)

@@ -46,8 +46,7 @@ LogName: TypeAlias = Literal["wandb", "trackio", "tensorboard"]
 def find_log(name: str) -> Callable[[str, Settings], Log]:
     """Return the function that begins a run in a log; nothing is begun.
 
-    Raises:
-        UsageError: no such log, or its package is not installed; from the function, that a run cannot begin.
+    Raises UsageError if no such log, or its package is not installed; from the function, that a run cannot begin.
     """
     known = get_args(LogName)
     if name not in known:

@@ -31,8 +31,7 @@ class Parts:
     def array(self, ending: str, dtypes: tuple[str, ...], ndim: int | None = None) -> np.ndarray:
         """Read the part that has the module's name with this ending.
 
-        Raises:
-            CheckpointError: it is missing, or has another dtype or number of dimensions.
+        Raises CheckpointError if it is missing, or has another dtype or number of dimensions.
         """
         name = self.module + ending
         if name not in self._names:

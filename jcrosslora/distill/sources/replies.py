@@ -217,8 +217,7 @@ class Dialect:
 def find_dialect(client: Client, served: ServedModel) -> Dialect:
     """Ask a server what it is, and find the base and the adapter on it.
 
-    Raises:
-        SourceError: it does not answer, does not have the models, or does not say which of them is the base.
+    Raises SourceError if it does not answer, does not have the models, or does not say which of them is the base.
     """
     try:
         listed = client.get("models", _LISTS)

@@ -204,8 +204,7 @@ COMPOSITIONS: dict[str, type[Composition]] = {one.name: one for one in (Select, 
 def find_composition(how: str | Composition) -> Composition:
     """Return the composition of this name with its default settings; an object is returned unchanged.
 
-    Raises:
-        UsageError: the name is unknown, or that of a rule which peft has.
+    Raises UsageError if the name is unknown, or that of a rule which peft has.
     """
     if isinstance(how, Composition):
         return how
