@@ -429,7 +429,7 @@ def test_fitting_methods_run_adapter_by_adapter(tmp_path):
     (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
     head = 'out="moved"\n[bases]\nsmall="small"\nwide="wide"\n[adapters]\nsmall=["adapters/a0"]\n'
     move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["distill"]\nprompts="texts.txt"\neffect="never"\n'
-    move += "completions=16\nanswer_tokens=2\npasses=1\n"
+    move += "completions=24\nanswer_tokens=2\npasses=1\n"
     (tmp_path / "plan.toml").write_text(head + move)
     (outcome,) = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     assert outcome.status == "done", outcome.text

@@ -250,7 +250,7 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
     assert "cannot be moved" in refused["error"]
 
 
-FEW = Distill(completions=16, answer_tokens=2, passes=1)
+FEW = Distill(completions=24, answer_tokens=2, passes=1)
 
 
 def test_a_transfer_shows_its_steps(places, every_line, capsys):
