@@ -175,7 +175,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike]) -> Shapes:
     (folder / _FOLDER).mkdir()
     held = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in held.items():
-        (folder / _FOLDER / name).write_bytes(array.tobytes())
+        array.tofile(folder / _FOLDER / name)  # without a copy
     return {name: (array.dtype.name, array.shape) for name, array in held.items()}
 
 
