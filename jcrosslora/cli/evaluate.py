@@ -152,7 +152,7 @@ class Evaluate(OnDevice):
         """Judge a draft model, alone and with adapters, by the answers of the base to the prompts of a file."""
         from jcrosslora.adapter import load_adapter
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.cli.drafts import print_drafts
+        from jcrosslora.cli.output import print_drafts
         from jcrosslora.evaluate import judge_draft
         from jcrosslora.evaluate.examples import read_prompts
 

@@ -192,7 +192,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         with enough_memory():
             found = command.load(arguments)
             if isinstance(found, dict):
-                from jcrosslora.cli.actions import actions_help, find_action
+                from jcrosslora.cli.flags import actions_help, find_action
 
                 action, *arguments = arguments or [""]
                 if action in _HELP_FLAGS:
@@ -240,7 +240,7 @@ def _print_completion(arguments: list[str]) -> int:
         return fail(f"{asked}; name a shell, {', '.join(_SHELLS)}, and a file to write", USER_ERROR)
     import tyro
 
-    from jcrosslora.cli.actions import subcommands
+    from jcrosslora.cli.flags import subcommands
 
     options = subcommands({name: command.load() for name, command in COMMANDS.items()})
     tyro.cli(options, args=arguments, prog="jcrosslora", config=(tyro.conf.DisallowNone,))

@@ -3,8 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from jcrosslora.utils.texts import shortened, visible
 
 if TYPE_CHECKING:
     from jcrosslora.checkpoint import BaseModel
+    from jcrosslora.evaluate import Acceptance, Interval
     from jcrosslora.report.hub import Pushed
     from jcrosslora.shelf import Shelf
     from jcrosslora.text import Prompt
@@ -153,3 +154,24 @@ def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shel
         msg = f"the template {template} was given and no base: give the shelf's base with --base"
         raise UsageError(msg)
     return Shelf(folder, None if base is None else opened_base(base, template))
+
+
+def print_drafts(found: "Acceptance", notes: Sequence[str], console: Console, *, as_json: bool) -> None:
+    """Print the figures of each draft; `notes` say what of the adapters is not part of them."""
+    figures = found.figures()
+    counts = {"answers": len(found.foreseen), "tokens": found.tokens, "drafted": found.drafted, "cost": found.cost}
+    if as_json:
+        print_json(counts | {"drafts": [asdict(one) for one in figures], "not_scored": list(notes)})
+        return
+    for note in notes:
+        say(console, f"not scored: {note}")
+    said = f"{counts['answers']:,} answers of {found.tokens:,} tokens in all, {found.drafted} drafted for each pass by "
+    say(console, f"{said}{found.cost:.2f} of the parameters, 95% intervals")
+    columns = "draft", "acceptance rate", "acceptance length", "minus alone", "estimated speed-up"
+    print_table(console, columns, (map(_figure_text, vars(one).values()) for one in figures))
+
+
+def _figure_text(value: "Interval | float | str") -> str:
+    if isinstance(value, str | int | float):
+        return value if isinstance(value, str) else f"{value:.2f}"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
