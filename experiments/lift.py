@@ -41,7 +41,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import read_questions
-from jcrosslora.evaluate.examples import read_texts
+from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.training import TrainingSettings
 
 # Between a base and its own further-trained version: the recommended method, the literature's, and the control.
@@ -178,7 +178,7 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
         task.questions(arguments.split, arguments.prompts)
         task.prompts(arguments.prompts)
     if arguments.text is not None:
-        read_texts(arguments.text)
+        read_prompts(arguments.text)
     for ref in {ref for refs in arguments.pair for ref in refs}:
         jcl.open_base(ref)
     if arguments.lineage is not None:

@@ -34,9 +34,9 @@ from written_task import written_example
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.evaluate import read_task
-from jcrosslora.evaluate.examples import save_texts
 from jcrosslora.session.transfer import transfer_files
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
+from jcrosslora.utils.files import write_whole
 
 # Seed of the further training, apart from those of adapters, so that no adapter starts from the same factors.
 _FURTHER_SEED = 1000
@@ -184,7 +184,8 @@ class Work:
         path = self.folder / "prompts" / f"{task.name}--{task.first}--{count}.jsonl"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_texts(path, task.prompts(count))
+            lines = "".join(f"{json.dumps({'text': text})}\n" for text in task.prompts(count))
+            write_whole(path, lines.encode())
         return path
 
     def _say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Texts in files: round trips, and one line for what cannot be read or written."""
+"""Prompts in files: whatever is written is read, and one line says what cannot be read."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jcrosslora import Probes
-from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.evaluate.examples import read_texts, save_texts
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.text import Message
 
@@ -24,23 +24,24 @@ def folder(tmp_path_factory):
 
 @given(texts=st.lists(any_text, min_size=1))
 def test_json_lines_are_read_back(folder, texts):
-    save_texts(folder / "texts.jsonl", texts)
-    assert read_texts(folder / "texts.jsonl") == texts
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (folder / "texts.jsonl").write_bytes("\n".join(lines).encode())
+    assert read_prompts(folder / "texts.jsonl") == texts
 
 
 @given(texts=st.lists(one_line, min_size=1))
 def test_lines_are_read_back(folder, texts):
-    save_texts(folder / "texts.txt", texts)
-    assert read_texts(folder / "texts.txt") == texts
+    (folder / "texts.txt").write_bytes("\n".join(texts).encode())
+    assert read_prompts(folder / "texts.txt") == texts
 
 
 def test_bom_and_line_endings_of_other_programs_are_read(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes("\ufefffirst line\r\n\r\n  second ü \n   \nlast".encode())
-    assert read_texts(path) == ["first line", "  second ü ", "last"]
+    assert read_prompts(path) == ["first line", "  second ü ", "last"]
     path = tmp_path / "notes.JSONL"
     path.write_bytes('\ufeff{"text": "a\\nb", "id": 3}\r\n\n{"text": " "}\n{"text": "c"}'.encode())
-    assert read_texts(str(path)) == ["a\nb", "c"]
+    assert read_prompts(str(path)) == ["a\nb", "c"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_bom_and_line_endings_of_other_programs_are_read(tmp_path):
 def test_files_without_texts_are_refused(tmp_path, name, content, named):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        read_texts(tmp_path / name)
+        read_prompts(tmp_path / name)
     assert name in str(caught.value)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -71,26 +72,7 @@ def test_files_without_texts_are_refused(tmp_path, name, content, named):
 def test_missing_files_and_folders_are_refused(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path, tmp_path / "none.txt" / "inside.txt"):
         with pytest.raises(UsageError, match="cannot be read"):
-            read_texts(path)
-
-
-@pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " \n"], ["\ud800"], ["a\nb"], ["a\rb"], ["\ufeffa"]])
-def test_texts_that_cannot_be_read_back_are_refused(tmp_path, texts):
-    with pytest.raises(UsageError) as caught:
-        save_texts(tmp_path / "texts.txt", texts)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_failed_write_keeps_the_old_file_and_no_other(tmp_path):
-    (tmp_path / "file").write_text("old")
-    for path in (tmp_path / "none" / "texts.txt", tmp_path / "file" / "texts.txt", tmp_path):
-        with pytest.raises(OutputError, match="cannot be written"):
-            save_texts(path, ["a"])
-    assert (tmp_path / "file").read_text() == "old"
-    save_texts(tmp_path / "file", ["new"])
-    assert json.dumps(read_texts(tmp_path / "file")) == '["new"]'
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+            read_prompts(path)
 
 
 def test_description_names_source_count_and_digest():
@@ -124,4 +106,3 @@ def test_conversations_and_texts_are_prompts_without_their_answers(tmp_path):
     wanted = ((Message("user", "u"),), "t", "p")
     assert given_probes(str(path)).prompts == wanted
     assert given_probes([[user, *ANSWER_ALONE], "t", "p"]).prompts == wanted
-    assert read_texts(path) == ["u", "t", "p"]

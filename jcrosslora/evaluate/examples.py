@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.completion import is_text, parse_messages, parse_object, parse_prompt, prompt_text, split_answer
-from jcrosslora.utils.files import read_file, write_output
+from jcrosslora.utils.files import read_file
 from jcrosslora.utils.texts import shortened
 
 _QUESTION = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
@@ -100,11 +100,6 @@ def as_completion(example: Example) -> Completion:
     return Completion(example.prompt, f" {example.choices[example.answer]}")
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """Read the texts of a file as `read_prompts` does; a conversation becomes its contents, one below the other."""
-    return [prompt_text(prompt) for prompt in read_prompts(path)]
-
-
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read the user's prompts; answers in the file are not used.
 
@@ -139,34 +134,6 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
         msg = f"{name}: holds no text, at least one line was wanted: write one text a line"
         raise UsageError(msg)
     return prompts
-
-
-def save_texts(path: str | Path, texts: Sequence[str]) -> None:
-    """Write texts so that `read_texts` returns them; an existing file is replaced.
-
-    Args:
-        path: if its name ends in .jsonl or .ndjson, JSON lines are written, else one text a line.
-        texts: at least one, none of them empty.
-
-    Raises:
-        UsageError: there is no text, or a text is empty, not valid UTF-8, or spans several lines of a plain file.
-        OutputError: the file cannot be written.
-    """
-    path = Path(path)
-    json_lines = path.suffix.lower() in _JSON_LINES
-    if not texts:
-        msg = f"{path}: no texts to save, at least one was wanted"
-        raise UsageError(msg)
-    for number, text in enumerate(texts):
-        if not text.strip() or not _is_utf8(text):
-            msg = f"{path}: text {number} is empty or has no UTF-8 form: leave it out"
-            raise UsageError(msg)
-        if not json_lines and any(sign in text for sign in ("\n", "\r", "\0", _BOM)):
-            msg = f"{path}: text {number} does not fit on one line: save to a name that ends in .jsonl"
-            raise UsageError(msg)
-    lines = (json.dumps({"text": text}, ensure_ascii=False) if json_lines else text for text in texts)
-    # Whole or not at all: an interrupted run must not leave a file with half of the texts.
-    write_output(path, "".join(f"{line}\n" for line in lines).encode(), "choose another output")
 
 
 def _read_lines(path: Path) -> list[tuple[int, bytes]]:
