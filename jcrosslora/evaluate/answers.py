@@ -228,10 +228,10 @@ def answer(
         AdapterError: an adapter that does not fit, or whose predictions are not finite.
         CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
     """
-    base = base if isinstance(base, BaseModel) else open_base(base)
+    base = open_base(base)
     found = read_examples(examples) if isinstance(examples, str | Path) else examples
     completions = tuple(map(as_completion, found))
-    adapters = [one if isinstance(one, Adapter) else load_adapter(one, base) for one in adapters]
+    adapters = [load_adapter(one, base) for one in adapters]
     if not completions or batch_tokens < 1:
         msg = f"{len(completions)} examples in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)

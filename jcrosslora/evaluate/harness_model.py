@@ -64,7 +64,7 @@ class JCrossLoRALM(TemplateLM):
         """
         super().__init__()
         self.settings = ModelSettings(**settings)
-        self.base = base if isinstance(base, BaseModel) else open_base(base)
+        self.base = open_base(base)
         stated, given = self.base.config.get("max_position_embeddings"), self.settings.max_length
         self.max_length = harness.positive("max_length", stated if given is None else given)
         self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)

@@ -123,9 +123,9 @@ def score(
         AdapterError: an adapter that does not fit, or whose scores are not finite.
         CheckpointError: the base or its tokenizer cannot be read, or its scores are not finite.
     """
-    base = base if isinstance(base, BaseModel) else open_base(base)
+    base = open_base(base)
     questions = read_task(questions) if isinstance(questions, str | Path) else questions
-    adapters = [one if isinstance(one, Adapter) else load_adapter(one, base) for one in adapters]
+    adapters = [load_adapter(one, base) for one in adapters]
     if not questions or batch_tokens < 1:
         msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)

@@ -216,7 +216,7 @@ def train(
 def _opened(
     base: BaseModel | str | Path, examples: Sequence[Example] | str | Path
 ) -> tuple[BaseModel, Sequence[Example]]:
-    base = base if isinstance(base, BaseModel) else open_base(base)
+    base = open_base(base)
     return base, read_examples(examples) if isinstance(examples, str | Path) else examples
 
 

@@ -60,7 +60,7 @@ def compose(
         CheckpointError: the base or its tokenizer cannot be read.
     """
     how = find_composition(how)
-    base = base if isinstance(base, BaseModel) else open_base(base)
+    base = open_base(base)
     opened = tuple(_open_adapter(one, base) for one in adapters)
     if not opened:
         msg = f"no adapters to compose: give at least one of {base.ref}"
@@ -84,7 +84,7 @@ def load_composition(
         AdapterError: no composition, a damaged one, or one of another base.
         CheckpointError: the base or its tokenizer cannot be read.
     """
-    base = base if isinstance(base, BaseModel) else open_base(base)
+    base = open_base(base)
     place = Path(folder).expanduser()
     try:
         how, names, arrays = _read_composition(place, base)
@@ -161,7 +161,7 @@ def _with_arrays(
 
 
 def _open_adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
-    adapter = given if isinstance(given, Adapter) else load_adapter(given, base)
+    adapter = load_adapter(given, base)
     if not adapter.modules and not adapter.experts:
         msg = f"{adapter.info.name}: has no update of a linear module of {base.ref}: leave it out"
         raise AdapterError(msg)
