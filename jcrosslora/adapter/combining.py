@@ -102,10 +102,8 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
     The rank of a module is the sum of its ranks; a module of one adapter only keeps its factors. Changes of embedding
     and head are kept if only one adapter has any; else they are listed in `info.ignored`, as are replaced tensors. A
-    single adapter is returned unchanged.
-
-    Raises:
-        AdapterError: none was given, one is active only after certain tokens, or shapes differ.
+    single adapter is returned unchanged. Raises AdapterError if none was given, one is active only after certain
+    tokens, or shapes differ.
     """
     if not adapters:
         msg = "no adapters to add: give at least one"

@@ -67,8 +67,7 @@ def stored_in_memory(
 ) -> Stored:
     """Take tensors in memory, such as a state dict of PEFT: numpy, JAX or torch arrays by PEFT's names.
 
-    Raises:
-        AdapterError: a value is not an array of a known dtype.
+    Raises AdapterError if a value is not an array of a known dtype.
     """
     arrays = {key: as_numpy(value) for key, value in tensors.items()}
     for key, array in arrays.items():

@@ -104,8 +104,7 @@ def _leading(u: np.ndarray, s: np.ndarray, rows: np.ndarray, *, rank: int, energ
 def check_alike(finetune: BaseModel, base: BaseModel) -> str | None:
     """Check that two models have the same tensors; return a sentence if only the sizes of the vocabularies differ.
 
-    Raises:
-        CheckpointError: a tensor of one is missing in the other, or has another shape.
+    Raises CheckpointError if a tensor of one is missing in the other, or has another shape.
     """
     found = [_layout(one) for one in (finetune, base)]
     odd = next((name for name in {**found[1], **found[0]} if found[0].get(name) != found[1].get(name)), None)

@@ -159,10 +159,8 @@ class Extracted:
     def save(self, out: Path, overwrite: bool = False) -> Path:
         """Write the adapter as a PEFT folder; what it was extracted from goes to the header of its weights, as JSON.
 
-        Where modules have ranks of their own, or more than LoRA is kept, it is profile peft, else portable.
-
-        Raises:
-            OutputError: the folder exists already, or cannot be written.
+        Where modules have ranks of their own, or more than LoRA is kept, it is profile peft, else portable. Raises
+        OutputError if the folder exists already, or cannot be written.
         """
         models, paths = {"finetune": self.finetune, "base": self.base}, []
         made: dict[str, Any] = {"version": version(), **self.to_json()}

@@ -21,8 +21,7 @@ Placed = Sequence[tuple[LoRAFactors, int, int]]
 def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
     """Give each logical module its own update: its rows of B, and the A that the parts share.
 
-    Raises:
-        AdapterError: a fused update has another number of rows than the layout, or a part has its own update too.
+    Raises AdapterError if a fused update has another number of rows than the layout, or a part has its own update too.
     """
     modules: dict[str, LoRAFactors] = {}
     for name, factors in adapter.modules.items():
@@ -37,11 +36,9 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
 def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFactors]:
     """Merge the updates of logical modules into those of the fused modules that hold them, exactly.
 
-    dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'.
-    If all parts have the same A (a split of a fused update) the rank stays. A missing part gets zero rows.
-
-    Raises:
-        AdapterError: the shapes of a part do not fit its rows, or the parts read inputs of different widths.
+    dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'. If
+    all parts have the same A (a split of a fused update) the rank stays. A missing part gets zero rows. Raises
+    AdapterError if the shapes of a part do not fit its rows, or the parts read inputs of different widths.
     """
     owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
     merged: dict[str, LoRAFactors] = {}

@@ -127,10 +127,8 @@ def adapter_from_peft(
 ) -> Adapter:
     """Read an adapter of a live `peft.PeftModel`, of every kind that is read from files.
 
-    `adapter_name` None takes the active one; for `base` and `rank` see `load_adapter`.
-
-    Raises:
-        AdapterError: the model has no such adapter, or one of a kind that is refused (named).
+    `adapter_name` None takes the active one; for `base` and `rank` see `load_adapter`. Raises AdapterError if the model
+    has no such adapter, or one of a kind that is refused (named).
     """
     from peft import get_peft_model_state_dict
 

@@ -48,11 +48,8 @@ _Two = tuple[jax.Array, jax.Array]
 def batch_probes(pair: BasePair, probes: Probes | None, *, seed: int = 0) -> tuple[Probes, list[ProbeBatch]]:
     """Tokenise probe texts for both bases.
 
-    Without `probes` the source base writes the texts. The returned probes state the number of matched positions.
-
-    Raises:
-        UsageError: no text has a position that matches.
-        CheckpointError: a base or its tokenizer cannot be read.
+    Without `probes` the source base writes the texts. The returned probes state the number of matched positions. Raises
+    UsageError if no text has a position that matches, and CheckpointError if a base or its tokenizer cannot be read.
     """
     if probes is None:
         probes = written_probes(pair.source, seed=seed)

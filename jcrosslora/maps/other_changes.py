@@ -28,11 +28,8 @@ def carry_tokens(
     """Move the changes of embedding and head to the target.
 
     A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree. The
-    changes come with a report row for each change of the adapter, and with "" or why nothing is moved.
-
-    Raises:
-        AdapterError: the changed tables differ in size from the source's.
-        CheckpointError: a weight cannot be read.
+    changes come with a report row for each change of the adapter, and with "" or why nothing is moved. Raises
+    AdapterError if the changed tables differ in size from the source's, and CheckpointError if a weight cannot be read.
     """
     source, target = pair
     ids_tgt, reason = target_ids(pair)
@@ -187,9 +184,8 @@ def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: i
 def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> Adapter:
     """Return the adapter with its invocation, if it has one, in the tokens of the target.
 
-    Raises:
-        AdapterError: one of the tokenizers does not reproduce the text of the invocation.
-        CheckpointError: the tokenizer of a base cannot be read.
+    Raises AdapterError if one of the tokenizers does not reproduce the text of the invocation, and CheckpointError if
+    the tokenizer of a base cannot be read.
     """
     tokens = adapter.info.invocation
     if tokens is None or adapter.info.invocation_target is not None:

@@ -53,9 +53,7 @@ def plan_alignment(
 def check_hosts(task: AlignmentTask) -> None:
     """Check that several processes can align together, and that all have the same input.
 
-    Raises:
-        MethodError: the bases have to run on text.
-        HostError: the processes were given different input.
+    Raises MethodError if the bases have to run on text, and HostError if the processes were given different input.
     """
     if hosts.count() == 1:
         return
@@ -84,11 +82,8 @@ def check_hosts(task: AlignmentTask) -> None:
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
     """Return the task with its text, and with the layers paired by it.
 
-    `probes` is the text that both bases are run on; None lets the source write it if the maps need any.
-
-    Raises:
-        UsageError: no text has a position that matches.
-        CheckpointError: a base or its tokenizer cannot be read.
+    `probes` is the text that both bases are run on; None lets the source write it if the maps need any. Raises
+    UsageError if no text has a position that matches, and CheckpointError if a base or its tokenizer cannot be read.
     """
     if not task.reads_probes:
         return dataclasses.replace(task, probes=probes)

@@ -131,9 +131,8 @@ def find_method(name: str) -> type[Method]:
 def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
     """Make a method object, or `Auto`, from a name, a class or an object, with hyper-parameters by name.
 
-    Raises:
-        MethodError: the method is not registered.
-        UsageError: the method does not have a setting, or a value is out of range.
+    Raises MethodError if the method is not registered, and UsageError if the method does not have a setting, or a value
+    is out of range.
     """
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
     if isinstance(method, Auto) or method == AUTO:

@@ -116,9 +116,7 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
 
-        Raises:
-            UsageError: the state is of another run.
-            CheckpointError: it cannot be read.
+        Raises UsageError if the state is of another run, and CheckpointError if it cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:

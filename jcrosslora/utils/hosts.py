@@ -54,11 +54,8 @@ def together() -> Iterator[None]:
     """Run a block in all processes at once; an error in one of them raises an error in all.
 
     The others learn of an error at their next exchange, at the end of the block at the latest. Nested blocks have no
-    effect.
-
-    Raises:
-        HostError: another process failed or ended.
-        UsageError: the processes have different numbers of devices.
+    effect. Raises HostError if another process failed or ended, and UsageError if the processes have different numbers
+    of devices.
     """
     if count() == 1 or _together.get():
         yield

@@ -19,8 +19,7 @@ TYPES = frozenset(kind.peft_type for kind in KINDS)
 def kind_of(config: Config, parts: Collection[str], where: str) -> Kind:
     """Find the kind of an adapter with a `peft_type` of `TYPES`, by its configuration and the kinds of its tensors.
 
-    Raises:
-        AdapterError: it is of two kinds that cannot be combined.
+    Raises AdapterError if it is of two kinds that cannot be combined.
     """
     peft_type = str(config["peft_type"]).upper()
     found = [kind for kind in KINDS if kind.peft_type == peft_type and kind.applies(config, parts)]

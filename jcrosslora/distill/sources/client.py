@@ -83,11 +83,8 @@ class Client:
         """Send a request to a path below the server's address until its answer is one of a type; return what it holds.
 
         `check` takes that out of the answer; a `DamagedError` of it says that the answer is not one to this request,
-        which is sent again.
-
-        Raises:
-            RefusedError: the server refuses what is asked for.
-            SourceError: the server cannot be reached, refuses the key, or gave no whole answer in several attempts.
+        which is sent again. Raises RefusedError if the server refuses what is asked for, and SourceError if the server
+        cannot be reached, refuses the key, or gave no whole answer in several attempts.
         """
         data = json.dumps(body).encode()
         return self._ask(f"{self.url}/{path}", data, lambda content: check(read_reply(content, kind)))
