@@ -139,7 +139,6 @@ def tree_of(parameter: str, **sizes: int):
         ({"layers.0.attn.q_proj.w_lora_a": np.ones((6, 2))}, r"layers.0.attn.q_proj.w has no a .* and b"),
         (tree_of("layers.0.x.w"), r"layers.0.x.w is not known"),
         (tree_of("layers.0.mlp.gate_proj"), r"layers.0.mlp.gate_proj is not known"),
-        (tree_of("decoder.layers.self_attention.query.kernel"), r"query.kernel is of MaxText"),
         (tree_of("layers.0.attn.kv_einsum.w", parts=3), r"\(rank, 2, out...\) were wanted"),
     ],
 )

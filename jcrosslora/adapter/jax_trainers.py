@@ -1,5 +1,7 @@
 """LoRA of JAX trainers: how tunix (by qwix) and google-deepmind/gemma name and shape its arrays, in both directions.
 
+That of MaxText is by qwix as well, and is given the names of tunix first, see `maxtext.py`.
+
 For a parameter W (in..., out...) they hold a (in..., K) and b (K, out...), and y = x W + scale (x a) b. A parameter of
 several matrices, such as `kv_einsum` of keys and values, has one a, and b is (K, matrices, out...). The scale is
 alpha / K in qwix and 1 in google-deepmind/gemma. Both keep the order of heads and rows of Hugging Face.
@@ -20,8 +22,9 @@ from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import is_alpha, shown
 from jcrosslora.adapter.contents import as_numpy
 from jcrosslora.adapter.fused import fuse
+from jcrosslora.adapter.maxtext import as_tunix, is_maxtext
 from jcrosslora.adapter.names import PREFIX, rank_settings
-from jcrosslora.checkpoint.base import BaseInfo
+from jcrosslora.checkpoint.base import BaseInfo, BaseModel
 from jcrosslora.checkpoint.tunix import HEAD_MATRIX, LORA_FACTOR, MATRICES, PROJECTIONS, TUNIX, Layout
 from jcrosslora.errors import AdapterError, OutputError
 
@@ -63,7 +66,7 @@ def trainer_of(names: Iterable[str]) -> Trainer | None:
 
 
 def as_state_dict(
-    arrays: Mapping[str, Any], stated: Mapping[str, Any], where: str
+    arrays: Mapping[str, Any], stated: Mapping[str, Any], where: str, base: BaseModel | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Translate the LoRA of a trainer into a state dict of PEFT and its configuration.
 
@@ -71,6 +74,7 @@ def as_state_dict(
         arrays: by their keys, joined by dots; those that are no factors are left out.
         stated: the `alpha`, and perhaps the `rank`, that it was trained with.
         where: names the source of the arrays in messages.
+        base: the model that it was trained on, which MaxText needs.
 
     Raises:
         AdapterError: no LoRA, one of a parameter that is not known, shapes that do not fit, or no alpha.
@@ -81,7 +85,8 @@ def as_state_dict(
         raise AdapterError(msg + "saved, or nnx.state(model, nnx.LoRAParam)")
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for name, (a, b) in _pairs(trainer, arrays, where).items():
+    pairs = _pairs(trainer, arrays, where)
+    for name, (a, b) in (as_tunix(pairs, base, stated, where) if is_maxtext(pairs) else pairs).items():
         modules = modules_of(trainer, name, where)
         rank = a.shape[-1]
         several = len(modules) > 1
@@ -121,9 +126,6 @@ def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
     match = _LAYER.fullmatch(_WRAPPER.sub("", parameter))
     if match is not None and match[2] in trainer.layout:
         return tuple(f"model.layers.{match[1]}.{module}" for module in trainer.layout[match[2]])
-    if parameter.startswith(("decoder.", "params.decoder.")):
-        msg = f"{where}: {parameter} is of MaxText, which stacks layers, and rescales and reorders heads: it is not "
-        raise AdapterError(msg + "read; merge it with MaxText's to_huggingface.py, and run 'jcrosslora extract'")
     msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
     raise AdapterError(msg + "train on these alone")
 

@@ -42,21 +42,22 @@ def load_adapter(
         ref: one of
             a folder with `adapter_config.json` and `adapter_model.safetensors`, or MLX's `adapters.safetensors`;
             a .gguf file of llama.cpp, or a folder with `adapter.gguf`;
-            an Orbax checkpoint with LoRA of tunix, qwix or google-deepmind/gemma, or a folder of such steps;
+            an Orbax checkpoint with LoRA of tunix, qwix, MaxText or google-deepmind/gemma, or a folder of such steps;
             the hub id of a PEFT or MLX folder (`HF_HUB_OFFLINE` is respected; only the two files are downloaded);
             a live `peft.PeftModel`, see `adapter_from_peft`;
             a mapping: PEFT's state dict, with its `config`, LoRA of one of these JAX libraries, such as
                 `nnx.state(model, nnx.LoRAParam)`, or a tree for `from_pytree`;
             an `Adapter`, which is returned unchanged.
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are only defined with its
-            weights or shapes, and llama.cpp's q and k of a llama only with its heads. If it is given, changes of the
-            embedding and the output head are read too, into `tokens`, and the size of other changes is known.
+            weights or shapes, llama.cpp's q and k of a llama only with its heads, LoRA of MaxText only with its layers
+            and heads. If it is given, changes of the embedding and the output head are read too, into `tokens`, and the
+            size of other changes is known.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, truncated optimally; None is exact, and for DoRA, whose update is
             of full rank, twice the rank of its B A. `info.read_as` says what that loses.
         config: the `adapter_config.json` of a state dict.
         alpha: of qwix's LoraProvider, whose arrays do not hold it; None takes it from a `lora_config.json` in the
-            folder of the checkpoint.
+            folder of the checkpoint, or the metadata of MaxText.
         replaced: whether to also read biases, norms and whole layers that replace those of `base`; they fit no other
             base. Otherwise `info.ignored` lists them. The adapter may then have no update of a linear layer.
 

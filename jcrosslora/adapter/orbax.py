@@ -1,7 +1,7 @@
 """Orbax checkpoints with the LoRA of a JAX trainer: read their LoRA, and write one for tunix.
 
 What the arrays do not tell, alpha above all, stands in a `lora_config.json` in or above the folder of the checkpoint,
-by the names that qwix's LoraProvider has for it.
+by the names that qwix's LoraProvider has for it. MaxText's trainer writes it into the metadata of the step.
 """
 
 import json
@@ -22,7 +22,11 @@ from jcrosslora.adapter.jax_trainers import (
 )
 from jcrosslora.checkpoint.in_memory import array_name
 from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore
+from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.errors import AdapterError
+
+_STEP = "_CHECKPOINT_METADATA"  # in the folder of a step
+_OPTIMISER = ("opt_state", "optimizer")  # its moments of LoRA have the names of LoRA
 
 
 def checkpoint_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -51,7 +55,19 @@ def holds_lora(checkpoint: Path) -> bool:
 def _lora_entries(checkpoint: Path) -> Entries:
     with as_adapter_errors():
         entries = read_entries(checkpoint)
-    return {path: entry for path, entry in entries.items() if trainer_of([array_name(path)])}
+    weights = {path: entry for path, entry in entries.items() if path[0] not in _OPTIMISER}
+    return {path: entry for path, entry in weights.items() if trainer_of([array_name(path)])}
+
+
+def stated_alpha(checkpoint: Path) -> dict[str, Any]:
+    """Read the rank and alpha that MaxText's trainer wrote into the metadata of a step; nothing if there are none."""
+    for path in (checkpoint / _STEP, checkpoint.parent / _STEP):
+        if path.is_file():
+            with as_adapter_errors():
+                stated = (read_json_object(path).get("custom_metadata") or {}).get("lora") or {}
+            names = {"rank": "lora_rank", "alpha": "lora_alpha"}
+            return {name: stated[theirs] for name, theirs in names.items() if theirs in stated}
+    return {}
 
 
 def write_tunix(contents: Contents, folder: Path) -> None:

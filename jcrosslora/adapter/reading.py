@@ -24,7 +24,7 @@ from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
 from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
-from jcrosslora.adapter.orbax import read_checkpoint
+from jcrosslora.adapter.orbax import read_checkpoint, stated_alpha
 from jcrosslora.adapter.origin import earlier_of, read_record
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
@@ -85,15 +85,15 @@ def open_trained(
 ) -> AdapterFile:
     """Open the LoRA of a JAX trainer, a tree of arrays or an `nnx.State`; see `load_adapter`."""
     stated = {} if alpha is None else {"alpha": alpha}
-    tensors, config = as_state_dict(named_arrays(tree), stated, "state")
+    tensors, config = as_state_dict(named_arrays(tree), stated, "state", base)
     return open_state_dict(tensors, config, base, name="state", rank=rank)
 
 
 def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | None) -> Stored:
     if files.form == "Orbax":
-        stated = {} if files.config is None else folder.read_config(files.config)
+        stated = stated_alpha(files.weights) if files.config is None else folder.read_config(files.config)
         given = stated if alpha is None else {**stated, "alpha": alpha}
-        tensors, settings = as_state_dict(read_checkpoint(files.weights), given, files.name)
+        tensors, settings = as_state_dict(read_checkpoint(files.weights), given, files.name, base)
         return replace(stored_in_memory(str(files.weights), tensors, settings), stated=stated)
     if files.config is None:
         return translated_gguf(open_gguf_adapter(files.weights), base)
