@@ -23,6 +23,7 @@ from jcrosslora.decoder import (
     Sampling,
     load_model,
     loading,
+    prompt_queue,
     sampling,
     stack_adapter,
 )
@@ -160,6 +161,10 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     both = begun.replace(cache=(begun.cache, begun.cache))
     given = shapes.model, both, (of(), of()), DRAWN
     yield Program(sampling.extend_amplified, given, {"count": 4, "stop_tokens": ()})
+    sizes = {"rows": 4, "slots": 16}
+    yield Program(prompt_queue.blank, (begun,), sizes)
+    state = jax.eval_shape(partial(prompt_queue.blank, **sizes), begun)
+    yield Program(prompt_queue.enter, (state, begun, whole(BATCH), whole(), whole()))
     yield Program(timing._pass, (shapes.base, shapes.tokens))
     yield Program(timing._gradient, (shapes.base, shapes.adapter, shapes.tokens))
 

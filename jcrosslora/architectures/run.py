@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import flax.struct
@@ -197,6 +198,7 @@ def _times(factor: float | None, x: jax.Array) -> jax.Array:
 
 
 EMPTY = -1  # position of a slot without a token
+_SLOTS = 3  # the axis of slots in keys and values
 
 
 @flax.struct.dataclass
@@ -241,6 +243,43 @@ def of_sequences(cache: KVCache, chosen: jax.Array) -> KVCache:
     """Return the cache of the sequences `chosen`, int32 (B,), any of them several times."""
     found = jax.tree.map(lambda x: x[:, chosen], cache.states)
     return dataclasses.replace(cache, positions=cache.positions[chosen], states=found)
+
+
+def blank_sequences(cache: KVCache, rows: int, slots: int) -> KVCache:
+    """Return an empty cache for `rows` sequences of up to `slots` tokens, otherwise like another."""
+
+    def blank(x: jax.Array, *, keys: bool) -> jax.Array:
+        sizes = [x.shape[0], rows, *x.shape[2:]]
+        if keys:
+            sizes[_SLOTS] = slots
+        return jnp.zeros(sizes, x.dtype)
+
+    states = {
+        kind: jax.tree.map(partial(blank, keys=isinstance(state, KeysValues)), state)
+        for kind, state in cache.states.items()
+    }
+    return dataclasses.replace(cache, positions=jnp.full((rows, slots), EMPTY, jnp.int32), states=states)
+
+
+def put_sequence(cache: KVCache, row: jax.Array, other: KVCache, number: jax.Array, end: jax.Array) -> KVCache:
+    """Replace sequence `row` by a sequence of another cache, whose slots come to lie before `end`.
+
+    The rest of its slots is empty.
+    """
+
+    def put(old: jax.Array, new: jax.Array, *, axis: int = 1, slots: int | None = None) -> jax.Array:
+        start = [jnp.zeros((), jnp.int32)] * old.ndim
+        start[axis] = row
+        if slots is not None:
+            start[slots] = end - new.shape[slots]
+        return lax.dynamic_update_slice(old, lax.dynamic_slice_in_dim(new, number, 1, axis), start)
+
+    emptied = cache.positions.at[row].set(EMPTY)
+    states = {
+        kind: jax.tree.map(partial(put, slots=_SLOTS if isinstance(state, KeysValues) else None), state, new)
+        for (kind, state), new in zip(cache.states.items(), map(other.states.get, cache.states), strict=True)
+    }
+    return dataclasses.replace(cache, positions=put(emptied, other.positions, axis=0, slots=1), states=states)
 
 
 def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:

@@ -13,7 +13,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.loading import fast_dtype, load_model
 from jcrosslora.decoder.model import Model, stack_adapter
-from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch, padded, plan_batches, rounded
+from jcrosslora.decoder.prompt_batches import BATCH, LONGEST, PromptBatch, padded, plan_batches, rounded
+from jcrosslora.decoder.prompt_queue import write_queue
 from jcrosslora.decoder.sampling import Behind, Sampling, State, amplified, extend, extend_amplified, prefill
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
@@ -130,19 +131,15 @@ class Generator:
     ) -> list[np.ndarray]:
         """Do as `continue_tokens`, by new tokens, temperature and key; rows that ended hold their stop token."""
         max_new_tokens, temperature, key = sampling
-        tokens, mask = padded(batch.texts, batch.shape, pad_left)
-        beginnings = batch.beginnings
-        behind = None if beginnings is None else Behind(*map(jnp.asarray, beginnings.arrays(len(tokens))))
         block = max_new_tokens if until is None else _BLOCK
-        room = rounded(block * -(-max_new_tokens // block))
-        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
+        state = self.begin(batch, rounded(block * -(-max_new_tokens // block)), pad_left=pad_left)
         drawn = Sampling(jnp.float32(temperature), key, jnp.int32(block))
         rows = [np.zeros(0, np.int32) for _ in batch.texts]
         unfinished = list(range(len(rows)))
         for start in range(0, max_new_tokens, block):
             if not unfinished:
                 break
-            state, *new = self._extend(state, drawn, block)
+            state, *new = self.extend(state, drawn, block)
             written, valid = map(np.asarray, new)
             for row in tuple(unfinished):
                 found = np.concatenate([rows[row], written[row][valid[row]]])
@@ -153,6 +150,13 @@ class Generator:
         if not np.asarray(state.finite)[: len(rows)].all():
             raise not_finite(self.name, self.adapter_name)
         return rows
+
+    def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
+        """Read the prompts of a batch; `room` is how many tokens the cache has space for after them."""
+        tokens, mask = padded(batch.texts, batch.shape, pad_left)
+        beginnings = batch.beginnings
+        behind = None if beginnings is None else Behind(*map(jnp.asarray, beginnings.arrays(len(tokens))))
+        return self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
 
     def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
         return prefill(self.model, prompts, mask, behind, room=room)
@@ -167,7 +171,8 @@ class Generator:
         settings = self.model.settings
         return not settings.recurrent and all(rope.long_frequencies is None for rope in settings.ropes)
 
-    def _extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+    def extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+        """Write up to `count` tokens, see `sampling.extend`."""
         return extend(self.model, state, sampling, count=rounded(count), stop_tokens=self.tokenizer.stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
@@ -211,14 +216,18 @@ class Generator:
     ) -> list[np.ndarray]:
         """Answer prompts of at most 2,048 tokens in batches of similar length, 48 or, of long prompts, fewer.
 
+        Of more prompts the likeliest tokens are written from a queue, see `write_queue`.
+
         What several of them begin with is read once, if the base allows it and that saves enough. Settings and errors
         are those of `continue_tokens`; the bar advances by one for each prompt. Returns int32 (T,) for each: what was
         written, with the stop token if there is one.
         """
+        if temperature == 0 and len(ids) > BATCH:
+            return write_queue(self, ids, max_new_tokens, bar=bar)
         found = [np.zeros(0, np.int32)] * len(ids)
         start = 0
         for batch in plan_batches(ids, max_new_tokens, share=self.shares_beginnings):
-            model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
+            model, sampling = self.of_rows(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
             rows = model._continue(batch, sampling, pad_left=True)
             key = jax.random.fold_in(key, start)
             for place, row in zip(batch.places, rows, strict=True):
@@ -228,8 +237,8 @@ class Generator:
                 bar.update(len(batch.places))
         return found
 
-    def _for(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
-        """Return the writer of a batch of `rows`, the first of which are the prompts."""
+    def of_rows(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
+        """Return the writer of a batch of `rows`, the first of which are the prompts at these places."""
         return self
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -259,7 +268,8 @@ class AmplifiedGenerator(Generator):
         scores = amplified(found.scores, plain.scores, *self._numbers)
         return State(found.count, scores, found.positions, (found.cache, plain.cache), found.running, found.finite)
 
-    def _extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+    def extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+        """Write up to `count` tokens of amplified logits, see `sampling.extend_amplified`."""
         sizes = {"count": rounded(count), "stop_tokens": self.tokenizer.stops}
         return extend_amplified(self.model, state, self._numbers, sampling, **sizes)
 

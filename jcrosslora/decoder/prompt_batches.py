@@ -8,10 +8,10 @@ import numpy as np
 
 from jcrosslora.utils.cost import TEXT, Cost
 
-_BATCH, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
-_READ = _BATCH * _WIDE  # tokens that are read in one pass, padding included
-_SLOTS = _BATCH * 512  # of the cache of a batch, without those of what is written
-_ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
+BATCH, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
+_READ = BATCH * _WIDE  # tokens that are read in one pass, padding included
+_SLOTS = BATCH * 512  # of the cache of a batch, without those of what is written
+_ROWS = (8, 24, BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
 _BEGINNINGS = (1, 2, 4, 8)  # of a batch, the fewest that hold its own
 # What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
 # that are written is rounded to it, too: one compiled program writes answers of nearly the same length.
@@ -70,6 +70,11 @@ class PromptBatch:
     shape: tuple[int, int]
     beginnings: Beginnings | None = None
 
+    @property
+    def slots(self) -> int:
+        """What each prompt takes in a cache, its beginning and padding included."""
+        return self.shape[1] + (0 if self.beginnings is None else self.beginnings.shape[1])
+
     def count_tokens(self, written: int) -> int:
         """Count the tokens that are read and, in each row, `written`; those of padding and of empty rows included."""
         rows, width = self.shape
@@ -79,45 +84,63 @@ class PromptBatch:
 
 def writing_cost(texts: int, tokens: int, prompt: float = TEXT) -> Cost:
     """Count the writing of texts up to a length, after prompts of a mean length."""
-    return Cost(texts, written=-(-texts // _BATCH) * tokens, source=_PREFILL * texts * prompt)
+    return Cost(texts, written=-(-texts // BATCH) * tokens, source=_PREFILL * texts * prompt)
 
 
-def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool) -> list[PromptBatch]:
+def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool, most: int = BATCH) -> list[PromptBatch]:
     """Put prompts into batches of similar length.
 
     Args:
         ids: int32 (T,) token ids of each prompt, at most `LONGEST`.
         written: the most tokens that are written after each.
         share: whether common beginnings may be read once, which they are if that leaves less to do.
+        most: the most prompts in a batch.
 
     Returns:
         Batches that hold every prompt once, those after common beginnings last.
     """
-    whole = _whole(ids, range(len(ids)))
+    whole = _whole(ids, range(len(ids)), most)
     groups = common_beginnings(ids) if share else []
     if not groups:
         return whole
     grouped = {place for group in groups for place in group.places}
     others = [place for place in range(len(ids)) if place not in grouped]
-    shared = [*_whole(ids, others), *_behind(ids, groups)]
+    shared = [*_whole(ids, others, most), *_behind(ids, groups, most)]
     tokens = [sum(batch.count_tokens(written) for batch in batches) for batches in (shared, whole)]
     return shared if tokens[0] <= _WORTH * tokens[1] else whole
 
 
-def _whole(ids: Sequence[np.ndarray], places: Sequence[int]) -> list[PromptBatch]:
+def _whole(ids: Sequence[np.ndarray], places: Sequence[int], rows: int) -> list[PromptBatch]:
     """Put whole prompts into batches, shortest first: every token of padding costs as much as one of text."""
     order, found = sorted(places, key=lambda place: len(ids[place])), []
     while order:
-        part, most = order[:_BATCH], _BATCH
+        part, most = order[:rows], rows
         width = rounded(len(ids[part[-1]]))
         if width > _WIDE:
             # The narrowest width that the shortest prompt fits in, and the others that fit in it.
             width = _next_width(len(ids[part[0]]))
-            most = min(_BATCH, _READ // width)
+            most = min(rows, _READ // width)
             part = [place for place in part[:most] if len(ids[place]) <= width]
         found.append(PromptBatch(part, [ids[place] for place in part], (_rows(len(part), most), width)))
         order = order[len(part) :]
     return found
+
+
+def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[PromptBatch], int, int]]:
+    """Divide batches among queues of prompts that take a cache of one shape in turn, those of fewer slots first.
+
+    Returns:
+        The batches of each queue, the rows of its cache, and the slots of a row without those of what is written.
+    """
+    found: dict[int, list[PromptBatch]] = {}
+    for turn in sorted(turns, key=lambda turn: turn.slots):
+        found.setdefault(_next_width(min(turn.slots, LONGEST)), []).append(turn)
+    queues = []
+    for own in found.values():
+        slots = own[-1].slots
+        most = max(own[0].shape[0], min(BATCH, _SLOTS // (slots + rounded(written))))
+        queues.append((own, _rows(min(most, sum(len(turn.places) for turn in own)), most), slots))
+    return queues
 
 
 class _Row(NamedTuple):
@@ -130,7 +153,7 @@ class _Row(NamedTuple):
     place: int
 
 
-def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group]) -> list[PromptBatch]:
+def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group], most: int) -> list[PromptBatch]:
     """Put the prompts of groups into batches, those of a group that go on for similarly long together."""
     rows = sorted(
         _Row(_next_width(text := len(ids[place]) - group.length), group.length, number, text, place)
@@ -139,8 +162,8 @@ def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group]) -> list[PromptBa
     )
     found = []
     while rows:
-        count, shapes = 1, _shapes(rows[:1])
-        while count < len(rows) and (larger := _shapes(rows[: count + 1])) is not None:
+        count, shapes = 1, _shapes(rows[:1], most)
+        while count < len(rows) and (larger := _shapes(rows[: count + 1], most)) is not None:
             count, shapes = count + 1, larger
         assert shapes is not None  # a single prompt always fits
         found.append(_batch(ids, rows[:count], *shapes))
@@ -148,10 +171,10 @@ def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group]) -> list[PromptBa
     return found
 
 
-def _shapes(rows: Sequence[_Row]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def _shapes(rows: Sequence[_Row], limit: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Return the shapes (G, P) of the beginnings of a batch and (B, T) of its texts; None if they are no batch."""
     longest, width = _width(rows[-1].beginning), _width(max(row.text for row in rows))
-    groups, most = len({row.group for row in rows}), min(_BATCH, _READ // width, _SLOTS // (longest + width))
+    groups, most = len({row.group for row in rows}), min(limit, _READ // width, _SLOTS // (longest + width))
     padded_groups = next((count for count in _BEGINNINGS if groups <= count), None)
     # In front of a long beginning there is no more padding than it has tokens.
     alike = rows[0].width == rows[-1].width and longest <= max(_WIDE, 2 * rows[0].beginning)

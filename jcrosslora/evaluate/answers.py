@@ -6,14 +6,13 @@ that of rouge-score: C.-Y. Lin, ROUGE: a package for automatic evaluation of sum
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -22,12 +21,17 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, Written
-from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.decoder.generate import as_written
+from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch
+from jcrosslora.decoder.prompt_queue import write_queue
+from jcrosslora.decoder.row_adapters import RowAdapters
+from jcrosslora.decoder.sampling import State
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
 from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums
 from jcrosslora.text import Completion, read
+from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import track
 
 # Modules of the extra `scores`, by the figure that needs them.
@@ -250,13 +254,45 @@ def answer(
 def _write(
     models: Models, tokenizer: Tokenizer, completions: Sequence[Completion], max_new_tokens: int
 ) -> tuple[tuple[Written, ...], ...]:
-    """Answer all prompts under each model; adapters of one shape, the base's of zeros, share the compiled programs."""
-    prompts, names, found = [one.prompt for one in completions], models.names, []
-    with track(models.count * len(prompts), "write answers", "answers") as bar:
-        for place in range(models.count):
-            generator = Generator(models.one(place), tokenizer, names[0], names[place] if place else None)
-            found.append(tuple(generator.write(prompts, max_new_tokens, 0.0, jax.random.key(0), bar=bar)))
-    return tuple(found)
+    """Answer all prompts under all models, in one queue, or if these do not fit in one batch, in one for each model."""
+    prompts, names, count = [prompt_ids(tokenizer, one.prompt) for one in completions], models.names, len(completions)
+    together = models.by_row()
+    with track(models.count * count, "write answers", "answers") as bar:
+        if together is not None:
+            writer = _Writer(together, tokenizer, names[0], None, names, count)
+            rows = write_queue(writer, prompts, max_new_tokens, models=models.count, bar=bar)
+        else:
+            own = [
+                Generator(models.one(place), tokenizer, names[0], names[place] if place else None)
+                for place in range(models.count)
+            ]
+            rows = [row for one in own for row in write_queue(one, prompts, max_new_tokens, bar=bar)]
+    written = [as_written(tokenizer, prompts[place % count], row) for place, row in enumerate(rows)]
+    return tuple(tuple(written[start : start + count]) for start in range(0, len(written), count))
+
+
+@dataclass(frozen=True, eq=False)
+class _Writer(Generator):
+    """Writes for several models at once, of `names`, to `count` prompts each: those of the base come first."""
+
+    names: tuple[str, ...] = ()
+    count: int = 0
+
+    def of_rows(self, places: Sequence[int], rows: int) -> Self:
+        """Return the writer of rows of several models."""
+        del rows
+        return self._of([place // self.count for place in places])
+
+    def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
+        """Read the prompts of a batch, all of one model."""
+        return super(_Writer, self._of([batch.places[0] // self.count])).begin(batch, room, pad_left=pad_left)
+
+    def _of(self, models: Sequence[int]) -> Self:
+        adapters = self.model.adapter
+        assert isinstance(adapters, RowAdapters)
+        chosen = adapters.of_rows([model - 1 if model else None for model in models])
+        name = self.names[models[0]] if models[0] else None
+        return replace(self, model=self.model.with_adapter(chosen), adapter_name=name)
 
 
 def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, number: int) -> Tokens:

@@ -18,6 +18,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.decoder import AppliedAdapter, Model, init_cache, load_model, stack_adapters, target_log_probs
 from jcrosslora.decoder.forward import extend_behind
+from jcrosslora.decoder.model import StackedAdapter
+from jcrosslora.decoder.row_adapters import RowAdapters
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.examples import Question
 from jcrosslora.utils.progress import Track, track
@@ -100,6 +102,13 @@ class Models:
     def one(self, place: int) -> Model:
         """Return the base with one of the adapters."""
         return self.model.with_adapter(jax.tree.map(lambda leaf: leaf[place], self.model.adapter))
+
+    def by_row(self) -> Model | None:
+        """Return the base with all adapters, of which each row of a batch has one; None if that is no `RowAdapters`."""
+        stacked = self.model.adapter
+        assert isinstance(stacked, StackedAdapter)
+        adapters = RowAdapters.of(jax.tree.map(lambda leaf: leaf[1:], stacked))
+        return None if adapters is None else self.model.with_adapter(adapters)
 
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
         """Batch questions as `batches` does; choices that are rotated apart share no tokens."""

@@ -263,7 +263,7 @@ class _ComposedGenerator(Generator):
 
     shares: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
-    def _for(self, places: Sequence[int], rows: int) -> Self:
+    def of_rows(self, places: Sequence[int], rows: int) -> Self:
         adapter = self.model.adapter
         assert isinstance(adapter, ComposedAdapter)
         batch = np.zeros((rows, self.shares.shape[1]), np.float32)

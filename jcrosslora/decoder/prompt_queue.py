@@ -1,0 +1,151 @@
+"""Write greedily after a queue of prompts: a row whose text has ended goes to the next prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jcrosslora.architectures.run import KVCache, blank_sequences, put_sequence
+from jcrosslora.decoder.prompt_batches import PromptBatch, plan_batches, plan_queues, rounded
+from jcrosslora.decoder.sampling import Sampling, State
+from jcrosslora.errors import not_finite
+
+if TYPE_CHECKING:
+    from jcrosslora.decoder.generate import Generator
+    from jcrosslora.utils.progress import Track
+
+_TURN = 8  # prompts that are read together
+_STEPS = 8  # tokens between two looks for texts that have ended; a divisor of the room for what is written
+
+
+def write_queue(
+    writer: Generator, ids: Sequence[np.ndarray], max_new_tokens: int, *, models: int = 1, bar: Track | None = None
+) -> list[np.ndarray]:
+    """Write the likeliest tokens after n prompts, int32 (T,) token ids of at most `LONGEST`.
+
+    Args:
+        writer: its `of_rows` gets the places of prompts.
+        max_new_tokens: tokens at which a text is cut off.
+        models: M, how often each prompt is answered. `of_rows` gets its place + m n for m from 0 to M - 1; prompts that
+            are read together have one m.
+        bar: advances by one for each text.
+
+    Returns:
+        int32 (T,) for each of the M n texts, with the stop token if there is one.
+
+    Raises:
+        AdapterError, CheckpointError: see `Generator.continue_tokens`.
+    """
+    found: list[np.ndarray] = [np.zeros(0, np.int32)] * (models * len(ids))
+    turns = [
+        dataclasses.replace(turn, places=[place + model * len(ids) for place in turn.places])
+        for model in range(models)
+        for turn in plan_batches(ids, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
+    ]
+    for own, *sizes in plan_queues(turns, max_new_tokens):
+        for place, row in _Rows(writer, max_new_tokens, *sizes).write(own):
+            found[place] = row
+            if bar is not None:
+                bar.update(1)
+    return found
+
+
+class _Rows:
+    """The rows of a cache.
+
+    All of them write into the same slots, one after another and then from the first on again. A row writes no more
+    tokens than there are slots before it goes to another prompt, which empties it.
+    """
+
+    def __init__(self, writer: Generator, max_new_tokens: int, rows: int, slots: int) -> None:
+        self._writer, self._most, self._rows, self._slots = writer, max_new_tokens, rows, slots
+        self._room = rounded(max_new_tokens)
+        self._places: dict[int, int] = {}  # of prompts, by row
+        self._texts: dict[int, np.ndarray] = {}
+        self._state: State | None = None
+
+    def write(self, turns: Sequence[PromptBatch]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the place of each prompt with what was written after it, as they end."""
+        waiting, looks = deque(turns), 0
+        while waiting or self._places:
+            while waiting and len(self._free) >= len(waiting[0].places):
+                self._enter(waiting.popleft())
+            self._extend(self._slots + looks * _STEPS % self._room)
+            looks += 1
+            for row, text in list(self._texts.items()):
+                if len(text) == self._most or text[-1] in self._writer.tokenizer.stops:
+                    del self._texts[row]
+                    yield self._places.pop(row), text
+
+    @property
+    def _free(self) -> list[int]:
+        return [row for row in range(self._rows) if row not in self._places]
+
+    def _enter(self, turn: PromptBatch) -> None:
+        """Read prompts into free rows."""
+        begun = self._writer.of_rows(turn.places, turn.shape[0]).begin(turn, 0, pad_left=True)
+        state = self._state or blank(begun, rows=self._rows, slots=self._slots + self._room)
+        rows, wanted = self._free[: len(turn.places)], np.zeros(turn.shape[0], np.int32)
+        wanted[: len(rows)] = rows
+        self._state = enter(state, begun, jnp.asarray(wanted), jnp.int32(len(rows)), jnp.int32(self._slots))
+        self._places |= dict(zip(rows, turn.places, strict=True))
+        self._texts |= dict.fromkeys(rows, np.zeros(0, np.int32))
+
+    def _extend(self, filled: int) -> None:
+        """Write the next tokens of all rows into the slots from `filled` on."""
+        assert self._state is not None
+        running = jnp.asarray([row in self._places for row in range(self._rows)])
+        cache = _each(self._state.cache, lambda one: dataclasses.replace(one, filled=jnp.int32(filled)))
+        state = dataclasses.replace(self._state, running=running, cache=cache)
+        most = min(_STEPS, self._most - min(map(len, self._texts.values())))
+        sampling = Sampling(jnp.float32(0), jax.random.key(0), jnp.int32(most))
+        # Rows without a prompt run as any other.
+        writer = self._writer.of_rows([self._places.get(row, 0) for row in range(self._rows)], self._rows)
+        self._state, *new = writer.extend(state, sampling, _STEPS)
+        tokens, valid, finite = map(np.asarray, (*new, self._state.finite))
+        for row, text in self._texts.items():
+            if not finite[row]:
+                one = self._writer.of_rows([self._places[row]], 1)
+                raise not_finite(one.name, one.adapter_name)
+            self._texts[row] = np.concatenate([text, tokens[row][valid[row]]])[: self._most]
+
+
+@partial(jax.jit, static_argnames=("rows", "slots"))
+def blank(state: State, *, rows: int, slots: int) -> State:
+    """Return a state of B sequences of which none has begun, with a cache of S slots; otherwise like another."""
+
+    def zeros(x: jax.Array) -> jax.Array:
+        return jnp.zeros((rows, *x.shape[1:]), x.dtype)
+
+    cache = _each(state.cache, lambda one: blank_sequences(one, rows, slots))
+    own = {name: zeros(getattr(state, name)) for name in _BY_ROW}
+    return dataclasses.replace(state, cache=cache, **own)
+
+
+@partial(jax.jit, donate_argnames="state")
+def enter(state: State, begun: State, rows: jax.Array, count: jax.Array, end: jax.Array) -> State:
+    """Put the first `count` sequences of `begun` into rows, int32 (C,), of a state; their prompts end before a slot."""
+
+    def put(number: jax.Array, state: State) -> State:
+        row = rows[number]
+        own = {name: getattr(state, name).at[row].set(getattr(begun, name)[number]) for name in _BY_ROW}
+        cache = _each(state.cache, lambda one, new: put_sequence(one, row, new, number, end), begun.cache)
+        return dataclasses.replace(state, cache=cache, **own)
+
+    return lax.fori_loop(0, count, put, state)
+
+
+_BY_ROW = ("scores", "positions", "running", "finite")
+
+
+def _each(caches: Any, function: Callable[..., KVCache], *others: Any) -> Any:
+    """Apply a function to the cache of a state, or to each of an amplified model."""
+    return jax.tree.map(function, caches, *others, is_leaf=lambda one: isinstance(one, KVCache))
