@@ -127,29 +127,28 @@ def test_invocation_tokens_are_translated_to_the_target(tmp_path, tokenized):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("profile", ["mlx", "lora-xs"])
-def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized, profile):
+def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized):
     folder, source, target, _ = tokenized
     where = {name: str(folder / name) for name in ("adapter", "source", "target")}
-    settings = {"method": "pad-truncate", "profile": profile, "out_rank": 4}
+    settings = {"method": "pad-truncate", "profile": "mlx", "out_rank": 4}
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
     bases = "".join(f'{name} = "{where[name]}"\n' for name in ("source", "target"))
     adapters = f'source = ["{where["adapter"]}", "{tmp_path / "plain"}"]\n'
     move = '[[moves]]\nfrom = "source"\nto = "target"\nmethods = ["pad-truncate"]\nout_rank = 4\n'
-    move += f'profile = "{profile}"\n'
+    move += 'profile = "mlx"\n'
     (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
     found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
     assert [outcome.status for outcome in found.values()] == ["failed", "done"]
-    assert "which MLX does not know" in found["adapter--target--pad-truncate"].text or profile == "lora-xs"
+    assert "which MLX does not know" in found["adapter--target--pad-truncate"].text
     said = r"does not know: write it in one of the profiles portable, peft, gguf"
     with pytest.raises(OutputError, match=said):
         move_files(**where, out=str(tmp_path / "out"), **settings)
     (source, read), (target, also_read) = recorded(source), recorded(target)
     adapter, options = jcl.load_adapter(where["adapter"], source), TransferOptions(out_rank=4)
     with pytest.raises(OutputError, match=said):
-        PairSession(source, target).transfer(Request(adapter, PadTruncate(), options, profile=profile))
+        PairSession(source, target).transfer(Request(adapter, PadTruncate(), options, profile="mlx"))
     assert not read.read + also_read.read
-    exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
+    exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile="mlx", out_rank=4)
     with pytest.raises(OutputError, match="aLoRA"):
         jcl.export_adapter(dataclasses.replace(exported, base=where["source"]))
     assert not (tmp_path / "out").exists()

@@ -44,7 +44,6 @@ export dora adapter --out out/sum --base source
 export dora --out out/kept --keep-dora --profile peft
 export dora --out out/lost --out-rank 2 --base source
 export own --out out/own
-export adapter --out out/xs --profile lora-xs --out-rank 2 --base source
 export adapter --out out/adapter-gguf --profile gguf --base source
 export dora --out out/adapter-mlx --profile mlx --base source
 export adapter --out out/adapter-tunix --profile tunix --base source

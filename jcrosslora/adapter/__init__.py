@@ -20,8 +20,7 @@ from jcrosslora.adapter.load import from_pytree as from_pytree
 from jcrosslora.adapter.load import load_adapter as load_adapter
 from jcrosslora.adapter.load import load_dora as load_dora
 from jcrosslora.adapter.load import to_pytree as to_pytree
-from jcrosslora.adapter.lora_xs import frozen_factors as frozen_factors
-from jcrosslora.adapter.lora_xs import lora_x_update as lora_x_update
+from jcrosslora.adapter.lora_x import lora_x_update as lora_x_update
 from jcrosslora.adapter.peft import adapter_from_peft as adapter_from_peft
 from jcrosslora.adapter.peft import to_peft as to_peft
 from jcrosslora.adapter.records import Adapter as Adapter

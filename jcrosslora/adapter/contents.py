@@ -191,7 +191,6 @@ class Contents:
         prefix: of the names that the base's class gives to modules, see `class_module_name`.
         by_weight: the modules that peft adapts if their weights are named, see `names.by_weight`.
         exclude: modules of the base that have the ending of one of the others, but no update.
-        frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
     """
 
@@ -203,7 +202,6 @@ class Contents:
     by_weight: frozenset[str] = frozenset()
     exclude: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
 
     @property

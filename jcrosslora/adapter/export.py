@@ -15,12 +15,11 @@ from jcrosslora.adapter.folder import CARD
 from jcrosslora.adapter.fused import fit_to_base, fuse
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
-from jcrosslora.adapter.lora_xs import Frozen, span_rank, truncate_for_profile
 from jcrosslora.adapter.merge import Merged, write_merged
 from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
-from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule
+from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_fused
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base import describe_base
 from jcrosslora.checkpoint.hub import local_names, publish
@@ -45,16 +44,15 @@ class ExportSettings(Settings):
     """The folder to write."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, which every engine reads the same way. peft: a rank for each module. mlx: the
-    folder of MLX. gguf: the file of llama.cpp. tunix: an Orbax checkpoint with LoRA of qwix. lora-xs: a small matrix
-    between the top --out-rank singular vectors of each weight. Only peft holds changes of the embedding and the output
-    head, trained biases, norms and whole layers, which are read with the base."""
+    folder of MLX. gguf: the file of llama.cpp. tunix: an Orbax checkpoint with LoRA of qwix. Only peft
+    holds changes of the embedding and the output head, trained biases, norms and whole layers, which are read with the
+    base."""
     base: str | None = None
-    """Its base: a folder of safetensors, a GGUF file or a hub id. Profiles gguf, tunix and lora-xs need it;
-    the adapter is checked against it."""
+    """Its base: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and tunix need it; the
+    adapter is checked against it."""
     out_rank: RankRule | None = None
     """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as
-    0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: the
-    number of singular vectors of each weight."""
+    0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
     absorb: str | None = None
     """A second folder, for the base with all changes in its weights that are no LoRA of linear modules: trained norms,
     biases, whole layers, embedding, head, experts. The adapter is then one of this base. Needs --base."""
@@ -78,7 +76,6 @@ class Exported:
         adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
-        frozen: the frozen factors of profile lora-xs.
         warnings: what tells that an adapter is of another base than the one given, one sentence each.
         split: what went into a base of its own, and what into the adapter.
         merged: that base as written; None if nothing had to go into it.
@@ -88,7 +85,6 @@ class Exported:
     truncation: Truncation | None
     sources: tuple[AdapterInfo, ...]
     magnitudes: Mapping[str, np.ndarray] | None = None
-    frozen: Frozen | None = None
     warnings: tuple[str, ...] = ()
     split: Split | None = None
     merged: Merged | None = None
@@ -110,7 +106,6 @@ def export_adapter(settings: ExportSettings) -> Exported:
     ensure_free(Path(settings.out), settings.overwrite)
     if settings.out_rank is not None:
         check_rule(settings.out_rank)
-    span_rank(settings.profile, settings.out_rank)
     if settings.keep_dora:
         _check_kept(settings)
     if settings.absorb is not None:
@@ -145,7 +140,6 @@ def export_adapter(settings: ExportSettings) -> Exported:
             documents=documents,
             metadata={"jcrosslora.version": version(), "jcrosslora.export": _account(exported, base)},
             magnitudes=exported.magnitudes,
-            frozen=exported.frozen,
         )
     return exported
 
@@ -166,9 +160,9 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     sources = tuple(adapter.info for adapter in adapters)
     if not total.modules:  # changes of the embedding and the head have no rank to truncate
         return Exported(total, None, sources, split=split)
-    cut, truncation, frozen = truncate_for_profile(total, base, settings.profile, settings.out_rank)
-    merged = fuse(cut.modules, {} if base is None else base.fused)
-    return Exported(replace(cut, modules=merged), truncation, sources, frozen=frozen, split=split)
+    fused = {} if base is None else base.fused
+    cut, truncation = truncate_fused(total, fused, settings.out_rank)
+    return Exported(replace(cut, modules=fuse(cut.modules, fused)), truncation, sources, split=split)
 
 
 def _check_absorbing(settings: ExportSettings, folder: str) -> None:

@@ -14,7 +14,6 @@ from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, check_tunix
-from jcrosslora.adapter.lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.names import by_weight, ending, natural_key
 from jcrosslora.adapter.orbax import write_tunix
@@ -25,7 +24,7 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
-Profile = Literal["portable", "peft", "mlx", "gguf", "tunix", "lora-xs"]
+Profile = Literal["portable", "peft", "mlx", "gguf", "tunix"]
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, LORA_CONFIG)
 
 
@@ -52,7 +51,6 @@ FORMATS: Mapping[str, ProfileFormat] = {
     "mlx": ProfileFormat(write_mlx, "MLX", magnitudes=True, invocation=False),
     "gguf": ProfileFormat(write_gguf, "llama.cpp"),
     "tunix": ProfileFormat(write_tunix, "tunix", invocation=False),
-    LORA_XS: ProfileFormat(write_lora_xs, "LoRA-XS", invocation=False),
 }
 
 
@@ -94,9 +92,6 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         check_gguf(family, heads)
     if profile == "tunix":
         check_tunix(family, heads)
-    if profile == LORA_XS and family is None:
-        msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
-        raise OutputError(msg)
 
 
 def save_adapter(
@@ -110,7 +105,6 @@ def save_adapter(
     overwrite: bool = False,
     documents: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
-    frozen: Mapping[str, LoRAFactors] | None = None,
     magnitudes: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write an adapter as a folder, completely or not at all. The scale is folded into B in every profile.
@@ -124,7 +118,7 @@ def save_adapter(
             merges nothing, and keeps the names in the adapter's file.
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
-        profile: with `dtype`, `overwrite` and `frozen` see `jcrosslora.save_adapter`.
+        profile: with `dtype` and `overwrite` see `jcrosslora.save_adapter`.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
@@ -164,7 +158,6 @@ def save_adapter(
         by_weight=weights,
         exclude=() if base is None else tuple(_without_update(modules, weights, base)),
         metadata=target | dict(metadata or {}),
-        frozen=frozen,
         magnitudes=magnitudes,
     )
     with atomic_folder(out, overwrite) as folder:

@@ -1,7 +1,7 @@
 """Truncate the updates of an adapter to a lower rank."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -55,12 +55,7 @@ class Truncation:
         """The figures in words, without a full stop."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        return f"{ranks}, which {self.outcome}"
-
-    @property
-    def outcome(self) -> str:
-        """The share that was kept, as the second half of a sentence."""
-        return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
+        return f"{ranks}, which keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
 def check_rule(rule: RankRule) -> None:
@@ -106,29 +101,21 @@ def truncate_by_rule(adapter: Adapter, rule: RankRule) -> tuple[Adapter, Truncat
 
 
 def truncate_fused(
-    adapter: Adapter, fused: Layout, rule: RankRule, norms: Mapping[str, float] | None = None
-) -> tuple[Adapter, Truncation]:
-    """Truncate the modules that a base stores, see `reduce_fused` and `truncate_by_rule`.
+    adapter: Adapter, fused: Layout, rule: RankRule | None, norms: Mapping[str, float] | None = None
+) -> tuple[Adapter, Truncation | None]:
+    """Truncate the modules that a base stores, see `truncate_by_rule`; a rule of None leaves the ranks.
 
+    Parts of a fused matrix are written as one update of it: truncated on their own, they would have a rank for each.
     `norms` are ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
     """
-    adapter, account = reduce_fused(adapter, fused, lambda whole: truncate_by_rule(whole, rule))
-    if norms is None:
-        return adapter, account
-    modules = {name: _rescaled(item, norms.get(name)) for name, item in adapter.modules.items()}
-    return replace(adapter, modules=modules), account
-
-
-def reduce_fused(
-    adapter: Adapter, fused: Layout, reduce: Callable[[Adapter], tuple[Adapter, Truncation]]
-) -> tuple[Adapter, Truncation]:
-    """Apply `reduce` to an adapter of the modules that the base stores.
-
-    Parts of a fused matrix are written as one update of it: reduced on their own, they would have a rank for each.
-    """
-    whole, account = reduce(Adapter(fuse(adapter.modules, fused), adapter.info))
+    if rule is None:
+        return adapter, None
+    whole, account = truncate_by_rule(Adapter(fuse(adapter.modules, fused), adapter.info), rule)
     parts = split_fused(whole, fused).modules
-    return replace(adapter, modules={name: parts[name] for name in adapter.modules}), account
+    modules = {name: parts[name] for name in adapter.modules}
+    if norms is not None:
+        modules = {name: _rescaled(item, norms.get(name)) for name, item in modules.items()}
+    return replace(adapter, modules=modules), account
 
 
 def _rescaled(factors: LoRAFactors, norm: float | None) -> LoRAFactors:

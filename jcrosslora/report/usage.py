@@ -48,7 +48,6 @@ def usage(base: Base, profile: str) -> str:
     command = {
         "mlx": f"mlx_lm.generate --model {quoted(name)} --adapter-path FOLDER --prompt PROMPT",
         "gguf": f"llama-cli --model {quoted(ref)} --lora adapter.gguf --prompt PROMPT",
-        "lora-xs": f"jcrosslora generate PROMPT --base {quoted(ref)} --adapter FOLDER",
     }.get(profile)
     if command is not None:
         return f"```sh\n{command}\n```"

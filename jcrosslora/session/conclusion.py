@@ -7,9 +7,9 @@ from typing import Any
 from msgspec import structs
 
 from jcrosslora.adapter import Adapter, update_norm
-from jcrosslora.adapter.lora_xs import READERS, Known, truncate_for_profile
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.adapter.save import Profile
+from jcrosslora.adapter.truncation import truncate_fused
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import LoadedBases, fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
@@ -42,7 +42,6 @@ class Move:
         queried: settings by which the source was queried, if its weights were not read.
         rank: the rank of the source adapter, if its factors were not read; None if that is not known.
         doubts: what speaks against the source as the base of the adapter, and against a move at all.
-        known: singular vectors of the target's weights that other adapters needed; new ones are added.
     """
 
     method: Method
@@ -52,7 +51,6 @@ class Move:
     queried: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     doubts: tuple[str, ...] = ()
-    known: Known = field(default_factory=dict)
 
 
 def conclude(
@@ -68,7 +66,7 @@ def conclude(
     options = move.options
     moved = replace(shifted.adapter, modules=update.adapter.modules)
     norms = {row.target: row.norm_after or 0.0 for row in shifted.rows} if shifted.calibration == "frobenius" else None
-    moved, truncation, frozen = truncate_for_profile(moved, target, move.profile, options.out_rank, norms, move.known)
+    moved, truncation = truncate_fused(moved, target.fused, options.out_rank, norms)
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
     texts = tuple(item.text for item in update.completions)
@@ -87,13 +85,7 @@ def conclude(
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=() if update.fitted else shifted.unmapped,
         energy=defined(shifted.energy),
-        warnings=(
-            *transport.warnings,
-            *shifted.notes,
-            *(() if frozen is None else (READERS,)),
-            *update.warnings,
-            *warnings,
-        ),
+        warnings=(*transport.warnings, *shifted.notes, *update.warnings, *warnings),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=move.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
@@ -111,7 +103,7 @@ def conclude(
     report = complete(report, move.method)
     logs.record(report.figures)
     kept = update.completions if update.wrote_prompts else ()
-    return TransferResult(moved, report, transport.target, texts, frozen, update.chat_template, kept)
+    return TransferResult(moved, report, transport.target, texts, update.chat_template, kept)
 
 
 def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
 from jcrosslora.adapter.fused import fit_to_base
-from jcrosslora.adapter.lora_xs import Known, span_rank
 from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile
@@ -95,7 +94,6 @@ class PairSession:
         self.pair = BasePair(source, target, store)
         self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
-        self._known: Known = {}
 
     def transfer(self, request: Request) -> TransferResult:
         """Move one adapter."""
@@ -181,7 +179,6 @@ class PairSession:
             OutputError: the profile cannot hold the adapter, or cannot be written for the target.
             UsageError: the profile is unknown, or the options do not fit the method.
         """
-        span_rank(profile, options.out_rank)
         adapter = fit_to_base(adapter, self._source_info)  # before anything is read of the weights
         self.take_digests()
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
@@ -201,7 +198,7 @@ class PairSession:
         found = doubts(adapter, self.pair.source, weights=chosen.runs_bases)
         if reason is None and self.pair.source.store.files and self.pair.source.store.files == target.store.files:
             found += ("source and target are one and the same base: nothing has to be moved",)
-        return PairMove(chosen, reason, options, profile, doubts=found, known=self._known, shifter=shifter)
+        return PairMove(chosen, reason, options, profile, doubts=found, shifter=shifter)
 
     @cached_property
     def _source_info(self) -> BaseInfo:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from jcrosslora.adapter import Adapter, AdapterInfo, find_adapter
-from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.adapter.save import check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases
@@ -118,7 +117,6 @@ class QueriedSession:
         for name in (name for name, given in unfit.items() if given):
             msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
             raise UsageError(msg + "is asked and not read: leave it out")
-        span_rank(profile, options.out_rank)
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         return Move(chosen, _CHOICE if isinstance(method, Auto) else None, options, profile)
 

@@ -13,7 +13,6 @@ import msgspec
 from jcrosslora.adapter import Adapter, save, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.adapter.lora_xs import Frozen
 from jcrosslora.adapter.records import ignored_sentence
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
@@ -35,7 +34,6 @@ class TransferResult:
         adapter: for the target, float32.
         base: the target, without its weights.
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
-        frozen: the frozen factors for profile lora-xs; None for other profiles.
         chat_template: Jinja source by which the target read conversations; None if the fit had none.
         completions: of the fit, if the source wrote their prompts itself. The user's prompts are not among them.
     """
@@ -44,7 +42,6 @@ class TransferResult:
     report: TransferReport
     base: BaseInfo
     texts: tuple[str, ...] = ()
-    frozen: Frozen | None = None
     chat_template: str | None = None
     completions: tuple[Completion, ...] = ()
 
@@ -81,7 +78,6 @@ class TransferResult:
             profile=profile,
             dtype=dtype,
             overwrite=overwrite,
-            frozen=self.frozen,
             documents=files,
             metadata=provenance(shown),
         )
@@ -169,21 +165,18 @@ def save_adapter(
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
     overwrite: bool = False,
-    frozen: Frozen | None = None,
 ) -> Path:
     """Write an adapter as a folder. Results of `transfer` have their own method `save`.
 
     Args:
         adapter: what to write. Its changes of embedding and head are written by profile "peft" only.
         out: the folder, which is returned; it appears whole or not at all.
-        base: the base that it is for; profiles gguf and lora-xs need it.
+        base: the base that it is for; profiles gguf and tunix need it.
         base_name: `base_model_name_or_path`; None is the name of the base.
         profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
             engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
-            "gguf" the file `adapter.gguf` of llama.cpp; "lora-xs" holds the part of each update in the span of
-            `frozen`.
+            "gguf" the file `adapter.gguf` of llama.cpp.
         overwrite: whether an adapter already there may be replaced.
-        frozen: for profile lora-xs, from `jcrosslora.adapter.frozen_factors`.
 
     Raises:
         OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.
@@ -196,7 +189,6 @@ def save_adapter(
         profile=profile,
         dtype=dtype,
         overwrite=overwrite,
-        frozen=frozen,
     )
 
 

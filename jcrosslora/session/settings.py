@@ -38,8 +38,7 @@ class TransferOptions(Settings):
     """Multiply every mapped update by this; refused if an update is fitted."""
     out_rank: RankRule | None = None
     """Truncate every moved update to this rank, or to the lowest that keeps this share of its energy, such as 0.99.
-    auto: all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
-    vectors of each weight to take."""
+    auto: all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
     seed: int = 0
     """Seed of the random control and of the texts that a base writes."""
     probe_count: int = 288
@@ -100,8 +99,8 @@ class TransferSettings(TransferOptions):
     """Number format of the file."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, which every engine reads. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
-    them, for LoRA-XS. Only peft holds changes of the embedding and the output head."""
+    gguf: the file of llama.cpp. tunix: an Orbax checkpoint with LoRA of qwix. Only peft holds changes of the embedding
+    and the output head."""
     prompts: str | None = None
     """Prompts of the adapter's task; a few hundred help most. A file without answers, one a line, or JSONL with "text",
     "prompt" or the "messages" of a conversation.

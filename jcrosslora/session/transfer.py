@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter import Adapter, find_adapter
-from jcrosslora.adapter.lora_xs import span_rank
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError, UsageError
@@ -163,7 +162,6 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
         if hosts.is_first():
             ensure_free(Path(settings.out), settings.overwrite)
         parse_depth(settings.depth)  # refused before anything is read
-        span_rank(settings.profile, settings.out_rank)
         if settings.adapter:  # a server has its own
             find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
         result = session_of(settings).transfer(_request(settings, settings.adapter))
