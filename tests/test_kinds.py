@@ -11,7 +11,7 @@ from full_set import first_of_each
 from kind_cases import FULL, LORA, MADE, lora, make_adapter, peft
 from tiny_models import tiny_model, torch
 
-from jcrosslora.adapter import LoRAFactors, TokenUpdate, load_adapter, stack_tasks, update_norm
+from jcrosslora.adapter import LoRAFactors, add_adapters, load_adapter, update_norm
 from jcrosslora.adapter.kinds import KINDS
 from jcrosslora.adapter.kinds.dora import full_update
 from jcrosslora.checkpoint import open_base
@@ -112,30 +112,13 @@ def test_kinds_of_other_repositories_follow_their_formula(tmp_path, kind):
         np.testing.assert_allclose(delta(adapter.modules[name]), 2 * b @ between @ a, rtol=0, atol=1e-6)
 
 
-def test_combined_tasks_are_directions_with_magnitudes():
-    first, second, last = (adapter_of({Q: rank} | ({V: 2} if rank != 3 else {}), seed=10 * rank) for rank in (2, 3, 4))
-    stacked = stack_tasks([first, second, last], [0.8, -0.5, 1.2])
-    a = [np.asarray(one.modules[Q].a, np.float64) for one in (first, second, last)]
-    b = [np.asarray(one.modules[Q].b, np.float64) for one in (first, second, last)]
-    sizes = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in zip(a, b, strict=True)]
-    want = 0.8 * b[0] @ a[0] / sizes[0] - 0.5 * b[1] @ a[1] / sizes[1] + 1.2 * 1.5 * b[2] @ a[2]
-    np.testing.assert_allclose(delta(stacked.modules[Q]), want, rtol=0, atol=1e-5)
-    assert [stacked.modules[name].rank for name in (Q, V)] == [9, 4]
-    np.testing.assert_allclose(delta(stack_tasks([last], [1.0]).modules[Q]), delta(last.modules[Q]), atol=1e-5)
-    with pytest.raises(UsageError, match="a number for each"):
-        stack_tasks([first, last], [1.0])
-    with pytest.raises(AdapterError, match="adapters of one base"):
-        stack_tasks([first, adapter_of({Q: 2}, width=7)], [1.0, 1.0])
-
-
-def test_combined_tasks_list_what_was_ignored():
-    adapters = [adapter_of({Q: 2}), adapter_of({Q: 2}, seed=1)]
-    bound = dataclasses.replace(adapters[0], info=dataclasses.replace(adapters[0].info, invocation=(5,)))
+def test_a_sum_is_of_adapters_of_one_base_that_always_act():
+    adapter = adapter_of({Q: 2})
+    bound = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation=(5,)))
     with pytest.raises(AdapterError, match="acts only after"):
-        stack_tasks([bound, adapters[1]], [1.0, 1.0])
-    table = TokenUpdate("embed_tokens", "tokens", size=9, ids=np.array([3]), rows=matrix(1, 4))
-    told = dataclasses.replace(adapters[0], tokens=(table,))
-    assert any("embed_tokens" in sentence for sentence in stack_tasks([told, adapters[1]], [1.0, 1.0]).info.ignored)
+        add_adapters([bound, adapter])
+    with pytest.raises(AdapterError, match="adapters of one base"):
+        add_adapters([adapter, adapter_of({Q: 2}, width=7)])
 
 
 def test_every_kind_has_a_case():

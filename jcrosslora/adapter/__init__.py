@@ -7,7 +7,6 @@ from jcrosslora.adapter.changes import TokenUpdate as TokenUpdate
 from jcrosslora.adapter.changes import update_norm as update_norm
 from jcrosslora.adapter.combining import add_adapters as add_adapters
 from jcrosslora.adapter.combining import stack_adapters as stack_adapters
-from jcrosslora.adapter.combining import stack_tasks as stack_tasks
 from jcrosslora.adapter.combining import unstack_adapters as unstack_adapters
 from jcrosslora.adapter.engines import EngineVerdict as EngineVerdict
 from jcrosslora.adapter.engines import check_engines as check_engines
@@ -20,7 +19,6 @@ from jcrosslora.adapter.load import from_pytree as from_pytree
 from jcrosslora.adapter.load import load_adapter as load_adapter
 from jcrosslora.adapter.load import load_dora as load_dora
 from jcrosslora.adapter.load import to_pytree as to_pytree
-from jcrosslora.adapter.lora_x import lora_x_update as lora_x_update
 from jcrosslora.adapter.peft import adapter_from_peft as adapter_from_peft
 from jcrosslora.adapter.peft import to_peft as to_peft
 from jcrosslora.adapter.records import Adapter as Adapter

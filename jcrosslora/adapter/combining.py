@@ -1,17 +1,6 @@
-"""Combine adapters of one base: stacks, for `jax.vmap` over adapters; exact sums; sequences of tasks (SD-LoRA).
-
-SD-LoRA: the earlier updates of a sequence of tasks are directions of unit size with magnitudes.
-
-    dW = sum over i < t of a_i B_i A_i / (||B_i||_F ||A_i||_F)  +  a_t s_t B_t A_t
-
-Its repository trains vision transformers and saves every task as a pickle, which is not read. The input here is one
-plain adapter for each task, and the magnitudes.
-
-Source: SD-LoRA (https://openreview.net/forum?id=5U1rlpX68A).
-"""
+"""Combine adapters of one base: stacks, for `jax.vmap` over adapters, and exact sums."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -20,9 +9,7 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, as_adapter, check_always_active, restrict
-from jcrosslora.errors import AdapterError, UsageError
-
-_NO_SUM = "and has no sum with others: write it alone"
+from jcrosslora.errors import AdapterError
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
@@ -111,7 +98,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
     for adapter in adapters:
-        check_always_active(adapter, _NO_SUM)
+        check_always_active(adapter, "and has no sum with others: write it alone")
     why = "a sum has no tensors that replace those of the base, and no updates of experts"
     adapters = [restrict(adapter, Carried.LINEAR | Carried.TOKENS, why) for adapter in adapters]
     if len([adapter for adapter in adapters if adapter.tokens]) > 1:
@@ -123,12 +110,9 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
-    return Adapter(_sums([adapter.modules for adapter in adapters]), info, tokens)
-
-
-def _sums(parts: Sequence[Mapping[str, LoRAFactors]]) -> dict[str, LoRAFactors]:
-    names = dict.fromkeys(name for modules in parts for name in modules)
-    return {name: add_factors(name, [modules[name] for modules in parts if name in modules]) for name in names}
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
+    parts = {name: [one.modules[name] for one in adapters if name in one.modules] for name in names}
+    return Adapter({name: add_factors(name, terms) for name, terms in parts.items()}, info, tokens)
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -142,43 +126,3 @@ def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
     a = np.concatenate([np.asarray(factors.a).astype(np.float32) for factors in terms])
     b = [np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale) for factors in terms]
     return LoRAFactors(a=a, b=np.concatenate(b, axis=1))
-
-
-def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
-    """Combine the updates of a sequence of tasks into one adapter; the ranks of a module add up.
-
-    Args:
-        adapters: of one base, in the order in which they were trained.
-        magnitudes: a_i of each; the last one multiplies its update without normalisation.
-
-    Returns:
-        The adapter, float32 and scale 1. A module of some tasks only is the sum over these; changes of embedding and
-        head are listed in `info.ignored`.
-    """
-    if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
-        msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}; give at least one adapter, and a number "
-        raise UsageError(msg + "for each")
-    for adapter in adapters:
-        check_always_active(adapter, _NO_SUM)
-    terms = [
-        {name: _task_term(item, magnitude, last=index == len(adapters)) for name, item in adapter.modules.items()}
-        for index, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True), 1)
-    ]
-    why = "tasks are combined in their linear modules alone"
-    info = AdapterInfo(
-        name=" + ".join(one.info.name for one in adapters),
-        base_name=adapters[-1].info.base_name,
-        ignored=tuple(sentence for one in adapters for sentence in restrict(one, Carried.LINEAR, why).info.ignored),
-    )
-    return Adapter(_sums(terms), info)
-
-
-def _task_term(factors: LoRAFactors, magnitude: float, *, last: bool) -> LoRAFactors:
-    a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
-    if last:
-        gain = magnitude * factors.scale
-    else:
-        size = float(np.linalg.norm(b) * np.linalg.norm(a))
-        # A task with a zero update has no direction.
-        gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
-    return LoRAFactors(a=a.astype(np.float32), b=(gain * b).astype(np.float32))
