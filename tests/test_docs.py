@@ -6,10 +6,9 @@ import inspect
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from probe_bases import CORPUS, write_move
-from tiny_bases import random_adapter, write_llama
+from tiny_bases import write_llama
 
 import jcrosslora as jcl
 from jcrosslora.architectures import FAMILIES
@@ -67,21 +66,16 @@ def test_the_python_of_the_pages_is_python():
             ast.parse(code)
 
 
-def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
+def test_the_example_of_a_full_fine_tune_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = jcl.open_base(write_llama(tmp_path / "base"))
-    for seed, name in enumerate(("finetune", "target"), 1):
+    for seed, name in enumerate(("base", "finetune", "target")):
         write_llama(tmp_path / name, seed=seed)
-    for number in range(1, 4):
-        jcl.save_adapter(random_adapter(base, seed=number, rank=2), tmp_path / f"task{number}", base_name="base")
     text = (ROOT / "docs" / "formats-and-kinds.md").read_text()
-    ranks = []
-    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        names = {"jcl": jcl, "np": np}
-        exec(code, names)
-        ranks.append({factors.rank for factors in names["adapter"].modules.values()})
-    assert ranks[:2] == [{6}, {3}]
-    assert len(ranks[2]) > 2  # each module has the rank that holds the energy
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {"jcl": jcl}
+    exec(code, names)
+    ranks = {factors.rank for factors in names["adapter"].modules.values()}
+    assert len(ranks) > 2  # each module has the rank that holds the energy
 
 
 def test_the_family_of_the_page_on_families_gives_the_logits_of_transformers():
