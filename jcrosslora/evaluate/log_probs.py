@@ -3,6 +3,7 @@
 The tokens that all choices of a question share are run once, then each choice continues them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.decoder import AppliedAdapter, Model, init_cache, load_model, stack_adapters, target_log_probs
 from jcrosslora.decoder.forward import extend_behind
 from jcrosslora.decoder.model import StackedAdapter
+from jcrosslora.decoder.prompt_batches import common_beginnings
 from jcrosslora.decoder.row_adapters import RowAdapters
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.examples import Question
@@ -58,7 +60,7 @@ class Batch:
     """Questions padded to one shape: Q questions, R rows with a choice each; S scored tokens.
 
     Attributes:
-        prefix: int32 (Q, P).
+        prefix: int32 (Q, P), or (1, P) if all questions begin alike.
         prefix_mask: bool (Q, P).
         tails: int32 (R, T).
         tail_mask: bool (R, T).
@@ -113,6 +115,8 @@ class Models:
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
         """Batch questions as `batches` does; choices that are rotated apart share no tokens."""
         switches = [rope.switch for rope in self.model.settings.ropes if rope.switch is not None]
+        if not switches and not self.model.settings.recurrent:
+            return batches(_behind_beginnings(items), positions)
         return batches([one.unshared() if any(map(one.straddles, switches)) else one for one in items], positions)
 
 
@@ -266,16 +270,35 @@ def batches(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
 
     A batch has at most `positions` token positions, padding included, or a single question.
     """
-    shapes: dict[tuple[int, int], list[int]] = {}
+    shapes: dict[tuple[int, int, bytes | None], list[int]] = {}
+    owners = Counter(item.prefix.tobytes() for item in items if _alone(item))
     for index, item in enumerate(items):
-        shapes.setdefault((_rounded(len(item.prefix)), _rounded(max(map(len, item.tails)))), []).append(index)
-    usual = round(np.mean([len(item.tails) for item in items]))
-    for (prefix, tail), members in sorted(shapes.items(), key=lambda entry: -sum(entry[0])):
-        fitting = max(1, positions // (prefix + usual * tail))
+        common = item.prefix.tobytes() if _alone(item) and owners[item.prefix.tobytes()] > 1 else None
+        key = _rounded(len(item.prefix)), _rounded(max(map(len, item.tails))), common
+        shapes.setdefault(key, []).append(index)
+    choices = round(np.mean([len(item.tails) for item in items]))
+    for (prefix, tail, common), members in sorted(shapes.items(), key=lambda entry: -sum(entry[0][:2])):
+        usual = choices if common is None else 1
+        fitting = max(1, positions // (prefix + usual * tail) if common is None else (positions - prefix) // tail)
         count = min(1 << (fitting.bit_length() - 1), 1 << (len(members) - 1).bit_length())
         rows = max(count * usual, *(len(items[index].tails) for index in members))
         for group in _packed(items, members, count, rows):
-            yield _batch(items, group, (count, prefix), (rows, tail))
+            yield _batch(items, group, (count if common is None else 1, prefix), (rows, tail))
+
+
+def _alone(item: Tokens) -> bool:
+    return len(item.tails) == 1 and len(item.prefix) > 0
+
+
+def _behind_beginnings(items: Sequence[Tokens]) -> list[Tokens]:
+    """Cut questions with one choice behind what several of them begin with, which is then read once for all."""
+    found, places = list(items), [place for place, item in enumerate(items) if len(item.tails) == 1]
+    whole = [items[place].unshared() for place in places]
+    for group in common_beginnings([one.tails[0][: one.scored[0]] for one in whole]):
+        for own in group.places:
+            (tail,), (first,) = whole[own].tails, whole[own].scored
+            found[places[own]] = Tokens(tail[: group.length], (tail[group.length :],), (first - group.length,))
+    return found
 
 
 def _packed(items: Sequence[Tokens], members: list[int], count: int, rows: int) -> Iterator[list[int]]:
@@ -292,13 +315,14 @@ def _packed(items: Sequence[Tokens], members: list[int], count: int, rows: int) 
 
 
 def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], body: tuple[int, int]) -> Batch:
-    prefix, prefix_mask = pad_right([items[index].prefix for index in group], head)
+    # Questions behind one beginning have one prefix together.
+    prefix, prefix_mask = pad_right([items[index].prefix for index in group][: head[0]], head)
     tails, tail_mask = pad_right([tail for index in group for tail in items[index].tails], body)
     owner = np.zeros(body[0], np.int32)
     picked, wanted, places, row = [], [], [], 0
     for place, index in enumerate(group):
         for choice, (tail, first) in enumerate(zip(items[index].tails, items[index].scored, strict=True)):
-            owner[row] = place
+            owner[row] = min(place, head[0] - 1)
             picked.append(row * body[1] + np.arange(first - 1, len(tail) - 1))
             wanted.append(tail[first:])
             places.append(np.tile([index, choice], (len(tail) - first, 1)))
