@@ -13,6 +13,7 @@ from command_line import main
 from decoder_pairs import run
 from flax import nnx
 from full_set import full_except
+from probe_bases import write_base as write_text_base
 from tiny_bases import delta, mixed_ranks, random_adapter, write_llama
 from tiny_models import torch, transformers
 from tunix_models import (
@@ -260,3 +261,43 @@ def test_to_nnx_refuses_a_model_that_differs_and_leaves_it():
         with pytest.raises(AdapterError, match=message):
             jcl.to_nnx(adapter, model, alpha=3)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_alpha_may_be_given_to_move_and_to_judge(checkpoint, tmp_path, capsys):
+    base = str(FIXTURES / "llama" / "base")
+    ends = [str(checkpoint), "--source", base, "--target", base, "--method", "copy", "--effect", "never"]
+    with pytest.raises(SystemExit):
+        main(["transfer", *ends, "--out", str(tmp_path / "none")])
+    assert "--alpha" in capsys.readouterr().err
+    main(["transfer", *ends, "--out", str(tmp_path / "moved"), "--alpha", "6"])
+    want = jcl.load_adapter(checkpoint, alpha=6)
+    for found in (
+        jcl.load_adapter(tmp_path / "moved"),
+        jcl.transfer(checkpoint, base, base, "copy", alpha=6, effect="never").adapter,
+    ):
+        np.testing.assert_allclose(delta(found.modules[Q]), delta(want.modules[Q]), rtol=1e-5, atol=1e-6)
+    recipe = json.loads((tmp_path / "moved" / "transfer_report.json").read_text())["recipe_toml"]
+    assert "alpha = 6.0" in recipe
+
+    plan = f'out = "{tmp_path / "batch"}"\n[bases]\none = "{base}"\n[adapters]\none = ["{checkpoint}"]\n'
+    move = '[[moves]]\nfrom = "one"\nto = ["one"]\nmethods = ["copy"]\neffect = "never"\nalpha = 6\n'
+    (tmp_path / "plan.toml").write_text(plan + move)
+    main(["batch", str(tmp_path / "plan.toml")])
+    (moved,) = (tmp_path / "batch").glob("**/adapter_config.json")
+    np.testing.assert_allclose(delta(jcl.load_adapter(moved.parent).modules[Q]), delta(want.modules[Q]), rtol=1e-5)
+
+
+def test_evaluate_gives_alpha_to_checkpoints_alone(tmp_path, capsys):
+    base = jcl.open_base(write_text_base(tmp_path / "base", 4))
+    jcl.save_adapter(random_adapter(base), tmp_path / "peft", base=base)
+    jcl.save_adapter(random_adapter(base), tmp_path / "run", base=base, profile="tunix")
+    alpha = json.loads((tmp_path / "run" / "lora_config.json").read_text())["alpha"]
+    (tmp_path / "run" / "lora_config.json").unlink()
+    (tmp_path / "task.jsonl").write_text(json.dumps({"question": "a", "choices": ["b", "c"], "answer": 0}))
+    given = ["evaluate", "--base", str(base.path), "--data", str(tmp_path / "task.jsonl"), "--alpha", str(alpha)]
+    main([*given, "--json", "--adapter", str(tmp_path / "run"), "--adapter", str(tmp_path / "peft")])
+    _, run_scores, peft_scores = json.loads(capsys.readouterr().out)["models"]
+    assert run_scores["nll_per_char"]["value"] == pytest.approx(peft_scores["nll_per_char"]["value"])
+    with pytest.raises(SystemExit):
+        main([*given, "--adapter", str(tmp_path / "peft")])
+    assert "no adapter is a checkpoint of a JAX trainer" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def open_adapter(
         name=files.name,
         config=stored.stated,
         form=files.form,
+        alpha=alpha,
         revision=identity[1] if identity is not None and identity[0] == files.name else None,
         **folder.stated_licences(files),
         chat_template=folder.stated_template(files.weights.parent),

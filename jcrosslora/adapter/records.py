@@ -44,6 +44,7 @@ class AdapterOrigin:
         licence: as the adapter's own card states it.
         licence_name: the name of one that the hub does not know, whose `licence` is "other".
         rank_limit: the largest rank to read it at.
+        alpha: given to read LoRA of a JAX trainer, whose files do not state it.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
@@ -63,6 +64,7 @@ class AdapterOrigin:
     licence_name: str | None = None
     licence_link: str | None = None
     rank_limit: int | None = None
+    alpha: float | None = None
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()

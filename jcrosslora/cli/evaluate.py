@@ -59,6 +59,8 @@ class Evaluate(OnDevice):
     """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Adapters of this base to compare; with --shelf also names on it."""
+    alpha: float | None = None
+    """Of the training, for an adapter of a JAX trainer whose checkpoint does not state it."""
     trained: str | None = None
     """An adapter trained on this base: shows the share of its gain that each other adapter has."""
     shelf: Path | None = None
@@ -140,11 +142,15 @@ class Evaluate(OnDevice):
 
     def _opened(self, refs: Sequence[str]) -> "tuple[BaseModel, list[Adapter]]":
         """Open the base and its adapters, and warn of those that are of another base."""
-        from jcrosslora.adapter import load_adapter
+        from jcrosslora.adapter import find_adapter, load_adapter
         from jcrosslora.adapter.origin import other_base
 
         base = opened_base(self.base, self.template)
-        adapters = [load_adapter(ref, base) for ref in refs]
+        given = set() if self.alpha is None else {ref for ref in refs if find_adapter(ref).form == "Orbax"}
+        if self.alpha is not None and not given:
+            msg = f"alpha {self.alpha} was given, and no adapter is a checkpoint of a JAX trainer: leave it out"
+            raise UsageError(msg)
+        adapters = [load_adapter(ref, base, alpha=self.alpha if ref in given else None) for ref in refs]
         warn(other_base(one.info, base) for one in adapters)
         return base, adapters
 

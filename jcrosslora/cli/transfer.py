@@ -33,7 +33,7 @@ class _Transfer(Long):
         "method": ("allow_module", "calibrate", "depth", "probe_count", "seed", "source_template", "target_template"),
         "output": ("profile", "dtype", "out_rank", "target_id", "push_to"),
         "run": ("dry_run", "json", "table", "fail_on", "log", *Long.GROUPS["run"]),
-        "expert": ("scale", "adapter_rank", "effect", "divide", "cache"),
+        "expert": ("scale", "adapter_rank", "alpha", "effect", "divide", "cache"),
         "source": (
             *("source_backend", "source_url", "source_model", "source_base_model", "source_tokenizer"),
             *("source_top_logprobs", "source_requests"),

@@ -117,6 +117,7 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
         "scale": None if report.scale == 1 else report.scale,
         "out_rank": report.out_rank,
         "adapter_rank": report.adapter.rank_limit,
+        "alpha": report.adapter.alpha,
         "dtype": "float32",
         "profile": "portable",
         "seed": recipe.seed,

@@ -56,6 +56,7 @@ class Request:
         profile: the file format that the result is meant for.
         revision: of the adapter's hub id.
         rank: read no update of the adapter at more than this rank. A source that can only be queried reads all.
+        alpha: of LoRA of a JAX trainer that does not hold it.
     """
 
     adapter: Any
@@ -65,6 +66,7 @@ class Request:
     profile: Profile = "peft"
     revision: str | None = None
     rank: int | None = None
+    alpha: float | None = None
 
     @property
     def examples(self) -> int:
@@ -97,7 +99,7 @@ class PairSession:
 
     def transfer(self, request: Request) -> TransferResult:
         """Move one adapter."""
-        adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
+        adapter = self.load(request.adapter, revision=request.revision, rank=request.rank, alpha=request.alpha)
         examples = request.examples > 0
         move = self.start(adapter, request.method, request.options, request.profile, examples=examples)
         task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
@@ -115,7 +117,7 @@ class PairSession:
         if request.adapter is None:
             (method, reason), sources, warnings = self.resolve(request.method, examples=examples > 0), None, ()
         else:
-            adapter = self.load(request.adapter, revision=request.revision, rank=request.rank)
+            adapter = self.load(request.adapter, revision=request.revision, rank=request.rank, alpha=request.alpha)
             move = self.start(adapter, request.method, options, request.profile, examples=examples > 0)
             method, reason, warnings = move.method, move.reason, move.doubts
             sources = move.shifter.adapter.modules.keys()
@@ -124,9 +126,9 @@ class PairSession:
         found = estimate(plan, options, (prompts, examples), reason)
         return replace(found, warnings=warnings)
 
-    def load(self, adapter: Any, *, revision: str | None = None, rank: int | None = None) -> Adapter:
-        """Load an adapter of the source, see `load_adapter`."""
-        return load_adapter(adapter, self.pair.source, revision=revision, rank=rank)
+    def load(self, adapter: Any, **reading: Any) -> Adapter:
+        """Load an adapter of the source, read by revision, rank and alpha as `load_adapter` takes them."""
+        return load_adapter(adapter, self.pair.source, **reading)
 
     def resolve(
         self,

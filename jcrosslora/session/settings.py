@@ -95,6 +95,8 @@ class TransferSettings(TransferOptions):
     adapter_rank: int | None = None
     """Cut the adapter's updates to this rank as they are read; by default they are exact, and a DoRA has twice its
     rank."""
+    alpha: float | None = None
+    """Of the training, for LoRA of a JAX trainer whose checkpoint does not state it (see `lora_config.json`)."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
@@ -153,6 +155,9 @@ class TransferSettings(TransferOptions):
         if self.target_id is not None and not is_hub_id(self.target_id):
             msg = f"target_id {self.target_id[:200]!r} is no hub id: give OWNER/NAME, such as google/gemma-3-270m"
             raise UsageError(msg)
+        if self.alpha is not None and (self.source_url is not None or self.source_backend != "jax"):
+            msg = f"alpha {self.alpha} is of a checkpoint of a JAX trainer, which a queried source does not read: "
+            raise UsageError(msg + "leave it out, or use the source_backend jax")
         self._check_served()
 
     def _check_served(self) -> None:

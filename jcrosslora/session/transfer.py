@@ -38,6 +38,7 @@ def transfer(
     *,
     prompts: Sequence[Any] | str | Path | None = None,
     examples: Sequence[Any] | str | Path | None = None,
+    alpha: float | None = None,
     cache: bool = True,
     **options: Any,
 ) -> TransferResult:
@@ -56,6 +57,7 @@ def transfer(
         examples: prompts with answers that you know to be right, as a file (see `--examples`) or as a list of
             {"prompt", "answer"} and {"messages"}. They are taught as they are; the source answers other prompts. Only
             for methods that fit an update to answers, of which "auto" then takes one.
+        alpha: of the training, for LoRA of a JAX trainer that does not hold it, see `load_adapter`.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
         options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 
@@ -68,7 +70,8 @@ def transfer(
     wanted, chosen = make_method(method), make_options(options)
     with hosts.together(), enough_memory(lighter(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        return session.transfer(Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts, examples)))
+        request = Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts, examples), alpha=alpha)
+        return session.transfer(request)
 
 
 def align(
@@ -267,6 +270,7 @@ def _request(settings: TransferSettings, adapter: str | None) -> Request:
         settings.profile,
         settings.adapter_revision,
         settings.adapter_rank,
+        settings.alpha,
     )
 
 

@@ -261,7 +261,8 @@ class _UnitRun:
         if (held := self._read.pop(job.name, None)) is not None:
             return held
         settings = job.settings
-        return self._session.load(settings.adapter, revision=settings.adapter_revision, rank=settings.adapter_rank)
+        reading = {"revision": settings.adapter_revision, "rank": settings.adapter_rank, "alpha": settings.alpha}
+        return self._session.load(settings.adapter, **reading)
 
     def _close_kept(self, items: Sequence[_Checked]) -> None:
         for item in items:
