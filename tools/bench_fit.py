@@ -1,7 +1,7 @@
-"""The three programs that a fit spends its time in, beside transformers and peft: medians of interleaved runs.
+"""The three programs that a fit spends its time in, beside what people run instead: medians of interleaved runs.
 
-    python tools/bench_fit.py BASE [--rows 4] [--width 96] [--texts 48] [--prompt 64] [--answer 32] [--repeats 5]
-        [--alone]
+    python tools/bench_fit.py BASE [--rivals peft llama.cpp] [--only write read step]
+        [--rows 4] [--width 96] [--texts 48] [--prompt 64] [--answer 32] [--repeats 5]
 
 Timed are, for a base of which the decoder and transformers can run the whole,
 
@@ -9,17 +9,25 @@ Timed are, for a base of which the decoder and transformers can run the whole,
 - read: predictions among 6,500 tokens at all positions of `--rows` texts of `--width` tokens;
 - step: the gradient of a divergence of such predictions for a LoRA of rank 16 on all modules, and a step of Adam.
 
-The rival has bfloat16 weights as well, with peft's LoRA in all three; `--alone` leaves it out. A pass is counted as two
-operations for each weight of the layers and of the predicting rows, and token; a step as two passes, for no weight has
-a gradient. "of the rate" compares them with the best of 20 products of 512 x 1,024 and 1,024 x 1,024 bfloat16 matrices
-in XLA, one straight after the other. To compare two states of this package, run the script beside each (PYTHONPATH)
-with `--alone`. Ratios of wall time mean nothing on a busy machine; to time a single core, start it with `taskset -c 0`.
+`peft` is transformers on torch with bfloat16 weights and peft's LoRA in all three. `llama.cpp` (extra `engines`) writes
+alone: BASE has to be a GGUF file, whose quantised weights it uses as they are, without an adapter, with as many slots
+as there are texts. `--rivals` without a name times this package alone; to compare two states of it, do that with each
+(PYTHONPATH).
+
+A pass is counted as two operations for each weight of the layers and of the predicting rows, and token; a step as two
+passes, for no weight has a gradient. "of the rate" compares them with the best of 20 products of 512 x 1,024 and
+1,024 x 1,024 bfloat16 matrices in XLA, one straight after the other. "of the memory's" compares the bytes of weights
+that the written tokens need, read once for each place in the texts, with the best of 20 sums of 256 MB. Ratios of wall
+time mean nothing on a busy machine; to time a single core, start it with `taskset -c 0`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +44,9 @@ from jcrosslora.distill.teacher import TaughtBatch
 from jcrosslora.errors import JCrossLoRAError
 
 COMPARED = 6500
-_ROWS, _SIDE, _PRODUCTS = 512, 1024, 20  # of the products that the rate is taken from
+PROGRAMS = ("write", "read", "step")
+_ROWS, _SIDE, _TRIES = 512, 1024, 20  # of the products that the rate is taken from
+_SUMMED = 1 << 28  # bytes
 _SETTINGS = DistillSettings()
 
 
@@ -45,7 +55,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("base")
     for name, usual in {"rows": 4, "width": 96, "texts": 48, "prompt": 64, "answer": 32, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
-    parser.add_argument("--alone", action="store_true", help="without the rival, which needs the test extra")
+    parser.add_argument("--rivals", nargs="*", choices=tuple(RIVALS), default=["peft"])
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     found = parser.parse_args()
     if min(vars(found)[name] for name in ("rows", "width", "texts", "prompt", "answer", "repeats")) < 1:
         sys.exit("bench_fit: all numbers have to be 1 or more")
@@ -84,7 +95,7 @@ def ours(base: BaseModel, model: Model, arguments: argparse.Namespace) -> dict[s
     return {"write": write, "read": read, "step": step}
 
 
-def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def peft_programs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """The same in transformers and peft."""
     import peft
     import torch
@@ -123,6 +134,32 @@ def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable
     return {"write": write, "read": torch.no_grad()(predictions), "step": step}
 
 
+def llama_cpp_programs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Writing in llama.cpp, with all texts in one batch."""
+    if Path(base.path).suffix != ".gguf":
+        sys.exit(f"bench_fit: llama.cpp reads GGUF files, and {base.path} is none")
+    engine: Any = import_module("xllamacpp")
+    params = engine.CommonParams()
+    params.model.path = str(base.path)
+    params.n_ctx = arguments.texts * (arguments.prompt + arguments.answer + 32)
+    params.n_parallel, params.n_gpu_layers, params.verbosity, params.warmup = arguments.texts, 0, 0, False
+    params.fit_params = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+    server = engine.Server(params)
+    prompts = drawn((arguments.texts, arguments.prompt), base.dims.vocab).tolist()
+    how = {"max_tokens": arguments.answer, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+    def write() -> None:
+        found = server.handle_completions({"prompt": prompts, "ignore_eos": True, "cache_prompt": False} | how)
+        if "choices" not in found or len(found["choices"]) != arguments.texts:
+            sys.exit(f"bench_fit: llama.cpp says {found}")
+
+    return {"write": write}
+
+
+RIVALS = {"peft": peft_programs, "llama.cpp": llama_cpp_programs}
+
+
 def operations(base: BaseModel, model: Model, arguments: argparse.Namespace) -> dict[str, float]:
     """Operations of each program."""
     inner, hidden = sum(weight.size for weight in model.params.weights.values()), base.dims.hidden
@@ -136,8 +173,14 @@ def product_rate() -> float:
     """Operations a second of products of bfloat16 matrices."""
     left, right = jnp.ones((_ROWS, _SIDE), jnp.bfloat16), jnp.ones((_SIDE, _SIDE), jnp.bfloat16)
     product = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))
-    best = min(median_seconds({"product": lambda: product(left, right)}, 1)["product"] for _ in range(_PRODUCTS))
+    best = min(median_seconds({"product": lambda: product(left, right)}, 1)["product"] for _ in range(_TRIES))
     return 2 * _ROWS * _SIDE**2 / best
+
+
+def memory_rate() -> float:
+    """Bytes a second that are read from memory."""
+    numbers, total = jnp.ones(_SUMMED // 4, jnp.float32), jax.jit(jnp.sum)
+    return _SUMMED / min(median_seconds({"sum": lambda: total(numbers)}, 1)["sum"] for _ in range(_TRIES))
 
 
 def main() -> None:
@@ -147,17 +190,20 @@ def main() -> None:
         model = load_model(base, jnp.bfloat16)
     except JCrossLoRAError as error:
         sys.exit(f"bench_fit: {error}")
-    sides = {"ours": ours(base, model, arguments)}
-    if not arguments.alone:
-        sides["theirs"] = theirs(base, arguments)
-    print(f"{base.name} on {jax.default_backend()}, jax {jax.__version__}")
-    rate = product_rate()
-    for name, count in operations(base, model, arguments).items():
-        seconds = median_seconds({side: programs[name] for side, programs in sides.items()}, arguments.repeats)
-        mine = seconds["ours"]
-        line = f"{name:6} {mine:7.3f} s, {count / mine / rate:4.0%} of the rate"
-        if not arguments.alone:
-            line += f"; transformers and peft {seconds['theirs']:7.3f} s, {seconds['theirs'] / mine:5.2f} x"
+    mine = ours(base, model, arguments)
+    rivals = {name: RIVALS[name](base, arguments) for name in arguments.rivals}
+    print(f"{base.name} on {jax.default_backend()}, {len(os.sched_getaffinity(0))} cores, jax {jax.__version__}")
+    products, memory, counts = product_rate(), memory_rate(), operations(base, model, arguments)
+    held = 2 * (sum(weight.size for weight in model.params.weights.values()) + base.dims.vocab * base.dims.hidden)
+    print(f"{products / 1e9:.0f} billion operations a second in products, {memory / 1e9:.1f} GB a second of memory")
+    for name in arguments.only:
+        sides = {"ours": mine[name]} | {rival: each[name] for rival, each in rivals.items() if name in each}
+        seconds = median_seconds(sides, arguments.repeats)
+        own = seconds.pop("ours")
+        line = f"{name:6} {own:7.3f} s, {counts[name] / own / products:4.0%} of the rate"
+        if name == "write":
+            line += f", {held * arguments.answer / own / memory:4.0%} of the memory's"
+        line += "".join(f"; {rival} {taken:7.3f} s, {taken / own:5.2f} x" for rival, taken in seconds.items())
         print(line, flush=True)
 
 
