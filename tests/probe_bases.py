@@ -39,9 +39,9 @@ def write_base(folder: Path, merges: int, *, bos: bool = False, eos: int | None 
     return folder
 
 
-def write_move(folder: Path, layers: int = 2) -> list[Path]:
+def write_move(folder: Path, layers: int = 2, source_layers: int = 2) -> list[Path]:
     """Write an adapter, its base and another base, of so many layers, which a fit can take; return the three."""
-    source = open_base(write_base(folder / "source", 30, bos=True, layers=2))
+    source = open_base(write_base(folder / "source", 30, bos=True, layers=source_layers))
     target = write_base(folder / "target", 90, layers=layers, hidden=32, head_dim=8, seed=1)
     save_adapter(random_adapter(source, scale=0.3), folder / "adapter", base_name="org/source")
     return [folder / "adapter", folder / "source", target]

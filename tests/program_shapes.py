@@ -122,6 +122,15 @@ class Shapes:
         yield Program(sampling.extend, (self.model, self.begun(), DRAWN), {"count": 4, "stop_tokens": (1,)})
         yield self.step("adam", remat=True)
 
+    def streamed(self, base: jcl.BaseModel) -> Iterator[Program]:
+        """What a source does whose layers stay in the host's memory: it reads and writes."""
+        model = load_model(base, jnp.bfloat16, streamed=True)
+        model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), model)
+        model = model.with_adapter(self.adapter)
+        yield Program(sampling.prefill, (model, *self.read[:2]), {"room": 4}, "streamed")
+        given = {"count": 4, "stop_tokens": (1,)}
+        yield Program(sampling.extend, (model, self.begun(), DRAWN), given, "streamed")
+
     def begun(self) -> Any:
         return jax.eval_shape(partial(sampling.prefill, room=4), self.model, *self.read[:2])
 
@@ -142,6 +151,7 @@ def tiny() -> jcl.BaseModel:
 def programs() -> Iterator[Program]:
     shapes = Shapes(tiny())
     yield from shapes.passes()
+    yield from shapes.streamed(tiny())
     yield from decoder_programs(shapes)
     yield from svd_programs()
     yield from alignment_programs()

@@ -7,20 +7,23 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from command_line import main
-from probe_bases import write_move
+from probe_bases import CORPUS, write_move
 from sharded_session import CASES, base_of
 
 import jcrosslora as jcl
-from jcrosslora.decoder import fast_dtype
-from jcrosslora.decoder.loading import divided_axis, held_numbers
+from jcrosslora.decoder import Sampling, extend, fast_dtype, forward, load_model, prefill, stack_adapter
+from jcrosslora.decoder.loading import divided_axis, held_numbers, streamed_numbers
 from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import Distill
 from jcrosslora.session import estimate
 from jcrosslora.session.estimate import choose_placement
 from jcrosslora.session.settings import TransferOptions
+from jcrosslora.utils import cost
 
 GB = 10**9
 PATIENCE = 1200  # seconds; the session takes one, but more on a busy machine
@@ -127,7 +130,7 @@ def test_division_can_be_asked_for_and_forbidden():
     assert choose_placement(sizes, 0, 4, 100 * GB, "always").devices == 4
     with pytest.raises(UsageError, match="cannot be divided over 1 device: leave it out"):
         choose_placement(sizes, 0, 1, None, "always")
-    with pytest.raises(UsageError, match="divide 'some' is unknown; use one of auto, always, never"):
+    with pytest.raises(UsageError, match="divide 'some' is unknown; use one of auto, always, never, stream"):
         TransferOptions(divide="some")  # pyright: ignore[reportArgumentType]
 
 
@@ -164,6 +167,7 @@ def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, cap
         "whole_bytes": needed(places, 1),
         "beside_bytes": beside,
         "free_bytes": needed(places, 1) + beside - 1,
+        "streamed_bytes": 0,
     }
     command(places, tmp_path, "--method", "distill", "--dry-run", "--divide", "never")
     assert f"\ndevices 1 of {there} has all weights: " in capsys.readouterr().out
@@ -181,3 +185,54 @@ def test_weights_that_fit_nowhere_are_refused_with_what_they_take_and_what_is_th
     said = r"not enough memory (the weights of the fit take 0.00 GB of each of 2 devices, where 0.00 GB are free): use "
     assert line.startswith(f"jcrosslora: {said}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_base_whose_layers_are_streamed_reads_and_writes_the_same(name):
+    base, dtype = base_of(CASES[name][0]), jnp.dtype(CASES[name][1])
+    tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (2, 7)).astype(np.int32)
+
+    def run(model):
+        begun = prefill(model, tokens, np.ones(tokens.shape, bool), room=4)
+        written = extend(model, begun, Sampling(jnp.float32(0), jax.random.key(0)), count=4)[1]
+        return jax.jit(lambda model: forward(model, tokens).hidden)(model), written
+
+    whole, streamed = load_model(base, dtype), load_model(base, dtype, streamed=True)
+    kinds = {array.sharding.memory_kind for array in streamed.params.weights.values()}
+    assert kinds == {"pinned_host"} != {whole.params.embedding.sharding.memory_kind}
+    for one, other in zip(run(whole), run(streamed), strict=True):
+        assert np.array_equal(one, other)
+
+
+def streamed_move(folder):
+    """An adapter, and two bases; the source is streamed, and has layers enough that this helps."""
+    adapter, source, target = write_move(folder, source_layers=6)
+    held = [held_numbers(jcl.open_base(place), streamed=place == source) for place in (source, target)]
+    return (adapter, source, target), max(fast_dtype().itemsize * sum(held), 4 * max(held))
+
+
+def test_a_source_that_fits_nowhere_is_streamed(tmp_path, monkeypatch, capsys):
+    places, least = streamed_move(tmp_path)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(estimate, "free_of_each", lambda: least)
+    command(places, tmp_path, "--method", "distill", "--dry-run", "--json")
+    found = json.loads(capsys.readouterr().out)["placement"]
+    layers = streamed_numbers(jcl.open_base(places[1]))
+    assert found["devices"] == 1
+    assert found["weights_bytes"] == least
+    assert found["streamed_bytes"] == fast_dtype().itemsize * layers
+    command(places, tmp_path, "--method", "distill", "--dry-run")
+    assert "; the layers of the source stay in the host's memory: each batch" in capsys.readouterr().out
+    monkeypatch.setattr(cost, "_free_of_host", lambda: 10)
+    with pytest.raises(SystemExit):
+        command(places, tmp_path, "--method", "distill", "--dry-run")
+    assert "the layers of the source take 0.00 GB of the host's memory" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_a_move_from_a_streamed_source_gives_the_same_adapter(places):
+    method = Distill(completions=20, fit_rank=2, passes=1, answer_tokens=4, compared_tokens=300)
+    options = {"prompts": CORPUS, "cache": False}
+    found = [jcl.transfer(*places, method, divide=divide, **options).adapter for divide in ("never", "stream")]
+    one, other = (stack_adapter(adapter, jcl.open_base(places[2])) for adapter in found)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, other))

@@ -27,8 +27,18 @@ class Row:
 
     @property
     def array(self) -> jax.Array:
-        """The array."""
-        return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+        """The array, on the device."""
+        return on_device(lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False))
+
+
+def on_host(array: jax.Array) -> bool:
+    """Tell whether an array lies in the host's memory, from which a program of the device reads it."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def on_device(array: jax.Array) -> jax.Array:
+    """Move an array from the host's memory to the device; return others as they are."""
+    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
 
 
 def is_packed(weight: "jax.Array | Row") -> bool:

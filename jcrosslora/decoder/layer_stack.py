@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jcrosslora.architectures.architecture import Layer
-from jcrosslora.architectures.ops import Row
+from jcrosslora.architectures.ops import Row, on_host
 from jcrosslora.architectures.run import NO_WINDOW, LayerWeights
 from jcrosslora.architectures.settings import DecoderSettings
 from jcrosslora.decoder.model import AppliedAdapter, Params
@@ -99,11 +99,12 @@ def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | N
         whole[field], stacks[field], indices[field] = {}, {}, {}
         for name, stack in named.items():
             at = _places(settings, name, layers)
-            if (len(at) == len(stack) and stack.ndim <= _MATRICES) or (len(at) and stack.ndim < _MATRICES):
-                whole[field][name] = _slice(stack, at)
-            elif len(at):
+            few = stack.ndim < _MATRICES or (len(at) == len(stack) and stack.ndim == _MATRICES)
+            if len(at) and (on_host(stack) or not few):
                 stacks[field][name] = stack
                 indices[field][name] = jnp.asarray(at, jnp.int32)
+            elif len(at):
+                whole[field][name] = _slice(stack, at)
     held = {kind: [number for number, one in enumerate(settings.stack) if kind in one.kinds] for kind in own.kinds}
     slices = LayerWeights(
         layer=_numbers(layers),

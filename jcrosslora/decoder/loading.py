@@ -4,6 +4,9 @@ Weights may be divided over devices. Modules that write to the residual stream a
 column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no exchange, and the row-parallel
 one after it a sum over the devices. An expert is divided like an MLP and not kept whole on one device: layers run one
 expert after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
+
+The matrices of the layers may also be streamed: they stay in the host's memory, and a program moves those of one layer
+at a time to the device, each time that it runs the layer.
 """
 
 import itertools
@@ -33,6 +36,7 @@ _ROWS = 16_384  # rows of the embedding to read at a time
 _SHARE = 0.5  # of the free memory, which kept weights may take
 _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.uint16))
 _EXPERTS = ("gate_up", "down")  # matrices of experts
+_LAYERED = 3  # axes of a stack over layers, (L, O, I) or (L, E, O, I); an embedding has two
 AXIS = "model"  # of the mesh
 # Axes (O, I) or (V, H) counted from the end, by name: the one to divide, and the one to divide if that fails.
 _BY_ROWS, _BY_COLUMNS = (-2, -1), (-1, -2)
@@ -44,7 +48,12 @@ _AXES = {
 
 
 def load_model(
-    base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool | None = None, mesh: Mesh | None = None
+    base: BaseModel,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    packed: bool | None = None,
+    mesh: Mesh | None = None,
+    streamed: bool = False,
 ) -> Model:
     """Load a base; the host holds one matrix of one layer at a time, and a device its own part of all.
 
@@ -56,6 +65,7 @@ def load_model(
             gradient. None packs bfloat16.
         mesh: of the devices that the weights are divided over, see above; None puts them whole
             on the default device.
+        streamed: whether the matrices of the layers stay in the host's memory, see above. They have no gradient then.
 
     Raises:
         UsageError: the dtype is not supported, or float32 was to be packed.
@@ -71,7 +81,7 @@ def load_model(
         raise UsageError(msg)
     if packed is None:
         packed = kind == _BF16
-    settings, family, stacks = settings_of(base), base.family, _Stacks(base, mesh)
+    settings, family, stacks = settings_of(base), base.family, _Stacks(base, mesh, streamed=streamed)
     norms = {place: path for place, (path, _) in base.architecture.norms.items()}
     weights = {role: stacks.weights(role, kind, packed=packed) for role in base.architecture.role_shapes}
     biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
@@ -127,22 +137,26 @@ class LoadedBases:
 
     Attributes:
         mesh: of the devices that all weights are divided over; None puts them whole on the default device.
+        streamed: the base whose layers stay in the host's memory, if one does.
     """
 
-    def __init__(self, kept: Collection[np.dtype] = (), mesh: Mesh | None = None) -> None:
+    def __init__(
+        self, kept: Collection[np.dtype] = (), mesh: Mesh | None = None, streamed: BaseModel | None = None
+    ) -> None:
         """Keep the weights of some dtypes until this object is dropped; by default none."""
-        self.kept, self.mesh = frozenset(kept), mesh
+        self.kept, self.mesh, self.streamed = frozenset(kept), mesh, streamed
         self._models: dict[tuple[int, np.dtype], tuple[BaseModel, Model]] = {}
 
     def model(self, base: BaseModel, dtype: DTypeLike = jnp.float32) -> Model:
         """Return a base; for the arguments and errors see `load_model`."""
         kind = jnp.dtype(dtype)
-        if kind not in self.kept:
-            return load_model(base, kind, mesh=self.mesh)
         place = id(base), kind
-        if place not in self._models:
-            self._models[place] = base, load_model(base, kind, mesh=self.mesh)
-        return self._models[place][1]
+        if place in self._models:
+            return self._models[place][1]
+        model = load_model(base, kind, mesh=self.mesh, streamed=base is self.streamed)
+        if kind in self.kept:
+            self._models[place] = base, model
+        return model
 
 
 def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
@@ -193,8 +207,9 @@ def _layer_inputs(base: BaseModel, stacks: "_Stacks", dtype: np.dtype) -> LayerI
 class _Stacks:
     """Reads the large arrays of a base, piece by piece."""
 
-    def __init__(self, base: BaseModel, mesh: Mesh | None) -> None:
+    def __init__(self, base: BaseModel, mesh: Mesh | None, *, streamed: bool) -> None:
         self._base, self._mesh, self._shapes = base, mesh, stack_shapes(base)
+        self._streamed = streamed
 
     def weights(self, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
         """Stack the matrices of a role, (L, O, I)."""
@@ -234,7 +249,14 @@ class _Stacks:
 
     def _fill(self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterator[np.ndarray]) -> jax.Array:
         sharding = None if self._mesh is None else weight_sharding(self._mesh, name, shape)
-        return fill(shape, dtype, self._released(pieces), sharding)
+        if not (self._streamed and _is_streamed(name, self._shapes)):
+            return fill(shape, dtype, self._released(pieces), sharding)
+        held, start = np.empty(shape, dtype), 0
+        for piece in self._released(pieces):
+            held[start : start + len(piece)] = piece
+            start += len(piece)
+        where = jnp.zeros(()).sharding if sharding is None else sharding
+        return jax.device_put(held, where.with_memory_kind("pinned_host"))
 
     def _released(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for piece in pieces:
@@ -290,14 +312,32 @@ def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def held_numbers(base: BaseModel, devices: int = 1) -> int:
-    """Count the numbers of a base's weights on each of the devices that they are divided over."""
+def _is_streamed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Tell whether an array of these shapes stays in the host's memory where a base is streamed."""
+    return len(shapes.get(name, ())) >= _LAYERED
+
+
+def streamed_numbers(base: BaseModel) -> int:
+    """Count the numbers of a base's weights that stay in the host's memory where it is streamed."""
+    shapes = stack_shapes(base)
+    return sum(prod(shape) for name, shape in shapes.items() if _is_streamed(name, shapes))
+
+
+def held_numbers(base: BaseModel, devices: int = 1, *, streamed: bool = False) -> int:
+    """Count the numbers of a base's weights on each of the devices that they are divided over.
+
+    Of a base that is streamed, two layers are on the device at a time: one that runs and the next.
+    """
     shapes = stack_shapes(base)
     small = sum(map(prod, base.tensor_shapes().values())) - sum(map(prod, shapes.values()))
-    parts = (
-        prod(shape) // (1 if divided_axis(name, shape, devices) is None else devices) for name, shape in shapes.items()
-    )
-    return small + sum(parts)
+    parts = {
+        name: prod(shape) // (1 if divided_axis(name, shape, devices) is None else devices)
+        for name, shape in shapes.items()
+    }
+    if streamed:
+        layered = [name for name in parts if _is_streamed(name, shapes)]
+        parts |= {name: parts[name] * min(2, shapes[name][0]) // shapes[name][0] for name in layered}
+    return small + sum(parts.values())
 
 
 def fill(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
-from jcrosslora.decoder.loading import held_numbers, mesh_of
+from jcrosslora.decoder.loading import held_numbers, mesh_of, streamed_numbers
 from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
@@ -28,7 +29,7 @@ from jcrosslora.relation.pairing import SIMILAR, Pair
 from jcrosslora.session.conclusion import EFFECT
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.session.timing import seconds_of
-from jcrosslora.utils.cost import Cost, free_memory
+from jcrosslora.utils.cost import Cost, check_host, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
 _SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
@@ -191,6 +192,7 @@ class Placement:
         whole: the same of weights that are not divided.
         beside: the most that a fit takes on top of them.
         free: free bytes; None if they are not known or do not matter.
+        streamed: bytes of the source's layers, in the dtype of a fit, that stay in the host's memory; 0 if none do.
     """
 
     devices: int
@@ -199,6 +201,7 @@ class Placement:
     whole: int
     beside: int
     free: int | None
+    streamed: int = 0
 
     @property
     def mesh(self) -> Mesh | None:
@@ -207,8 +210,8 @@ class Placement:
 
     @property
     def was_chosen(self) -> bool:
-        """Whether several devices are there, and it is known what they hold, or asked to divide."""
-        return self.devices > 1 or (self.there > 1 and self.free is not None)
+        """Whether several devices are there, and it is known what they hold, or asked to divide or to stream."""
+        return bool(self.streamed) or self.devices > 1 or (self.there > 1 and self.free is not None)
 
     def announce(self) -> None:
         """Write the choice, if there was one, where progress is shown."""
@@ -218,12 +221,18 @@ class Placement:
     def record(self) -> dict[str, Any]:
         """Return the figures as a JSON value."""
         figures = {"devices": self.devices, "devices_there": self.there, "weights_bytes": self.weights}
-        return figures | {"whole_bytes": self.whole, "beside_bytes": self.beside, "free_bytes": self.free}
+        figures |= {"whole_bytes": self.whole, "beside_bytes": self.beside, "free_bytes": self.free}
+        return figures | {"streamed_bytes": self.streamed}
 
     def text(self) -> str:
         """Say the choice and its reason, without a full stop."""
         beside = f", and up to {_gb(self.beside)} on top" if self.beside else ""
         free = "" if self.free is None else f", where {_gb(self.free)} are free"
+        if self.streamed:
+            free += (
+                f"; the layers of the source stay in the host's memory: each batch that it reads and each token that "
+                f"it writes moves {_gb(self.streamed)} to the device"
+            )
         if self.devices == 1:
             return f"1 of {self.there} has all weights: {_gb(self.weights)}{beside}{free}"
         of = "" if self.devices == self.there else f" of {self.there}"
@@ -234,26 +243,42 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
     """Choose where to place the weights of the bases that a transfer runs, the target last.
 
     Raises:
-        UsageError: the weights have to be divided, and cannot be.
-        MemoryError: the weights of a fit do not fit into the devices, however they are divided.
+        UsageError: the weights have to be divided, and cannot be; or the source to be streamed, which is not run here.
+        MemoryError: the weights of a fit do not fit into the devices, however they are divided, or those that are
+            streamed do not fit into the host's memory.
     """
     beside = peak_bytes(bases[-1], method) if isinstance(method, DistillSettings) else 0
     fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 
-    def fitted(count: int) -> int:
-        return fit_size and fit_size * sum(held_numbers(base, count) for base in bases)
+    def held(count: int, *, streams: bool) -> list[int]:
+        return [held_numbers(base, count, streamed=streams and base is not bases[-1]) for base in bases]
 
-    def largest(count: int) -> int:
-        return max(fitted(count), check_size and check_size * max(held_numbers(base, count) for base in bases))
+    def fitted(count: int, *, streams: bool) -> int:
+        return fit_size and fit_size * sum(held(count, streams=streams))
 
-    free = free_of_each()
-    placement = choose_placement(largest, beside, jax.local_device_count(), free, options.divide)
-    needed = fitted(placement.devices)
+    def largest(count: int, *, streams: bool) -> int:
+        checked = check_size and check_size * max(held(count, streams=streams))
+        return max(fitted(count, streams=streams), checked)
+
+    free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
+    if streams and len(bases) == 1:
+        msg = "divide stream was asked for, and the source is not run here: leave it out"
+        raise UsageError(msg)
+    divide = "auto" if streams else options.divide
+    placement = choose_placement(partial(largest, streams=streams), beside, there, free, divide)
+    if free is not None and placement.weights > free and divide == "auto" and len(bases) > 1:
+        streams = True
+        placement = choose_placement(partial(largest, streams=True), beside, there, free, divide)
+    if streams:
+        size = max(fit_size, check_size) * streamed_numbers(bases[0])
+        check_host(size, of="the layers of the source")
+        placement = replace(placement, streamed=(fit_size or check_size) * streamed_numbers(bases[0]))
+    needed = fitted(placement.devices, streams=streams)
     if free is not None and needed > free:
         of = "a device" if placement.devices == 1 else f"each of {placement.devices} devices"
         msg = f"the weights of the fit take {_gb(needed)} of {of}, where {_gb(free)} are free"
-        raise MemoryError(msg + ("; divide never was asked for" if options.divide == "never" else ""))
+        raise MemoryError(msg + ("; divide never was asked for" if divide == "never" else ""))
     return placement
 
 

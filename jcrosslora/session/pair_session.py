@@ -13,7 +13,7 @@ from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
-from jcrosslora.decoder import LoadedBases, loaded_within
+from jcrosslora.decoder import LoadedBases, fast_dtype, loaded_within
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError
@@ -331,6 +331,8 @@ class PairSession:
         bases = self.pair.source, self.pair.target
         placement = place_bases(bases, method, options)
         placement.announce()
+        if placement.streamed:
+            return LoadedBases((fast_dtype(),) if keep else (), placement.mesh, self.pair.source)
         if not keep:
             return LoadedBases(mesh=placement.mesh)
         numbers = [held_numbers(base, placement.devices) for base in bases]

@@ -20,7 +20,7 @@ from jcrosslora.utils.files import read_small_text
 from jcrosslora.utils.settings import Settings
 
 EffectCheck = Literal["auto", "always", "never"]
-Divide = Literal["auto", "always", "never"]
+Divide = Literal["auto", "always", "never", "stream"]
 _ARGUMENTS = ("adapter", "source", "target", "method", "prompts", "cache")  # of `transfer`, which are no options
 Backend = Literal["jax", "torch"]
 
@@ -48,7 +48,8 @@ class TransferOptions(Settings):
     anyway."""
     divide: Divide = "auto"
     """Divide the weights of the bases over the devices of this process, in a fit and the check of the effect: always,
-    never, or (auto) if they do not fit into one. The result is the same up to rounding."""
+    never, or (auto) if they do not fit into one. The result is the same up to rounding. stream: keep the layers of the
+    source in the host's memory, and move one at a time to the device; auto does so if nothing else fits."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind of effect check, and of division."""

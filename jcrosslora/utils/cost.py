@@ -108,6 +108,14 @@ def free_memory(count: int = 1) -> int | None:
     return None if free is None else free // count
 
 
+def check_host(needed: int, of: str) -> None:
+    """Raise MemoryError if the host has fewer free bytes than needed, and that is known; `of` says for what."""
+    free = _free_of_host()
+    if free is not None and needed > free:
+        msg = f"{of} take {needed / 1e9:.2f} GB of the host's memory, where {free / 1e9:.2f} GB are free"
+        raise MemoryError(msg)
+
+
 def _short(said: str, advice: str) -> ShortMemoryError:
     first = said.splitlines()[0].strip().rstrip(".") if said.strip() else ""
     ways = "use a device or a machine with more memory" + (f", or {advice}" if advice else "")

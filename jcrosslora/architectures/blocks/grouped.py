@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jcrosslora.architectures.ops import Row
+from jcrosslora.architectures.ops import Row, on_device
 
 # Rows of a block: few, so that little is computed for nothing, and enough for a product to be fast.
 _FEWEST, _MOST = 8, 128
@@ -220,6 +220,6 @@ def _of_expert(tree: Any, expert: jax.Array) -> Any:
             return lax.dynamic_index_in_dim(x, expert, keepdims=False)
         zeros = (jnp.zeros((), jnp.int32),) * (x.stack.ndim - 2)
         found = lax.dynamic_slice(x.stack, (x.index, expert, *zeros), (1, 1, *x.stack.shape[2:]))
-        return found.reshape(x.stack.shape[2:])
+        return on_device(found).reshape(x.stack.shape[2:])
 
     return jax.tree.map(take, tree, is_leaf=lambda x: isinstance(x, Row))
