@@ -136,11 +136,11 @@ def peft_programs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, C
 
 def llama_cpp_programs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """Writing in llama.cpp, with all texts in one batch."""
-    if Path(base.path).suffix != ".gguf":
-        sys.exit(f"bench_fit: llama.cpp reads GGUF files, and {base.path} is none")
+    if Path(arguments.base).suffix != ".gguf":
+        sys.exit(f"bench_fit: llama.cpp reads GGUF files, and {arguments.base} is none")
     engine: Any = import_module("xllamacpp")
     params = engine.CommonParams()
-    params.model.path = str(base.path)
+    params.model.path = arguments.base
     params.n_ctx = arguments.texts * (arguments.prompt + arguments.answer + 32)
     params.n_parallel, params.n_gpu_layers, params.verbosity, params.warmup = arguments.texts, 0, 0, False
     params.fit_params = False

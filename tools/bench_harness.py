@@ -55,7 +55,7 @@ def task_of(questions: Path) -> dict[str, Any]:
 
 def theirs(base: BaseModel, arguments: argparse.Namespace) -> HFLM:
     """Return the harness's own backend with the weights that our reader gives."""
-    path = Path(base.path)
+    path = Path(arguments.base)
     folder, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file)
     model: Any = torch_model(base)
