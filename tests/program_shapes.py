@@ -35,7 +35,7 @@ from jcrosslora.evaluate import drafts, effect, engine_check, harness_requests, 
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
-from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity, shift
+from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity
 from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
@@ -199,15 +199,11 @@ def svd_programs() -> Iterator[Program]:
 
 
 def alignment_programs() -> Iterator[Program]:
-    """The maps of every method that has some, and what is shifted by them."""
+    """The maps of every method that has some."""
     for name, method in ((name, kind()) for name, kind in METHODS.items() if issubclass(kind, MapMethod)):
         sizes = (25, 19), (25, 19) if method.equal_shapes else (17, 23)
         evidence = evidence_of(method, *sizes)
         yield Program(align._map_stack, (evidence, method, None), label=name)
-        maps, _ = jax.eval_shape(lambda one, method=method: align._map_stack(one, method, None), evidence)
-        rows, columns = sizes[0]
-        adapters = of(LAYERS, 2, RANK, columns), of(LAYERS, 2, rows, RANK), of(LAYERS, 2)
-        yield Program(shift._shift_stack, (maps.terms, *adapters), {"keep_norm": True}, name)
     mesh, method = two_devices(), METHODS["cross-lora"]()
     evidence = evidence_of(method, (25, 19), (17, 23))
     words = divided(evidence.vocabulary, mesh, None)

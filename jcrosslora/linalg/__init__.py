@@ -11,6 +11,7 @@ from jcrosslora.linalg.low_rank import complement as complement
 from jcrosslora.linalg.low_rank import cosine as cosine
 from jcrosslora.linalg.low_rank import dot as dot
 from jcrosslora.linalg.low_rank import low_rank as low_rank
+from jcrosslora.linalg.low_rank import namespace as namespace
 from jcrosslora.linalg.low_rank import product_energy as product_energy
 from jcrosslora.linalg.low_rank import recompress as recompress
 from jcrosslora.linalg.low_rank import select as select
@@ -21,6 +22,7 @@ from jcrosslora.linalg.svd import mesh_of as mesh_of
 from jcrosslora.linalg.svd import over_layers as over_layers
 from jcrosslora.linalg.svd import place as place
 from jcrosslora.linalg.svd import spread as spread
+from jcrosslora.linalg.svd_float64 import host_threads as host_threads
 from jcrosslora.linalg.svd_float64 import refine as refine
 from jcrosslora.linalg.svd_kernels import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.svd_kernels import full_svd as full_svd

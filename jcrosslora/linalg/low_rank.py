@@ -1,18 +1,29 @@
 """Products at full precision, and products of thin factors that are never formed: maps, norms, approximations."""
 
+from typing import Any
+
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+
+def namespace(x: jax.Array | np.ndarray) -> Any:
+    """Return numpy for an array on the host, for which nothing is compiled, else jax.numpy."""
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply `a @ b` at full float32 precision.
 
     The defaults are TF32 on a GPU and bfloat16 passes on a TPU. One product of that precision turns singular vectors
-    by more than the gaps in the spectrum allow, so the precision is always explicit.
+    by more than the gaps in the spectrum allow, so the precision is always explicit. Two arrays of numpy are multiplied
+    by numpy.
     """
+    if namespace(a) is np and namespace(b) is np:
+        return a @ b
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -68,7 +79,7 @@ def complement(first: jax.Array, second: jax.Array) -> LinearMap:
 def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
     """Return ||B A||_F^2 = tr(B'B A A') for b (O, K) and a (K, I), from two Gram matrices (K, K)."""
     chex.assert_equal(b.shape[1], a.shape[0])
-    return jnp.sum(dot(b.T, b) * dot(a, a.T))
+    return namespace(b).sum(dot(b.T, b) * dot(a, a.T))
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
-from jcrosslora.linalg.low_rank import dot
-from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, namespace, truncate
+from jcrosslora.linalg.low_rank import dot, namespace
+from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, truncate
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -115,7 +115,7 @@ def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True)
     float32 unless their neighbours in the spectrum are too close for float64; singular values below 1e-7 of the largest
     are lost. `error` shows both, and is NaN if W is not finite.
     """
-    threads = min(_worker_count(), len(rows))
+    threads = min(host_threads(), len(rows))
     # BLAS gets one thread per call: its own threads would compete with these for the cores.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         solved = pool.map(partial(_solve, columns=rank), rows)
@@ -123,7 +123,7 @@ def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True)
             return [_truncate_refined(found, rank, vectors) for found in solved]
 
 
-def _worker_count() -> int:
+def host_threads() -> int:
     """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

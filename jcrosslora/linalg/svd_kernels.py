@@ -7,16 +7,15 @@ times as wide as the rank.
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jcrosslora.linalg.low_rank import dot
+from jcrosslora.linalg.low_rank import dot, namespace
 
 # From this width on, skipping the lower triangle saves more time than its copies take.
 _TRIANGLE_FROM = 1024
@@ -271,11 +270,6 @@ def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vect
     worst = xp.max(xp.where(xp.arange(rank, dtype=xp.int32) < count, angles, 0))
     # NaN compares as below the noise, so all vectors would be zero, with an error of 0.
     return xp.where(xp.isfinite(s[0]), worst, xp.nan)
-
-
-def namespace(x: jax.Array) -> Any:
-    """Return numpy for an array on the host, for which nothing is compiled, else jax.numpy."""
-    return np if isinstance(x, np.ndarray) else jnp
 
 
 def noise_level(shape: tuple[int, ...]) -> float:

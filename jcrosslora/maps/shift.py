@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, update_norm
 from jcrosslora.adapter.fused import fit_to_base
@@ -16,7 +18,7 @@ from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.records import as_adapter, restrict
 from jcrosslora.checkpoint import BaseInfo
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
-from jcrosslora.linalg import product_energy
+from jcrosslora.linalg import host_threads, namespace, product_energy
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Terms
 from jcrosslora.maps.method import Method
@@ -180,57 +182,56 @@ class Shifter:
             notes=(*_notes(remaining, transport), *notes),
         )
 
-    def take(self, pairs: Sequence[Pair], agreements: Sequence[dict[str, Any]], moved: ShiftedFactors) -> None:
-        """Keep the moved factors of some pairs; `moved` has their leading axis."""
-        for index, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
-            b = moved.b[index] if self._scale == 1 else moved.b[index] * np.float32(self._scale)
-            self._modules[pair.target] = LoRAFactors(a=moved.a[index], b=b)
-            before = float(moved.before[index])
-            figures = agreement | {
-                "energy": before,
-                "kept": float(moved.mapped[index]) / before if before > 0 else 1.0,
-                "norm_before": float(np.sqrt(moved.before[index])),
-                "norm_after": float(np.sqrt(moved.after[index])) * abs(self._scale),
-            }
-            known: dict[str, Any] = {name: defined(value) for name, value in figures.items()}
-            self._rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
+    def take(self, pair: Pair, agreement: Mapping[str, Any], moved: ShiftedFactors) -> None:
+        """Keep the moved factors of a pair, as numpy arrays."""
+        b = moved.b if self._scale == 1 else moved.b * np.float32(self._scale)
+        self._modules[pair.target] = LoRAFactors(a=moved.a, b=b)
+        before = float(moved.before)
+        figures = {
+            **agreement,
+            "energy": before,
+            "kept": float(moved.mapped) / before if before > 0 else 1.0,
+            "norm_before": float(np.sqrt(moved.before)),
+            "norm_after": float(np.sqrt(moved.after)) * abs(self._scale),
+        }
+        known: dict[str, Any] = {name: defined(value) for name, value in figures.items()}
+        self._rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
 
 
 def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
-    """Move the updates of several adapters for the pairs of a group; adapters of equal form share a vmapped call."""
-    alike: dict[tuple[int, tuple[int, ...], bool], list[Shifter]] = {}
-    for shifter in shifters:
-        for rank, rows in _rows_by_rank(group, shifter.adapter.modules).items():
-            alike.setdefault((rank, tuple(rows), shifter.keep_norm), []).append(shifter)
-    for (_, rows, keep_norm), some in alike.items():
-        pairs = [group.pairs[row] for row in rows]
-        factors = [_stack([shifter.adapter.modules[pair.source] for pair in pairs]) for shifter in some]
-        a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
-        moved = jax.tree.map(np.asarray, _shift_stack(_terms_of(group, rows), a, b, scale, keep_norm))
-        agreement = {key: np.asarray(x)[np.array(rows)] for key, x in group.agreement.items()}
-        agreements = [{key: x[index].item() for key, x in agreement.items()} for index in range(len(pairs))]
-        for index, shifter in enumerate(some):
-            shifter.take(pairs, agreements, jax.tree.map(lambda x, index=index: x[:, index], moved))
+    """Move the updates of several adapters for the pairs of a group, on the host.
 
+    The products are thin and of many shapes: numpy is done with them before XLA has compiled a program for them.
+    """
+    terms, agreement = jax.tree.map(np.asarray, (group.terms, group.agreement))
 
-@partial(jax.jit, static_argnames=("keep_norm",))
-def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> ShiftedFactors:
-    """Move L pairs of N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
-    b = b * scale[:, :, None, None]
-    shift = partial(_shift_factors, keep_norm=keep_norm)
-    return jax.vmap(jax.vmap(shift, in_axes=(None, 0, 0)))(terms, a, b)
+    def move(row: int) -> list[tuple[Shifter, ShiftedFactors]]:
+        maps, found = jax.tree.map(lambda x: x[row], terms), []
+        for shifter in shifters:
+            if (item := shifter.adapter.modules.get(group.pairs[row].source)) is not None:
+                a, b = (np.asarray(factor, np.float32) for factor in (item.a, item.b))
+                scaled = b * np.float32(item.scale)
+                found.append((shifter, _shift_factors(maps, a, scaled, keep_norm=shifter.keep_norm)))
+        return found
+
+    # As for decompositions on the host: a thread for each core, and none of BLAS's own.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(host_threads()) as pool:
+        for row, found in enumerate(pool.map(move, range(len(group.pairs)))):
+            figures = {key: x[row].item() for key, x in agreement.items()}
+            for shifter, moved in found:
+                shifter.take(group.pairs[row], figures, moved)
 
 
 def _shift_factors(terms: Terms, a: jax.Array, b: jax.Array, *, keep_norm: bool) -> ShiftedFactors:
-    """Move a (K, I_src) and b (O_src, K) through every term, and put the terms side by side."""
-    before = product_energy(b, a)
-    b_tgt = jnp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
-    a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
+    """Move a (K, I_src) and b (O_src, K) through every term, and put the terms next to each other (JAX or numpy)."""
+    xp, before = namespace(b), product_energy(b, a)
+    b_tgt = xp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
+    a_tgt = xp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
     mapped = after = product_energy(b_tgt, a_tgt)
     if keep_norm:
         # Nothing can be restored if the map left nothing but rounding.
-        alive = after > jnp.finfo(after.dtype).eps ** 2 * before
-        factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
+        alive = after > xp.finfo(after.dtype).eps ** 2 * before
+        factor = xp.where(alive, xp.sqrt(before / xp.where(alive, after, 1)), 1)
         b_tgt, after = b_tgt * factor, after * factor**2
     return ShiftedFactors(a_tgt, b_tgt, before, mapped, after)
 
@@ -249,12 +250,6 @@ def _terms_of(group: TransportGroup, rows: Sequence[int]) -> Terms:
     if len(rows) == len(group.pairs):
         return group.terms
     return jax.tree.map(lambda x: x[np.array(rows)], group.terms)
-
-
-def _stack(factors: Sequence[LoRAFactors]) -> tuple[np.ndarray, ...]:
-    a = np.stack([np.asarray(item.a, np.float32) for item in factors])
-    b = np.stack([np.asarray(item.b, np.float32) for item in factors])
-    return a, b, np.array([item.scale for item in factors], np.float32)
 
 
 def _check_settings(method: Method, calibrate: str | None, scale: float) -> None:
