@@ -222,7 +222,7 @@ def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
                 shifter.take(group.pairs[row], figures, moved)
 
 
-def _shift_factors(terms: Terms, a: jax.Array, b: jax.Array, *, keep_norm: bool) -> ShiftedFactors:
+def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedFactors:
     """Move a (K, I_src) and b (O_src, K) through every term, and put the terms next to each other (JAX or numpy)."""
     xp, before = namespace(b), product_energy(b, a)
     b_tgt = xp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
