@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import compilation_share
 import jax
 import pytest
 from tiny_bases import random_adapter, write_llama
@@ -39,6 +40,20 @@ def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     unwritable = tmp_path / "file"
     unwritable.write_text("not a folder")
     assert transfer("without", unwritable) == first
+
+
+@pytest.mark.parametrize("arrays", [[], pytest.param(["--no-cache"], marks=pytest.mark.full)], ids=["cached", "anew"])
+def test_second_move_of_a_pair_compiles_nothing(arrays, tmp_path):
+    for name, seed in (("source", 0), ("target", 1)):
+        write_llama(tmp_path / name, seed=seed)
+    adapter = random_adapter(jcl.open_base(tmp_path / "source"))
+    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="x")
+    command = ["transfer", str(tmp_path / "adapter"), "--out", "out", "--method", "cross-lora", *arrays]
+    command += ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
+    first, second = (compilation_share.measure(command, tmp_path / "cache") for _ in range(2))
+    assert first["asked"] > first["found"] == 0
+    assert second["asked"] == second["found"]
+    assert second["seconds"] < first["seconds"]
 
 
 def test_that_another_process_holds_the_cache_is_no_warning_and_damage_is(tmp_path, monkeypatch):

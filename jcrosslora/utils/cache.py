@@ -31,7 +31,6 @@ _WORK = ".work"
 _LOG = logging.getLogger(__name__)
 _DEFAULT_LIMIT = 10 * 10**9
 _MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
-_MIN_COMPILE_SECONDS = 0.1  # from which a program is kept
 # What JAX warns of where another process holds the lock of the folder; the program is then compiled and not kept.
 _LOCKED = r"Error (reading|writing) persistent compilation cache entry for '[^']*': Timeout"
 
@@ -282,7 +281,7 @@ def keep_compiled() -> None:
     warnings.filterwarnings("ignore", _LOCKED)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all are kept, so that a second run has none
 
 
 def processor() -> str:
