@@ -120,7 +120,7 @@ class Shapes:
     def passes(self) -> Iterator[Program]:
         """What differs by family: writing, which runs whole prompts and single tokens, and the gradient of a fit."""
         yield Program(sampling.extend, (self.model, self.begun(), DRAWN), {"count": 4, "stop_tokens": (1,)})
-        yield self.step("adam", remat=True)
+        yield self.step(remat=True)
 
     def streamed(self, base: jcl.BaseModel) -> Iterator[Program]:
         """What a source does whose layers stay in the host's memory: it reads and writes."""
