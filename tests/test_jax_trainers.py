@@ -1,6 +1,7 @@
 """LoRA of tunix and google-deepmind/gemma, in and out, against the logits of tunix's own models."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -301,3 +302,16 @@ def test_evaluate_gives_alpha_to_checkpoints_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*given, "--adapter", str(tmp_path / "peft")])
     assert "no adapter is a checkpoint of a JAX trainer" in capsys.readouterr().err
+
+
+def test_the_next_step_to_a_checkpoint_as_target_is_export_for_tunix(checkpoint, tmp_path, capsys):
+    base, target = FIXTURES / "llama" / "base", shutil.copytree(FIXTURES / "llama" / "model", tmp_path / "target")
+    shutil.copy(base / "config.json", target)
+    ends = ["--source", str(base), "--target", str(target), "--alpha", "6", "--out", str(tmp_path / "moved")]
+    main(["transfer", str(checkpoint), *ends, "--method", "copy", "--effect", "never"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("peft" in line for line in lines)
+    command = next(line for line in lines if "jcrosslora export" in line)
+    main(shlex.split(command)[1:])
+    want = jcl.load_adapter(tmp_path / "moved").modules[Q]
+    np.testing.assert_allclose(delta(jcl.load_adapter(tmp_path / "moved-tunix").modules[Q]), delta(want), rtol=1e-5)

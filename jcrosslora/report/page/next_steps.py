@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.orbax import find_checkpoint
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
 from jcrosslora.report.record import TransferReport
@@ -86,12 +88,23 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
     """
     names = _Names(out, target)
     python = f"python -c {quoted('; '.join(peft_lines(*map(os.path.expanduser, (target, out)))))}"
+    trained = Path(target).expanduser()
+    if trained.is_dir() and find_checkpoint(trained) is not None:  # of tunix, which peft cannot load
+        yield "write it for tunix:"
+        ends = f"--base {quoted(target)} --profile tunix --out {quoted(f'{out}-tunix')}"
+        yield f"  jcrosslora export {quoted(out)} {ends}"
+        yield from _judging(names)
+        return
     in_peft = profile in ("portable", "peft")
     if in_peft and not is_hub_id(moved.target.name or ""):
         said = f"note: the adapter names {moved.target.name or 'nothing'} as its base, which is no hub id, so peft's "
         yield said + "AutoPeftModel will not find it: give --target-id OWNER/NAME, or load the base first"
     yield "load it with peft (pip install 'jcrosslora[torch]'):" if in_peft else "use it:"
     yield f"  {python if in_peft else names.generate()}"
+    yield from _judging(names)
+
+
+def _judging(names: _Names) -> Iterator[str]:
     yield "evaluate it, with questions of its task and right answers instead of this example:"
     yield from (f"  {command}" for command in (_TASK, names.evaluate()))
     yield "see it on a page:"
