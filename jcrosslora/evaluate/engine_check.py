@@ -94,7 +94,7 @@ def check_run(path: str | Path, base: Any, *, original: Any = None) -> EngineRun
     whole = max(min(module.shape) for module in base.modules.values())  # a DoRA has a change of full rank
     adapter = load_adapter(path if original is None else original, base, rank=whole, replaced=True)
     texts, plain, ours = _own(base, adapter)
-    their_plain, theirs = (engine.answers(base, one, texts) for one in (None, files))
+    their_plain, theirs = engine.answers(base, files, texts)
     likeliest = [[np.nan_to_num(row, nan=-np.inf).argmax(-1) for row in rows] for rows in (ours, theirs)]
     agreeing = sum(map(np.array_equal, *likeliest))
     figures = _largest(ours, theirs), _largest(plain, their_plain), _largest(plain, ours)

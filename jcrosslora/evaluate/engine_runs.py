@@ -37,14 +37,14 @@ class Engine:
         package: the distribution that it is.
         extra: of this package, which installs it.
         bases: that it loads, for messages.
-        run: from a base's path, V, an adapter's path or None, and texts to answers.
+        run: from a base's path, V, an adapter's path and texts to the answers of the base, then of both.
     """
 
     name: str
     package: str
     extra: str
     bases: str
-    run: Callable[[Path, int, Path | None, Sequence[Text]], Answers]
+    run: Callable[[Path, int, Path, Sequence[Text]], Iterator[Answers]]
 
     @property
     def version(self) -> str:
@@ -55,49 +55,64 @@ class Engine:
             msg = f"this adapter runs in {self.name}, which is not installed: pip install 'jcrosslora[{self.extra}]'"
             raise UsageError(msg) from error
 
-    def answers(self, base: BaseModel, adapter: AdapterFiles | None, texts: Sequence[Text]) -> Answers:
-        """Run a base, alone or with an adapter; a JCrossLoRAError says why the engine cannot load one of them."""
-        place = None
-        if adapter is not None:
-            check_imports_nothing(adapter)
-            place = adapter.weights if adapter.form == "GGUF" else adapter.weights.parent
+    def answers(self, base: BaseModel, adapter: AdapterFiles, texts: Sequence[Text]) -> list[Answers]:
+        """Run a base, alone and with an adapter; a JCrossLoRAError says why the engine cannot load one of them."""
+        check_imports_nothing(adapter)
+        place = adapter.weights if adapter.form == "GGUF" else adapter.weights.parent
+        found: list[Answers] = []
         try:
-            return self.run(Path(base.path or base.ref), base.dims.vocab, place, texts)
+            for one in self.run(Path(base.path or base.ref), base.dims.vocab, place, texts):
+                found.append(one)
         except Exception as error:  # whatever an engine raises
-            kind, what = (CheckpointError, base.ref) if adapter is None else (AdapterError, adapter.name)
+            kind, what = (AdapterError, adapter.name) if found else (CheckpointError, base.ref)
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             msg = f"{what}: {self.name} cannot run it ({why}): it loads bases {self.bases}, and adapters of these"
             raise kind(msg) from error
+        return found
 
 
-def _run_peft(base: Path, _vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+def _run_peft(base: Path, _vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
+    def answers() -> Answers:
+        with torch.inference_mode():
+            rows = [model(torch.tensor([text.ids.tolist()])).logits[0, text.first :] for text in texts]
+            return [torch.log_softmax(one, -1).numpy() for one in rows]
 
     folder, settings = (base.parent, {"gguf_file": base.name}) if base.is_file() else (base, {})
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, trust_remote_code=False, **settings
-        )
-        model = (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
-    with torch.inference_mode():
-        rows = [model(torch.tensor([text.ids.tolist()])).logits[0, text.first :] for text in texts]
-        return [torch.log_softmax(one, -1).numpy() for one in rows]
+        ).eval()
+    yield answers()
+    with quiet():
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    yield answers()
 
 
-def _run_mlx(base: Path, _vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+def _run_mlx(base: Path, _vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
     import mlx.core as mx
     from mlx_lm.utils import load_adapters, load_model
 
+    def answers() -> Answers:
+        model.eval()
+        rows = [model(mx.array([text.ids.tolist()]))[0, text.first :].astype(mx.float32) for text in texts]
+        return [np.array(one - mx.logsumexp(one, axis=-1, keepdims=True)) for one in rows]
+
     model = load_model(base)[0]
-    model = model if adapter is None else load_adapters(model, str(adapter))
-    model.eval()
-    rows = [model(mx.array([text.ids.tolist()]))[0, text.first :].astype(mx.float32) for text in texts]
-    return [np.array(one - mx.logsumexp(one, axis=-1, keepdims=True)) for one in rows]
+    yield answers()
+    model = load_adapters(model, str(adapter))
+    yield answers()
 
 
-def _run_llama_cpp(base: Path, vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
+def _run_llama_cpp(base: Path, vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
+    yield _in_llama_cpp(base, vocab, None, texts)
+    yield _in_llama_cpp(base, vocab, adapter, texts)
+
+
+def _in_llama_cpp(base: Path, vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
     beginnings = [text.ids[: end + 1].tolist() for text in texts for end in range(text.first, len(text.ids))]
     known = int(texts[0].ids[texts[0].first])  # the end of a prompt, which is a word or a sign
     request = json.dumps([str(base), None if adapter is None else str(adapter), beginnings, known])
