@@ -26,3 +26,7 @@ def test_the_table_has_a_line_for_each_kernel(capsys):
     fitted = [line.strip("│ ").split("│") for line in fits.splitlines() if "│ small" in line]
     assert [row[1].strip() for row in fitted] == ["write", "read", "step"]
     assert all(float(measured) > float(paper) >= 0 for _, _, _, paper, measured, _ in fitted)
+    hardware = [line.strip("| ").split(" | ") for line in fits.splitlines() if line.startswith("| small")]
+    assert [row[-1] for row in hardware] == ["measured", "computed"]
+    ours, paper = (float(row[3].split()[0]) for row in hardware)
+    assert ours > paper > 0

@@ -16,7 +16,8 @@ waited for, and what is compiled at the first call is told apart. A line for eac
 - loss, vectors, update: against float64 on the host, the worst matrix; see tools/bench_svd.py.
 
 Last comes the table of `tools/fit_sizes.py`: the programs of a fit between bases of the shapes `--fit`, each run,
-beside their times on paper on a `--device`, the one of `tools/roofline.py` that is nearest to this one.
+beside their times on paper on a `--device`, the one of `tools/roofline.py` that is nearest to this one; and their sums
+as rows of the hardware table of docs/performance.md, measured and computed.
 
 With `--models` the first two models in FOLDER, by name, are aligned as well, by cross-lora with all their modules, from
 files to maps in memory: first call, and median of the calls after it.
@@ -33,11 +34,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_svd import Case, quality, real, synthetic
-from fit_sizes import SHAPES, add_lengths, times_table
+from fit_sizes import (
+    SHAPES,
+    add_lengths,
+    bytes_of,
+    empty_base,
+    make_programs,
+    measured,
+    phases,
+    temporary_bytes,
+    times_table,
+)
 from rich.console import Console
 from roofline import DEVICES
 
 import jcrosslora as jcl
+from jcrosslora.decoder import load_model
 from jcrosslora.linalg import decompose, describe_kernels, dot, spread
 from jcrosslora.methods import CrossLoRA
 
@@ -116,6 +128,23 @@ def whole_pair(folder: Path, rank: int, repeats: int) -> None:
     print(f"first {first:.2f} s, then {median:.2f} s", flush=True)
 
 
+def hardware_rows(shapes: Sequence[str], given: argparse.Namespace) -> None:
+    """Print rows of the hardware table of docs/performance.md: each fit as measured here, and as computed."""
+    kind = jax.local_devices()[0].device_kind
+    for name in shapes:
+        model = load_model(empty_base(name), jnp.bfloat16)
+        programs = make_programs(model, given.prompt, given.answer)
+        parts = phases(model, given, DEVICES[given.device])
+        size = 2 * bytes_of(model) + max(temporary_bytes(*programs[part]) for part in ("step", "write"))
+        run, paper = (
+            sum(count * one for count, one in found)
+            for found in ([(count, measured(*programs[part])) for part, (count, _) in parts.items()], parts.values())
+        )
+        for device, seconds, how in ((kind, run, "measured"), (given.device, paper, "computed")):
+            job = f"| {name} to {name} | `distill`, {given.prompts} completions | one {device} "
+            print(f"{job}| {seconds:.3g} s of computing | {size / 1e9:.1f} GB | {how} |")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a folder of models to take weights from, and a pair")
@@ -142,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         whole_pair(given.models, given.rank, given.repeats)
     print(f"\na fit of bases of {' and '.join(given.fit)}, on paper on {given.device}")
     Console(width=120).print(times_table(given.fit, given, DEVICES[given.device], run=True))
+    print("\nrows for the table of hardware in docs/performance.md; add start, reading and compilation")
+    hardware_rows(given.fit, given)
 
 
 if __name__ == "__main__":
