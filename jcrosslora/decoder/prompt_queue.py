@@ -6,7 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,51 @@ from jcrosslora.decoder.sampling import Sampling, State
 from jcrosslora.errors import not_finite
 
 if TYPE_CHECKING:
-    from jcrosslora.decoder.generate import Generator
+    from jcrosslora.checkpoint.tokenizer import Tokenizer
     from jcrosslora.utils.progress import Track
 
 _TURN = 8  # prompts that are read together
 _STEPS = 8  # tokens between two looks for texts that have ended; a divisor of the room for what is written
 
 
+class Writer(Protocol):
+    """What a queue needs of a `Generator`, whose methods these are."""
+
+    @property
+    def name(self) -> str:
+        """The base's name, for errors."""
+        ...
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter's name, for errors."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its stop tokens end a text."""
+        ...
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether prompts can be read after a beginning that was read once."""
+        ...
+
+    def of_rows(self, places: Sequence[int], rows: int) -> Self:
+        """Return the writer of a batch whose rows hold the prompts at these places."""
+        ...
+
+    def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
+        """Read the prompts of a batch."""
+        ...
+
+    def extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
+        """Write up to `count` tokens, see `sampling.extend`."""
+        ...
+
+
 def write_queue(
-    writer: Generator, ids: Sequence[np.ndarray], max_new_tokens: int, *, models: int = 1, bar: Track | None = None
+    writer: Writer, ids: Sequence[np.ndarray], max_new_tokens: int, *, models: int = 1, bar: Track | None = None
 ) -> list[np.ndarray]:
     """Write the likeliest tokens after n prompts, int32 (T,) token ids of at most `LONGEST`.
 
@@ -65,7 +101,7 @@ class _Rows:
     tokens than there are slots before it goes to another prompt, which empties it.
     """
 
-    def __init__(self, writer: Generator, max_new_tokens: int, rows: int, slots: int) -> None:
+    def __init__(self, writer: Writer, max_new_tokens: int, rows: int, slots: int) -> None:
         self._writer, self._most, self._rows, self._slots = writer, max_new_tokens, rows, slots
         self._room = rounded(max_new_tokens)
         self._places: dict[int, int] = {}  # of prompts, by row
