@@ -1,11 +1,12 @@
 """A multiple-choice task of lm_eval by its own backend for transformers and by ours: medians of interleaved runs.
 
     python tools/bench_harness.py BASE QUESTIONS.jsonl [--adapter DIR] [--limit 100] [--repeats 5] [--batch 16]
+        [--dtype bfloat16]
 
 QUESTIONS has lines of {"question", "choices", "answer"}. Both score the same requests of lm_eval, which has to be
-installed (extra `eval`), without a network. The weights of both are float32, in memory before the time begins, and
-theirs have the adapter through peft. Printed are seconds, and the accuracy and the length-normalised one of both, which
-have to be equal. To time one core, start it with `taskset -c 0`.
+installed (extra `eval`), without a network. The weights of both are in memory before the time begins, and theirs have
+the adapter through peft. Printed are seconds, and the accuracy and the length-normalised one of both, which have to be
+equal in float32, the default. To time one core, start it with `taskset -c 0`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 import transformers
 from interleaved import median_seconds
 from lm_eval.models.huggingface import HFLM
@@ -33,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("base")
     parser.add_argument("questions", type=Path)
     parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights of both")
     for name, usual in {"limit": 100, "repeats": 5, "batch": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     return parser.parse_args()
@@ -58,7 +61,7 @@ def theirs(base: BaseModel, arguments: argparse.Namespace) -> HFLM:
     path = Path(arguments.base)
     folder, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file)
-    model: Any = torch_model(base)
+    model: Any = torch_model(base, getattr(torch, arguments.dtype))
     if arguments.adapter:
         import peft
 
@@ -71,7 +74,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         base = jcl.open_base(arguments.base)
-        sides = {"jcrosslora": JCrossLoRALM(base, arguments.adapter), "hf": theirs(base, arguments)}
+        sides = {"jcrosslora": JCrossLoRALM(base, arguments.adapter, dtype=arguments.dtype), "hf": theirs(base, arguments)}
     except jcl.JCrossLoRAError as error:
         sys.exit(f"bench_harness: {error}")
     task, found = task_of(arguments.questions), {}
