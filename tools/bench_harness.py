@@ -74,7 +74,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         base = jcl.open_base(arguments.base)
-        sides = {"jcrosslora": JCrossLoRALM(base, arguments.adapter, dtype=arguments.dtype), "hf": theirs(base, arguments)}
+        ours = JCrossLoRALM(base, arguments.adapter, dtype=arguments.dtype)
+        sides = {"jcrosslora": ours, "hf": theirs(base, arguments)}
     except jcl.JCrossLoRAError as error:
         sys.exit(f"bench_harness: {error}")
     task, found = task_of(arguments.questions), {}
