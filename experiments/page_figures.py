@@ -28,6 +28,7 @@ _SOURCES = re.compile(r"\]\([^)]*\)|arXiv [\d.]+")  # addresses of links, and pa
 # The tables of jobs by their first cell: the task, and what the name of the source begins with.
 _JOBS = {
     "SNIPS": ("snips", "Smollm2"),
+    "SNIPS, 200 examples": ("snips", "Smollm2"),
     "BANKING77": ("banking77", "Smollm2"),
     "E2E": ("e2e", "Smollm2"),
     "SNIPS, the other way": ("snips", "Gemma"),
@@ -44,6 +45,7 @@ _PARTS = {
     "`random`": ("moved", ("random", 0)),
     "SmolLM2 with the adapter that is moved": ("source", None),
     "Gemma with the adapter that is moved": ("source", None),
+    "trained on Gemma, on SmolLM2's answers to the 200 prompts": ("moved", ("answers", 200)),
     "`distill`, no data": ("moved", ("distill", 0)),
     "`distill`, no data, 1,200 completions": ("moved", ("distill:completions=1200", 0)),
     "`distill`, 200 prompts": ("moved", ("distill", 200)),
