@@ -172,15 +172,17 @@ def test_alpha_and_rank_come_from_lora_config(checkpoint, tmp_path, capsys):
         jcl.load_adapter(tmp_path / "out", alpha=6)
 
 
-def test_the_latest_step_is_read_and_of_a_whole_model_its_lora_alone(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "ckpt_"])
+def test_the_latest_step_is_read_and_of_a_whole_model_its_lora_alone(prefix, tmp_path):
     for step in (9, 10):
         a, b = factors(seed=step)
         tree = {"layers": {"0": {"attn": {"q_proj": {"w": np.ones((6, 8)), "w_lora_a": a, "w_lora_b": b}}}}}
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / str(step) / "default", tree)
-    for folder in (tmp_path, tmp_path / "10", tmp_path / "10" / "default"):
+            checkpointer.save(tmp_path / f"{prefix}{step}" / "default", tree)
+    latest = tmp_path / f"{prefix}10"
+    for folder in (tmp_path, latest, latest / "default"):
         np.testing.assert_array_equal(jcl.load_adapter(folder, alpha=2).modules[Q].a, factors(seed=10)[0].T)
-    (tmp_path / "10" / "default" / "_METADATA").write_text("{")
+    (latest / "default" / "_METADATA").write_text("{")
     with pytest.raises(AdapterError, match="is not a readable checkpoint of Orbax"):
         jcl.load_adapter(tmp_path, alpha=2)
 

@@ -4,6 +4,7 @@ A checkpoint is a folder of one item, which `CheckpointManager` keeps in the fol
 arrays are the leaves of nested mappings; `restore` reads those that are asked for, in the process that asks.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from jcrosslora.errors import CheckpointError
 
 ITEM = "model_params"  # tunix's name of the item with the weights
 _MARK = "_METADATA"  # in the folder of an item
+_STEP = re.compile(r"(?:ckpt_)?([0-9]+)")  # Kauldron's trainer writes ckpt_100, the others 100
 Entries = Mapping[tuple[str, ...], Any]  # the keys that lead to an array -> its shape and dtype
 
 
@@ -27,8 +29,8 @@ def find_checkpoint(folder: Path) -> Path | None:
     """
     if (folder / _MARK).is_file():
         return folder
-    steps = [one for one in folder.glob("[0-9]*") if one.name.isascii() and one.name.isdecimal() and one.is_dir()]
-    items = {mark.parent for mark in max(steps, key=lambda one: int(one.name), default=folder).glob(f"*/{_MARK}")}
+    steps = {one: int(step[1]) for one in folder.glob("*/") if (step := _STEP.fullmatch(one.name))}
+    items = {mark.parent for mark in max(steps, key=lambda one: steps[one], default=folder).glob(f"*/{_MARK}")}
     named = {item for item in items if item.name == ITEM} or items
     return named.pop() if len(named) == 1 else None
 
