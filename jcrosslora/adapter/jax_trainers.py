@@ -71,7 +71,8 @@ def as_state_dict(
     """Translate the LoRA of a trainer into a state dict of PEFT and its configuration.
 
     Args:
-        arrays: by their keys, joined by dots; those that are no factors are left out.
+        arrays: by their keys, joined by dots; those that are no factors are left out. Of google-deepmind/gemma, LoRA of
+            other parts that is zero is left out too: that of a vision tower after a training on text.
         stated: the `alpha`, and perhaps the `rank`, that it was trained with.
         where: names the source of the arrays in messages.
         base: the model that it was trained on, which MaxText needs.
@@ -86,6 +87,8 @@ def as_state_dict(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     pairs = _pairs(trainer, arrays, where)
+    if trainer is not QWIX:
+        pairs = {name: pair for name, pair in pairs.items() if pair[1].any() or _held(trainer, name)} or pairs
     for name, (a, b) in (as_tunix(pairs, base, stated, where) if is_maxtext(pairs) else pairs).items():
         modules = modules_of(trainer, name, where)
         rank = a.shape[-1]
@@ -121,13 +124,19 @@ def _pairs(trainer: Trainer, arrays: Mapping[str, Any], where: str) -> dict[str,
 
 def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
     """Return the modules, as Hugging Face names them, whose matrices a parameter holds; AdapterError if not known."""
+    if held := _held(trainer, parameter):
+        return held
+    msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
+    raise AdapterError(msg + "train on these alone")
+
+
+def _held(trainer: Trainer, parameter: str) -> tuple[str, ...]:
+    """Return the modules whose matrices a parameter holds, none if it is not known."""
     if parameter == HEAD_MATRIX:
         return (_HEAD,)
     match = _LAYER.fullmatch(_WRAPPER.sub("", parameter))
-    if match is not None and match[2] in trainer.layout:
-        return tuple(f"model.layers.{match[1]}.{module}" for module in trainer.layout[match[2]])
-    msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
-    raise AdapterError(msg + "train on these alone")
+    held = trainer.layout.get(match[2], ()) if match else ()
+    return tuple(f"model.layers.{match[1]}.{module}" for module in held) if match else ()
 
 
 def _alpha(stated: Mapping[str, Any], ranks: set[int], where: str) -> float:
