@@ -41,7 +41,7 @@ EVERY = [
     *("qwen3_moe-mixed", "gemma4-experts", "nemotron_h-latent"),
 ]
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE = {"atol": 3e-4, "rtol": 1e-4}  # float32 through a delta rule, whose rounding differs by CPU; updates change 0.3
 EPS = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}
 
 

@@ -58,9 +58,9 @@ def house(tmp_path_factory):
 def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house, monkeypatch, caplog):
     loads, widths, step = [], set(), fit_module.gradient_step
 
-    def load(base, dtype=jnp.float32, *, mesh=None):
+    def load(base, dtype=jnp.float32, **more):
         loads.append((Path(base.name).name, jnp.dtype(dtype)))
-        return load_model(base, dtype, mesh=mesh)
+        return load_model(base, dtype, **more)
 
     def counted(target, state, batch, rate, **more):
         widths.add(batch.tokens.shape)
