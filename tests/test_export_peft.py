@@ -41,7 +41,7 @@ EVERY = [
     *("qwen3_moe-mixed", "gemma4-experts", "nemotron_h-latent"),
 ]
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
-CLOSE = {"atol": 3e-4, "rtol": 1e-4}  # float32 through a delta rule, whose rounding differs by CPU; updates change 0.3
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 EPS = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}
 
 
@@ -194,16 +194,18 @@ def test_the_table_has_every_family():
 def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
     model, plain, base = made(name, tmp_path)
     adapter, ours = adapter_of_all(base), load_model(base)
+    # On one CPU this one's delta rule was 1.24e-4 apart in float32.
+    close = CLOSE | ({"atol": 2e-4} if name == "qwen3_next" else {})
     for profile, held in {"portable": without_experts(adapter), "peft": adapter}.items():
         written = adapter if profile == "peft" else jcl.Adapter(adapter.modules)
         out = jcl.save_adapter(written, tmp_path / profile, base=base, profile=profile)
         wanted = by_peft(model, out)
-        np.testing.assert_allclose(run(ours, stack_adapter(held, base)), wanted, **CLOSE)
+        np.testing.assert_allclose(run(ours, stack_adapter(held, base)), wanted, **close)
         assert np.abs(wanted - plain).max() > 0.3
         verdict = judged_by_check(out, base)
         assert verdict.reads, verdict.reasons
     again = jcl.load_adapter(out, base)
-    np.testing.assert_allclose(run(ours, stack_adapter(again, base)), wanted, **CLOSE)
+    np.testing.assert_allclose(run(ours, stack_adapter(again, base)), wanted, **close)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What is right whatever the teacher says: the target is taught it, in tokens of its own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from probe_bases import CORPUS, write_base
@@ -98,6 +100,14 @@ def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases)
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found, name)) for found in (free[2], taught))
         np.testing.assert_array_equal(one[without], other[without])
+
+
+def test_known_tokens_weigh_as_much_as_any_others(bases):
+    items = [dataclasses.replace(item, right="answer" * (place < 2)) for place, item in enumerate(completions(""))]
+    batch, _, taught = lesson(bases, items)
+    known = batch.known > 0
+    assert known.any()
+    assert (np.asarray(taught.weight)[known] == 1).all()
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])

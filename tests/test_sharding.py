@@ -92,7 +92,7 @@ def test_logits_written_text_and_steps_of_a_fit_are_those_of_one_device(session,
     assert found["same text"]
     assert found["different tokens"] > 3
     # Adam makes small gradients large; a sum over devices of bfloat16 numbers may be rounded otherwise.
-    assert found["factors"] < (1e-3 if CASES[name][1] == "float32" else 5e-2)
+    assert found["factors"] < (1e-3 if CASES[name][1] == "float32" else 2e-2)
     # From a state on one device, and from that which the first step leaves on four.
     assert found["compiled"] == 2
 

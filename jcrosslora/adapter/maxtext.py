@@ -65,10 +65,8 @@ def as_tunix(
         msg = f"{where}: LoRA of MaxText is read by the heads, layers and positions of its base: give the base that it "
         raise AdapterError(msg + "was trained on (--base, base=...)")
     if base.family.name not in _SCALED:
-        msg = (
-            f"{where}: LoRA of MaxText is read for {', '.join(_SCALED)}, and the base is of {base.family.name}: merge "
-        )
-        raise AdapterError(msg + "it with MaxText's to_huggingface.py, and run 'jcrosslora extract'")
+        msg = f"{where}: LoRA of MaxText is read for {', '.join(_SCALED)}, and the base is of {base.family.name}: "
+        raise AdapterError(msg + "merge it with MaxText's to_huggingface.py, and run 'jcrosslora extract'")
     if base.family.name == _PAIRS and base.config.get("query_pre_attn_scalar", 256) != base.dims.head_dim:
         msg = f"{where}: the two converters of MaxText scale the queries of this size of Gemma 2 differently, and the "
         raise AdapterError(msg + "arrays do not tell which was used: merge it, and run 'jcrosslora extract'")
@@ -82,12 +80,9 @@ def as_tunix(
             raise AdapterError(msg + f"{', '.join(_PARAMETERS)} of layers: train on these alone")
         stacked = match["layer"] is None and match["rest"] is None
         if stacked and not (a.ndim > 2 and b.ndim > 2 and a.shape[1] == b.shape[1] == len(layers)):
-            msg = (
-                f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; {len(layers)} layers "
-            )
-            raise AdapterError(
-                msg + "of the base were wanted along axis 1: give its base, and train with param_scan_axis=1"
-            )
+            msg = f"{where}: the LoRA of {name} has the shapes {list(a.shape)} and {list(b.shape)}; "
+            msg += f"{len(layers)} layers of the base were wanted along axis 1: give its base, and train with "
+            raise AdapterError(msg + "param_scan_axis=1")
         for at, layer in enumerate(layers):
             one = (a[:, at], b[:, at]) if stacked else (a, b)
             found[f"layers.{layer}.{parameter}"] = _matrix(
@@ -137,8 +132,6 @@ def _rotates_neighbours(base: BaseModel, stated: Mapping[str, Any], where: str) 
     rope = base.config.get("rope_parameters") or base.config.get("rope_scaling") or {}
     kind = stated.get("rope_type", rope.get("rope_type", rope.get("type", "default")))
     if kind not in ("default", "linear", "llama3", "llama3.1"):
-        msg = (
-            f"{where}: with positions of type {kind!r} MaxText orders the features of heads by rope_interleave, which "
-        )
-        raise AdapterError(msg + "the arrays do not tell: merge it, and run 'jcrosslora extract'")
+        msg = f"{where}: with positions of type {kind!r} MaxText orders the features of heads by rope_interleave, "
+        raise AdapterError(msg + "which the arrays do not tell: merge it, and run 'jcrosslora extract'")
     return base.family.name == "llama" and kind.startswith("llama3")

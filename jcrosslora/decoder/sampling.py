@@ -195,21 +195,22 @@ def draw(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array
 
 def _invert(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array:
     warm = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
-    padded = jnp.pad(warm, ((0, 0), (0, -scores.shape[1] % _BLOCK)), constant_values=-jnp.inf)
-    weights = jnp.exp(padded).reshape(scores.shape[0], -1, _BLOCK)
+    weights = jnp.exp(_blocks(warm))
     sums = jnp.sum(weights, axis=-1)
     ends = jnp.cumsum(sums, axis=-1)
     level = jax.random.uniform(key, (scores.shape[0],)) * ends[:, -1]
     block = _first_above(ends, sums, level)
     start = jnp.take_along_axis(ends - sums, block[:, None], axis=1)[:, 0]
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    inside = _block_at(weights, block)
     return block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), inside, level - start)
 
 
 def _first_above(ends: jax.Array, weights: jax.Array, level: jax.Array) -> jax.Array:
     above = ends > level[:, None]
     # Rounding can leave none above the level; take the heaviest then, whose weight is not zero.
-    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), likeliest(weights)).astype(jnp.int32)
+    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1)).astype(
+        jnp.int32
+    )
 
 
 def likeliest(scores: jax.Array) -> jax.Array:
@@ -218,9 +219,17 @@ def likeliest(scores: jax.Array) -> jax.Array:
     XLA finds a maximum in vector instructions on a CPU but its place one number at a time, so the maxima of blocks come
     first and the place is looked for in one block.
     """
-    lowest = -jnp.inf if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.iinfo(scores.dtype).min
-    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % _BLOCK)], constant_values=lowest)
-    blocks = padded.reshape(*scores.shape[:-1], -1, _BLOCK)
+    blocks = _blocks(scores)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return (block * _BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+    return (block * _BLOCK + jnp.argmax(_block_at(blocks, block), axis=-1)).astype(jnp.int32)
+
+
+def _blocks(scores: jax.Array) -> jax.Array:
+    """Divide scores (..., V) into blocks (..., blocks, tokens); the last one is filled up with -inf."""
+    padding = [(0, 0)] * (scores.ndim - 1) + [(0, -scores.shape[-1] % _BLOCK)]
+    return jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(*scores.shape[:-1], -1, _BLOCK)
+
+
+def _block_at(blocks: jax.Array, place: jax.Array) -> jax.Array:
+    """Return the block (..., tokens) at a place (...) of each row."""
+    return jnp.take_along_axis(blocks, place[..., None, None], axis=-2)[..., 0, :]

@@ -22,7 +22,7 @@ from jcrosslora.linalg.svd import mesh_of as mesh_of
 from jcrosslora.linalg.svd import over_layers as over_layers
 from jcrosslora.linalg.svd import place as place
 from jcrosslora.linalg.svd import spread as spread
-from jcrosslora.linalg.svd_float64 import host_threads as host_threads
+from jcrosslora.linalg.svd_float64 import map_on_host as map_on_host
 from jcrosslora.linalg.svd_float64 import refine as refine
 from jcrosslora.linalg.svd_kernels import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.svd_kernels import full_svd as full_svd

@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import chex
 import jax
@@ -15,6 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from jcrosslora.linalg.low_rank import dot, namespace
 from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, truncate
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -115,15 +119,20 @@ def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True)
     float32 unless their neighbours in the spectrum are too close for float64; singular values below 1e-7 of the largest
     are lost. `error` shows both, and is NaN if W is not finite.
     """
-    threads = min(host_threads(), len(rows))
+    solved = map_on_host(partial(_solve, columns=rank), rows)
+    with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
+        return [_truncate_refined(found, rank, vectors) for found in solved]
+
+
+def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+    """Yield what a function of numpy returns for each item, in order, from a thread for each core."""
+    threads = max(1, min(_cores(), len(items)))
     # BLAS gets one thread per call: its own threads would compete with these for the cores.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        solved = pool.map(partial(_solve, columns=rank), rows)
-        with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
-            return [_truncate_refined(found, rank, vectors) for found in solved]
+        yield from pool.map(function, items)
 
 
-def host_threads() -> int:
+def _cores() -> int:
     """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, update_norm
 from jcrosslora.adapter.fused import fit_to_base
@@ -18,7 +16,7 @@ from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.records import as_adapter, restrict
 from jcrosslora.checkpoint import BaseInfo
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
-from jcrosslora.linalg import host_threads, namespace, product_energy
+from jcrosslora.linalg import map_on_host, namespace, product_energy
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Terms
 from jcrosslora.maps.method import Method
@@ -214,12 +212,10 @@ def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
                 found.append((shifter, _shift_factors(maps, a, scaled, keep_norm=shifter.keep_norm)))
         return found
 
-    # As for decompositions on the host: a thread for each core, and none of BLAS's own.
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(host_threads()) as pool:
-        for row, found in enumerate(pool.map(move, range(len(group.pairs)))):
-            figures = {key: x[row].item() for key, x in agreement.items()}
-            for shifter, moved in found:
-                shifter.take(group.pairs[row], figures, moved)
+    for row, found in enumerate(map_on_host(move, range(len(group.pairs)))):
+        figures = {key: x[row].item() for key, x in agreement.items()}
+        for shifter, moved in found:
+            shifter.take(group.pairs[row], figures, moved)
 
 
 def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedFactors:

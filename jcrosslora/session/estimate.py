@@ -251,8 +251,10 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
     fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 
+    source = bases[0] if len(bases) > 1 else None
+
     def held(count: int, *, streams: bool) -> list[int]:
-        return [held_numbers(base, count, streamed=streams and base is not bases[-1]) for base in bases]
+        return [held_numbers(base, count, streamed=streams and base is source) for base in bases]
 
     def fitted(count: int, *, streams: bool) -> int:
         return fit_size and fit_size * sum(held(count, streams=streams))
@@ -262,18 +264,18 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         return max(fitted(count, streams=streams), checked)
 
     free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
-    if streams and len(bases) == 1:
+    if streams and source is None:
         msg = "divide stream was asked for, and the source is not run here: leave it out"
         raise UsageError(msg)
     divide = "auto" if streams else options.divide
     placement = choose_placement(partial(largest, streams=streams), beside, there, free, divide)
-    if free is not None and placement.weights > free and divide == "auto" and len(bases) > 1:
+    if free is not None and placement.weights > free and divide == "auto" and source is not None:
         streams = True
         placement = choose_placement(partial(largest, streams=True), beside, there, free, divide)
-    if streams:
-        size = max(fit_size, check_size) * streamed_numbers(bases[0])
-        check_host(size, of="the layers of the source")
-        placement = replace(placement, streamed=(fit_size or check_size) * streamed_numbers(bases[0]))
+    if streams and source is not None:
+        numbers = streamed_numbers(source)
+        check_host(max(fit_size, check_size) * numbers, of="the layers of the source")
+        placement = replace(placement, streamed=(fit_size or check_size) * numbers)
     needed = fitted(placement.devices, streams=streams)
     if free is not None and needed > free:
         of = "a device" if placement.devices == 1 else f"each of {placement.devices} devices"
