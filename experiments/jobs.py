@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Path) -> None:
+def train(ref: str, examples: Sequence[Example], settings: TrainingSettings, out: Path) -> None:
     """Train an adapter unless it is there."""
     if out.exists():
         return
@@ -102,19 +102,23 @@ def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: lis
     result.save(out)
 
 
-def imitate(
-    adapter: Path, arguments: argparse.Namespace, prompts: list[Prompt], settings: TrainingSettings, out: Path
-) -> None:
-    """Train an adapter of the target on what the source says to prompts with its own, without what does not end."""
-    base = jcl.open_base(arguments.source)
+def greedy_answers(adapter: Path, source: str, prompts: list[Prompt]) -> list[Completion]:
+    """Return what the source says to prompts with its own adapter, without what does not end."""
+    base = jcl.open_base(source)
     held = jcl.load_adapter(adapter, base)
     tokenizer = with_own_template(load_tokenizer(base), held.info.chat_template)
     generator = Generator.of(base, held, tokenizer=tokenizer)
     with track(len(prompts), "answer prompts", "answers") as bar:
         written = generator.write(prompts, ANSWER, 0.0, jax.random.key(0), bar=bar)
     found = zip(prompts, written, strict=True)
-    examples: list[Example] = [Completion(prompt, one.text) for prompt, one in found if one.ended and one.text.strip()]
-    train(arguments.target, examples, settings, out)
+    return [Completion(prompt, one.text) for prompt, one in found if one.ended and one.text.strip()]
+
+
+def imitate(
+    adapter: Path, arguments: argparse.Namespace, prompts: list[Prompt], settings: TrainingSettings, out: Path
+) -> None:
+    """Train an adapter of the target on the source's answers to prompts."""
+    train(arguments.target, greedy_answers(adapter, arguments.source, prompts), settings, out)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:

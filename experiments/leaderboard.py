@@ -30,7 +30,7 @@ Moved adapters, sorted by task and by lift. `experiments/results/` has one line 
 Click on the head of a column to sort by it.
 """
 # The names that GGUF files state for themselves, and the names that people use.
-_MODELS = {
+MODELS = {
     "Smollm2 135M 8k Lc100K Mix1 Ep2": "SmolLM2-135M-Instruct",
     "Gemma 3 270m": "Gemma 3 270M",
     "Qwen2.5 Coder 0.5B Instruct AWQ": "Qwen2.5-Coder-0.5B-Instruct",
@@ -60,7 +60,7 @@ def _row(line: ResultLine) -> tuple[str, ...]:
     name = next(name for name in _SCORES if name in line.figures and line.figures[name].lift is not None)
     score, lift = line.figures[name], line.figures["nll_per_char"].lift
     share = "" if lift is None else f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"
-    models = (_MODELS.get(model, model) for model in (line.source, line.target))
+    models = (MODELS.get(model, model) for model in (line.source, line.target))
     return (line.task, *models, f"`{line.method}`", str(line.prompts), str(line.seed), share, name, *_figures(score))
 
 

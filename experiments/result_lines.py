@@ -1,7 +1,8 @@
 """Lines of results: one JSON object for a moved adapter, with every figure and its interval.
 
 `jobs.py` writes them, `leaderboard.py` makes a page of those in `experiments/results/`, and `page_figures.py` checks
-that the tables of other pages state nothing else.
+that the tables of other pages state nothing else. `gains.py` writes lines with a figure for each item, and
+`gain_table.py` makes tables of them.
 """
 
 import importlib.metadata
@@ -122,7 +123,48 @@ class StatedLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     commit: str | None
 
 
-Line = TypeVar("Line", ResultLine, StatedLine)
+class GainLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What one row of `gains.py` answered, item by item, so that rows and seeds can be compared in pairs.
+
+    Attributes:
+        source: name of the base that the adapter was trained on.
+        target: name of the base that it was moved to.
+        task: name of the data.
+        split: of the data, "test" unless something is chosen by it.
+        seed: of trainings and move.
+        training_steps: of all adapters that are trained.
+        row: "base", "source", "trained", "answers", "answers, torch", or a method with its settings.
+        prompts: unlabelled prompts that were used.
+        measure: of `right`: "exact" for written answers, "accuracy" for chosen ones.
+        right: 1 or 0 for each item.
+        nll_per_char: of the right answer to each item, in nats.
+        seconds: that making the adapter took; None where nothing was made, or it is not known.
+        versions: of the packages that decide the numbers.
+        commit: of this repository when the adapter was made.
+    """
+
+    source: str
+    target: str
+    task: str
+    split: str
+    seed: int
+    training_steps: int
+    row: str
+    prompts: int
+    measure: Literal["exact", "accuracy"]
+    right: str
+    nll_per_char: list[float]
+    seconds: float | None
+    versions: dict[str, str]
+    commit: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int, str, int]:
+        """Return what tells it from other lines."""
+        return self.source, self.target, self.task, self.split, self.seed, self.row, self.prompts
+
+
+Line = TypeVar("Line", ResultLine, StatedLine, GainLine)
 
 
 def append(path: Path, lines: Iterable[msgspec.Struct]) -> None:
