@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,8 +41,8 @@ from result_lines import GainLine, append, commit, read_lines, versions
 from torch_training import train_by_peft
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import StackedAdapter, fast_dtype, load_model, stack_adapter
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, stack_adapter
 from jcrosslora.evaluate import Question, score
 from jcrosslora.evaluate.examples import Example, as_completion
 from jcrosslora.evaluate.harness_requests import judge
@@ -89,7 +90,7 @@ class Side:
         return slug(Path(self.ref).name.removesuffix(".gguf"))
 
     @cached_property
-    def _model(self) -> tuple[jcl.decoder.Model, jcl.checkpoint.Tokenizer]:
+    def _model(self) -> tuple[Model, Tokenizer]:
         return load_model(self.base, fast_dtype()), load_tokenizer(self.base)
 
     def judged(self, path: Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +133,7 @@ class Row:
     make: Callable[[], None] | None = None
 
 
-def made(out: Path, make: Callable[[], None] | None) -> dict[str, float | str]:
+def made(out: Path, make: Callable[[], None] | None) -> dict[str, Any]:
     """Make a folder unless it is there; return the seconds that it took and the commit that it was made at."""
     note = out.with_name(f"{out.name}.json")
     if not out.exists():
@@ -201,7 +202,7 @@ class Run:
             lines = []
             for one in found:
                 if isinstance(one.prompt, str):
-                    entry: dict[str, object] = {"prompt": one.prompt, "answer": one.answer.strip()}
+                    entry: dict[str, Any] = {"prompt": one.prompt, "answer": one.answer.strip()}
                 else:
                     said = {"role": "assistant", "content": one.answer}
                     entry = {"messages": [*map(asdict, one.prompt), said]}
@@ -232,7 +233,7 @@ class Run:
             nll_per_char=[round(float(value), 4) for value in nll],
             seconds=note.get("seconds"),
             versions=dict(versions()),
-            commit=str(note.get("commit", commit())),
+            commit=note.get("commit", commit()),
         )
 
 

@@ -5,7 +5,7 @@
 A row of a table of jobs has the figures of a line of `experiments/results/`, rounded: of seed 0, or of that which its
 name ends in, such as ", seed 1". A row of another table has those of the lines of `experiments/results/stated/` that
 name its section and its first cell. A number is a decimal or a percentage; counts are not looked at, nor is the text
-around the tables.
+around the tables. The tables that `gain_table.py` writes are left to its own check.
 """
 
 import re
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gain_table import MARKS
 from result_lines import FOLDER, STATED, ResultLine, StatedLine, read_lines
 
 import jcrosslora as jcl
@@ -81,7 +82,8 @@ class Row:
 def rows_of(text: str) -> Iterator[Row]:
     """Yield the rows of the tables of a page that hold a decimal or a percentage."""
     section, head = "", ()
-    for line in text.splitlines():
+    before, begin, made = text.partition(MARKS[0])
+    for line in (before + made.partition(MARKS[1])[2] if begin else text).splitlines():
         if line.startswith("#"):
             section = line.lstrip("# ")
         if not line.startswith("|"):

@@ -30,17 +30,18 @@ def train_by_peft(ref: str, examples: Sequence[Example], settings: TrainingSetti
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     torch.manual_seed(settings.seed)
     path, base = Path(ref).expanduser(), jcl.open_base(ref)
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        place["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=getattr(torch, settings.dtype))
     rank, alpha = settings.size
     names = [path.rpartition(".")[2] for role, path in ROLE_PATHS.items() if role in base.architecture.role_shapes]
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0))
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=int(alpha), target_modules=names, lora_dropout=0.0))
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=settings.weight_decay)
     tokenizer = load_tokenizer(base)
@@ -54,7 +55,7 @@ def train_by_peft(ref: str, examples: Sequence[Example], settings: TrainingSetti
             torch.nn.utils.clip_grad_norm_(trained, settings.clip)
             optimizer.step()
             optimizer.zero_grad()
-            bar.note = f"loss {float(loss):.3f}"
+            bar.note = f"loss {loss.item():.3f}"
             bar.update()
     model.save_pretrained(str(out))
 
