@@ -280,6 +280,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(symbols.in_target_symbols, (said, symbols.Moves(*ways), (shapes.vocab - 2, 1, True)))
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
+    yield Program(fit._kl_and_hits, (RestrictedModel(shapes.model), taught, whole(PLACES)))
     yield Program(agreement._likeliest, (restricted, agreement.AnswerBatch(*shapes.read, whole(PLACES))))
     one = of(PLACES)
     yield Program(teacher.with_known, (taught, whole(PLACES), one, one))

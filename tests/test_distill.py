@@ -200,9 +200,9 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
         Completion("Anna said ", "that Plants need Water."),
         Completion("Water boils at 100 degrees. " * 9, "Where?"),
     ]
-    found = make_batches(items, tokenizers, 0.25)
+    found = [make_batches([item], tokenizers, 0.25)[0] for item in items]
     for batch, item in zip(found, items, strict=True):
-        assert batch.tokens_src.shape[0] == min(BATCH, 384 // batch.tokens_src.shape[1])
+        assert batch.tokens_src.shape[0] == min(BATCH, 384 // batch.tokens_tgt.shape[1])
         reading = read(tokenizers[0], item)
         matched = (batch.weight > 0) & (batch.at_src > 0)
         rows, places = np.divmod(batch.at_src[matched], batch.tokens_src.shape[1])
@@ -216,6 +216,41 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
     words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
     by_id = {index: token for token, index in words_tgt.items()}
     assert [words_src[by_id[int(index)]] for index in tgt] == src.tolist()
+
+
+def test_texts_of_a_batch_are_of_like_length_and_each_side_has_its_width(pair):
+    tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
+    items = [Completion("Water boils. " * count, "Where?") for count in (1, 6, 1, 7, 1, 6, 1, 6, 1) for _ in range(8)]
+    found = make_batches(items, tokenizers, 1.0)
+    assert sum(batch.rows for batch in found) == len(items)
+    for batch in found:
+        counts = [mask.sum(axis=1)[mask.any(axis=1)] for mask in (batch.mask_src, batch.mask_tgt)]
+        for count, tokens in zip(counts, (batch.tokens_src, batch.tokens_tgt), strict=True):
+            assert count.max() <= tokens.shape[1]
+        assert counts[1].max() - counts[1].min() < 16
+    shapes = {(batch.tokens_src.shape, batch.tokens_tgt.shape, len(batch.weight)) for batch in found}
+    assert len(shapes) == len({batch.tokens_tgt.shape for batch in found}) == 2
+
+
+def test_how_texts_are_batched_changes_no_prediction(teaching):
+    make, batches = teaching
+    teacher = make(SMALL)
+    student = teacher.target.with_adapter(first_state(teacher.target.model, SMALL).factors)
+
+    def divergence(parts):
+        return mean_kl(student, [teacher.read(batch) for batch in parts])
+
+    rows, width = batches[0].tokens_tgt.shape
+    padded = [(0, 0), (0, 24)]
+    at = batches[0].at_tgt
+    wider = dataclasses.replace(
+        batches[0],
+        tokens_tgt=np.pad(batches[0].tokens_tgt, padded),
+        mask_tgt=np.pad(batches[0].mask_tgt, padded),
+        at_tgt=at + 24 * (at // width),
+    )
+    assert wider.tokens_tgt.shape == (rows, width + 24)
+    assert divergence([wider]) == pytest.approx(divergence(batches[:1]), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", full_except([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))

@@ -50,12 +50,17 @@ def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatc
 
 def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float:
     """Return the share of answers that the target with its update writes as well; not a number without answers."""
+    return share_written(batches, [_likeliest(student, batch) for batch in batches])
+
+
+def share_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> float:
+    """Return the share of answers all of whose symbols are the likeliest ones, which is bool (P,) of each batch."""
     judged = same = 0
-    for batch in batches:
-        wanted, hits = np.asarray(batch.wanted) >= 0, np.asarray(_likeliest(student, batch))
+    for batch, found in zip(batches, hits, strict=True):
+        wanted, hit = np.asarray(batch.wanted) >= 0, np.asarray(found)
         rows = np.asarray(batch.at) // batch.tokens.shape[1]
         judged += len(answers := set(rows[wanted].tolist()))
-        same += len(answers - set(rows[wanted & ~hits].tolist()))
+        same += len(answers - set(rows[wanted & ~hit].tolist()))
     return same / judged if judged else math.nan
 
 

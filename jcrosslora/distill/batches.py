@@ -21,10 +21,13 @@ from jcrosslora.text import Completion, Reading, read
 from jcrosslora.text.completion import Right
 from jcrosslora.utils.cost import TEXT
 
-# Tokens of a row: the fewer shapes, the less to compile.
-WIDTHS = (24, 40, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
+# Tokens of a row, in steps of an eighth to a quarter: what is longer than the texts is computed for nothing.
+WIDTHS = 16, 24, *range(32, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128)
+WIDTHS = *WIDTHS, *range(1024, 2561, 256)
 BATCH, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
 LONGEST = WIDTHS[-1]
+_FEW = 384  # tokens of padding in a pass, which take no longer in the passes of a fit than to compile for a shape
+_PARTS = 4  # of the tokens of a batch, a number of which there is room for as compared positions
 _PLACES = 1 << 32  # above the characters of any content
 # Bytes of activations that the layers may keep for the backward pass; to recompute them takes another forward pass.
 _MOST_KEPT = 4 * 2**30
@@ -96,12 +99,13 @@ def make_batches(
     example_weight: float = 1.0,
     ends: bool = True,
 ) -> list[DistillationBatch]:
-    """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
+    """Batch completions of about the same number of the target's tokens, 4 or fewer together.
 
-    Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have weight 1,
-    those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`; those of an answer that
-    is known to be right have `example_weight`. In the teacher of answers that the source wrote at temperature 0 the
-    text itself has the share `text_weight`.
+    Each side has rows of the smallest of `WIDTHS` that holds them, or of a larger one where few batches would have that
+    width. Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have
+    weight 1, those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`; those of an
+    answer that is known to be right have `example_weight`. In the teacher of answers that the source wrote at
+    temperature 0 the text itself has the share `text_weight`.
 
     Raises:
         UsageError: no completion has a matched position.
@@ -113,10 +117,36 @@ def make_batches(
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
         raise UsageError(msg)
-    shapes, found = [row_shape(max(map(len, pair.ids))) for pair in pairs], []
-    for rows, width in sorted(set(shapes), key=lambda shape: shape[1]):
-        group = [pair for pair, own in zip(pairs, shapes, strict=True) if own == (rows, width)]
-        found += [_batch(group[start : start + rows], rows, width) for start in range(0, len(group), rows)]
+    groups, found = _groups(pairs), []
+    for width in sorted(groups):
+        alike, rows = groups[width], row_shape(width)[0]
+        read = _few_widths([row_shape(max(len(pair.ids[0]) for pair in group))[1] for group in alike], rows)
+        # Room for as many positions in all batches of a shape, so that they have one program.
+        most, part = max(sum(len(pair.weight) for pair in group) for group in alike), -(-rows * width // _PARTS)
+        places = -(-most // part) * part
+        found += [_batch(group, rows, (own, width), places) for group, own in zip(alike, read, strict=True)]
+    return found
+
+
+def _groups(pairs: Sequence[_Pair]) -> dict[int, list[list[_Pair]]]:
+    """Divide completions into batches, by the target's width; those that are short fill batches of longer ones."""
+    widths, found = _few_widths([row_shape(len(pair.ids[1]))[1] for pair in pairs], 1), {}
+    order = sorted(range(len(pairs)), key=lambda place: -widths[place])
+    while order:
+        width = widths[order[0]]
+        rows, _ = row_shape(width)
+        found.setdefault(width, []).append([pairs[place] for place in order[:rows]])
+        order = order[rows:]
+    return found
+
+
+def _few_widths(widths: Sequence[int], rows: int) -> list[int]:
+    """Replace the widths of so many rows each by the next wider ones where that pads less than to compile is worth."""
+    found = [*widths]
+    for width in sorted(set(widths)):
+        wider = min((other for other in found if other > width), default=width)
+        if found.count(width) * rows * (wider - width) <= _FEW:
+            found = [wider if other == width else other for other in found]
     return found
 
 
@@ -178,17 +208,18 @@ def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return reading.ids[first:last], np.where(places >= 0, places - first, -1), following
 
 
-def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
+def _batch(pairs: Sequence[_Pair], rows: int, widths: tuple[int, int], places: int) -> DistillationBatch:
     (tokens_src, mask_src), (tokens_tgt, mask_tgt) = (
-        pad_right([pair.ids[side] for pair in pairs], (rows, width)) for side in (0, 1)
+        pad_right([pair.ids[side] for pair in pairs], (rows, width)) for side, width in enumerate(widths)
     )
-    room = rows * width - sum(len(pair.weight) for pair in pairs)
+    room = places - sum(len(pair.weight) for pair in pairs)
 
     def joined(parts: Sequence[np.ndarray], empty: int, dtype: DTypeLike) -> np.ndarray:
         return np.pad(np.concatenate(parts), (0, room), constant_values=empty).astype(dtype)
 
     at_src, at_tgt = (
-        joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32) for side in (0, 1)
+        joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32)
+        for side, width in enumerate(widths)
     )
     next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
     answer = joined([pair.answer for pair in pairs], 0, bool)

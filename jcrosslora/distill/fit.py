@@ -20,8 +20,8 @@ import numpy as np
 import optax
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
-from jcrosslora.distill.agreement import AnswerBatch, agreement
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked, likeliest
+from jcrosslora.distill.agreement import AnswerBatch, agreement, share_written
 from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
 from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.settings import DistillSettings
@@ -213,7 +213,7 @@ class Fit:
 
     def _judge(self) -> Look:
         student = self._teacher.target.with_adapter(self._joined(self._state.factors))
-        found = mean_kl(student, self._held_out), agreement(student, self._answers)
+        found = _judged(student, self._held_out, self._answers)
         look = Look(self._seconds(), self._used, *found)
         figures = {"divergence": look.divergence, "agreement": look.agreement, "completions": look.completions}
         record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
@@ -254,9 +254,25 @@ def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch]) -> Call
     return read
 
 
+def _judged(
+    student: RestrictedModel, held_out: Sequence[TaughtBatch], answers: Sequence[AnswerBatch]
+) -> tuple[float, float]:
+    """Give `mean_kl` and `agreement`, from one pass where the answers are the texts that are held out."""
+    if len(answers) != len(held_out) or any(
+        not (np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at))
+        for one, other in zip(answers, held_out, strict=True)
+    ):
+        return mean_kl(student, held_out), agreement(student, answers)
+    found = [_kl_and_hits(student, *both) for both in zip(held_out, [one.wanted for one in answers], strict=True)]
+    return _mean([one for one, _ in found]), share_written(answers, [hits for _, hits in found])
+
+
 def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
     """Mean KL(teacher || target with its adapter), nats a position."""
-    sums = [_kl(student, batch) for batch in batches]
+    return _mean([_kl(student, batch) for batch in batches])
+
+
+def _mean(sums: Sequence[tuple[jax.Array, jax.Array]]) -> float:
     return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
 
@@ -264,6 +280,15 @@ def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
 def _kl(student: RestrictedModel, batch: TaughtBatch) -> tuple[jax.Array, jax.Array]:
     found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
     return weighted_kl(batch.teacher, found, batch.weight)
+
+
+@jax.jit
+def _kl_and_hits(
+    student: RestrictedModel, batch: TaughtBatch, wanted: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Compute what `_kl` does, and where the wanted symbol, int32 (P,), is the likeliest one, bool (P,)."""
+    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
+    return weighted_kl(batch.teacher, found, batch.weight), likeliest(found) == wanted
 
 
 def schedule(share: float) -> float:
