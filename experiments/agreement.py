@@ -3,8 +3,8 @@
     python experiments/agreement.py
 
 Agreement needs no labels: it is the share of the source's greedy answers that the target would write. Prints the rank
-correlation of the share of right answers with it and with the likelihood, over the fits of each pair and task, and
-writes docs/images/agreement.svg. Rows of no fit are left out; those of adapters that were trained on labels are drawn
+correlation of the share of right answers with it and with the likelihood, over the fits of each pair and task and over
+all fits, and writes docs/images/agreement.svg. Rows of no fit are left out; those of adapters that were trained on labels are drawn
 hollow and not counted, as they imitate no source.
 """
 
@@ -101,7 +101,7 @@ def draw(groups: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     groups = read_rows()
-    for name, rows in groups.items():
+    for name, rows in {**groups, "all": [row for rows in groups.values() for row in rows]}.items():
         counted = [row for row in rows if not labelled(row)]
         if len(counted) > 2:
             by = {key: rank_correlation(counted, key) for key in ("agreement", "NLL")}
