@@ -4,8 +4,8 @@
 
 Agreement needs no labels: it is the share of the source's greedy answers that the target would write. Prints the rank
 correlation of the share of right answers with it and with the likelihood, over the fits of each pair and task and over
-all fits, and writes docs/images/agreement.svg. Rows of no fit are left out; those of adapters that were trained on labels are drawn
-hollow and not counted, as they imitate no source.
+all fits, and writes docs/images/agreement.svg. Rows of no fit are left out; those of adapters that were trained on
+labels are drawn hollow and not counted, as they imitate no source.
 """
 
 import json
@@ -101,7 +101,8 @@ def draw(groups: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     groups = read_rows()
-    for name, rows in {**groups, "all": [row for rows in groups.values() for row in rows]}.items():
+    together = [row for group in groups.values() for row in group]
+    for name, rows in {**groups, "all": together}.items():
         counted = [row for row in rows if not labelled(row)]
         if len(counted) > 2:
             by = {key: rank_correlation(counted, key) for key in ("agreement", "NLL")}

@@ -56,7 +56,7 @@ def tables(lines: Iterable[GainLine]) -> str:
         right = "right answers chosen" if first.measure == "accuracy" else "answers equal to the label"
         rows = [row for names, rows in sorted(pairs.items()) for row in _rows(names, rows)]
         table = "".join(f"| {' | '.join(row)} |\n" for row in (_HEAD, ("---",) * len(_HEAD), *rows))
-        parts.append(f"{task}, {len(first.right)} items, {right}:\n\n{table}")
+        parts.append(f"{task.upper().replace('_', '-')}, {len(first.right)} items, {right}:\n\n{table}")
     return "\n".join(parts)
 
 

@@ -86,7 +86,7 @@ def test_a_table_has_the_rows_of_all_lines_and_the_last_line_counts():
     lines += [line("answers", "1000" * 50, prompts=200), line("distill", "0000" * 50, prompts=200)]
     lines += [line("distill", part, prompts=200), line("distill", "1111", seed=1, prompts=200)]
     made = gain_table.tables(lines)
-    assert made.startswith("intents, 200 items, answers equal to the label:\n")
+    assert made.startswith("INTENTS, 200 items, answers equal to the label:\n")
     row = next(one for one in made.splitlines() if "`distill`" in one)
     assert row.startswith("| A | B | `distill`, 200 prompts | 0.500 [")
     assert "| **0.50** [" in row
