@@ -27,11 +27,12 @@ from jcrosslora.decoder import (
     sampling,
     stack_adapter,
 )
+from jcrosslora.decoder.layout import Layout
 from jcrosslora.distill import DistillSettings, agreement, fit, symbols, teacher
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.evaluate import drafts, effect, engine_check, harness_requests, log_probs
+from jcrosslora.evaluate import effect, engine_check, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
@@ -303,12 +304,11 @@ def training_programs(shapes: Shapes) -> Iterator[Program]:
 
 def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
     states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
-    yield Program(harness_requests._compare, (shapes.base, states, wanted))
     yield Program(effect._states, (shapes.model, *shapes.read[:2]))
     yield Program(engine_check._predict, (shapes.model, *shapes.read[:2]))
-    yield Program(drafts._likeliest, (shapes.model, of(PLACES, shapes.hidden)))
     yield Program(effect._compare, (shapes.base, states, states, wanted))
     two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), shapes.adapter)
-    texts = (whole(2, 6), told(2, 6)), whole(4), (whole(4, 5), told(4, 5))
-    yield Program(log_probs._tail_states, (shapes.base.with_adapter(two), 2, *texts))
-    yield Program(log_probs._log_probs, (shapes.base, of(2, PLACES, shapes.hidden), wanted))
+    given = shapes.base.with_adapter(two), 2, whole(4, 5), Layout(*[whole(4, 5)] * 3)
+    yield Program(log_probs._row_states, (*given, (whole(2, 6), told(2, 6)), whole(4)), label="behind beginnings")
+    yield Program(log_probs._row_states, (*given, None, whole(4)))
+    yield Program(log_probs._predictions, (shapes.base, of(2, PLACES, shapes.hidden), wanted))

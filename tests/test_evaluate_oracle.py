@@ -11,7 +11,8 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score
-from jcrosslora.evaluate.log_probs import batches, tokenize
+from jcrosslora.evaluate.log_probs import tokenize
+from jcrosslora.evaluate.packing import packed
 
 QUESTIONS = [
     Question("which of these is it?", ("the sun", "a star", "a wet stone in the river", "the"), 2),
@@ -157,7 +158,7 @@ def test_a_text_beyond_the_original_positions_uses_long_rotations_throughout(tmp
     sizes = [[len(tokens.encode(f"{one.prompt} {choice}").ids) for choice in one.choices] for one in questions]
     assert len(tokens.encode(long.prompt).ids) < 32 < min(sizes[0])
     assert max(sizes[1] + sizes[2] + sizes[3][1:]) < 32 < sizes[3][0]
-    assert len(list(batches([tokenize(tokens, one) for one in questions], 4096))) == 2
+    assert len(list(packed([tokenize(tokens, one) for one in questions[:3]], 4096, share=False))) == 1
     found = score(base, questions)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     model = merged(tmp_path, Adapter(modules={}))

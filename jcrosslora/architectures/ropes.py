@@ -46,7 +46,8 @@ class Rope:
 def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Return cosine and sine, float32 (2, B, T, pairs), of positions int32 (B, T), for each rotary setting of a model.
 
-    `lengths`, int32 (B,), are tokens of the whole text of each sequence; None if the positions reach its end.
+    `lengths`, int32 (B, T) or (B, 1), are tokens of the whole text of each; None if the positions of a sequence reach
+    the end of its text.
     """
     return tuple(_rotation(rope, positions, lengths) for rope in ropes)
 
@@ -56,8 +57,8 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
     if rope.long_frequencies is not None:
         assert rope.switch is not None
         # Each sequence by itself. In a batch of transformers, the longest decides for all.
-        reach = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
-        long = reach[:, None, None] > rope.switch
+        reach = jnp.max(positions, axis=-1, keepdims=True) + 1 if lengths is None else lengths
+        long = reach[..., None] > rope.switch
         frequencies = jnp.where(long, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude

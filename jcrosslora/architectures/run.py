@@ -122,6 +122,7 @@ class Context:
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
         growths: float32 (B, T), factor on the queries, for each rotary setting; None if queries do not grow.
         inputs: (L, B, T, P), the per-layer inputs, see `layer_inputs`; None without any.
+        seen: bool (B, T, S), the keys that a query may attend to, whatever their positions; None if it is all.
     """
 
     query_positions: jax.Array
@@ -130,6 +131,7 @@ class Context:
     rotations: tuple[jax.Array, ...]
     growths: tuple[jax.Array, ...] | None = None
     inputs: jax.Array | None = None
+    seen: jax.Array | None = None
 
 
 @dataclass(frozen=True)

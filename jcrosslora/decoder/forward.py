@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from jcrosslora.architectures.blocks import layer_inputs
 from jcrosslora.architectures.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
 from jcrosslora.architectures.ropes import growths, rotations
 from jcrosslora.architectures.run import (
-    EMPTY,
     MODULE_OUTPUT,
     Context,
     KVCache,
@@ -26,6 +24,7 @@ from jcrosslora.architectures.run import (
 )
 from jcrosslora.architectures.settings import DecoderSettings, last_keys
 from jcrosslora.decoder.layer_stack import scan_layers
+from jcrosslora.decoder.layout import Layout, positions_of
 from jcrosslora.decoder.model import Model
 from jcrosslora.errors import UsageError
 
@@ -55,6 +54,7 @@ def forward(
     tokens: jax.Array,
     *,
     mask: jax.Array | None = None,
+    layout: Layout | None = None,
     capture: frozenset[str] = frozenset(),
     reduce: Reduce | None = None,
     remat: bool = False,
@@ -65,6 +65,7 @@ def forward(
         model: from `load_model`, with an adapter or without.
         tokens: int32 (B, T), or (T,) for a batch of one; the mask has the same shape.
         mask: False at padding on either side; None for no padding. Positions count the tokens that are not padding.
+        layout: of rows that hold several texts, instead of the mask; the model must not be recurrent.
         capture: names of `CAPTURES` to return for all layers; memory is L times that of one layer.
         reduce: called with the `LayerCapture` of each layer inside the scan; only its result is kept. It may close over
             arrays, such as the mask or the captures of another model.
@@ -78,13 +79,14 @@ def forward(
         msg = f"capture {sorted(capture - CAPTURES)[0]!r} is unknown; use one of {', '.join(sorted(CAPTURES))}"
         raise UsageError(msg)
     tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
-    positions, keys = positions_of(tokens, mask)
+    positions, keys = positions_of(tokens, mask) if layout is None else layout.queries_and_keys
+    lengths, seen = (None, None) if layout is None else (layout.lengths, layout.seen(0))
     x, inputs = embed(model, tokens)
 
     def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
-    context = context_of(model.settings, positions, keys, inputs=inputs)
+    context = context_of(model.settings, positions, keys, lengths, inputs=inputs, seen=seen)
     hidden, _, (captured, reduced) = _run_layers(model, context, x, None, keep, remat=remat)
     if "residual" in capture:
         captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
@@ -104,20 +106,6 @@ def finish_logits(settings: DecoderSettings, products: jax.Array, bias: jax.Arra
     return soft_cap(products, settings.final_soft_cap)
 
 
-def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return int32 (B, T) positions of queries (at padding those of a neighbour) and of keys (-1 at padding)."""
-    valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    chex.assert_equal_shape([tokens, valid])
-    counted = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
-    return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
-
-
-def _positions_behind(tokens: jax.Array, mask: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what `positions_of` does, of rows that go on after `before`, int32 (B,), tokens."""
-    queries, keys = positions_of(tokens, mask)
-    return queries + before[:, None], jnp.where(keys < 0, keys, keys + before[:, None])
-
-
 def context_of(
     settings: DecoderSettings,
     queries: jax.Array,
@@ -125,14 +113,15 @@ def context_of(
     lengths: jax.Array | None = None,
     valid: jax.Array | None = None,
     inputs: jax.Array | None = None,
+    seen: jax.Array | None = None,
 ) -> Context:
     """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`.
 
     `valid`, bool (B, T), is False at padding; None if the keys are of the same tokens as the queries. `inputs` are
-    those of `layer_inputs`.
+    those of `layer_inputs`, `seen` is as in `Context`.
     """
     valid, ropes = keys >= 0 if valid is None else valid, settings.ropes
-    return Context(queries, keys, valid, rotations(ropes, queries, lengths), growths(ropes, queries), inputs)
+    return Context(queries, keys, valid, rotations(ropes, queries, lengths), growths(ropes, queries), inputs, seen)
 
 
 def embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -184,8 +173,11 @@ def extend_cache(
     tokens: jax.Array,
     positions: tuple[jax.Array, jax.Array],
     lengths: jax.Array | None = None,
+    seen: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run tokens (B, T) after those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.
+
+    `seen` is as in `Context`.
 
     Returns:
         (B, T, H) hidden states after the final norm, and the cache with the tokens appended.
@@ -193,7 +185,7 @@ def extend_cache(
     queries, keys = positions
     cache = append_positions(cache, keys)
     x, inputs = embed(model, tokens)
-    context = context_of(model.settings, queries, cache.positions, lengths, keys >= 0, inputs)
+    context = context_of(model.settings, queries, cache.positions, lengths, keys >= 0, inputs, seen)
     hidden, grown, _ = _run_layers(model, context, x, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
@@ -205,22 +197,24 @@ def extend_behind(
     cache: KVCache,
     beginnings: tuple[jax.Array, jax.Array],
     owners: jax.Array,
-    texts: tuple[jax.Array, jax.Array],
+    texts: tuple[jax.Array, Layout],
 ) -> tuple[jax.Array, KVCache]:
     """Run beginnings, each once, and after them the texts that go on from them, from an empty cache of G sequences.
 
-    Beginnings and texts are tokens int32 (G, P) and (B, T) with their masks, bool, False at padding on either side;
-    `owners`, int32 (B,), says which beginning is before each text.
+    Beginnings are tokens int32 (G, P) with a mask, bool, False at padding on either side; texts are tokens int32 (B, T)
+    with their layout, without the beginnings; `owners`, int32 (B,), says which beginning is before each row.
 
     Returns:
         (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.
     """
-    before, own = (jnp.sum(mask, axis=-1, dtype=jnp.int32) for _, mask in (beginnings, texts))
+    (first, mask), (tokens, layout) = beginnings, texts
+    before = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    layout = layout.behind(before[owners])
     # The rotations of some bases depend on the length of a text: a beginning goes by its longest text.
-    longest = before + jnp.zeros_like(before).at[owners].max(own)
-    _, cache = extend_cache(model, cache, beginnings[0], positions_of(*beginnings), longest)
-    cache, positions = of_sequences(cache, owners), _positions_behind(*texts, before[owners])
-    return extend_cache(model, cache, texts[0], positions, before[owners] + own)
+    longest = before.at[owners].max(jnp.max(layout.lengths, axis=-1))
+    _, cache = extend_cache(model, cache, first, positions_of(first, mask), longest[:, None])
+    cache = of_sequences(cache, owners)
+    return extend_cache(model, cache, tokens, layout.queries_and_keys, layout.lengths, layout.seen(first.shape[1]))
 
 
 def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chunk: int = 128) -> jax.Array:

@@ -11,7 +11,8 @@ from jax import lax
 
 from jcrosslora.architectures.run import KVCache
 from jcrosslora.architectures.settings import init_cache
-from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
+from jcrosslora.decoder.forward import extend_behind, extend_cache, logits
+from jcrosslora.decoder.layout import Layout, positions_of
 from jcrosslora.decoder.model import Model
 
 _BLOCK = 512  # tokens; near the square root of a vocabulary of 262,144, which minimises the work of a draw
@@ -78,7 +79,7 @@ def prefill(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | 
         hidden, cache = extend_cache(model, cache, prompts, positions_of(prompts, mask))
     else:
         beginnings = behind.tokens, behind.mask
-        hidden, cache = extend_behind(model, cache, beginnings, behind.owners, (prompts, mask))
+        hidden, cache = extend_behind(model, cache, beginnings, behind.owners, (prompts, Layout.of(mask)))
     last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
     first = logits(model, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)

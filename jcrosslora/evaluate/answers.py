@@ -29,7 +29,8 @@ from jcrosslora.decoder.sampling import State
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
-from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums
+from jcrosslora.evaluate.log_probs import Models, log_prob_sums
+from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text import Completion, read
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import track

@@ -6,7 +6,6 @@ answers are those that it writes alone, and one pass of the draft over them show
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,17 +17,18 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import LONGEST, Generator, Model, likeliest, load_model, logits
+from jcrosslora.decoder import LONGEST, Generator, load_model
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import CheckpointError, UsageError, not_finite
 from jcrosslora.evaluate.bootstrap import Interval, ratios
 from jcrosslora.evaluate.examples import read_prompts
-from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
+from jcrosslora.evaluate.log_probs import Models, scored_tokens
+from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import track
 
-_POSITIONS, _LOGITS_AT_ONCE = 4096, 128  # in memory; the first over all drafts
+_POSITIONS = 4096  # in memory at once, over all drafts
 
 
 @dataclass(frozen=True)
@@ -147,25 +147,17 @@ def _passes(foreseen: np.ndarray, drafted: int) -> int:
 
 def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
     """Run all drafts over the answers; return bool (A, T) for each, where a draft's likeliest token is the answer's."""
-    found, base = [np.zeros(0)] * len(items), models.model.with_adapter(None)
+    found = [np.zeros((models.count, len(one.tails[0]) - 1), bool) for one in items]
+    filled = [0] * len(items)
     with track(len(items), "draft", "answers") as bar:
-        for part in models.batches(items, max(1, _POSITIONS // models.count)):
-            states = token_states(models, part)
-            for hidden, name in zip(states.hidden, (None, *models.names[1:]), strict=True):
-                if not np.isfinite(hidden).all():
+        for one in scored_tokens(models, items, _POSITIONS, bar):
+            for log_probs, name in zip(one.log_probs, (None, *models.names[1:]), strict=True):
+                if not np.isfinite(log_probs).all():
                     raise not_finite(models.names[0], name, sound=True)
-            written = [in_pieces(partial(_likeliest, base), _LOGITS_AT_ONCE, hidden) for hidden in states.hidden]
-            for item in np.unique(states.places[:, 0]):
-                own = states.places[:, 0] == item
-                found[item] = np.stack(written)[:, own] == states.wanted[own]
-            bar.update(part.questions)
+            for place, right in zip(one.places[:, 0], (one.likeliest == one.wanted).T, strict=True):
+                found[place][:, filled[place]] = right
+                filled[place] += 1
     return tuple(found)
-
-
-@jax.jit
-def _likeliest(model: Model, hidden: jax.Array) -> jax.Array:
-    """Return the likeliest tokens, int (S,), after states (S, H)."""
-    return likeliest(logits(model, hidden))
 
 
 def _check_vocabularies(target: BaseModel, draft: BaseModel) -> None:

@@ -1,7 +1,7 @@
 """The effect of a moved adapter on the target, compared with that of the original on the source, on the same text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import LoadedBases, Model, divergence, forward, stack_adapter
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
-from jcrosslora.evaluate.log_probs import in_pieces
 from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
@@ -311,7 +310,7 @@ def measure(model: Model, parts: Sequence[Part]) -> Figures:
     base = model.with_adapter(jax.tree.map(jnp.zeros_like, model.adapter))
     plain, adapted = (np.concatenate([states(one, part) for part in parts]) for one in (base, model))
     wanted = np.concatenate([part.tokens.reshape(-1)[part.at + 1] for part in parts])
-    found = in_pieces(partial(_compare, model.with_adapter(None)), _AT_ONCE, plain, adapted, wanted)
+    found = _in_pieces(partial(_compare, model.with_adapter(None)), _AT_ONCE, plain, adapted, wanted)
     matched = np.concatenate([part.matched for part in parts])
     text = np.concatenate([number * len(part.tokens) + part.text for number, part in enumerate(parts)])
     counts = np.bincount(text, weights=matched)
@@ -329,3 +328,11 @@ def _states(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 _compare = jax.jit(divergence)
+
+
+def _in_pieces(function: Callable[..., Any], size: int, *arrays: np.ndarray) -> Any:
+    """Call a function of rows with `size` rows at a time, so that it is compiled once, and join what it returns."""
+    count = len(arrays[0])
+    padded = [np.pad(array, ((0, -count % size), *[(0, 0)] * (array.ndim - 1))) for array in arrays]
+    found = [function(*(array[start : start + size] for array in padded)) for start in range(0, count, size)]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)

@@ -3,25 +3,23 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn, TypeGuard
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Generator, Model, likeliest, logits
+from jcrosslora.decoder import Generator
 from jcrosslora.errors import UsageError, not_finite
-from jcrosslora.evaluate.log_probs import Models, Tokens, in_pieces, token_states
+from jcrosslora.evaluate.log_probs import Models, scored_tokens
+from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.utils.progress import track
 from jcrosslora.utils.settings import Settings
 
 Pair = tuple[Sequence[int], Sequence[int]]
-_LOGITS_AT_ONCE = 128
 _NARROWEST = 8  # tokens of a prompt's row
 # Spellings of one setting; the first one given counts, as in the harness.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -102,15 +100,11 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int) -> list[tupl
     """
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    base = models.model.with_adapter(None)
-    with track(len(pairs), "score", "continuations") as bar:
-        for part in models.batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
-            states = token_states(models, part)
-            found, likeliest = in_pieces(partial(_compare, base), _LOGITS_AT_ONCE, states.hidden[0], states.wanted)
-            owners = np.array([groups[item][choice] for item, choice in states.places])
-            np.add.at(sums, owners, found.astype(np.float64))
-            np.logical_and.at(greedy, owners, likeliest)
-            bar.update(len(set(owners)))
+    with track(len(groups), "score", "contexts") as bar:
+        for found in scored_tokens(models, [_tokens(pairs, group) for group in groups], batch_tokens, bar):
+            owners = np.array([groups[item][choice] for item, choice in found.places])
+            np.add.at(sums, owners, found.log_probs[0].astype(np.float64))
+            np.logical_and.at(greedy, owners, found.likeliest[0] == found.wanted)
     return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
 
@@ -137,14 +131,6 @@ def _tokens(pairs: Sequence[Pair], group: list[int]) -> Tokens:
     context = np.array(pairs[group[0]][0], np.int32)
     tails = tuple(np.concatenate([context[-1:], np.array(pairs[index][1], np.int32)]) for index in group)
     return Tokens(context[:-1], tails, (1,) * len(group))
-
-
-@jax.jit
-def _compare(model: Model, hidden: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 (S,) of tokens from states (S, H) before them, and whether these are likeliest."""
-    scores = logits(model, hidden)
-    chosen = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(scores, axis=-1), likeliest(scores) == wanted
 
 
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], options: Options, key: jax.Array) -> list[str]:

@@ -16,7 +16,8 @@ from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Question, read_task
-from jcrosslora.evaluate.log_probs import Models, Tokens, log_prob_sums, tokenize
+from jcrosslora.evaluate.log_probs import Models, log_prob_sums, tokenize
+from jcrosslora.evaluate.packing import Tokens
 
 FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
 

@@ -14,8 +14,9 @@ from jcrosslora.architectures.run import KVCache, LayerWeights
 from jcrosslora.architectures.settings import last_keys
 from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, Model, fast_dtype, load_model
-from jcrosslora.decoder.forward import context_of, embed, positions_of
+from jcrosslora.decoder.forward import context_of, embed
 from jcrosslora.decoder.layer_stack import layer_at
+from jcrosslora.decoder.layout import positions_of
 from jcrosslora.errors import UsageError, not_finite, suggestion
 from jcrosslora.text import Prompt, prompt_text
 

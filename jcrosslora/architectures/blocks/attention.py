@@ -288,7 +288,8 @@ def _visible(run: Run) -> jax.Array:
     queries, keys = run.context.query_positions[:, :, None], run.context.key_positions[:, None, :]
     window, chunked = run.layer.window, run.settings.chunked_windows
     near = queries // window == keys // window if chunked else queries - keys < window
-    return (keys >= 0) & (keys <= queries) & near
+    visible = (keys >= 0) & (keys <= queries) & near
+    return visible if run.context.seen is None else visible & run.context.seen
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
