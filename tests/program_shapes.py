@@ -36,7 +36,7 @@ from jcrosslora.evaluate import effect, engine_check, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
-from jcrosslora.maps import activations, align, base_pair, heads, layer_similarity
+from jcrosslora.maps import activations, align, heads, layer_similarity
 from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
@@ -253,10 +253,6 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
 
 
 def evidence_programs(shapes: Shapes) -> Iterator[Program]:
-    sums = jax.eval_shape(base_pair._add, None, of(9, 21), of(9, 23))
-    yield Program(base_pair._add, (None, of(9, 21), of(9, 23)))
-    yield Program(base_pair._add, (sums, of(9, 21), of(9, 23)), label="more")
-    yield Program(base_pair._finish, (sums, of(21), of(23)), {"count": 9})
     yield Program(weight_stacks._widen, (of(LAYERS, 21, 23, dtype=jnp.bfloat16),))
     sides = [heads.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
     yield Program(heads.circuit_cosines, (*sides, of(21, 23)))

@@ -22,7 +22,7 @@ def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
 
     def transfer(out: str, root) -> bytes:
         command = [sys.executable, "-m", "jcrosslora", "transfer", str(tmp_path / "adapter"), "--no-cache"]
-        command += ["--source", str(tmp_path / "base"), "--target", str(tmp_path / "base"), "--method", "cross-lora"]
+        command += ["--source", str(tmp_path / "base"), "--target", str(tmp_path / "base"), "--method", "random"]
         command += ["--out", str(tmp_path / out)]
         # As a user's are: compiled as other tests do it, no program takes long enough to be kept on a fast machine.
         environment = {**os.environ, "JCROSSLORA_CACHE": str(root), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
@@ -48,10 +48,12 @@ def test_second_move_of_a_pair_compiles_nothing(arrays, tmp_path):
         write_llama(tmp_path / name, seed=seed)
     adapter = random_adapter(jcl.open_base(tmp_path / "source"))
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="x")
-    command = ["transfer", str(tmp_path / "adapter"), "--out", "out", "--method", "cross-lora", *arrays]
-    command += ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
-    first, second = (compilation_share.measure(command, tmp_path / "cache") for _ in range(2))
-    assert first["asked"] > first["found"] == 0
+    command = ["transfer", str(tmp_path / "adapter"), "--out", "out", *arrays]
+    command += ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target"), "--method"]
+    if jax.default_backend() == "cpu":  # numpy makes the maps of this method there
+        assert compilation_share.measure([*command, "cross-lora"], tmp_path / "numpy")["asked"] == 0
+    first, second = (compilation_share.measure([*command, "random"], tmp_path / "cache") for _ in range(2))
+    assert first["asked"] > first["found"]
     assert second["asked"] == second["found"]
     assert second["seconds"] < first["seconds"]
 

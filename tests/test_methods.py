@@ -129,6 +129,24 @@ def test_maps_are_equal_under_jit_and_vmap(method, shapes):
         np.testing.assert_allclose(apply(one, update), apply(method.maps(item), update), atol=1e-4)
 
 
+@pytest.mark.parametrize("words", [False, True], ids=["alone", "vocabulary"])
+@pytest.mark.parametrize("method", [method() for method in MAPPED if method.takes_numpy], ids=lambda one: one.name)
+def test_maps_and_figures_of_numpy_are_those_of_jax(method, words):
+    shapes = usable(method)[-1]
+    known = vocabulary_of(normal(60, shapes[0][1], seed=5), normal(60, shapes[1][1], seed=6)) if words else None
+    item, update = evidence(method, shapes, vocabulary=known), normal(*shapes[0], seed=7)
+
+    def found(item):
+        maps = method.maps(item)
+        return maps, measure(item, maps, by_coordinates=False)
+
+    compiled, (maps, figures) = jax.jit(found)(item), found(jax.tree.map(np.asarray, item))
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((maps, figures)))
+    np.testing.assert_allclose(apply(maps, update), apply(compiled[0], update), atol=1e-5)
+    for name, figure in figures.items():
+        np.testing.assert_allclose(figure, compiled[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 @contract
 def test_equal_evidence_gives_equal_maps(method, shapes):
     first, second = (method.maps(evidence(method, shapes)) for _ in range(2))

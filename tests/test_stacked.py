@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.linalg import mesh_of, over_layers, place, spread
+from jcrosslora.linalg import mesh_of, over_layers, place, spread, stack_rows
 from jcrosslora.utils.hosts import over_all_devices
 
 
@@ -26,3 +26,12 @@ def test_an_array_is_sharded_if_its_rows_divide_evenly():
     assert mesh_of(place(np.zeros((4, 3)))) is not None
     assert mesh_of(place(np.zeros((3, 4)))) is None
     assert over_all_devices().mesh.devices.tolist() == jax.local_devices()
+
+
+def test_rows_of_one_array_are_stacked_without_a_copy_and_others_with_one():
+    whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4).copy()  # which is the base of its rows
+    assert stack_rows(list(whole)) is whole
+    for rows in (list(whole[::-1]), [whole[0], whole[0]], list(whole[:1]), [whole[0].T, whole[1].T], [np.ones(2)] * 2):
+        found = stack_rows(rows)
+        assert found is not whole
+        np.testing.assert_array_equal(found, np.stack(rows))

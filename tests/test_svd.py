@@ -19,6 +19,7 @@ from jcrosslora.linalg import (
     refine,
 )
 from jcrosslora.linalg import svd as choose
+from jcrosslora.linalg.host import leading_eigenvectors
 from jcrosslora.linalg.svd import GUARD, KERNELS
 from jcrosslora.linalg.svd_float64 import gram_on_host
 from jcrosslora.linalg.svd_kernels import gram_matrix, krylov_columns
@@ -114,6 +115,18 @@ def test_the_host_kernel_is_exact_and_keeps_the_order_of_the_stack(rows, columns
         )
         assert (np.hypot(*residual) / 2**0.5 < 2 * svd.residual + 1e-6).all()
         assert all(x.dtype == np.float32 for x in (svd.u, svd.v, svd.s, svd.error, svd.gap))
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 1), (70, 1), (70, 50), (200, 200)])
+def test_leading_eigenvectors_are_those_of_numpy(size, count):
+    w = np.random.default_rng(size).normal(size=(size + 3, size))
+    wanted, exact = np.linalg.eigh(w.T @ w)
+    values, vectors = leading_eigenvectors(w.T @ w, count)
+    np.testing.assert_allclose(values, wanted[::-1], rtol=1e-9, atol=1e-12 * wanted[-1])
+    assert vectors.dtype == np.float32
+    # Up to a sign each.
+    np.testing.assert_allclose(np.abs(np.sum(vectors.T * exact[:, ::-1][:, :count], axis=0)), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(count), atol=3e-6)
 
 
 def test_a_matrix_with_nan_does_not_affect_others_on_the_host():

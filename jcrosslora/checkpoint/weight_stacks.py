@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import damaged
@@ -31,6 +32,14 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
             yield [same[place] for place in part]
 
 
+def load_on_host(base: BaseModel, names: Sequence[str]) -> np.ndarray:
+    """Load the weights of modules of one shape, fused ones too, (L, O, I) float32; raise as `load_stack`."""
+    stack = np.stack([base.stored_weight(name).astype(np.float32, copy=False) for name in names])
+    base.release()
+    _check_finite(base, names, [np.isfinite(weight).all() for weight in stack])
+    return stack
+
+
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     """Load the weights of modules of one shape, fused ones too, (L', O, I) float32, spread over all local devices.
 
@@ -45,14 +54,17 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     stored = np.stack(weights + weights[-1:] * surplus)
     if jax.default_backend() == "cpu":  # if the device is the host, and nothing needs to be compiled
         stored = stored.astype(np.float32, copy=False)
-        stack, finite = spread(stored), np.array([np.isfinite(weight).all() for weight in stored])
+        stack, finite = spread(stored), [np.isfinite(weight).all() for weight in stored]
     else:
         stack, finite = _widen(spread(stored))
-        finite = np.asarray(finite)
     base.release()
-    if not finite.all():
-        raise damaged(base, names[min(int(np.argmin(finite)), len(names) - 1)])
+    _check_finite(base, names, np.asarray(finite))
     return stack
+
+
+def _check_finite(base: BaseModel, names: Sequence[str], finite: ArrayLike) -> None:
+    if not np.all(finite):
+        raise damaged(base, names[min(int(np.argmin(finite)), len(names) - 1)])
 
 
 @jax.jit

@@ -3,6 +3,8 @@
 Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
 
+from jcrosslora.linalg.host import map_on_host as map_on_host
+from jcrosslora.linalg.host import stack_rows as stack_rows
 from jcrosslora.linalg.least_squares import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.least_squares import procrustes as procrustes
 from jcrosslora.linalg.least_squares import psd_power as psd_power
@@ -22,7 +24,6 @@ from jcrosslora.linalg.svd import mesh_of as mesh_of
 from jcrosslora.linalg.svd import over_layers as over_layers
 from jcrosslora.linalg.svd import place as place
 from jcrosslora.linalg.svd import spread as spread
-from jcrosslora.linalg.svd_float64 import map_on_host as map_on_host
 from jcrosslora.linalg.svd_float64 import refine as refine
 from jcrosslora.linalg.svd_kernels import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.svd_kernels import full_svd as full_svd

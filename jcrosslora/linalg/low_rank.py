@@ -29,35 +29,38 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class LinearMap:
-    """P x = gain * x[index] + left @ (right' @ x): a weighted selection of rows plus a low-rank term.
+    """P x = gain * x[index] + left @ (inner * (right' @ x)): a weighted selection of rows plus a low-rank term.
 
     Attributes:
         left: (M_tgt, R), as right is (M_src, R); R = 0 for a pure selection.
+        inner: (R,), the weight of each pair of their columns.
         index: (M_tgt,) int32, the source row of each target row.
         gain: (M_tgt,), the weight of that row; all zero for a purely low-rank map.
     """
 
     left: jax.Array
     right: jax.Array
+    inner: jax.Array
     index: jax.Array
     gain: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply the map to the columns of `x`, (M_src, K) -> (M_tgt, K)."""
         chex.assert_shape(x, (self.right.shape[0], None))
-        return self.gain[:, None] * x[self.index] + dot(self.left, dot(self.right.T, x))
+        return self.gain[:, None] * x[self.index] + dot(self.left, self.inner[:, None] * dot(self.right.T, x))
 
 
-def low_rank(left: jax.Array, right: jax.Array) -> LinearMap:
-    """Return P = left @ right' for (M_tgt, R) and (M_src, R)."""
-    rows = left.shape[0]
-    return LinearMap(left, right, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, left.dtype))
+def low_rank(left: jax.Array, right: jax.Array, inner: jax.Array | None = None) -> LinearMap:
+    """Return P = left @ diag(inner) @ right' for (M_tgt, R), (R,) and (M_src, R); ones without `inner`."""
+    xp, (rows, rank) = namespace(left), left.shape
+    weights = xp.ones(rank, left.dtype) if inner is None else inner
+    return LinearMap(left, right, weights, xp.zeros(rows, xp.int32), xp.zeros(rows, left.dtype))
 
 
 def select(index: jax.Array, gain: jax.Array, size: int) -> LinearMap:
     """Return P with P x = gain * x[index], for x with `size` rows."""
-    empty = jnp.zeros((index.shape[0], 0), gain.dtype)
-    return LinearMap(empty, jnp.zeros((size, 0), gain.dtype), index.astype(jnp.int32), gain)
+    left, right = (jnp.zeros((rows, 0), gain.dtype) for rows in (index.shape[0], size))
+    return LinearMap(left, right, jnp.ones(0, gain.dtype), index.astype(jnp.int32), gain)
 
 
 def complement(first: jax.Array, second: jax.Array) -> LinearMap:
@@ -67,12 +70,13 @@ def complement(first: jax.Array, second: jax.Array) -> LinearMap:
     """
     chex.assert_equal_shape([first, second])
     rest = second - dot(first, dot(first.T, second))
-    rows = first.shape[0]
+    xp, rows = namespace(first), first.shape[0]
     return LinearMap(
-        left=-jnp.concatenate([first, rest], axis=1),
-        right=jnp.concatenate([first, second], axis=1),
-        index=jnp.arange(rows, dtype=jnp.int32),
-        gain=jnp.ones(rows, first.dtype),
+        left=-xp.concatenate([first, rest], axis=1),
+        right=xp.concatenate([first, second], axis=1),
+        inner=xp.ones(2 * first.shape[1], first.dtype),
+        index=xp.arange(rows, dtype=xp.int32),
+        gain=xp.ones(rows, first.dtype),
     )
 
 
@@ -84,8 +88,9 @@ def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the cosine of two matrices as vectors; 0 if one of them is zero."""
-    norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
-    return jnp.sum(x * y) / jnp.where(norms > 0, norms, 1)
+    xp = namespace(x)
+    norms = xp.linalg.norm(x) * xp.linalg.norm(y)
+    return xp.sum(x * y) / xp.where(norms > 0, norms, 1)
 
 
 def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jcrosslora.linalg.host import stack_rows
 from jcrosslora.linalg.svd_float64 import gram_on_host, refine
 from jcrosslora.linalg.svd_kernels import (
     DEPTH,
@@ -67,7 +68,7 @@ def choose_kernel(shape: tuple[int, int], rank: int, platform: str) -> Kernel:
 
 
 def decompose(
-    stack: jax.Array, rank: int, *, vectors: bool = True, tolerance: float = 1e-2, kernel: Kernel = "auto"
+    stack: jax.Array | np.ndarray, rank: int, *, vectors: bool = True, tolerance: float = 1e-2, kernel: Kernel = "auto"
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
     """Compute the truncated SVD of each matrix of a stack, to a tolerance.
 
@@ -76,7 +77,7 @@ def decompose(
     result of smallest `error` is returned.
 
     Args:
-        stack: (L, O, I), float32; may be sharded over L.
+        stack: (L, O, I), float32; may be sharded over L. For an array of numpy the results are arrays of numpy.
         rank: R, at most min(O, I).
         vectors: whether `error` is about individual vectors (True) or about their subspace.
         kernel: the first kernel; "auto" is `choose_kernel`.
@@ -92,9 +93,13 @@ def decompose(
     if kernel == "krylov" and not _fits(kernel, (rows, columns), rank):
         kernel = "gram"
     # A CPU runs `gram` in threads on the host, unless other processes hold a part of the stack.
-    in_threads = kernel == "gram" and jax.default_backend() == "cpu" and stack.is_fully_addressable
-    decompose_all = _decompose_in_threads if in_threads else _decompose_stack
-    return decompose_all(stack, kernel, rank, vectors, tolerance)
+    whole = isinstance(stack, np.ndarray) or stack.is_fully_addressable
+    if kernel == "gram" and jax.default_backend() == "cpu" and whole:
+        return _decompose_in_threads(stack, kernel, rank, vectors, tolerance)
+    if not isinstance(stack, np.ndarray):
+        return _decompose_stack(stack, kernel, rank, vectors, tolerance)
+    svd, used = _decompose_stack(place(stack), kernel, rank, vectors, tolerance)
+    return jax.tree.map(np.asarray, svd), used
 
 
 def _decompose_stack(
@@ -114,14 +119,15 @@ def _decompose_stack(
 
 
 def _decompose_in_threads(
-    stack: jax.Array, kernel: str, rank: int, vectors: bool, tolerance: float
+    stack: jax.Array | np.ndarray, kernel: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
     rows, name = list(np.asarray(stack)), kernel + _IN_FLOAT64
     svds, used = gram_on_host(rows, rank, vectors=vectors), [name] * len(rows)
     for index in _missed([svd.error for svd in svds], tolerance):
         found, used[index] = _redo(jnp.asarray(rows[index]), svds[index], name, rank, vectors, tolerance)
         svds[index] = jax.device_get(_cut(found, rank))
-    return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), stack.sharding), *svds), tuple(used)
+    svd = jax.tree.map(lambda *leaves: stack_rows(leaves), *svds)
+    return svd if isinstance(stack, np.ndarray) else jax.device_put(svd, stack.sharding), tuple(used)
 
 
 def _missed(errors: Any, tolerance: float) -> np.ndarray:

@@ -1,24 +1,18 @@
 """SVDs in float64, for close singular values: refined from a float32 subspace, or by LAPACK on the host."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from threadpoolctl import threadpool_limits
 
+from jcrosslora.linalg.host import leading_eigenvectors, map_on_host
 from jcrosslora.linalg.low_rank import dot, namespace
 from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, truncate
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -112,57 +106,44 @@ def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True)
     """Compute the leading R triplets of each matrix from the Gram matrix of its short side, in float64.
 
     Compiled by XLA, a CPU takes the matrices of a stack one by one, because LAPACK calls in several of XLA's threads
-    can deadlock. numpy releases the interpreter lock in LAPACK, so Python threads use all cores, and nothing is
-    compiled. On a CPU float64 costs less than redoing the matrices for which float32 is too coarse.
+    can deadlock. numpy releases the interpreter lock in products, as `leading_eigenvectors` does in LAPACK, so Python
+    threads use all cores, and nothing is compiled. On a CPU float64 costs less than redoing the matrices for which
+    float32 is too coarse.
 
-    `rows` are float32 matrices (O, I) of one shape; the results are numpy arrays in float32. Vectors are accurate to
-    float32 unless their neighbours in the spectrum are too close for float64; singular values below 1e-7 of the largest
-    are lost. `error` shows both, and is NaN if W is not finite.
+    `rows` are float32 matrices (O, I) of one shape; the results are numpy arrays in float32, and their vectors lie in
+    one array for all matrices. Vectors are accurate to float32 unless their neighbours in the spectrum are too close
+    for float64; singular values below 1e-7 of the largest are lost. `error` shows both, and is NaN if W is not finite.
     """
-    solved = map_on_host(partial(_solve, columns=rank), rows)
-    with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
-        return [_truncate_refined(found, rank, vectors) for found in solved]
+    u, v = (np.empty((len(rows), size, rank), np.float32) for size in rows[0].shape)
+    return list(map_on_host(partial(_solve, vectors=vectors), list(zip(rows, u, v, strict=True))))
 
 
-def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
-    """Yield what a function of numpy returns for each item, in order, from a thread for each core."""
-    threads = max(1, min(_cores(), len(items)))
-    # BLAS gets one thread per call: its own threads would compete with these for the cores.
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(function, items)
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _solve(w: np.ndarray, *, columns: int) -> Triplets:
+def _solve(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], *, vectors: bool) -> TruncatedSVD:
+    """Decompose W (O, I) into places for its vectors, (O, R) and (I, R)."""
+    w, u, v = matrix
     upright = w.shape[0] >= w.shape[1]
-    single = w if upright else w.T
-    tall = single.astype(np.float64)  # holds the squares of any float32
-    gram = tall.T @ tall
-    squares, short = _eigh(gram)
-    s = np.sqrt(np.maximum(squares, 0))
-    # The eigenvectors resolve close neighbours, so float32 is enough from here on.
-    short, kept = np.ascontiguousarray(short[:, :columns], np.float32), s[:columns]
-    long = single @ short
-    long /= np.where(kept > 0, kept, 1).astype(np.float32)
-    # The residual of the vectors as stored; W v = s u holds by construction.
-    back = single.T @ long
-    residual = np.linalg.norm(back - short * kept.astype(np.float32), axis=0) / 2**0.5
-    u, v = (long, short) if upright else (short, long)
-    return Triplets(u, s, v, residual.astype(np.float64), np.trace(gram))  # type: ignore[arg-type]
+    single, long, short = (w, u, v) if upright else (w.T, v, u)
+    tall, rank = single.astype(np.float64), short.shape[1]  # holds the squares of any float32
+    with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
+        gram = tall.T @ tall
+        total, size = np.trace(gram), np.linalg.norm(gram)
+        squares, leading = _leading(gram, rank)
+        short[...] = leading.T
+        s = np.sqrt(np.maximum(squares, 0))
+        kept = np.where(s[:rank] > 0, s[:rank], 1)
+        # The eigenvectors resolve close neighbours, so float32 is enough from here on.
+        np.matmul(single, short, out=long)
+        long /= kept.astype(np.float32)
+        # W v = s u holds by construction. In the other equation the rounding of v shows, turned by W'W and over s.
+        residual = 4 * float(np.finfo(np.float32).eps) * size / len(gram) ** 0.5 / kept
+        return _truncate_refined(Triplets(u, s, v, residual, total), rank, vectors)  # type: ignore[arg-type]
 
 
-def _eigh(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _leading(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues, descending, and eigenvectors; NaN, and with it a NaN `error`, if they cannot be had."""
     try:
         if np.isfinite(gram).all():
-            squares, vectors = np.linalg.eigh(gram)
-            return squares[::-1], vectors[:, ::-1]
+            return leading_eigenvectors(gram, count)
     except np.linalg.LinAlgError:
         pass  # no convergence: `decompose` tries a stronger kernel
-    return np.full(len(gram), np.nan), np.full_like(gram, np.nan)
+    return np.full(len(gram), np.nan), np.full((count, len(gram)), np.nan, np.float32)

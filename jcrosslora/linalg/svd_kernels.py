@@ -13,6 +13,7 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jcrosslora.linalg.low_rank import dot, namespace
@@ -38,7 +39,8 @@ class TruncatedSVD:
 
     Attributes:
         u: (O, R), orthonormal columns, as v (I, R); s (R,) descends.
-        residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1.
+        residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1; on the host what rounding to
+            float32 makes of them.
         energy: (), share of ||W||_F^2 in the R triplets.
         gap: (), (s_R - s_{R+1}) / s_R, how well the cut separates the subspace; 1 if nothing is cut off.
         condition: (), s_1 / s_R within the numerical rank.
@@ -241,9 +243,9 @@ def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
     safe_top = xp.where(s[0] > 0, s[0], 1)
     total = xp.where(found.total > 0, found.total, 1)
     return TruncatedSVD(
-        u=xp.where(keep, found.u, xp.zeros_like(found.u)),
+        u=_where(keep, found.u),
         s=kept,
-        v=xp.where(keep, found.v, xp.zeros_like(found.v)),
+        v=_where(keep, found.v),
         residual=xp.where(keep, found.residual, 0) / safe_top,
         energy=xp.minimum(xp.sum(kept[:rank] ** 2) / total, 1),
         gap=xp.where(last > 0, (last - xp.minimum(after, last)) / safe_last, 0),
@@ -251,6 +253,12 @@ def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
         error=_turn(padded, xp.where(keep, found.residual, 0)[:rank], count, rank == min(shape), vectors),
         numerical_rank=count,
     )
+
+
+def _where(keep: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Zero the vectors that are not kept; on the host, without a copy if there is none."""
+    xp = namespace(vectors)
+    return vectors if xp is np and np.all(keep) else xp.where(keep, vectors, xp.zeros_like(vectors))
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:

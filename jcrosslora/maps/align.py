@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +15,9 @@ from jax.sharding import Mesh
 
 from jcrosslora.architectures.blocks import READERS
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.weight_stacks import load_stack
-from jcrosslora.linalg import mesh_of, over_layers, spread
-from jcrosslora.maps.evidence import Evidence, Maps, Side
+from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
+from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
+from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Side, Vocabulary
 from jcrosslora.maps.method import MapMethod
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.singular_vectors import describe
@@ -30,7 +31,7 @@ from jcrosslora.utils.progress import track
 ALIGN = "align"  # the step, as it names itself on the display
 # Pairs that are aligned together, and their group where it lies in the cache.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
-_Stacks = tuple[jax.Array, jax.Array]
+_Stacks = tuple[Any, Any]  # arrays of numpy if `_on_host`
 
 
 def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
@@ -109,10 +110,11 @@ def _read_ahead(task: AlignmentTask, chunks: Iterable[_Chunk]) -> Iterator[tuple
 
     The weights of a chunk are read and put on the devices while the one before is aligned.
     """
+    load = load_on_host if _on_host(task.method.start) else load_stack
 
     def read(pairs: Sequence[Pair]) -> _Stacks:
-        src = load_stack(task.pair.source, [pair.source for pair in pairs])
-        return src, load_stack(task.pair.target, [pair.target for pair in pairs])
+        src = load(task.pair.source, [pair.source for pair in pairs])
+        return src, load(task.pair.target, [pair.target for pair in pairs])
 
     waiting: deque[tuple[_Chunk, Future[_Stacks] | None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
@@ -146,6 +148,9 @@ def _align(
     )
     for add in evidence_adders:
         evidence = add(evidence, stack)
+    if _on_host(start):
+        maps, agreement = _map_on_host(evidence, start)
+        return TransportGroup(maps.terms, agreement, pairs, tuple(stack.kernels))
     maps, agreement = _map_stack(evidence, start, mesh_of(stacks[0]))
     terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (maps.terms, agreement))
     # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK take
@@ -153,19 +158,42 @@ def _align(
     return jax.block_until_ready(TransportGroup(terms, agreement, pairs, tuple(stack.kernels)))
 
 
-def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: jax.Array) -> Side:
+def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: Any) -> Side:
     gains = stack.filled([base.residual_gain(name) for name in names])
-    return Side(weights, spread(np.stack(gains)), None)
+    found: Any = np.stack(gains)
+    return Side(weights, found if isinstance(weights, np.ndarray) else spread(found), None)
+
+
+def _on_host(start: MapMethod | None) -> bool:
+    """Tell whether numpy makes the maps, module by module in threads, so that nothing is compiled."""
+    if start is None or EvidenceKind.RANDOM_KEY in start.requires:  # JAX alone draws from its keys
+        return False
+    return start.takes_numpy and jax.default_backend() == "cpu"
+
+
+def _map_on_host(evidence: Evidence, method: MapMethod) -> tuple[Maps, dict[str, Any]]:
+    vocabulary = jax.tree.map(np.asarray, evidence.vocabulary)
+    stacked = jax.tree.map(np.asarray, dataclasses.replace(evidence, vocabulary=None))
+
+    def one(row: int) -> tuple[Maps, dict[str, Any]]:
+        with np.errstate(all="ignore"):  # as in XLA, where figures that are not defined are NaN
+            return _maps_of(method, jax.tree.map(lambda x: x[row], stacked), vocabulary)
+
+    found = list(map_on_host(one, range(len(evidence.src.weight))))
+    return jax.tree.map(lambda *leaves: stack_rows(leaves), *found)
 
 
 @partial(jax.jit, static_argnames=("method", "mesh"))
-def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, dict[str, jax.Array]]:
-    def one(evidence: Evidence, vocabulary: object) -> tuple[Maps, dict[str, jax.Array]]:
-        evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
-        maps = method.maps(evidence)
-        return maps, measure(evidence, maps, by_coordinates=method.measure == "weight cosine")
+def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, dict[str, Any]]:
+    stacked = dataclasses.replace(evidence, vocabulary=None)
+    return over_layers(partial(_maps_of, method), mesh, stacked, evidence.vocabulary)
 
-    return over_layers(one, mesh, dataclasses.replace(evidence, vocabulary=None), evidence.vocabulary)
+
+def _maps_of(method: MapMethod, evidence: Evidence, vocabulary: Vocabulary | None) -> tuple[Maps, dict[str, Any]]:
+    """Return the maps of one pair of modules with their figures."""
+    evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
+    maps = method.maps(evidence)
+    return maps, measure(evidence, maps, by_coordinates=method.measure == "weight cosine")
 
 
 def _gathered(pairs: tuple[Pair, ...], own: TransportGroup) -> TransportGroup:

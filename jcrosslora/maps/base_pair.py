@@ -1,7 +1,7 @@
 """A pair of bases with the facts that several stages share: structure, shared vocabulary, keys of the cache."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -25,8 +25,6 @@ _KEYED = frozenset({"k_proj", "v_proj"})
 _KIND = "vocabulary"  # of the entries of the cache
 _FIELDS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
 _TOKENS_AT_ONCE = 4096
-# Sums of the rows of both sides, and of their products.
-_Sums = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +88,7 @@ class BasePair(Bases):
         """
         loaded = None if self.store is None else self.store.load(_KIND, self.key(tokenizers=True))
         if loaded is not None:
-            moments: dict[str, Any] = {name: jnp.asarray(loaded.arrays[name]) for name in _FIELDS}
+            moments: dict[str, Any] = {name: loaded.arrays[name] for name in _FIELDS}
             return Vocabulary(count=loaded.facts["count"], **moments), ""
         ids, reason = shared_ids(self.source, self.target)
         if ids is None:
@@ -103,43 +101,35 @@ class BasePair(Bases):
         return found, ""
 
     def _moments(self, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:
-        sides = (self.source, ids_src), (self.target, ids_tgt)
-        parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
-        totals = None
+        sides, count = ((self.source, ids_src), (self.target, ids_tgt)), len(ids_src)
+        parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, count, _TOKENS_AT_ONCE)]
+        on_cpu, totals = jax.default_backend() == "cpu", None
         with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
             # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
-            centres = tuple(base.rows(EMBEDDING, ids[parts[0]]).mean(axis=0) for base, ids in sides)
+            centres = [base.rows(EMBEDDING, ids[parts[0]]).mean(axis=0) for base, ids in sides]
             for part in parts:
-                rows = (base.rows(EMBEDDING, ids[part]) for base, ids in sides)
-                totals = _add(totals, *map(_padded, rows, centres))
+                read = [base.rows(EMBEDDING, ids[part]) for base, ids in sides]
+                rows = [one - centre for one, centre in zip(read, centres, strict=True)]
+                # numpy multiplies on a CPU, so that nothing is compiled for it.
+                sums = _sums(*(rows if on_cpu else map(jnp.asarray, rows)))
+                totals = sums if totals is None else [total + one for total, one in zip(totals, sums, strict=True)]
+            assert totals is not None
+            means: list[Any] = [np.asarray(total) / count for total in totals]
+            mean_src, mean_tgt, cross, gram_src, gram_tgt = means
         self.release()
-        assert totals is not None
         if not all(np.isfinite(total).all() for total in totals):
             msg = f"the embedding table of {self.source.ref} or {self.target.ref} holds NaN, infinity or numbers whose "
             raise CheckpointError(msg + "squares are beyond float32; download the file again")
-        return _finish(totals, *centres, len(ids_src))
+        return Vocabulary(
+            cross=cross - mean_src[:, None] * mean_tgt,
+            gram_src=gram_src - mean_src[:, None] * mean_src,
+            gram_tgt=gram_tgt - mean_tgt[:, None] * mean_tgt,
+            count=count,
+            mean_src=centres[0] + mean_src,
+            mean_tgt=centres[1] + mean_tgt,
+        )
 
 
-def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Centre rows, and pad them with zero rows, which add nothing, to the number that `_add` is compiled for."""
-    return np.pad(rows - centre, ((0, _TOKENS_AT_ONCE - len(rows)), (0, 0)))
-
-
-@jax.jit
-def _add(totals: _Sums | None, x: jax.Array, y: jax.Array) -> _Sums:
-    """Add the sums of the rows of X (N, D_src) and Y (N, D_tgt), and X'Y, X'X and Y'Y, to the totals."""
-    sums = x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
-    return sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-
-
-@partial(jax.jit, static_argnames="count")
-def _finish(totals: _Sums, centre_src: jax.Array, centre_tgt: jax.Array, count: int) -> Vocabulary:
-    mean_src, mean_tgt = totals[0] / count, totals[1] / count
-    return Vocabulary(
-        cross=totals[2] / count - jnp.outer(mean_src, mean_tgt),
-        gram_src=totals[3] / count - jnp.outer(mean_src, mean_src),
-        gram_tgt=totals[4] / count - jnp.outer(mean_tgt, mean_tgt),
-        count=count,
-        mean_src=centre_src + mean_src,
-        mean_tgt=centre_tgt + mean_tgt,
-    )
+def _sums(x: Any, y: Any) -> list[Any]:
+    """Return the sums of the rows of X (N, D_src) and Y (N, D_tgt), and X'Y, X'X and Y'Y."""
+    return [x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)]

@@ -5,14 +5,15 @@ and in features of a module, H is the width of the residual stream, R the trunca
 """
 
 from enum import StrEnum
+from functools import cached_property
 from typing import TypeVar
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jcrosslora.errors import MethodError
-from jcrosslora.linalg import LinearMap, TruncatedSVD
+from jcrosslora.linalg import LinearMap, TruncatedSVD, dot
 
 T = TypeVar("T")
 
@@ -187,6 +188,18 @@ class Evidence:
         src, tgt = (side.gain[:, None] * (svd.v if self.reads else svd.u) for side, svd in sides)
         return src, tgt
 
+    @cached_property
+    def token_covariances(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the stream's vectors of both modules are over the shared tokens, of which there must be some.
+
+        Covariances (R, R) of the source's vectors with the target's, and the variances (R,) of each.
+        """
+        assert self.vocabulary is not None
+        (src, tgt), words = self.stream_vectors, self.vocabulary
+        sides = (src, words.gram_src), (tgt, words.gram_tgt)
+        variance_src, variance_tgt = ((x * dot(gram, x)).sum(axis=0) for x, gram in sides)
+        return dot(dot(src.T, words.cross), tgt), variance_src, variance_tgt
+
     def _asked_for(self, value: T | None, kind: EvidenceKind) -> T:
         if value is None:
             msg = f"method {self.method} reads {kind.value}, which it has not asked for; "
@@ -208,6 +221,6 @@ class Maps:
     """
 
     terms: Terms
-    vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
-    activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
+    vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
+    activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     weight_cosine: jax.Array | None = None

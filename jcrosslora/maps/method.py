@@ -242,12 +242,14 @@ class MapMethod(Method):
         is_control: whether no effect is expected, by design. The norm of a control's update is restored after the maps.
         equal_shapes: whether it is defined only for modules of equal shape.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
+        takes_numpy: whether `maps` takes arrays of numpy as well; then nothing is compiled for it on a CPU.
     """
 
     measure: ClassVar[Measure] = "none"
     is_control: ClassVar[bool] = False
     equal_shapes: ClassVar[bool] = False
     single_vectors: ClassVar[bool] = False
+    takes_numpy: ClassVar[bool] = False
     carries: ClassVar[Carried] = Carried.LINEAR
 
     def maps(self, evidence: Evidence) -> Maps:

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.checkpoint.weight_stacks import load_stack
-from jcrosslora.linalg import TruncatedSVD, decompose, spread
+from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
+from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
 from jcrosslora.maps.evidence import Evidence
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack
 from jcrosslora.utils.cache import Cache
@@ -62,12 +62,13 @@ class FactorCache:
         self._store, self._base, self._rank, self._vectors = store, base, rank, vectors
         self._scope = digest_of(weights, rank, vectors, numerics_key(), _FIELDS)[:_DIGITS]
 
-    def decompose(self, names: Sequence[str], stack: jax.Array) -> tuple[TruncatedSVD, Sequence[str]]:
+    def decompose(self, names: Sequence[str], stack: Any) -> tuple[TruncatedSVD, Sequence[str]]:
         """Return the truncated SVDs of a stack (L', O, I) of L modules, and the kernel that computed each of the L."""
         found = self._find(names)
         missing = [name for name in names if name not in found]
         if missing:
-            fresh = stack if len(missing) == len(names) else load_stack(self._base, missing)
+            load = load_on_host if isinstance(stack, np.ndarray) else load_stack
+            fresh = stack if len(missing) == len(names) else load(self._base, missing)
             svd, kernels = decompose(fresh, self._rank, vectors=self._vectors)
             self._keep(missing, svd, kernels)
             if fresh is stack:
@@ -75,7 +76,8 @@ class FactorCache:
             found |= _rows(missing, {field: np.asarray(getattr(svd, field)) for field in _FIELDS}, kernels)
         rows = [found[name][0] for name in names]
         rows += rows[-1:] * (stack.shape[0] - len(names))
-        svd = TruncatedSVD(*(spread(np.stack([row[field] for row in rows])) for field in _FIELDS))
+        fields: list[Any] = [stack_rows([row[field] for row in rows]) for field in _FIELDS]
+        svd = TruncatedSVD(*(fields if isinstance(stack, np.ndarray) else map(spread, fields)))
         return svd, [found[name][1] for name in names]
 
     def _find(self, names: Sequence[str]) -> dict[str, _Row]:
@@ -94,7 +96,9 @@ class FactorCache:
         return found
 
     def _keep(self, names: Sequence[str], svd: TruncatedSVD, kernels: Sequence[str]) -> None:
-        arrays = {field: np.asarray(getattr(svd, field))[: len(names)] for field in _FIELDS}
+        arrays = {field: np.asarray(getattr(svd, field)) for field in _FIELDS}
+        if len(svd.u) > len(names):
+            arrays = {field: array[: len(names)] for field, array in arrays.items()}
         facts = {"modules": list(names), "kernels": list(kernels[: len(names)])}
         what = f"rank {self._rank}, {public_name(self._base.name) or self._base.name}, {describe(names)}"
         self._store.save(_KIND, self._key(names), what, arrays, facts)

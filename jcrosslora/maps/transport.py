@@ -7,12 +7,11 @@ from typing import Any, Self
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from jcrosslora.checkpoint import BaseInfo, BaseModel
-from jcrosslora.linalg import LinearMap, cosine, dot, place
+from jcrosslora.linalg import LinearMap, cosine, dot, namespace, place
 from jcrosslora.maps.evidence import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method
 from jcrosslora.relation.pairing import Pair, Pairing
@@ -117,8 +116,9 @@ class TransportGroup:
 
     @classmethod
     def of(cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Self:
-        """Rebuild a group on the local devices."""
-        placed = {name: place(array) for name, array in arrays.items()}
+        """Rebuild a group on the local devices; on a CPU the arrays stay those of numpy."""
+        on_cpu = jax.default_backend() == "cpu"
+        placed: dict[str, Any] = {name: array if on_cpu else place(array) for name, array in arrays.items()}
         terms = tuple(
             tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)
             for term in range(facts["terms"])
@@ -159,12 +159,12 @@ class Transport:
         return html_table(rows, f"{self.method.name}: {self.source.name} to {self.target.name}")
 
 
-def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str, jax.Array]:
+def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str, Any]:
     """Measure the agreement of a pair, by the fields of `Agreement`, NaN for None.
 
     With `by_coordinates` the maps are applied to W_src if the shapes differ.
     """
-    nan = jnp.full((), jnp.nan)
+    nan = np.float32(np.nan)
     sides = {"src": evidence.src.svd, "tgt": evidence.tgt.svd}
     figures = {
         f"{figure}_{side}": nan if svd is None else getattr(svd, figure)
@@ -173,7 +173,7 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str
     }
     unknown = None in sides.values()
     return figures | {
-        "rank": jnp.full((), evidence.rank, jnp.int32),
+        "rank": np.int32(evidence.rank),
         "similarity_out": nan if unknown else _similarity(evidence, stream=not evidence.reads),
         "similarity_in": nan if unknown else _similarity(evidence, stream=evidence.reads),
         "vector_ratio": maps.vector_ratio,
@@ -182,18 +182,19 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str
     }
 
 
-def _similarity(evidence: Evidence, *, stream: bool) -> jax.Array:
+def _similarity(evidence: Evidence, *, stream: bool) -> Any:
     src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
     inner = stream == evidence.reads
     x, y = (src.v, tgt.v) if inner else (src.u, tgt.u)
+    xp = namespace(x)
     size = x.shape[0]
     if size == y.shape[0]:
         ranks = (src.numerical_rank * tgt.numerical_rank).astype(x.dtype)
-        informative = (jnp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
-        return jnp.where(informative, jnp.sum(dot(x.T, y) ** 2) * size / jnp.maximum(ranks, 1), jnp.nan)
+        informative = (xp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
+        return xp.where(informative, xp.sum(dot(x.T, y) ** 2) * size / xp.maximum(ranks, 1), xp.nan)
     if stream and evidence.vocabulary is not None:
         return _similarity_by_tokens(evidence, evidence.vocabulary)
-    return jnp.full((), jnp.nan)
+    return np.float32(np.nan)
 
 
 def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
@@ -203,25 +204,22 @@ def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Arr
     common, ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2), over the same for the two whole streams. For
     equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
     """
-    x, y = evidence.stream_vectors
-    gain_src, gain_tgt = evidence.src.gain, evidence.tgt.gain
-    part = jnp.sum(dot(dot(x.T, vocabulary.cross), y) ** 2) / (
-        jnp.sum(x * dot(vocabulary.gram_src, x)) * jnp.sum(y * dot(vocabulary.gram_tgt, y))
-    )
-    whole = jnp.sum((gain_src[:, None] * vocabulary.cross * gain_tgt) ** 2) / (
-        jnp.sum(jnp.diagonal(vocabulary.gram_src) * gain_src**2)
-        * jnp.sum(jnp.diagonal(vocabulary.gram_tgt) * gain_tgt**2)
+    cross, src, tgt = evidence.token_covariances
+    xp, gain_src, gain_tgt = namespace(cross), evidence.src.gain, evidence.tgt.gain
+    part = xp.sum(cross**2) / (xp.sum(src) * xp.sum(tgt))
+    whole = xp.sum((gain_src[:, None] * vocabulary.cross * gain_tgt) ** 2) / (
+        xp.sum(xp.diagonal(vocabulary.gram_src) * gain_src**2) * xp.sum(xp.diagonal(vocabulary.gram_tgt) * gain_tgt**2)
     )
     return part / whole
 
 
-def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> jax.Array:
+def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> Any:
     if maps.weight_cosine is not None:
         return maps.weight_cosine
     w_src, w_tgt = evidence.src.weight, evidence.tgt.weight
     if w_src.shape != w_tgt.shape:
         if not by_coordinates:
-            return jnp.full((), jnp.nan)
+            return np.float32(np.nan)
         ((p_out, p_in),) = maps.terms
         w_src = p_in(p_out(w_src).T).T
     return cosine(w_src, w_tgt)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import LinearMap, TruncatedSVD, dot, low_rank
-from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps, Vocabulary
+from jcrosslora.linalg import LinearMap, TruncatedSVD, low_rank, namespace
+from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class CrossLoRA(MapMethod):
     requires = frozenset({EvidenceKind.SINGULAR_VECTORS, EvidenceKind.SHARED_VOCABULARY})
     measure = "vector ratio"
     single_vectors = True
+    takes_numpy = True
 
     svd_rank: int = DEFAULT_SVD_RANK
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
@@ -46,7 +47,7 @@ class CrossLoRA(MapMethod):
         """Return P_out = U_t D U_s' and P_in = V_t D V_s'."""
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         signs, ratio = joint_signs(evidence)
-        return Maps(((low_rank(tgt.u * signs, src.u), low_rank(tgt.v * signs, src.v)),), ratio)
+        return Maps(((low_rank(tgt.u, src.u, signs), low_rank(tgt.v, src.v, signs)),), ratio)
 
 
 @dataclass(frozen=True)
@@ -89,39 +90,41 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     d comes with the ratio () of the mean squared correlation of the pairs (i, i) to that of the pairs (i, j) nearby
     (1 is chance; NaN without a vocabulary).
     """
+    xp = namespace(evidence.singular_vectors_src.u)
     if evidence.vocabulary is None:
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
-        return _own_signs(src, evidence.reads) * _own_signs(tgt, evidence.reads), jnp.full((), jnp.nan)
-    correlations = _correlations(evidence, evidence.vocabulary)
-    diagonal = jnp.diagonal(correlations)
-    return jnp.where(diagonal >= 0, 1.0, -1.0), _contrast(correlations**2)
+        return _own_signs(src, evidence.reads) * _own_signs(tgt, evidence.reads), xp.full((), xp.nan, xp.float32)
+    correlations = _correlations(evidence)
+    diagonal = xp.diagonal(correlations)
+    return xp.where(diagonal >= 0, 1.0, -1.0).astype(diagonal.dtype), _contrast(correlations**2)
 
 
 def _own_signs(svd: TruncatedSVD, reads: bool) -> jax.Array:
     vectors = svd.v if reads else svd.u
-    largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=0)[None, :], axis=0)[0]
-    return jnp.where(largest >= 0, 1.0, -1.0)
+    xp = namespace(vectors)
+    largest = xp.take_along_axis(vectors, xp.argmax(xp.abs(vectors), axis=0)[None, :], axis=0)[0]
+    return xp.where(largest >= 0, 1.0, -1.0).astype(largest.dtype)
 
 
-def _correlations(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
+def _correlations(evidence: Evidence) -> jax.Array:
     """Compute the correlation (R, R) over the shared tokens of source vector i with target vector j."""
-    src, tgt = evidence.stream_vectors
-    cross = dot(dot(src.T, vocabulary.cross), tgt)
-    return cross * _inverse_spread(src, vocabulary.gram_src)[:, None] * _inverse_spread(tgt, vocabulary.gram_tgt)
+    cross, src, tgt = evidence.token_covariances
+    return cross * _inverse_spread(src)[:, None] * _inverse_spread(tgt)
 
 
-def _inverse_spread(vectors: jax.Array, gram: jax.Array) -> jax.Array:
-    variance = jnp.sum(vectors * dot(gram, vectors), axis=0)
-    return jnp.where(variance > 0, 1 / jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
+def _inverse_spread(variance: jax.Array) -> jax.Array:
+    xp = namespace(variance)
+    return xp.where(variance > 0, 1 / xp.sqrt(xp.where(variance > 0, variance, 1)), 0)
 
 
 def _contrast(squared: jax.Array) -> jax.Array:
     """Divide the mean of the diagonal by the mean of the entries at most NEIGHBOURS columns from it."""
-    index = jnp.arange(squared.shape[0])
-    apart = jnp.abs(index[:, None] - index[None, :])
+    xp = namespace(squared)
+    index = xp.arange(squared.shape[0])
+    apart = xp.abs(index[:, None] - index[None, :])
     near = (apart > 0) & (apart <= NEIGHBOURS)
-    chance = jnp.sum(jnp.where(near, squared, 0)) / jnp.maximum(jnp.sum(near.astype(squared.dtype)), 1)
-    return jnp.where(chance > 0, jnp.mean(jnp.diagonal(squared)) / jnp.where(chance > 0, chance, 1), jnp.nan)
+    chance = xp.sum(xp.where(near, squared, 0)) / xp.maximum(xp.sum(near.astype(squared.dtype)), 1)
+    return xp.where(chance > 0, xp.mean(xp.diagonal(squared)) / xp.where(chance > 0, chance, 1), xp.nan)
 
 
 def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMap:

@@ -27,6 +27,7 @@ class LoRAX(MapMethod):
     reference = "arXiv 2501.16559, Eq. 3"
     requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
     measure = "subspace similarity"
+    takes_numpy = True
     equal_shapes = True
 
     svd_rank: int = DEFAULT_SVD_RANK
