@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from contextlib import closing
+from types import SimpleNamespace
 from typing import ClassVar
 
 import jax
@@ -191,6 +192,28 @@ def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
     )
     Fit(teacher, held_out, SMALL, begun=time.monotonic()).run(batches, lambda *_: [])
     assert set(seen) == {True}
+
+
+def test_where_little_memory_is_free_a_fit_keeps_less_and_comes_to_the_same(beginning, monkeypatch):
+    teacher, batches, held_out = beginning
+    seen, step, read = [], fit_module.gradient_step, []
+
+    def noted(*given, remat):
+        seen.append(remat)
+        return step(*given, remat=remat)
+
+    monkeypatch.setattr(fit_module, "gradient_step", noted)
+    counted = SimpleNamespace(target=teacher.target, read=lambda batch: read.append(batch) or teacher.read(batch))
+    found, settings, steps_taken = [], dataclasses.replace(SMALL, passes=2), 2 * len(batches)
+    for free, kept in ((None, len(batches)), (0, steps_taken)):
+        monkeypatch.setattr(fit_module, "free_memory", lambda free=free: free)
+        seen.clear()
+        read.clear()
+        found.append(Fit(counted, held_out, settings, begun=time.monotonic()).run(batches, lambda *_: []))
+        assert seen == [free == 0] * steps_taken
+        assert len(read) == kept
+    for one, other in zip(*(jax.tree.leaves(each.adapter) for each in found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_batches_weigh_answers_and_have_few_shapes(pair):

@@ -13,9 +13,11 @@ import jcrosslora as jcl
 from jcrosslora import Estimate, estimate_files
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.loading import held_numbers
+from jcrosslora.distill.batches import peak_bytes
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.batch import estimate_batch, read_plan
+from jcrosslora.session.estimate import PROCESS
 
 
 @pytest.fixture(scope="module")
@@ -222,16 +224,25 @@ def test_one_base_at_both_ends_is_called_so_before_the_work(places, capsys):
 
 def test_the_memory_of_a_fit_is_that_of_weights_predictions_activations_and_factors(places):
     def memory(**settings):
-        return found(places, method=Distill(fit_rank=4, answer_tokens=64, compared_tokens=50, **settings)).memory
+        method = Distill(fit_rank=4, answer_tokens=64, compared_tokens=50, **settings)
+        return found(places, method=method, effect="never").memory
 
     target, size = jcl.open_base(places[2]), 4
-    weights = max(fast_dtype().itemsize * held(places[1], places[2]), size * max(held(places[1]), held(places[2])))
+    weights = PROCESS + fast_dtype().itemsize * held(places[1], places[2])
     factors = 4 * size * sum(4 * sum(module.shape) for module in target.modules.values())
     remembered = size * 300 * 128 * 50  # 300 rows of 128 tokens, over 50 columns
     activations = memory() - weights - factors - remembered
     assert 0 < activations < 100e6
     assert memory(completions=150) == memory() - remembered // 2
     assert memory(roles=("q_proj",)) < memory() - factors // 2
+
+
+def test_where_little_is_free_a_fit_is_to_keep_a_part_of_that(places):
+    target = jcl.open_base(places[2])
+    usual, little = (peak_bytes(target, Distill(), free) for free in (None, 1_000_000))
+    factors = 4 * 4 * sum(min(16, *module.shape) * sum(module.shape) for module in target.modules.values())
+    assert usual > 100e6
+    assert little == factors + 500_000 + 250_000
 
 
 def held(*places):

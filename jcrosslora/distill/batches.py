@@ -29,9 +29,10 @@ LONGEST = WIDTHS[-1]
 _FEW = 384  # tokens of padding in a pass, which take no longer in the passes of a fit than to compile for a shape
 _PARTS = 4  # of the tokens of a batch, a number of which there is room for as compared positions
 _PLACES = 1 << 32  # above the characters of any content
-# Bytes of activations that the layers may keep for the backward pass; to recompute them takes another forward pass.
-_MOST_KEPT = 4 * 2**30
-MOST_REMEMBERED = 2 * 2**30  # bytes of a round's predictions that are kept for its further passes
+# The most bytes of activations that layers keep for the backward pass, which else takes another forward pass, and of a
+# round's predictions that are kept for its further passes; and the shares of free memory that these may take.
+_MOST_KEPT, _MOST_REMEMBERED = 4 * 2**30, 2 * 2**30
+_SHARES = 0.5, 0.25
 _NUMBER = np.dtype(np.float32).itemsize
 
 
@@ -233,23 +234,33 @@ def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:
     return np.unique(np.concatenate([(one.tokens_src, one.tokens_tgt)[side].ravel() for one in batches]))
 
 
-def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
-    """Check whether the activations kept for the backward pass of (B, T) tokens take more than 4 GB."""
-    return _activations(settings, shape) > _MOST_KEPT
+def most_kept(free: int | None = None) -> tuple[int, int]:
+    """Return the bytes of activations and of predictions that a fit may keep, given what is free; None if unknown."""
+    most = _MOST_KEPT, _MOST_REMEMBERED
+    if free is None:
+        return most
+    kept, remembered = (min(one, int(share * free)) for one, share in zip(most, _SHARES, strict=True))
+    return kept, remembered
 
 
-def peak_bytes(target: BaseModel, settings: DistillSettings) -> int:
+def needs_remat(settings: DecoderSettings, shape: tuple[int, ...], most: int = _MOST_KEPT) -> bool:
+    """Check whether the activations kept for the backward pass of (B, T) tokens take more than so many bytes."""
+    return _activations(settings, shape) > most
+
+
+def peak_bytes(target: BaseModel, settings: DistillSettings, free: int | None = None) -> int:
     """Return the bytes that a fit may take on top of the weights of both bases, with prompts of a usual length.
 
-    They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it
-    fits, four times: in training, the best ones, and two moments. The decoder has to support the target.
+    They are the predictions that it remembers, the activations that it keeps, as many as `most_kept` allows of the
+    bytes that the weights leave free, and the factors of all modules that it fits, four times: in training, the best
+    ones, and two moments. The decoder has to support the target.
     """
     shapes = [shape for name, shape in stack_shapes(target).items() if name in (settings.roles or ROLES)]
     factors = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)
     rows, width = row_shape(TEXT + (settings.answer_tokens or MOST_TOKENS))
-    columns = min(settings.compared_tokens, target.dims.vocab)
-    remembered = min(MOST_REMEMBERED, _NUMBER * settings.rounds[0] * width * columns)
-    return remembered + min(_MOST_KEPT, _activations(settings_of(target), (rows, width))) + 4 * _NUMBER * factors
+    columns, (kept, remembered) = min(settings.compared_tokens, target.dims.vocab), most_kept(free)
+    remembered = min(remembered, _NUMBER * settings.rounds[0] * width * columns)
+    return remembered + min(kept, _activations(settings_of(target), (rows, width))) + 4 * _NUMBER * factors
 
 
 def _activations(settings: DecoderSettings, shape: tuple[int, ...]) -> int:

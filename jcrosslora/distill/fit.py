@@ -22,13 +22,13 @@ import optax
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked, likeliest
 from jcrosslora.distill.agreement import AnswerBatch, agreement, share_written
-from jcrosslora.distill.batches import BATCH, MOST_REMEMBERED, DistillationBatch, needs_remat
+from jcrosslora.distill.batches import BATCH, DistillationBatch, most_kept, needs_remat
 from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.utils.cost import TEXT, Cost
+from jcrosslora.utils.cost import TEXT, Cost, free_memory
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import Track, track
 
@@ -128,6 +128,7 @@ class Fit:
     ) -> None:
         self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
+        self._most_kept, self._most_remembered = most_kept(free_memory())
         self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
@@ -177,7 +178,7 @@ class Fit:
         """
         target, settings = self._teacher.target.with_adapter(self._start), self._settings
         size = settings.rounds[self._rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
-        before, read = self._share(), _remembering(self._teacher, batches)
+        before, read = self._share(), _remembering(self._teacher, batches, self._most_remembered)
         rng = np.random.default_rng([self._seed, 3, self._rounds])
         order = np.concatenate([rng.permutation(len(batches)) for _ in range(self._course.passes)])
         for place, index in enumerate(order.tolist()):
@@ -185,7 +186,7 @@ class Fit:
                 break
             batch, first = batches[index], place < len(batches)
             rate = jnp.float32(self._course.rate * schedule(self._share()))
-            remat = needs_remat(target.model.settings, batch.tokens_tgt.shape)
+            remat = needs_remat(target.model.settings, batch.tokens_tgt.shape, self._most_kept)
             state = gradient_step(target, self._state, read(index), rate, remat=remat)
             self._state = jax.block_until_ready(state)
             self._used += batch.rows * first
@@ -236,8 +237,8 @@ class Fit:
         return time.monotonic() - self._begun
 
 
-def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch]) -> Callable[[int], TaughtBatch]:
-    """Read the batches of a round by their indices; as many of the teacher's predictions are kept as memory allows."""
+def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch], most: int) -> Callable[[int], TaughtBatch]:
+    """Read the batches of a round by their indices; at most so many bytes of the teacher's predictions are kept."""
     kept: dict[int, TaughtBatch] = {}
     size = 0
 
@@ -247,7 +248,7 @@ def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch]) -> Call
             return kept[index]
         found = teacher.read(batches[index])
         size += found.teacher.nbytes
-        if size <= MOST_REMEMBERED:
+        if size <= most:
             kept[index] = found
         return found
 

@@ -33,6 +33,9 @@ from jcrosslora.utils.cost import Cost, check_host, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
 _SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
+# Bytes of a process that runs bases on a CPU: tokenizers, compiled programs, freed memory that it holds back; and of
+# states and logits in a check. Moves from 1.5B to 0.5B parameters took up to 1.6 and 2.1 GB more than is counted.
+PROCESS, _COMPARED = 1_600_000_000, 500_000_000
 _CHECKED = 4  # bytes of a number in the check of the effect, which holds one base at a time
 
 
@@ -130,7 +133,7 @@ def estimate(
     memory, placement = _group_memory(task), None
     if task.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
-        memory = max(memory, placement.weights + placement.beside)
+        memory = max(memory, placement.peak)
     if isinstance(method, DistillSettings):
         rank = method.fit_rank
     elif task.runs_bases:
@@ -190,9 +193,10 @@ class Placement:
         there: how many devices there are.
         weights: the most weights at a time.
         whole: the same of weights that are not divided.
-        beside: the most that a fit takes on top of them.
+        beside: the most that a fit takes on top of its weights.
         free: free bytes; None if they are not known or do not matter.
         streamed: bytes of the source's layers, in the dtype of a fit, that stay in the host's memory; 0 if none do.
+        peak: the most at a time, of the fit's weights with what is on top and of the check's; on a CPU with `PROCESS`.
     """
 
     devices: int
@@ -202,6 +206,7 @@ class Placement:
     beside: int
     free: int | None
     streamed: int = 0
+    peak: int = 0
 
     @property
     def mesh(self) -> Mesh | None:
@@ -247,7 +252,6 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         MemoryError: the weights of a fit do not fit into the devices, however they are divided, or those that are
             streamed do not fit into the host's memory.
     """
-    beside = peak_bytes(bases[-1], method) if isinstance(method, DistillSettings) else 0
     fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 
@@ -264,6 +268,12 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         return max(fitted(count, streams=streams), checked)
 
     free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
+    beside = 0
+    if isinstance(method, DistillSettings):
+        # On a CPU the fit keeps less where little is free. Several devices rather share the weights.
+        host = free_memory() if jax.default_backend() == "cpu" else None
+        left = None if host is None else max(0, host - fitted(1, streams=streams))
+        beside = peak_bytes(bases[-1], method, left)
     if streams and source is None:
         msg = "divide stream was asked for, and the source is not run here: leave it out"
         raise UsageError(msg)
@@ -281,7 +291,8 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         of = "a device" if placement.devices == 1 else f"each of {placement.devices} devices"
         msg = f"the weights of the fit take {_gb(needed)} of {of}, where {_gb(free)} are free"
         raise MemoryError(msg + ("; divide never was asked for" if divide == "never" else ""))
-    return placement
+    own = PROCESS if jax.default_backend() == "cpu" else 0
+    return replace(placement, peak=max(needed + beside, placement.weights + (check_size and _COMPARED)) + own)
 
 
 def free_of_each() -> int | None:

@@ -70,7 +70,7 @@ class QueriedSession:
             opening()
         placed, method = self._placement(move), move.method
         rank = method.fit_rank if isinstance(method, Distill) else None
-        modules, memory = fitted_modules(method, self._target), placed.weights + placed.beside
+        modules, memory = fitted_modules(method, self._target), placed.peak
         return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed, request.examples)
 
     def _opening(self, request: Request) -> Callable[[], QueriedSource]:
