@@ -92,6 +92,29 @@ def test_entry_may_have_facts_without_arrays(cache):
     assert (loaded.facts, loaded.arrays) == ({"layers": [0, None]}, {})
 
 
+def test_an_array_in_two_entries_takes_the_disk_once_and_outlives_the_first(cache):
+    large, small = np.arange(2**15, dtype=np.float32), np.arange(7, dtype=np.float32)
+    cache.save("factors", "ab", "first", {"u": large, "s": small}, {})
+    again = cache.load("factors", "ab").arrays["u"]
+    cache.save(
+        "transport", "cd", "second", {"left": large, "index": small, "right": large + 1, "copy": large.copy()}, {}
+    )
+    cache.save("transport", "ef", "third", {"left": again}, {})
+    sharing = {path.name for path in files_of(cache, "cd") + files_of(cache, "ef") if path.stat().st_nlink > 1}
+    assert sharing == {"left"}
+    assert [cache.verify(entry) for entry in cache.entries()] == [None] * 3
+    for entry in cache.entries("factors"):
+        cache.remove(entry)
+    assert [cache.load("transport", key).arrays["left"].tolist() for key in ("cd", "ef")] == [large.tolist()] * 2
+    # Damage to the shared file shows in both entries.
+    shared = next(path for path in files_of(cache, "cd") if path.name == "left")
+    shared.write_bytes(bytes(shared.stat().st_size))
+    assert [cache.load("transport", key) for key in ("cd", "ef")] == [None, None]
+    # No file is left that a link could lead to.
+    cache.save("factors", "gh", "fourth", {"u": large, "v": again}, {})
+    np.testing.assert_array_equal(cache.load("factors", "gh").arrays["u"], large)
+
+
 def test_first_of_two_writers_wins(cache):
     keep(cache, seed=0)
     keep(cache, seed=1)

@@ -10,19 +10,21 @@ import logging
 import os
 import platform
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jcrosslora.errors import UsageError
 from jcrosslora.utils import cache_entries, version
-from jcrosslora.utils.cache_entries import Damaged, Entry, Loaded, Manifest
+from jcrosslora.utils.cache_entries import Damaged, Entry, Loaded, Manifest, file_of
 from jcrosslora.utils.digests import FileDigests
 from jcrosslora.utils.files import parse_size
 from jcrosslora.utils.unfinished import unfinished
@@ -30,9 +32,18 @@ from jcrosslora.utils.unfinished import unfinished
 _WORK = ".work"
 _LOG = logging.getLogger(__name__)
 _DEFAULT_LIMIT = 10 * 10**9
+_WORTH_A_LINK = 2**16  # bytes
 _MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
 # What JAX warns of where another process holds the lock of the folder; the program is then compiled and not kept.
 _LOCKED = r"Error (reading|writing) persistent compilation cache entry for '[^']*': Timeout"
+
+
+class _Written(NamedTuple):
+    """An array in memory that a file of an entry holds, and the bytes and SHA-256 of that file."""
+
+    array: weakref.ref[np.ndarray]
+    path: Path
+    measured: tuple[int, str]
 
 
 class Cache:
@@ -54,6 +65,7 @@ class Cache:
         self._sizes: dict[Path, int] = {}  # of entries by folder, which do not change
         self._writer: ThreadPoolExecutor | None = None
         self._writing: deque[Future[None]] = deque()
+        self._written: dict[int, _Written] = {}  # by id of the array
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
@@ -101,6 +113,7 @@ class Cache:
                 self._drop(folder, error)
             return None
         _mark_used(folder)
+        self._remember(folder, manifest.files, arrays)
         return Loaded(manifest.facts, arrays)
 
     def save(
@@ -109,7 +122,9 @@ class Cache:
         """Write an entry, unless one exists already. If it cannot be written, log one warning.
 
         Of several processes that work together by `jax.distributed`, only the first writes. `what` describes the
-        content in one line; names of arrays consist of letters, digits and _; facts are JSON values.
+        content in one line; names of arrays consist of letters, digits and _; facts are JSON values. An array that
+        this process has saved in another entry, or loaded from one, is linked to instead of being written again: it
+        must not be changed after it was saved.
         """
         manifest = Manifest(kind, key, what, facts, arrays={}, files={}, version=version())
         if self._writer is None:
@@ -171,8 +186,11 @@ class Cache:
 
     def _write(self, work: Path, place: Path, manifest: Manifest, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
         work.mkdir()
-        shapes = cache_entries.write_arrays(work, arrays)
-        record = {"arrays": shapes, "files": cache_entries.measure_files(work)}
+        found = {name: self._written.get(id(array)) for name, array in arrays.items()}
+        known = {name: one for name, one in found.items() if one is not None and one.array() is arrays[name]}
+        shapes = cache_entries.write_arrays(work, arrays, {name: one.path for name, one in known.items()})
+        measured = {file_of(name): one.measured for name, one in known.items()}
+        record = {"arrays": shapes, "files": cache_entries.measure_files(work, measured)}
         Manifest(**(vars(manifest) | record)).write(work)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -180,6 +198,15 @@ class Cache:
         except OSError:
             if not place.is_dir():  # otherwise another process wrote the same content first
                 raise
+        self._remember(place, record["files"], arrays)
+
+    def _remember(self, place: Path, files: Mapping[str, tuple[int, str]], arrays: Mapping[str, Any]) -> None:
+        """Remember the files of large arrays as long as these are in memory."""
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray) and array.nbytes >= _WORTH_A_LINK:
+                forget = partial(self._written.pop, id(array), None)
+                held = weakref.ref(array, lambda _, forget=forget: forget())
+                self._written[id(array)] = _Written(held, place / file_of(name), files[file_of(name)])
 
     def _evict(self) -> None:
         """Remove the least recently used entries beyond the limit; only then all are read again, for their last use."""

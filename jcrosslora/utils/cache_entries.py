@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,18 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(arrays=arrays, files=files, **fields)
 
 
-def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path."""
+def measure_files(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> dict[str, tuple[int, str]]:
+    """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path.
+
+    What is `known` of some is taken as it is.
+    """
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    given = {name: measured for name, measured in (known or {}).items() if name in found}
     # hashlib releases the GIL.
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(_measure, paths))
-    return {path.relative_to(folder).as_posix(): item for path, item in zip(paths, found, strict=True)}
+        rest = {name: pool.submit(_measure, path) for name, path in found.items() if name not in given}
+    return {name: given[name] if name in given else rest[name].result() for name in found}
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -167,18 +173,36 @@ def _encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": digest}, sort_keys=True, indent=1).encode()
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike]) -> Shapes:
+def file_of(name: str) -> str:
+    """Return the path of an array within its entry."""
+    return f"{_FOLDER}/{name}"
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, ArrayLike], written: Mapping[str, Path]) -> Shapes:
     """Write the bytes of each array into a file in the folder of an entry, and return their shapes.
+
+    Arrays whose bytes another entry has already, in the file that `written` names, become links to that file.
 
     Raises OSError if they cannot be written.
     """
     (folder / _FOLDER).mkdir()
     held = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in held.items():
-        array.tofile(folder / _FOLDER / name)  # without a copy
+        if name in written:
+            with suppress(OSError):  # the other entry is gone, or the file system has no links
+                os.link(written[name], folder / file_of(name))
+                continue
+        array.tofile(folder / file_of(name))  # without a copy
     return {name: (array.dtype.name, array.shape) for name, array in held.items()}
 
 
 def read_arrays(folder: Path, shapes: Shapes) -> dict[str, np.ndarray]:
     """Read the arrays that `write_arrays` wrote, of the shapes that it returned, or raise OSError or ValueError."""
-    return {name: np.fromfile(folder / _FOLDER / name, dtype).reshape(shape) for name, (dtype, shape) in shapes.items()}
+    arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in shapes.items()}
+    for name, array in arrays.items():
+        with (folder / file_of(name)).open("rb") as file:
+            read = file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        if read != array.nbytes:
+            msg = f"array {name} has {read} bytes instead of {array.nbytes}"
+            raise ValueError(msg)
+    return arrays
