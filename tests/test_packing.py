@@ -20,7 +20,7 @@ SETS = {
     "one choice": [question(seed, 5 + seed, 3 + seed) for seed in range(20)],
     "nothing in common": [question(seed, 0, 9, 12) for seed in range(3)],
     "a beginning in their row": [*ALONE, *(question(20 + seed, 5, 6, 7, beginning=BEGINNING) for seed in range(3))],
-    "a beginning in front of rows": [question(seed, 9, 8, 7, beginning=BEGINNING) for seed in range(12)],
+    "a beginning in front of rows": [question(seed, 9, 8, 7, beginning=BEGINNING) for seed in range(40)],
     "long": [question(1, 700, 5, 5), *ALONE],
 }
 

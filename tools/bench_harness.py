@@ -1,17 +1,19 @@
 """A multiple-choice task of lm_eval by its own backend for transformers and by ours: medians of interleaved runs.
 
     python tools/bench_harness.py BASE QUESTIONS.jsonl [--adapter DIR] [--limit 100] [--repeats 5] [--batch 16]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--processor]
 
 QUESTIONS has lines of {"question", "choices", "answer"}. Both score the same requests of lm_eval, which has to be
 installed (extra `eval`), without a network. The weights of both are in memory before the time begins, and theirs have
 the adapter through peft. Printed are seconds, and the accuracy and the length-normalised one of both, which have to be
-equal in float32, the default. To time one core, start it with `taskset -c 0`.
+equal in float32, the default. To time one core, start it with `taskset -c 0`. With --processor the seconds are
+processor time, which means something on a busy machine too.
 """
 
 import argparse
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("questions", type=Path)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights of both")
+    parser.add_argument("--processor", action="store_true")
     for name, usual in {"limit": 100, "repeats": 5, "batch": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     return parser.parse_args()
@@ -85,7 +88,9 @@ def main() -> None:
         assert results is not None
         found[name] = [results["results"]["questions"][f"{metric},none"] for metric in METRICS]
 
-    seconds = median_seconds({name: partial(run, name, model) for name, model in sides.items()}, arguments.repeats)
+    clock = time.process_time if arguments.processor else time.perf_counter
+    runs = {name: partial(run, name, model) for name, model in sides.items()}
+    seconds = median_seconds(runs, arguments.repeats, clock)
     print(f"{base.name}, {arguments.limit} questions, {len(os.sched_getaffinity(0))} cores")
     for name, taken in seconds.items():
         figures = ", ".join(f"{metric} {value:.4f}" for metric, value in zip(METRICS, found[name], strict=True))

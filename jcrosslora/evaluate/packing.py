@@ -22,7 +22,6 @@ _NARROWEST, _WIDE = 32, 512  # tokens of a row, where questions are not longer
 # What a call takes in tokens, as it reads all weights, and the width at which attention takes as long as the products
 # (SmolLM2-135M, float32, one core).
 _CALL, _ATTENTION = 64, 1024
-_NESTED = 128  # tokens of questions that have a beginning in common, up to which they lie in one row with it
 _SMALLEST = 8  # tokens that a shape is padded to
 
 
@@ -138,7 +137,7 @@ def packed(items: Sequence[Tokens], positions: int, *, share: bool) -> Iterator[
     groups = common_beginnings([one.prefix for one in items]) if share else []
     for group in sorted(groups, key=lambda group: -group.length):
         alone -= set(group.places)
-        if sum(len(items[index]) for index in group.places) - group.saved <= _NESTED:
+        if sum(len(items[index]) for index in group.places) - group.saved <= _WIDE:  # they fit in one row
             blocks.append(_Block.of(known, group.places, group.length))
             continue
         beginning = items[group.places[0]].prefix[: group.length]
