@@ -34,7 +34,10 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
 
 def load_on_host(base: BaseModel, names: Sequence[str]) -> np.ndarray:
     """Load the weights of modules of one shape, fused ones too, (L, O, I) float32; raise as `load_stack`."""
-    stack = np.stack([base.stored_weight(name).astype(np.float32, copy=False) for name in names])
+    first = base.stored_weight(names[0])
+    stack = np.empty((len(names), *first.shape), np.float32)
+    for place, name in enumerate(names):  # one after the other, so that they are read into the same memory
+        stack[place] = base.stored_weight(name) if place else first
     base.release()
     _check_finite(base, names, [np.isfinite(weight).all() for weight in stack])
     return stack
