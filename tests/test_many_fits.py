@@ -56,14 +56,14 @@ def house(tmp_path_factory):
 
 @pytest.mark.full
 def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house, monkeypatch, caplog):
-    loads, widths, step = [], set(), fit_module.gradient_step
+    loads, shapes, step = [], set(), fit_module.gradient_step
 
     def load(base, dtype=jnp.float32, **more):
         loads.append((Path(base.name).name, jnp.dtype(dtype)))
         return load_model(base, dtype, **more)
 
     def counted(target, state, batch, rate, **more):
-        widths.add(batch.tokens.shape)
+        shapes.add((batch.tokens.shape, batch.at.shape))
         return step(target, state, batch, rate, **more)
 
     monkeypatch.setattr(loading, "load_model", load)
@@ -72,7 +72,7 @@ def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house,
         outcomes = run_batch(read_plan(house / "plan.toml")).outcomes
     assert [one.status for one in outcomes.values()] == ["done", "failed", "done"]
     assert "not finite" in list(outcomes.values())[1].text
-    assert caplog.text.count("Compiling jit(gradient_step)") == len(widths)
+    assert caplog.text.count("Compiling jit(gradient_step)") == len(shapes)
     kinds = {fast_dtype(), np.dtype(np.float32)}
     assert sorted(loads, key=str) == sorted(((name, kind) for name in ("small", "wide") for kind in kinds), key=str)
     places = house / "adapters" / "a2", house / "small", house / "wide", house / "alone"
