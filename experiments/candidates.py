@@ -21,24 +21,21 @@ prompts that it is surest of. Data must be training data: choices are made by it
 
 import argparse
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-from fits import MOST, POSITIONS, save_completions
+from fits import MOST, save_completions
 from rich.console import Console
 from rich.table import Table
+from scripts import as_command, score_answers, wide_console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model, stack_adapter
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.templates import Sampler
-from jcrosslora.evaluate.harness_requests import judge
-from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.methods import Distill
 from jcrosslora.text import Completion
 from jcrosslora.training import read_examples
@@ -89,11 +86,10 @@ def ask(arguments: argparse.Namespace) -> list[Asked]:
     known = [as_completion(one) for one in read_examples(arguments.data)][-arguments.prompts :]
     prompts, sides = [Completion(one.prompt) for one in known], []
     for ref, path in ((arguments.source, arguments.adapter), (arguments.target, arguments.student)):
-        base, tokenizer = jcl.open_base(ref), load_tokenizer(jcl.open_base(ref))
-        adapter, model = jcl.load_adapter(path, base), load_model(base, fast_dtype())
-        update = jax.tree.map(lambda leaf: leaf[None], stack_adapter(adapter, base))
+        base = jcl.open_base(ref)
+        adapter, model, tokenizer = jcl.load_adapter(path, base), load_model(base, fast_dtype()), load_tokenizer(base)
         writer = DecoderSource.of(base, adapter, model=model, tokenizer=tokenizer)
-        sides.append((writer, Models(model.with_adapter(update), ("adapter",)), tokenizer))
+        sides.append((writer, model, stack_adapter(adapter, base)))
     likeliest = Sampler(tokens=MOST, temperature=0.0)
     greedy = [likeliest.answer(writer, prompts) for writer, _, _ in sides]
     sampler = Sampler(tokens=MOST, temperature=arguments.temperature, seed=arguments.seed)
@@ -107,11 +103,10 @@ def ask(arguments: argparse.Namespace) -> list[Asked]:
     items = [
         Completion(one.prompt, text, ended=True) for one, found in zip(prompts, votes, strict=True) for text in found
     ]
-    scores = []
-    for _, models, tokenizer in sides:
-        encoded = [encode(tokenizer, one) for one in items]
-        pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in encoded]
-        scores.append([float(total) for total, _ in judge(models, pairs, POSITIONS)])
+    scores = [
+        score_answers(model, update, [encode(writer.tokenizer, one) for one in items])[0].tolist()
+        for writer, model, update in sides
+    ]
     figures, asked = zip(*scores, strict=True), []
     for place, (right, found) in enumerate(zip(known, votes, strict=True)):
         candidates = [Candidate(text, count, *next(figures)) for text, count in found.items()]
@@ -162,11 +157,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
-        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"candidates: {error}")
+    with as_command():
+        run(parse(), wide_console())
 
 
 if __name__ == "__main__":

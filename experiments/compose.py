@@ -18,7 +18,6 @@ TRAIN and TEST are JSONL as `read_examples` takes them. A line of each row goes 
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from retrieve import add
 from rich.console import Console
+from scripts import as_command, wide_console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -143,11 +143,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
-        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"compose: {error}")
+    with as_command():
+        run(parse(), wide_console())
 
 
 if __name__ == "__main__":

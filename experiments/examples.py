@@ -16,7 +16,6 @@ kept in WORK: the same command continues a stopped run. Choose settings on anoth
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import msgspec
 from jobs import timed
 from lift_tasks import parse_row
 from result_lines import append, commit, versions
+from scripts import as_command
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -139,11 +139,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
+    with as_command():
         run(parse())
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"examples: {error}")
 
 
 if __name__ == "__main__":

@@ -21,18 +21,16 @@ Data must be training data: choices are made by it. Rows are added to WORK/fits.
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
-import numpy as np
 from lift_tasks import parse_row
 from result_lines import commit
 from rich.console import Console
 from rich.table import Table
+from scripts import as_command, score_answers, wide_console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -47,15 +45,12 @@ from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
 from jcrosslora.evaluate import answer
-from jcrosslora.evaluate.harness_requests import judge
-from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.methods import Distill, make_method
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import TrainingSettings, read_examples, train_lora
 from jcrosslora.training.batches import Encoded, as_completion, encode
 
 MOST = 96  # tokens of an answer that is compared
-POSITIONS = 1024  # tokens of a batch that is scored
 
 
 def parse() -> argparse.Namespace:
@@ -99,9 +94,7 @@ def save_completions(path: Path, items: Sequence[Completion]) -> None:
 
 def judged_by(model: Model, update: StackedAdapter, right: list[Encoded], said: list[Encoded]) -> list[float]:
     """Return the NLL a token of right answers, and the shares of these and of the source's that the update writes."""
-    models = Models(model.with_adapter(jax.tree.map(lambda leaf: leaf[None], update)), ("the update",))
-    pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in [*right, *said]]
-    sums, written = map(np.array, zip(*judge(models, pairs, POSITIONS), strict=True))
+    sums, written = score_answers(model, update, [*right, *said])
     count = len(right)
     tokens = sum(one.answer for one in right)
     return [-sums[:count].sum() / tokens, written[:count].mean(), written[count:].mean()]
@@ -199,11 +192,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
-        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"fits: {error}")
+    with as_command():
+        run(parse(), wide_console())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ bases: the same command continues a stopped run. `gain_table.py` makes the table
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,12 +31,12 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jobs import HELD_BACK, greedy_answers, move, train
 from lift_scores import read_arrays, write_arrays
 from lift_tasks import slug
 from result_lines import GainLine, append, commit, read_lines, versions
+from scripts import as_command, score_answers
 from torch_training import train_by_peft
 
 import jcrosslora as jcl
@@ -45,13 +44,9 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, stack_adapter
 from jcrosslora.evaluate import Question, score
 from jcrosslora.evaluate.examples import Example, as_completion
-from jcrosslora.evaluate.harness_requests import judge
-from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.training import TrainingSettings, read_examples
 from jcrosslora.training.batches import encode
 from jcrosslora.utils.digests import sha256
-
-POSITIONS = 1024  # tokens of a batch that is scored
 
 
 def parse() -> argparse.Namespace:
@@ -116,9 +111,7 @@ class Side:
         items = [as_completion(one) for one in self.items]
         encoded = [encode(tokenizer, one) for one in items]
         update = StackedAdapter({}) if adapter is None else stack_adapter(adapter, self.base)
-        models = Models(model.with_adapter(jax.tree.map(lambda leaf: leaf[None], update)), ("the adapter",))
-        pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in encoded]
-        sums, written = map(np.array, zip(*judge(models, pairs, POSITIONS), strict=True))
+        sums, written = score_answers(model, update, encoded)
         return written, -sums / [len(one.answer.strip()) for one in items]
 
 
@@ -259,11 +252,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
+    with as_command():
         run(parse())
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"gains: {error}")
 
 
 if __name__ == "__main__":

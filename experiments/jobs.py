@@ -19,7 +19,6 @@ train`, which answers train examples in front of the prompts; never on the test 
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ import jax
 from lift_tasks import parse_row
 from result_lines import Figure, ResultLine, append, commit, versions
 from rich.console import Console
+from scripts import as_command, wide_console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -187,11 +187,8 @@ def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figur
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
-        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"jobs: {error}")
+    with as_command():
+        run(parse(), wide_console())
 
 
 if __name__ == "__main__":

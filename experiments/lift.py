@@ -38,6 +38,7 @@ from lift_table import BASE, ORACLE, Sheet, make_sheet, print_sheet, write_markd
 from lift_tasks import Row, Task, load_task, parse_row, slug
 from lift_work import Base, Pair, Work
 from rich.console import Console
+from scripts import as_command
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import read_questions
@@ -221,11 +222,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
     try:
-        run(parse())
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"lift: {error}")
+        with as_command():
+            run(parse())
     except KeyboardInterrupt:
         sys.exit("lift: interrupted; the same command continues from here")
 

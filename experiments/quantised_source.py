@@ -24,7 +24,6 @@ from the copy's, with its 95% interval over examples. DATA is training data, of 
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -33,6 +32,7 @@ import jax
 import numpy as np
 from result_lines import commit
 from rich.console import Console
+from scripts import as_command
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors
@@ -241,11 +241,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    jcl.show_progress()
-    try:
+    with as_command():
         run(parse(), Console(width=120))
-    except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"quantised_source: {error}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main() -> None:
     try:
         run(parse())
     except (jcl.JCrossLoRAError, OSError) as error:
-        sys.exit(f"optimisers: {error}")
+        sys.exit(f"rates: {error}")
 
 
 if __name__ == "__main__":

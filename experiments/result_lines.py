@@ -38,36 +38,44 @@ class Figure(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     source: Interval | None = None
 
 
-class ResultLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What came of one move.
+class MadeLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every line says of how it was made.
 
     Attributes:
         source: name of the base that the adapter was trained on.
         target: name of the base that it was moved to.
         task: name of the data.
         split: of the data, "test" unless something is chosen by it.
-        examples: how many were answered.
-        seed: of training and move.
-        training_steps: of the source's adapter and of the one trained on the target.
-        method: with its settings, as `METHOD` or `METHOD:KEY=VALUE,...`.
-        prompts: unlabelled prompts that the method was given.
-        figures: by name, such as `nll_per_char`.
+        seed: of trainings and move.
+        training_steps: of all adapters that are trained.
+        prompts: unlabelled prompts that were used.
         versions: of the packages that decide the numbers.
-        commit: of this repository.
+        commit: of this repository when the adapter was made.
     """
 
     source: str
     target: str
     task: str
     split: str
-    examples: int
     seed: int
     training_steps: int
-    method: str
     prompts: int
-    figures: dict[str, Figure]
     versions: dict[str, str]
     commit: str
+
+
+class ResultLine(MadeLine, kw_only=True):
+    """What came of one move.
+
+    Attributes:
+        examples: how many were answered.
+        method: with its settings, as `METHOD` or `METHOD:KEY=VALUE,...`.
+        figures: by name, such as `nll_per_char`.
+    """
+
+    examples: int
+    method: str
+    figures: dict[str, Figure]
 
 
 class Stated(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -123,40 +131,22 @@ class StatedLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     commit: str | None
 
 
-class GainLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class GainLine(MadeLine, kw_only=True):
     """What one row of `gains.py` answered, item by item, so that rows and seeds can be compared in pairs.
 
     Attributes:
-        source: name of the base that the adapter was trained on.
-        target: name of the base that it was moved to.
-        task: name of the data.
-        split: of the data, "test" unless something is chosen by it.
-        seed: of trainings and move.
-        training_steps: of all adapters that are trained.
         row: "base", "source", "trained", "answers", "answers, torch", or a method with its settings.
-        prompts: unlabelled prompts that were used.
         measure: of `right`: "exact" for written answers, "accuracy" for chosen ones.
         right: 1 or 0 for each item.
         nll_per_char: of the right answer to each item, in nats.
         seconds: that making the adapter took; None where nothing was made, or it is not known.
-        versions: of the packages that decide the numbers.
-        commit: of this repository when the adapter was made.
     """
 
-    source: str
-    target: str
-    task: str
-    split: str
-    seed: int
-    training_steps: int
     row: str
-    prompts: int
     measure: Literal["exact", "accuracy"]
     right: str
     nll_per_char: list[float]
     seconds: float | None
-    versions: dict[str, str]
-    commit: str
 
     @property
     def key(self) -> tuple[str, str, str, str, int, str, int]:

@@ -155,7 +155,7 @@ def test_a_run_writes_each_row_once(given, monkeypatch):
     np.testing.assert_allclose(found[2].nll_per_char, wrote.by_example("nll_per_char")[1], rtol=0.05, atol=0.01)
     assert [float(one) for one in found[2].right] == wrote.by_example("exact")[1].tolist()
     monkeypatch.setattr(gains, "made", None)
-    monkeypatch.setattr(gains, "judge", None)
+    monkeypatch.setattr(gains, "score_answers", None)
     gains.run(given)
     assert read_lines(given.work / "gains.jsonl", GainLine) == found
 

@@ -128,6 +128,7 @@ class Fit:
     ) -> None:
         self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
         self._start, self._begun, self._seed = start, begun, seed
+        self._one_pass = _same_texts(held_out, answers)
         self._most_kept, self._most_remembered = most_kept(free_memory())
         self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
@@ -214,7 +215,10 @@ class Fit:
 
     def _judge(self) -> Look:
         student = self._teacher.target.with_adapter(self._joined(self._state.factors))
-        found = _judged(student, self._held_out, self._answers)
+        if self._one_pass:
+            found = _judge_both(student, self._held_out, self._answers)
+        else:
+            found = mean_kl(student, self._held_out), agreement(student, self._answers)
         look = Look(self._seconds(), self._used, *found)
         figures = {"divergence": look.divergence, "agreement": look.agreement, "completions": look.completions}
         record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
@@ -255,15 +259,18 @@ def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch], most: i
     return read
 
 
-def _judged(
+def _same_texts(held_out: Sequence[TaughtBatch], answers: Sequence[AnswerBatch]) -> bool:
+    """Tell whether the answers are the texts that are held out, so that one pass judges by both."""
+    return len(answers) == len(held_out) and all(
+        np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at)
+        for one, other in zip(answers, held_out, strict=True)
+    )
+
+
+def _judge_both(
     student: RestrictedModel, held_out: Sequence[TaughtBatch], answers: Sequence[AnswerBatch]
 ) -> tuple[float, float]:
-    """Give `mean_kl` and `agreement`, from one pass where the answers are the texts that are held out."""
-    if len(answers) != len(held_out) or any(
-        not (np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at))
-        for one, other in zip(answers, held_out, strict=True)
-    ):
-        return mean_kl(student, held_out), agreement(student, answers)
+    """Return `mean_kl` and `agreement` from one pass over texts that both have."""
     found = [_kl_and_hits(student, *both) for both in zip(held_out, [one.wanted for one in answers], strict=True)]
     return _mean([one for one, _ in found]), share_written(answers, [hits for _, hits in found])
 
