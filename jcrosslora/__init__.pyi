@@ -10,11 +10,11 @@ from jcrosslora.adapter import stack_adapters as stack_adapters
 from jcrosslora.adapter import unstack_adapters as unstack_adapters
 from jcrosslora.adapter.export import ExportSettings as ExportSettings
 from jcrosslora.adapter.export import export_adapter as export_adapter
+from jcrosslora.adapter.extract import ExtractSettings as ExtractSettings
 from jcrosslora.adapter.extract import extract as extract
-from jcrosslora.adapter.extract_settings import ExtractSettings as ExtractSettings
+from jcrosslora.adapter.jax_trainers import to_nnx as to_nnx
 from jcrosslora.adapter.merge import MergeSettings as MergeSettings
 from jcrosslora.adapter.merge import merge as merge
-from jcrosslora.adapter.nnx_models import to_nnx as to_nnx
 from jcrosslora.checkpoint import BaseModel as BaseModel
 from jcrosslora.checkpoint import open_base as open_base
 from jcrosslora.distill.sources import ServedModel as ServedModel

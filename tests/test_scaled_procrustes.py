@@ -7,7 +7,7 @@ import pytest
 
 from jcrosslora import Evidence
 from jcrosslora.linalg import dimension_sizes
-from jcrosslora.linalg.least_squares import FLOOR
+from jcrosslora.linalg.low_rank import FLOOR
 from jcrosslora.maps import Activations, Side
 from jcrosslora.methods import ScaledProcrustes, Theseus
 

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.adapter.export import ExportSettings, export_adapter
-from jcrosslora.adapter.extract_settings import ExtractSettings, Kept
+from jcrosslora.adapter.extract import ExtractSettings, Kept
 from jcrosslora.adapter.merge import MergeSettings, merge
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.flags import settings_of

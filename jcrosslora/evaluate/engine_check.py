@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, find_adapter, load_adapter
-from jcrosslora.adapter.absorb import split_for_base
+from jcrosslora.adapter.export import split_for_base
 from jcrosslora.adapter.merge import write_merged
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.checkpoint.tokenizer import pad_right

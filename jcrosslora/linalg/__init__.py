@@ -5,16 +5,16 @@ Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 
 from jcrosslora.linalg.host import map_on_host as map_on_host
 from jcrosslora.linalg.host import stack_rows as stack_rows
-from jcrosslora.linalg.least_squares import dimension_sizes as dimension_sizes
-from jcrosslora.linalg.least_squares import procrustes as procrustes
-from jcrosslora.linalg.least_squares import psd_power as psd_power
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap
 from jcrosslora.linalg.low_rank import complement as complement
 from jcrosslora.linalg.low_rank import cosine as cosine
+from jcrosslora.linalg.low_rank import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.low_rank import dot as dot
 from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import namespace as namespace
+from jcrosslora.linalg.low_rank import procrustes as procrustes
 from jcrosslora.linalg.low_rank import product_energy as product_energy
+from jcrosslora.linalg.low_rank import psd_power as psd_power
 from jcrosslora.linalg.low_rank import recompress as recompress
 from jcrosslora.linalg.low_rank import select as select
 from jcrosslora.linalg.svd import choose_kernel as choose_kernel

@@ -11,14 +11,14 @@ from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
 from jcrosslora.methods.copy import Select as Select
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
+from jcrosslora.methods.cross_lora import LoRAX as LoRAX
+from jcrosslora.methods.cross_lora import ProLoRA as ProLoRA
 from jcrosslora.methods.cross_lora import Random as Random
 from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
 from jcrosslora.methods.interpolated_copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
-from jcrosslora.methods.lora_x import LoRAX as LoRAX
-from jcrosslora.methods.lora_x import ProLoRA as ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite
 from jcrosslora.methods.registry import AUTO as AUTO
 from jcrosslora.methods.registry import METHODS as METHODS

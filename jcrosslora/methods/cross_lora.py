@@ -1,6 +1,7 @@
-"""Cross-LoRA (arXiv 2508.05232): LoRA-Align and LoRA-Shift, in the one reading that its equations allow.
+"""Methods that move an update by the truncated SVDs of both bases: Cross-LoRA, LoRA-X, ProLoRA, and their control.
 
-As printed, with W = U S V' truncated to rank r on both sides:
+Cross-LoRA (arXiv 2508.05232) is LoRA-Align and LoRA-Shift, in the one reading that its equations allow. As printed,
+with W = U S V' truncated to rank r on both sides:
 
     Eq. 3, 4   P_U = argmin ||P U_s - U_t||_F^2,   P_V = argmin ||P V_s - V_t||_F^2
     Eq. 5, 6   U~_s = P_U U_s,                     V~_s = P_V V_s
@@ -8,7 +9,7 @@ As printed, with W = U S V' truncated to rank r on both sides:
 
 U_s has orthonormal columns, so Eq. 3 is solved by P_U = U_t U_s' with a minimum of exactly zero, and U~_s = U_t: the
 "aligned" basis is that of the target, for any source. With equal shapes Eq. 7 is therefore
-U_t U_t' dW_s V_t V_t', which is LoRA-X (method `lora-x` here). With unequal shapes it cannot be evaluated, because
+U_t U_t' dW_s V_t V_t', which is LoRA-X. With unequal shapes it cannot be evaluated, because
 U~_s' and dW_s do not fit. The only reading that fits all shapes applies the maps of Eq. 3 and 4 to the update,
 
     dW_t = P_U dW_s P_V' = U_t (U_s' dW_s V_s) V_t'
@@ -16,6 +17,15 @@ U~_s' and dW_s do not fit. The only reading that fits all shapes applies the map
 and sends the i-th singular pair of the source to the i-th of the target. Singular pairs are defined up to a joint
 sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; `joint_signs`
 chooses them, by information from outside the two matrices.
+
+LoRA-X (arXiv 2501.16559, Eq. 3) projects into the leading singular subspaces of the target. ProLoRA (arXiv 2506.04244)
+moves range and null space separately: with the projectors P = U U' (range, rank r) and I - P (null space) of both bases
+on both sides,
+
+    dW_t = P_t^out (P_s^out dW_s P_s^in) P_t^in + (I - P_t^out) ((I - P_s^out) dW_s (I - P_s^in)) (I - P_t^in)
+
+The cross terms (range on one side, null space on the other) are dropped, as in the paper. The two terms double the rank
+of the update: 2 K. The paper pairs modules by subspace similarity; here the pairing is given. Both need equal shapes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +33,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import LinearMap, TruncatedSVD, low_rank, namespace
+from jcrosslora.linalg import LinearMap, TruncatedSVD, complement, dot, low_rank, namespace
 from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps
 
 
@@ -48,6 +58,45 @@ class CrossLoRA(MapMethod):
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         signs, ratio = joint_signs(evidence)
         return Maps(((low_rank(tgt.u, src.u, signs), low_rank(tgt.v, src.v, signs)),), ratio)
+
+
+@dataclass(frozen=True)
+class LoRAX(MapMethod):
+    """Projection into the leading singular subspaces of the target. The source's SVD serves the diagnostics only."""
+
+    name = "lora-x"
+    summary = "projection into the target's singular subspaces: U_t U_t' dW V_t V_t'"
+    when = "to compare with the paper"
+    reference = "arXiv 2501.16559, Eq. 3"
+    requires = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure = "subspace similarity"
+    takes_numpy = True
+    equal_shapes = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return P_out = U_t U_t' and P_in = V_t V_t'."""
+        svd = evidence.singular_vectors_tgt
+        return Maps(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))
+
+
+@dataclass(frozen=True)
+class ProLoRA(LoRAX):
+    """Range and null space of source and target, moved separately, which doubles the rank."""
+
+    name = "prolora"
+    summary = "range and null space of source and target, moved separately; rank 2 K"
+    when = "to compare with the paper"
+    reference = "arXiv 2506.04244"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return two terms: through both ranges, and through both complements."""
+        src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
+        within = (_both_projections(tgt.u, src.u), _both_projections(tgt.v, src.v))
+        outside = (complement(tgt.u, src.u), complement(tgt.v, src.v))
+        return Maps((within, outside))
 
 
 @dataclass(frozen=True)
@@ -125,6 +174,11 @@ def _contrast(squared: jax.Array) -> jax.Array:
     near = (apart > 0) & (apart <= NEIGHBOURS)
     chance = xp.sum(xp.where(near, squared, 0)) / xp.maximum(xp.sum(near.astype(squared.dtype)), 1)
     return xp.where(chance > 0, xp.mean(xp.diagonal(squared)) / xp.where(chance > 0, chance, 1), xp.nan)
+
+
+def _both_projections(first: jax.Array, second: jax.Array) -> LinearMap:
+    """Return F F' S S'."""
+    return low_rank(dot(first, dot(first.T, second)), second)
 
 
 def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMap:

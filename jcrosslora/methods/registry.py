@@ -10,10 +10,9 @@ from typing import Any, TypeVar, get_type_hints
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod, Method
 from jcrosslora.methods.copy import Copy, PadTruncate, Select
-from jcrosslora.methods.cross_lora import CrossLoRA, Random
+from jcrosslora.methods.cross_lora import CrossLoRA, LoRAX, ProLoRA, Random
 from jcrosslora.methods.fits import Distill, DistilledCopy, DistilledSelect
 from jcrosslora.methods.interpolated_copy import CompensatedCopy, InterpolatedCopy
-from jcrosslora.methods.lora_x import LoRAX, ProLoRA
 from jcrosslora.methods.lorasuite import LoRASuite
 from jcrosslora.methods.theseus import ScaledProcrustes, Theseus
 

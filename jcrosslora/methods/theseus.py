@@ -7,7 +7,7 @@ For each module, with inputs X and outputs Y collected at the same positions of 
 where polar(C) = U V' for C = U S V'. Nothing is centred. The paper's optional partial whitening of exponent p in
 [0, 1/2] takes polar(G_s^-p C G_t^-p) instead, with the full moments G = X'X of each side, and applies the map to
 activations that are not whitened; p is 0 by default in the paper and here. The authors' code raises the eigenvalues of
-G to at least 1e-6 in float64; here the floor is the rounding of float32 (see `jcrosslora.linalg.least_squares`).
+G to at least 1e-6 in float64; here the floor is the rounding of float32 (see `jcrosslora.linalg.psd_power`).
 
 Scaled Procrustes fits these maps between activations whose dimensions are divided by their sizes. For each side of a
 module, with D = diag(|x_i|) the sizes of the dimensions of X,
@@ -93,7 +93,7 @@ class ScaledProcrustes(MapMethod):
     measure = "activation cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.least_squares`."""
+        """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
         moments = evidence.activation_moments
         turn_out, sizes_out, like_out = _aligned_scaled(moments.outputs, moments.output_squares)
         turn_in, sizes_in, like_in = _aligned_scaled(moments.inputs, moments.input_squares)
