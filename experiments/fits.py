@@ -38,6 +38,7 @@ from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, st
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import Fit
+from jcrosslora.distill.judge import Judge
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
 from jcrosslora.distill.steps import end_tokens, hold_out
 from jcrosslora.distill.symbols import find_symbols
@@ -179,9 +180,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         )
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
         teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known))
-        kept_back = [teacher.read(batch) for batch in held_out]
+        judge = Judge([teacher.read(batch) for batch in held_out])
         begun, prompted = time.monotonic(), bool(given)
-        found = Fit(teacher, kept_back, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
+        found = Fit(teacher, judge, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
             batches, lambda *_: []
         )
         seconds, steps = time.monotonic() - begun, len(batches) * method.course(prompted=prompted).passes

@@ -28,7 +28,7 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.layout import Layout
-from jcrosslora.distill import DistillSettings, agreement, fit, symbols, teacher
+from jcrosslora.distill import DistillSettings, fit, judge, symbols, teacher
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
@@ -276,9 +276,8 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     ways = symbols.Splits(whole(BATCH), whole(BATCH), of(BATCH)), whole(PLACES), whole(PLACES), whole(PLACES)
     yield Program(symbols.in_target_symbols, (said, symbols.Moves(*ways), (shapes.vocab - 2, 1, True)))
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
-    yield Program(fit._kl, (RestrictedModel(shapes.model), taught))
-    yield Program(fit._kl_and_hits, (RestrictedModel(shapes.model), taught, whole(PLACES)))
-    yield Program(agreement._likeliest, (restricted, agreement.AnswerBatch(*shapes.read, whole(PLACES))))
+    yield Program(judge._kl_and_hits, (RestrictedModel(shapes.model), taught, whole(PLACES)))
+    yield Program(judge._likeliest, (restricted, judge.AnswerBatch(*shapes.read, whole(PLACES))))
     one = of(PLACES)
     yield Program(teacher.with_known, (taught, whole(PLACES), one, one))
     yield Program(predictions.spread, (said, one, one, said))

@@ -50,7 +50,8 @@ from jcrosslora.distill.completions import (
     answer_length,
     write_completions,
 )
-from jcrosslora.distill.fit import Fit, first_state, gradient_step, mean_kl, needs_remat, schedule
+from jcrosslora.distill.fit import Fit, first_state, gradient_step, needs_remat, schedule
+from jcrosslora.distill.judge import Judge, mean_kl
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import FIRST, ROUND
 from jcrosslora.distill.sources import Compared
@@ -190,7 +191,7 @@ def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
         "gradient_step",
         lambda *given, remat, **more: seen.append(remat) or step(*given, remat=False, **more),
     )
-    Fit(teacher, held_out, SMALL, begun=time.monotonic()).run(batches, lambda *_: [])
+    Fit(teacher, Judge(held_out), SMALL, begun=time.monotonic()).run(batches, lambda *_: [])
     assert set(seen) == {True}
 
 
@@ -209,7 +210,7 @@ def test_where_little_memory_is_free_a_fit_keeps_less_and_comes_to_the_same(begi
         monkeypatch.setattr(fit_module, "free_memory", lambda free=free: free)
         seen.clear()
         read.clear()
-        found.append(Fit(counted, held_out, settings, begun=time.monotonic()).run(batches, lambda *_: []))
+        found.append(Fit(counted, Judge(held_out), settings, begun=time.monotonic()).run(batches, lambda *_: []))
         assert seen == [free == 0] * steps_taken
         assert len(read) == kept
     for one, other in zip(*(jax.tree.leaves(each.adapter) for each in found), strict=True):
@@ -863,7 +864,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
         return batches
 
     asked = dataclasses.replace(LONG, completions=FIRST + 9 * ROUND, polish=0.25)
-    found = Fit(teacher, held_out, asked, begun=time.monotonic()).run(batches, fresh)
+    found = Fit(teacher, Judge(held_out), asked, begun=time.monotonic()).run(batches, fresh)
     assert found.stopped
     assert found.looks[-1].completions > 0
     best = min(look.divergence for look in found.looks)
@@ -878,7 +879,7 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
     teacher, batches, held_out = beginning
 
     def run(fresh, states):
-        return Fit(teacher, held_out, LONG, begun=time.monotonic()).run(batches, fresh, states)
+        return Fit(teacher, Judge(held_out), LONG, begun=time.monotonic()).run(batches, fresh, states)
 
     def fresh(number, _):
         if number == 2 and not seen:
@@ -938,7 +939,7 @@ def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
 
     monkeypatch.setattr(fit_module, "schedule", lambda share: shares.append(share) or schedule(share))
     monkeypatch.setattr(fit_module.time, "monotonic", lambda: now[0])
-    found = Fit(teacher, held_out, dataclasses.replace(LONG, budget="90s"), begun=0.0).run(batches, fresh)
+    found = Fit(teacher, Judge(held_out), dataclasses.replace(LONG, budget="90s"), begun=0.0).run(batches, fresh)
     assert seen == [1, 2]
     # The second of these rounds is written when the time is over.
     assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
@@ -956,7 +957,7 @@ def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginnin
         raise AssertionError
 
     def run(begun, **changed):
-        return Fit(teacher, held_out, dataclasses.replace(LONG, **changed), begun=begun).run(batches, fresh)
+        return Fit(teacher, Judge(held_out), dataclasses.replace(LONG, **changed), begun=begun).run(batches, fresh)
 
     found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=FIRST)
     assert found.looks[-1].divergence < found.looks[0].divergence

@@ -20,10 +20,10 @@ import numpy as np
 import optax
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked, likeliest
-from jcrosslora.distill.agreement import AnswerBatch, agreement, share_written
+from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.distill.batches import BATCH, DistillationBatch, most_kept, needs_remat
 from jcrosslora.distill.completions import round_cost
+from jcrosslora.distill.judge import Judge
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
@@ -106,8 +106,7 @@ class Fit:
 
     Args:
         teacher: with the target in it.
-        held_out: completions that decide which update is the best, read by the teacher.
-        answers: greedy answers of the source to the same prompts, for the agreement of each look.
+        judge: decides by held-out completions which update is the best.
         prompted: whether the completions answer prompts of a user.
         start: an update of the target that stays as it is, and on top of which factors are trained.
         begun: `time.monotonic()` at the beginning, which the budget counts from.
@@ -117,23 +116,21 @@ class Fit:
     def __init__(
         self,
         teacher: Teacher,
-        held_out: Sequence[TaughtBatch],
+        judge: Judge,
         settings: DistillSettings,
         start: StackedAdapter | None = None,
         *,
-        answers: Sequence[AnswerBatch] = (),
         prompted: bool = False,
         begun: float,
         seed: int = 0,
     ) -> None:
-        self._teacher, self._held_out, self._answers, self._settings = teacher, held_out, answers, settings
+        self._teacher, self._judge, self._settings = teacher, judge, settings
         self._start, self._begun, self._seed = start, begun, seed
-        self._one_pass = _same_texts(held_out, answers)
         self._most_kept, self._most_remembered = most_kept(free_memory())
         self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
         self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
-        self._looks = [self._judge()]
+        self._looks = [self._measure()]
 
     def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
         """Take steps until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
@@ -206,20 +203,17 @@ class Fit:
         """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
         if self._seen == int(self._state.step):
             return
-        self._seen, found = int(self._state.step), self._judge()
+        self._seen, found = int(self._state.step), self._measure()
         if found.divergence < min(look.divergence for look in self._looks):
             self._state = replace(self._state, best=self._state.factors)
         self._looks.append(found)
         best = min(self._looks, key=lambda look: look.divergence)
-        bar.note = f"divergence {best.divergence:.3f}" + (f", agreement {best.agreement:.0%}" if self._answers else "")
+        agreed = "" if math.isnan(best.agreement) else f", agreement {best.agreement:.0%}"
+        bar.note = f"divergence {best.divergence:.3f}{agreed}"
 
-    def _judge(self) -> Look:
+    def _measure(self) -> Look:
         student = self._teacher.target.with_adapter(self._joined(self._state.factors))
-        if self._one_pass:
-            found = _judge_both(student, self._held_out, self._answers)
-        else:
-            found = mean_kl(student, self._held_out), agreement(student, self._answers)
-        look = Look(self._seconds(), self._used, *found)
+        look = Look(self._seconds(), self._used, *self._judge.judge(student))
         figures = {"divergence": look.divergence, "agreement": look.agreement, "completions": look.completions}
         record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
         return look
@@ -257,46 +251,6 @@ def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch], most: i
         return found
 
     return read
-
-
-def _same_texts(held_out: Sequence[TaughtBatch], answers: Sequence[AnswerBatch]) -> bool:
-    """Tell whether the answers are the texts that are held out, so that one pass judges by both."""
-    return len(answers) == len(held_out) and all(
-        np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at)
-        for one, other in zip(answers, held_out, strict=True)
-    )
-
-
-def _judge_both(
-    student: RestrictedModel, held_out: Sequence[TaughtBatch], answers: Sequence[AnswerBatch]
-) -> tuple[float, float]:
-    """Return `mean_kl` and `agreement` from one pass over texts that both have."""
-    found = [_kl_and_hits(student, *both) for both in zip(held_out, [one.wanted for one in answers], strict=True)]
-    return _mean([one for one, _ in found]), share_written(answers, [hits for _, hits in found])
-
-
-def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
-    """Mean KL(teacher || target with its adapter), nats a position."""
-    return _mean([_kl(student, batch) for batch in batches])
-
-
-def _mean(sums: Sequence[tuple[jax.Array, jax.Array]]) -> float:
-    return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
-
-
-@jax.jit
-def _kl(student: RestrictedModel, batch: TaughtBatch) -> tuple[jax.Array, jax.Array]:
-    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
-    return weighted_kl(batch.teacher, found, batch.weight)
-
-
-@jax.jit
-def _kl_and_hits(
-    student: RestrictedModel, batch: TaughtBatch, wanted: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Compute what `_kl` does, and where the wanted symbol, int32 (P,), is the likeliest one, bool (P,)."""
-    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
-    return weighted_kl(batch.teacher, found, batch.weight), likeliest(found) == wanted
 
 
 def schedule(share: float) -> float:

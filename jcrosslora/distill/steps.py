@@ -14,11 +14,11 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, StackedAdapter
-from jcrosslora.distill.agreement import answers_in_symbols, batch_answers
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit
+from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
 from jcrosslora.distill.settings import FIRST, ROUND, Course, DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
@@ -154,12 +154,9 @@ class Run:
         target = RestrictedModel.of(self.model, symbols.heads(1), len(symbols.ends[1]))
         known = 1.0 if completions.task is None else completions.task.explained
         teacher = Teacher(reader, target, symbols, self.settings.teacher_weights(known))
-        lessons = [teacher.read(batch) for batch in data.judged]
         answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
-        prompted, clock = self.prompted, self.clock
-        return Fit(
-            teacher, lessons, self.settings, start, answers=answers, prompted=prompted, begun=clock, seed=self.seed
-        )
+        judge = Judge([teacher.read(batch) for batch in data.judged], answers)
+        return Fit(teacher, judge, self.settings, start, prompted=self.prompted, begun=self.clock, seed=self.seed)
 
     def fresh(
         self, completions: Completions, held_out: Collection[Prompt], number: int, own: StackedAdapter | None

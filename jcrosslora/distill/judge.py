@@ -1,6 +1,7 @@
-"""How often the target writes what the source writes: a judge of answers that needs no labels.
+"""How good an update is by completions that nothing is fitted to, without labels.
 
-A divergence is a mean over positions, and an answer is right only if all of its tokens are. So two fits of one
+One figure is the divergence from the teacher, the other how often the target writes what the source writes. A
+divergence is a mean over positions, and an answer is right only if all of its tokens are. So two fits of one
 divergence may differ in how many answers are right. Greedy answers can be compared without labels: the target writes an
 answer of the source if each of its tokens, the end included, is the likeliest after the tokens before it. One forward
 pass shows that for all tokens at once.
@@ -8,7 +9,8 @@ pass shows that for all tokens at once.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import flax.struct
 import jax
@@ -20,6 +22,7 @@ from jcrosslora.decoder import likeliest
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import Symbols
+from jcrosslora.distill.teacher import TaughtBatch, weighted_kl
 from jcrosslora.text import Completion
 
 
@@ -48,12 +51,41 @@ def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatc
     return AnswerBatch(*map(jnp.asarray, parts))
 
 
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Held-out completions as the teacher has read them, and greedy answers of the source to their prompts."""
+
+    held_out: Sequence[TaughtBatch]
+    answers: Sequence[AnswerBatch] = ()
+
+    def judge(self, student: RestrictedModel) -> tuple[float, float]:
+        """Return the divergence, nats a position, and the share of answers that the target writes; nan without any."""
+        if not self._same_texts:
+            return mean_kl(student, self.held_out), agreement(student, self.answers)
+        wanted = [one.wanted for one in self.answers]
+        found = [_kl_and_hits(student, *both) for both in zip(self.held_out, wanted, strict=True)]
+        return _mean([kl for kl, _ in found]), _share_written(self.answers, [hits for _, hits in found])
+
+    @cached_property
+    def _same_texts(self) -> bool:
+        """Whether the answers are the texts that are held out, so that one pass judges by both."""
+        return len(self.answers) == len(self.held_out) and all(
+            np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at)
+            for one, other in zip(self.answers, self.held_out, strict=True)
+        )
+
+
+def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
+    """Mean KL(teacher || target with its adapter), nats a position."""
+    return _mean([_kl_and_hits(student, batch, jnp.full_like(batch.at, -1))[0] for batch in batches])
+
+
 def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float:
     """Return the share of answers that the target with its update writes as well; not a number without answers."""
-    return share_written(batches, [_likeliest(student, batch) for batch in batches])
+    return _share_written(batches, [_likeliest(student, batch) for batch in batches])
 
 
-def share_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> float:
+def _share_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> float:
     """Return the share of answers all of whose symbols are the likeliest ones, which is bool (P,) of each batch."""
     judged = same = 0
     for batch, found in zip(batches, hits, strict=True):
@@ -69,3 +101,16 @@ def _likeliest(student: RestrictedModel, batch: AnswerBatch) -> jax.Array:
     """Check where the wanted symbol is the likeliest one, bool (P,)."""
     found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
     return likeliest(found) == batch.wanted
+
+
+@jax.jit
+def _kl_and_hits(
+    student: RestrictedModel, batch: TaughtBatch, wanted: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Compute `weighted_kl` of a batch, and where the wanted symbol, int32 (P,), is the likeliest one, bool (P,)."""
+    found = shared_log_probs(student, batch.tokens, batch.mask, batch.at)
+    return weighted_kl(batch.teacher, found, batch.weight), likeliest(found) == wanted
+
+
+def _mean(sums: Sequence[tuple[jax.Array, jax.Array]]) -> float:
+    return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
