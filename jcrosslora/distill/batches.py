@@ -42,7 +42,7 @@ class DistillationBatch(MatchedTokens):
 
     Attributes:
         next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
-        next_tgt: int32 (P,), that of the target likewise.
+        next_tgt: int32 (P,), the same for the target.
         answer: bool (P,), whether a token of the answer follows.
         known: float32 (P,), how sure it is that the target's next token is right whatever the teacher says, 0 to 1; see
             `Completion.right`. Where `next_tgt` is -1 it is the end of the text.

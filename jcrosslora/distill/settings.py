@@ -78,7 +78,7 @@ class DistillSettings:
     text_weight: float = 0.5
     """Share of the text itself in the teacher of answers that were written at temperature 0."""
     compared_tokens: int = 6000
-    """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
+    """How many of the commonest shared tokens predictions are compared on, added to those of the completions."""
 
     @property
     def rounds(self) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class Ends(NamedTuple):
     """Ids of tokens of source and target that end a text.
 
     Attributes:
-        stops: all of them. They are no shared tokens, as the end is a symbol of its own.
+        stops: all of them. They are no shared tokens, as the end is a separate symbol.
         symbol: those that are this symbol; none on both sides if one has none.
     """
 

@@ -50,7 +50,7 @@ class PromptTemplate:
         return prompt.removeprefix(self.before).removesuffix(self.after)
 
     def answer(self, text: str) -> str:
-        """Put an answer on a line of its own, or behind a space."""
+        """Put an answer on a new line, or behind a space."""
         return ("" if self.after.endswith("\n") else " ") + text.lstrip()
 
 

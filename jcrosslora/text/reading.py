@@ -135,7 +135,7 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 
 def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """Read conversations in another template, such as that beside an adapter, if there is one."""
+    """Read conversations in another template, such as the one next to an adapter, if there is one."""
     return tokenizer if template is None else replace(tokenizer, chat_template=template)
 
 

@@ -209,7 +209,7 @@ class TorchModel(Settings):
 
     Attributes:
         ref: a folder, a GGUF file or a hub id.
-        tokenizer: a folder, a file or a hub id; None is beside the weights.
+        tokenizer: a folder, a file or a hub id; None takes the one next to the weights.
         chat_template: a file with the template that takes the place of the tokenizer's own.
         device: such as "cpu" or "cuda:1"; None takes a GPU if torch has one.
     """

@@ -55,7 +55,7 @@ def _found(ref: str | Path, revision: str | None) -> Path:
 
 
 def _stated_ends(folder: Path) -> list[Any]:
-    """List the tokens that end a text as the files beside a tokenizer state them."""
+    """List the tokens that end a text as the files next to a tokenizer state them."""
     found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():

@@ -2,7 +2,7 @@
 
 Every answer is read as one of these types, so what passes has the types and ranges that are stated.
 
-vLLM and SGLang serve an adapter as a model of its own, whose `parent` is the base, and tell the predictions at all
+vLLM and SGLang serve an adapter as a separate model, whose `parent` is the base, and tell the predictions at all
 positions of a given text (`echo` with `logprobs`). llama.cpp serves one model, whose adapter a request switches on or
 off (`lora`); it ignores `echo`, so it is asked for the token behind every prefix.
 """

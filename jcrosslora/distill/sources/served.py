@@ -148,7 +148,7 @@ class ServedSource(ServedWriter):
         mean = sum(size * places for size, places in told.items()) / max(1, told.total())
         fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
         most = f"{self._served.top_logprobs} likeliest tokens{fewer}"
-        return f"asked as {self.adapter_name} over the OpenAI API, for the {most} at each position, beside {self.name}"
+        return f"asked as {self.adapter_name} over the OpenAI API, for the {most} at each position, and as {self.name}"
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that query it again, by name; the address is not among them."""

@@ -22,7 +22,7 @@ _Record = tuple[tuple[str, str], ...]  # keys with values
 
 @dataclass(frozen=True)
 class Notation:
-    """A way to write a record of keys and values: data sets differ in it, and an adapter knows that of its own.
+    """A way to write a record of keys and values: an adapter knows the one that it was trained on.
 
     A colon stands between a key and its value, a comma between a value and the next key.
     """

@@ -33,7 +33,8 @@ _LONGER = 1.5  # times the longest request that is shown, the tokens of a new on
 _FEWEST_WORDS = 3  # of a request
 _EXAMPLES = 12  # best requests, which are shown to the writer
 _FEWEST_FITTING = 6  # with so many requests that were answered as they were meant, no others are shown
-_FORESEEN, _FORESEEN_TOKENS = 2, 48  # inputs in front of one by which a writer is chosen, and the most tokens of it
+_SHOWN_INPUTS = 2  # in front of one by which a writer is chosen
+_PREDICTED_TOKENS = 48  # of that one, at most
 SIMILAR = "similar"
 FEWEST, _GIVEN_SHOWN = 8, 8  # different prompts to go by, and how many of them stand in front of each new one
 _LONGEST_LINE, _PERCENTILE = 128, 95  # of what differs
@@ -41,7 +42,7 @@ _SINGLE_LINES = 0.9  # share of prompts in which that is a single line
 
 
 def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None = None) -> Writer:
-    """Choose the base that writes requests: the one that foresees the inputs of `KINDS` better, in nats a character.
+    """Choose the base that writes requests: the one that predicts the inputs of `KINDS` better, in nats a character.
 
     The better model of text writes the better requests, and mostly that is the newer one, the target. Each input stands
     behind others of its kind, as requests do that are to be written. The choice holds for all adapters of a pair: it
@@ -55,11 +56,11 @@ def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None 
 
 def _nats(source: Source) -> float:
     """Measure the mean NLL of the inputs under the base, in nats a character."""
-    size = _FORESEEN + 1
+    size = _SHOWN_INPUTS + 1
     lists = [kind.inputs[first : first + size] for kind in KINDS for first in range(0, len(kind.inputs), size)]
     items = [Completion(_listed([*shown, ""]), f" {last}") for *shown, last in lists]
     tokens = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
-    nll = compare(source, items, _FORESEEN_TOKENS).base_nll
+    nll = compare(source, items, _PREDICTED_TOKENS).base_nll
     return float(np.dot(nll, tokens) / sum(len(item.answer) for item in items))
 
 
