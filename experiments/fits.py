@@ -47,9 +47,9 @@ from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
 from jcrosslora.evaluate import answer
 from jcrosslora.methods import Distill, make_method
-from jcrosslora.text import Completion, Message
+from jcrosslora.text import Completion, Message, Reading
 from jcrosslora.training import TrainingSettings, read_examples, train_lora
-from jcrosslora.training.batches import Encoded, as_completion, encode
+from jcrosslora.training.batches import as_completion, encode
 
 MOST = 96  # tokens of an answer that is compared
 
@@ -93,11 +93,11 @@ def save_completions(path: Path, items: Sequence[Completion]) -> None:
     path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in items), encoding="utf-8")
 
 
-def judged_by(model: Model, update: StackedAdapter, right: list[Encoded], said: list[Encoded]) -> list[float]:
+def judged_by(model: Model, update: StackedAdapter, right: list[Reading], said: list[Reading]) -> list[float]:
     """Return the NLL a token of right answers, and the shares of these and of the source's that the update writes."""
     sums, written = score_answers(model, update, [*right, *said])
     count = len(right)
-    tokens = sum(one.answer for one in right)
+    tokens = sum(one.answer_tokens for one in right)
     return [-sums[:count].sum() / tokens, written[:count].mean(), written[count:].mean()]
 
 

@@ -49,7 +49,7 @@ from jcrosslora.methods import InterpolatedCopy
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.training import read_examples
-from jcrosslora.training.batches import Encoded, as_completion, encode
+from jcrosslora.training.batches import as_completion, encode
 
 PROMPTS, TEXTS = 200, 48  # for the fit; whose inputs are looked at
 PENALTY = 1e-3  # of the regressions on inputs
@@ -73,10 +73,10 @@ class Judge:
     """The NLL of right answers, summed for each example, and whether each would be written."""
 
     def __init__(self, base: BaseModel, examples: list[Completion], rank: int) -> None:
-        found: list[Encoded] = [encode(load_tokenizer(base), one) for one in examples]
+        found = [encode(load_tokenizer(base), one) for one in examples]
         self._base, self._model, self._rank = base, load_model(base, fast_dtype()), rank
-        self._pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in found]
-        self.tokens = np.array([one.answer for one in found])
+        self._pairs = [(one.ids[: one.answer].tolist(), one.ids[one.answer :].tolist()) for one in found]
+        self.tokens = np.array([one.answer_tokens for one in found])
 
     def __call__(self, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
         """Judge the base with an adapter."""

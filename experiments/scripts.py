@@ -13,7 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.decoder import Model, StackedAdapter
 from jcrosslora.evaluate.harness_requests import judge
 from jcrosslora.evaluate.log_probs import Models
-from jcrosslora.training.batches import Encoded
+from jcrosslora.text import Reading
 
 _POSITIONS = 1024  # tokens of a batch that is scored
 
@@ -33,13 +33,13 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
-def score_answers(model: Model, update: StackedAdapter, items: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+def score_answers(model: Model, update: StackedAdapter, items: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:
     """Score N answers to their prompts under a model with an update.
 
     Returns:
         float (N,) log-probabilities in nats, and bool (N,), whether each token, the end included, is the likeliest.
     """
     models = Models(model.with_adapter(jax.tree.map(lambda leaf: leaf[None], update)), ("the update",))
-    pairs = [(one.ids[: one.first].tolist(), one.ids[one.first :].tolist()) for one in items]
+    pairs = [(one.ids[: one.answer].tolist(), one.ids[one.answer :].tolist()) for one in items]
     sums, written = zip(*judge(models, pairs, _POSITIONS), strict=True)
     return np.array(sums), np.array(written)

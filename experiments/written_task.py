@@ -53,9 +53,9 @@ def exact_matches(
     for start in range(0, len(questions), _BATCH):
         group = questions[start : start + _BATCH]
         examples = [encode(tokenizer, question) for question in group]
-        prompts = [example.ids[: example.first] for example in examples]
+        prompts = [example.ids[: example.answer] for example in examples]
         shape = _BATCH, _rounded(max(map(len, prompts)))
-        length = _rounded(max(example.answer for example in examples))
+        length = _rounded(max(example.answer_tokens for example in examples))
         written = generator.continue_tokens(prompts, length, 0.0, jax.random.key(0), shape=shape)
         found += [matches(tokenizer.decode(row), question) for row, question in zip(written, group, strict=True)]
     return np.array(found, np.float64)

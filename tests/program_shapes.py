@@ -260,7 +260,7 @@ def evidence_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(activations._rows, (shapes.base, roles, *given))
     rows = jax.eval_shape(lambda model, *given: activations._rows(model, roles, *given), shapes.base, *given)
     totals = jax.eval_shape(partial(activations.zero_moments, grams=True), rows, rows)
-    yield Program(activations.add_rows, (totals, rows, rows, whole(LAYERS), told(PLACES)))
+    yield Program(activations.add_rows, (totals, rows, rows, whole(LAYERS)))
     names = ("tokens", "mask", "at")
     batch = {f"{name}_{side}": one for side in ("src", "tgt") for name, one in zip(names, shapes.read, strict=True)}
     both = shapes.base, shapes.base

@@ -66,7 +66,7 @@ def test_the_score_is_the_log_likelihood_of_the_answer(llama):
     for text, row, value in zip(texts, weights, found, strict=True):
         read = encode(composed.tokenizer, text)
         scores = jax.nn.log_softmax(jnp.asarray(run(composed, row[None], read.ids[None])[0]))
-        wanted = sum(float(scores[place - 1, read.ids[place]]) for place in range(read.first, read.length))
+        wanted = sum(float(scores[place - 1, read.ids[place]]) for place in range(read.answer, len(read.ids)))
         assert abs(value - wanted) < 1e-3
 
 

@@ -17,7 +17,7 @@ import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import InterpolatedCopy
-from jcrosslora.methods.interpolated_copy import ENERGY, interpolate_to_source
+from jcrosslora.methods.copy import ENERGY, interpolate_to_source
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 

@@ -58,7 +58,6 @@ def test_moments_match_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]
     moments = cross_moments(BasePair(source, target), batches, LAYERS, DENSE_ROLES, grams=True)
-    assert float(moments.count) == 20
     seen = [
         (captured(source, item.tokens_src, item.mask_src), captured(target, item.tokens_tgt, item.mask_tgt))
         for item in batches
@@ -106,8 +105,8 @@ def test_moments_are_updated_in_place(grams):
     layers, positions, width = 24, 16, 192
     rows = {"attn_in": jnp.ones((layers, positions, width))}, {"q_proj": jnp.ones((layers, positions, width))}
     totals = zero_moments(rows, rows, grams=grams)
-    feeders, valid = jnp.arange(layers, dtype=jnp.int32), jnp.ones(positions, bool)
-    used = add_rows.lower(totals, rows, rows, feeders, valid).compile().memory_analysis()
+    feeders = jnp.arange(layers, dtype=jnp.int32)
+    used = add_rows.lower(totals, rows, rows, feeders).compile().memory_analysis()
     moments = sum(array.nbytes for array in jax.tree.leaves(totals))
     assert used.alias_size_in_bytes >= moments - 64  # the result lies where the totals were
     assert used.temp_size_in_bytes < moments / 4

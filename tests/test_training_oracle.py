@@ -8,7 +8,8 @@ from tiny_models import save_tiny, torch, transformers
 
 from jcrosslora.checkpoint import ROLE_PATHS, open_base
 from jcrosslora.decoder import StackedAdapter, StackedFactors, load_model
-from jcrosslora.training import Encoded, Plan, TrainingSettings, first_factors, loss_and_gradient
+from jcrosslora.text import Reading
+from jcrosslora.training import Plan, TrainingSettings, first_factors, loss_and_gradient
 from jcrosslora.training.batches import first_state, update
 
 peft = pytest.importorskip("peft")
@@ -25,7 +26,8 @@ LENGTHS = ((21, 3), (9, 5), (14, 1))  # tokens of each example, and how many of 
 
 def examples():
     rng = np.random.default_rng(4)
-    return [Encoded(rng.integers(3, 96, total).astype(np.int32), total - answer) for total, answer in LENGTHS]
+    ids = [rng.integers(3, 96, total).astype(np.int32) for total, _ in LENGTHS]
+    return [Reading(own, own, own, len(own) - answer, stop=True) for own, (_, answer) in zip(ids, LENGTHS, strict=True)]
 
 
 def factors_of(base) -> StackedAdapter:
@@ -74,7 +76,7 @@ def torch_loss(model):
     for one in examples():
         ids = torch.from_numpy(one.ids).long()[None]
         logs = torch.log_softmax(model(input_ids=ids).logits[0], -1)
-        total = total - sum(logs[place - 1, ids[0, place]] for place in range(one.first, len(one.ids)))
+        total = total - sum(logs[place - 1, ids[0, place]] for place in range(one.answer, len(one.ids)))
     return total / sum(answer for _, answer in LENGTHS)
 
 

@@ -13,14 +13,14 @@ from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.log_probs import tokenize
-from jcrosslora.text import Completion, Message
-from jcrosslora.training import Encoded, Plan, TrainingSettings, encode, read_examples
+from jcrosslora.text import Completion, Message, Reading
+from jcrosslora.training import Plan, TrainingSettings, encode, read_examples
 from jcrosslora.training.batches import digest, rate_at
 
 
-def example(length: int, answer: int, seed: int = 0) -> Encoded:
+def example(length: int, answer: int, seed: int = 0) -> Reading:
     ids = np.random.default_rng([length, answer, seed]).integers(1, 1000, length).astype(np.int32)
-    return Encoded(ids, length - answer)
+    return Reading(ids, ids, ids, length - answer, stop=True)
 
 
 EXAMPLES = st.lists(
@@ -41,7 +41,7 @@ def test_a_batch_holds_its_examples_and_scores_their_answers_alone(examples, bat
             one.ids.tolist() for one in members
         ]
         assert (np.diff(mask.astype(int), axis=1) <= 0).all()
-        wanted = np.concatenate([one.ids[one.first :] for one in members])
+        wanted = np.concatenate([one.ids[one.answer :] for one in members])
         np.testing.assert_array_equal(np.asarray(found.wanted)[used], wanted)
         np.testing.assert_array_equal(tokens.reshape(-1)[np.asarray(found.picked)[used] + 1], wanted)
         assert tokens.shape == (batch, plan.widths[step])
@@ -90,15 +90,15 @@ def test_answers_begin_where_evaluate_scores_them(tokenizer):
     found, scored = encode(tokenizer, question), tokenize(tokenizer, question)
     whole = np.concatenate([scored.prefix, scored.tails[1]])
     np.testing.assert_array_equal(found.ids, whole)
-    assert found.first == len(scored.prefix) + scored.scored[1]
-    assert tokenizer.decode(found.ids[found.first :]).strip() == "at 100 degrees"
-    assert found.answer == len(found.ids) - found.first > 0
+    assert found.answer == len(scored.prefix) + scored.scored[1]
+    assert tokenizer.decode(found.ids[found.answer :]).strip() == "at 100 degrees"
+    assert found.answer_tokens == len(found.ids) - found.answer > 0
 
 
 def test_a_given_prompt_is_used_as_it_is(tokenizer):
     found = encode(tokenizer, Completion("Say where: Anna", " the dog"))
     assert tokenizer.decode(found.ids) == "Say where: Anna the dog"
-    assert tokenizer.decode(found.ids[found.first :]) == " the dog"
+    assert tokenizer.decode(found.ids[found.answer :]) == " the dog"
 
 
 def test_digests_tell_examples_apart():
@@ -112,15 +112,15 @@ def test_the_end_of_an_answer_is_part_of_it(tmp_path):
     ending = load_tokenizer(open_base(write_base(tmp_path / "base", 60, eos=1)))
     whole, cut = (encode(ending, Completion("Say where: Anna", " the dog", ended)) for ended in (True, False))
     assert whole.ids.tolist() == [*cut.ids.tolist(), 1]
-    assert (whole.first, whole.answer) == (cut.first, cut.answer + 1)
+    assert (whole.answer, whole.answer_tokens) == (cut.answer, cut.answer_tokens + 1)
     assert encode(ending, Question("Who?", ("Anna", "Peter"), 1)).ids[-1] == 1
 
 
 def test_a_conversation_is_read_in_the_chat_template(tmp_path):
     ending = load_tokenizer(open_base(write_base(tmp_path / "base", 60, eos=1)))
     found = encode(ending, Completion((Message("user", "Who is Anna?"),), "a friend"))
-    assert ending.decode(found.ids[: found.first]) == "User:\nWho is Anna?\n\nAssistant:\n"
-    assert ending.decode(found.ids[found.first :]) == "a friend"
+    assert ending.decode(found.ids[: found.answer]) == "User:\nWho is Anna?\n\nAssistant:\n"
+    assert ending.decode(found.ids[found.answer :]) == "a friend"
     assert found.ids[-1] == 1
 
 

@@ -59,7 +59,7 @@ def torch_steps(model, base, settings):
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = float(rate_at(settings)(step))
         logs = torch.log_softmax(model(input_ids=ids).logits[0], -1)
-        loss = -sum(logs[place - 1, ids[0, place]] for place in range(one.first, one.length)) / one.answer
+        loss = -sum(logs[place - 1, ids[0, place]] for place in range(one.answer, len(one.ids))) / one.answer_tokens
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)

@@ -19,8 +19,17 @@ from user_methods import HalfCopy
 import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
-from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
-from jcrosslora.methods.copy import padded_maps
+from jcrosslora.methods import (
+    METHODS,
+    CrossLoRA,
+    LoRAX,
+    MapMethod,
+    Method,
+    Moved,
+    PadTruncate,
+    allow_module,
+    find_method,
+)
 from jcrosslora.utils.cache import Cache
 
 PLAN = """
@@ -276,7 +285,7 @@ class Idle(Method):
     name: ClassVar[str] = "idle"
 
     def maps(self, evidence):
-        return padded_maps(evidence)
+        return PadTruncate().maps(evidence)
 
 
 @dataclass(frozen=True)
@@ -338,7 +347,7 @@ def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
     )
     made = []
     for code in (cells, cells.replace("(evidence)", "(evidence=evidence)")):
-        scope = {"MapMethod": jcl.MapMethod, "__name__": "a_notebook", "padded_maps": padded_maps}
+        scope = {"MapMethod": jcl.MapMethod, "__name__": "a_notebook", "padded_maps": PadTruncate().maps}
         exec(code, scope)
         made.append(dataclasses.dataclass(frozen=True)(scope["Cell"]))
     first, second = made

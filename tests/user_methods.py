@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from jcrosslora import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
-from jcrosslora.methods import MapMethod, Moved, Task
-from jcrosslora.methods.copy import padded_maps
+from jcrosslora.methods import MapMethod, Moved, PadTruncate, Task
 from jcrosslora.utils import files
 
 # Called with the task of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
@@ -30,7 +29,7 @@ class HalfCopy(MapMethod):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return the maps of pad-truncate, with the share in the outer one."""
-        ((p_out, p_in),) = padded_maps(evidence).terms
+        ((p_out, p_in),) = PadTruncate().maps(evidence).terms
         return Maps(((select(p_out.index, self.share * p_out.gain, evidence.src.weight.shape[0]), p_in),))
 
 

@@ -24,7 +24,6 @@ from jcrosslora.adapter.peft import to_peft as to_peft
 from jcrosslora.adapter.records import Adapter as Adapter
 from jcrosslora.adapter.records import AdapterInfo as AdapterInfo
 from jcrosslora.adapter.records import Carried as Carried
-from jcrosslora.adapter.records import Change as Change
 from jcrosslora.adapter.records import describe_adapter as describe_adapter
 from jcrosslora.adapter.save import for_profile as for_profile
 from jcrosslora.adapter.save import save_adapter as save_adapter

@@ -193,8 +193,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
     known = (None, None) if info is None else (info.family, info.heads)
     check_profile(settings.profile, *known, dora=settings.keep_dora)
     if settings.keep_dora:
-        dora = load_dora(settings.adapter[0], base)
-        exported = Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
+        directions, magnitudes = load_dora(settings.adapter[0], base)
+        exported = Exported(directions, None, (directions.info,), magnitudes)
     else:
         exported = _summed(settings, base)
     if base is not None:

@@ -6,7 +6,6 @@ read as a fit of a lower rank (see `kinds.dora`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,22 +148,16 @@ def _array(leaf: Any) -> Array:
     return value if hasattr(value, "ndim") and not hasattr(value, "detach") else as_numpy(value)
 
 
-@dataclass(frozen=True, eq=False)
-class KeptDoRA:
-    """A DoRA, see `kinds.dora`: s B A of each module, which alone is not its update, and m, float32 (O,)."""
-
-    directions: Adapter
-    magnitudes: Mapping[str, np.ndarray]
-
-
-def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str | None = None) -> KeptDoRA:
-    """Read a DoRA without converting it to an update; arguments as for `load_adapter`.
+def load_dora(ref: str | Path, base: BaseModel | None = None) -> tuple[Adapter, dict[str, np.ndarray]]:
+    """Read a DoRA without converting it to an update, see `kinds.dora`; arguments as for `load_adapter`.
 
     Its modules are checked against the base. A DoRA that was initialised as PiSSA or OLoRA needs one, because its B A
     was taken out of the weights.
 
+    Returns:
+        s B A of each module, which alone is not its update, and m, float32 (O,).
     """
-    file = open_adapter(ref, base, revision=revision)
+    file = open_adapter(ref, base)
     if file.kind is not DORA:
         msg = f"{file.origin.name}: a {file.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
         raise AdapterError(msg + ": leave out --keep-dora")
@@ -182,7 +175,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str |
     file.check_not_empty(found, ignored)
     info = file.info(ignored=(*file.stored.notes, *ignored))
     directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
-    return KeptDoRA(directions, {name: magnitude for name, (_, magnitude) in found.items()})
+    return directions, {name: magnitude for name, (_, magnitude) in found.items()}
 
 
 def _check_module(file: AdapterFile, base: BaseModel, name: str, shape: tuple[int, int]) -> None:

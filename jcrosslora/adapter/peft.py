@@ -24,15 +24,18 @@ from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
-    write_peft_files(folder, *peft_state(contents, contents.rank), contents.metadata)
+    write_peft(contents, folder, contents.rank)
 
 
-def write_peft(contents: Contents, folder: Path) -> None:
-    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`, and all other changes.
+def write_peft(contents: Contents, folder: Path, rank: int | None = None) -> None:
+    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`, and all other changes; see `peft_state`.
 
     The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
     """
-    write_peft_files(folder, *peft_state(contents), contents.metadata)
+    tensors, config = peft_state(contents, rank)
+    # As bytes, because the writer of safetensors hides the system's error (disk full).
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {**contents.metadata, "format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -56,7 +59,8 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
     of_tokens, of_others = token_config(adapter.tokens), replaced_config(adapter.replaced, adapter.modules)
     saved = [*of_tokens.get("modules_to_save", ()), *map(contents.class_name, of_others.get("modules_to_save", ()))]
     config |= of_tokens | of_others | {"modules_to_save": saved or None}
-    return peft_names(contents, tensors), config | expert_config(contents, config)
+    named = {f"{PREFIX}{contents.class_name(name)}": array for name, array in tensors.items()}
+    return named, config | expert_config(contents, config)
 
 
 def _check_parameters(contents: Contents) -> None:
@@ -67,20 +71,6 @@ def _check_parameters(contents: Contents) -> None:
     kept = "magnitudes (DoRA)" if contents.magnitudes is not None else "invocation tokens (aLoRA)"
     msg = f"peft adapts {named[0]!r} of this base ({len(named)} in all) as a parameter, for which it knows no {kept}: "
     raise OutputError(msg + "use another profile, or an adapter without these modules")
-
-
-def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name tensors as peft does: with its own prefix, then as the base's class names the module."""
-    return {f"{PREFIX}{contents.class_name(name)}": array for name, array in tensors.items()}
-
-
-def write_peft_files(
-    folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
-) -> None:
-    """Write C-contiguous arrays by their names in the file, with pairs for its header, and `adapter_config.json`."""
-    # As bytes, because the writer of safetensors hides the system's error (disk full).
-    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {**metadata, "format": "pt"}))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:

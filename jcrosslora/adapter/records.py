@@ -92,8 +92,6 @@ class AdapterInfo(AdapterOrigin):
         return AdapterInfo(invocation=self.invocation, invocation_target=self.invocation_target)
 
 
-Change = LoRAFactors | TokenUpdate | ReplacedTensors | ExpertUpdate
-"""What an adapter changes: each is a pytree whose arrays are leaves."""
 _CHANGES = ("modules", "tokens", "replaced", "experts")
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +38,6 @@ class Truncation:
     least: str
     least_kept: float
     shares: Mapping[str, float]
-
-    @classmethod
-    def of(
-        cls, rule: RankRule, ranks: Mapping[str, int], before: Mapping[str, float], after: Mapping[str, float]
-    ) -> Self:
-        """Make the record from the energies ||dW||_F^2 of the modules, at least one, before and after truncation."""
-        shares = {name: after[name] / before[name] if before[name] > 0 else 1.0 for name in before}
-        least = min(shares, key=lambda name: shares[name])
-        total = math.fsum(before.values())
-        kept = math.fsum(after.values()) / total if total > 0 else 1.0
-        return cls(rule, dict(ranks), kept, least, shares[least], shares)
 
     @property
     def sentence(self) -> str:
@@ -96,8 +85,11 @@ def truncate_by_rule(adapter: Adapter, rule: RankRule) -> tuple[Adapter, Truncat
             modules[name] = LoRAFactors(a=np.asarray(a[:rank]), b=np.asarray(b[:, :rank]))
     before = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
     after = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
-    record = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, before, after)
-    return replace(adapter, modules=modules), record
+    shares = {name: after[name] / before[name] if before[name] > 0 else 1.0 for name in before}
+    least, total = min(shares, key=lambda name: shares[name]), math.fsum(before.values())
+    kept = math.fsum(after.values()) / total if total > 0 else 1.0
+    ranks = {name: factors.rank for name, factors in modules.items()}
+    return replace(adapter, modules=modules), Truncation(rule, ranks, kept, least, shares[least], shares)
 
 
 def truncate_fused(

@@ -12,7 +12,7 @@ from jax.scipy.linalg import solve_triangular
 
 from jcrosslora.linalg.host import leading_eigenvectors, map_on_host
 from jcrosslora.linalg.low_rank import dot, namespace
-from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, truncate
+from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, gaps, truncate
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -87,17 +87,11 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     inside = xp.arange(rank, dtype=xp.int32) < count
     residual = xp.where(inside, residual[:rank], 0)
     tiny = float(xp.finfo(s.dtype).tiny)
-    below = s[:rank] - xp.append(s, xp.zeros(1, dtype=s.dtype))[1 : rank + 1]
-    if s.shape[0] == width:
-        # The span is the whole space: only float64 rounding remains.
-        leak = xp.zeros_like(residual)
-        below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype)) if rank == width else below
-    else:
-        leak = residual / xp.maximum(s[:rank] - s[-1], tiny)
-    gaps = xp.minimum(below, xp.append(xp.full(1, xp.inf, dtype=s.dtype), below[:-1]))
-    if not vectors:
-        gaps = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
-    turned = (xp.max(leak) * residual + float(xp.finfo(s.dtype).eps) * s[0]) / xp.maximum(gaps, tiny)
+    # If the span is the whole space only float64 rounding remains.
+    outside = xp.maximum(s[:rank] - s[-1], tiny)
+    leak = xp.zeros_like(residual) if s.shape[0] == width else residual / outside
+    apart = gaps(xp.append(s, xp.zeros(1, dtype=s.dtype)), rank, count, rank == width, vectors)
+    turned = (xp.max(leak) * residual + float(xp.finfo(s.dtype).eps) * s[0]) / apart
     worst = xp.max(xp.where(inside, leak + turned, 0))
     return xp.where(xp.isfinite(s[0]), worst, xp.nan)
 

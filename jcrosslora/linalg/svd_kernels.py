@@ -265,19 +265,27 @@ def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vect
     """Return the largest angle of `truncate`, from s (S + 1,), ending in a zero, and residuals (R,)."""
     xp, rank = namespace(s), residual.shape[0]
     residual = xp.maximum(residual, float(xp.finfo(xp.float32).eps) * s[0])
-    below = s[:rank] - s[1 : rank + 1]
-    if whole:
-        # Nothing is cut off: the subspace is the whole space, and the other vectors determine the last one.
-        below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype))
-    if vectors:
-        above = xp.append(xp.full(1, xp.inf, dtype=s.dtype), below[:-1])
-        gaps = xp.minimum(below, above)
-    else:
-        gaps = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
-    angles = residual / xp.maximum(gaps, float(xp.finfo(s.dtype).tiny))
+    angles = residual / gaps(s, rank, count, whole, vectors)
     worst = xp.max(xp.where(xp.arange(rank, dtype=xp.int32) < count, angles, 0))
     # NaN compares as below the noise, so all vectors would be zero, with an error of 0.
     return xp.where(xp.isfinite(s[0]), worst, xp.nan)
+
+
+def gaps(s: jax.Array, rank: int, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
+    """Return the distance (R,), above 0, of each vector's singular value to its neighbours, or that of the subspace.
+
+    `s` (S + 1,) ends in a zero. If nothing is cut off (`whole`), the subspace is the whole space, and the other vectors
+    determine the last one.
+    """
+    xp = namespace(s)
+    far = xp.full(1, xp.inf, dtype=s.dtype)
+    below = s[:rank] - s[1 : rank + 1]
+    below = xp.append(below[:-1], far) if whole else below
+    if vectors:
+        found = xp.minimum(below, xp.append(far, below[:-1]))
+    else:
+        found = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
+    return xp.maximum(found, float(xp.finfo(s.dtype).tiny))
 
 
 def noise_level(shape: tuple[int, ...]) -> float:

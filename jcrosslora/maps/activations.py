@@ -4,7 +4,7 @@ Only sums of products of matched activations are kept. float32 is enough for the
 relative to its two dimensions alone (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so dividing the
 dimensions by their sizes before the products gains nothing. Small dimensions are lost after the sums, in an SVD or a
 solve whose errors are relative to the largest singular value: the sums must be divided before it, for which
-`CrossMoments` holds the squares of each dimension. The sums do lose directions next to a much larger one that is spread
+`Activations` holds the squares of each dimension. The sums do lose directions next to a much larger one that is spread
 over all dimensions, such as a mean: 0.5 % of a direction a thousand times smaller, and more with the square of that
 ratio. `tests/test_moments_float64.py` measures these figures.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
+from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
 from jcrosslora.utils.spread import with_ends
@@ -64,21 +64,15 @@ def collect_activations(task: AlignmentTask) -> AddEvidence:
     grams = EvidenceKind.ACTIVATION_GRAMS in task.kinds
     moments = cross_moments(task.pair, task.batches, task.pairing.layers, roles, grams=grams)
 
+    def of_module(pair: Pair) -> Activations:
+        module = task.pair.target.modules[pair.target]
+        site, role, layer = INPUT_SITES[module.role], module.role, module.layer
+        sums = {name: one and one[site if name.startswith("input") else role] for name, one in vars(moments).items()}
+        return jax.tree.map(lambda x: x[layer], Activations(**sums))
+
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
-        modules = [task.pair.target.modules[pair.target] for pair in stack.pairs]
-        outputs = [module.role for module in modules]
-        inputs = [INPUT_SITES[role] for role in outputs]
-
-        def stacked(sums: Any, names: list[str]) -> Any:
-            if sums is None:
-                return None
-            places = zip(names, modules, strict=True)
-            rows = [jax.tree.map(lambda x, at=module.layer: x[at], sums[name]) for name, module in places]
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack.filled(rows))
-
-        sums = {field.name: getattr(moments, field.name) for field in dataclasses.fields(Activations)}
-        found = {name: stacked(x, inputs if name.startswith("input") else outputs) for name, x in sums.items()}
-        return dataclasses.replace(evidence, activations=Activations(**found))
+        rows = stack.filled([of_module(pair) for pair in stack.pairs])
+        return dataclasses.replace(evidence, activations=jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
 
     return add
 
@@ -100,27 +94,6 @@ def activations_key(task: AlignmentTask) -> Any:
     return texts, EvidenceKind.ACTIVATION_GRAMS in task.kinds, pairs_as_json(task.modules)
 
 
-@flax.struct.dataclass
-class CrossMoments:
-    """Sums over N matched positions, float32, with a leading axis of the target's L layers.
-
-    Source and target rows are those of the source layer that feeds the target layer. Nothing is centred.
-
-    Attributes:
-        inputs: site -> (L, I_src, I_tgt), sum of x_src x_tgt', see `jcrosslora.decoder.INPUT_SITES`.
-        outputs: role -> (L, O_src, O_tgt), sum of y_src y_tgt'; squares and grams by the same keys, see `Activations`.
-        count: N, scalar.
-    """
-
-    inputs: dict[str, jax.Array]
-    outputs: dict[str, jax.Array]
-    input_squares: dict[str, _Two]
-    output_squares: dict[str, _Two]
-    count: jax.Array | None
-    input_grams: dict[str, _Two] | None = None
-    output_grams: dict[str, _Two] | None = None
-
-
 def cross_moments(
     pair: BasePair,
     batches: Sequence[ProbeBatch],
@@ -128,10 +101,12 @@ def cross_moments(
     roles: Collection[str],
     *,
     grams: bool = False,
-) -> CrossMoments:
+) -> Activations:
     """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
 
-    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless).
+    `layers` has for each target layer the source layer that feeds it, or None (its moments are meaningless). Rows of
+    the source are those of that layer; nothing is centred. Each field of the result is a dict, by input site (see
+    `INPUT_SITES`) or role of outputs, of the arrays of `Activations` with a leading axis of the target's L layers.
 
     Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
     models, 26 million more with the grams), and the activations in all layers at the matched positions of one batch.
@@ -151,22 +126,21 @@ def cross_moments(
         tgt = read_tgt(batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, batch.valid)
         totals = zero_moments(src, tgt, grams=grams) if totals is None else totals
         # Wait for each batch, so that memory holds the activations of one batch only.
-        totals = jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
+        totals = jax.block_until_ready(add_rows(totals, src, tgt, feeders))
         del src, tgt
     assert totals is not None
     return totals
 
 
-def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
+def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> Activations:
     """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
     one = jax.eval_shape(lambda rows: _of_layer(jax.tree.map(lambda x: x[0], rows), grams), (src, tgt))
-    zeros = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape)), one)
-    return dataclasses.replace(zeros, count=jnp.zeros(()))
+    return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape)), one)
 
 
 @partial(jax.jit, donate_argnums=0)
-def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, valid: jax.Array) -> CrossMoments:
+def add_rows(totals: Activations, src: Rows, tgt: Rows, layers: jax.Array) -> Activations:
     """Add the products of P positions to the moments. The buffers of `totals` are donated to the result.
 
     Args:
@@ -175,18 +149,16 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
     """
 
     # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
-    def one(layer: jax.Array, totals: CrossMoments) -> CrossMoments:
+    def one(layer: jax.Array, totals: Activations) -> Activations:
         rows = jax.tree.map(lambda x: x[layers[layer]], src), jax.tree.map(lambda y: y[layer], tgt)
         sums = _of_layer(rows, totals.input_grams is not None)
         return jax.tree.map(lambda total, x: total.at[layer].add(x), totals, sums)
 
-    added = lax.fori_loop(0, len(layers), one, dataclasses.replace(totals, count=None))
-    assert totals.count is not None
-    return dataclasses.replace(added, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
+    return lax.fori_loop(0, len(layers), one, totals)
 
 
-def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> CrossMoments:
-    """Sum the products of the rows (P, width) of one layer of both bases; the count is left out."""
+def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> Activations:
+    """Sum the products of the rows (P, width) of one layer of both bases."""
     src, tgt = rows
 
     def squares(x: jax.Array, y: jax.Array) -> _Two:
@@ -198,7 +170,7 @@ def _of_layer(rows: tuple[Rows, Rows], grams: bool) -> CrossMoments:
     inputs, outputs = jax.tree.map(lambda x, y: dot(x.T, y), src, tgt)
     input_squares, output_squares = jax.tree.map(squares, src, tgt)
     input_grams, output_grams = jax.tree.map(own, src, tgt) if grams else (None, None)
-    return CrossMoments(inputs, outputs, input_squares, output_squares, None, input_grams, output_grams)
+    return Activations(inputs, outputs, input_squares, output_squares, input_grams, output_grams)
 
 
 def inputs_cost(texts: int) -> Cost:

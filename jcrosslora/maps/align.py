@@ -3,11 +3,11 @@
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,8 @@ from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.progress import track
 
 ALIGN = "align"  # the step, as it names itself on the display
+T = TypeVar("T")
+U = TypeVar("U")
 # Pairs that are aligned together, and their group where it lies in the cache.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
 _Stacks = tuple[Any, Any]  # arrays of numpy if `_on_host`
@@ -49,10 +51,10 @@ def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
     def collected() -> list[AddEvidence]:
         return [provider.collect(task) for provider in providers]
 
-    found = cache.find(chunks) if cache is not None and hosts.is_first() else itertools.repeat(None)
+    found = _one_ahead(cache.find, chunks) if cache is not None and hosts.is_first() else itertools.repeat(None)
     background = store.in_background() if store is not None else nullcontext()
     with background, track(len(task.modules), ALIGN, "modules") as bar:
-        for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
+        for (pairs, group), stacks in _one_ahead(partial(_with_weights, task), _chosen(chunks, found)):
             if stacks is None:
                 group = _sent(pairs, group)
             else:
@@ -79,55 +81,49 @@ class TransportCache:
         self._key = task.pair.key(*parts, tokenizers=any(one.reads_tokenizers for one in providers))
         self._what = f"{start.name}, rank {task.rank}, {task.pair.names}"
 
-    def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
-        """Yield the groups of these pairs, one by one; None for one that is not cached.
-
-        While one is used the next is read: two are in memory.
-        """
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._load, chunks[0])
-            for following in [*chunks[1:], None]:
-                group = ahead.result()
-                if following is not None:
-                    ahead = pool.submit(self._load, following)
-                yield group
+    def find(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
+        """Return the group of these pairs; None if it is not cached."""
+        loaded = self._store.load("transport", self._group_key(pairs))
+        return None if loaded is None else TransportGroup.of(pairs, loaded.arrays, loaded.facts)
 
     def keep(self, group: TransportGroup) -> None:
         """Keep a group."""
         what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
         self._store.save("transport", self._group_key(group.pairs), what, group.arrays(), group.facts())
 
-    def _load(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
-        loaded = self._store.load("transport", self._group_key(pairs))
-        return None if loaded is None else TransportGroup.of(pairs, loaded.arrays, loaded.facts)
-
     def _group_key(self, pairs: Sequence[Pair]) -> str:
         return digest_of(self._key, pairs_as_json(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
 
 
-def _read_ahead(task: AlignmentTask, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, _Stacks | None]]:
-    """Yield each chunk, with the weights of this process's part of it if it has to be aligned.
+def _one_ahead(call: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Yield what a call returns for each item, in order. A thread works on the next item while one is used."""
+    ahead: deque[Future[U]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        for item in items:
+            ahead.append(pool.submit(call, item))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
-    The weights of a chunk are read and put on the devices while the one before is aligned.
-    """
+
+def _chosen(
+    chunks: Iterable[tuple[Pair, ...]], found: Iterable[TransportGroup | None]
+) -> Iterator[tuple[_Chunk, Sequence[Pair]]]:
+    """Yield each chunk with the pairs of it that this process aligns: none if the first process has its group."""
+    for pairs, group in zip(chunks, found, strict=False):
+        is_kept = hosts.exchange("kept", group is not None)[0]
+        yield (pairs, group), () if is_kept else hosts.own_part(pairs)
+
+
+def _with_weights(task: AlignmentTask, chosen: tuple[_Chunk, Sequence[Pair]]) -> tuple[_Chunk, _Stacks | None]:
+    """Read the weights of the pairs to align, and put them on the devices."""
     load = load_on_host if _on_host(task.method.start) else load_stack
-
-    def read(pairs: Sequence[Pair]) -> _Stacks:
-        src = load(task.pair.source, [pair.source for pair in pairs])
-        return src, load(task.pair.target, [pair.target for pair in pairs])
-
-    waiting: deque[tuple[_Chunk, Future[_Stacks] | None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        for chunk in itertools.chain(chunks, (None,)):
-            if chunk is not None:
-                is_kept = hosts.exchange("kept", chunk[1] is not None)[0]
-                waiting.append((chunk, None if is_kept else reader.submit(read, hosts.own_part(chunk[0]))))
-            if waiting and (chunk is None or len(waiting) > 1):
-                first, reading = waiting.popleft()
-                stacks = None if reading is None else reading.result()
-                del reading
-                yield first, stacks
-                del stacks
+    chunk, pairs = chosen
+    if not pairs:
+        return chunk, None
+    src = load(task.pair.source, [pair.source for pair in pairs])
+    return chunk, (src, load(task.pair.target, [pair.target for pair in pairs]))
 
 
 def _align(

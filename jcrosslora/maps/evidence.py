@@ -6,7 +6,7 @@ and in features of a module, H is the width of the residual stream, R the trunca
 
 from enum import StrEnum
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -88,12 +88,12 @@ class Activations:
             not ask for them. Squares and grams of the outputs have O instead of I.
     """
 
-    inputs: jax.Array
-    outputs: jax.Array
-    input_squares: tuple[jax.Array, jax.Array]
-    output_squares: tuple[jax.Array, jax.Array]
-    input_grams: tuple[jax.Array, jax.Array] | None = None
-    output_grams: tuple[jax.Array, jax.Array] | None = None
+    inputs: Any
+    outputs: Any
+    input_squares: Any
+    output_squares: Any
+    input_grams: Any = None
+    output_grams: Any = None
 
 
 @flax.struct.dataclass

@@ -129,10 +129,6 @@ class Shifter:
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
 
-    def add(self, group: TransportGroup) -> None:
-        """Move what the adapter holds for the pairs of one group."""
-        add_to_all([self], group)
-
     def finish(self, transport: Transport, pair: BasePair) -> Shifted:
         """Put the modules in the target's order and close the account; the transport may have dropped its groups.
 

@@ -1,13 +1,24 @@
-"""Transfer methods, one file a method with its variants: frozen dataclasses that own their hyper-parameters.
+"""Transfer methods, one file a method with its variants, and their registry: method objects from names with settings.
 
-The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
+Methods are frozen dataclasses that own their hyper-parameters. The maths of a method sees the `Evidence` of one pair of
+modules at a time; it knows no files and no models.
 """
 
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved
 from jcrosslora.maps import Task as Task
+from jcrosslora.methods.copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.copy import Copy as Copy
+from jcrosslora.methods.copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.copy import PadTruncate as PadTruncate
 from jcrosslora.methods.copy import Select as Select
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
@@ -17,19 +28,167 @@ from jcrosslora.methods.cross_lora import Random as Random
 from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
-from jcrosslora.methods.interpolated_copy import CompensatedCopy as CompensatedCopy
-from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite
-from jcrosslora.methods.registry import AUTO as AUTO
-from jcrosslora.methods.registry import METHODS as METHODS
-from jcrosslora.methods.registry import Auto as Auto
-from jcrosslora.methods.registry import MethodLike as MethodLike
-from jcrosslora.methods.registry import allow_module as allow_module
-from jcrosslora.methods.registry import find_method as find_method
-from jcrosslora.methods.registry import hyper_types as hyper_types
-from jcrosslora.methods.registry import make_chosen as make_chosen
-from jcrosslora.methods.registry import make_method as make_method
-from jcrosslora.methods.registry import register_method as register_method
-from jcrosslora.methods.registry import setting_fields as setting_fields
 from jcrosslora.methods.theseus import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.theseus import Theseus as Theseus
+
+AUTO = "auto"
+M = TypeVar("M", bound=Method)
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        CrossLoRA,
+        LoRAX,
+        ProLoRA,
+        Copy,
+        InterpolatedCopy,
+        CompensatedCopy,
+        DistilledCopy,
+        Select,
+        DistilledSelect,
+        PadTruncate,
+        Theseus,
+        ScaledProcrustes,
+        Distill,
+        LoRASuite,
+        Random,
+    )
+}
+
+
+@dataclasses.dataclass(init=False, repr=False, unsafe_hash=True)
+class Auto:
+    """Choose the method from the weights of the two bases (see `relation.method_selection`).
+
+    Attributes:
+        settings: hyper-parameters for whichever method is chosen, sorted by name; those that it lacks are left out.
+    """
+
+    settings: tuple[tuple[str, Any], ...]
+
+    def __init__(self, **settings: Any) -> None:
+        """Take hyper-parameters by name, such as `completions=600`."""
+        self.settings = tuple(sorted(settings.items()))
+
+    def __repr__(self) -> str:
+        return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.settings)})"
+
+
+MethodLike = str | Method | type[Method] | Auto
+
+
+def register_method(method: type[M]) -> type[M]:
+    """Add a user's own method to the registry and return it, as a class decorator does.
+
+    It is a frozen dataclass with a name and a default for every field, and has `maps` (a `MapMethod`) or `move`.
+
+    Raises:
+        MethodError: the class does not meet these conditions, or another class has its name.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
+        msg = f"{method!r} is not a method; write a class that inherits from jcrosslora.MapMethod, with a name"
+        raise MethodError(msg)
+    unset = [field.name for field in dataclasses.fields(method) if field.default is dataclasses.MISSING]
+    if unset or not method.__dataclass_params__.frozen or "__dataclass_params__" not in vars(method):  # type: ignore[attr-defined]
+        reason = f"field {unset[0]} has no default" if unset else "it is not a frozen dataclass"
+        msg = f"method {method.name}: {reason}; write @dataclass(frozen=True) and give every field a default"
+        raise MethodError(msg)
+    other = METHODS.get(method.name)
+    if method.name == AUTO or (other is not None and other.spec() != method.spec()):
+        msg = f"another method is called {method.name!r}; choose another name"
+        raise MethodError(msg)
+    if method.move is Method.move or (issubclass(method, MapMethod) and method.maps is MapMethod.maps):
+        msg = f"method {method.name} does not say how it moves an update; inherit from jcrosslora.MapMethod and write "
+        raise MethodError(msg + "`maps`, or from jcrosslora.Method and write `move`")
+    METHODS[method.name] = method
+    return method
+
+
+def allow_module(name: str) -> None:
+    """Import a module of the user's own, also from the current folder, so that its methods can be named "module:Class".
+
+    The name is always one that the user typed, never one from a file, which may be somebody else's. Raises MethodError
+    if it does not exist, or cannot be imported.
+    """
+    here = os.getcwd()
+    sys.path.insert(0, here)  # a console script does not search the current folder
+    try:
+        importlib.import_module(name.partition(":")[0])
+    except (ImportError, TypeError, ValueError) as error:
+        msg = f"{name!r} cannot be imported ({error}); give MODULE or MODULE:CLASS of a file that Python finds"
+        raise MethodError(msg) from error
+    finally:
+        sys.path.remove(here)
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method called `name`, which may be "module:Class" of a module that has been imported.
+
+    Raises MethodError if `name` is not registered, its module has not been imported, or has no such class.
+    """
+    module, _, own = name.partition(":")
+    if own and module in sys.modules:
+        if not hasattr(sys.modules[module], own):
+            msg = f"method {name!r} does not exist: its module has no {own}; give the name of a class in it"
+            raise MethodError(msg)
+        return register_method(getattr(sys.modules[module], own))
+    if ":" in name:
+        msg = f"method {name!r} is of a module that is imported only if you name it yourself: look at its code, then "
+        raise MethodError(msg + f"give --allow-module {module}, or import it in Python")
+    if name not in METHODS:
+        names = (AUTO, *METHODS)
+        listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+        msg = f"method {name!r} is unknown{suggestion(name, names)}; {listed}"
+        raise MethodError(msg)
+    return METHODS[name]
+
+
+def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
+    """Make a method object, or `Auto`, from a name, a class or an object, with hyper-parameters by name.
+
+    Raises MethodError if the method is not registered, and UsageError if the method does not have a setting, or a value
+    is out of range.
+    """
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
+    if isinstance(method, Auto) or method == AUTO:
+        given = (dict(method.settings) if isinstance(method, Auto) else {}) | settings
+        if strange := given.keys() - (known := setting_fields()).keys():
+            msg = f"no method has a setting {min(strange)}{suggestion(min(strange), known)}; see jcrosslora.methods"
+            raise UsageError(msg)
+        for name, value in given.items():  # by a method that has it, before the bases are looked at
+            METHODS[next(iter(known[name]))](**{name: value}).check()
+        return Auto(**given)
+    if isinstance(method, str):
+        method = find_method(method)
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        msg = f"method {method!r} is neither a name nor a method; see jcrosslora.methods"
+        raise MethodError(msg)
+    made = method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
+    made.check()  # before anything slow
+    return made
+
+
+def make_chosen(name: str, auto: Auto) -> Method:
+    """Make the method that was chosen for `auto`, with those settings of `auto` that it has."""
+    method = find_method(name)
+    known = {field.name for field in dataclasses.fields(method)}
+    return method(**{key: value for key, value in auto.settings if key in known})
+
+
+def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:
+    """Return the hyper-parameters of all registered methods: name -> method -> field."""
+    found: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+    for method in METHODS.values():
+        for field in dataclasses.fields(method):
+            found.setdefault(field.name, {})[method.name] = field
+    return found
+
+
+def hyper_types() -> dict[str, Any]:
+    """Return the type of each hyper-parameter of all registered methods, by name."""
+    first = {name: next(iter(by_method.items())) for name, by_method in setting_fields().items()}
+    return {
+        # Text if the method's file postpones annotations.
+        name: get_type_hints(METHODS[method])[name] if isinstance(field.type, str) else field.type
+        for name, (method, field) in first.items()
+    }

@@ -1,18 +1,48 @@
-"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, or selected.
+"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, selected, or interpolated.
 
 If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
 same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` is
 a baseline of a public repository with the models of the Cross-LoRA paper.
+
+Interpolated copy: the unchanged update, on weights between those of the two bases.
+
+Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
+applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So a share of T is
+subtracted while the adapter is on, and the adapter works on weights between the two bases, W_src + (1 - share) T + dW.
+
+Compensated copy adds all of what a quantiser's error does on text. An adapter that was trained on a quantised base
+(QLoRA) works for the weights W_src + dW. A copy on the target lacks E = W_src - W_tgt, to which the training had
+adapted. E is of full rank, but the inputs X (N, I) of a module are not:
+
+    dW_tgt = dW + U U' E,   U (O, R) the leading left singular vectors of E X'
+
+of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
+
+Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
+vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv
+2410.06040), which repair a quantised base. Combining them with a copied adapter is this package's own.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jcrosslora.adapter import Carried
+from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fuse, split_fused
+from jcrosslora.adapter.combining import add_factors
+from jcrosslora.adapter.difference import module_differences
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.linalg import LinearMap, cosine, select
-from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps
+from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import track
+
+# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was set.
+ENERGY = 0.99
 
 
 @dataclass(frozen=True)
@@ -26,8 +56,9 @@ class PadTruncate(MapMethod):
     measure = "weight cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Return rectangular identities, which for equal shapes leave the update unchanged."""
-        return padded_maps(evidence)
+        """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros."""
+        (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+        return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
 
 
 @dataclass(frozen=True)
@@ -67,12 +98,155 @@ def _choice(index: jax.Array, size: int) -> LinearMap:
     return select(jnp.maximum(index, 0), (index >= 0).astype(jnp.float32), size)
 
 
-def padded_maps(evidence: Evidence) -> Maps:
-    """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros."""
-    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
-
-
 def _padded(size_src: int, size_tgt: int) -> LinearMap:
     index = jnp.arange(size_tgt)
     return select(jnp.minimum(index, size_src - 1), (index < size_src).astype(jnp.float32), size_src)
+
+
+@dataclass(frozen=True)
+class InterpolatedCopy(Copy):
+    """The unchanged update, plus a share of the difference from the target's weights to the source's."""
+
+    name = "interpolated-copy"
+    summary = "the unchanged update, on weights interpolated from the target towards the source"
+    when = "for a base and its further-trained version"
+    reference = "this package; interpolation of weights: arXiv 2109.01903"
+
+    held: ClassVar[str] = (
+        "the difference; while the adapter is on, the target gives up {} of what they hold of its further training"
+    )
+
+    interpolation: float = 0.75
+    """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
+    svd_rank: int = 8
+    """Truncation rank of the difference. Its first directions hold what the two trainings have in common; a higher
+    rank removes more of the target's own training."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a share that is below 0, above 1 or NaN."""
+        if not 0 <= self.interpolation <= 1:
+            msg = f"interpolation {self.interpolation:g} is out of range; it must be from 0 (a copy) to 1 (the weights "
+            raise UsageError(msg + "of the source)")
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count a decomposition of each of the target's modules."""
+        shapes = [module.shape for module in sizes.target.modules.values()]
+        return {"interpolate": Cost(decomposed=tuple((shape, min(sizes.rank, *shape), False) for shape in shapes))}
+
+    def move(self, task: Task) -> Moved:
+        """Add the low-rank difference, which is computed once for all adapters of a pair."""
+        key = self, *task.batches
+        if key not in task.shared:
+            share, inputs = self.interpolation, self.inputs(task)
+            task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
+        found = task.shared[key]
+        return Moved(_sum(task.target, task.mapped, found), added=self.sentence(found))
+
+    def sentence(self, found: "SourceInterpolation") -> str:
+        """Say what is added, without a full stop."""
+        share = f"{self.interpolation:.0%}"
+        if not found.modules:
+            reason = "the two bases have the same weights in all modules"
+            reason = reason if self.interpolation else "an interpolation of 0 was asked for"
+            return f"nothing is added to the copy: {reason}"
+        highest = max(factors.rank for factors in found.modules.values())
+        return (
+            f"{share} of the difference from the target's weights to the source's is added to the copy, in "
+            f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of "
+            f"{self.held.format(share)}"
+        )
+
+    def inputs(self, task: Task) -> Callable[[str], jax.Array] | None:
+        """Return what gives the inputs (N, I) of a module, by which its difference is truncated; None for none."""
+        del task
+        return None
+
+
+@dataclass(frozen=True)
+class CompensatedCopy(InterpolatedCopy):
+    """The unchanged update, plus the difference from the target's weights to the source's, as it acts on text."""
+
+    name = "compensated-copy"
+    summary = "the unchanged update, plus what the difference of the two bases does on text, at low rank"
+    when = "for an adapter of a 4-bit base (QLoRA) and the full base"
+    reference = "this package; LQER: arXiv 2402.02446"
+    requires = frozenset({EvidenceKind.PROBE_TEXTS})
+    held: ClassVar[str] = "what it does on the texts"
+
+    interpolation: float = 1.0
+    """Share of the difference that is added: 0 is a plain copy."""
+    svd_rank: int = 32
+    """Rank that is added to each module."""
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count the source's pass over the texts, and the decompositions."""
+        from jcrosslora.maps.activations import inputs_cost
+
+        return {"collect inputs": inputs_cost(sizes.probes), **super().cost(sizes)}
+
+    def inputs(self, task: Task) -> Callable[[str], jax.Array]:
+        """Run the source over the texts."""
+        from jcrosslora.maps.activations import input_rows
+
+        return input_rows(task.base, task.batches)
+
+
+@dataclass(frozen=True)
+class SourceInterpolation:
+    """A share of the difference between the weights of the two bases, low rank.
+
+    Attributes:
+        modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
+        kept: share of ||W_src - W_tgt||_F^2, or of what it writes on inputs, over all modules, that the ranks hold; 1
+            if nothing differs.
+    """
+
+    modules: Mapping[str, LoRAFactors]
+    kept: float
+
+
+def interpolate_to_source(
+    source: BaseModel,
+    target: BaseModel,
+    share: float,
+    *,
+    rank: int,
+    inputs: Callable[[str], jax.Array] | None = None,
+) -> SourceInterpolation:
+    """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
+
+    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
+    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
+    With `inputs` each is truncated to `rank` by what it does on the inputs (N, I) of its module.
+
+    The share goes from 0 (target) to 1 (source).
+
+    Raises:
+        MethodError: the modules of the two bases are not the same, by name and shape.
+        CheckpointError: a weight cannot be read or is not finite.
+    """
+    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
+        msg = f"{target.name} and {source.name} differ in {odd}, so there is no difference between their weights to add"
+        raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
+    modules: dict[str, LoRAFactors] = {}
+    whole = left = 0.0
+    with track(len(target.modules), "interpolate", "modules") as bar:
+        for name, found in module_differences(source, target, shapes[1], lambda _: rank, inputs):
+            cut = found.cut(found.lowest_rank(ENERGY)) if inputs is None else found
+            whole, left = whole + found.energy, left + found.energy * cut.kept
+            if len(cut.s) and share:
+                modules[name] = LoRAFactors(a=cut.factors.a, b=cut.factors.b * np.float32(share))
+            bar.update()
+    return SourceInterpolation(
+        {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
+    )
+
+
+def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:
+    # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
+    terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
+    whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
+    parts = split_fused(Adapter(whole), target.fused).modules
+    return Adapter({name: parts[name] for name in target.modules if name in moved.modules or name in found.modules})

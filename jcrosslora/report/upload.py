@@ -98,8 +98,8 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
     if not facts.shapes:
         msg = f"{files.weights}: holds no tensors: write the adapter again"
         raise AdapterError(msg)
-    if facts.faults:
-        msg = f"{folder}: is not a whole adapter ({facts.faults[0]}): write it again"
+    if facts.fault is not None:
+        msg = f"{folder}: is not a whole adapter ({facts.fault}): write it again"
         raise AdapterError(msg)
     return files
 

@@ -290,7 +290,7 @@ class PairSession:
             if move.method.requires & FITTING:
                 task = self.collect_text(task, move.options, given)
             for group in transport.groups:
-                move.shifter.add(group)
+                add_to_all([move.shifter], group)
             return self.finish(move, task, transport, given)
 
     def steps(

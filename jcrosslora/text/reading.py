@@ -44,6 +44,11 @@ class Reading:
     answer: int
     stop: bool
 
+    @property
+    def answer_tokens(self) -> int:
+        """Number of the answer's tokens, the one that ends it included."""
+        return len(self.ids) - self.answer
+
 
 def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
     """Tokenize a completion: a conversation by the base's chat template, plain text unchanged.

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ import optax
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, target_log_probs
 from jcrosslora.evaluate.examples import Example, as_completion
-from jcrosslora.text import read
+from jcrosslora.text import Reading, read
 from jcrosslora.training.checkpoints import TrainingSettings
 
 # Of all updates, or role -> float32 (L, 1, 1) of each one.
@@ -26,40 +25,16 @@ _WINDOW = 16  # batches among which examples of similar length are put together
 _LOGITS_AT_ONCE = 128
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """The tokens of an example.
-
-    Attributes:
-        ids: int32 (T,), prompt and answer, with the token that ends the answer.
-        first: index of the answer's first token, 1 or more.
-    """
-
-    ids: np.ndarray
-    first: int
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return len(self.ids)
-
-    @property
-    def answer(self) -> int:
-        """Number of the answer's tokens."""
-        return len(self.ids) - self.first
-
-
-def encode(tokenizer: Tokenizer, example: Example) -> Encoded:
+def encode(tokenizer: Tokenizer, example: Example) -> Reading:
     """Tokenize a prompt and its right answer; errors are those of `jcrosslora.text.read`."""
-    found = read(tokenizer, as_completion(example))
-    return Encoded(found.ids, found.answer)
+    return read(tokenizer, as_completion(example))
 
 
-def digest(examples: Sequence[Encoded]) -> str:
+def digest(examples: Sequence[Reading]) -> str:
     """Return the SHA-256 (hex) of the tokens of all examples in their order."""
     found = hashlib.sha256()
     for example in examples:
-        found.update(np.array([len(example.ids), example.first], "<i8").tobytes())
+        found.update(np.array([len(example.ids), example.answer], "<i8").tobytes())
         found.update(example.ids.astype("<i4").tobytes())
     return found.hexdigest()
 
@@ -90,10 +65,10 @@ class Plan:
     put together, so that less of a batch is padding; the order of these batches is random again.
     """
 
-    def __init__(self, examples: Sequence[Encoded], batch: int, steps: int, seed: int):
+    def __init__(self, examples: Sequence[Reading], batch: int, steps: int, seed: int):
         """Decide the order of `steps` batches of `batch` examples each."""
         self._examples = examples
-        lengths, answers = np.array([(one.length, one.answer) for one in examples]).T
+        lengths, answers = np.array([(len(one.ids), one.answer_tokens) for one in examples]).T
         self.members = _order(lengths, batch, steps, seed)
         self.widths = _widths(lengths[self.members].max(axis=1))
         found = answers[self.members].sum(axis=1)
@@ -105,7 +80,7 @@ class Plan:
         return make_batch(self._examples, self.members[step], width, self._slots[width])
 
 
-def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slots: int) -> Batch:
+def make_batch(examples: Sequence[Reading], members: np.ndarray, width: int, slots: int) -> Batch:
     """Pad the examples with the indices `members` int (B,), in T tokens, the width, and S slots for all answers."""
     tokens, mask = np.zeros((len(members), width), np.int32), np.zeros((len(members), width), bool)
     picked = np.zeros(slots, np.int32)
@@ -113,10 +88,10 @@ def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slo
     filled = 0
     for row, one in enumerate(examples[index] for index in members):
         tokens[row, : len(one.ids)], mask[row, : len(one.ids)] = one.ids, True
-        place = slice(filled, filled + one.answer)
-        picked[place] = row * width + np.arange(one.first - 1, len(one.ids) - 1)
-        wanted[place], used[place] = one.ids[one.first :], 1
-        filled += one.answer
+        place = slice(filled, filled + one.answer_tokens)
+        picked[place] = row * width + np.arange(one.answer - 1, len(one.ids) - 1)
+        wanted[place], used[place] = one.ids[one.answer :], 1
+        filled += one.answer_tokens
     return Batch(*map(jnp.asarray, (tokens, mask, picked, wanted, used, members.astype(np.int32))))
 
 

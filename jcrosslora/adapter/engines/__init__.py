@@ -57,8 +57,8 @@ def _verdict(name: str, facts: AdapterFacts) -> EngineVerdict:
     if facts.form not in formats:
         reason = f"it does not read the format of {facts.form}: write the adapter with "
         return EngineVerdict(name, False, (f"{reason}`jcrosslora export --profile {_PROFILES[next(iter(formats))]}`",))
-    if facts.faults:
-        return EngineVerdict(name, False, facts.faults)
+    if (fault := facts.fault) is not None:
+        return EngineVerdict(name, False, (fault,))
     reasons, notes = (
         tuple(answer for rule in rules if (answer := rule(facts)) is not None) for rules in formats[facts.form]
     )

@@ -7,7 +7,8 @@ versa, or if it is for another base.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class AdapterFacts:
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
         tied: whether the base's output head is its embedding, None if it is not known.
         base: that it is for, if it was given.
-        faults: errors in the numbers of the configuration or in the shapes, for any engine.
     """
 
     config: Mapping[str, Any]
@@ -56,7 +56,6 @@ class AdapterFacts:
     family: str | None = None
     tied: bool | None = None
     base: BaseModel | None = None
-    faults: tuple[str, ...] = ()
 
     @property
     def peft_type(self) -> str:
@@ -75,9 +74,15 @@ class AdapterFacts:
         """Return the scale that PEFT gives to each module; only defined without faults."""
         return {module: module_scale(self.config, module, rank) for module, rank in self.ranks().items()}
 
-    def with_faults(self) -> "AdapterFacts":
-        """Look for faults."""
-        return replace(self, faults=_number_faults(self) or _tensor_faults(self))
+    @cached_property
+    def fault(self) -> str | None:
+        """An error in the numbers of the configuration or in the shapes, for any engine; None if there is none."""
+        try:
+            if self.form == "PEFT" and self.peft_type == "LORA":
+                check_numbers(self.config, CONFIG)
+        except AdapterError as error:
+            return str(error)
+        return _tensor_fault(self) if self.form in ("PEFT", "GGUF") else None
 
 
 Rule = Callable[[AdapterFacts], str | None]
@@ -97,7 +102,7 @@ def read_facts(
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
-            return AdapterFacts(config, pickle=True, **known).with_faults()
+            return AdapterFacts(config, pickle=True, **known)
     files = find_adapter(path)
     if files.form == "Orbax":
         config = {} if files.config is None else read_config(files.config)
@@ -105,40 +110,29 @@ def read_facts(
     if files.config is None:
         header = open_gguf_adapter(files.weights).header
         shapes = {name: info.shape for name, info in header.tensors.items()}
-        return AdapterFacts(
-            header.metadata, shapes, tuple(map(parse_gguf_name, shapes)), form="GGUF", **known
-        ).with_faults()
+        return AdapterFacts(header.metadata, shapes, tuple(map(parse_gguf_name, shapes)), form="GGUF", **known)
     config = read_config(files.config)
     shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
     if files.form == "MLX":
         return AdapterFacts(config, shapes, form="MLX", **known)
-    return AdapterFacts(config, shapes, tuple(map(parse_tensor_name, shapes)), **known).with_faults()
+    return AdapterFacts(config, shapes, tuple(map(parse_tensor_name, shapes)), **known)
 
 
-def _number_faults(facts: AdapterFacts) -> tuple[str, ...]:
-    try:
-        if facts.form == "PEFT" and facts.peft_type == "LORA":
-            check_numbers(facts.config, CONFIG)
-    except AdapterError as error:
-        return (str(error),)
-    return ()
-
-
-def _tensor_faults(facts: AdapterFacts) -> tuple[str, ...]:
+def _tensor_fault(facts: AdapterFacts) -> str | None:
     # The factors of expert parameters hold all experts at once, with further axes.
     of_peft = facts.form == "PEFT"
     if of_peft and (facts.peft_type != "LORA" or is_variant(facts.config, PARAMETERS)):
-        return ()
+        return None
     a, b = facts.factors("A"), facts.factors("B")
     if alone := sorted(a.keys() ^ b.keys()):
-        return (f"{alone[0]} has only one of lora_A and lora_B ({len(alone)} such modules)",)
+        return f"{alone[0]} has only one of lora_A and lora_B ({len(alone)} such modules)"
     if differ := sorted(module for module in a if not _is_pair(a[module], b[module])):
-        return (f"lora_A and lora_B of {differ[0]} have different ranks ({len(differ)} such modules)",)
+        return f"lora_A and lora_B of {differ[0]} have different ranks ({len(differ)} such modules)"
     ranks = facts.ranks() if of_peft else {}
     if wrong := sorted(module for module, rank in ranks.items() if rank != module_rank(facts.config, module)):
         rank, wanted = ranks[wrong[0]], module_rank(facts.config, wrong[0])
-        return (f"{wrong[0]} has rank {rank}, {CONFIG} says {wanted} ({len(wrong)} such modules)",)
-    return ()
+        return f"{wrong[0]} has rank {rank}, {CONFIG} says {wanted} ({len(wrong)} such modules)"
+    return None
 
 
 def _is_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

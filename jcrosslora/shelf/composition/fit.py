@@ -12,7 +12,8 @@ from jcrosslora.decoder import Model, divergence, forward, target_log_probs
 from jcrosslora.evaluate import Example
 from jcrosslora.shelf.composition.composition import Arrays, ComposedAdapter
 from jcrosslora.shelf.composition.ways import Mixture
-from jcrosslora.training import Batch, Encoded, encode, make_batch
+from jcrosslora.text import Reading
+from jcrosslora.training import Batch, encode, make_batch
 from jcrosslora.training.batches import rounded
 
 _ROWS = 8
@@ -20,19 +21,19 @@ _LOGITS_AT_ONCE = 128
 Trained = dict[str, Arrays]
 
 
-def sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
+def sum_by_answer(encoded: Sequence[Reading], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
     """Sum values over the tokens of each of P answers: float64 (P,).
 
     `values` gets the numbers of B examples and their batch, and returns float32 (S,), 0 in empty slots.
     """
-    order = np.argsort([one.length for one in encoded], kind="stable")
-    slots = rounded(max(one.answer for one in encoded) * _ROWS)
+    order = np.argsort([len(one.ids) for one in encoded], kind="stable")
+    slots = rounded(max(one.answer_tokens for one in encoded) * _ROWS)
     found = np.zeros(len(encoded))
     for start in range(0, len(order), _ROWS):
         used = order[start : start + _ROWS]
         # The last batch repeats an example, so that it has the shape of the others.
         members = np.concatenate([used, np.repeat(used[-1:], _ROWS - len(used))])
-        width = rounded(max(encoded[index].length for index in members))
+        width = rounded(max(len(encoded[index].ids) for index in members))
         batch = make_batch(encoded, members, width, slots)
         tokens = np.asarray(values(members, batch), np.float64)
         sums = np.bincount(np.asarray(batch.picked) // width, tokens, minlength=_ROWS)
@@ -72,7 +73,7 @@ def mean_divergence(
     def values(members: np.ndarray, batch: Batch) -> jax.Array:
         return _token_divergences(model, updates, batch, jnp.full(len(members), owner, jnp.int32))
 
-    return float(sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
+    return float(sum_by_answer(encoded, values).sum() / sum(one.answer_tokens for one in encoded))
 
 
 def _token_divergence(
