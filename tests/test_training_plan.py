@@ -103,7 +103,7 @@ def test_a_given_prompt_is_used_as_it_is(tokenizer):
 
 def test_digests_tell_examples_apart():
     pair = [example(9, 3), example(8, 3)]
-    shifted = [dataclasses.replace(pair[0], first=5), pair[1]]
+    shifted = [dataclasses.replace(pair[0], answer=5), pair[1]]
     assert len({digest(pair), digest(pair[::-1]), digest(shifted), digest(pair[:1])}) == 4
     assert digest(pair) == digest([example(9, 3), example(8, 3)])
 

@@ -6,6 +6,9 @@ from jcrosslora.adapter.changes import ReplacedTensors as ReplacedTensors
 from jcrosslora.adapter.changes import TokenUpdate as TokenUpdate
 from jcrosslora.adapter.changes import update_norm as update_norm
 from jcrosslora.adapter.combining import add_adapters as add_adapters
+from jcrosslora.adapter.combining import fit_to_base as fit_to_base
+from jcrosslora.adapter.combining import fuse as fuse
+from jcrosslora.adapter.combining import split_fused as split_fused
 from jcrosslora.adapter.combining import stack_adapters as stack_adapters
 from jcrosslora.adapter.combining import unstack_adapters as unstack_adapters
 from jcrosslora.adapter.engines import EngineVerdict as EngineVerdict
@@ -13,8 +16,6 @@ from jcrosslora.adapter.engines import check_engines as check_engines
 from jcrosslora.adapter.experts import expert_update as expert_update
 from jcrosslora.adapter.folder import find_adapter as find_adapter
 from jcrosslora.adapter.folder import split_card as split_card
-from jcrosslora.adapter.fused import fuse as fuse
-from jcrosslora.adapter.fused import split_fused as split_fused
 from jcrosslora.adapter.load import from_pytree as from_pytree
 from jcrosslora.adapter.load import load_adapter as load_adapter
 from jcrosslora.adapter.load import load_dora as load_dora

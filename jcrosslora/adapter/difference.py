@@ -77,7 +77,10 @@ def module_differences(
     for names in bounded_groups(list(shapes), shapes.__getitem__, lambda name: 8 * prod(shapes[name])):
         stack = load_stack(first, names) - load_stack(second, names)
         rank = max(1, min(limit(shapes[names[0]]), *shapes[names[0]]))
-        acting = stack if inputs is None else _applied(stack, [np.asarray(inputs(name)).T for name in names])
+        acting = stack
+        if inputs is not None:  # D X' (L', O, N), with the last one repeated where the stack is padded
+            rows = [np.asarray(inputs(name)).T for name in names]
+            acting = dot(stack, spread(np.stack([*rows, *rows[-1:] * (len(stack) - len(rows))])))
         rank = min(rank, acting.shape[2])
         # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
         svd, _ = decompose(acting, rank, vectors=False, tolerance=float("inf"))
@@ -86,11 +89,6 @@ def module_differences(
         u, s, v, counts = (np.asarray(field) for field in (svd.u, svd.s, rows, svd.numerical_rank))
         for name, *found, count, energy in zip(names, u, s, v, counts, energies, strict=False):
             yield name, _leading(*found, rank=int(count), energy=float(energy))
-
-
-def _applied(stack: jax.Array, inputs: list[np.ndarray]) -> jax.Array:
-    """Return D X' (L', O, N) of a stack that `load_stack` made, and of as many X' (I, N) as there are names."""
-    return dot(stack, spread(np.stack([*inputs, *inputs[-1:] * (len(stack) - len(inputs))])))
 
 
 def _leading(u: np.ndarray, s: np.ndarray, rows: np.ndarray, *, rank: int, energy: float) -> Leading:

@@ -15,9 +15,8 @@ from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.architectures import ExpertRules
-from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint import BaseModel, text_module_name
 from jcrosslora.checkpoint.experts import StoredExperts, single_parts
-from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
-from jcrosslora.adapter.combining import add_adapters
+from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CARD
-from jcrosslora.adapter.fused import fit_to_base, fuse, split_fused
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.merge import Merged, write_merged
@@ -26,8 +25,7 @@ from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, left_out
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_fused
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import describe_base
+from jcrosslora.checkpoint import BaseModel, describe_base, open_base
 from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.hub import local_names, publish
 from jcrosslora.errors import OutputError, UsageError

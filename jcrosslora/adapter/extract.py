@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter import changes
+from jcrosslora.adapter.combining import split_fused
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.difference import Leading, Rest, check_alike, module_differences, rest_of
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.adapter.fused import split_fused
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import save_adapter

@@ -22,13 +22,11 @@ from jcrosslora.adapter.config import is_alpha, shown
 from jcrosslora.adapter.contents import Contents, Stored, as_adapter_errors, check_names, file_factors
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, rank_settings
 from jcrosslora.architectures.families import FAMILIES
-from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint import BaseModel, MappedFile, is_hub_id
 from jcrosslora.checkpoint.gguf import float_type, open_header, stored_rows, to_float
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES, GGUFHeader, hub_id_of
 from jcrosslora.checkpoint.gguf_tensors import architecture, gguf_name, hf_name, permutes_heads, unpermuted_rows
-from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.safetensors import Entry
-from jcrosslora.checkpoint.store import MappedFile
 from jcrosslora.errors import AdapterError, OutputError
 
 GGUF_WEIGHTS = "adapter.gguf"

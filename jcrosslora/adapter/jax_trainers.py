@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.combining import fuse
 from jcrosslora.adapter.config import is_alpha, shown
 from jcrosslora.adapter.contents import as_numpy
-from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.maxtext import as_tunix, is_maxtext
 from jcrosslora.adapter.names import PREFIX, rank_settings
 from jcrosslora.adapter.records import Adapter, check_always_active

@@ -19,9 +19,8 @@ from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.peft import adapter_from_peft
 from jcrosslora.adapter.reading import open_adapter, open_state_dict, open_trained, read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
-from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint import BaseModel, text_module_name
 from jcrosslora.checkpoint.in_memory import named_arrays
-from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, UsageError
 
 

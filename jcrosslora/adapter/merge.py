@@ -16,17 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, TokenUpdate
+from jcrosslora.adapter.combining import fit_to_base
 from jcrosslora.adapter.experts import stored_updates
-from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.base import describe_base
+from jcrosslora.checkpoint import BaseModel, describe_base, expected_shapes, open_base
 from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
-from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
 from jcrosslora.checkpoint.store import read_json_object

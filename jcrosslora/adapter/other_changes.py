@@ -29,8 +29,7 @@ from jcrosslora.adapter.contents import FileDtype, exact_dtype, file_factors, fi
 from jcrosslora.adapter.kinds.kind import AdapterFile, Update, read_or_reason
 from jcrosslora.adapter.kinds.products import PLAIN, read_embedding_factors
 from jcrosslora.adapter.names import TensorName, by_module, ending, file_scale
-from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.checkpoint import BaseModel, text_module_name
 from jcrosslora.errors import AdapterError
 
 _BIAS = ".bias"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter.combining import Layout, fuse
 from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
 from jcrosslora.adapter.experts import expert_config, expert_tensors
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
-from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import PREFIX, by_weight, ending, exact_pattern, natural_key
 from jcrosslora.adapter.other_changes import replaced_config, replaced_tensors, token_config, token_ranks, token_tensors
 from jcrosslora.adapter.reading import open_state_dict, read_adapter

@@ -87,10 +87,6 @@ class AdapterInfo(AdapterOrigin):
     prefix: str = TEXT
     chat_template: str | None = None
 
-    def acting(self) -> "AdapterInfo":
-        """Return the part that decides when the adapter acts, its invocation tokens."""
-        return AdapterInfo(invocation=self.invocation, invocation_target=self.invocation_target)
-
 
 _CHANGES = ("modules", "tokens", "replaced", "experts")
 
@@ -122,7 +118,8 @@ class Adapter:
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Static]:
         """Split into the changes, with their keys, and the rest."""
         changes = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _CHANGES)
-        return changes, Static(self.info.acting(), self.info)
+        acts = AdapterInfo(invocation=self.info.invocation, invocation_target=self.info.invocation_target)
+        return changes, Static(acts, self.info)
 
     @classmethod
     def tree_unflatten(cls, static: Static, children: Sequence[Any]) -> "Adapter":

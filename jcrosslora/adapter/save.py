@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.combining import fuse
 from jcrosslora.adapter.contents import BASE, Contents, FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
-from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, check_tunix
 from jcrosslora.adapter.mlx import write_mlx

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors, update_norm
-from jcrosslora.adapter.fused import Layout, fuse, split_fused
+from jcrosslora.adapter.combining import Layout, fuse, split_fused
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import recompress

@@ -19,8 +19,7 @@ from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
 from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Side, Vocabulary
 from jcrosslora.maps.method import MapMethod
-from jcrosslora.maps.providers import providers_of
-from jcrosslora.maps.singular_vectors import describe
+from jcrosslora.maps.providers import describe, providers_of
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair

@@ -181,21 +181,17 @@ class Evidence:
         """Rows and columns of the source module that the target module has."""
         return self._asked_for(self.selection, EvidenceKind.SELECTION)
 
-    @property
-    def stream_vectors(self) -> tuple[jax.Array, jax.Array]:
-        """Singular vectors (H, R) of both modules on the residual stream's side, with the norm gain folded in."""
-        sides = (self.src, self.singular_vectors_src), (self.tgt, self.singular_vectors_tgt)
-        src, tgt = (side.gain[:, None] * (svd.v if self.reads else svd.u) for side, svd in sides)
-        return src, tgt
-
     @cached_property
     def token_covariances(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the stream's vectors of both modules are over the shared tokens, of which there must be some.
 
-        Covariances (R, R) of the source's vectors with the target's, and the variances (R,) of each.
+        Covariances (R, R) of the source's vectors with the target's, and the variances (R,) of each. The vectors are
+        the singular vectors (H, R) on the residual stream's side, with the norm gain folded in.
         """
         assert self.vocabulary is not None
-        (src, tgt), words = self.stream_vectors, self.vocabulary
+        words, svds = self.vocabulary, (self.singular_vectors_src, self.singular_vectors_tgt)
+        found = (svd.v if self.reads else svd.u for svd in svds)
+        src, tgt = (side.gain[:, None] * own for side, own in zip((self.src, self.tgt), found, strict=True))
         sides = (src, words.gram_src), (tgt, words.gram_tgt)
         variance_src, variance_tgt = ((x * dot(gram, x)).sum(axis=0) for x, gram in sides)
         return dot(dot(src.T, words.cross), tgt), variance_src, variance_tgt

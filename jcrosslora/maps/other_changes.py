@@ -6,7 +6,7 @@ that both bases have, under any ids.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,7 +50,9 @@ def carry_tokens(
             )
             raise AdapterError(msg)
         changed, count, kept = 0, 0, 0.0
-        for part in _split(update, target):
+        # The change of a tied matrix becomes one for embedding and one for head if the target has two matrices.
+        for table in (EMBEDDING, HEAD) if update.table == TIED and not target.tied else (update.table,):
+            part = dataclasses.replace(update, table=table)
             carried, changed, count, kept = rows_to.factors(part) if part.rows is None else rows_to.replaced(part)
             found += [carried] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
@@ -88,12 +90,6 @@ def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
     ids_src, ids_tgt = shared
     found[ids_src] = ids_tgt
     return found, ""
-
-
-def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
-    """Split a change of a tied matrix into one for embedding and one for head if the target has two matrices."""
-    for table in (EMBEDDING, HEAD) if update.table == TIED and not target.tied else (update.table,):
-        yield dataclasses.replace(update, table=table)
 
 
 # The change for the target, its number of rows on the source, how many of them move, and the energy of these.

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, update_norm
-from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, fit_to_base, update_norm
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.records import as_adapter, restrict
 from jcrosslora.checkpoint import BaseInfo
@@ -67,11 +66,17 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
         raise MethodError(msg)
     moved: dict[str, LoRAFactors] = {}
     for group in transport.groups:
-        for rows in _rows_by_rank(group, modules).values():
+        by_rank: dict[int, list[int]] = {}
+        for row, pair in enumerate(group.pairs):
+            if pair.source in modules:
+                by_rank.setdefault(modules[pair.source].rank, []).append(row)
+        for rows in by_rank.values():
             some = [modules[group.pairs[row].source] for row in rows]
             a = jnp.stack([jnp.asarray(item.a, jnp.float32) for item in some])
             b = jnp.stack([jnp.asarray(item.b, jnp.float32) * item.scale for item in some])
-            found = jax.vmap(partial(_shift_factors, keep_norm=start.is_control))(_terms_of(group, rows), a, b)
+            every, picked = len(rows) == len(group.pairs), np.array(rows)
+            terms = group.terms if every else jax.tree.map(lambda x, picked=picked: x[picked], group.terms)
+            found = jax.vmap(partial(_shift_factors, keep_norm=start.is_control))(terms, a, b)
             for index, row in enumerate(rows):
                 moved[group.pairs[row].target] = LoRAFactors(a=found.a[index], b=found.b[index])
     if not moved:
@@ -226,22 +231,6 @@ def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedF
         factor = xp.where(alive, xp.sqrt(before / xp.where(alive, after, 1)), 1)
         b_tgt, after = b_tgt * factor, after * factor**2
     return ShiftedFactors(a_tgt, b_tgt, before, mapped, after)
-
-
-def _rows_by_rank(group: TransportGroup, modules: Mapping[str, LoRAFactors]) -> dict[int, list[int]]:
-    """Return the rows of a group that the modules feed, by the rank of the module."""
-    by_rank: dict[int, list[int]] = {}
-    for row, pair in enumerate(group.pairs):
-        if pair.source in modules:
-            by_rank.setdefault(modules[pair.source].rank, []).append(row)
-    return by_rank
-
-
-def _terms_of(group: TransportGroup, rows: Sequence[int]) -> Terms:
-    """Return the maps of some rows of a group."""
-    if len(rows) == len(group.pairs):
-        return group.terms
-    return jax.tree.map(lambda x: x[np.array(rows)], group.terms)
 
 
 def _check_settings(method: Method, calibrate: str | None, scale: float) -> None:

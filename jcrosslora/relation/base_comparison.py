@@ -12,8 +12,7 @@ import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.architectures.config import COMMON_KEYS
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.checkpoint import BaseModel, expert_tensors
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method, equal_files

@@ -10,10 +10,8 @@ from enum import Enum, StrEnum, auto
 import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint import ROLES, Module, expert_tensors
 from jcrosslora.checkpoint.base import finite
-from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.bases import Both, some_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, ROLE_PATHS, Mlp, SelfAttention
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, shared_ids
 from jcrosslora.checkpoint.config import Dims
-from jcrosslora.checkpoint.vocabulary import shared_ids
 from jcrosslora.relation.bases import Bases, Both, cosine_similarity, module_rows, some_of
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure

@@ -7,8 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter import Adapter, Carried, for_profile, load_adapter
-from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter import Adapter, Carried, fit_to_base, for_profile, load_adapter
 from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
 from jcrosslora.adapter.save import Profile, check_holds, check_profile

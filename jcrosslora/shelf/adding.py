@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, find_adapter, load_adapter
+from jcrosslora.adapter import Adapter, find_adapter, fit_to_base, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
-from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.origin import read_header, read_record, text_of
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors
-from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, fit_to_base
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.origin import other_model
 from jcrosslora.adapter.records import check_always_active, left_out
