@@ -18,6 +18,7 @@ from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import InterpolatedCopy
 from jcrosslora.methods.copy import ENERGY, interpolate_to_source
+from jcrosslora.session.conclusion import Request
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 
@@ -247,7 +248,8 @@ def test_difference_is_decomposed_once_for_all_adapters(bases):
     session, read = PairSession(source, target), []
     for seed, share in enumerate((0.75, 0.75, 0.5)):
         transport = jcl.align(source, target, InterpolatedCopy(interpolation=share))
-        move = session.start(random_adapter(source, seed=seed), transport.method, TransferOptions())
+        adapter = random_adapter(source, seed=seed)
+        move = session.start(Request(adapter, transport.method, TransferOptions()), adapter)
         store.read.clear()
         session.finish_aligned(move, transport)
         read.append(bool(store.read))

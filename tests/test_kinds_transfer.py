@@ -24,7 +24,8 @@ from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.maps.other_changes import translate, with_invocation
 from jcrosslora.maps.shift import Shifter
 from jcrosslora.methods import PadTruncate
-from jcrosslora.session.pair_session import PairSession, Request
+from jcrosslora.session.conclusion import Request
+from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.maps.method import Sizes
 from jcrosslora.methods import Auto, Distill
 from jcrosslora.session.batch.plan import read_plan, units_of
+from jcrosslora.session.conclusion import Request
 from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.text import Completion
 
@@ -88,8 +91,9 @@ def test_methods_that_fit_to_no_answers_are_refused_and_auto_takes_one_that_does
     with pytest.raises(jcl.MethodError, match=r"cross-lora cannot use labelled examples.* distill, or leave out --ex"):
         jcl.transfer(adapter, source, target, "cross-lora", examples=right, cache=False)
     session = PairSession(jcl.open_base(source), jcl.open_base(source))
-    assert session.resolve(Auto())[0].name == "copy"
-    assert session.resolve(Auto(), examples=True)[0].name == "distilled-copy"
+    request, options = partial(Request, None, Auto()), TransferOptions()
+    assert session.resolve(request(options))[0].name == "copy"
+    assert session.resolve(request(options, given_probes(None, right)))[0].name == "distilled-copy"
 
 
 @pytest.mark.parametrize(

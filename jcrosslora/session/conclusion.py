@@ -14,9 +14,10 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import LoadedBases, fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
+from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.shifted import ModuleRow, Shifted, defined
 from jcrosslora.maps.transport import Transport
-from jcrosslora.methods import Method, Moved, Task
+from jcrosslora.methods import Auto, Method, Moved, Task
 from jcrosslora.relation import why_not_run
 from jcrosslora.report import MeasuredEffect, TransferReport, complete, record
 from jcrosslora.session.result import TransferResult
@@ -33,9 +34,43 @@ _EXAMPLES = 10  # completions of a fit that the report shows
 Check = Callable[[Adapter], tuple[Effect | None, tuple[str, ...]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A request to a session: move an adapter by a method, or estimate that.
+
+    Attributes:
+        adapter: in memory, a path or a hub id; None for a server, which has its own. An estimate takes None for an
+            adapter that has all modules of the source.
+        probes: the user's text; None if there is none.
+        profile: the file format that the result is meant for.
+        revision: of the adapter's hub id.
+        rank: read no update of the adapter at more than this rank. A source that can only be queried reads all.
+        alpha: of LoRA of a JAX trainer that does not hold it.
+    """
+
+    adapter: Any
+    method: Method | Auto
+    options: TransferOptions
+    probes: Probes | None = None
+    profile: Profile = "peft"
+    revision: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+
+    @property
+    def texts(self) -> int:
+        """The number of texts that the user gave."""
+        return 0 if self.probes is None else len(self.probes.texts)
+
+    @property
+    def examples(self) -> int:
+        """The number of labelled examples among the user's text."""
+        return 0 if self.probes is None else len(self.probes.examples)
+
+
+@dataclass(frozen=True, eq=False)
 class Move:
-    """A checked request to move an adapter.
+    """A checked request, with its method.
 
     Attributes:
         reason: why `auto` chose the method; None if the user named it.
@@ -44,10 +79,9 @@ class Move:
         doubts: what speaks against the source as the base of the adapter, and against a move at all.
     """
 
+    request: Request
     method: Method
     reason: str | None
-    options: TransferOptions
-    profile: Profile = "peft"
     queried: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
     doubts: tuple[str, ...] = ()
@@ -63,7 +97,7 @@ def conclude(
         update: the update that the method made.
         check: measures the effect; None leaves it unmeasured.
     """
-    options = move.options
+    options = move.request.options
     moved = replace(shifted.adapter, modules=update.adapter.modules)
     norms = {row.target: row.norm_after or 0.0 for row in shifted.rows} if shifted.calibration == "frobenius" else None
     moved, truncation = truncate_fused(moved, target.fused, options.out_rank, norms)
@@ -144,7 +178,7 @@ def measure_effect(
         UsageError: the effect is requested "always", and there is no text to measure it on.
         CheckpointError: it is requested "always", and a base cannot be run.
     """
-    options, runs_bases = move.options, move.method.runs_bases
+    options, runs_bases = move.request.options, move.method.runs_bases
     source, original, loaded = task.base, task.adapter, task.loaded
     if not options.checks_effect(runs_bases=runs_bases):
         return None, ()

@@ -26,7 +26,7 @@ from jcrosslora.maps.providers import evidence_cost
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import SIMILAR, Pair
-from jcrosslora.session.conclusion import EFFECT
+from jcrosslora.session.conclusion import EFFECT, Request
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.session.timing import seconds_of
 from jcrosslora.utils.cost import Cost, check_host, free_memory
@@ -114,21 +114,14 @@ class Estimate:
         return over + duration(self.seconds(adapters))
 
 
-def estimate(
-    task: AlignmentTask,
-    options: TransferOptions,
-    given: tuple[int, int],
-    reason: str | None = None,
-) -> Estimate:
+def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings: tuple[str, ...]) -> Estimate:
     """Estimate a transfer from the sizes of its bases; no weight is read.
-
-    `given` are the numbers of texts and of labelled examples that the user gave.
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
         UsageError, MemoryError: see `place_bases`.
     """
-    method, bases = task.method, (task.pair.source, task.pair.target)
+    method, options, bases = task.method, request.options, (task.pair.source, task.pair.target)
     rank = task.rank if method.truncates else None
     memory, placement = _group_memory(task), None
     if task.runs_bases or options.effect == "always":
@@ -139,20 +132,18 @@ def estimate(
     elif task.runs_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
-    steps = seconds_of(costs_of(task, options, given), task.pair, method)
+    steps = seconds_of(costs_of(task, request), task.pair, method)
     modules = len(task.modules) if method.start is not None else fitted_modules(method, task.pair.target)
-    return Estimate(method, reason, modules, rank, steps, memory, placement, given[1])
+    return Estimate(method, reason, modules, rank, steps, memory, placement, request.examples, warnings)
 
 
-def costs_of(
-    task: AlignmentTask, options: TransferOptions, given: tuple[int, int], *, aligned: bool = False
-) -> dict[str, Cost | None]:
+def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) -> dict[str, Cost | None]:
     """Count the steps of a transfer, by their names on the display, in order; None for what is not counted.
 
-    `given` are the numbers of texts and of labelled examples of the user; with `aligned` the maps are there already.
+    With `aligned` the maps are there already.
     """
-    method, (prompts, examples) = task.method, given
-    texts = prompts or options.probe_count
+    method, prompts = task.method, request.texts
+    texts = prompts or request.options.probe_count
     found: dict[str, Cost | None] = {}
     if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in method.requires):
         found["write"] = probes_cost(texts)
@@ -160,8 +151,8 @@ def costs_of(
         found["compare layers"] = similarity_cost(texts)
     if not (aligned or method.start is None):
         found[ALIGN] = evidence_cost(task, texts)
-    found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, examples))
-    if options.checks_effect(runs_bases=method.runs_bases):
+    found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, request.examples))
+    if request.options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = effect_cost(written=isinstance(method, DistillSettings))
     return found
 

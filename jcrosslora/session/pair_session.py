@@ -10,14 +10,14 @@ from typing import Any
 from jcrosslora.adapter import Adapter, Carried, fit_to_base, for_profile, load_adapter
 from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active
-from jcrosslora.adapter.save import Profile, check_holds, check_profile
+from jcrosslora.adapter.save import check_holds, check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases, fast_dtype, loaded_within
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError
 from jcrosslora.evaluate.effect import Effect
-from jcrosslora.evaluate.probes import Probes, written_probes
+from jcrosslora.evaluate.probes import written_probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.base_pair import BasePair
@@ -31,7 +31,7 @@ from jcrosslora.maps.transport import Transport, TransportGroup
 from jcrosslora.methods import METHODS, Auto, Method, Task, make_chosen
 from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
 from jcrosslora.relation.method_selection import MENDED, with_fit
-from jcrosslora.session.conclusion import Move, conclude, measure_effect
+from jcrosslora.session.conclusion import Move, Request, conclude, measure_effect
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
@@ -42,35 +42,6 @@ from jcrosslora.utils.cost import free_memory
 from jcrosslora.utils.progress import Steps, begin, say, shows_progress, steps
 
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A request to a session: move an adapter by a method, or estimate that.
-
-    Attributes:
-        adapter: in memory, a path or a hub id; None for a server, which has its own. An estimate takes None for an
-            adapter that has all modules of the source.
-        probes: the user's text; None if there is none.
-        profile: the file format that the result is meant for.
-        revision: of the adapter's hub id.
-        rank: read no update of the adapter at more than this rank. A source that can only be queried reads all.
-        alpha: of LoRA of a JAX trainer that does not hold it.
-    """
-
-    adapter: Any
-    method: Method | Auto
-    options: TransferOptions
-    probes: Probes | None = None
-    profile: Profile = "peft"
-    revision: str | None = None
-    rank: int | None = None
-    alpha: float | None = None
-
-    @property
-    def examples(self) -> int:
-        """The number of labelled examples among the user's text."""
-        return 0 if self.probes is None else len(self.probes.examples)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,81 +69,55 @@ class PairSession:
 
     def transfer(self, request: Request) -> TransferResult:
         """Move one adapter."""
-        adapter = self.load(request.adapter, revision=request.revision, rank=request.rank, alpha=request.alpha)
-        examples = request.examples > 0
-        move = self.start(adapter, request.method, request.options, request.profile, examples=examples)
+        move = self.start(request, self.load(request))
         task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
         for sentence in move.doubts if shows_progress() else ():
             say(f"warning: {sentence}")
         # After everything has been checked: writing texts takes a minute.
-        with self.steps(task, request.options, request.probes):
-            task = self.collect_text(task, request.options, request.probes)
-            transport = self.carry([move], task)
-            return self.finish(move, task, transport, request.probes)
+        with self.steps(task, request):
+            task = self.collect_text(task, request)
+            return self.finish(move, task, self.carry([move], task))
 
     def estimate(self, request: Request) -> Estimate:
         """Estimate the transfer of an adapter; None is one that has all modules of the source."""
-        options, examples = request.options, request.examples
         if request.adapter is None:
-            (method, reason), sources, warnings = self.resolve(request.method, examples=examples > 0), None, ()
+            (method, reason), sources, warnings = self.resolve(request), None, ()
         else:
-            adapter = self.load(request.adapter, revision=request.revision, rank=request.rank, alpha=request.alpha)
-            move = self.start(adapter, request.method, options, request.profile, examples=examples > 0)
+            move = self.start(request, self.load(request))
             method, reason, warnings = move.method, move.reason, move.doubts
             sources = move.shifter.adapter.modules.keys()
-        prompts = 0 if request.probes is None else len(request.probes.texts)
-        plan = self.plan(method, options, sources)
-        found = estimate(plan, options, (prompts, examples), reason)
-        return replace(found, warnings=warnings)
+        return estimate(self.plan(method, request.options, sources), request, reason, warnings)
 
-    def load(self, adapter: Any, **reading: Any) -> Adapter:
-        """Load an adapter of the source, read by revision, rank and alpha as `load_adapter` takes them."""
-        return load_adapter(adapter, self.pair.source, **reading)
+    def load(self, request: Request) -> Adapter:
+        """Load the adapter of a request."""
+        reading = {"revision": request.revision, "rank": request.rank, "alpha": request.alpha}
+        return load_adapter(request.adapter, self.pair.source, **reading)
 
-    def resolve(
-        self,
-        method: Method | Auto,
-        adapter: Adapter | None = None,
-        options: TransferOptions | None = None,
-        *,
-        examples: bool = False,
-    ) -> tuple[Method, str | None]:
+    def resolve(self, request: Request, adapter: Adapter | None = None) -> tuple[Method, str | None]:
         """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it.
 
         Raises:
             MethodError: there are labelled examples, which the method cannot use.
         """
-        chosen, reason = self._chosen(method, adapter, options, examples=examples)
-        if examples and not chosen.uses_examples:
+        chosen, reason = request.method, None
+        if isinstance(chosen, Auto):
+            choice = with_fit(self._choice) if request.examples else self._choice
+            mends = choice.method in MENDED.values()
+            if adapter is not None and (why := _why_no_fit(adapter, request.options, mends=mends)):
+                choice = without_fit(choice, why)
+            chosen, reason = make_chosen(choice.method, chosen), choice.reason
+        if request.examples and not chosen.uses_examples:
             able = ", ".join(name for name, one in METHODS.items() if one().uses_examples)
             msg = f"method {chosen.name} cannot use labelled examples, as it fits no update to answers: use {able}, "
             raise MethodError(msg + "or leave out --examples")
         return chosen, reason
 
-    def _chosen(
-        self, method: Method | Auto, adapter: Adapter | None, options: TransferOptions | None, *, examples: bool
-    ) -> tuple[Method, str | None]:
-        if not isinstance(method, Auto):
-            return method, None
-        choice = with_fit(self._choice) if examples else self._choice
-        if adapter is not None and (reason := _why_no_fit(adapter, options, mends=choice.method in MENDED.values())):
-            choice = without_fit(choice, reason)
-        return make_chosen(choice.method, method), choice.reason
-
     @cached_property
     def _choice(self) -> Choice:
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
-    def start(
-        self,
-        adapter: Adapter,
-        method: Method | Auto,
-        options: TransferOptions,
-        profile: Profile = "peft",
-        *,
-        examples: bool = False,
-    ) -> PairMove:
-        """Check an adapter for every error that later stages could raise; `examples` says that there are some.
+    def start(self, request: Request, adapter: Adapter) -> PairMove:
+        """Check a request, whose adapter is loaded, for every error that later stages could raise.
 
         Raises:
             AdapterError: the adapter does not fit the source base.
@@ -183,8 +128,8 @@ class PairSession:
         adapter = fit_to_base(adapter, self._source_info)  # before anything is read of the weights
         self.take_digests()
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
-        chosen, reason = self.resolve(method, adapter, options, examples=examples)
-        target = self.pair.target
+        chosen, reason = self.resolve(request, adapter)
+        options, profile, target = request.options, request.profile, self.pair.target
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
         if chosen.fits_update:
@@ -199,7 +144,7 @@ class PairSession:
         found = doubts(adapter, self.pair.source, weights=chosen.runs_bases)
         if reason is None and self.pair.source.store.files and self.pair.source.store.files == target.store.files:
             found += ("source and target are one and the same base: nothing has to be moved",)
-        return PairMove(chosen, reason, options, profile, doubts=found, shifter=shifter)
+        return PairMove(request, chosen, reason, doubts=found, shifter=shifter)
 
     @cached_property
     def _source_info(self) -> BaseInfo:
@@ -220,17 +165,17 @@ class PairSession:
         check_hosts(task)
         return task
 
-    def collect_text(self, task: AlignmentTask, options: TransferOptions, given: Probes | None) -> AlignmentTask:
+    def collect_text(self, task: AlignmentTask, request: Request) -> AlignmentTask:
         """Return the task with the text that it needs: the user's, or text that the source writes."""
         if not task.runs_bases:
             return task
-        probes, reads = given, EvidenceKind.PROBE_TEXTS in task.method.requires
+        probes, seed, reads = request.probes, request.options.seed, EvidenceKind.PROBE_TEXTS in task.method.requires
         # Completions are generated later, with the adapter.
         if probes is None and (task.reads_probes or reads):
-            probes = written_probes(self.pair.source, options.probe_count, seed=options.seed)
+            probes = written_probes(self.pair.source, request.options.probe_count, seed=seed)
         task = with_text(task, probes)
         if reads and not task.batches:
-            probes, batches = batch_probes(self.pair, probes, seed=options.seed)
+            probes, batches = batch_probes(self.pair, probes, seed=seed)
             task = replace(task, probes=probes, batches=tuple(batches))
         return task
 
@@ -253,9 +198,7 @@ class PairSession:
             kernels += group.kernels
         return task.transport((), kernels)
 
-    def finish(
-        self, move: PairMove, task: AlignmentTask, transport: Transport, given: Probes | None = None
-    ) -> TransferResult:
+    def finish(self, move: PairMove, task: AlignmentTask, transport: Transport) -> TransferResult:
         """Run what follows the maps: the method's own stage, truncation, and the check of the effect."""
         shifted = move.shifter.finish(transport, self.pair)
         begin(FINISH)
@@ -266,7 +209,7 @@ class PairSession:
             effect, warnings = measure_effect(own, moved, move, probes, [item.text for item in update.completions])
             if shifted.original.tokens and (move.method.runs_bases or effect is not None):
                 warnings += (_WITHOUT_TOKENS,)
-            if given is not None and task.probes is None:
+            if (given := move.request.probes) is not None and task.probes is None:
                 text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
                 warnings = (f"{text} was not read: method {move.method.name} asks for none", *warnings)
             return effect, (*move.doubts, *warnings)
@@ -274,32 +217,26 @@ class PairSession:
         result = conclude(move, transport, shifted, update, self.pair.target, check=check)
         return result if result.texts else replace(result, texts=tuple(probes))
 
-    def finish_aligned(self, move: PairMove, transport: Transport, given: Probes | None = None) -> TransferResult:
+    def finish_aligned(self, move: PairMove, transport: Transport) -> TransferResult:
         """Shift an adapter through an existing transport with its groups, and finish it."""
         task = AlignmentTask(
             pair=self.pair,
             method=transport.method,
             depth=transport.recipe.depth,
-            seed=move.options.seed,
+            seed=move.request.options.seed,
             sources=None,
             pairing=transport.pairing,
             rank=transport.recipe.settings.get("svd_rank", 0),
         )
-        with self.steps(task, move.options, given, aligned=True):
+        with self.steps(task, move.request, aligned=True):
             if move.method.requires & FITTING:
-                task = self.collect_text(task, move.options, given)
+                task = self.collect_text(task, move.request)
             for group in transport.groups:
                 add_to_all([move.shifter], group)
-            return self.finish(move, task, transport, given)
+            return self.finish(move, task, transport)
 
     def steps(
-        self,
-        task: AlignmentTask,
-        options: TransferOptions,
-        given: Probes | None,
-        *,
-        aligned: bool = False,
-        timed: bool = True,
+        self, task: AlignmentTask, request: Request, *, aligned: bool = False, timed: bool = True
     ) -> AbstractContextManager[Steps]:
         """Number the steps of a transfer on the display while the block runs.
 
@@ -308,11 +245,9 @@ class PairSession:
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))
-        counts = (0, 0) if given is None else (len(given.texts), len(given.examples))
-        runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
-        found = costs_of(task, options, counts, aligned=aligned)
-        timing = timed and runs_bases
-        seconds = seconds_of(found, task.pair, task.method) if timing else dict.fromkeys(found)
+        runs_bases = request.options.effect == "always" or (task.method if aligned else task).runs_bases
+        found = costs_of(task, request, aligned=aligned)
+        seconds = seconds_of(found, task.pair, task.method) if timed and runs_bases else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
 
     def keep_bases(self, method: Method, options: TransferOptions) -> None:
@@ -351,9 +286,9 @@ class PairSession:
             batches=task.batches,
             rank=task.rank,
             shared=self._shared,
-            seed=move.options.seed,
+            seed=move.request.options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
-            loaded=self.loaded or self._bases(move.method, move.options),
+            loaded=self.loaded or self._bases(move.method, move.request.options),
         )
 
 
@@ -371,7 +306,7 @@ def with_one_writer(options: TransferOptions) -> TransferOptions:
     return options if hosts.is_first() else replace(options, effect="never")
 
 
-def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: bool) -> str | None:
+def _why_no_fit(adapter: Adapter, options: TransferOptions, *, mends: bool) -> str | None:
     """Return why no update can be fitted to an adapter, or None.
 
     With `mends` the fit only mends a moved update, so that what the fit cannot do is done without it.
@@ -380,6 +315,6 @@ def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: boo
         return "no base can be run with an adapter that acts only after its invocation tokens"
     if mends and adapter.tokens:
         return "no base can be run with the adapter's changes of the embedding and the output head"
-    if mends and options is not None and (options.scale != 1 or options.calibrate == "frobenius"):
+    if mends and (options.scale != 1 or options.calibrate == "frobenius"):
         return "a scale or a calibration was asked for, which have no part in a fit"
     return None

@@ -16,9 +16,8 @@ from jcrosslora.maps.shift import Shifted
 from jcrosslora.maps.transport import AlignRecipe, Transport
 from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
 from jcrosslora.relation import Pairing
-from jcrosslora.session.conclusion import Move, conclude
+from jcrosslora.session.conclusion import Move, Request, conclude
 from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, place_bases
-from jcrosslora.session.pair_session import Request
 from jcrosslora.session.result import TransferResult
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
@@ -51,7 +50,7 @@ class QueriedSession:
             adapter=before,
             prompts=() if probes is None else probes.prompts or probes.texts,
             examples=() if probes is None else probes.examples,
-            seed=move.options.seed,
+            seed=request.options.seed,
             states=None if self._root is None else self._root / "fits",
             loaded=LoadedBases(mesh=placement.mesh),
         )
@@ -118,11 +117,11 @@ class QueriedSession:
             msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
             raise UsageError(msg + "is asked and not read: leave it out")
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
-        return Move(chosen, _CHOICE if isinstance(method, Auto) else None, options, profile)
+        return Move(request, chosen, _CHOICE if isinstance(method, Auto) else None)
 
     def _placement(self, move: Move) -> Placement:
         # The check of the effect needs the weights of the source.
-        return place_bases([self._target], move.method, replace(move.options, effect="never"))
+        return place_bases([self._target], move.method, replace(move.request.options, effect="never"))
 
     def _transport(self, source: QueriedSource, request: Request, method: Method) -> Transport:
         """Return the record of a transfer without an alignment."""

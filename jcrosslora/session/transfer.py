@@ -17,11 +17,12 @@ from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
 from jcrosslora.relation.pairing import Depth
+from jcrosslora.session.conclusion import Request
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.pair_session import PairSession, Request, lighter, with_one_writer
+from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferSettings, make_options
+from jcrosslora.session.settings import TransferOptions, TransferSettings, make_options
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils import hosts
@@ -111,7 +112,7 @@ def align(
     """
     with hosts.together():
         session = PairSession(open_base(source), open_base(target), store=cache)
-        wanted, _ = session.resolve(make_method(method))
+        wanted, _ = session.resolve(Request(None, make_method(method), TransferOptions()))
         task = plan_alignment(session.pair, wanted, depth=depth, seed=seed, sources=sources)
         check_hosts(task)
         task = with_text(task, probes)
@@ -147,9 +148,8 @@ def shift(
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with hosts.together(), enough_memory(lighter(transport.method)):
         session = PairSession(*transport.bases)
-        given = given_probes(prompts, examples)
-        move = session.start(session.load(adapter), transport.method, chosen, examples=examples is not None)
-        return session.finish_aligned(move, transport, given)
+        request = Request(adapter, transport.method, chosen, given_probes(prompts, examples))
+        return session.finish_aligned(session.start(request, session.load(request)), transport)
 
 
 def transfer_files(settings: TransferSettings) -> TransferResult:
@@ -167,7 +167,7 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
         parse_depth(settings.depth)  # refused before anything is read
         if settings.adapter:  # a server has its own
             find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
-        result = session_of(settings).transfer(_request(settings, settings.adapter))
+        result = session_of(settings).transfer(request_of(settings, text_of(settings)))
         if hosts.is_first():
             save_as(result, settings)
     return result
@@ -190,7 +190,7 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
     """
     session = session_of(settings, store=False)
     with enough_memory(_lighter(settings)):
-        return session.estimate(_request(settings, adapter))
+        return session.estimate(replace(request_of(settings, text_of(settings)), adapter=adapter))
 
 
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
@@ -261,17 +261,16 @@ def _given_prompts(prompts: Sequence[Any] | str | Path) -> Probes:
     return Probes.given([parsed(number, prompt) for number, prompt in enumerate(prompts)], "given")
 
 
-def _request(settings: TransferSettings, adapter: str | None) -> Request:
-    return Request(
-        adapter,
-        make_method(settings.method),
-        with_one_writer(settings),
-        given_probes(settings.prompts, settings.examples),
-        settings.profile,
-        settings.adapter_revision,
-        settings.adapter_rank,
-        settings.alpha,
-    )
+def text_of(settings: TransferSettings) -> Probes | None:
+    """Read the user's text that the settings name; None if they name none."""
+    return given_probes(settings.prompts, settings.examples)
+
+
+def request_of(settings: TransferSettings, text: Probes | None) -> Request:
+    """Return the request of a transfer from files, with the text that its settings name."""
+    reading = settings.adapter_revision, settings.adapter_rank, settings.alpha
+    method, options = make_method(settings.method), with_one_writer(settings)
+    return Request(settings.adapter, method, options, text, settings.profile, *reading)
 
 
 def _lighter(settings: TransferSettings) -> str:

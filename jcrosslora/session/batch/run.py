@@ -15,9 +15,10 @@ from jcrosslora.methods import Method, make_method
 from jcrosslora.session.batch import outcomes
 from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Summary
 from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
-from jcrosslora.session.pair_session import PairMove, PairSession, lighter
+from jcrosslora.session.conclusion import Request
+from jcrosslora.session.pair_session import PairSession, lighter
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.transfer import given_probes, save_as, session_of
+from jcrosslora.session.transfer import request_of, save_as, session_of, text_of
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.files import ensure_free
@@ -158,11 +159,11 @@ class _UnitRun:
     """The run of one unit: its jobs are checked, then aligned together, then moved in chunks."""
 
     def __init__(self, run: _Run, unit: Unit) -> None:
-        self._run, self._unit, self._settings = run, unit, unit.settings
+        self._run, self._unit = run, unit
         session = session_of(unit.settings)
         assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
         self._session = session
-        self._given = given_probes(unit.settings.prompts, unit.settings.examples)
+        self._request = request_of(unit.settings, text_of(unit.settings))  # of the first job
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
@@ -170,7 +171,7 @@ class _UnitRun:
         """Run all unfinished jobs of the unit."""
         self._session.take_digests()
         pair = self._session.pair
-        texts = "" if self._given is None else self._given.digest()
+        texts = "" if self._request.probes is None else self._request.probes.digest()
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
         stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit.jobs]
         if all(self._run.log.has(job, "stamp", stamp) for job, stamp in stamps):
@@ -192,7 +193,7 @@ class _UnitRun:
         """Check the adapter and the output of a job before anything is computed."""
         try:
             adapter = self._load(job)
-            move = self._start(job, adapter)
+            move = self._session.start(self._request_of(job), adapter)
             fingerprint = outcomes.fingerprint_of(job, adapter.info, *shared)
             if not self._run.log.has(job, "fingerprint", fingerprint):
                 ensure_free(job.settings.out, self._run.overwrite)
@@ -212,7 +213,7 @@ class _UnitRun:
     def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
         """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""
         kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
-        plan = partial(self._session.plan, items[0].method, self._settings)
+        plan = partial(self._session.plan, items[0].method, self._request.options)
         try:
             return items, plan({name for kind in kinds for name in kind})
         except JCrossLoRAError:
@@ -234,35 +235,30 @@ class _UnitRun:
         # Finished jobs keep their place in their chunk: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
         if items[0].method.runs_bases and sum(not self._run.is_done(item) for item in items) > 1:
-            self._session.keep_bases(items[0].method, self._settings)
+            self._session.keep_bases(items[0].method, self._request.options)
         needed = {item.job.name for chunk in chunks for item in chunk}
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
-        with self._session.steps(task, self._settings, self._given, timed=False) as steps:
-            task = self._session.collect_text(task, self._settings, self._given)
+        with self._session.steps(task, self._request, timed=False) as steps:
+            task = self._session.collect_text(task, self._request)
             groups = None
             if self._session.pair.store is None and len(chunks) > 1:
                 # Without a cache the groups stay in memory for all chunks.
                 groups = tuple(align_groups(task))
             for chunk in chunks:
-                moves = [self._start(item.job, self._load(item.job)) for item in chunk]
+                moves = [self._session.start(self._request_of(one.job), self._load(one.job)) for one in chunk]
                 steps.begin(ALIGN)
                 transport = self._session.carry(moves, task, groups)
                 for item, move in zip(chunk, moves, strict=True):
                     steps.begin(ALIGN)  # the steps after it come again for every adapter
                     if not self._run.is_done(item):
-                        self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
+                        self._run.attempt(item, partial(self._session.finish, move, task, transport))
 
-    def _start(self, job: Job, adapter: Adapter) -> PairMove:
-        settings, examples = job.settings, job.settings.examples is not None
-        return self._session.start(adapter, make_method(settings.method), settings, settings.profile, examples=examples)
+    def _request_of(self, job: Job) -> Request:
+        return request_of(job.settings, self._request.probes)  # all jobs have the same text
 
     def _load(self, job: Job) -> Adapter:
         """Return the adapter of a job, from memory or read again."""
-        if (held := self._read.pop(job.name, None)) is not None:
-            return held
-        settings = job.settings
-        reading = {"revision": settings.adapter_revision, "rank": settings.adapter_rank, "alpha": settings.alpha}
-        return self._session.load(settings.adapter, **reading)
+        return self._read.pop(job.name, None) or self._session.load(self._request_of(job))
 
     def _close_kept(self, items: Sequence[_Checked]) -> None:
         for item in items:
