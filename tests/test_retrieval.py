@@ -100,7 +100,7 @@ def test_a_threshold_leaves_out_a_twentieth_and_few_samples_take_that_of_the_she
 
 def test_words_are_weighed_as_scikit_learn_weighs_them():
     texts = [["a cat sat", "A cat ran"], ["the dog ran ran"], []]
-    retriever = retrieval.WordRetriever([SimpleNamespace(samples=tuple(part)) for part in texts])
+    retriever = retrieval.word_retriever([SimpleNamespace(samples=tuple(part)) for part in texts])
     # By hand: columns a, cat, sat, ran, the, dog; smooth idf over 3 samples; all vectors of length 1.
     counts = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [0, 0, 0, 2, 1, 1]], float)
     idf = np.log(4 / (1 + (counts > 0).sum(axis=0))) + 1
@@ -208,7 +208,7 @@ def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
 
     package = SimpleNamespace(SentenceTransformer=Model, __version__="6.2.0")
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
-    found = encoders.open_encoder("sentences:x/y", base).encode(["ab", (Message("user", "abc"),)])
+    found = encoders.open_encoder("sentences:x/y", base)(["ab", (Message("user", "abc"),)])
     np.testing.assert_allclose(found, [[np.sqrt(2), 0]] * 2, rtol=1e-6)
 
 

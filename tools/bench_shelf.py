@@ -16,7 +16,7 @@ import numpy as np
 
 from jcrosslora.shelf import SAMPLES, ShelfBase, ShelfEntry
 from jcrosslora.shelf.index import SEGMENT, Index
-from jcrosslora.shelf.retrieval import MeanVectors, WordRetriever, fit_means
+from jcrosslora.shelf.retrieval import MeanVectors, fit_means, word_retriever
 from jcrosslora.shelf.searching import find_arrays, keep_arrays
 
 WORDS = 5000
@@ -69,7 +69,7 @@ def bench(count: int, width: int, folder: Path) -> None:
         flush=True,
     )
     begun = time.perf_counter()
-    words = WordRetriever(index.entries)
+    words = word_retriever(index.entries)
     opened, begun = since(begun), time.perf_counter()
     words.scores(["w1 w2 w3"])
     print(

@@ -1,9 +1,9 @@
 """Encoders of prompts: the lower half of the base, a model of sentence-transformers, or none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,10 @@ from jcrosslora.text import Prompt, prompt_text
 HIDDEN, SENTENCES, NOTHING = "hidden", "sentences", "none"
 _DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _SAFE_MAJOR = 6  # first major version of sentence-transformers that runs no code of a model in a local folder
+# Makes vectors of P prompts, float32 (P, D), each with a root mean square of 1. Messages are read without a template.
+Encoder = Callable[[Sequence[Prompt]], np.ndarray]
 State = tuple[jax.Array, KVCache | None]
 _WIDTHS, _ROWS = (32, 64, 128), 8  # shapes (B, T): the fewer, the less to compile; further tokens are not read
-
-
-class Encoder(Protocol):
-    """Makes vectors of prompts."""
-
-    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return float32 (P, D), each row with a root mean square of 1. Messages are read without a template."""
-        ...
 
 
 def check_encoder(name: str) -> str:
@@ -48,15 +42,15 @@ def check_encoder(name: str) -> str:
 
 
 def open_encoder(name: str, base: BaseModel) -> Encoder:
-    """Load an encoder by its full name, see `check_encoder`.
+    """Load an encoder by its full name, see `check_encoder`; that of "none" makes empty vectors (P, 0).
 
     Raises UsageError if it cannot be loaded, CheckpointError if the base cannot be read or the decoder lacks it.
     """
     if name == NOTHING:
-        return NoEncoder()
+        return lambda prompts: np.zeros((len(prompts), 0), np.float32)
     if name == HIDDEN:
-        return HiddenStates.of(base)
-    return SentenceEncoder(name.partition(":")[2])
+        return HiddenStates.of(base).encode
+    return _sentence_encoder(name.partition(":")[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,43 +122,35 @@ def _mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(used.sum(axis=1, keepdims=True), 1.0)
 
 
-class SentenceEncoder:
-    """A model of sentence-transformers."""
+def _sentence_encoder(model: str) -> Encoder:
+    """Load a model of sentence-transformers by its hub id or from its folder.
 
-    def __init__(self, model: str) -> None:
-        """Load a model by its hub id or from its folder.
+    Raises UsageError if the package is missing or too old, or the model cannot be loaded or needs custom code.
+    """
+    named = f"encoder sentences:{model}"
+    instead = "install jcrosslora[sentences], or use the encoder hidden"
+    try:
+        from sentence_transformers import SentenceTransformer, __version__
+    except ImportError as error:
+        msg = f"{named} needs {error.name}, which is not installed: {instead}"
+        raise UsageError(msg) from error
+    if int(__version__.partition(".")[0]) < _SAFE_MAJOR:
+        msg = f"{named}: sentence-transformers {__version__} would run the model's code: {instead}"
+        raise UsageError(msg)
+    try:
+        loaded: Any = SentenceTransformer(model, trust_remote_code=False)
+    except Exception as error:  # a model's class may raise anything
+        reason = f"cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
+        if "trust_remote_code" in str(error):  # what the package advises
+            reason = "needs code in the model's files, which is not run: choose another"
+        msg = f"{named}: {reason}"
+        raise UsageError(msg) from error
 
-        Raises UsageError if the package is missing or too old, or the model cannot be loaded or needs custom code.
-        """
-        try:
-            from sentence_transformers import SentenceTransformer, __version__
-        except ImportError as error:
-            msg = f"encoder sentences:{model} needs {error.name}, which is not installed: install "
-            raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden") from error
-        if int(__version__.partition(".")[0]) < _SAFE_MAJOR:
-            msg = f"encoder sentences:{model}: sentence-transformers {__version__} would run the model's code: install "
-            raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden")
-        try:
-            self._model: Any = SentenceTransformer(model, trust_remote_code=False)
-        except Exception as error:  # a model's class may raise anything
-            if "trust_remote_code" in str(error):  # what the package advises
-                msg = f"encoder sentences:{model}: needs code in the model's files, which is not run: choose another"
-                raise UsageError(msg) from error
-            msg = f"encoder sentences:{model}: cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
-            raise UsageError(msg) from error
-
-    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Encode prompts, float32 (P, D), each row with a root mean square of 1."""
+    def encode(prompts: Sequence[Prompt]) -> np.ndarray:
         texts = [prompt_text(prompt) for prompt in prompts]
-        return _unit_rms(np.asarray(self._model.encode(texts, show_progress_bar=False), np.float32))
+        return _unit_rms(np.asarray(loaded.encode(texts, show_progress_bar=False), np.float32))
 
-
-class NoEncoder:
-    """Makes empty vectors (P, 0), for a shelf that is searched only by words."""
-
-    def encode(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return float32 (P, 0)."""
-        return np.zeros((len(prompts), 0), np.float32)
+    return encode
 
 
 def _unit_rms(vectors: np.ndarray) -> np.ndarray:

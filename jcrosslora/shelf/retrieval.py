@@ -10,14 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse
 
 from jcrosslora.errors import UsageError
-from jcrosslora.shelf.encoders import Encoder
 from jcrosslora.shelf.records import ShelfEntry
 from jcrosslora.text import Prompt, prompt_text
 
@@ -82,27 +80,12 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
-class Retriever(Protocol):
-    """Finds adapters for prompts."""
+@dataclass(frozen=True, eq=False)
+class Retriever:
+    """Finds adapters for prompts: `scores` gives those of P prompts, float32 (P, N); see `Retrieved`."""
 
-    thresholds: np.ndarray  # float32 (N,), see `Retrieved`
-
-    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return float32 (P, N), see `Retrieved`."""
-        ...
-
-
-@dataclass(eq=False)
-class VectorRetriever:
-    """Searches by an encoder's vectors; `of_vectors` turns them into scores: (P, D) -> float32 (P, N)."""
-
-    encoder: Encoder
+    scores: Callable[[Sequence[Prompt]], np.ndarray]
     thresholds: np.ndarray
-    of_vectors: Callable[[np.ndarray], np.ndarray]
-
-    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return the cosines, float32 (P, N)."""
-        return self.of_vectors(self.encoder.encode(prompts))
 
 
 def similarity_to_others(products: np.ndarray, squares: np.ndarray, total: np.ndarray | float) -> np.ndarray:
@@ -150,10 +133,6 @@ class MeanVectors:
         """Return the cosines, float32 (P, N), of vectors (P, D) with the means."""
         found = unit_rows(self.whitened(vectors)) @ self.means.T
         return np.where(self.means.any(axis=1), found, -np.inf).astype(np.float32)
-
-    def retriever(self, encoder: Encoder) -> VectorRetriever:
-        """Search by an encoder's vectors of prompts."""
-        return VectorRetriever(encoder, self.thresholds, self.scores)
 
 
 def fit_means(blocks: Blocks) -> MeanVectors:
@@ -239,52 +218,49 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)
 
 
-class WordRetriever:
-    """Searches by the cosines of TF-IDF vectors of the samples, with no model at all.
+def word_retriever(entries: Sequence[ShelfEntry]) -> Retriever:
+    """Search by the cosines of TF-IDF vectors of the samples, with no model at all; -inf if no word is common.
 
     Terms are words in lower case; idf = ln((1 + n) / (1 + df)) + 1 over the n samples of the shelf, and every vector
     has length 1, as in scikit-learn.
     """
+    counts = _word_counts(sample for entry in entries for sample in entry.samples)
+    seen = Counter(word for count in counts for word in count)
+    number_of = {word: column for column, word in enumerate(seen)}
+    idf = np.log((1 + len(counts)) / (1 + np.array(list(seen.values()), np.float64))) + 1
 
-    def __init__(self, entries: Sequence[ShelfEntry]) -> None:
-        counts = [Counter(_words(sample)) for entry in entries for sample in entry.samples]
-        seen = Counter(word for count in counts for word in count)
-        self._columns = {word: column for column, word in enumerate(seen)}
-        self._idf = np.log((1 + len(counts)) / (1 + np.array(list(seen.values()), np.float64))) + 1
-        samples = self._vectors(counts)
-        owners = np.repeat(np.arange(len(entries)), [len(entry.samples) for entry in entries])
-        ones = np.ones(len(owners))
-        indices = (owners, np.arange(len(owners)))
-        sums = scipy.sparse.csr_array((ones, indices), shape=(len(entries), len(owners))) @ samples
-        self._means = _unit(sums)
-        products = np.asarray(samples.multiply(sums[owners]).sum(axis=1)).ravel() if len(owners) else ones
-        squares, totals = _squares(samples), _squares(sums)
-        ends = np.cumsum([len(entry.samples) for entry in entries])
-        similarities = []
-        for entry, end, total in zip(entries, ends, totals, strict=True):
-            rows = slice(end - len(entry.samples), end) if len(entry.samples) > 1 else slice(0)
-            similarities.append(similarity_to_others(products[rows], squares[rows], total))
-        self.thresholds = thresholds_of(similarities)
-
-    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Return the cosines, float32 (P, N); -inf if no word is common."""
-        found = (self._vectors([Counter(_words(prompt)) for prompt in prompts]) @ self._means.T).toarray()
-        return np.where(found > 0, found, -np.inf).astype(np.float32)
-
-    def _vectors(self, counts: Sequence[Counter[str]]) -> scipy.sparse.csr_array:
+    def vectors(counts: Sequence[Counter[str]]) -> scipy.sparse.csr_array:
         known = [
-            (row, self._columns[word], number)
+            (row, number_of[word], number)
             for row, count in enumerate(counts)
             for word, number in count.items()
-            if word in self._columns
+            if word in number_of
         ]
         rows, columns, numbers = np.array(known, int).reshape(-1, 3).T
-        found = numbers * self._idf[columns], (rows, columns)
-        return _unit(scipy.sparse.csr_array(found, shape=(len(counts), len(self._columns))))
+        return _unit(scipy.sparse.csr_array((numbers * idf[columns], (rows, columns)), shape=(len(counts), len(idf))))
+
+    samples = vectors(counts)
+    sizes = [len(entry.samples) for entry in entries]
+    owners = np.repeat(np.arange(len(entries)), sizes)
+    ones = np.ones(len(owners))
+    indices = (owners, np.arange(len(owners)))
+    sums = scipy.sparse.csr_array((ones, indices), shape=(len(entries), len(owners))) @ samples
+    means = _unit(sums)
+    products = np.asarray(samples.multiply(sums[owners]).sum(axis=1)).ravel() if len(owners) else ones
+    squares, similarities = _squares(samples), []
+    for size, end, total in zip(sizes, np.cumsum(sizes), _squares(sums), strict=True):
+        rows = slice(end - size, end) if size > 1 else slice(0)
+        similarities.append(similarity_to_others(products[rows], squares[rows], total))
+
+    def scores(prompts: Sequence[Prompt]) -> np.ndarray:
+        found = (vectors(_word_counts(prompts)) @ means.T).toarray()
+        return np.where(found > 0, found, -np.inf).astype(np.float32)
+
+    return Retriever(scores, thresholds_of(similarities))
 
 
-def _words(prompt: Prompt) -> list[str]:
-    return _WORD.findall(prompt_text(prompt).lower())
+def _word_counts(prompts: Iterable[Prompt]) -> list[Counter[str]]:
+    return [Counter(_WORD.findall(prompt_text(prompt).lower())) for prompt in prompts]
 
 
 def _squares(rows: scipy.sparse.csr_array) -> np.ndarray:

@@ -15,7 +15,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError, UsageError, suggestion
 from jcrosslora.shelf.encoders import NOTHING, Encoder
 from jcrosslora.shelf.index import Head, Index, split_samples
-from jcrosslora.shelf.retrieval import MeanVectors, Retriever, VectorRetriever, WordRetriever, fit_means
+from jcrosslora.shelf.retrieval import MeanVectors, Retriever, fit_means, word_retriever
 from jcrosslora.shelf.weight_probes import ProbeSettings, Weights, WeightVectors, adapter_weights, train_weights
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.files import regular_size, write_whole
@@ -37,8 +37,8 @@ class Searching:
         """Open a way to search; raise UsageError if it is unknown or the shelf has no data for it."""
         by = by or ("tfidf" if self.index.head.encoder == NOTHING else "text")
         makers: dict[str, Callable[[], Retriever]] = {
-            "text": lambda: self.means().retriever(self.encoder()),
-            "tfidf": lambda: WordRetriever(self.index.entries),
+            "text": self._by_text,
+            "tfidf": lambda: word_retriever(self.index.entries),
             "weights": self._by_weights,
         }
         if by not in makers:
@@ -83,7 +83,11 @@ class Searching:
             raise OutputError(msg)
         return losses
 
-    def _by_weights(self) -> VectorRetriever:
+    def _by_text(self) -> Retriever:
+        means, encode = self.means(), self.encoder()
+        return Retriever(lambda prompts: means.scores(encode(prompts)), means.thresholds)
+
+    def _by_weights(self) -> Retriever:
         folder, entries = self.index.folder, self.index.entries
         path = folder / _WEIGHTS_FILE
         arrays = find_arrays(path, None)

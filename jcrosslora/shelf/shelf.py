@@ -193,7 +193,7 @@ class Shelf:
             self._index = self._index.change(fresh)
 
         reader = Reader(self.folder, self.base, info, given, lift)
-        added = add_found(found, reader, known, lambda samples: self._open_encoder().encode(samples), write)
+        added = add_found(found, reader, known, lambda samples: self._open_encoder()(samples), write)
         if added.added:
             # For the next search; if another process has added more in the meantime, it does this.
             with suppress(ChangedMeanwhileError):

@@ -24,7 +24,8 @@ from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.encoders import Encoder
 from jcrosslora.shelf.records import ShelfEntry
-from jcrosslora.shelf.retrieval import MeanVectors, VectorRetriever, thresholds_of, unit_rows
+from jcrosslora.shelf.retrieval import MeanVectors, Retriever, thresholds_of, unit_rows
+from jcrosslora.text import Prompt
 from jcrosslora.utils.progress import track
 
 PROBES, WIDTH, VECTOR, HEADS = 2, 64, 64, 4
@@ -240,16 +241,16 @@ class WeightVectors:
             vectors=np.concatenate([self.vectors, fresh.astype(np.float32)]),
         )
 
-    def retriever(self, encoder: Encoder, entries: Sequence[ShelfEntry]) -> VectorRetriever:
+    def retriever(self, encode: Encoder, entries: Sequence[ShelfEntry]) -> Retriever:
         """Search N adapters, all of which have a vector, by the cosines with an encoder's vectors of prompts."""
         rows = {digest.tobytes(): row for row, digest in enumerate(self.digests)}
         adapters = self.vectors[[rows[_bytes(entry)] for entry in entries]]
 
-        def scores(vectors: np.ndarray) -> np.ndarray:
-            whitened = unit_rows((vectors - self.center) @ self.whiten.T)
+        def scores(prompts: Sequence[Prompt]) -> np.ndarray:
+            whitened = unit_rows((encode(prompts) - self.center) @ self.whiten.T)
             return np.asarray(encode_texts(self.parameters, jnp.asarray(whitened, jnp.float32))) @ adapters.T
 
-        return VectorRetriever(encoder, np.repeat(self.threshold, len(entries)), scores)
+        return Retriever(scores, np.repeat(self.threshold, len(entries)))
 
 
 def train_weights(
