@@ -12,6 +12,8 @@ A command may have
 import ast
 import inspect
 import io
+import logging
+import os
 import re
 import sys
 import textwrap
@@ -25,9 +27,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from jcrosslora.cli.common import COMMON
 from jcrosslora.errors import UsageError, suggestion
 
+COMMON = ("--quiet", "--verbose", "--token")  # options of every command, which it does not read itself
 _HELP, _HELP_ALL = ("-h", "--help"), "--help-all"
 _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 # What stands for a value, by the field's name or its last word; else that word, or N and X for numbers.
@@ -47,6 +49,29 @@ _METAVARS = {
     },
     **{"coordinator": "HOST:PORT", "ray": "HOST:PORT", "source_base_model": "NAME", "source_model": "NAME"},
 }
+
+
+def apply_common(arguments: list[str]) -> tuple[list[str], bool]:
+    """Apply the options of every command, up to a `--`; return the other arguments, and whether it is to be quiet.
+
+    Raises:
+        UsageError: --token has no value.
+    """
+    own = list(takewhile(lambda one: one != "--", arguments))
+    behind, kept, token, rest = arguments[len(own) :], [], None, iter(own)
+    for one in rest:
+        if one.partition("=")[0] == "--token":
+            token = one.partition("=")[2] or next(rest, "")
+        elif one not in COMMON:
+            kept.append(one)
+    if "--verbose" in own:
+        logging.basicConfig(level=logging.INFO)
+    if token is not None:
+        if not token or token.startswith("-"):
+            msg = "--token is given without a token: give one of the hub, such as --token hf_..."
+            raise UsageError(msg)
+        os.environ["HF_TOKEN"] = token
+    return kept + behind, "--quiet" in own
 
 
 @cache

@@ -36,7 +36,10 @@ jcrosslora COMMAND --help   the options of a command
 jcrosslora --version        the version
 jcrosslora --tyro-write-completion bash FILE   tab completion (bash, zsh, fish)
 
-{}"""
+options of every command:
+  --quiet        no progress; of what is written, only the path
+  --verbose      what libraries log, and the traceback of an error
+  --token TOKEN  of the hub, in place of HF_TOKEN or that of `hf auth login`"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ COMMANDS = {
     "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("adapters:Train", "Train a LoRA adapter of a base model on examples."),
     "methods": Command("inspect:Methods", "List the transfer methods.", computes=False),
-    "cache": Command("cache:ACTIONS", "List, verify or clear the cache on disk.", computes=False),
+    "cache": Command("batch:CACHE_ACTIONS", "List, verify or clear the cache on disk.", computes=False),
 }
 
 
@@ -152,14 +155,13 @@ def _answer_interrupts() -> None:
 
 def _run(arguments: list[str], own_process: bool) -> int:
     """Find the command and run it; everything slow is imported in here, where Ctrl-C is caught."""
-    from jcrosslora.cli.common import COMMON_HELP
     from jcrosslora.errors import suggestion
 
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in _HELP_FLAGS:
         width = max(map(len, COMMANDS))
         listed = "\n".join(f"  {name:<{width}}  {one.summary}" for name, one in COMMANDS.items())
-        print(_HELP.format(listed, COMMON_HELP))
+        print(_HELP.format(listed))
         return OK
     if name == "--version":
         from jcrosslora.utils import version
@@ -175,8 +177,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
 
 def _call(command: Command, name: str, arguments: list[str], own_process: bool) -> int:
-    from jcrosslora.cli.common import Common
-    from jcrosslora.cli.flags import parse
+    from jcrosslora.cli.flags import apply_common, parse
     from jcrosslora.errors import JCrossLoRAError, LostHostError
     from jcrosslora.utils.cost import enough_memory
     from jcrosslora.utils.progress import show_progress
@@ -186,9 +187,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
     console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     verbose = "--verbose" in arguments
     try:
-        common = Common.of(arguments)
-        common.apply()
-        arguments = common.arguments
+        arguments, quiet = apply_common(arguments)
         with enough_memory():
             found = command.load(arguments)
             if isinstance(found, dict):
@@ -208,9 +207,9 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
                 from jcrosslora.utils.cache import keep_compiled
 
                 keep_compiled()
-            written = getattr(parsed, "written", None) if common.quiet else None
+            written = getattr(parsed, "written", None) if quiet else None
             console.quiet = written is not None
-            with show_progress(not common.quiet):
+            with show_progress(not quiet):
                 code = parsed.run(console) or OK
             if written and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):
                 print(written())

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import output_path
+from jcrosslora.utils.terminal import print_table as print_table
 from jcrosslora.utils.terminal import say as say
 from jcrosslora.utils.texts import shortened, visible
 
@@ -85,18 +85,6 @@ def warn(sentences: Iterable[str | None]) -> None:
     for sentence in sentences:
         if sentence is not None:
             print(f"warning: {visible(sentence, keep='')}", file=sys.stderr)
-
-
-def print_table(
-    console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[Any]], title: str | None = None
-) -> None:
-    """Print a table; the cells show their texts unchanged, without markup."""
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    if console.measure(table).minimum > console.width:  # rather no lines than no ends of words
-        table.box, table.padding = None, (0, 1, 0, 0)
-    console.print(table, highlight=False, markup=False)
 
 
 def title_of(prompt: "Prompt", most: int) -> str:

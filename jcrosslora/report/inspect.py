@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from jcrosslora.adapter import Adapter, Carried, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
@@ -15,7 +14,7 @@ from jcrosslora.checkpoint import BaseModel, is_hub_id, open_base
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
 from jcrosslora.report.record import REPORT, read_report
-from jcrosslora.utils.terminal import say
+from jcrosslora.utils.terminal import print_table, say
 
 
 def open_any(
@@ -107,12 +106,8 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
     say(console, f"kind: {adapter.info.read_as or adapter.info.kind}")
     if adapter.info.invocation is not None:
         say(console, f"acts after the tokens: {', '.join(map(str, adapter.info.invocation))}")
-    rows = describe_adapter(adapter)
-    if rows:
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table, highlight=False, markup=False)
+    if rows := describe_adapter(adapter):
+        print_table(console, rows[0], (row.values() for row in rows))
     say(console, f"can be moved: {len(adapter.modules)} modules")
     if adapter.experts:
         say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
@@ -135,10 +130,9 @@ def _print_base(base: BaseModel, console: Console) -> None:
         f"{dims.kv_heads} key/value heads of {dims.head_dim}, {dims.vocab} tokens",
     )
     by_role = Counter((module.role, module.shape, module.dtype) for module in base.modules.values())
-    table = Table("module", "n", "out x in", "stored as")
-    for (role, shape, dtype), count in by_role.items():
-        table.add_row(role, str(count), f"{shape[0]} x {shape[1]}", dtype)
-    console.print(table, highlight=False, markup=False)
+    kinds = by_role.items()
+    rows = ((role, str(count), f"{shape[0]} x {shape[1]}", dtype) for (role, shape, dtype), count in kinds)
+    print_table(console, ("module", "n", "out x in", "stored as"), rows)
     for name, parts in list(base.fused.items())[:2]:
         say(console, f"fused: {name} holds {', '.join(part[0].rsplit('.', 1)[-1] for part in parts)}")
     vocabulary = base.vocabulary()

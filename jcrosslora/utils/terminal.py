@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from jcrosslora.utils.texts import visible
@@ -30,3 +31,15 @@ class SafeConsole(Console):
 def say(console: Console, text: str, *, style: str | None = None) -> None:
     """Print one line unchanged: no markup, no wrapping, and nothing in it begins another line."""
     console.print(visible(text, keep="\t"), highlight=False, markup=False, emoji=False, soft_wrap=True, style=style)
+
+
+def print_table(
+    console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[Any]], title: str | None = None
+) -> None:
+    """Print a table; the cells show their texts unchanged, without markup."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    if console.measure(table).minimum > console.width:  # rather no lines than no ends of words
+        table.box, table.padding = None, (0, 1, 0, 0)
+    console.print(table, highlight=False, markup=False)

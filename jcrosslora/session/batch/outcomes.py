@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from jcrosslora.adapter import AdapterInfo, find_adapter
 from jcrosslora.checkpoint import BaseModel
@@ -25,6 +25,7 @@ from jcrosslora.session.batch.plan import Job
 from jcrosslora.utils import version
 from jcrosslora.utils.digests import digest_of, file_state, is_settled
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.terminal import print_table
 
 Status = Literal["done", "kept", "failed", "open"]
 
@@ -76,10 +77,9 @@ class Summary:
 
     def print_to(self, console: Console) -> None:
         """Print a table of all jobs."""
-        table = Table(Column("job", overflow="fold"), "status", "s", Column(overflow="fold"), title_justify="left")
-        for one in self.outcomes.values():
-            table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
-        console.print(table, markup=False)  # print brackets in names and reasons literally
+        found = self.outcomes.values()
+        rows = ((one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text) for one in found)
+        print_table(console, (Column("job", overflow="fold"), "status", "s", Column(overflow="fold")), rows)
 
 
 # Settings that do not change the result: locations of files, and cache and overwriting.

@@ -1,18 +1,18 @@
 """The plan of a batch: adapters, bases and methods; its units, and their estimates."""
 
-import heapq
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError, UsageError
@@ -20,6 +20,7 @@ from jcrosslora.methods import AUTO, find_method, setting_fields
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.session.transfer import estimate_pair
+from jcrosslora.utils.terminal import print_table
 
 _Text = Annotated[str, Meta(min_length=1)]
 _Names = Annotated[_Text | Annotated[list[_Text], Meta(min_length=1)], Meta(description="a list of names")]
@@ -171,22 +172,14 @@ def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
         if not _WILD.search(ref):
             found.append(_placed(ref, folder, place))
             continue
-        pattern = _expanded(ref, place)
-        root = Path(pattern.anchor) if pattern.is_absolute() else folder
-        parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-        visible = (path for path in root.glob(str(parts)) if not _is_hidden(path.relative_to(root), parts))
-        matches = sorted(str(path) for path in visible if path.is_dir() or path.suffix == GGUF_ENDING)
+        # It leaves out hidden folders, as a shell does, unless the pattern names them.
+        paths = map(folder.joinpath, glob(str(_expanded(ref, place)), root_dir=folder, recursive=True))
+        matches = sorted(str(path) for path in paths if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
             msg = f"{place}: no adapter matches {ref}; note that paths are relative to the plan"
             raise UsageError(msg)
         found += matches
     return list(dict.fromkeys(found))
-
-
-def _is_hidden(path: Path, pattern: Path) -> bool:
-    """Tell whether a path has a hidden folder that its pattern does not name, as in a shell."""
-    found, named = ([part for part in one.parts if part[0] == "." and part != ".."] for one in (path, pattern))
-    return bool(found) and not named
 
 
 def _placed(ref: str, folder: Path, place: str) -> str:
@@ -250,10 +243,10 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     if not 1 <= index <= count:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
         raise UsageError(msg)
-    parts, loads, mine = cut(units, count), [(0, shard) for shard in range(count)], set[int]()
+    parts, loads, mine = cut(units, count), [0] * count, set[int]()
     for place in sorted(range(len(parts)), key=lambda place: -len(parts[place].jobs)):
-        load, shard = heapq.heappop(loads)
-        heapq.heappush(loads, (load + len(parts[place].jobs), shard))
+        shard = loads.index(min(loads))
+        loads[shard] += len(parts[place].jobs)
         if shard == index - 1:
             mine.add(place)
     return [unit for place, unit in enumerate(parts) if place in mine]
@@ -303,7 +296,5 @@ def estimate_batch(plan: BatchPlan, *, shard: tuple[int, int] = (1, 1)) -> Itera
 def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
     """Print a table of the estimates of a plan's units (or a shard's), or why they cannot be done."""
     names = ("source", "target", "method", "jobs", "modules", "time", "memory")
-    table = Table(*(Column(name, overflow="fold") for name in names))
-    for one in estimate_batch(plan, shard=shard):
-        table.add_row(*one.row())
-    console.print(table, markup=False)
+    columns = [Column(name, overflow="fold") for name in names]
+    print_table(console, columns, (one.row() for one in estimate_batch(plan, shard=shard)))
