@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.linalg import complement, low_rank, product_energy, recompress, select
+from jcrosslora.linalg import complement, low_rank, product_energy, select
 
 
 def normal(*shape, seed=0):
@@ -39,19 +39,3 @@ def test_a_map_refuses_an_argument_of_the_wrong_height():
 def test_product_energy_is_the_squared_norm_of_the_product():
     b, a = normal(8, 3), normal(3, 6, seed=1)
     assert float(product_energy(b, a)) == pytest.approx(float(np.sum((b @ a) ** 2)), rel=1e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 4])
-def test_recompression_is_the_best_approximation_of_its_rank(rank):
-    b, a = normal(10, 4), normal(4, 7, seed=1)
-    b_small, a_small, kept = recompress(jnp.asarray(b), jnp.asarray(a), rank)
-    u, s, vt = np.linalg.svd(b.astype(np.float64) @ a)
-    assert (b_small.shape, a_small.shape) == ((10, rank), (rank, 7))
-    np.testing.assert_allclose(b_small @ a_small, (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
-    assert float(kept) == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-5)
-
-
-def test_recompression_of_a_zero_product_keeps_all_its_energy():
-    b, a, kept = recompress(jnp.zeros((5, 3)), jnp.zeros((3, 4)), 2)
-    assert not np.asarray(b @ a).any()
-    assert float(kept) == 1.0

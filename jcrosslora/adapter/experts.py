@@ -5,6 +5,7 @@ the experts follows `ParamWrapper` of peft 0.21.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,11 +37,14 @@ def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tupl
     if base.family.experts is None:
         msg = f"{file.path}: updates experts, which the base {base.name} does not have; give the base it was trained on"
         raise AdapterError(msg)
-    keys = {(text_module_name(tensor.module), tensor.kind): tensor.key for tensor in tensors}
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    for tensor in tensors:
+        modules[text_module_name(tensor.module)][tensor.kind] = tensor.key
+    file = dataclasses.replace(file, modules=modules)
     found: dict[tuple[int, str], ExpertUpdate] = {}
     singles: dict[tuple[int, str], _Singles] = {}
-    for module in dict.fromkeys(name for name, _ in keys):
-        a, b = (_part(file, keys, module, side) for side in "AB")
+    for module in modules:
+        a, b = (file.part(module, side).astype(np.float32) for side in "AB")
         if single := SINGLE_EXPERT.match(module):
             part = _PARTS[single[3]]
             matrix = int(single[1]), "down" if part == "down" else "gate_up"
@@ -109,13 +113,6 @@ def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, An
     patterns = {exact_pattern(name): rank for name, rank in names.items() if rank != config["r"]}
     merged = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
     return {"target_parameters": [*config.get("target_parameters", ()), *names], **merged}
-
-
-def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, side: str) -> np.ndarray:
-    if (module, side) not in keys:
-        msg = f"{file.path}: module {module!r} has no lora_{side}: the file is incomplete; save or download it again"
-        raise AdapterError(msg)
-    return file.read(keys[module, side]).astype(np.float32)
 
 
 def _parameter_name(base: BaseModel, layer: int, matrix: str) -> str:

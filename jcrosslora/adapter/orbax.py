@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents, as_adapter_errors, file_factors
-from jcrosslora.adapter.jax_trainers import (
-    LORA_CONFIG,
-    factors_in_slots,
-    slot_arrays,
-    slots_of_tunix,
-    trainer_of,
-)
+from jcrosslora.adapter.jax_trainers import LORA_CONFIG, factors_in_slots, slot_arrays, slots_of_tunix, trainer_of
 from jcrosslora.checkpoint.in_memory import array_name
 from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore
 from jcrosslora.checkpoint.store import read_json_object

@@ -230,10 +230,10 @@ def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
     """Say for each change that is not carried that it does not move, and why (a half-sentence or "")."""
     rows = () if Carried.TOKENS in carried else adapter.tokens
     tensors = () if Carried.REPLACED in carried else adapter.replaced
-    left = [describe_change(change.kind, change.modules, change.share) for change in (*rows, *tensors)]
+    left = [ignored_sentence(change.kind, change.modules, change.share, why) for change in (*rows, *tensors)]
     if adapter.experts and Carried.EXPERTS not in carried:
-        left.append(describe_experts(adapter.experts))
-    return tuple(f"{change}{why and f': {why}'}." for change in left)
+        left.append(f"{describe_experts(adapter.experts)}{why and f': {why}'}.")
+    return tuple(left)
 
 
 def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:

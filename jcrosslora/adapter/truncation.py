@@ -13,7 +13,7 @@ from jcrosslora.adapter.changes import LoRAFactors, update_norm
 from jcrosslora.adapter.combining import Layout, fuse, split_fused
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import UsageError
-from jcrosslora.linalg import recompress
+from jcrosslora.linalg import dot
 
 RankRule = int | float | Literal["auto"]
 
@@ -128,8 +128,13 @@ def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _by_singular_values(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    ordered_b, ordered_a, _ = recompress(b, a, min(*b.shape, a.shape[1]))
-    return ordered_b, ordered_a
+    """Factor b (O, K) times a (K, I) anew: QR of both, then the SVD of the small core R_b R_a'."""
+    rank = min(*b.shape, a.shape[1])
+    q_b, r_b = jnp.linalg.qr(b)
+    q_a, r_a = jnp.linalg.qr(a.T)
+    u, s, vt = jnp.linalg.svd(dot(r_b, r_a.T), full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return dot(q_b, u[:, :rank] * root), dot(root[:, None] * vt[:rank], q_a.T)
 
 
 def _ranks(spectra: Mapping[str, np.ndarray], rule: RankRule) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Linear algebra without models: decompositions, factored maps, recompression.
+"""Linear algebra without models: decompositions, factored maps, least squares.
 
 Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
@@ -15,7 +15,6 @@ from jcrosslora.linalg.low_rank import namespace as namespace
 from jcrosslora.linalg.low_rank import procrustes as procrustes
 from jcrosslora.linalg.low_rank import product_energy as product_energy
 from jcrosslora.linalg.low_rank import psd_power as psd_power
-from jcrosslora.linalg.low_rank import recompress as recompress
 from jcrosslora.linalg.low_rank import select as select
 from jcrosslora.linalg.svd import choose_kernel as choose_kernel
 from jcrosslora.linalg.svd import decompose as decompose

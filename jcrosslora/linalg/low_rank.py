@@ -97,25 +97,6 @@ def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     return xp.sum(x * y) / xp.where(norms > 0, norms, 1)
 
 
-def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Approximate b (O, K) times a (K, I) by the nearest product of at most `rank` in the Frobenius norm.
-
-    Eckart-Young: QR of both factors, then the SVD of the small core R_b R_a'; the singular values are split evenly
-    between the factors. `rank` is at most min(O, K, I).
-
-    Returns:
-        b (O, rank), a (rank, I), and the share of the energy kept, in [0, 1] (1 for a zero product).
-    """
-    chex.assert_equal(b.shape[1], a.shape[0])
-    q_b, r_b = jnp.linalg.qr(b)
-    q_a, r_a = jnp.linalg.qr(a.T)
-    u, s, vt = jnp.linalg.svd(dot(r_b, r_a.T), full_matrices=False)
-    root = jnp.sqrt(s[:rank])
-    total = jnp.sum(s**2)
-    kept = jnp.where(total > 0, jnp.sum(s[:rank] ** 2) / jnp.where(total > 0, total, 1), 1)
-    return dot(q_b, u[:, :rank] * root), dot(root[:, None] * vt[:rank], q_a.T), kept
-
-
 def procrustes(cross: jax.Array) -> tuple[LinearMap, jax.Array]:
     """Find the partial isometry P that best maps the rows of X to those of Y, from X'Y (M_src, M_tgt).
 

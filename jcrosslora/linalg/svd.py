@@ -19,14 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jcrosslora.linalg.host import stack_rows
 from jcrosslora.linalg.svd_float64 import gram_on_host, refine
-from jcrosslora.linalg.svd_kernels import (
-    DEPTH,
-    TruncatedSVD,
-    full_svd,
-    gram_svd,
-    krylov_columns,
-    krylov_svd,
-)
+from jcrosslora.linalg.svd_kernels import DEPTH, TruncatedSVD, full_svd, gram_svd, krylov_columns, krylov_svd
 
 AXIS = "layers"
 Kernel = Literal["auto", "full", "gram", "krylov"]

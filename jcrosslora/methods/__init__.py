@@ -37,21 +37,8 @@ M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        CrossLoRA,
-        LoRAX,
-        ProLoRA,
-        Copy,
-        InterpolatedCopy,
-        CompensatedCopy,
-        DistilledCopy,
-        Select,
-        DistilledSelect,
-        PadTruncate,
-        Theseus,
-        ScaledProcrustes,
-        Distill,
-        LoRASuite,
-        Random,
+        *(CrossLoRA, LoRAX, ProLoRA, Copy, InterpolatedCopy, CompensatedCopy, DistilledCopy, Select, DistilledSelect),
+        *(PadTruncate, Theseus, ScaledProcrustes, Distill, LoRASuite, Random),
     )
 }
 

@@ -24,18 +24,9 @@ from jcrosslora.relation.wording import change_phrases, structure_phrases, unequ
 # Configuration keys whose values the parts show, or that say how the file is stored.
 _COVERED_KEYS = frozenset(
     {
-        "model_type",
-        "architectures",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "quantization_config",
-        "compression_config",
-        "layer_types",
-        "mlp_layer_types",
+        *("model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "vocab_size", "quantization_config", "compression_config"),
+        *("layer_types", "mlp_layer_types"),
     }
 )
 _ROWS_AT_ONCE = 4096
