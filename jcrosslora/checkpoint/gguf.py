@@ -17,7 +17,7 @@ from jcrosslora.checkpoint.gguf_header import GGUFHeader, Metadata, TensorInfo, 
 from jcrosslora.checkpoint.gguf_tensors import Source, block_names, find_sources, hf_name, permutes_heads
 from jcrosslora.checkpoint.layout import layer_of
 from jcrosslora.checkpoint.safetensors import DTYPES
-from jcrosslora.checkpoint.store import MappedFile, errors_of
+from jcrosslora.checkpoint.store import MappedFile, TensorStore, errors_of
 from jcrosslora.checkpoint.vocabulary import Vocabulary, gguf_vocabulary
 from jcrosslora.errors import CheckpointError
 
@@ -72,15 +72,13 @@ def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
     return gguf, file, header
 
 
-class GGUFStore:
+class GGUFStore(TensorStore):
     """The tensors of a GGUF file by their Hugging Face names, with the changes of llama.cpp's converter undone.
 
     Args:
         sources: where each tensor is, by Hugging Face name.
         stated: float32 tensors that the file states in its metadata, by Hugging Face name.
     """
-
-    advice = "download it again"
 
     def __init__(
         self,
@@ -92,16 +90,12 @@ class GGUFStore:
     ):
         self._file, self._header, self._gguf = file, header, gguf
         self._sources, self._stated = sources, stated
+        self.files = (file.path,)
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
             self._file.refuse(f"the file has no tensor for {name!r}")
         return self._sources[name]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The one file."""
-        return (self._file.path,)
 
     def names(self) -> list[str]:
         """Hugging Face names, in file order, those of the metadata last."""
@@ -176,10 +170,6 @@ class GGUFStore:
     def release(self) -> None:
         """Give the resident pages back to the system."""
         self._file.release()
-
-    def sha256s(self) -> list[str]:
-        """Hex digest of the file."""
-        return [self._file.sha256()]
 
 
 def stored_rows(file: MappedFile, info: TensorInfo, gguf: ModuleType) -> np.ndarray:

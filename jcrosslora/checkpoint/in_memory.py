@@ -1,20 +1,18 @@
 """Bring the weights, configuration and tokenizer of a base that a program already holds into the form of files."""
 
-import hashlib
-import json
 import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.architectures.config import FULL, SLIDING
+from jcrosslora.checkpoint.safetensors import DTYPE_CODES, DTYPES
 from jcrosslora.checkpoint.store import FileNames, TensorStore
-from jcrosslora.checkpoint.tunix_config import is_tunix_config, translate
 from jcrosslora.errors import CheckpointError
 
 # What PEFT puts between the name of a module that it wraps and the module's own parameters.
@@ -95,8 +93,8 @@ def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 def config_values(config: Any, ref: str) -> dict[str, Any]:
     """Return the content of config.json from a mapping, a configuration of transformers, or a ModelConfig of tunix."""
-    if is_tunix_config(config):
-        return translate(config, ref)
+    if type(config).__module__.startswith("tunix.models."):
+        return _of_tunix(config, ref)
     values = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if isinstance(values, Mapping):
         return {key: value for key, value in values.items() if not _of_gguf(key, value)}
@@ -140,11 +138,8 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
     return folder
 
 
-DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-
-
-class MemoryStore:
-    """A `TensorStore` of arrays in memory: numpy, jax or torch, on any device.
+class MemoryStore(TensorStore):
+    """Arrays in memory: numpy, jax or torch, on any device.
 
     They are neither copied nor converted until they are read, so they must not change while the base is in use.
 
@@ -167,11 +162,6 @@ class MemoryStore:
             raise CheckpointError(msg)
         return self._arrays[name]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """No file."""
-        return ()
-
     def names(self) -> list[str]:
         """Names of the tensors."""
         return list(self._arrays)
@@ -193,23 +183,6 @@ class MemoryStore:
         array = self._array(name)
         flat = array if len(array.shape) == 2 else array.reshape(-1, array.shape[-1])
         return _to_numpy(flat[ids]).astype(np.float32)
-
-    def release(self) -> None:
-        """Do nothing: the arrays belong to the caller."""
-
-    def sha256s(self) -> list[str]:
-        """The digest of the content."""
-        return [content_digest(self)]
-
-
-def content_digest(store: TensorStore) -> str:
-    """Return a hex digest of names, dtypes, shapes and numbers, for any order and library of the arrays."""
-    names = sorted(store.names())
-    header = [[name, store.dtype(name), store.shape(name)] for name in names]
-    digest = hashlib.sha256(json.dumps(header).encode())
-    for name in names:
-        digest.update(np.ascontiguousarray(store.tensor(name)).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _defect(name: str, array: Any) -> str | None:
@@ -236,3 +209,84 @@ def _to_numpy(array: Any) -> np.ndarray:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
+
+
+_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "hidden_dim",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+}
+_GEMMA = {"rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
+_PERIOD = 6  # the last layer of each period of Gemma 3 has full attention
+
+
+def _of_tunix(config: Any, where: str) -> dict[str, Any]:
+    """Return the content of config.json from the ModelConfig of a class of tunix (0.1.7).
+
+    What the class fixes (Gemma's epsilon, bases of positions, the layers with windows) is written out. That of Llama
+    does not tell how positions are scaled, so it cannot be translated.
+
+    Raises:
+        CheckpointError: of a class that does not tell everything, or that is not known.
+    """
+    name = type(config).__module__.split(".")[2]
+    if name not in _CLASSES or getattr(config, "num_experts", None) is not None:
+        why = "does not state how positions are scaled" if name == "llama3" else "is not one that can be translated"
+        msg = f"{where}: the ModelConfig of tunix's {name} {why}: give config=, the content of the model's config.json"
+        raise CheckpointError(msg)
+    return {key: getattr(config, stated) for key, stated in _SIZES.items()} | _CLASSES[name](config)
+
+
+def _qwen(config: Any, family: str) -> dict[str, Any]:
+    return {
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.use_tied_embedding,
+    }
+
+
+def _gemma(config: Any) -> dict[str, Any]:
+    stated = {"vocab_size": config.num_embed, "rope_theta": 10_000.0, **_GEMMA}
+    if not config.use_post_attn_norm:
+        return stated | {"model_type": "gemma"}
+    return stated | {
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": config.head_dim,
+        "final_logit_softcapping": config.final_logit_softcap,
+        "attn_logit_softcapping": config.attn_logits_soft_cap,
+        "sliding_window": config.sliding_window_size,
+        "layer_types": [SLIDING if kind.name == "LOCAL_SLIDING" else FULL for kind in config.attention_types],
+    }
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    by_width = config.query_pre_attn_norm.name == "BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS"
+    full, local = (
+        {"rope_type": "linear", "factor": float(factor), "rope_theta": float(theta)}
+        for factor, theta in (
+            (config.global_scale_factor, config.global_base_frequency),
+            (config.local_scale_factor, config.local_base_frequency),
+        )
+    )
+    return {
+        "model_type": "gemma3_text",
+        "vocab_size": config.num_embed,
+        "query_pre_attn_scalar": config.embed_dim // config.num_heads if by_width else config.head_dim,
+        "sliding_window": config.sliding_window_size,
+        "layer_types": [FULL if (n + 1) % _PERIOD == 0 else SLIDING for n in range(config.num_layers)],
+        "rope_parameters": {FULL: full, SLIDING: local},
+        **_GEMMA,
+    }
+
+
+_CLASSES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "qwen2": lambda config: _qwen(config, "qwen2"),
+    "qwen3": lambda config: _qwen(config, "qwen3"),
+    "gemma": _gemma,
+    "gemma3": _gemma3,
+}

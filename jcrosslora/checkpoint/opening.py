@@ -24,11 +24,10 @@ from jcrosslora.checkpoint.in_memory import (
 )
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
 from jcrosslora.checkpoint.orbax import checkpoint_arrays, find_checkpoint, nearest_file
-from jcrosslora.checkpoint.parameters import ParameterStore, live_arrays
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
-from jcrosslora.checkpoint.tunix import is_tunix
+from jcrosslora.checkpoint.tunix import ParameterStore, is_tunix, live_arrays
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.utils.files import read_small_text
 

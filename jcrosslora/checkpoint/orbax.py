@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint.in_memory import array_name, named_arrays
-from jcrosslora.checkpoint.parameters import Arrays
+from jcrosslora.checkpoint.tunix import Arrays
 from jcrosslora.errors import CheckpointError
 
 ITEM = "model_params"  # tunix's name of the item with the weights

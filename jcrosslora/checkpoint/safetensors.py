@@ -16,7 +16,14 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.checkpoint.store import MAX_DIMS, FileNames, MappedFile, is_array_shape, read_json_object
+from jcrosslora.checkpoint.store import (
+    MAX_DIMS,
+    FileNames,
+    MappedFile,
+    TensorStore,
+    is_array_shape,
+    read_json_object,
+)
 from jcrosslora.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +51,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -91,14 +99,12 @@ class SafetensorsFile:
         return self.file.array(DTYPES[entry.dtype], entry.shape, entry.start)
 
 
-class ShardedStore:
+class ShardedStore(TensorStore):
     """The tensors of a folder; a shard is opened when one of its tensors is read.
 
     Raises:
         CheckpointError: neither index nor single file, or an invalid index.
     """
-
-    advice = "download it again"
 
     def __init__(self, folder: Path, names: FileNames | None = None):
         self.folder = folder
@@ -107,6 +113,8 @@ class ShardedStore:
         parts = (names or FileNames()).parts(weight_map)
         # Shard, and name in it, of the tensors that hold the rows of one.
         self._places = {name: [(weight_map[stored], stored) for stored in held] for name, held in parts.items()}
+        shards = _different(shard for held in self._places.values() for shard, _ in held)
+        self.files = tuple(folder / shard for shard in shards)
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
@@ -141,12 +149,6 @@ class ShardedStore:
 
     def _entries(self, name: str) -> list[Entry]:
         return [file.entries[stored] for file, stored in self._located(name)]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold tensors of the model, in index order."""
-        shards = _different(shard for held in self._places.values() for shard, _ in held)
-        return tuple(self.folder / shard for shard in shards)
 
     def names(self) -> list[str]:
         """Names of the tensors."""
@@ -187,19 +189,10 @@ class ShardedStore:
         arrays = [file.array(stored) for file, stored in self._located(name)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read rows of a matrix or of a stack of matrices, as float32 (n, columns)."""
-        array = self.tensor(name)
-        return array.reshape(-1, array.shape[-1])[ids].astype(np.float32)
-
     def release(self) -> None:
         """Give the resident pages back to the system."""
         for shard in self._shards.values():
             shard.file.release()
-
-    def sha256s(self) -> list[str]:
-        """Hex digests of `files`."""
-        return [self._shard(path.name).file.sha256() for path in self.files]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

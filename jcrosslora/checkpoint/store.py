@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,46 +19,54 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.files import read_small_text, regular_size
 
 
-class TensorStore(Protocol):
-    """Named tensors of one checkpoint, read on demand."""
+class TensorStore:
+    """Named tensors of one checkpoint, read on demand.
 
-    @property
-    def advice(self) -> str:
-        """What to do if the tensors do not fit the configuration."""
-        ...
+    Attributes:
+        advice: what to do if the tensors do not fit the configuration.
+        files: the weight files, in index order; none in memory.
+    """
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The weight files, in index order."""
-        ...
+    advice = "download it again"
+    files: tuple[Path, ...] = ()
 
     def names(self) -> list[str]:
-        """Hugging Face names of the tensors."""
-        ...
+        """Return the Hugging Face names of the tensors."""
+        raise NotImplementedError
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        ...
+        """Return the shape of a tensor, without reading it."""
+        raise NotImplementedError
 
     def dtype(self, name: str) -> str:
-        """Storage dtype as the checkpoint states it, e.g. "BF16" or "Q4_K"."""
-        ...
+        """Return the storage dtype as the checkpoint states it, e.g. "BF16" or "Q4_K"."""
+        raise NotImplementedError
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor: float32 if it is quantised, else a read-only view in the stored dtype."""
-        ...
+        raise NotImplementedError
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read only these rows of a matrix, as float32 (n, columns); those of a stack count through its matrices."""
-        ...
+        array = self.tensor(name)
+        return array.reshape(-1, array.shape[-1])[ids].astype(np.float32)
 
     def release(self) -> None:
         """Give the resident pages of memory maps back to the system."""
-        ...
 
     def sha256s(self) -> list[str]:
-        """Hex digests of `files` in their order; without files one digest of the content."""
-        ...
+        """Return the hex digests of `files` in their order; without files one digest of the content.
+
+        That is of names, dtypes, shapes and numbers, for any order and library of the arrays.
+        """
+        if self.files:
+            return [MappedFile(path).sha256() for path in self.files]
+        names = sorted(self.names())
+        header = [[name, self.dtype(name), self.shape(name)] for name in names]
+        digest = hashlib.sha256(json.dumps(header).encode())
+        for name in names:
+            digest.update(np.ascontiguousarray(self.tensor(name)).reshape(-1).view(np.uint8).data)
+        return [digest.hexdigest()]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Quantised weights: choose the formats of a checkpoint, and dequantise its tensors to float32 when they are read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,57 +45,40 @@ def check_quantization(config: Mapping[str, Any], path: str) -> None:
     raise CheckpointError(msg)
 
 
-def formats_in(config: Mapping[str, Any], names: Iterable[str], where: str) -> tuple[Format, ...]:
-    """Return the formats that may occur in a checkpoint, by its settings, or by its tensors without settings.
-
-    The configuration has passed `check_quantization`.
-
-    Raises:
-        CheckpointError: packed tensors that cannot be read without settings.
-    """
-    settings = settings_of(config)
-    if settings:
-        return tuple(form for form in FORMATS if form.claims(settings))
-    names = tuple(names)
-    packed = next((name for name in names if name.endswith((GPTQ.holder, AWQ.holder))), None)
-    if packed is not None:
-        msg = (
-            f"{where}: tensor {packed!r} is packed as GPTQ and AWQ do, but config.json has no quantization_config: "
-            "copy that of the model's page, or the content of quantize_config.json, into it"
-        )
-        raise CheckpointError(msg)
-    return tuple(form for form in FORMATS if form.marks and any(name.endswith(form.marks) for name in names))
-
-
 _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
 
 
 def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
     """Wrap a store of quantised weights in one that dequantises them; return any other store unchanged.
 
-    The configuration has passed `check_quantization`.
+    The formats that may occur follow from the settings, or from the tensors where there are none. The configuration has
+    passed `check_quantization`.
 
     Raises:
         CheckpointError: packed tensors that cannot be read without settings in the configuration.
     """
-    formats = formats_in(config, store.names(), where)
-    return QuantisedStore(store, formats, config, where) if formats else store
+    settings, names = settings_of(config), store.names()
+    if settings:
+        formats = [form for form in FORMATS if form.claims(settings)]
+    elif (packed := next((name for name in names if name.endswith((GPTQ.holder, AWQ.holder))), None)) is not None:
+        msg = (
+            f"{where}: tensor {packed!r} is packed as GPTQ and AWQ do, but config.json has no quantization_config: "
+            "copy that of the model's page, or the content of quantize_config.json, into it"
+        )
+        raise CheckpointError(msg)
+    else:
+        formats = [form for form in FORMATS if form.marks and any(name.endswith(form.marks) for name in names)]
+    return QuantisedStore(store, formats, settings, where) if formats else store
 
 
-class QuantisedStore:
-    """A `TensorStore` of dequantised weights; the parts of quantised weights are not among its tensors."""
+class QuantisedStore(TensorStore):
+    """Dequantised weights; the parts of quantised weights are not among its tensors."""
 
-    def __init__(self, store: TensorStore, formats: tuple[Format, ...], config: Mapping[str, Any], where: str):
-        self._store, self._formats, self._where = store, formats, where
-        self._settings = settings_of(config)
+    def __init__(self, store: TensorStore, formats: Sequence[Format], settings: Settings, where: str):
+        self._store, self._formats, self._settings, self._where = store, formats, settings, where
         self._stored = frozenset(store.names())
-        self.advice = store.advice
+        self.advice, self.files = store.advice, store.files
         self._packed: dict[str, Packed | None] = {}
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The weight files, in index order."""
-        return self._store.files
 
     def names(self) -> list[str]:
         """Names of the tensors; a quantised weight takes the place of the tensor that holds its numbers."""
