@@ -17,7 +17,7 @@ from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.architectures import ExpertRules
 from jcrosslora.checkpoint import BaseModel, text_module_name
-from jcrosslora.checkpoint.experts import StoredExperts, single_parts
+from jcrosslora.checkpoint.layout import StoredExperts, single_parts
 from jcrosslora.errors import AdapterError
 
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
@@ -133,7 +133,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     """Take the factors (E K, I) and (O, K E) of a parameter apart."""
     experts = base.family.experts
     assert experts is not None
-    count, layer = experts.sizes(base.config).number, int(module.split(".")[2])
+    count, layer = base.experts.shape("down")[0], int(module.split(".")[2])
     shapes = {matrix: base.experts.shape(matrix)[1:] for matrix in ("gate_up", "down")}
     came = b.shape[0], a.shape[1]
     # Early versions of peft took the axes of (E, O, I) for (E, I, O), and a class may yet say which of them it stores.
@@ -160,7 +160,7 @@ def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, par
     """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
     experts = base.family.experts
     assert experts is not None
-    count, (rows, columns) = experts.sizes(base.config).number, base.experts.shape(matrix)[1:]
+    count, rows, columns = base.experts.shape(matrix)
     names = ("down",) if matrix == "down" else single_parts(experts)
     height = rows // len(names)
     rank = max(a.shape[0] for a, _ in parts.values())

@@ -26,8 +26,8 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, left_out
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_fused
 from jcrosslora.checkpoint import BaseModel, describe_base, open_base
-from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version

@@ -23,8 +23,8 @@ from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, check_always_active
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, describe_base, expected_shapes, open_base
-from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
+from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
 from jcrosslora.checkpoint.store import read_json_object

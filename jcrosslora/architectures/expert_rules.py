@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from jcrosslora.architectures.blocks import Experts, Routing, Scores
 from jcrosslora.architectures.config import Number, number_keys, read_number, refuse, size
@@ -99,19 +99,6 @@ class ExpertRules:
         stated = {key for key in one if isinstance(key, str)} | {*self.count, *(self.groups or ()), *number_keys(self)}
         return stated | {"output_router_logits", "router_aux_loss_coef"}
 
-    def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":
-        """Read the sizes of a model; raise CheckpointError if one is missing or out of range."""
-        count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
-        count, used, width = (size(config, key) for key in (count_key, self.used, self.width))
-        groups = 1, 1
-        if self.groups is not None:
-            groups = size(config, self.groups[0], 1), size(config, self.groups[1], 1)
-        if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
-            msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
-            raise CheckpointError(msg)
-        latent = None if self.latent is None or config.get(self.latent) is None else size(config, self.latent)
-        return ExpertSizes(count, used, width, *groups, latent)
-
     def scores_of(self, config: Mapping[str, Any]) -> Scores:
         """Return the scores of the experts of a model.
 
@@ -128,28 +115,34 @@ class ExpertRules:
 
     def block(self, config: Mapping[str, Any], hidden: int) -> Experts:
         """Return the experts of a model; raise CheckpointError if a size or a number is missing or out of range."""
-        sizes, clamp, normalised = self.sizes(config), self.clamp, self.normalised
+        count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
+        count, used, width = (size(config, key) for key in (count_key, self.used, self.width))
+        groups, used_groups = (1, 1) if self.groups is None else (size(config, key, 1) for key in self.groups)
+        if used > count or used_groups > groups or count % groups or used > count // groups * used_groups:
+            msg = f"{self.used} {used} of {count} experts in {groups} groups, {used_groups} of them used, is no choice"
+            raise CheckpointError(msg)
+        clamp, normalised = self.clamp, self.normalised
         routing = Routing(
-            count=sizes.number,
-            used=sizes.used,
+            count=count,
+            used=used,
             scores=self.scores_of(config),
             normalised=bool(config.get(normalised)) if isinstance(normalised, str) else normalised,
             sum_eps=self.sum_eps,
             tolerance=None if self.tolerance is None else read_number(config, self.tolerance),
             scale=1.0 if self.scale is None else read_number(config, self.scale),
             scaled_inputs=self.scaled_inputs,
-            groups=sizes.groups,
-            used_groups=sizes.used_groups,
+            groups=groups,
+            used_groups=used_groups,
             group_best=self.group_best,
         )
         return Experts(
             hidden,
-            sizes.width,
+            width,
             routing,
             tuple(self.layouts[-1]),
             gated=self.gated,
             clamp=clamp and (read_number(config, clamp[0]), read_number(config, clamp[1])),
-            latent=sizes.latent,
+            latent=None if self.latent is None or config.get(self.latent) is None else size(config, self.latent),
             shared=self.shared(config),
             shared_gate=self.shared_gate,
             averaged=self.averages(config),
@@ -158,17 +151,6 @@ class ExpertRules:
     def averages(self, config: Mapping[str, Any]) -> bool:
         """Whether a layer's output is the mean of that of its experts and of the shared ones."""
         return self.averaged is not None and config.get(self.averaged[0]) == self.averaged[1]
-
-
-class ExpertSizes(NamedTuple):
-    """E, how many a token uses, I, the groups of experts, how many of these it uses, and `Experts.latent`."""
-
-    number: int
-    used: int
-    width: int
-    groups: int = 1
-    used_groups: int = 1
-    latent: int | None = None
 
 
 def shared_width(count: str | None = None) -> Callable[[Mapping[str, Any]], int]:

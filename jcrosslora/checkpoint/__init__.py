@@ -10,12 +10,12 @@ from jcrosslora.checkpoint.base import describe_base as describe_base
 from jcrosslora.checkpoint.config import ModelConfig as ModelConfig
 from jcrosslora.checkpoint.config import check_config as check_config
 from jcrosslora.checkpoint.config import read_dims as read_dims
-from jcrosslora.checkpoint.experts import expert_tensors as expert_tensors
 from jcrosslora.checkpoint.gguf_tensors import architecture as architecture
 from jcrosslora.checkpoint.gguf_tensors import gguf_name as gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id as is_hub_id
 from jcrosslora.checkpoint.layout import Module as Module
 from jcrosslora.checkpoint.layout import expected_shapes as expected_shapes
+from jcrosslora.checkpoint.layout import expert_tensors as expert_tensors
 from jcrosslora.checkpoint.layout import holder_of as holder_of
 from jcrosslora.checkpoint.opening import open_base as open_base
 from jcrosslora.checkpoint.safetensors import DTYPES as DTYPES

@@ -14,8 +14,7 @@ import numpy as np
 from jcrosslora.architectures import Architecture, Dims, Family
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, WRITERS
 from jcrosslora.architectures.config import read_number
-from jcrosslora.checkpoint.experts import StoredExperts, layout_of
-from jcrosslora.checkpoint.layout import Module, expected_shapes
+from jcrosslora.checkpoint.layout import Module, StoredExperts, expected_shapes, layout_of
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
@@ -124,9 +123,10 @@ class BaseModel:
     @cached_property
     def experts(self) -> StoredExperts:
         """The experts of a family that has them."""
-        assert self.family.experts is not None
-        assert self.expert_layout is not None
-        return StoredExperts(self.family.experts, self.expert_layout, self.config, self.dims.hidden, self.store)
+        rules, layout = self.family.experts, self.expert_layout
+        assert rules is not None
+        assert layout is not None
+        return StoredExperts(rules, layout, rules.block(self.config, self.dims.hidden), self.store)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor that the model must have."""

@@ -1,10 +1,12 @@
-"""Names and shapes of the tensors of a model, and where each linear module is in them."""
+"""Names and shapes of the tensors of a model; where each linear module and each expert is in them."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from jcrosslora.architectures import ROLE_PATHS, Architecture, Family, Layer
+import numpy as np
+
+from jcrosslora.architectures import ROLE_PATHS, Architecture, ExpertRules, Family, Layer
 from jcrosslora.architectures.blocks import (
     EMBEDDING,
     HEAD,
@@ -12,8 +14,8 @@ from jcrosslora.architectures.blocks import (
     LAYER_EMBEDDING,
     LAYER_INPUT_NORM,
     LAYER_INPUT_PROJECTION,
+    Experts,
 )
-from jcrosslora.checkpoint.experts import ExpertLayout, layout_of
 from jcrosslora.checkpoint.store import TensorStore, errors_of
 from jcrosslora.errors import CheckpointError
 
@@ -114,9 +116,8 @@ def _layer_shapes(
     family, config, shapes = model.family, model.config, layer.shapes
     for _, (path, size) in model.norms_of(layer):
         yield from _norm_tensors(family, path, size)
-    if family.experts is not None and "router" in layer.names:
-        paths = experts or family.experts.layouts[0]
-        yield from ExpertLayout(family.experts, paths, config, model.dims.hidden).stored_shapes()
+    if family.experts is not None and layer.experts is not None:
+        yield from _stored_shapes(family.experts, experts or family.experts.layouts[0], layer.experts)
     for tensor in layer.tensors.values():
         yield tensor.path, tensor.shape
     holders = _fused(family, layer)
@@ -171,3 +172,140 @@ def layer_of(name: str) -> int | None:
     if len(parts) == 4 and parts[:2] == ["model", "layers"] and parts[2].isdecimal() and len(parts[2]) < 10:
         return int(parts[2])
     return None
+
+
+def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, str] | None:
+    """Return which of the layouts of a family's experts a model is stored in; None for a family without experts."""
+    if family.experts is None:
+        return None
+    stored = {name.split(".", 3)[-1] for name in names() if name.startswith("model.layers.")}
+    layouts = family.experts.layouts
+    return next((layout for layout in layouts if layout["down"].format(0) in stored), layouts[0])
+
+
+def is_loadable(layout: Mapping[str, str]) -> bool:
+    """Whether classes load unquantised experts under the names of a layout, unlike those of GGUF and of MXFP4."""
+    merged = "gate" in layout and "{}" not in layout["gate"]
+    return not merged and not any(path.endswith("_blocks") for path in layout.values())
+
+
+def expert_tensors(rules: ExpertRules) -> tuple[str, ...]:
+    """Name the tensors of a layer that `StoredExperts.tensor` reads, each with a first axis of experts."""
+    return tuple(rules.layouts[-1])
+
+
+def single_parts(rules: ExpertRules) -> tuple[str, ...]:
+    """Name the matrices of an expert whose rows "gate_up" holds, in their order."""
+    return ("gate", "up") if rules.gated else ("up",)
+
+
+def _stored_shapes(
+    rules: ExpertRules, paths: Mapping[str, str], block: Experts
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the path in a layer and the shape of each tensor of experts, stored in one of `ExpertRules.layouts`."""
+    count, columns, width = block.matrix_shape("down")
+    shapes: dict[str, tuple[int, ...]] = {
+        "router": (count, block.hidden),
+        "router_bias": (count,),
+        "correction": (1,) * (rules.correction_axes - 1) + (count,),
+        "gate": (count, width, columns),
+        "up": (count, width, columns),
+        "gate_up": block.matrix_shape("gate_up"),
+        "down": (count, columns, width),
+        "gate_up_bias": (count, 2 * width),
+        "gate_bias": (count, width),
+        "up_bias": (count, width),
+        "down_bias": (count, columns),
+    }
+    for name, path in paths.items():
+        shape = shapes[name]
+        if "{}" in path:
+            yield from ((path.format(expert), shape[1:]) for expert in range(count))
+        else:
+            yield path, (shape[0], shape[2], shape[1]) if path in rules.transposed else shape
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExperts:
+    """The experts of an opened model, read from its tensors; `paths` is one of `ExpertRules.layouts`."""
+
+    rules: ExpertRules
+    paths: Mapping[str, str]
+    block: Experts
+    store: TensorStore
+
+    def shape(self, matrix: str) -> tuple[int, int, int]:
+        """Return (E, O, I) of a matrix of all experts of a layer, "gate_up" or "down"."""
+        return self.block.matrix_shape(matrix)
+
+    def axis(self, matrix: str) -> int:
+        """Return the axis of `shape` that `rows` counts: 2 if the matrix is stored transposed."""
+        return 2 if self.paths.get(matrix) in self.rules.transposed else 1
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return the names of the tensors of a layer's experts as they are stored."""
+        return tuple(_in_layer(layer, path) for path, _ in _stored_shapes(self.rules, self.paths, self.block))
+
+    def dtype(self, layer: int, matrix: str) -> str:
+        """Return the storage dtype of a matrix, "gate_up" or "down"."""
+        path = self.paths["up" if matrix not in self.paths else matrix]
+        return self.store.dtype(_in_layer(layer, path.format(0)))
+
+    def tensor(self, layer: int, name: str) -> np.ndarray:
+        """Read a tensor of all experts: "gate_up" (E, 2 I, H) with the rows of gate first, "down" (E, H, I), ...
+
+        Without a gate "gate_up" is (E, I, H). `name` is one of `expert_tensors`.
+
+        Raises:
+            CheckpointError: a dtype that cannot be read.
+        """
+        if name not in self.paths:  # gate and up on their own
+            parts = [name.replace("gate_up", part) for part in single_parts(self.rules)]
+            return np.concatenate([self.tensor(layer, part) for part in parts], axis=1)
+        path, count = self.paths[name], self.block.routing.count
+        if "{}" in path:
+            return np.stack([self.store.tensor(_in_layer(layer, path.format(expert))) for expert in range(count)])
+        array = self.store.tensor(_in_layer(layer, path))
+        if path in self.rules.transposed:
+            array = array.swapaxes(1, 2)
+        if self.rules.interleaved and name in ("gate_up", "gate_up_bias"):
+            array = array[:, _in_turn(array.shape[1])]
+        return array.reshape(count) if name == "correction" else array.reshape(count, *array.shape[1:])
+
+    def rows(self, layer: int, matrix: str, expert: int, ids: np.ndarray) -> np.ndarray:
+        """Read rows of a matrix of one expert as float32 (n, columns), and no others.
+
+        `ids` (n,) count `axis` of the matrix, "gate_up" or "down", in increasing order.
+        """
+        found = self._stored_rows(matrix, expert, np.asarray(ids, np.int64), self.shape(matrix))
+        rows = np.concatenate([self.store.rows(_in_layer(layer, path), own) for path, own in found])
+        if matrix == "gate_up" and self.rules.interleaved and self.axis(matrix) == 2:
+            return rows[:, _in_turn(rows.shape[1])]
+        return rows
+
+    def _stored_rows(
+        self, matrix: str, expert: int, ids: np.ndarray, shape: tuple[int, int, int]
+    ) -> list[tuple[str, np.ndarray]]:
+        """Return where rows of a matrix are: paths of tensors in a layer, and rows of each."""
+        if matrix not in self.paths:  # gate and up on their own
+            names = single_parts(self.rules)
+            height = shape[1] // len(names)
+            parts = [(name, ids[ids // height == place] - place * height) for place, name in enumerate(names)]
+            own = (shape[0], height, shape[2])
+            return [found for name, rows in parts for found in self._stored_rows(name, expert, rows, own)]
+        path = self.paths[matrix]
+        if "{}" in path:
+            return [(path.format(expert), ids)]
+        axis = self.axis(matrix)
+        if matrix == "gate_up" and self.rules.interleaved and axis == 1:
+            ids = _in_turn(shape[1])[ids]
+        return [(path, expert * shape[axis] + ids)]
+
+
+def _in_layer(layer: int, path: str) -> str:
+    return f"model.layers.{layer}.{path}"
+
+
+def _in_turn(count: int) -> np.ndarray:
+    """Return the stored place of each row, those of gate first, if rows of gate and up alternate."""
+    return np.arange(count).reshape(-1, 2).T.reshape(-1)

@@ -27,7 +27,7 @@ from jcrosslora.architectures import blocks
 from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, WRITERS, LayerInputWeights, Tensor
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors
+from jcrosslora.checkpoint.layout import expert_tensors
 from jcrosslora.decoder.model import Model, Params
 from jcrosslora.errors import UsageError
 from jcrosslora.utils.cost import check_devices

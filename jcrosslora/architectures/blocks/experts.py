@@ -110,6 +110,13 @@ class Experts(Block):
             found |= {"expert_in_proj": (self.latent, self.hidden), "expert_out_proj": (self.hidden, self.latent)}
         return found
 
+    def matrix_shape(self, matrix: str) -> tuple[int, int, int]:
+        """Return (E, O, I) of a matrix of all experts of a layer, "gate_up" or "down"."""
+        outside = self.hidden if self.latent is None else self.latent
+        if matrix == "down":
+            return self.routing.count, outside, self.width
+        return self.routing.count, (1 + self.gated) * self.width, outside
+
     @property
     def names(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The roles, and the tensors of experts."""
