@@ -14,12 +14,12 @@ from jcrosslora.architectures.blocks.block import Parallel as Parallel
 from jcrosslora.architectures.blocks.block import PerLayerInput as PerLayerInput
 from jcrosslora.architectures.blocks.block import Tensor as Tensor
 from jcrosslora.architectures.blocks.block import layer_inputs as layer_inputs
-from jcrosslora.architectures.blocks.delta_rule import DeltaRule as DeltaRule
 from jcrosslora.architectures.blocks.experts import Experts as Experts
 from jcrosslora.architectures.blocks.experts import MlpAndExperts as MlpAndExperts
 from jcrosslora.architectures.blocks.experts import Routing as Routing
 from jcrosslora.architectures.blocks.experts import Scores as Scores
-from jcrosslora.architectures.blocks.mamba2 import Mamba2 as Mamba2
+from jcrosslora.architectures.blocks.recurrences import DeltaRule as DeltaRule
+from jcrosslora.architectures.blocks.recurrences import Mamba2 as Mamba2
 from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as RecurrentBlock
 from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
 from jcrosslora.errors import suggestion

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp, usual_layers
 from jcrosslora.architectures.blocks import ATTENTION, MAMBA, MLP, QKV, Mamba2, MlpAndExperts, Parallel
-from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
 from jcrosslora.architectures.config import (
     FULL,
     LINEAR,
@@ -51,6 +50,13 @@ def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate
         norm=norm,
         step_limits=(low, high),
     )
+
+
+def gguf_tensors(holder: str) -> dict[str, str]:
+    """Return the names of the tensors of Mamba 2 in GGUF -> those in a layer, given the module that holds it."""
+    names = {"ssm_a": "A_log", "ssm_d": "D", "ssm_dt.bias": "dt_bias", "ssm_norm.weight": "norm.weight"}
+    names |= {f"ssm_conv1d.{kind}": f"conv1d.{kind}" for kind in ("weight", "bias")}
+    return {stored: f"{holder}.{name}" for stored, name in names.items()}
 
 
 def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:

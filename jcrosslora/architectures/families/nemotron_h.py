@@ -5,9 +5,9 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
 from jcrosslora.architectures.blocks import ATTENTION, EXPERT_LATENT, UNGATED_MLP, Mamba2
-from jcrosslora.architectures.blocks.mamba2 import gguf_tensors
 from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
+from jcrosslora.architectures.families.mamba2 import gguf_tensors
 from jcrosslora.architectures.family import Family, Gguf, Positions, StoredNames, windowed
 from jcrosslora.errors import CheckpointError
 
