@@ -102,7 +102,6 @@ class GGUFStore(TensorStore):
         return [*self._sources, *self._stated]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
         return self._stated[name].shape if name in self._stated else self._source(name).shape
 
     def dtype(self, name: str) -> str:
@@ -164,11 +163,9 @@ class GGUFStore(TensorStore):
         return to_float(array if rows is None else array[rows], info.kind, self._gguf)
 
     def vocabulary(self) -> Vocabulary:
-        """Return the tokens of the metadata."""
         return gguf_vocabulary(self._header.metadata, self.shape(EMBEDDING)[0])
 
     def release(self) -> None:
-        """Give the resident pages back to the system."""
         self._file.release()
 
 

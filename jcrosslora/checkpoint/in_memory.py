@@ -163,11 +163,9 @@ class MemoryStore(TensorStore):
         return self._arrays[name]
 
     def names(self) -> list[str]:
-        """Names of the tensors."""
         return list(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
         return tuple(self._array(name).shape)
 
     def dtype(self, name: str) -> str:

@@ -151,7 +151,6 @@ class ShardedStore(TensorStore):
         return [file.entries[stored] for file, stored in self._located(name)]
 
     def names(self) -> list[str]:
-        """Names of the tensors."""
         return list(self._places)
 
     def stored(self) -> Iterator[tuple[str, SafetensorsFile, dict[str, str | None]]]:
@@ -175,7 +174,6 @@ class ShardedStore(TensorStore):
         raise CheckpointError(msg)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
         shapes = [entry.shape for entry in self._entries(name)]
         whole = len(shapes) > 1 and all(shape and shape[1:] == shapes[0][1:] for shape in shapes)
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if whole else shapes[0]
@@ -190,7 +188,6 @@ class ShardedStore(TensorStore):
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def release(self) -> None:
-        """Give the resident pages back to the system."""
         for shard in self._shards.values():
             shard.file.release()
 

@@ -205,11 +205,9 @@ class ParameterStore(TensorStore):
         self._kept: tuple[str, np.ndarray] | None = None
 
     def names(self) -> list[str]:
-        """Hugging Face names."""
         return list(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, as Hugging Face has it."""
         return self._shapes[self._source(name)]
 
     def dtype(self, name: str) -> str:

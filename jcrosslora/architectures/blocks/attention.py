@@ -84,7 +84,6 @@ class SelfAttention(Block):
         return self.heads * self.size
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         queries, keys, group = self.heads * self.size, (self.kv_heads * self.size, self.hidden), self.group
         found = {f"{group}o_proj": (self.hidden, queries)}
         if self.shares_keys:
@@ -108,13 +107,11 @@ class SelfAttention(Block):
         return {"sinks": Tensor("self_attn.sinks", (self.heads,))} if self.sinks else {}
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of keys and values."""
         if self.shares_keys:
             return {}
         return {self._kind: KeysValues.form((batch, self.kv_heads, length), (self.size, self.size), dtype)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run the attention; see `Block.forward`."""
         if self.shares_keys:
             assert cache is not None
             queries = self._placed(run, "q", run.module(f"{self.group}kv_shared_q_proj", x))
@@ -197,7 +194,6 @@ class LatentAttention(Block):
         return self.rotated
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         queries = self.heads * (self.plain + self.rotated)
         direct = {"q_proj": (queries, self.hidden)}
         if self.query_rank is not None:
@@ -209,17 +205,14 @@ class LatentAttention(Block):
         }
 
     def norms(self) -> dict[str, Norm]:
-        """Return the norms of the latents."""
         of_queries = {} if self.query_rank is None else {"q_a": Norm("q_a", self.query_rank)}
         return of_queries | {"kv_a": Norm("kv_a", self.rank)}
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of keys and values."""
         sizes = self.plain + self.rotated, self.value
         return {"attention": KeysValues.form((batch, self.heads, length), sizes, dtype)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run the attention; see `Block.forward`."""
         rotation = run.of_rope(run.context.rotations)
 
         def rotated(x: jax.Array) -> jax.Array:

@@ -139,13 +139,11 @@ class Mlp(Block):
     LINEARS: ClassVar = (*_linears(""), *_linears(_WIDE))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         inside, group = (self.width, self.hidden), _WIDE if self.wide else ""
         gate = {f"{group}gate_proj": inside} if self.gated else {}
         return gate | {f"{group}up_proj": inside, f"{group}down_proj": (self.hidden, self.width)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run the MLP; see `Block.forward`."""
         group = _WIDE if self.wide else ""
         gate = run.module(f"{group}gate_proj", x) if self.gated else None
         up = run.module(f"{group}up_proj", x)
@@ -167,11 +165,9 @@ class Parallel(Block):
 
     @property
     def parts(self) -> tuple[Block, ...]:
-        """Both."""
         return self.first, self.second
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run both; see `Block.forward`."""
         first, cache = self.first.forward(run, x, cache)
         second, cache = self.second.forward(run, x, cache)
         return first + second, cache
@@ -196,7 +192,6 @@ class PerLayerInput(Block):
     GGUF_NORMS: ClassVar = {"per_layer_out": "post_norm"}
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         return {
             "per_layer_input_gate": (self.features, self.hidden),
             "per_layer_projection": (self.hidden, self.features),

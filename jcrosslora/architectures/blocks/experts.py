@@ -195,7 +195,6 @@ class MlpAndExperts(Block):
 
     @property
     def parts(self) -> tuple[Block, ...]:
-        """Both."""
         return self.mlp, self.experts
 
     def norms(self) -> dict[str, Norm]:
@@ -212,7 +211,6 @@ class MlpAndExperts(Block):
         }
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run both; see `Block.forward`."""
         alone, _ = self.mlp.forward(run, x, None)
         if not self.apart:
             return self.experts.mixed(run, x, x) + alone, cache

@@ -59,7 +59,6 @@ class DeltaRule(RecurrentBlock):
     )
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         hidden, keys = self.hidden, (self.groups * self.key_size, self.hidden)
         out = {"delta_out_proj": (hidden, self.inner)}
         if self.form == "grouped":
@@ -157,7 +156,6 @@ class Mamba2(RecurrentBlock):
     )
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         found = {"mamba_in_proj": (self.inner + self.convolved + self.heads, self.hidden)}
         return found | ({"mamba_out_proj": (self.hidden, self.inner)} if self.open_output else {})
 

@@ -99,7 +99,6 @@ class RecurrentBlock(Block):
         return type(self).__name__
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the form of the state."""
         del length, dtype
         return {self._kind: jax.eval_shape(lambda: self.first_state(batch))}
 
@@ -117,7 +116,6 @@ class RecurrentBlock(Block):
         return Inside(run.module, tensors | {"conv": tensors["conv"][:, 0]}, run.activate, run.settings.eps)
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        """Run the block; see `Block.forward`."""
         inside, valid, kind = self.inside(run), run.context.valid, self._kind
         if cache is None or kind not in cache.states:
             return self.mix(inside, x, self.first_state(len(x)), valid)[0], cache
@@ -181,11 +179,9 @@ class ShortConvolution(RecurrentBlock):
         return self.hidden
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I)."""
         return {"conv_in_proj": (3 * self.hidden, self.hidden), "conv_out_proj": (self.hidden, self.hidden)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the convolution."""
         return self.of_convolution("conv.conv")
 
     def mix(

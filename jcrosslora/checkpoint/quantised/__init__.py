@@ -93,7 +93,6 @@ class QuantisedStore(TensorStore):
         return names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
         packed = self._open(name)
         return self._store.shape(name) if packed is None else packed.shape
 
@@ -114,16 +113,13 @@ class QuantisedStore(TensorStore):
         return _dequantise(packed, np.arange(prod(packed.shape[:-1]))).reshape(packed.shape)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
         packed = self._open(name)
         return self._store.rows(name, ids) if packed is None else _dequantise(packed, ids)
 
     def release(self) -> None:
-        """Give the resident pages back to the system."""
         self._store.release()
 
     def sha256s(self) -> list[str]:
-        """Hex digests of `files`, in their order."""
         return self._store.sha256s()
 
     def _open(self, name: str) -> Packed | None:
