@@ -81,7 +81,7 @@ def number_keys(record: Any) -> Iterator[str]:
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
     """Raise an error that names a configuration key, its value and the wanted values."""
-    msg = f"config key {key!r} is {str(value)[:60]}, wanted {wanted}"
+    msg = f"config key {key!r} is {repr(value)[:60]}, wanted {wanted}"
     raise CheckpointError(msg)
 
 
@@ -90,8 +90,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lim
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < limit:
-        msg = f"config key {key!r} is {repr(value)[:60]}, wanted a positive integer"
-        raise CheckpointError(msg)
+        refuse(key, value, "a positive integer")
     return value
 
 
@@ -106,8 +105,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
     """Return the number of layers."""
     layers = size(config, "num_hidden_layers", limit=1 << 31)
     if layers > MOST_LAYERS:
-        msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {MOST_LAYERS}"
-        raise CheckpointError(msg)
+        refuse("num_hidden_layers", layers, f"at most {MOST_LAYERS}")
     return layers
 
 
@@ -147,8 +145,7 @@ def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int
         return None
     layers = layer_count(config) if layers is None else layers
     if not isinstance(stated, list | tuple) or len(stated) != layers:
-        msg = f"layer_types is {str(stated)[:60]}, wanted a list of {layers} kinds"
-        raise CheckpointError(msg)
+        refuse("layer_types", stated, f"a list of {layers} kinds")
     unknown = [kind for kind in stated if not isinstance(kind, str) or kind not in names]
     if unknown:
         msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
@@ -170,8 +167,7 @@ def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) ->
     """Return the period of a pattern of layers, by the first of the keys that is stated."""
     key, period = next(((key, config[key]) for key in keys if config.get(key)), ("", default))
     if type(period) is not int or period < 1:
-        msg = f"{key} is {period!r}, wanted a positive integer"
-        raise CheckpointError(msg)
+        refuse(key, period, "a positive integer")
     return period
 
 
@@ -181,8 +177,6 @@ def listed_rotated(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     if not stated:
         period = period_of(config, ("no_rope_layer_interval",), 4)
         return tuple((layer + 1) % period != 0 for layer in range(layers))
-    valid = isinstance(stated, list | tuple) and len(stated) >= layers and all(flag in (0, 1) for flag in stated)
-    if not valid:
-        msg = f"no_rope_layers is {str(stated)[:60]}, wanted a list of 0 or 1 for each of {layers} layers"
-        raise CheckpointError(msg)
+    if not isinstance(stated, list | tuple) or len(stated) < layers or not all(flag in (0, 1) for flag in stated):
+        refuse("no_rope_layers", stated, f"a list of 0 or 1 for each of {layers} layers")
     return tuple(bool(flag) for flag in stated[:layers])

@@ -108,9 +108,7 @@ class ExpertRules:
         if stated is None:
             return self.scores
         if not isinstance(stated, str) or stated not in self.scores_names:
-            names = " or ".join(map(repr, self.scores_names))
-            msg = f"config key {self.scores_key!r} is {str(stated)[:60]!r}, wanted {names}"
-            raise CheckpointError(msg)
+            refuse(str(self.scores_key), stated, " or ".join(map(repr, self.scores_names)))
         return self.scores_names[stated]
 
     def block(self, config: Mapping[str, Any], hidden: int) -> Experts:

@@ -11,7 +11,16 @@ from jax.typing import DTypeLike
 
 from jcrosslora.architectures.architecture import Architecture, Layer, layers_with
 from jcrosslora.architectures.blocks import Block, RecurrentBlock
-from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_kinds, listed_rotated, period_of, read_number
+from jcrosslora.architectures.config import (
+    FULL,
+    SLIDING,
+    Number,
+    layer_kinds,
+    listed_rotated,
+    period_of,
+    read_number,
+    refuse,
+)
 from jcrosslora.architectures.family import Family, Windows
 from jcrosslora.architectures.rope_settings import layer_ropes
 from jcrosslora.architectures.run import EMPTY, BlockSettings, KVCache
@@ -196,8 +205,7 @@ def _window(config: Mapping[str, Any], family: Family) -> int | None:
         return None
     window = config.get(windows.size_key, windows.size)
     if window is not None and (type(window) is not int or window <= 0):
-        msg = f"{windows.size_key} is {window!r}, wanted a positive integer or null"
-        raise CheckpointError(msg)
+        refuse(windows.size_key, window, "a positive integer or null")
     return window
 
 
@@ -214,6 +222,5 @@ def _implied_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tu
         key, default = windows.first
         first = config.get(key, default)
         if type(first) is not int:
-            msg = f"{key} is {first!r}, wanted an integer"
-            raise CheckpointError(msg)
+            refuse(key, first, "an integer")
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))

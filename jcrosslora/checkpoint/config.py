@@ -97,22 +97,18 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
 def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
     known = COMMON_KEYS | HARMLESS_KEYS | family.known_keys
     for key, value in config.items():
+        short = shortened(repr(value))
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:
                 wanted = " or ".join(map(repr, family.fixed[key]))
-                msg = f"{where}: config key {key!r}={_short(value)} is not supported for {family.name}: wanted {wanted}"
+                msg = f"{where}: config key {key!r}={short} is not supported for {family.name}: wanted {wanted}"
                 raise CheckpointError(msg)
         elif key not in known and not is_empty(value):
-            msg = f"{where}: config key {key!r}={_short(value)} is not known for {family.name}; it may change what the "
+            msg = f"{where}: config key {key!r}={short} is not known for {family.name}; it may change what the "
             raise CheckpointError(msg + "weights mean: remove it from config.json if it does not")
-    for key in ("hidden_act", "hidden_activation"):
-        if not isinstance(config.get(key), str | None):
-            msg = f"{where}: config key {key!r}={_short(config[key])} is not the name of an activation"
+        if key in ("hidden_act", "hidden_activation") and not isinstance(value, str | None):
+            msg = f"{where}: config key {key!r}={short} is not the name of an activation"
             raise CheckpointError(msg)
-
-
-def _short(value: Any) -> str:
-    return shortened(repr(value))
 
 
 def read_dims(model: ModelConfig, where: Path | str) -> Dims:

@@ -116,6 +116,8 @@ def download(fetcher: Callable[..., str], hub_id: str, *names: str, **options: A
     Raises:
         CheckpointError: not found, gated, or not in the cache and the hub cannot be reached.
     """
+    from huggingface_hub import constants
+
     offline = {} if reaches_hub() else {"local_files_only": True}
     try:
         return Path(fetcher(hub_id, *names, **options, **offline))
@@ -123,7 +125,8 @@ def download(fetcher: Callable[..., str], hub_id: str, *names: str, **options: A
         at = f" at revision {options['revision']!r}" if options.get("revision") else ""
         msg = f"{hub_id}{at}: no such local folder, "
         if offline:
-            msg += f"not whole in the hub's cache, and the hub cannot be reached ({_why_offline()}): check the network"
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+            msg += f"not whole in the hub's cache, and the hub cannot be reached ({why}): check the network"
             raise CheckpointError(msg + ", or give the folder of a copy") from error
         msg += f"and the hub did not provide {names[0] if names else 'it'} ({cause_of(error)}): check the name"
         raise CheckpointError(msg + ", the revision and your access to it") from error
@@ -157,12 +160,6 @@ def _answers(_: int) -> bool:
     asking.start()
     asking.join(_PATIENCE)
     return not failed
-
-
-def _why_offline() -> str:
-    from huggingface_hub import constants
-
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -113,7 +113,7 @@ class ShardedStore(TensorStore):
         parts = (names or FileNames()).parts(weight_map)
         # Shard, and name in it, of the tensors that hold the rows of one.
         self._places = {name: [(weight_map[stored], stored) for stored in held] for name, held in parts.items()}
-        shards = _different(shard for held in self._places.values() for shard, _ in held)
+        shards = dict.fromkeys(shard for held in self._places.values() for shard, _ in held)
         self.files = tuple(folder / shard for shard in shards)
 
     def _weight_map(self) -> dict[str, str]:
@@ -159,7 +159,7 @@ class ShardedStore(TensorStore):
         The name in the model is None for a tensor of another part than the text model; `names` omits those.
         """
         names = {place: name for name, held in self._places.items() for place in held}
-        for shard in _different(self._weight_map().values()):
+        for shard in dict.fromkeys(self._weight_map().values()):
             file = self._shard(shard)
             yield shard, file, {stored: names.get((shard, stored)) for stored in file.entries}
 
@@ -208,11 +208,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def shards_of(weight_map: Mapping[str, str], names: FileNames) -> list[str]:
     """List the shards that hold tensors of the model, in index order; arguments as in `ShardedStore`."""
-    return _different(weight_map[stored] for held in names.parts(weight_map).values() for stored in held)
-
-
-def _different(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(weight_map[stored] for held in names.parts(weight_map).values() for stored in held))
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:

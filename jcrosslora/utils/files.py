@@ -51,7 +51,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
     remove_unfinished(out.parent, {out.name})
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
-    parent = _first_existing(out.parent)
+    parent = next(one for one in out.parents if os.path.lexists(one) or one == one.parent)
     if not parent.is_dir():
         msg = f"{out}: {parent} is a file, a folder was wanted: choose another output"
         raise OutputError(msg)
@@ -78,7 +78,8 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             new = work / NEW
             new.mkdir()
             yield new
-            _sync(new)
+            for path in filter(Path.is_file, new.rglob("*")):
+                _sync_file(path)
             if os.path.lexists(out):  # another process may have made it in the meantime
                 _check_replaceable(out, overwrite)
             _put_in_place(new, out, work / OLD)
@@ -166,12 +167,6 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise OutputError(msg)
 
 
-def _first_existing(folder: Path) -> Path:
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
 def _make_parents(folder: Path, made: list[Path]) -> None:
     if folder.is_dir():
         return
@@ -194,12 +189,6 @@ def _put_in_place(new: Path, out: Path, old: Path) -> None:
             old.rename(out)
         raise
     _sync_entry(out.parent)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync_file(path)
 
 
 def _sync_file(path: Path) -> None:

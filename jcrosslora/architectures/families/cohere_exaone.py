@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from jcrosslora.architectures.blocks import ATTENTION
-from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_count, size, words
+from jcrosslora.architectures.config import FULL, SLIDING, Number, layer_count, refuse, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules, behind_first, by_list, layouts_with, shared_width
 from jcrosslora.architectures.family import POST_NORMS, PRE_NORMS, QK_NORMS, Family, Gguf, Positions, Windows, windowed
 from jcrosslora.errors import CheckpointError
@@ -69,8 +69,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(msg)
     layers, first = layer_count(config), _count(config, _DENSE)
     if first > layers:
-        msg = f"config key {_DENSE!r} is {first}, wanted at most the {layers} layers"
-        raise CheckpointError(msg)
+        refuse(_DENSE, first, f"at most the {layers} layers")
     sliding = [
         (layer + 1) % size(config, _PREFIX_PERIOD, 1) != 0
         if layer < first
@@ -218,9 +217,6 @@ EXAONE_MOE = _exaone(
         layers=_sparse,
         shared=shared_width("num_shared_experts"),
     ),
-    eps=Number("rms_norm_eps", 1e-5),
-    windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
-    positions=Positions(rotated=_exaone_rotated),
     keys=words("first_k_dense_replace mlp_layer_types num_nextn_predict_layers num_shared_experts"),
     defaults={"first_k_dense_replace": 1, "num_shared_experts": 1, "norm_topk_prob": True},
 )

@@ -54,10 +54,8 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
 
 # Keys of all these families: what is read, and keys of published configurations that the classes do not read.
 _KEYS = words(
-    "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
-    "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
-    "moe_intermediate_size n_group topk_group routed_scaling_factor output_router_logits router_aux_loss_coef "
-    "aux_loss_alpha seq_aux ep_size pretraining_tp"
+    "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim first_k_dense_replace "
+    "num_experts n_shared_experts aux_loss_alpha seq_aux ep_size pretraining_tp"
 )
 
 # Of all these families; the architecture is that of V2 and V3, which differ in the scores of experts.

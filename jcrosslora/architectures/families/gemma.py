@@ -15,7 +15,17 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
 from jcrosslora.architectures.blocks import ATTENTION, MlpAndExperts, PerLayerInput, SelfAttention
-from jcrosslora.architectures.config import FULL, SLIDING, Number, check_multiple, layer_count, layer_kinds, size, words
+from jcrosslora.architectures.config import (
+    FULL,
+    SLIDING,
+    Number,
+    check_multiple,
+    layer_count,
+    layer_kinds,
+    refuse,
+    size,
+    words,
+)
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.family import QK_NORMS, Family, Gguf, Positions, Windows
 from jcrosslora.errors import CheckpointError
@@ -171,11 +181,10 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds[-1] = FULL
     shared, vocab = _kv_shared(config), config.get("vocab_size_per_layer_input")
     if shared and (shared >= layers or set(kinds[-shared:]) - set(kinds[: layers - shared])):
-        msg = f"config key 'num_kv_shared_layers' is {shared}, wanted fewer than {layers} layers, with one of each kind"
-        raise CheckpointError(msg + " before them")
+        refuse("num_kv_shared_layers", shared, f"fewer than {layers} layers, with one of each kind before them")
     if _layer_inputs(config) and vocab is not None and vocab != config.get("vocab_size"):
-        msg = f"config key 'vocab_size_per_layer_input' is {vocab!r}, wanted that of vocab_size"
-        raise CheckpointError(msg + ": a token without an input of the layers has no prediction")
+        wanted = "that of vocab_size: a token without an input of the layers has no prediction"
+        refuse("vocab_size_per_layer_input", vocab, wanted)
     found = {key: value for key, value in config.items() if key != "per_layer_config"}
     found |= {"layer_types": kinds} | _stated_heads(config, kinds)
     heads, (keys, _) = size(found, "num_attention_heads"), _global_heads(found)
@@ -194,8 +203,8 @@ def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]
         each = {str(layer): one for layer, one in stated.items()} if isinstance(stated, Mapping) else {}
         first = each.get(places[0])
         if each != dict.fromkeys(places, first) or not isinstance(first, Mapping) or set(first) - set(usual):
-            msg = f"config key 'per_layer_config' is {str(stated)[:60]}, wanted the same head_dim and "
-            raise CheckpointError(msg + "num_key_value_heads for all layers of full attention, and nothing for others")
+            wanted = "the same head_dim and num_key_value_heads for layers of full attention, and nothing for others"
+            refuse("per_layer_config", stated, wanted)
         own = {**usual, **first}
     return {"global_head_dim": own["head_dim"], "num_global_key_value_heads": own["num_key_value_heads"]}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
 from jcrosslora.architectures.blocks import ATTENTION, EXPERT_LATENT, UNGATED_MLP, Mamba2
-from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, size, words
+from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, refuse, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
 from jcrosslora.architectures.families.mamba2 import gguf_tensors
 from jcrosslora.architectures.family import Family, Gguf, Positions, StoredNames, windowed
@@ -51,8 +51,7 @@ def _mamba(config: Mapping[str, Any]) -> Mamba2:
     check_multiple("mamba_num_heads", heads, "n_groups", groups)
     least = config.get("time_step_min", 0.001)
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least < float("inf"):
-        msg = f"config key 'time_step_min' is {str(least)[:60]!r}, wanted a number that is not negative"
-        raise CheckpointError(msg)
+        refuse("time_step_min", least, "a number that is not negative")
     return Mamba2(
         size(config, "hidden_size"),
         size(config, "conv_kernel", 4),

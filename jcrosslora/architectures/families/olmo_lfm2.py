@@ -105,8 +105,7 @@ def _delta(config: Mapping[str, Any]) -> DeltaRule:
     key_size = size(config, "linear_key_head_dim", int(0.75 * hidden / groups))
     negative = config.get("linear_allow_neg_eigval", True)
     if not isinstance(negative, bool):
-        msg = f"config key 'linear_allow_neg_eigval' is {repr(negative)[:60]}, wanted true or false"
-        raise CheckpointError(msg)
+        refuse("linear_allow_neg_eigval", negative, "true or false")
     return DeltaRule(
         hidden,
         size(config, "linear_conv_kernel_dim", 4),
@@ -164,8 +163,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         width = int(2 * size({"intermediate_size": width}, "intermediate_size") / 3)
         if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
-                msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
-                raise CheckpointError(msg)
+                refuse("block_ffn_dim_multiplier", factor, "a positive number")
             width = multiple * -(-int(factor * width) // multiple)
     _taps(config)  # which is checked
     layers = layer_count(config)

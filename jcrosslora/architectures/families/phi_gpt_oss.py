@@ -92,7 +92,6 @@ GPT_OSS = Family(
     bias_keys={"attention_bias": ATTENTION},
     experts=ExpertRules(
         ("num_local_experts", "num_experts"),
-        used="num_experts_per_tok",
         width="intermediate_size",
         layouts=(_PACKED, MERGED | _OSS_ROUTER | BIASES, _STORED),
         scores="chosen",
