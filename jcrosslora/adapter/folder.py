@@ -17,7 +17,7 @@ from jcrosslora.adapter.orbax import holds_lora
 from jcrosslora.checkpoint.hub import check_revision, download, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.orbax import find_checkpoint, nearest_file
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
-from jcrosslora.checkpoint.store import read_json_object, refuse_not_finite
+from jcrosslora.checkpoint.store import errors_of, read_json_object, refuse_not_finite
 from jcrosslora.errors import AdapterError
 from jcrosslora.utils.files import read_small, read_small_text
 
@@ -90,7 +90,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the JSON object of finite numbers in an `adapter_config.json`."""
     with as_adapter_errors():
         config = read_json_object(path)
-        refuse_not_finite(config, path)
+        with errors_of(path):
+            refuse_not_finite(config)
         return config
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.architectures import FAMILIES, Dims, Family
-from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS, size
+from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS, check_multiple, size
 from jcrosslora.architectures.families import UNSUPPORTED
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames, errors_of, read_json_object, refuse_not_finite
-from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, is_empty, text_config
+from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, is_empty, refuse_unknown, text_config
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
 
@@ -70,44 +70,47 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
         CheckpointError: unknown model type, architecture or key, a number that is not finite, or a value that changes
             what the weights mean.
     """
+    with errors_of(where):
+        return _checked(config)
+
+
+def _checked(config: Mapping[str, Any]) -> ModelConfig:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in WRAPPERS:
-        return replace(check_config(text_config(config, where), where), wrapper=WRAPPERS[model_type])
+        return replace(_checked(text_config(config)), wrapper=WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
         why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
         supported = ", ".join([*FAMILIES, *WRAPPERS])
-        msg = f"{where}: model_type {model_type!r} is not supported{why}; supported: {supported}"
+        msg = f"model_type {model_type!r} is not supported{why}; supported: {supported}"
         raise CheckpointError(msg)
     family = FAMILIES[model_type]
     if (named := config.get("architectures")) and (
         not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)
     ):
         wanted = family.architectures[0]
-        msg = f"{where}: architectures {named!r} is not supported for {family.name}; supported: {wanted}"
+        msg = f"architectures {named!r} is not supported for {family.name}; supported: {wanted}"
         raise CheckpointError(msg)
-    _check_keys(family, config, where)
-    refuse_not_finite(config, where, but=_UNBOUNDED)
-    check_quantization(config, str(where))
+    _check_keys(family, config)
+    refuse_not_finite(config, but=_UNBOUNDED)
+    check_quantization(config)
     values = {**family.defaults, **config}
-    with errors_of(where):
-        return ModelConfig(family, values if family.resolve is None else family.resolve(values))
+    return ModelConfig(family, values if family.resolve is None else family.resolve(values))
 
 
-def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
+def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
     known = COMMON_KEYS | HARMLESS_KEYS | family.known_keys
     for key, value in config.items():
         short = shortened(repr(value))
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:
                 wanted = " or ".join(map(repr, family.fixed[key]))
-                msg = f"{where}: config key {key!r}={short} is not supported for {family.name}: wanted {wanted}"
+                msg = f"config key {key!r}={short} is not supported for {family.name}: wanted {wanted}"
                 raise CheckpointError(msg)
         elif key not in known and not is_empty(value):
-            msg = f"{where}: config key {key!r}={short} is not known for {family.name}; it may change what the "
-            raise CheckpointError(msg + "weights mean: remove it from config.json if it does not")
+            refuse_unknown(key, short, family.name)
         if key in ("hidden_act", "hidden_activation") and not isinstance(value, str | None):
-            msg = f"{where}: config key {key!r}={short} is not the name of an activation"
+            msg = f"config key {key!r}={short} is not the name of an activation"
             raise CheckpointError(msg)
 
 
@@ -133,7 +136,5 @@ def read_dims(model: ModelConfig, where: Path | str) -> Dims:
             head_dim=read(config, "head_dim"),
             vocab=read(config, "vocab_size"),
         )
-    if heads % dims.kv_heads:
-        msg = f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {dims.kv_heads}"
-        raise CheckpointError(msg)
+        check_multiple("num_attention_heads", heads, "num_key_value_heads", dims.kv_heads)
     return dims

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
     Raises CheckpointError if the gguf package is missing, or the file is corrupt, truncated or not supported.
     """
     gguf, file, header = open_header(path)
-    meta = Metadata(header.metadata, path)
+    meta = Metadata(header.metadata, file)
     names = _hf_names(header, meta)
     rope = {name: header.tensors[name] for name in _ROPE_TENSORS if name in header.tensors}
     floats = {name: to_float(stored_rows(file, info, gguf), info.kind, gguf, path) for name, info in rope.items()}
@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
         unknown = _other_module(names, model)
         sources = find_sources(names, shapes, model)
     if unknown is not None:
-        raise CheckpointError(_unknown(unknown, meta))
+        _refuse_unknown(unknown, meta)
     return config, GGUFStore(file, header, gguf, sources, stated), model_name(header.metadata)
 
 
@@ -219,7 +219,7 @@ def _hf_names(header: GGUFHeader, meta: Metadata) -> dict[str, list[str]]:
             continue
         name = hf_name(stored, meta.arch)
         if name is None:
-            raise CheckpointError(_unknown(stored, meta))
+            _refuse_unknown(stored, meta)
         names.setdefault(name, []).append(stored)
     return {name: sorted(stored, key=lambda one: order.get(one.split(".", 2)[-1], 0)) for name, stored in names.items()}
 
@@ -234,8 +234,8 @@ def _other_module(names: Mapping[str, list[str]], model: Architecture) -> str | 
     return next(found, None)
 
 
-def _unknown(stored: str, meta: Metadata) -> str:
-    return f"{meta.path}: tensor {stored!r} is not known for architecture {meta.arch!r}: it may change the model"
+def _refuse_unknown(stored: str, meta: Metadata) -> NoReturn:
+    meta.file.refuse(f"tensor {stored!r} is not known for architecture {meta.arch!r}: it may change the model")
 
 
 def _predicts_further(stored: str, meta: Metadata) -> bool:

@@ -70,7 +70,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     config |= {key: value for key, value in stated.items() if value is not None}
     config |= _expert_settings(meta) | dict(form.implied)
     config |= _windows(meta) | _other_keys(meta)
-    with errors_of(meta.path):
+    with errors_of(meta.file.path):
         return config if form.settings is None else config | dict(form.settings(meta.own(), held))
 
 
@@ -92,8 +92,7 @@ def _expert_settings(meta: Metadata) -> dict[str, Any]:
     scores, own = meta.get("expert_gating_func"), {experts.scores, *experts.scores_names.values()}
     if scores is not None and own.isdisjoint(meta.scores):
         name = meta.family.name
-        msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {name} does not have"
-        raise CheckpointError(msg)
+        meta.file.refuse(f"{meta.arch}.expert_gating_func is {str(scores)[:60]}, which {name} does not have")
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -129,8 +128,7 @@ def _layer_types(meta: Metadata, period: int) -> list[str]:
     stated = meta.get("attention.sliding_window_pattern")
     layers = meta.layers()
     if layers is None or not 0 < layers < 10_000:
-        msg = f"{meta.path}: {meta.arch}.block_count is {layers!r}, wanted the number of layers"
-        raise CheckpointError(msg)
+        meta.file.refuse(f"{meta.arch}.block_count is {layers!r}, wanted the number of layers")
     # With an entry for layers that predict further tokens, or without.
     if isinstance(stated, list) and len(stated) in (layers, meta.count("block_count")):
         stated = stated[:layers]
@@ -172,14 +170,13 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
     size, local = meta.head_dim(), meta.count("attention.key_length_swa")
     rotated = 0 if divisors is None else int(np.sum(divisors == 1.0))
     if divisors is None or 2 * divisors.size != size or not np.all(divisors[rotated:] > _NEVER):
-        msg = f"{meta.path}: rope_freqs.weight is missing, or does not hold 1 for the first pairs of {size} features "
-        raise CheckpointError(msg + "and 1e30 for the others: convert the model again")
+        what = f"rope_freqs.weight is missing, or does not hold 1 for the first pairs of {size} features "
+        meta.file.refuse(what + "and 1e30 for the others: convert the model again")
     sizes = {"rope.dimension_count": size, "rope.dimension_count_swa": local}
     others = [key for key, whole in sizes.items() if whole and meta.count(key) not in (None, whole)]
     others += ["rope.scaling.type"] if meta.get("rope.scaling.type", "none") != "none" else []
     if others:
-        msg = f"{meta.path}: {meta.arch}.{others[0]} is {str(meta.get(others[0]))[:60]!r}, which is not supported"
-        raise CheckpointError(msg)
+        meta.file.refuse(f"{meta.arch}.{others[0]} is {str(meta.get(others[0]))[:60]!r}, which is not supported")
     plain = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base_swa") or theta}
     share = 2 * rotated / size
     if int(share * size // 2) < rotated:  # by which the class finds the pairs
@@ -197,12 +194,12 @@ def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
     wanted = 0.1 if LatentAttention in meta.family.blocks else 1.0
     mscale = meta.number("rope.scaling.yarn_log_multiplier")
     if beta is None or mscale not in (None, wanted):
-        msg = f"{meta.path}: {meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier "
-        raise CheckpointError(msg + f"is {mscale}, wanted {wanted:g}: use the safetensors of the model")
+        what = f"{meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier is {mscale}, "
+        meta.file.refuse(what + f"wanted {wanted:g}: use the safetensors of the model")
     step = meta.count("attention.temperature_length")
     if step is not None and step != scaling.get(_ORIGINAL):
-        msg = f"{meta.path}: {meta.arch}.attention.temperature_length is {step}, wanted the original context length: "
-        raise CheckpointError(msg + "use the safetensors of the model")
+        what = f"{meta.arch}.attention.temperature_length is {step}, wanted the original context length: "
+        meta.file.refuse(what + "use the safetensors of the model")
     return {"llama_4_scaling_beta": beta} | ({} if mscale is None else {"mscale": 1.0, "mscale_all_dim": 1.0})
 
 
@@ -220,18 +217,17 @@ def _scaling(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any
         return {"rope_type": "default"}
     if kind == "linear" and factor is not None:
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and factor is not None:
-        form, keys = meta.family.gguf, {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-        keys |= {"attention_factor": "yarn_attn_factor"}
-        stated = {key: meta.number(f"rope.scaling.{stored}") for key, stored in keys.items()}
-        stated = {key: value for key, value in stated.items() if value is not None}
-        assert form is not None
-        if LatentAttention in meta.family.blocks and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
-            # A tenth of one of two mscales, which are equal in published models.
-            stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * scale, 6))
-        return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta), **stated, **form.rope}
-    msg = f"{meta.path}: rope scaling {kind!r} with factor {factor} is not supported"
-    raise CheckpointError(msg)
+    if kind != "yarn" or factor is None:
+        meta.file.refuse(f"rope scaling {kind!r} with factor {factor} is not supported")
+    form, keys = meta.family.gguf, {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+    keys |= {"attention_factor": "yarn_attn_factor"}
+    stated = {key: meta.number(f"rope.scaling.{stored}") for key, stored in keys.items()}
+    stated = {key: value for key, value in stated.items() if value is not None}
+    assert form is not None
+    if LatentAttention in meta.family.blocks and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
+        # A tenth of one of two mscales, which are equal in published models.
+        stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * scale, 6))
+    return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta), **stated, **form.rope}
 
 
 def _decimals(values: np.ndarray) -> list[float]:
@@ -254,5 +250,5 @@ def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
             factors = llama3_factors(stored.size, {"rope_theta": theta, **settings})
         if np.allclose(factors, stored, rtol=1e-4):
             return {"rope_type": "llama3", **settings}
-    msg = f"{meta.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"
+    msg = f"{meta.file.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"
     raise CheckpointError(msg)

@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.architectures import FAMILIES, Family
 from jcrosslora.checkpoint.store import MappedFile, is_array_shape
-from jcrosslora.errors import CheckpointError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -210,25 +208,20 @@ class Metadata:
             of another type.
     """
 
-    def __init__(self, values: Mapping[str, Any], path: Path):
-        self.values, self.path = values, path
+    def __init__(self, values: Mapping[str, Any], file: MappedFile):
+        self.values, self.file = values, file
         arch = values.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
             reason = _REFUSED.get(arch) if isinstance(arch, str) else None
             why = "" if reason is None else f": {reason}: use the safetensors of the model"
-            msg = f"{path}: GGUF architecture {arch!r} is not supported{why}; supported: {', '.join(ARCHITECTURES)}"
-            raise CheckpointError(msg)
+            file.refuse(f"GGUF architecture {arch!r} is not supported{why}; supported: {', '.join(ARCHITECTURES)}")
         self.arch = arch
         if values.get("general.type", "model") != "model":
-            msg = f"{path}: is a GGUF of type {values['general.type']!r}, where a base model was wanted"
-            raise CheckpointError(msg)
+            file.refuse(f"is a GGUF of type {values['general.type']!r}, where a base model was wanted")
         if values.get("split.count", 1) not in (0, 1):
-            msg = f"{path}: is one of {values['split.count']} parts: join them with llama-gguf-split --merge"
-            raise CheckpointError(msg)
-        if self.get("expert_count") and arch not in _WITH_EXPERTS:
-            count = self.get("expert_count")
-            msg = f"{path}: experts are not supported for architecture {arch!r} (expert_count {count})"
-            raise CheckpointError(msg)
+            file.refuse(f"is one of {values['split.count']} parts: join them with llama-gguf-split --merge")
+        if (count := self.get("expert_count")) and arch not in _WITH_EXPERTS:
+            file.refuse(f"experts are not supported for architecture {arch!r} (expert_count {count})")
 
     @cached_property
     def family(self) -> Family:
@@ -258,16 +251,14 @@ class Metadata:
             return None
         # The bound also excludes infinity and NaN.
         if type(value) not in (int, float) or not 0 < value < _LARGEST:
-            msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]!r}, wanted a positive number"
-            raise CheckpointError(msg)
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, wanted a positive number")
         return float(str(np.float32(value)))
 
     def count(self, key: str) -> int | None:
         """Return a non-negative integer of 32 bits."""
         value = self.get(key)
         if value is not None and (type(value) is not int or not 0 <= value < 1 << 31):
-            msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]!r}, wanted one non-negative integer"
-            raise CheckpointError(msg)
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]!r}, wanted one non-negative integer")
         return value
 
     def most(self, key: str) -> int | None:
@@ -276,8 +267,7 @@ class Metadata:
         if not isinstance(value, list):
             return self.count(key)
         if not value or not all(type(one) is int and 0 <= one < 1 << 31 for one in value):
-            msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]}, wanted an integer for each layer"
-            raise CheckpointError(msg)
+            self.file.refuse(f"{self.arch}.{key} is {str(value)[:60]}, wanted an integer for each layer")
         return max(value)
 
     def layers(self) -> int | None:

@@ -194,13 +194,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_not_finite(values: Mapping[str, Any], where: Path | str, *, but: Collection[str] = ()) -> None:
+def refuse_not_finite(values: Mapping[str, Any], *, but: Collection[str] = ()) -> None:
     """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads, by its key."""
     stack = [(key, value) for key, value in values.items() if key not in but]
     while stack:
         key, value = stack.pop()
         if isinstance(value, float) and not math.isfinite(value):
-            msg = f"{where}: config key {key!r} is {value}, wanted a finite number: mend it, or download the file again"
+            msg = f"config key {key!r} is {value}, wanted a finite number: mend it, or download the file again"
             raise CheckpointError(msg)
         if isinstance(value, Mapping):
             stack += [(f"{key}.{name}", item) for name, item in value.items()]

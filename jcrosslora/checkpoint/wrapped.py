@@ -6,12 +6,12 @@ for the names in files), vLLM (`hf_to_vllm_mapper` of each class, which takes th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jcrosslora.architectures import FAMILIES
 from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.texts import shortened
 
 TEXT = "model."  # before a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
 _AUDIO_KEYS = frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"})
@@ -118,7 +118,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the text model inside a multimodal one, with the name of its family as `model_type`.
 
     Raises:
@@ -126,7 +126,7 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     """
     model_type, wrapper = config["model_type"], WRAPPERS[config["model_type"]]
     if (named := config.get("architectures")) and named != [wrapper.architecture]:
-        msg = f"{where}: architectures {named!r} is not supported for {model_type}; supported: {wrapper.architecture}"
+        msg = f"architectures {named!r} is not supported for {model_type}; supported: {wrapper.architecture}"
         raise CheckpointError(msg)
     text = config.get("text_config")
     if text is None and wrapper.flat:
@@ -134,14 +134,13 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     else:
         for key, value in config.items():
             if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS | wrapper.keys and not is_empty(value):
-                msg = f"{where}: config key {key!r}={repr(value)[:60]} is not known for {model_type}; it may change "
-                raise CheckpointError(msg + "what the weights mean: remove it from config.json if it does not")
+                refuse_unknown(key, shortened(repr(value)), model_type)
     if not isinstance(text, Mapping):
-        msg = f"{where}: text_config of model_type {model_type!r} is {str(text)[:60]!r}, wanted a JSON object"
+        msg = f"text_config of model_type {model_type!r} is {str(text)[:60]!r}, wanted a JSON object"
         raise CheckpointError(msg)
     text_type = text.get("model_type") or wrapper.text_type
     if not isinstance(text_type, str) or text_type not in wrapper.texts:
-        msg = f"{where}: the text_config of this {model_type} is of model_type {str(text_type)[:60]!r}, which is not "
+        msg = f"the text_config of this {model_type} is of model_type {str(text_type)[:60]!r}, which is not "
         raise CheckpointError(msg + f"supported; supported: {', '.join(wrapper.texts)}")
     found = {key: value for key, value in text.items() if key not in _TRAINING_KEYS | {"architectures"}}
     found = {**_DEFAULTS.get(text_type, {}), **found}
@@ -154,6 +153,12 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
         if isinstance(found.get(key), Mapping):
             found[key] = _rope_of_text(found[key])
     return found | {"model_type": wrapper.texts[text_type]}
+
+
+def refuse_unknown(key: str, value: str, family: str) -> NoReturn:
+    """Refuse a key of a configuration that is not known."""
+    msg = f"config key {key!r}={value} is not known for {family}; it may change what the weights mean: remove it from "
+    raise CheckpointError(msg + "config.json if it does not")
 
 
 def is_empty(value: Any) -> bool:

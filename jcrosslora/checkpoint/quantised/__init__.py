@@ -23,7 +23,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     return settings if isinstance(settings, dict) else {"quant_method": settings}
 
 
-def check_quantization(config: Mapping[str, Any], path: str) -> None:
+def check_quantization(config: Mapping[str, Any]) -> None:
     """Refuse a quantised checkpoint that no format can read, by name.
 
     Raises:
@@ -39,7 +39,7 @@ def check_quantization(config: Mapping[str, Any], path: str) -> None:
         return
     known = ", ".join(form.name for form in FORMATS)
     msg = (
-        f"{path}: weights quantised with {str(settings.get('quant_method'))[:60]!r} are not supported"
+        f"weights quantised with {str(settings.get('quant_method'))[:60]!r} are not supported"
         f"{f' where {reason}' if reason else ''} (supported: {known}): use the unquantised checkpoint, or one in GGUF"
     )
     raise CheckpointError(msg)
