@@ -158,8 +158,7 @@ class BaseModel:
 
         The rows (n,) of a stack of matrices count through all of them.
 
-        Raises:
-            CheckpointError: no such tensor, not a matrix, or a row that it does not have.
+        Raises CheckpointError if there is no such tensor, it is not a matrix, or does not have a row.
         """
         stored, ids = self._stored_name(name), np.asarray(ids)
         shape = self.store.shape(stored)
@@ -249,7 +248,7 @@ class BaseInfo:
         digest: "sha256:..." of the weight files; "" if they were not read for it.
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
-        heads: (query heads, key heads).
+        heads: of queries, and of keys and values.
         prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
     """
 

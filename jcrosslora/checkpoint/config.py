@@ -44,8 +44,7 @@ class ModelConfig:
 def read_config(folder: Path) -> ModelConfig:
     """Read and check `config.json` of a folder.
 
-    Raises:
-        CheckpointError: no configuration, not JSON, or one that `check_config` refuses.
+    Raises CheckpointError if there is none, it is not JSON, or `check_config` refuses it.
     """
     path = folder / "config.json"
     if path.exists():

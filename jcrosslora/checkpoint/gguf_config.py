@@ -33,8 +33,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         facts: values from its tensors: vocab_size, tie_word_embeddings, and "held", the layers that hold each tensor.
         factors: its rope factor tensors by GGUF name: rope_freqs (llama3), or rope_factors_long and _short (longrope).
 
-    Raises:
-        CheckpointError: rope scaling, or another value, that is not supported.
+    Raises CheckpointError if rope scaling, or another value, is not supported.
     """
     family = meta.family
     # Nemotron-H has root mean squares, and files that state the other epsilon alone.

@@ -141,8 +141,7 @@ def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFH
 
     `sizes` maps the number of a ggml type to (elements of a block, bytes of a block).
 
-    Raises:
-        CheckpointError: not a GGUF file, an unsupported version, truncated, or a tensor outside the file.
+    Raises CheckpointError if it is no GGUF file, of another version, truncated, or a tensor is outside the file.
     """
     cursor = _Cursor(file)
     _check_start(cursor)

@@ -113,8 +113,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
 def download(fetcher: Callable[..., str], hub_id: str, *names: str, **options: Any) -> Path:
     """Call a function of the hub's client that downloads; if the hub does not answer, it looks in the cache alone.
 
-    Raises:
-        CheckpointError: not found, gated, or not in the cache and the hub cannot be reached.
+    Raises CheckpointError if it is not found, gated, or not in the cache while the hub cannot be reached.
     """
     from huggingface_hub import constants
 

@@ -36,8 +36,7 @@ def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
 
     The weights are a live model, an `nnx.State`, or mappings nested to any depth, whose keys are joined by ".".
 
-    Raises:
-        CheckpointError: a name that occurs twice, or adapters that are merged into the weights of a live model.
+    Raises CheckpointError if a name occurs twice, or adapters are merged into the weights of a live model.
     """
     if is_live_model(weights):
         for name, module in weights.named_modules() if hasattr(weights, "named_modules") else ():
@@ -114,8 +113,7 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
     The tokenizer is a folder, a tokenizer.json, a fast tokenizer of transformers, a `tokenizers.Tokenizer`, or None. A
     temporary folder is removed when its owner is.
 
-    Raises:
-        CheckpointError: anything else, or a path without tokenizer.json.
+    Raises CheckpointError for anything else, and for a path without tokenizer.json.
     """
     if tokenizer is None:
         return None
@@ -143,8 +141,7 @@ class MemoryStore(TensorStore):
 
     They are neither copied nor converted until they are read, so they must not change while the base is in use.
 
-    Raises:
-        CheckpointError: a value that is no array, holds no data, or has a dtype that cannot be read.
+    Raises CheckpointError for a value that is no array, holds no data, or has a dtype that cannot be read.
     """
 
     advice = "give Hugging Face names and weights of shape (out, in)"
@@ -227,8 +224,7 @@ def _of_tunix(config: Any, where: str) -> dict[str, Any]:
     What the class fixes (Gemma's epsilon, bases of positions, the layers with windows) is written out. That of Llama
     does not tell how positions are scaled, so it cannot be translated.
 
-    Raises:
-        CheckpointError: of a class that does not tell everything, or that is not known.
+    Raises CheckpointError for a class that does not tell everything, or that is not known.
     """
     name = type(config).__module__.split(".")[2]
     if name not in _CLASSES or getattr(config, "num_experts", None) is not None:

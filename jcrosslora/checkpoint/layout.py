@@ -137,8 +137,7 @@ def _layer_shapes(
 def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
     """Check that a checkpoint has the tensors that its configuration calls for.
 
-    Raises:
-        CheckpointError: missing or misshapen tensors; the message names the first few and counts the rest.
+    Raises CheckpointError for missing or misshapen tensors; it names the first few and counts the rest.
     """
     names, family, dims = store.names(), model.family, model.dims
     # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
@@ -256,8 +255,7 @@ class StoredExperts:
 
         Without a gate "gate_up" is (E, I, H). `name` is one of `expert_tensors`.
 
-        Raises:
-            CheckpointError: a dtype that cannot be read.
+        Raises CheckpointError if its dtype cannot be read.
         """
         if name not in self.paths:  # gate and up on their own
             parts = [name.replace("gate_up", part) for part in single_parts(self.rules)]

@@ -44,8 +44,7 @@ def nearest_file(name: str, checkpoint: Path, folder: Path) -> Path | None:
 def read_entries(checkpoint: Path) -> Entries:
     """Read which arrays a checkpoint holds.
 
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
+    Raises CheckpointError if the checkpoint cannot be read.
     """
     from etils import epath
     from flax.traverse_util import flatten_dict

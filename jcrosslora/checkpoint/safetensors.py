@@ -71,8 +71,7 @@ class Entry:
 class SafetensorsFile:
     """A safetensors file with a checked header.
 
-    Raises:
-        CheckpointError: missing, truncated, or a header that does not describe the file.
+    Raises CheckpointError if it is missing, truncated, or its header does not describe it.
     """
 
     def __init__(self, path: Path):
@@ -102,8 +101,7 @@ class SafetensorsFile:
 class ShardedStore(TensorStore):
     """The tensors of a folder; a shard is opened when one of its tensors is read.
 
-    Raises:
-        CheckpointError: neither index nor single file, or an invalid index.
+    Raises CheckpointError if there is neither index nor single file, or the index is invalid.
     """
 
     def __init__(self, folder: Path, names: FileNames | None = None):

@@ -34,7 +34,7 @@ class Encoded:
     """A tokenized text of T tokens.
 
     Attributes:
-        ids: int32 (T,).
+        ids: int32 (T,), the tokens.
         ends: int32 (T,), number of characters (code points) of the text up to the end of each token; 0 for bos; -1 for
             a token that ends inside a character or covers no text.
     """
@@ -137,8 +137,7 @@ def read_tokenizer(
         eos: the id that ends a text, or a list of such, as config.json states it.
         chat_template: Jinja source instead of the tokenizer's own.
 
-    Raises:
-        CheckpointError: it cannot be read.
+    Raises CheckpointError if it cannot be read.
     """
     backend, bos, ends, bos_name, own_template = _from_gguf(path) if path.is_file() else _from_folder(path)
     backend.no_truncation()

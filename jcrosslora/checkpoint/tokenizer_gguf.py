@@ -35,8 +35,7 @@ def read_metadata(path: Path) -> Mapping[str, Any]:
 def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
     """Build a `tokenizers.Tokenizer` without post-processor.
 
-    Raises:
-        CheckpointError: a kind of tokenizer that is not supported, or invalid metadata.
+    Raises CheckpointError for a kind of tokenizer that is not supported, or invalid metadata.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama", "gemma4"):

@@ -106,8 +106,7 @@ def is_tunix(names: Iterable[str]) -> bool:
 def find_sources(parameters: Iterable[str], family: Family, where: str) -> dict[str, Source]:
     """Return where each tensor of a model is, by its Hugging Face name.
 
-    Raises:
-        CheckpointError: tunix has no class for the family, or a parameter is not one of this class.
+    Raises CheckpointError if tunix has no class for the family, or a parameter is not one of this class.
     """
     if family.name not in TUNIX:
         msg = f"{where}: tunix has a class for {', '.join(TUNIX)}, and the configuration is of {family.name}: give the "
@@ -183,8 +182,7 @@ def live_arrays(tree: Mapping[str, Any]) -> Arrays:
 class ParameterStore(TensorStore):
     """The tensors of a model of tunix, without its LoRA. The parameter that was read last is kept until `release`.
 
-    Raises:
-        CheckpointError: a parameter that is not one of tunix's class for the family, or that has another form.
+    Raises CheckpointError for a parameter that is not one of tunix's class for the family, or has another form.
     """
 
     advice = "give all parameters of the model, and the config.json that belongs to it"

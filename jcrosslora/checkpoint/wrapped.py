@@ -121,8 +121,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the text model inside a multimodal one, with the name of its family as `model_type`.
 
-    Raises:
-        CheckpointError: an architecture, a key or a text_config that is not known; named.
+    Raises CheckpointError for an architecture, a key or a text_config that is not known, and names it.
     """
     model_type, wrapper = config["model_type"], WRAPPERS[config["model_type"]]
     if (named := config.get("architectures")) and named != [wrapper.architecture]:

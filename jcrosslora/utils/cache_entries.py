@@ -100,10 +100,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read the record of the entry in a folder KIND/KEY, but not its files.
 
-    Raises:
-        FileNotFoundError: there is no entry.
-        OSError: it cannot be read at the moment.
-        Damaged: it was changed after writing, or belongs to another entry.
+    Raises FileNotFoundError if there is no entry, OSError if it cannot be read at the moment, and Damaged if it was
+    changed after writing, or belongs to another entry.
     """
     if not folder.is_dir():
         raise FileNotFoundError(folder)
@@ -150,9 +148,8 @@ def measure_files(folder: Path, known: Mapping[str, tuple[int, str]] | None = No
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every byte of an entry with its manifest.
 
-    Raises:
-        OSError: a file cannot be read at the moment, or the entry is being removed.
-        Damaged: a file is missing, unexpected, or was changed after writing.
+    Raises OSError if a file cannot be read at the moment, or the entry is being removed; Damaged if a file is missing,
+    unexpected, or was changed after writing.
     """
     found = measure_files(folder)
     for path in sorted(found.keys() | manifest.files.keys()):

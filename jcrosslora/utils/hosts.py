@@ -173,11 +173,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     Args:
         coordinator: HOST:PORT of process 0; "auto" if the cluster provides it (Slurm, Open MPI, Kubernetes, Cloud TPU,
             or `JAX_COORDINATOR_ADDRESS` with the two numbers); None for a process that works alone.
-        processes: how many there are.
-        process: which of them this one is, from 0.
+        processes: their number; then which of them this one is, from 0.
 
-    Raises:
-        UsageError: the arguments are invalid or incomplete, or the cluster does not provide them.
+    Raises UsageError if the arguments are invalid or incomplete, or the cluster does not provide them.
     """
     if coordinator is None:
         if processes is not None or process is not None:

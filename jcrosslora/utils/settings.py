@@ -9,8 +9,7 @@ from jcrosslora.errors import UsageError, suggestion
 class Settings:
     """Base of dataclasses whose fields are set by users.
 
-    Raises:
-        UsageError: a setting is unknown, given twice, or missing.
+    Raises UsageError if a setting is unknown, given twice, or missing.
     """
 
     # Type checkers, `inspect` and `help` see the `__init__` of the dataclass.

@@ -118,11 +118,8 @@ def _host() -> str:
 def try_lock(path: Path, *, wait: bool = False) -> int | None:
     """Lock a folder or a file and return the descriptor, which is to be closed; None if there are no locks.
 
-    `wait` waits while another process holds the lock.
-
-    Raises:
-        BlockingIOError: another process holds it, and `wait` is False.
-        OSError: it cannot be opened.
+    `wait` waits while another process holds the lock. Raises BlockingIOError if another process holds it and `wait` is
+    False, and OSError if it cannot be opened.
     """
     if fcntl is None:
         return None

@@ -26,8 +26,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 def check_quantization(config: Mapping[str, Any]) -> None:
     """Refuse a quantised checkpoint that no format can read, by name.
 
-    Raises:
-        CheckpointError: an unknown quantisation, or an unsupported variant.
+    Raises CheckpointError for an unknown quantisation, or an unsupported variant.
     """
     settings = settings_of(config)
     if not settings:
@@ -54,8 +53,7 @@ def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> Te
     The formats that may occur follow from the settings, or from the tensors where there are none. The configuration has
     passed `check_quantization`.
 
-    Raises:
-        CheckpointError: packed tensors that cannot be read without settings in the configuration.
+    Raises CheckpointError for packed tensors that cannot be read without settings in the configuration.
     """
     settings, names = settings_of(config), store.names()
     if settings:
@@ -104,8 +102,7 @@ class QuantisedStore(TensorStore):
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor: float32 if it is quantised, else a read-only view in the stored dtype.
 
-        Raises:
-            CheckpointError: no such tensor, or a quantised weight whose parts do not fit together.
+        Raises CheckpointError if there is no such tensor, or the parts of a quantised weight do not fit together.
         """
         packed = self._open(name)
         if packed is None:
