@@ -218,7 +218,7 @@ class BaseModel:
         """
         if "_digest" not in self.__dict__:
             read = self.store.sha256s
-            parts = digests.sha256s(self.store.files, read) if digests is not None and self.store.files else read()
+            parts = digests(self.store.files, read) if digests is not None and self.store.files else read()
             joined = "\n".join(parts).encode()
             # A cached_property takes no argument, and assignment to an attribute of a frozen dataclass is refused.
             self.__dict__["_digest"] = parts[0] if len(parts) == 1 else hashlib.sha256(joined).hexdigest()

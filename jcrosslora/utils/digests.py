@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from jcrosslora.utils import version
 from jcrosslora.utils.files import write_whole
@@ -23,22 +23,18 @@ _TICK_NS = 2 * 10**9
 _PROCEDURE = 5
 
 
-class Digests(Protocol):
-    """A record of the digests of files that outlives the process."""
-
-    def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """Return the hex digests of files in their order: the recorded ones if all are valid, else `compute()`."""
-        ...
+# From paths, and what computes the hex digests of these files, to the digests in their order: recorded or computed.
+Digests: TypeAlias = Callable[[Sequence[Path], Callable[[], list[str]]], list[str]]
 
 
 class FileDigests:
-    """`Digests` in a folder, which is made with the first record, with one small file for each path."""
+    """`Digests` that outlive the process, in a folder, made with the first record, with a small file for each path."""
 
     def __init__(self, folder: Path, clock: Callable[[], int] = time.time_ns):
         self._folder, self._clock = folder, clock  # nanoseconds since 1970
 
-    def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """Return the hex digests of files, see `Digests`."""
+    def __call__(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
+        """Return the recorded digests if all are valid, else `compute()`, which is recorded."""
         if (found := self.known(paths)) is not None:
             return found
         before = [file_state(path) for path in paths]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -161,8 +161,17 @@ def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def shared(digests: Digests | None) -> Digests | None:
-    """Let the first process compute or remember digests of files for all, so that the others need not read them."""
-    return digests if count() == 1 else _FirstDigests(digests)
+    """Let the first process compute or remember digests of files for all, so that the others need not read them.
+
+    All processes have to ask for them at once.
+    """
+    if count() == 1:
+        return digests
+
+    def by_first(paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
+        return from_first("digests", compute if digests is None else partial(digests, paths, compute))
+
+    return by_first
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -212,16 +221,6 @@ def leave(code: int) -> NoReturn:
     if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(_GRACE)
     os._exit(code)
-
-
-@dataclass(frozen=True)
-class _FirstDigests:
-    inner: Digests | None
-
-    def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """Return the digests, see `Digests`; all processes have to call it at once."""
-        inner = self.inner
-        return from_first("digests", compute if inner is None else lambda: inner.sha256s(paths, compute))
 
 
 def _rows(process: int, items: int) -> list[int]:
