@@ -72,6 +72,27 @@ def test_each_model_writes_what_a_generator_of_its_own_writes(base, tokenizer, a
     assert found.max_new_tokens == 8
 
 
+def test_a_right_answer_that_a_model_writes_is_read_and_not_written(base, adapters, monkeypatch):
+    """Answers that begin as a right one go on as they would without it."""
+    plain, ids = load_tokenizer(base), [40, 41, 42, 43, 44]
+    prompts = [plain.decode(ids[:count]) for count in range(1, 6)]
+    own = Generator.of(base, adapters[0], model=load_model(base), tokenizer=plain)
+    texts = [one.text for one in own.write(prompts, 8, 0.0, jax.random.key(0))]
+    written = []
+
+    def noted(self, *given, run=Generator.extend):
+        written.append(1)
+        return run(self, *given)
+
+    monkeypatch.setattr(Generator, "extend", noted)
+    wrong = [Completion(prompt, " 100 degrees") for prompt in prompts]
+    known = [Completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    without = answer(base, wrong, adapters, max_new_tokens=8, tokenizer=plain)
+    found = answer(base, known, adapters, max_new_tokens=8, tokenizer=plain)
+    assert found.written == without.written
+    assert found.texts[1] == tuple(text.strip() for text in texts)
+
+
 def test_answers_are_cut_off_behind_the_longest_right_one(base):
     own = load_tokenizer(base)
     longest = len(own.encode("The quick brown fox", special=False).ids)

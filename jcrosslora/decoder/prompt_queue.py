@@ -63,15 +63,21 @@ class Writer(Protocol):
 
 
 def write_queue(
-    writer: Writer, ids: Sequence[np.ndarray], max_new_tokens: int, *, models: int = 1, bar: Track | None = None
+    writer: Writer,
+    ids: Sequence[np.ndarray],
+    max_new_tokens: int,
+    begun: Sequence[np.ndarray] | None = None,
+    *,
+    bar: Track | None = None,
 ) -> list[np.ndarray]:
     """Write the likeliest tokens after n prompts, int32 (T,) token ids of at most `LONGEST`.
 
     Args:
         writer: its `of_rows` gets the places of prompts.
         max_new_tokens: tokens at which a text is cut off.
-        models: M, how often each prompt is answered. `of_rows` gets its place + m n for m from 0 to M - 1; prompts that
-            are read together have one m.
+        begun: the first tokens of M n texts, int32 (T,) each, where they are known; a prompt with them has at most
+            `LONGEST`. Each prompt is answered M times: `of_rows` gets its place + m n for m from 0 to M - 1; prompts
+            that are read together have one m. None for one text of each prompt, of which nothing is known.
         bar: advances by one for each text.
 
     Returns:
@@ -80,18 +86,26 @@ def write_queue(
     Raises:
         AdapterError, CheckpointError: see `Generator.continue_tokens`.
     """
-    found: list[np.ndarray] = [np.zeros(0, np.int32)] * (models * len(ids))
-    turns = [
-        dataclasses.replace(turn, places=[place + model * len(ids) for place in turn.places])
-        for model in range(models)
-        for turn in plan_batches(ids, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
-    ]
+    found = [np.zeros(0, np.int32)] * len(ids) if begun is None else list(begun)
+    turns = []
+    for start in range(0, len(found), len(ids)):
+        places = [place for place in range(start, start + len(ids)) if not _whole(writer, found[place], max_new_tokens)]
+        texts = [np.concatenate([ids[place - start], found[place]]) for place in places]
+        planned = plan_batches(texts, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
+        turns += [dataclasses.replace(turn, places=[places[one] for one in turn.places]) for turn in planned]
+        if bar is not None:
+            bar.update(len(ids) - len(places))
     for own, *sizes in plan_queues(turns, max_new_tokens):
-        for place, row in _Rows(writer, max_new_tokens, *sizes).write(own):
+        for place, row in _Rows(writer, max_new_tokens, *sizes).write(own, found):
             found[place] = row
             if bar is not None:
                 bar.update(1)
     return found
+
+
+def _whole(writer: Writer, text: np.ndarray, most: int) -> bool:
+    """Tell whether a text has ended or is cut off."""
+    return len(text) == most or (len(text) > 0 and int(text[-1]) in writer.tokenizer.stops)
 
 
 class _Rows:
@@ -108,16 +122,16 @@ class _Rows:
         self._texts: dict[int, np.ndarray] = {}
         self._state: State | None = None
 
-    def write(self, turns: Sequence[PromptBatch]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the place of each prompt with what was written after it, as they end."""
+    def write(self, turns: Sequence[PromptBatch], begun: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the place of each prompt with its text, as they end; it begins as in `begun`, which is read already."""
         waiting, looks = deque(turns), 0
         while waiting or self._places:
             while waiting and len(self._free) >= len(waiting[0].places):
-                self._enter(waiting.popleft())
+                self._enter(waiting.popleft(), begun)
             self._extend(self._slots + looks * _STEPS % self._room)
             looks += 1
             for row, text in list(self._texts.items()):
-                if len(text) == self._most or text[-1] in self._writer.tokenizer.stops:
+                if _whole(self._writer, text, self._most):
                     del self._texts[row]
                     yield self._places.pop(row), text
 
@@ -125,15 +139,15 @@ class _Rows:
     def _free(self) -> list[int]:
         return [row for row in range(self._rows) if row not in self._places]
 
-    def _enter(self, turn: PromptBatch) -> None:
+    def _enter(self, turn: PromptBatch, begun: Sequence[np.ndarray]) -> None:
         """Read prompts into free rows."""
-        begun = self._writer.of_rows(turn.places, turn.shape[0]).begin(turn, 0, pad_left=True)
-        state = self._state or blank(begun, rows=self._rows, slots=self._slots + self._room)
+        new = self._writer.of_rows(turn.places, turn.shape[0]).begin(turn, 0, pad_left=True)
+        state = self._state or blank(new, rows=self._rows, slots=self._slots + self._room)
         rows, wanted = self._free[: len(turn.places)], np.zeros(turn.shape[0], np.int32)
         wanted[: len(rows)] = rows
-        self._state = enter(state, begun, jnp.asarray(wanted), jnp.int32(len(rows)), jnp.int32(self._slots))
+        self._state = enter(state, new, jnp.asarray(wanted), jnp.int32(len(rows)), jnp.int32(self._slots))
         self._places |= dict(zip(rows, turn.places, strict=True))
-        self._texts |= dict.fromkeys(rows, np.zeros(0, np.int32))
+        self._texts |= {row: begun[place] for row, place in zip(rows, turn.places, strict=True)}
 
     def _extend(self, filled: int) -> None:
         """Write the next tokens of all rows into the slots from `filled` on."""

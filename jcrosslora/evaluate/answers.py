@@ -29,7 +29,7 @@ from jcrosslora.decoder.sampling import State
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Evaluated
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
-from jcrosslora.evaluate.log_probs import Models, log_prob_sums
+from jcrosslora.evaluate.log_probs import Models, likeliest_by_question, scored_tokens, summed
 from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text import Completion, read
 from jcrosslora.text.reading import prompt_ids
@@ -247,27 +247,40 @@ def answer(
     items = [_tokens(base, tokenizer, one, number) for number, one in enumerate(completions, 1)]
     room = max_new_tokens or _room(tokenizer, completions)
     models = Models.of(base, adapters, model, dtype)
-    sums, _ = log_prob_sums(models, items, batch_tokens, unit="examples")
-    written = _write(models, tokenizer, completions, room)
+    with track(len(items), "score", "examples") as bar:
+        scored = list(scored_tokens(models, items, batch_tokens, bar))
+    sums, _ = summed(models, items, scored)
+    prompts = [prompt_ids(tokenizer, one.prompt) for one in completions]
+    own = likeliest_by_question(scored, len(items))
+    begun = [_begun(*of_one, room, tokenizer) for of_one in zip(prompts, items, own, strict=True)]
+    written = _write(models, tokenizer, prompts, [row for rows in zip(*begun, strict=True) for row in rows], room)
     return Answers(models.names, completions, written, -sums[:, :, 0], room)
 
 
 def _write(
-    models: Models, tokenizer: Tokenizer, completions: Sequence[Completion], max_new_tokens: int
+    models: Models,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    begun: Sequence[np.ndarray],
+    max_new_tokens: int,
 ) -> tuple[tuple[Written, ...], ...]:
-    """Answer all prompts under all models, in one queue, or if these do not fit in one batch, in one for each model."""
-    prompts, names, count = [prompt_ids(tokenizer, one.prompt) for one in completions], models.names, len(completions)
-    together = models.by_row()
+    """Answer n prompts under all models, in one queue, or if these do not fit in one batch, in one for each model.
+
+    `begun` is how the answers begin, as for `write_queue`: those of the base to all prompts first.
+    """
+    names, count, together = models.names, len(prompts), models.by_row()
     with track(models.count * count, "write answers", "answers") as bar:
         if together is not None:
             writer = _Writer(together, tokenizer, names[0], None, names, count)
-            rows = write_queue(writer, prompts, max_new_tokens, models=models.count, bar=bar)
+            rows = write_queue(writer, prompts, max_new_tokens, begun, bar=bar)
         else:
             own = [
                 Generator(models.one(place), tokenizer, names[0], names[place] if place else None)
                 for place in range(models.count)
             ]
-            rows = [row for one in own for row in write_queue(one, prompts, max_new_tokens, bar=bar)]
+            parts = [begun[start : start + count] for start in range(0, len(begun), count)]
+            queues = zip(own, parts, strict=True)
+            rows = [row for one, part in queues for row in write_queue(one, prompts, max_new_tokens, part, bar=bar)]
     written = [as_written(tokenizer, prompts[place % count], row) for place, row in enumerate(rows)]
     return tuple(tuple(written[start : start + count]) for start in range(0, len(written), count))
 
@@ -310,6 +323,23 @@ def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, numbe
             raise UsageError(msg + "leave it out, or make it shorter")
     cut = found.answer - 1
     return Tokens(found.ids[:cut], (found.ids[cut:],), (1,))
+
+
+def _begun(
+    prompt: np.ndarray, item: Tokens, likeliest: np.ndarray, most: int, tokenizer: Tokenizer
+) -> list[np.ndarray]:
+    """Return how A models begin to answer a prompt, at most `most` tokens each.
+
+    The right answer was read under all of them: a model writes its tokens as long as they are the likeliest, int32
+    (A, T), and then its own. Nothing is known if the tokens of the prompt differ with an answer after it.
+    """
+    (tail,) = item.tails
+    if not np.array_equal(np.append(item.prefix, tail[0]), prompt):
+        return [np.zeros(0, np.int32)] * len(likeliest)
+    last = (likeliest != tail[1:]) | np.isin(tail[1:], tokenizer.stops)
+    ends = [int(np.flatnonzero(row)[0]) + 1 if row.any() else len(row) for row in last]
+    most = min(most, LONGEST - len(prompt))
+    return [row[: min(end, most)] for row, end in zip(likeliest, ends, strict=True)]
 
 
 def _room(tokenizer: Tokenizer, completions: Sequence[Completion]) -> int:

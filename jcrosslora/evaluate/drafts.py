@@ -22,7 +22,7 @@ from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import CheckpointError, UsageError, not_finite
 from jcrosslora.evaluate.bootstrap import Interval, ratios
 from jcrosslora.evaluate.examples import read_prompts
-from jcrosslora.evaluate.log_probs import Models, scored_tokens
+from jcrosslora.evaluate.log_probs import Models, likeliest_by_question, scored_tokens
 from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.text.reading import prompt_ids
@@ -147,17 +147,14 @@ def _passes(foreseen: np.ndarray, drafted: int) -> int:
 
 def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
     """Run all drafts over the answers; return bool (A, T) for each, where a draft's likeliest token is the answer's."""
-    found = [np.zeros((models.count, len(one.tails[0]) - 1), bool) for one in items]
-    filled = [0] * len(items)
     with track(len(items), "draft", "answers") as bar:
-        for one in scored_tokens(models, items, _POSITIONS, bar):
-            for log_probs, name in zip(one.log_probs, (None, *models.names[1:]), strict=True):
-                if not np.isfinite(log_probs).all():
-                    raise not_finite(models.names[0], name, sound=True)
-            for place, right in zip(one.places[:, 0], (one.likeliest == one.wanted).T, strict=True):
-                found[place][:, filled[place]] = right
-                filled[place] += 1
-    return tuple(found)
+        scored = list(scored_tokens(models, items, _POSITIONS, bar))
+    for one in scored:
+        for log_probs, name in zip(one.log_probs, (None, *models.names[1:]), strict=True):
+            if not np.isfinite(log_probs).all():
+                raise not_finite(models.names[0], name, sound=True)
+    own = likeliest_by_question(scored, len(items))
+    return tuple(tokens == one.tails[0][1:] for tokens, one in zip(own, items, strict=True))
 
 
 def _check_vocabularies(target: BaseModel, draft: BaseModel) -> None:

@@ -1,6 +1,6 @@
 """Log-probabilities of the choices of questions, under a base with several adapters at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -98,6 +98,16 @@ def log_prob_sums(
     is counted while it runs, in the plural.
 
     Returns:
+        See `summed`, with the same errors.
+    """
+    with track(len(items), "score", unit) as bar:
+        return summed(models, items, scored_tokens(models, items, batch_tokens, bar))
+
+
+def summed(models: Models, items: Sequence[Tokens], scored: Iterable[Scored]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum what `scored_tokens` yields.
+
+    Returns:
         float64 (A, n, C), nats, NaN if a question has fewer choices; int64 (n, C), the scored tokens.
 
     Raises:
@@ -106,10 +116,9 @@ def log_prob_sums(
     """
     # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((models.count + 1, len(items), max(len(one.tails) for one in items)))
-    with track(len(items), "score", unit) as bar:
-        for found in scored_tokens(models, items, batch_tokens, bar):
-            for one, values in zip(sums, [*found.log_probs, np.ones(len(found.places))], strict=True):
-                np.add.at(one, tuple(found.places.T), values)
+    for found in scored:
+        for one, values in zip(sums, [*found.log_probs, np.ones(len(found.places))], strict=True):
+            np.add.at(one, tuple(found.places.T), values)
     tokens = sums[-1].astype(np.int64)
     log_probs = np.where(tokens > 0, sums[:-1], np.nan)
     for index, (one, name) in enumerate(zip(log_probs, models.names, strict=True)):
@@ -145,6 +154,17 @@ def scored_tokens(models: Models, items: Sequence[Tokens], batch_tokens: int, ba
         bar.update(part.questions)
     if waiting and len(waiting[1]):
         yield predicted(*waiting)
+
+
+def likeliest_by_question(scored: Sequence[Scored], questions: int) -> list[np.ndarray]:
+    """Return int32 (A, T) for each of n questions of one choice: what models would write instead of its scored tokens.
+
+    Each is the likeliest after the right tokens before it.
+    """
+    places = np.concatenate([one.places[:, 0] for one in scored])
+    tokens = np.concatenate([one.likeliest for one in scored], axis=1)
+    ordered = tokens[:, np.argsort(places, kind="stable")]
+    return np.split(ordered, np.cumsum(np.bincount(places, minlength=questions))[:-1], axis=1)
 
 
 @partial(jax.jit, static_argnames="count")
