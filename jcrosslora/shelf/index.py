@@ -4,7 +4,7 @@ A segment holds up to 256 adapters in two files, NUMBER.json and NUMBER.safetens
 first, then replaces `shelf.json`, which names the segments in use, and at last removes the others: a reader, or a
 process that is stopped at any moment, sees the index before or after the change. Processes change it one at a time.
 `shelf.json` has the digests of the segments' files and, as "sha256", of the rest of itself, so that a changed byte is
-noticed when it is read. An index of an earlier version has none, and gets them with its next change.
+noticed when it is read.
 """
 
 import hashlib
@@ -147,8 +147,8 @@ class Index:
             open_ended = number == self.head.segments[-1] and len(part) < SEGMENT
             if not open_ended and all(entry.name not in left_out for entry in part):
                 kept.append((number, part))
-                paths = (_path(self.folder, number, ending) for ending in ("safetensors", "json"))
-                digests |= {path.name: self.head.digests.get(path.name) or _digest(_read(path)) for path in paths}
+                names = (_path(self.folder, number, ending).name for ending in ("safetensors", "json"))
+                digests |= {name: self.head.digests.get(name, "") for name in names}
                 continue
             split = split_samples(self._vectors(number, part), part)
             items += [(one, vectors) for one, vectors in zip(part, split, strict=True) if one.name not in left_out]
@@ -172,7 +172,7 @@ class Index:
 
     def _vectors(self, number: int, part: Sequence[ShelfEntry]) -> np.ndarray:
         try:
-            found = _read_vectors(self.folder, number, part, {} if number in self._checked else self.head.digests)
+            found = _read_vectors(self.folder, number, part, None if number in self._checked else self.head.digests)
         except UsageError as error:
             if _read_head(self.folder) == self.head:
                 raise
@@ -197,8 +197,7 @@ def _read_head(folder: Path) -> Head:
             f"{folder}: is a shelf of format {stated}, format {_FORMAT} was wanted: use the version of jcrosslora that "
         )
         raise UsageError(msg + f"wrote it ({record.get('version', 'unknown')}), or make a new shelf")
-    seal = record.pop(_SEAL, None)
-    if seal is not None and seal != _digest(_encode(record)):
+    if record.pop(_SEAL, None) != _digest(_encode(record)):
         raise _damaged(path, "it was changed after writing")
     return _decode(path, content, Head)
 
@@ -215,7 +214,9 @@ def _read_entries(folder: Path, number: int, digests: Mapping[str, str]) -> tupl
     return _decode(path, _intact(path, digests), tuple[ShelfEntry, ...])
 
 
-def _read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry], digests: Mapping[str, str]) -> np.ndarray:
+def _read_vectors(
+    folder: Path, number: int, entries: Sequence[ShelfEntry], digests: Mapping[str, str] | None
+) -> np.ndarray:
     """Read the vectors (S, D) of all samples of a segment's entries, in order, as float32; see `_read_entries`."""
     path = _path(folder, number, "safetensors")
     wanted = sum(len(entry.samples) for entry in entries)
@@ -248,9 +249,10 @@ def _read(path: Path) -> bytes:
         raise _damaged(path, error.strerror or "cannot be read") from error
 
 
-def _intact(path: Path, digests: Mapping[str, str]) -> bytes:
+def _intact(path: Path, digests: Mapping[str, str] | None) -> bytes:
+    """Read a file; with `digests`, raise UsageError if its own is not among them."""
     content = _read(path)
-    if path.name in digests and digests[path.name] != _digest(content):
+    if digests is not None and digests.get(path.name) != _digest(content):
         raise _damaged(path, "it was changed after writing")
     return content
 

@@ -48,7 +48,7 @@ class ShelfEntry:
         verdict: the level of the transfer's verdict.
         effect: of the transfer, as in its report.
         lift: the share of a trained adapter's gain that it recovers, as the user stated it.
-        config_digest: of the configuration next to its weights, which decides their scale; "" if unknown.
+        config_digest: of the configuration next to its weights, which decides their scale; "" without one.
         samples_from: "completions" that were written when it was moved, the name of the user's file, or "nothing".
     """
 

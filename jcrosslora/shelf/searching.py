@@ -127,8 +127,7 @@ def find_arrays(path: Path, key: str | None) -> dict[str, np.ndarray] | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    # Files of earlier versions have no digest.
-    return arrays if metadata.get(_SEAL) in (None, _digest(arrays)) else None
+    return arrays if metadata.get(_SEAL) == _digest(arrays) else None
 
 
 def keep_arrays(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -135,7 +135,7 @@ class Shelf:
             msg = f"{place}: the adapter {name!r} of the shelf is not there: put it back, add it where it is now, or "
             raise AdapterError(msg + f"take it off with `jcrosslora shelf remove {self.folder} {name!r}`")
         found = load_adapter(place, self.base)
-        same = not entry.config_digest or config_digest(find_adapter(place)) == entry.config_digest
+        same = config_digest(find_adapter(place)) == entry.config_digest
         if found.info.digest != entry.digest or not same or largest_rank(found) != entry.rank:
             msg = f"{place}: has changed since it was put on the shelf: add it again"
             raise UsageError(msg)
