@@ -32,7 +32,7 @@ from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import CrossLoRA, Distill
 from jcrosslora.session.batch import print_estimates, read_plan, run_batch
 from jcrosslora.session.batch.outcomes import stamp_of
-from jcrosslora.session.batch.plan import Job, Unit, share_of, units_of
+from jcrosslora.session.batch.plan import Job, share_of, units_of
 from jcrosslora.session.pair_session import PairSession
 
 PLAN = """
@@ -109,7 +109,7 @@ def test_plan_expands_to_jobs_with_settings(house, tmp_path):
     last = plan.jobs[-1].settings
     assert (last.method, last.target_id) == (CrossLoRA(svd_rank=8), "org/wide")
     assert Path(last.out) == tmp_path / "moved" / names[-1]
-    assert [len(unit.jobs) for unit in units_of(plan.jobs)] == [4, 4, 2]
+    assert [len(unit) for unit in units_of(plan.jobs)] == [4, 4, 2]
     (tmp_path / "x.gguf").touch()
     found = plan_in(house, tmp_path, PLAN.replace('"adapters/*"', '"adapters/*", "*.gguf"')).jobs
     assert "x.gguf--wide--pad-truncate" in [job.name for job in found]
@@ -213,10 +213,10 @@ def test_shards_together_have_every_job_once():
     assert share_of(units, 1, 1) == units
     for count in (2, 3, 4, 20):
         shares = [share_of(units, index, count) for index in range(1, count + 1)]
-        found = [one.name for share in shares for unit in share for one in unit.jobs]
+        found = [one.name for share in shares for unit in share for one in unit]
         assert sorted(found) == sorted(one.name for one in jobs)
-        assert max(sum(len(unit.jobs) for unit in share) for share in shares) <= -(-len(jobs) // count) + 1
-    assert share_of([Unit((jobs[0],))], 2, 2) == []
+        assert max(sum(len(unit) for unit in share) for share in shares) <= -(-len(jobs) // count) + 1
+    assert share_of([(jobs[0],)], 2, 2) == []
     for wrong in ((0, 2), (3, 2)):
         with pytest.raises(UsageError, match="does not exist"):
             share_of(units, *wrong)

@@ -139,12 +139,12 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def deadly(unit: Unit, folder: Path, *_) -> list[Outcome]:
     """A worker's task that dies of one job always, and of another the first time."""
-    for job in unit.jobs:
+    for job in unit:
         first = folder / job.name
         if job.name == "always" or (job.name == "once" and not first.exists()):
             first.write_text("")
             os._exit(1)
-    return [Outcome(job.name, job.settings.out, "done") for job in unit.jobs]
+    return [Outcome(job.name, job.settings.out, "done") for job in unit]
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_unit_of_a_dead_worker_is_retried_and_the_fatal_job_listed(cluster, tmp_
 
     def unit(*names):
         settings = transfer_settings(adapter="a", source="s", target="t", out="o")
-        return Unit(tuple(Job(name, settings) for name in names))
+        return tuple(Job(name, settings) for name in names)
 
     ray.init(address=cluster, log_to_driver=False)
     task = ray.remote(deadly).options(num_cpus=1, max_retries=1)

@@ -249,7 +249,6 @@ def read_table(
 
     Args:
         kinds: type of each key that it may have; the description of a `Meta` names one in errors.
-        place: its location, for errors.
 
     Raises:
         UsageError: a key is unknown or missing, or a value has the wrong type.

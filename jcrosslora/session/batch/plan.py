@@ -56,6 +56,9 @@ class Job:
     settings: TransferSettings
 
 
+Unit = tuple[Job, ...]  # jobs that share one alignment, whose settings are those of the first; in the order of the plan
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """All jobs of a batch, in the order of the plan, and the folder that all results are written into."""
@@ -205,30 +208,18 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-.")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Jobs that share one alignment: at least one, in the order of the plan."""
-
-    jobs: tuple[Job, ...]
-
-    @property
-    def settings(self) -> TransferSettings:
-        """Return the settings of the first job; those that determine the alignment are the same in all jobs."""
-        return self.jobs[0].settings
-
-
 def units_of(jobs: Sequence[Job]) -> list[Unit]:
     """Group jobs into units, in the order in which they first occur."""
     found: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
         found.setdefault(tuple(getattr(job.settings, name) for name in _ALIGNING), []).append(job)
-    return [Unit(tuple(jobs)) for jobs in found.values()]
+    return [tuple(jobs) for jobs in found.values()]
 
 
 def cut(units: Sequence[Unit], count: int) -> list[Unit]:
     """Split units into units no larger than a fair part of all jobs for `count` workers, in the same order."""
-    fair = max(1, -(-sum(len(unit.jobs) for unit in units) // count))
-    return [Unit(unit.jobs[start : start + fair]) for unit in units for start in range(0, len(unit.jobs), fair)]
+    fair = max(1, -(-sum(len(unit) for unit in units) // count))
+    return [unit[start : start + fair] for unit in units for start in range(0, len(unit), fair)]
 
 
 def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
@@ -244,9 +235,9 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
         raise UsageError(msg)
     parts, loads, mine = cut(units, count), [0] * count, set[int]()
-    for place in sorted(range(len(parts)), key=lambda place: -len(parts[place].jobs)):
+    for place in sorted(range(len(parts)), key=lambda place: -len(parts[place])):
         shard = loads.index(min(loads))
-        loads[shard] += len(parts[place].jobs)
+        loads[shard] += len(parts[place])
         if shard == index - 1:
             mine.add(place)
     return [unit for place, unit in enumerate(parts) if place in mine]
@@ -265,7 +256,7 @@ class UnitEstimate:
 
     def record(self) -> dict[str, Any]:
         """Return the figures as a JSON value."""
-        settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
+        settings, jobs, found = self.unit[0].settings, len(self.unit), self.found
         own = {"source": settings.source, "target": settings.target, "jobs": jobs}
         if isinstance(found, str):
             return own | {"method": settings.flat()["method"], "error": found}
@@ -273,7 +264,7 @@ class UnitEstimate:
 
     def row(self) -> tuple[str, ...]:
         """Return the figures as cells of the table."""
-        settings, jobs, found = self.unit.settings, len(self.unit.jobs), self.found
+        settings, jobs, found = self.unit[0].settings, len(self.unit), self.found
         if isinstance(found, str):
             method, figures = settings.flat()["method"], ("", "", found)
         else:  # with a chunk of adapters, before and after
@@ -285,7 +276,7 @@ def estimate_batch(plan: BatchPlan, *, shard: tuple[int, int] = (1, 1)) -> Itera
     """Estimate the units of a plan or of a shard (i, n); no adapter is read, and nothing is written."""
     for unit in share_of(units_of(plan.jobs), *shard):
         try:
-            yield UnitEstimate(unit, estimate_pair(unit.settings))
+            yield UnitEstimate(unit, estimate_pair(unit[0].settings))
         except JCrossLoRAError as error:
             # An adapter without the modules that fail may be moved.
             of_modules = isinstance(error, MethodError | PairingError)

@@ -68,7 +68,7 @@ def run_on_ray(
 def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...]) -> Iterator[Outcome]:
     """Yield the outcome of each job as soon as its unit is done."""
     # Start the largest first, so that no worker is left alone with a large unit in the end.
-    order = sorted(units, key=lambda unit: -len(unit.jobs))
+    order = sorted(units, key=len, reverse=True)
     running = {task.remote(unit, *rest): unit for unit in order}
     try:
         while running:
@@ -77,10 +77,10 @@ def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...])
             try:
                 yield from ray.get(ready)
             except ray.exceptions.RayError as error:
-                if len(unit.jobs) > 1:
-                    running |= {task.remote(Unit((job,)), *rest): Unit((job,)) for job in unit.jobs}
+                job, *others = unit
+                if others:
+                    running |= {task.remote((job,), *rest): (job,) for job in unit}
                     continue
-                job = next(iter(unit.jobs))
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 text = f"the worker died with it {_RETRIES + 1} times ({reason[:500]})"
                 yield Outcome(job.name, job.settings.out, "failed", text)

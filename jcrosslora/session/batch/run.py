@@ -67,7 +67,7 @@ def run_batch(
 @contextmanager
 def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
     """Provide a summary to a block that runs some units of a plan, and save it however the block ends."""
-    mine = {job.name for unit in units for job in unit.jobs}
+    mine = {job.name for unit in units for job in unit}
     summary = Summary.of(job for job in plan.jobs if job.name in mine)
     name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
     try:
@@ -79,8 +79,8 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
 
 def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
     """Run one unit in this process and return the outcomes of its jobs."""
-    summary = Summary.of(unit.jobs)
-    _Run(CompletionLog(out), summary, Track(None, len(unit.jobs)), overwrite).do(unit)
+    summary = Summary.of(unit)
+    _Run(CompletionLog(out), summary, Track(None, len(unit)), overwrite).do(unit)
     return list(summary.outcomes.values())
 
 
@@ -116,10 +116,10 @@ class _Run:
         """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
         self.since = time.monotonic()
         try:
-            with enough_memory(lighter(make_method(unit.settings.method))):
+            with enough_memory(lighter(make_method(unit[0].settings.method))):
                 _UnitRun(self, unit).do()
         except JCrossLoRAError as error:
-            for job in filter(self.is_open, unit.jobs):
+            for job in filter(self.is_open, unit):
                 self.close(job, "failed", str(error))
 
     def is_open(self, job: Job) -> bool:
@@ -160,10 +160,10 @@ class _UnitRun:
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit = run, unit
-        session = session_of(unit.settings)
+        session = session_of(unit[0].settings)
         assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
         self._session = session
-        self._request = request_of(unit.settings, text_of(unit.settings))  # of the first job
+        self._request = request_of(unit[0].settings, text_of(unit[0].settings))  # of the first job
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
@@ -173,9 +173,9 @@ class _UnitRun:
         pair = self._session.pair
         texts = "" if self._request.probes is None else self._request.probes.digest()
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
-        stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit.jobs]
+        stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit]
         if all(self._run.log.has(job, "stamp", stamp) for job, stamp in stamps):
-            for job in self._unit.jobs:
+            for job in self._unit:
                 self._run.close(job, "kept")
             return
         checked = [item for item in (self._check(job, shared, stamp) for job, stamp in stamps) if item is not None]
