@@ -48,13 +48,13 @@ from jcrosslora.methods import register_method as register_method
 from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.relation.base_comparison import compare_bases as compare_bases
 from jcrosslora.relation.pairing import Pairing as Pairing
+from jcrosslora.report.hub import push_to_hub as push_to_hub
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.table import verdict as verdict
 from jcrosslora.session.batch import read_plan as read_plan
 from jcrosslora.session.batch import run_batch as run_batch
 from jcrosslora.session.estimate import Estimate as Estimate
 from jcrosslora.session.result import TransferResult as TransferResult
-from jcrosslora.session.result import push_to_hub as push_to_hub
 from jcrosslora.session.result import save_adapter as save_adapter
 from jcrosslora.session.settings import TransferSettings as TransferSettings
 from jcrosslora.session.transfer import align as align

@@ -201,12 +201,12 @@ class Push:
     """Print what was uploaded as JSON."""
 
     def run(self, console: Console) -> None:
-        from jcrosslora.report.hub import check_repo_id, push_folder
+        from jcrosslora.report.hub import check_repo_id, push_to_hub
         from jcrosslora.report.upload import collect
 
         settings: dict[str, Any] = {"base_model": self.base_model, "with_completions": self.with_completions}
         if not self.dry_run:
-            pushed = push_folder(self.folder, self.repo_id, private=not self.public, **settings)
+            pushed = push_to_hub(self.folder, self.repo_id, private=not self.public, **settings)
             if self.json:
                 print_json(asdict(pushed))
             else:

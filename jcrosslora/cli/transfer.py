@@ -17,7 +17,7 @@ from jcrosslora.cli.flags import attribute_docs
 from jcrosslora.cli.output import FailOn, Long, exit_code, print_json, print_pushed, say
 from jcrosslora.errors import MethodError, OutputError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
-from jcrosslora.report.hub import Pushed, Repository, push_folder
+from jcrosslora.report.hub import Pushed, Repository, push_to_hub
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import show_progress, shows_progress
@@ -136,7 +136,7 @@ class _Transfer(Long):
         """Upload what was written; an error tells the command that goes on."""
         out = self.settings().out
         try:
-            return push_folder(out, repo_id)
+            return push_to_hub(out, repo_id)
         except OutputError as error:
             msg = f"{error}; the adapter is written to {out}: go on with `jcrosslora push {out} {repo_id}`"
             raise OutputError(msg) from error

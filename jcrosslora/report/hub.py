@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, PICKLE, WEIGHTS
 from jcrosslora.checkpoint import is_hub_id
@@ -55,8 +55,8 @@ class Pushed:
     notes: tuple[str, ...]
 
 
-def push_folder(
-    folder: str | Path,
+def push_to_hub(
+    adapter: str | Path | Any,
     repo_id: str,
     *,
     private: bool = True,
@@ -64,10 +64,37 @@ def push_folder(
     with_completions: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Upload an adapter's folder as one commit, see `jcrosslora.push_to_hub`."""
+    """Upload an adapter to the hub as one commit: weights, configuration, model card, report and recipe.
+
+    The folder is checked to be a whole adapter before anything is sent, and is not changed. Other files in the
+    folder are not uploaded, and other files in the repository stay. After a failure the same call goes on: what was
+    uploaded is not sent again.
+
+    Args:
+        adapter: a folder of PEFT or MLX or with `adapter.gguf`, such as `transfer` writes; or the `TransferResult`
+            of a transfer, which is written in profile "portable" (its own `push_to_hub` takes others).
+        repo_id: "owner/name"; the repository is created if it does not exist.
+        private: whether the repository is private; False allows a public one.
+        base_model: hub id of the base, for card and configuration; None takes the one that they name. A base that was
+            a local file has none.
+        with_completions: whether report and card keep the completions that the source wrote.
+        token: hub token; None uses the token of the environment or of `hf auth login`.
+
+    Returns:
+        The address, the commit, the names of the files, and notes such as that no base model is named.
+
+    Raises:
+        AdapterError: the folder is not a whole adapter, or its card or report is damaged.
+        UsageError: `repo_id` or `base_model` has not the form of a hub id.
+        OutputError: not logged in, the repository is public and a private one is wanted, or holds something else, the
+            hub refuses the upload, or it cannot be reached.
+    """
     from huggingface_hub import CommitOperationAdd
 
-    upload = collect(folder, base_model=base_model, with_completions=with_completions)
+    settings: dict[str, Any] = {"base_model": base_model, "with_completions": with_completions}
+    if not isinstance(adapter, str | Path):
+        return adapter.push_to_hub(repo_id, private=private, token=token, **settings)
+    upload = collect(adapter, **settings)
     repository = Repository.of(repo_id, private=private, token=token)
     found = repository.look()
     if found is not None and (others := sorted((_ADAPTER_WEIGHTS - {upload.weights}) & _names(found))):
