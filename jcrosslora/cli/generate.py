@@ -16,7 +16,7 @@ from jcrosslora.utils.texts import visible
 if TYPE_CHECKING:
     import numpy as np
 
-    from jcrosslora.shelf.composition import Composed, Weights
+    from jcrosslora.shelf.composition import Composed
     from jcrosslora.text import Prompt
 
 STDIN = "-"
@@ -67,7 +67,8 @@ class Generate(OnDevice):
             if self.top != 1:
                 msg = f"top {self.top} was given and no shelf, of whose adapters it speaks: give one with --shelf"
                 raise UsageError(msg)
-            composed, weights = self._composed(), self._weights()
+            composed, rows = self._composed(), [_numbers(row) for row in self.weights]
+            weights = rows[0] if len(rows) == 1 else rows or None
             chats = [composed.tokenizer.chat_template is not None and not self._read_plain()] * len(prompts)
             notes = _notes(composed, self.compose)
         else:
@@ -145,10 +146,6 @@ class Generate(OnDevice):
             msg = f"{self.compose} has its adapters, and {self.adapter[0]} was given too: "
             raise UsageError(msg + "leave one of them out")
         return load_composition(self.compose, base)
-
-    def _weights(self) -> "Weights":
-        rows = [_numbers(row) for row in self.weights]
-        return rows[0] if len(rows) == 1 else rows or None
 
     def _asked(self, prompt: "Prompt", usual: bool) -> "Prompt":
         from jcrosslora.text import Message

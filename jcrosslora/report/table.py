@@ -213,7 +213,8 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: b
         sides = weighted(rows, "similarity_out"), weighted(rows, "similarity_in")
         if known := [side for side in sides if not math.isnan(side)]:
             return _by_ratio(sum(known) / len(known))
-    return _by_cosine(cosine)
+    relations = "coordinates of the two bases are unrelated", "two bases are distant relatives", "two bases are related"
+    return _by_limits(cosine, _COSINES, [f"the {one} (weight cosine {cosine:.3f})" for one in relations])
 
 
 def _by_ratio(ratio: float) -> Verdict:
@@ -227,11 +228,6 @@ def _by_heads(cosine: float) -> Verdict:
     relations, figure = ("unrelated", "distant relatives", "related"), f"cosine of their circuits {cosine:.3f}"
     sentences = [f"the attention heads of the two bases are {one} ({figure})" for one in relations]
     return _by_limits(cosine, _COSINES, sentences)
-
-
-def _by_cosine(cosine: float) -> Verdict:
-    relations = "coordinates of the two bases are unrelated", "two bases are distant relatives", "two bases are related"
-    return _by_limits(cosine, _COSINES, [f"the {one} (weight cosine {cosine:.3f})" for one in relations])
 
 
 def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.adapter.records import Earlier
@@ -20,7 +20,6 @@ from jcrosslora.utils.spread import from_start
 
 SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
-T = TypeVar("T")
 # Text, or the messages before an answer; `text.Prompt` spelt out, as it is read from JSON.
 Sample = str | tuple[Message, ...]
 

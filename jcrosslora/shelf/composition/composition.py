@@ -35,7 +35,6 @@ class Composition:
     """
 
     name: ClassVar[str]
-    reference: ClassVar[str]
     trained: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
 

@@ -1,4 +1,8 @@
-"""The ways of composing by name: by prompt alone, or by token with AutoLoRA's gate or RAMoLE's router."""
+"""The ways of composing by name: by prompt alone, or by token with AutoLoRA's gate or RAMoLE's router.
+
+Selection and mixture are those of LoraRetriever (arXiv 2402.09997), the stack is that of SD-LoRA (ICLR 2025, openreview
+5U1rlpX68A), the gate that of AutoLoRA (arXiv 2508.02107), the router that of RAMoLE (arXiv 2406.16989).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +38,6 @@ class Select(Composition):
     """Each prompt runs with the one adapter that has its largest weight, the first of equal ones."""
 
     name: ClassVar[str] = "select"
-    reference: ClassVar[str] = "LoraRetriever, arXiv 2402.09997"
     needs_weights: ClassVar[bool] = True
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
@@ -56,7 +59,6 @@ class Mixture(Composition):
     """y = y_b + sum_i w_i B_i A_i x, with the weights of a prompt divided by their sum."""
 
     name: ClassVar[str] = "mixture"
-    reference: ClassVar[str] = "LoraRetriever, arXiv 2402.09997"
 
     def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: ModuleArrays) -> Adapter:
         """Put the factors of the adapters side by side; the ranks add up."""
@@ -69,7 +71,6 @@ class Uniform(Mixture):
     """A control: the mean of all adapters with a positive weight, in equal parts. A gate has to be better."""
 
     name: ClassVar[str] = "uniform"
-    reference: ClassVar[str] = "control"
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
         """Return equal shares of the adapters with a positive weight."""
@@ -98,7 +99,6 @@ class Stack(Learned):
     """
 
     name: ClassVar[str] = "stack"
-    reference: ClassVar[str] = "SD-LoRA, ICLR 2025 (openreview 5U1rlpX68A)"
 
     def first_arrays(self, updates: Updates, seed: int) -> Arrays:
         """Keep the magnitude of every update."""
@@ -128,7 +128,6 @@ class Gated(Learned):
     """
 
     name: ClassVar[str] = "gated"
-    reference: ClassVar[str] = "AutoLoRA, arXiv 2508.02107"
 
     def first_arrays(self, updates: Updates, seed: int) -> Arrays:
         """Make a gate that is 1/2 everywhere."""
@@ -170,7 +169,6 @@ class Router(Learned):
     """
 
     name: ClassVar[str] = "router"
-    reference: ClassVar[str] = "RAMoLE, arXiv 2406.16989"
 
     rank: int = 8
 
