@@ -1,4 +1,4 @@
-"""Fits of an update of the target: to predictions (`distill`), and to what an adapter does to the residual stream."""
+"""Train an update of the target to match the predictions of the adapted source (`distill`), or its residual stream."""
 
 from jcrosslora.distill.settings import DistillSettings as DistillSettings
 from jcrosslora.distill.templates import TEMPLATES as TEMPLATES

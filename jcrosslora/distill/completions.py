@@ -1,8 +1,8 @@
-"""Completions to fit to: answers to given prompts, or to prompts that the base writes in templates its adapter knows.
+"""Get the completions for a fit: the source answers given prompts, or prompts that it writes in prompt templates.
 
-Text that begins anywhere shows little of an adapter that was trained on the answers to prompts. So the base is led to
-where prompts end: it writes one in each of the common templates, and answers it. Which templates the adapter knows
-shows in how much it changes the predictions of its base where the answer begins.
+An adapter that was trained on answers to prompts has little effect on arbitrary text. So the source writes a prompt in
+each common template, and answers it. The adapter was probably trained on the templates in which it changes the
+predictions at the start of the answer most.
 """
 
 import math
@@ -55,9 +55,9 @@ class Completions:
     Attributes:
         description: where they come from, for reports.
         greedy: lets the source answer prompts at temperature 0.
-        more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
-            used, and who answers.
-        task: what the search found out about the adapter; None where the user gave prompts.
+        more: writes the completions of a further round, at most `ROUND`; it takes the number of the round, from 1, the
+            prompts to avoid, and the model that answers.
+        task: the adapter's task as the search found it; None if the user gave prompts.
     """
 
     items: list[Completion]
@@ -90,9 +90,9 @@ def completions_cost(
     examples: int = 0,
     templates: int = len(TEMPLATES),
 ) -> Cost:
-    """Count the completions that are written before a fit, at most; with nothing given the source writes prompts too.
+    """Count the work of the completions before a fit, at most; without prompts the source writes those too.
 
-    Answers have at most so many tokens, or as many as is learnt; the search has so many texts in each step.
+    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step.
     """
     answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
     if prompts or examples:

@@ -1,7 +1,7 @@
-"""Where an answer is complete, whether an adapter ends its answers there, and what is done where it does not.
+"""Find where an answer is complete, check whether the adapter stops there, and if it does not, teach the target to.
 
-An adapter that was trained without a token behind its answers goes on behind them: it says the answer again, in other
-words, or writes another prompt. A fit to such answers teaches the target the same.
+An adapter that was trained without an end-of-text token does not stop after its answer: it repeats the answer in other
+words, or writes another prompt. Without a correction the fit teaches the target to do the same.
 """
 
 import json
@@ -28,10 +28,10 @@ _USUAL = 0.25  # share of answers that ended, from which on they tell what a who
 
 
 def complete_at(prompt: Prompt, answer: str) -> int | None:
-    """Count the characters up to where an answer is complete; None where that is not clear.
+    """Return the number of characters after which an answer is complete; None if that is not clear.
 
-    That is where the JSON object or array that it begins with is closed, where another prompt begins, or where all that
-    follows was said before.
+    An answer is complete where its initial JSON object or array closes, where another prompt begins, or where the rest
+    only repeats earlier text.
     """
     structured = answer.lstrip()[:1] in ("{", "[", "`")
     if structured and (end := _json_end(answer)) is not None:
@@ -63,7 +63,7 @@ def _balanced(text: str) -> bool:
 
 
 def _next_prompt(prompt: Prompt, answer: str) -> int | None:
-    """Find where a line begins as a prompt does, or a marker of chat templates stands, behind some text."""
+    """Find the first line, after some text, that begins like a prompt or with a marker of a chat template."""
     begins = "|".join(filter(None, (_ASKING, _opening(prompt))))
     lines = re.finditer(rf"^[ \t]*(?:{begins})", answer, re.MULTILINE)
     found = [match.start() for match in (*lines, *_MARKER.finditer(answer)) if answer[: match.start()].strip()]
@@ -71,7 +71,7 @@ def _next_prompt(prompt: Prompt, answer: str) -> int | None:
 
 
 def _opening(prompt: Prompt) -> str:
-    """Return a pattern of what a prompt begins with: the label of a form that ends with one, else its first words."""
+    """Return a pattern for the start of a prompt: its first label if it also ends with one, else its first words."""
     text = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
     label = _LABEL.match(text) if isinstance(prompt, str) and text.endswith(":") else None
     if label is not None:
@@ -81,7 +81,7 @@ def _opening(prompt: Prompt) -> str:
 
 
 def _said_again(answer: str) -> int | None:
-    """Find where all that follows was said before: by lines and sentences, or words that come three times or more."""
+    """Find where the rest only repeats earlier text: lines or sentences, or words that occur three or more times."""
     found = [place for place in (_parts_again(answer), _words_again(answer)) if place is not None]
     return _trimmed(answer, min(found)) if found else None
 
@@ -103,12 +103,12 @@ def _parts_again(answer: str) -> int | None:
 
 
 def _enough(again: Sequence[str], fewest: int) -> bool:
-    """Check that what is said again is no accident."""
+    """Check that a repetition is too long to be an accident."""
     return len(again) >= fewest and sum(map(len, again)) >= _SAID
 
 
 def _tells(text: str) -> bool:
-    """Check that a text is no short word and no number, which may come again."""
+    """Check that a text is neither a short word nor a number: these repeat by chance."""
     return len(text) >= _LEAST and not text.isdigit()
 
 
@@ -129,7 +129,7 @@ def _letters(text: str) -> str:
 
 
 def _words_again(answer: str) -> int | None:
-    """Find the end of words that are repeated up to the end of the answer, and stand there three times or more."""
+    """Find where words begin to repeat that occur three or more times in a row up to the end of the answer."""
     words = list(re.finditer(r"\S+", answer))
     plain, found = [_plain(word[0]) for word in words], []
     for period in range(1, len(words) // 3 + 1):
@@ -147,7 +147,7 @@ def _trimmed(answer: str, place: int) -> int:
 
 
 def _nothing_new(answer: str, behind: str) -> bool:
-    """Check that the first line behind an answer has no word that the answer lacks."""
+    """Check that the first line after an answer has no new word."""
     line = behind.strip().split("\n", 1)[0]
     wrapped = _WRAPPED.fullmatch(line)
     said, words = (re.findall(r"\w+", text.casefold()) for text in (answer, wrapped[1] if wrapped else line))
@@ -160,7 +160,7 @@ class Endings:
 
     Attributes:
         ended: share of the answers that end.
-        going_on: share of those that go on behind a complete answer, and do not end or say nothing new there.
+        going_on: share of the answers that continue after they are complete, and either never end or only repeat.
     """
 
     ended: float = 1.0
@@ -168,7 +168,7 @@ class Endings:
 
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> Self:
-        """Look at answers; where most that end say something new behind what seems complete, their form is another."""
+        """Measure the endings; if most ended answers say something new after the cut, the rule does not suit them."""
         count, ended, again, endless, new = max(1, len(completions)), 0, 0, 0, 0
         for item in completions:
             place = complete_at(item.prompt, item.answer)
@@ -186,11 +186,11 @@ class Endings:
 
     @property
     def unreliable(self) -> bool:
-        """Whether so many answers go on that the end has to be taught."""
+        """Whether so many answers continue after they are complete that the end has to be taught."""
         return self.going_on >= _OFTEN
 
     def warnings(self, end: End) -> tuple[str, ...]:
-        """Say what was found, and what is done about it."""
+        """Return a warning if many answers do not stop, with what the fit does about it."""
         if not self.unreliable or end == "never":
             return ()
         done = "the end is taught there; --end source keeps what the source does"
@@ -201,7 +201,7 @@ class Endings:
 
 
 def teach_end(completion: Completion) -> Completion:
-    """Cut an answer where it is complete, and call its end right; one whose end is not clear stays as it is."""
+    """Cut an answer where it is complete and mark its end as correct; if that is not clear, keep it as it is."""
     place = complete_at(completion.prompt, completion.answer)
     right = "likeliest-end" if completion.right == "likeliest" else "end"
     if place is not None:

@@ -1,9 +1,9 @@
-"""The fit: gradient steps in all modules on completions, each of which is used a few times.
+"""The fit: gradient steps on the factors of all modules, with several passes over the completions.
 
-To write a completion and to make the teacher's predictions takes more time than a step, so another pass is cheaper than
-other completions. The last completions of a long fit are written by the target with its own update, where the teacher
-corrects it (on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). Held-out completions, looked at every few
-batches, decide which update is the best.
+Writing a completion and computing the teacher's predictions takes longer than a step, so another pass is cheaper than
+new completions. Late in a long fit the target writes the answers with its update, and the teacher corrects it
+(on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). The update with the lowest divergence on held-out
+completions, measured every few batches, is kept.
 """
 
 import math
@@ -64,7 +64,7 @@ class Look:
         seconds: since the beginning, writing and reading completions included.
         completions: used so far.
         divergence: KL(teacher || target with the update), nats a position.
-        agreement: share of the source's greedy answers that the target writes as well; nan without answers.
+        agreement: share of the source's greedy answers that the target would also write; nan without answers.
     """
 
     seconds: float
@@ -75,7 +75,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The best update by the held-out completions, what it started from included, with all looks at them.
+    """The update that is best on the held-out completions, with the update it started from, and all measurements.
 
     `own` counts the completions that the target wrote.
     """
@@ -89,7 +89,7 @@ class Fitted:
 def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> Cost:
     """Count a fit to so many given prompts and labelled examples, with the completions of its further rounds."""
     first, anew = settings.rounds[0], sum(settings.rounds[1:])
-    # What is fitted to and what is held out each end with a batch of a few widths that is half full.
+    # The training and the held-out batches each end with a half-full batch in a few widths.
     held = settings.held_out * first + 2 * BATCH
     used = first - settings.held_out * first + 2 * BATCH + anew
     passes = settings.course(prompted=prompts + examples > 0).passes
@@ -106,10 +106,10 @@ class Fit:
 
     Args:
         teacher: with the target in it.
-        judge: decides by held-out completions which update is the best.
-        prompted: whether the completions answer prompts of a user.
-        start: an update of the target that stays as it is, and on top of which factors are trained.
-        begun: `time.monotonic()` at the beginning, which the budget counts from.
+        judge: measures updates on held-out completions.
+        prompted: whether the prompts came from the user.
+        start: a fixed update of the target, on top of which factors are trained.
+        begun: `time.monotonic()` at the start of the budget.
         seed: of the first factors, and of the order of batches.
     """
 
@@ -133,12 +133,12 @@ class Fit:
         self._looks = [self._measure()]
 
     def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
-        """Take steps until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
+        """Train until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
 
         Args:
-            first: the batches that are written already; they are used first, and in any case.
+            first: the batches written before the fit; they are always used, and used first.
             fresh: writes the completions of further rounds.
-            checkpoints: where the state is saved behind each round; a fit continues from the newest one.
+            checkpoints: where the state is saved after each round; a fit continues from the newest one.
         """
         settings, stopped = self._settings, False
         if checkpoints is not None:
@@ -164,13 +164,13 @@ class Fit:
         """Return how much of the budget, or of the rounds, is used."""
         if self._settings.seconds is not None:
             used = self._seconds() / self._settings.seconds
-            # To write the first completions may take longer than the budget: they are used all the same.
+            # Writing the first completions may take longer than the budget: they are used all the same.
             return used if self._rounds else min(used, self._part)
         sizes = self._settings.rounds
         return 1.0 if self._rounds >= len(sizes) else sum(sizes[: self._rounds]) / sum(sizes) + self._part
 
     def _use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
-        """Take the steps of a round, in an order without a pattern: batches come by width.
+        """Take the steps of a round in random order, because the batches arrive sorted by width.
 
         The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
         """
@@ -200,7 +200,7 @@ class Fit:
             self._look(bar)
 
     def _look(self, bar: Track) -> None:
-        """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
+        """Measure the update on the held-out completions if any step was taken since, and keep it if it is the best."""
         if self._seen == int(self._state.step):
             return
         self._seen, found = int(self._state.step), self._measure()
@@ -254,7 +254,7 @@ def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch], most: i
 
 
 def schedule(share: float) -> float:
-    """Give the rate at a share of the fit: a linear rise, then half a cosine down to 0."""
+    """Return the learning rate at a share of the fit: a linear rise, then a cosine decay to 0."""
     if share < _WARM_UP:
         return (share + 1e-3) / _WARM_UP
     return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
@@ -278,7 +278,7 @@ def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitS
 def gradient_step(
     target: RestrictedModel, state: FitState, batch: TaughtBatch, rate: jax.Array, *, remat: bool
 ) -> FitState:
-    """Take a step on the weighted mean of KL(teacher || target) over a batch; an adapter of the target stays."""
+    """Take a step on the weighted mean of KL(teacher || target) over a batch; the target's own adapter stays fixed."""
     start: Any = target.model.adapter
 
     def loss(factors: StackedAdapter) -> jax.Array:

@@ -1,10 +1,9 @@
-"""How good an update is by completions that nothing is fitted to, without labels.
+"""Judge an update on held-out completions, without labels: divergence from the teacher, and agreement with the source.
 
-One figure is the divergence from the teacher, the other how often the target writes what the source writes. A
-divergence is a mean over positions, and an answer is right only if all of its tokens are. So two fits of one
-divergence may differ in how many answers are right. Greedy answers can be compared without labels: the target writes an
-answer of the source if each of its tokens, the end included, is the likeliest after the tokens before it. One forward
-pass shows that for all tokens at once.
+The divergence is a mean over positions, but an answer is right only if all of its tokens are, so two fits with equal
+divergence may differ in their number of right answers. The agreement is the share of the source's greedy answers that
+the target would write too. The target writes an answer if each token, the end included, is the likeliest after the
+tokens before it; one forward pass checks all tokens.
 """
 
 import math
@@ -30,8 +29,8 @@ from jcrosslora.text import Completion
 class AnswerBatch:
     """Greedy answers of the source as the target reads them.
 
-    The shapes are (B, T), bool (B, T), flat positions (P,), and int32 (P,) columns of the symbols that the answers have
-    behind these positions, -1 where none is compared.
+    The shapes are (B, T), bool (B, T), flat positions (P,), and int32 (P,): the column of the answer's next symbol at
+    each position, -1 if it is not compared.
     """
 
     tokens: jax.Array
@@ -53,13 +52,13 @@ def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatc
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """Held-out completions as the teacher has read them, and greedy answers of the source to their prompts."""
+    """Held-out completions with the teacher's predictions, and the source's greedy answers to their prompts."""
 
     held_out: Sequence[TaughtBatch]
     answers: Sequence[AnswerBatch] = ()
 
     def judge(self, student: RestrictedModel) -> tuple[float, float]:
-        """Return the divergence, nats a position, and the share of answers that the target writes; nan without any."""
+        """Return the divergence in nats a position, and the agreement, which is nan without answers."""
         if not self._same_texts:
             return mean_kl(student, self.held_out), agreement(student, self.answers)
         wanted = [one.wanted for one in self.answers]
@@ -68,7 +67,7 @@ class Judge:
 
     @cached_property
     def _same_texts(self) -> bool:
-        """Whether the answers are the texts that are held out, so that one pass judges by both."""
+        """Whether the answers are the held-out texts themselves, so that one pass gives both figures."""
         return len(self.answers) == len(self.held_out) and all(
             np.array_equal(one.tokens, other.tokens) and np.array_equal(one.at, other.at)
             for one, other in zip(self.answers, self.held_out, strict=True)
@@ -81,12 +80,12 @@ def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
 
 
 def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float:
-    """Return the share of answers that the target with its update writes as well; not a number without answers."""
+    """Return the share of the source's answers that the updated target would also write; nan without answers."""
     return _share_written(batches, [_likeliest(student, batch) for batch in batches])
 
 
 def _share_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> float:
-    """Return the share of answers all of whose symbols are the likeliest ones, which is bool (P,) of each batch."""
+    """Return the share of answers in which every symbol is the likeliest; `hits` are bool (P,) for each batch."""
     judged = same = 0
     for batch, found in zip(batches, hits, strict=True):
         wanted, hit = np.asarray(batch.wanted) >= 0, np.asarray(found)

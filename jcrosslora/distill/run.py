@@ -1,4 +1,4 @@
-"""Distillation as a whole: open the source, write completions, fit, and say what came out."""
+"""Run a distillation: open the source, write completions, fit, and describe the result."""
 
 import math
 import time
@@ -32,12 +32,12 @@ class Distilled:
     """A fitted update of the target.
 
     Attributes:
-        adapter: the update that the fit started from and the fitted one, scale 1.
-        looks: at held-out completions, before the first step and as the fit went.
+        adapter: the sum of the starting and the fitted update, scale 1.
+        looks: measurements on held-out completions, before the first step and during the fit.
         sentence: a summary for reports, without a full stop.
-        completions: that were written before the fit.
-        warnings: what was found out about the adapter, one sentence each.
-        chat_template: of the target, in which it read conversations; None if there were none.
+        completions: the ones written before the fit.
+        warnings: findings about the adapter, one sentence each.
+        chat_template: the target's, with which conversations were rendered; None if there were none.
     """
 
     adapter: Adapter
@@ -62,32 +62,29 @@ def distill(
     loaded: LoadedBases | None = None,
     shared: dict[Any, Any] | None = None,
 ) -> Distilled:
-    """Fit an update of the target to what an adapter changes in the predictions of a source.
+    """Train an update of the target to predict what the source predicts with its adapter.
 
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
-    that the adapter makes in them (`jcrosslora.distill.teacher.mix_teacher`). They are compared at positions where
-    tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
-    written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
-    by gradient steps (`jcrosslora.distill.fit`).
+    that the adapter makes (`jcrosslora.distill.teacher.mix_teacher`). Predictions are compared where tokens of both
+    bases end at the same character, over the shared tokens and the end of the text. The source with its adapter writes
+    the text: answers to given prompts, or to its own. Gradient steps train the factors of all modules
+    (`jcrosslora.distill.fit`).
 
     Memory: the weights of the target, and of a source that our decoder runs, in `jcrosslora.decoder.fast_dtype()`; the
-    factors; and at most 4 GB of activations of the target, which are recomputed where they would take more. Time:
-    writing the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one
-    gradient.
+    factors; and at most 4 GB of activations of the target, beyond which they are recomputed. Time: writing the texts,
+    and for each batch of 4 texts two forward passes of the source and two of the target with one gradient.
 
     Args:
-        source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried, with its
-            adapter.
-        adapter: of a source that our decoder runs, with fused matrices split (see `fit_to_base`); else not used.
-        start: an update of the target to start from; None starts from nothing.
-        prompts: texts or conversations that answers are to follow; without any, and without examples, the source writes
-            prompts itself.
-        examples: prompts with right answers, which are taught on top of those that the source answers; it answers other
-            prompts, like theirs where none are given.
-        seed: of all that is sampled.
-        states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
+        source: the adapter's base, which our decoder runs; or a source that can only be queried, with its adapter.
+        adapter: the source's adapter, with fused matrices split (see `fit_to_base`); unused for a queried source.
+        start: an update of the target to start from; None starts from zero.
+        prompts: texts or conversations to answer; without prompts and examples the source writes prompts itself.
+        examples: prompts with right answers, which are taught in addition. The source answers other prompts: the given
+            ones, or else prompts similar to those of the examples.
+        seed: seeds all sampling.
+        states: folder for the states of long fits, those with further rounds; a stopped fit continues from there.
         loaded: gives the weights of both bases; None loads them for this fit.
-        shared: what holds for all adapters of the pair; new findings are added.
+        shared: results that hold for all adapters of the pair; new ones are added.
 
     Raises:
         UsageError: settings or a seed out of range, or texts without a position that matches.
@@ -139,7 +136,7 @@ def _opened(source: BaseModel | Source, target: BaseModel, adapter: Adapter | No
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
-    """Raise CheckpointError for the target if a fit is not finite: the source's predictions were while it wrote."""
+    """Raise CheckpointError for the target if a fit is not finite: the source's predictions were checked before."""
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
     if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"

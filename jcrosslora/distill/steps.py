@@ -1,4 +1,4 @@
-"""The steps of distillation around the fit: write completions, divide them, find the symbols, make the teacher."""
+"""The steps of a distillation around its gradient steps: write and split completions, make the teacher."""
 
 import dataclasses
 import logging
@@ -40,7 +40,7 @@ class Data:
     """The first completions, with labelled examples, as the fit reads them.
 
     Attributes:
-        judged: batches of the held-out ones, which decide what update is the best.
+        judged: batches of the held-out completions, which decide which update is kept.
         answers: the source's greedy answers to the held-out prompts.
         held_out: these prompts.
     """
@@ -53,7 +53,7 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The steps before and between those of the fit, and what they share.
+    """The steps before and between the gradient steps, and the objects they share.
 
     Attributes:
         model: the target with its weights.
@@ -177,12 +177,12 @@ class Run:
 
 
 def as_taught(examples: Sequence[Completion]) -> list[Completion]:
-    """Make completions of examples: their answers, ends included, are taught as they are."""
+    """Turn examples into completions whose answers, ends included, are taught as they are."""
     return [dataclasses.replace(one, right="answer") for one in examples]
 
 
 def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) -> list[Prompt]:
-    """Leave out prompts whose right answer is known, which the source need not answer."""
+    """Drop prompts that have a labelled answer: the source need not answer them."""
     labelled = {one.prompt for one in examples}
     return [one for one in prompts if one not in labelled]
 
@@ -192,7 +192,7 @@ def examples_of_round(
 ) -> list[Completion]:
     """Take the examples that a further round repeats, in turn; `number` counts rounds from 1.
 
-    They are the same share of it as of the first completions, so that a long fit does not forget them.
+    Their share is the same as in the first completions, so that a long fit does not forget them.
     """
     usable = [one for one in examples if one.prompt not in excluded]
     count = -(-len(usable) * ROUND // FIRST)
@@ -200,7 +200,7 @@ def examples_of_round(
 
 
 def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:
-    """Divide completions into those to fit to and those held out; answers to one prompt are all on one side."""
+    """Split completions into training and held-out ones; all answers to one prompt are on the same side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
     # At least one prompt on each side.

@@ -1,4 +1,4 @@
-"""Prompt templates, what is written in them, and which of them an adapter was trained on."""
+"""Prompt templates: write prompts and answers in them, and find the templates that an adapter was trained on."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _OPENERS = (
     *("What", "Which", "How", "Why", "When", "Where", "Who", "If", "A", "The", "In", "Which of the following"),
     *("Explain", "Describe", "Write", "Name", "Give", "List"),
 )
-# A full stop inside a number or a name has no space behind it; the others are those of Chinese, Japanese and Hindi.
+# A full stop inside a number or a name has no space after it; the others are those of Chinese, Japanese and Hindi.
 _SENTENCE_END = re.compile(r"[?!]|\.(?=\s|$)|[\uff1f\uff01\u3002\u0964]")
 _FEWEST_WORDS = 4  # of a prompt
 PROMPT_TOKENS, _PROMPT_TEMPERATURE = 32, 0.7
@@ -210,8 +210,8 @@ def known_templates(
     """Choose the templates that an adapter was probably trained on: at most 3, in their order.
 
     An adapter changes its base's predictions in all templates, and most where its answers are least likely under the
-    base. A change beyond that comes from training: the templates are taken in which the change less the base NLL is
-    largest, or at most two standard errors below the largest. The figures are those of `judge_templates`.
+    base. A change beyond that comes from training. So this takes the template with the largest (change - base NLL), and
+    those at most two standard errors below it. The figures are those of `judge_templates`.
     """
     if not (change.size and np.isfinite(change).all()):
         return []
@@ -235,5 +235,5 @@ def comparing_cost(texts: int) -> Cost:
 def compare(source: Source, completions: Sequence[Completion], tokens: int) -> Compared:
     """Compare the predictions with and without the adapter on the first tokens of each completion's answer."""
     found = [read(source.tokenizer, replace(item, ended=False)) for item in completions]
-    # What follows the last of these tokens has no part in their predictions, and takes as much time as they do.
+    # Tokens after the last of these do not change their predictions, but take time.
     return source.compare([one.ids[: one.answer + tokens] for one in found], [one.answer for one in found], tokens)
