@@ -6,7 +6,7 @@ A layer is its blocks, and how they are run one after another and added to the r
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -49,6 +49,8 @@ class Layer:
     norms: tuple[str, ...] = STREAM_NORMS
     scaled: bool = False
 
+    sites: ClassVar = INPUT_SITES  # role -> what names its input in `LayerCapture.inputs`
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -89,11 +91,6 @@ class Layer:
         """Features of a head that may have positions; None in a layer without attention."""
         return next((block.rotated_size for block in self.blocks if block.rotated_size is not None), None)
 
-    @property
-    def sites(self) -> Mapping[str, str]:
-        """Role -> what names its input in `LayerCapture.inputs`."""
-        return INPUT_SITES
-
     @cached_property
     def names(self) -> frozenset[str]:
         """The roles, places of norms and names of tensors that the layer may have."""
@@ -120,11 +117,6 @@ class Layer:
         """Whether it keeps a state other than keys and values."""
         return not all(isinstance(state, KeysValues) for state in self.states(1, 1, "float32").values())
 
-    @property
-    def shared_kinds(self) -> frozenset[str]:
-        """The kinds of what it reads of layers before."""
-        return frozenset(block.shared_kind for block in self.blocks if block.shared_kind is not None)
-
 
 def layers_with(layers: Sequence[Layer], name: str) -> tuple[int, ...]:
     """Return the layers that may have a role, norm or tensor of this name."""
@@ -147,10 +139,6 @@ class Architecture:
             CheckpointError: a key that says which blocks layers have, or a size or number of these, cannot be read.
         """
         return tuple((self.family.layers or usual_layers)(self))
-
-    def layers_with(self, name: str) -> tuple[int, ...]:
-        """Return the layers that have a role, norm or tensor of this name."""
-        return layers_with(self.stack, name)
 
     @cached_property
     def role_shapes(self) -> dict[str, tuple[int, int]]:

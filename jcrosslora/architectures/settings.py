@@ -78,7 +78,7 @@ class DecoderSettings(BlockSettings):
 
 def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
     """Create the state that a pass over a whole stream x (B, T, H) hands from layer to layer; None if unused."""
-    read = {kind for layer in settings.stack for kind in layer.shared_kinds}
+    read = {block.shared_kind for layer in settings.stack for block in layer.blocks} - {None}
     if not read:
         return None
     cache = init_cache(settings, x.shape[0], x.shape[1], x.dtype)

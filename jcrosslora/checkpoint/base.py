@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.architectures import Architecture, Dims, Family
+from jcrosslora.architectures.architecture import layers_with
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, WRITERS
 from jcrosslora.architectures.config import read_number
 from jcrosslora.checkpoint.layout import Module, StoredExperts, expected_shapes, layout_of
@@ -108,7 +109,7 @@ class BaseModel:
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm or tensor of this name."""
-        return self.architecture.layers_with(name)
+        return layers_with(self.architecture.stack, name)
 
     @property
     def has_experts(self) -> bool:

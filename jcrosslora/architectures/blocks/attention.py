@@ -112,21 +112,18 @@ class SelfAttention(Block):
         return {self._kind: KeysValues.form((batch, self.kv_heads, length), (self.size, self.size), dtype)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        queries, gate = self._queries(run, x)
+        queries = self._placed(run, "q", queries)
         if self.shares_keys:
             assert cache is not None
-            queries = self._placed(run, "q", run.module(f"{self.group}kv_shared_q_proj", x))
-            mixed = _attended(run, queries, *last_of_kind(cache, self._kind), run.settings.attn_scale)
-            return run.module(f"{self.group}o_proj", mixed), cache
-        queries, gate = self._queries(run, x)
-        keys = run.module(f"{self.group}k_proj", x)
-        values = keys if self.keys_are_values else run.module(f"{self.group}v_proj", x)
-        queries = self._placed(run, "q", queries)
-        keys = self._placed(run, "k", keys).swapaxes(1, 2)
-        values = self._split(values)
-        if self.value_norm:
-            values = rms_norm(values, jnp.ones(values.shape[-1]), run.settings.eps)
-        values = values.swapaxes(1, 2)
-        cache, keys, values = append_layer(cache, run, self._kind, keys, values)
+            keys, values = last_of_kind(cache, self._kind)
+        else:
+            keys = run.module(f"{self.group}k_proj", x)
+            values = self._split(keys if self.keys_are_values else run.module(f"{self.group}v_proj", x))
+            if self.value_norm:
+                values = rms_norm(values, jnp.ones(values.shape[-1]), run.settings.eps)
+            keys, values = self._placed(run, "k", keys).swapaxes(1, 2), values.swapaxes(1, 2)
+            cache, keys, values = append_layer(cache, run, self._kind, keys, values)
         mixed = _attended(run, _grown(run, queries), keys, values, run.settings.attn_scale)
         mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
         return run.module(f"{self.group}o_proj", mixed), cache
@@ -134,7 +131,7 @@ class SelfAttention(Block):
     def _queries(self, run: Run, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Return queries and, in gated attention, the gate on what they get, (B, T, heads * D) each."""
         if not self.gated:
-            return run.module(f"{self.group}q_proj", x), None
+            return run.module(f"{self.group}{'kv_shared_' if self.shares_keys else ''}q_proj", x), None
         both = run.module("qg_proj", x)
         queries, gate = jnp.split(both.reshape(*both.shape[:2], -1, 2 * self.size), 2, axis=-1)
         return queries.reshape(*both.shape[:2], -1), gate.reshape(*both.shape[:2], -1)

@@ -111,9 +111,6 @@ class Block:
         raise NotImplementedError
 
 
-_WIDE = "wide_"  # before the roles of layers whose MLP is wider than that of others
-
-
 def _linears(group: str) -> tuple[Linear, ...]:
     return (
         Linear(f"{group}gate_proj", "mlp.gate_proj", f"{group}mlp_in", "mlp", "ffn_gate"),
@@ -128,27 +125,27 @@ class Mlp(Block):
 
     Attributes:
         gated: whether the activation is that of a gate.
-        wide: whether its width is not that of the other layers, so that its weights are stacked on their own.
+        group: before its roles: "wide_" if its width is not that of the other layers, so that its weights are stacked
+            on their own; "shared_" for the experts that all tokens share; or nothing.
     """
 
     hidden: int
     width: int
     gated: bool = True
-    wide: bool = False
+    group: Literal["", "wide_", "shared_"] = ""
 
-    LINEARS: ClassVar = (*_linears(""), *_linears(_WIDE))
+    LINEARS: ClassVar = (*_linears(""), *_linears("wide_"))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        inside, group = (self.width, self.hidden), _WIDE if self.wide else ""
+        inside, group = (self.width, self.hidden), self.group
         gate = {f"{group}gate_proj": inside} if self.gated else {}
         return gate | {f"{group}up_proj": inside, f"{group}down_proj": (self.hidden, self.width)}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        group = _WIDE if self.wide else ""
-        gate = run.module(f"{group}gate_proj", x) if self.gated else None
-        up = run.module(f"{group}up_proj", x)
+        gate = run.module(f"{self.group}gate_proj", x) if self.gated else None
+        up = run.module(f"{self.group}up_proj", x)
         inner = run.activate(up) if gate is None else run.activate(gate) * up
-        return run.module(f"{group}down_proj", inner), cache
+        return run.module(f"{self.group}down_proj", inner), cache
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jcrosslora.architectures.blocks.block import Block, Linear, Mlp, Norm, Tensor
 from jcrosslora.architectures.blocks.grouped import mix, run_experts, sort_by_expert, spread
-from jcrosslora.architectures.ops import ACTIVATIONS, linear, rms_norm
+from jcrosslora.architectures.ops import linear, rms_norm
 from jcrosslora.architectures.run import MODULE_OUTPUT, KVCache, Run, Update
 
 # Of the experts: a softmax over all, over the chosen ones, or sigmoids, by which experts are chosen or of the chosen
@@ -97,18 +97,16 @@ class Experts(Block):
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return role -> (O, I); the matrices of experts have none."""
-        found: dict[str, tuple[int, int]] = {}
-        if self.shared:
-            gate = {"shared_gate_proj": (self.shared, self.hidden)} if self.gated else {}
-            found = gate | {
-                "shared_up_proj": (self.shared, self.hidden),
-                "shared_down_proj": (self.hidden, self.shared),
-            }
+        found = self._shared_mlp.shapes() if self.shared else {}
         if self.shared_gate:
             found["shared_expert_gate"] = (1, self.hidden)
         if self.latent is not None:
             found |= {"expert_in_proj": (self.latent, self.hidden), "expert_out_proj": (self.hidden, self.latent)}
         return found
+
+    @property
+    def _shared_mlp(self) -> Mlp:
+        return Mlp(self.hidden, self.shared, self.gated, "shared_")
 
     def matrix_shape(self, matrix: str) -> tuple[int, int, int]:
         """Return (E, O, I) of a matrix of all experts of a layer, "gate_up" or "down"."""
@@ -152,26 +150,22 @@ class Experts(Block):
         mixed = mixed if self.latent is None else run.module("expert_out_proj", mixed)
         if not self.shared:
             return mixed
-        both = mixed + self._shared(run, x)
+        shared, _ = self._shared_mlp.forward(run, x, None)
+        if self.shared_gate:
+            shared = shared * jax.nn.sigmoid(run.module("shared_expert_gate", x))
+        both = mixed + shared
         return both * jnp.asarray(0.5, both.dtype) if self.averaged else both
 
     def _activated(self, run: Run, inner: jax.Array) -> jax.Array:
         """Apply the activation to gate and up, (N, 2 I) side by side, or without a gate to (N, I)."""
-        activate = ACTIVATIONS[run.settings.activation]
         if not self.gated:
-            return activate(inner)
+            return run.activate(inner)
         gate, up = jnp.split(inner, 2, axis=-1)
         if self.clamp is None:
-            return activate(gate) * up
+            return run.activate(gate) * up
         alpha, limit = self.clamp
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
-
-    def _shared(self, run: Run, x: jax.Array) -> jax.Array:
-        activate, up = ACTIVATIONS[run.settings.activation], run.module("shared_up_proj", x)
-        inner = activate(run.module("shared_gate_proj", x)) * up if self.gated else activate(up)
-        out = run.module("shared_down_proj", inner)
-        return out * jax.nn.sigmoid(run.module("shared_expert_gate", x)) if self.shared_gate else out
 
 
 @dataclass(frozen=True)

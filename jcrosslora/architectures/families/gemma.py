@@ -235,7 +235,7 @@ def _layers(model: Architecture) -> list[Layer]:
             mixer = replace(mixer, kv_heads=kv_heads, size=head_dim, group="global_", keys_are_values=equal)
         inner = mlp(model)
         if shares and config.get("use_double_wide_mlp"):
-            inner = replace(inner, width=2 * inner.width, wide=True)
+            inner = replace(inner, width=2 * inner.width, group="wide_")
         if config.get("enable_moe_block"):
             inner = MlpAndExperts(inner, experts(model), apart=True)
         return Layer(mixer, inner, last, scaled=True)
