@@ -44,8 +44,6 @@ class DecoderSettings(BlockSettings):
     Attributes:
         final_soft_cap: soft cap of the logits, or None.
         tied: whether the head is the embedding.
-        post_norms: whether the outputs of attention and MLP are normalised before they are added, in some layers at
-            least.
         windows: (L,) number of visible positions of a layer, its own included; None for all.
         layer_ropes: (L,) index into `ropes`.
     """
@@ -54,7 +52,6 @@ class DecoderSettings(BlockSettings):
     embedding_scale: float
     logit_scale: float
     tied: bool
-    post_norms: bool
     biased_roles: tuple[str, ...]
     windows: tuple[int | None, ...]
     layer_ropes: tuple[int, ...]
@@ -145,7 +142,6 @@ def _settings(model: Architecture) -> DecoderSettings:
         embedding_scale=factor(family.embedding_scale),
         logit_scale=factor(family.logit_scale),
         tied=family.is_tied(config),
-        post_norms="mlp_post" in family.layer_norms(config),
         biased_roles=family.biased_roles(config),
         windows=_layer_windows(kinds, config, family),
         layer_ropes=tuple(map(ropes.index, of_layers)),
