@@ -54,8 +54,7 @@ _METAVARS = {
 def apply_common(arguments: list[str]) -> tuple[list[str], bool]:
     """Apply the options of every command, up to a `--`; return the other arguments, and whether it is to be quiet.
 
-    Raises:
-        UsageError: --token has no value.
+    Raises UsageError if --token has no value.
     """
     own = list(takewhile(lambda one: one != "--", arguments))
     behind, kept, token, rest = arguments[len(own) :], [], None, iter(own)

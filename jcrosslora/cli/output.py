@@ -104,9 +104,8 @@ def print_pushed(pushed: "Pushed", console: Console) -> None:
 def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
     """Check that a file of the user's can be written or replaced, before any work is done for it, and expand its ~.
 
-    Raises:
-        OutputError: its name has none of the `endings` (in lower case), and may be that of another file; or its folder
-            does not exist or cannot be written to.
+    Raises OutputError if its name has none of the `endings` (in lower case), and may be that of another file; or if its
+    folder does not exist or cannot be written to.
     """
     path = output_path(path)
     if path.suffix.lower() not in endings:

@@ -126,9 +126,7 @@ class Repository:
     def of(cls, repo_id: str, *, private: bool, token: str | None) -> Repository:
         """Check the name, and find the token as the hub's client does. Nothing is sent.
 
-        Raises:
-            UsageError: not a name of a repository, or a token with characters that no token has.
-            OutputError: the user is not logged in.
+        Raises UsageError for a name or a token with characters that none has, OutputError without a login.
         """
         from huggingface_hub import get_token
 

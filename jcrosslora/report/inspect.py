@@ -22,11 +22,8 @@ def open_any(
 ) -> Adapter | BaseModel:
     """Open an adapter (of PEFT, MLX, llama.cpp or Orbax), with the base that some kinds need, or a base model.
 
-    A hub id is opened as an adapter first, which is smaller; if it is neither, the error tells both reasons.
-
-    Raises:
-        JCrossLoRAError: it is neither, or cannot be read.
-        UsageError: a base was given for a base model.
+    A hub id is opened as an adapter first, which is smaller; if it is neither, the error tells both reasons. Raises
+    UsageError if a base was given for a base model.
     """
     path, refused = Path(ref), None
     if not path.exists() and not is_hub_id(ref):

@@ -298,8 +298,7 @@ def choose_placement(
 
     `weights` gives the bytes on each device by the number that they are divided over; the rest as in `Placement`.
 
-    Raises:
-        UsageError: `divide` is "always", and no number of devices divides the weights.
+    Raises UsageError if `divide` is "always", and no number of devices divides the weights.
     """
     # A number that divides few matrices leaves more on each than a smaller one.
     most = min(range(1, there + 1), key=weights)

@@ -96,8 +96,7 @@ class PairSession:
     def resolve(self, request: Request, adapter: Adapter | None = None) -> tuple[Method, str | None]:
         """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it.
 
-        Raises:
-            MethodError: there are labelled examples, which the method cannot use.
+        Raises MethodError if there are labelled examples, which the method cannot use.
         """
         chosen, reason = request.method, None
         if isinstance(chosen, Auto):
@@ -255,11 +254,7 @@ class PairSession:
         self.loaded = self.loaded or self._bases(method, options, keep=True)
 
     def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
-        """Return the loader of the bases of a transfer; None if it does not run them.
-
-        Raises:
-            UsageError, MemoryError: see `place_bases`.
-        """
+        """Return the loader of the bases of a transfer; None if it does not run them. For errors see `place_bases`."""
         if not (method.runs_bases or options.effect == "always"):
             return None
         bases = self.pair.source, self.pair.target

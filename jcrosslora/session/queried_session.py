@@ -75,8 +75,7 @@ class QueriedSession:
     def _opening(self, request: Request) -> Callable[[], QueriedSource]:
         """Return the function that opens the source with its adapter, which may take minutes.
 
-        Raises:
-            UsageError: an adapter where none is wanted, or none if one is.
+        Raises UsageError for an adapter where none is wanted, or none if one is.
         """
         model, adapter = self._model, request.adapter
         if isinstance(model, ServedModel):

@@ -229,8 +229,7 @@ def setting_types() -> dict[str, Any]:
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
     """Read a TOML file; errors name `what` it is, a recipe or a plan, and show an `example` of a line.
 
-    Raises:
-        UsageError: the file cannot be read, or is not TOML.
+    Raises UsageError if the file cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(read_small_text(path))

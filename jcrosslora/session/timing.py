@@ -41,10 +41,8 @@ _KNOWN: dict[Any, float] = {}  # seconds of what this process has timed
 def seconds_of(costs: Mapping[str, Cost | None], pair: BasePair, method: Method) -> dict[str, float | None]:
     """Turn the counts of the steps of a transfer into seconds; None stays None.
 
-    What is timed is kept for the next estimate of the same sizes.
-
-    Raises:
-        CheckpointError: the bases have to run, and the decoder does not support one.
+    What is timed is kept for the next estimate of the same sizes. Raises CheckpointError if the bases have to run, and
+    the decoder does not support one.
     """
     found, before = dict[str, float | None](), 0.0
     for name, cost in costs.items():

@@ -228,9 +228,7 @@ def given_probes(
 ) -> Probes | None:
     """Return the user's texts, conversations and labelled examples, from lists or files; None if none was given.
 
-    Raises:
-        UsageError: a file cannot be read, there is no example, or an entry of the list is neither text nor a
-            conversation.
+    Raises UsageError if a file cannot be read, there is no example, or an entry is neither text nor a conversation.
     """
     if examples is None:
         return None if prompts is None else _given_prompts(prompts)

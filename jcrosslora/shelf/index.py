@@ -116,12 +116,9 @@ class Index:
     def change(self, fresh: Fresh, removed: Collection[str] = ()) -> "Index":
         """Put entries on the shelf, which replace those of equal names, and take others off by name.
 
-        Changes that other processes made are kept.
-
-        Raises:
-            OutputError: the folder cannot be written to, or another process has put another adapter of one of these
-                names on the shelf or has replaced the shelf.
-            UsageError: the index is damaged.
+        Changes that other processes made are kept. Raises UsageError if the index is damaged, OutputError if the folder
+        cannot be written to, or another process has put another adapter of one of these names there or has replaced the
+        shelf.
         """
         try:
             with locked(self.folder / SEGMENTS):

@@ -228,8 +228,7 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     All shards together have every job once. Units go, the largest first, to the shard with the fewest jobs so far. A
     unit is split only if it is larger than a shard's fair part, since each part repeats the alignment.
 
-    Raises:
-        UsageError: the shard does not exist.
+    Raises UsageError if the shard does not exist.
     """
     if not 1 <= index <= count:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"

