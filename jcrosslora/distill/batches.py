@@ -1,6 +1,6 @@
-"""Distillation batches: completions as both bases read them, and the positions where their predictions are compared.
+"""Distillation batches: completions as tokens of both bases, with the positions where predictions are compared.
 
-Also the memory that a fit to them takes on top of the weights of both bases.
+Also estimates the memory of a fit on top of the weights of both bases.
 """
 
 import math
@@ -41,11 +41,11 @@ class DistillationBatch(MatchedTokens):
     """Completions. Positions of the target inside an answer that match none of the source are among the P as well.
 
     Attributes:
-        next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
+        next_src: int32 (P,), the source's token after each position; -1 if there is none.
         next_tgt: int32 (P,), the same for the target.
         answer: bool (P,), whether a token of the answer follows.
-        known: float32 (P,), how sure it is that the target's next token is right whatever the teacher says, 0 to 1; see
-            `Completion.right`. Where `next_tgt` is -1 it is the end of the text.
+        known: float32 (P,), 0 to 1: the share of the text itself in the teacher, which takes the target's next token
+            (the end of the text if `next_tgt` is -1) as correct; see `Completion.right`.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
     """
 
@@ -86,7 +86,7 @@ class _Weights(NamedTuple):
     end: float
 
     def certainty(self, right: Right) -> tuple[float, float]:
-        """Return how sure it is that the tokens inside an answer, and its end, are right."""
+        """Return the shares of the text itself in the teacher: inside an answer, and at its end."""
         likely = {"likeliest": (self.text, self.text), "likeliest-end": (self.text, 1.0)}
         return {"": (0.0, 0.0), "end": (0.0, 1.0), "answer": (1.0, 1.0), **likely}[right]
 
@@ -102,11 +102,11 @@ def make_batches(
 ) -> list[DistillationBatch]:
     """Batch completions of about the same number of the target's tokens, 4 or fewer together.
 
-    Each side has rows of the smallest of `WIDTHS` that holds them, or of a larger one where few batches would have that
-    width. Of a completion of more than 2,560 tokens the last ones are used. Predictions of an answer's tokens have
-    weight 1, those inside a prompt `prompt_weight`, and those of the end of an answer 0 unless `ends`; those of an
-    answer that is known to be right have `example_weight`. In the teacher of answers that the source wrote at
-    temperature 0 the text itself has the share `text_weight`.
+    Rows are padded to the smallest of `WIDTHS` that holds them, or to a larger one if few batches would have that
+    width. Completions of more than 2,560 tokens keep the last ones. Predictions of an answer's tokens have weight 1,
+    those inside a prompt `prompt_weight`, those of the end of an answer 0 unless `ends`, and those of a labelled answer
+    `example_weight`. For answers that the source wrote at temperature 0, the text itself has the share `text_weight` in
+    the teacher.
 
     Raises:
         UsageError: no completion has a matched position.
@@ -130,7 +130,7 @@ def make_batches(
 
 
 def _groups(pairs: Sequence[_Pair]) -> dict[int, list[list[_Pair]]]:
-    """Divide completions into batches, by the target's width; those that are short fill batches of longer ones."""
+    """Divide completions into batches by the target's width; short ones fill up batches of longer ones."""
     widths, found = _few_widths([row_shape(len(pair.ids[1]))[1] for pair in pairs], 1), {}
     order = sorted(range(len(pairs)), key=lambda place: -widths[place])
     while order:
@@ -158,7 +158,7 @@ def row_shape(tokens: int) -> tuple[int, int]:
 
 
 def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weights: _Weights) -> _Pair:
-    """Pair the tokens that end at the same place of the same content; of several on one side the first.
+    """Pair the tokens that end at the same character of the same message; of several on one side the first.
 
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
     of the target inside the answer that match nothing are compared with the text alone.

@@ -1,10 +1,10 @@
-"""The symbols that predictions of two bases are compared on, and the source's predictions in those of the target.
+"""Compare the predictions of two bases with different tokenizers over common symbols.
 
-Most symbols are tokens that both bases have, and one is the end of the text. Where tokenizers split the text behind a
-position in different ways, the next tokens differ although the text is the same: "int", "ent" on one side, "intent" on
-the other. The probability that the source gives its own next token is then given to the target's next token. Without
-that the target learns to write "int" where it would have to write "intent". What the source might have written instead
-is split as it is elsewhere: where all answers with "int" are answers with "intent" to the target, so is this one.
+Most symbols are shared tokens; one is the end of the text. The tokenizers may split the text after a position
+differently: "int", "ent" in the source, "intent" in the target. Then the probability of the source's next token goes to
+the target's next token; otherwise the target would learn to write "int" instead of "intent". The source's other
+candidates are translated by how often their text is split that way in all answers: if the target always has "intent"
+where the source has "int", all of the probability of "int" goes to "intent".
 """
 
 import math
@@ -30,10 +30,10 @@ NEVER = -30.0  # log-probability of what a side cannot predict
 
 @flax.struct.dataclass
 class Splits:
-    """Tokens of the source that begin where the target has another token, in answers: M pairs of columns, int32 (M,).
+    """How answers are split differently: M pairs of a source's and a target's column, int32 (M,), that start together.
 
-    The share, float32 (M,), is of the occurrences of the source's token those where the target has this one, counted as
-    if it had the same token once more.
+    The share, float32 (M,), is how often the target has this token where the source has that one. Each count includes
+    one extra occurrence at which both have the same token.
     """
 
     source: np.ndarray
@@ -42,13 +42,13 @@ class Splits:
 
 
 class Moves(NamedTuple):
-    """What moves from the source's columns to the target's at P positions.
+    """How probability moves from the source's columns to the target's at P positions.
 
     Attributes:
-        splits: of tokens that the text does not have at a position.
-        said: int32 (P,), the column of the source's next token, which the text splits; -1 where there is none.
+        splits: for tokens other than the text's next token.
+        said: int32 (P,), the column of the source's next token, which `splits` do not apply to; -1 if there is none.
         moved: int32 (P,), the column whose probability moves, or -1.
-        to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
+        to: int32 (P,), the target's column that receives it, or -1. Without `moved` it receives all of the probability.
     """
 
     splits: Splits
@@ -61,8 +61,8 @@ class Ends(NamedTuple):
     """Ids of tokens of source and target that end a text.
 
     Attributes:
-        stops: all of them. They are no shared tokens, as the end is a separate symbol.
-        symbol: those that are this symbol; none on both sides if one has none.
+        stops: all of them. They do not count as shared tokens, because the end is a separate symbol.
+        symbol: the ones merged into the end symbol; none on both sides if one side has none.
     """
 
     stops: tuple[Sequence[int], Sequence[int]] = ((), ())
@@ -78,11 +78,11 @@ class Symbols:
 
     Attributes:
         shared: ids of the shared tokens in source and target, int32 (V,) each.
-        own: ids of tokens that one side alone has and that occur in the text, int32 (S,) and (E,), ascending.
+        own: ids of tokens that only one side has and that occur in the text, int32 (S,) and (E,), ascending.
         ends: ids of the tokens that end a text on each side, together one symbol; none on both sides if one has none.
-        rounded: whether there are columns without a token behind the shared and behind the own ones, up to the next
-            512 and 256 of them: fits to different texts then have the same shapes, and share compiled programs.
-        splits: how tokens of the source are split by the target, where it splits them otherwise.
+        rounded: whether the shared and the own columns are padded to multiples of 512 and 256, so that fits to
+            different texts have the same shapes and share compiled programs.
+        splits: how the target splits the text of the source's tokens, if differently.
     """
 
     shared: tuple[np.ndarray, np.ndarray]
@@ -122,7 +122,7 @@ class Symbols:
         same = known & (src == tgt) & (src >= 0) & (src < self.sizes[0])
         moves = known & ~same
         alone = (batch.next_src < 0) & (batch.next_tgt >= 0)
-        # Prompts are not what the source says: other splits of them teach nothing.
+        # The source did not write the prompts, so their splits teach nothing.
         lost = (moves & (~batch.answer | (src < 0) | (tgt < 0))) | (alone & (tgt < 0))
         moved = np.where(moves & ~lost, src, -1).astype(np.int32)
         to = np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32)
@@ -154,7 +154,7 @@ def find_symbols(
     *,
     rounded: bool = False,
 ) -> Symbols:
-    """Choose the symbols: shared tokens, in the batches and the commonest; and those of one side in the answers.
+    """Choose the symbols: shared tokens that are in the batches or common, and tokens of one side in the answers.
 
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
 
@@ -186,7 +186,7 @@ def find_symbols(
 
 
 def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Splits:
-    """Count which of the target's tokens begin where which of the source's do, in answers."""
+    """Count, in answers, which target tokens begin at the same character as each source token."""
     src, tgt = (np.concatenate([symbols.following(batch, side)[batch.answer] for batch in batches]) for side in (0, 1))
     known = (src >= 0) & (tgt >= 0)
     (source, target), counts = np.unique(np.stack([src, tgt])[:, known], axis=1, return_counts=True)
@@ -203,7 +203,7 @@ def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Spl
 
 @partial(jax.jit, static_argnames="sizes")
 def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bool]) -> jax.Array:
-    """Give the source's predictions in the target's columns: float32 (P, shared + own + end).
+    """Translate the source's predictions to the target's columns: float32 (P, shared + own + end).
 
     `source` float32 (P, C) are log-probabilities of the source's columns; the sizes are the numbers of shared tokens
     and of the target's own, and whether the last column is the end of the text.
@@ -228,7 +228,7 @@ def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bo
 
 
 def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
-    """Give the target's predictions (P, C) in the source's columns, float32 (P, shared + own + end).
+    """Translate the target's predictions (P, C) to the source's columns, float32 (P, shared + own + end).
 
     The source's own tokens get none.
     """

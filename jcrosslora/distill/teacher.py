@@ -1,6 +1,6 @@
-"""The teacher: what the target should predict, from its own predictions and the source's without and with adapter.
+"""The teacher: mix the target's predictions with those of the source without and with its adapter.
 
-The target, and a source that our decoder runs, predict among the shared tokens alone.
+The target, and a source that our decoder runs, compute logits for the symbols of the fit only.
 """
 
 import dataclasses
@@ -96,10 +96,10 @@ def mix_teacher(
     log t = (1 - w) log p_tgt + w log p_adapted + contrast_weight (log p_adapted - log p_base), normalised,
     w = teacher_weight + (sure_weight - teacher_weight) exp(-H), with the entropy H of p_adapted in nats.
 
-    Where the adapted source is sure, it knows its job; where it is not, the target may know better. With both shares 0
-    the source's change in log-probability is added to the target's own; with both 1 and contrast_weight 0 the teacher
-    is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
-    predict something else than the target does.
+    If the adapted source is sure, the teacher follows it; if not, the target may know better. With both shares 0 the
+    adapter's change in log-probability is added to the target's prediction; with both 1 and contrast_weight 0 the
+    teacher is the adapted source. The change alone is not enough: it is relative to the source without its adapter,
+    which may predict something different from the target.
 
     Target, base and adapted are log-probabilities (P, V) of the target, and of the source without and with its adapter;
     the weights are scalars.
@@ -112,10 +112,10 @@ def mix_teacher(
 
 @jax.jit
 def with_known(taught: TaughtBatch, known: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
-    """Mix a share of a teacher that is sure of the next symbol into the teacher where that is known.
+    """Mix a one-hot prediction of the known next symbol into the teacher.
 
-    `known` is int32 (P,), columns or -1, `share` and `weight` float32 (P,). Where the share is 1 the weight of the
-    position counts: the source may read the text as tokens that the target does not have.
+    `known` is int32 (P,), columns or -1, `share` and `weight` float32 (P,). If the share is 1, the position keeps its
+    full weight, even if the source reads the text as tokens that the target does not have.
     """
     told, columns = known >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
     sure = jax.nn.log_softmax(jnp.where(columns == known[:, None], jnp.float32(0), jnp.float32(NEVER)), axis=-1)

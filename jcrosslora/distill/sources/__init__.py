@@ -1,4 +1,4 @@
-"""What a fit asks of a source, with its adapter and without, and the sources that our decoder does not run."""
+"""The interface of a fit to its source, with and without adapter; and sources that our decoder does not run."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Compared(NamedTuple):
 
 
 def answer_places(ids: np.ndarray, start: int, tokens: int) -> np.ndarray:
-    """Return the places of the first tokens of the answer in a text, int (n,), in front of which are others.
+    """Return the indices of the first answer tokens that have a token before them, int (n,).
 
-    An answer whose first token is joined to the prompt still has one.
+    If the answer's first token also covers the end of the prompt, it counts as an answer token.
     """
     return np.arange(max(1, min(start, len(ids) - 1)), len(ids))[:tokens]
 
@@ -76,8 +76,8 @@ def seeds_of(key: jax.Array, count: int) -> np.ndarray:
 class Reader(Protocol):
     """The predictions of a source on chosen columns.
 
-    It is complete if every column's probability is known. Where a source tells only its likeliest tokens, `read` needs
-    predictions of another model.
+    It is complete if every column's probability is known. If a source returns only its likeliest tokens, `read` needs
+    the predictions of another model to fill in the rest.
     """
 
     @property
@@ -86,8 +86,8 @@ class Reader(Protocol):
     def read(self, batch: DistillationBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
         """Predict at the positions of a batch.
 
-        `own` float32 (P, C) are log-probabilities of the columns by which the mass of those that are not known is
-        spread; a complete reader does not use them. `base` says whether to predict without the adapter as well.
+        `own` float32 (P, C) are log-probabilities of another model; the mass of unknown columns is distributed in
+        proportion to them. A complete reader ignores them. `base` says whether to predict without the adapter as well.
 
         Returns:
             float32 (P, C) log-probabilities without and with the adapter, normalised over the columns; the first is the
@@ -133,7 +133,7 @@ class Source(Writer, Protocol):
 
 
 class QueriedSource(Source, Protocol):
-    """A source that can only be queried, such as a served model, with what reports say of it and of its adapter."""
+    """A source that can only be queried, such as a served model, with the facts about it for reports."""
 
     @property
     def adapter(self) -> AdapterInfo: ...  # noqa: D102
@@ -164,12 +164,12 @@ class ServedModel(Settings):
         url: such as http://host:8000/v1.
         model: the server's name of the base with the adapter.
         tokenizer: of the base: a folder with tokenizer.json, a GGUF file, or a hub id.
-        base_model: the server's name of the base alone; None takes what the server says of the adapter: its parent
-            (vLLM, SGLang), or the model with the adapter switched off (llama.cpp).
-        chat_template: a file with the template that takes the place of the tokenizer's own.
-        top_logprobs: how many of the likeliest tokens to ask for; servers allow 20 unless told otherwise.
-        requests: the most requests at a time.
-        timeout: seconds that a whole answer may take, however it trickles in.
+        base_model: the server's name of the base alone; None finds it: the adapter's parent (vLLM, SGLang), or the
+            model with the adapter switched off (llama.cpp).
+        chat_template: a file with a chat template that replaces the tokenizer's.
+        top_logprobs: how many of the likeliest tokens to request; servers allow 20 by default.
+        requests: the maximum number of concurrent requests.
+        timeout: seconds that a whole answer may take.
     """
 
     url: str

@@ -1,6 +1,6 @@
-"""Requests to a server: JSON in and out, several at a time, tried again where that can help.
+"""Send JSON requests to a server, several at a time, and retry those that may succeed later.
 
-The key goes into one header and nowhere else.
+The API key is sent in one header and used nowhere else.
 """
 
 import email.utils
@@ -39,15 +39,15 @@ _PIECE = 1 << 16  # bytes
 
 
 class DamagedError(SourceError):
-    """An answer is none to what was asked; the message names the field."""
+    """An answer does not fit the request; the message names the field."""
 
 
 class RefusedError(SourceError):
-    """The server refused a request for what it asks, with status 400, 404 or 422."""
+    """The server rejected the content of a request, with status 400, 404 or 422."""
 
 
 def read_reply(content: bytes, kind: type[T]) -> T:
-    """Read JSON as a type, or raise DamagedError; fields that the type does not have are passed over."""
+    """Read JSON as a type, or raise DamagedError; unknown fields are ignored."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -80,17 +80,17 @@ class Client:
         return self._ask(url, None, lambda content: read_reply(content, kind))
 
     def post(self, path: str, body: Mapping[str, Any], kind: type[T], check: Callable[[T], R]) -> R:
-        """Send a request to a path below the server's address until its answer is one of a type; return what it holds.
+        """Send a request to a path below the server's address, retry until the answer is valid, and return its content.
 
-        `check` takes that out of the answer; a `DamagedError` of it says that the answer is not one to this request,
-        which is sent again. Raises RefusedError if the server refuses what is asked for, and SourceError if the server
-        cannot be reached, refuses the key, or gave no whole answer in several attempts.
+        `check` extracts the content; if it raises `DamagedError`, the request is sent again. Raises RefusedError if the
+        server rejects the request, and SourceError if the server cannot be reached, rejects the key, or gave no whole
+        answer in several attempts.
         """
         data = json.dumps(body).encode()
         return self._ask(f"{self.url}/{path}", data, lambda content: check(read_reply(content, kind)))
 
     def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
-        """Call a function that asks the server on every item, several at a time; the first error ends all."""
+        """Call a function that queries the server on every item, several at a time; the first error stops all."""
 
         def one(item: T) -> R:
             if self._stopped.is_set():

@@ -1,4 +1,4 @@
-"""A server with an open model: what it writes behind tokens, and what it predicts at their places."""
+"""Query a completion server by token ids: generate text, and predict the next token at given positions."""
 
 import math
 import threading
@@ -70,9 +70,9 @@ class Connection:
         return self._asked("write", body, tuple[str, bool], check)
 
     def predict(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[TopTokens]:
-        """Return what a model predicts behind the tokens (T,) of a text at some indices, at least one, ascending.
+        """Return a model's next-token predictions in a text (T,) at some indices, at least one, ascending.
 
-        `keep` says whether to look for the answer among those of earlier runs, and to keep it.
+        `keep` says whether to reuse a cached answer of an earlier run, and to cache this one.
         """
         if self._echoes is not False:
             try:
@@ -89,7 +89,7 @@ class Connection:
         return self._by_prefix(side, ids, places, keep)
 
     def check_tokenizer(self, side: Fields, ids: np.ndarray, decode: Callable[[Sequence[int]], str]) -> None:
-        """Let a model write a few tokens; raise SourceError if they are another text to this tokenizer."""
+        """Let a model write a few tokens; raise SourceError if this tokenizer decodes them to a different text."""
         fields = {"prompt": ids.tolist(), "max_tokens": _WRITTEN, "temperature": 0.0, "logprobs": 1}
         body = {**side, **self.dialect.reading(None), **fields}
 
@@ -106,7 +106,7 @@ class Connection:
             raise SourceError(msg + "check that --source-tokenizer is that of the model")
 
     def _by_echo(self, side: Fields, ids: np.ndarray, keep: bool) -> list[Entry] | None:
-        """Read a text whole: an entry for each token and one behind it. None where the server does not echo."""
+        """Read a whole text at once: an entry for each token and the next one; None if the server does not echo."""
         body = self._reading(side, ids.tolist()) | {"echo": True}
 
         def check(answer: Completion) -> list[Entry]:
@@ -142,7 +142,7 @@ class Connection:
         return found
 
     def _reading(self, side: Fields, prompt: Any) -> dict[str, Any]:
-        # At temperature 1 all servers agree on what a log-probability is.
+        # At temperature 1 all servers define log-probabilities in the same way.
         fields = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "logprobs": self._top}
         return {**side, **self.dialect.reading(self._names.whole), **fields}
 
@@ -180,8 +180,8 @@ class Connection:
 class Fingerprint(msgspec.Struct, frozen=True):
     """Predictions on the texts without and with the adapter.
 
-    They are the likeliest tokens of each place with their log-probabilities, and the bound of others. The noise is the
-    mean divergence of answers to the same question, in nats.
+    They are the likeliest tokens at each position with their log-probabilities, and a bound for the others. The noise
+    is the mean divergence between answers to identical requests, in nats.
     """
 
     plain: _Seen
@@ -201,7 +201,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
     @property
     def change(self) -> float:
-        """Mean divergence of what is predicted with the adapter from what is predicted without, in nats."""
+        """Mean divergence between the predictions with and without the adapter, in nats."""
         return _apart(self.adapted, self.plain)
 
     @property
@@ -210,7 +210,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
         return self.change > self._limit
 
     def is_of(self, other: Self) -> bool:
-        """Whether another run met the same base and adapter, as far as noise allows to say."""
+        """Whether another run saw the same base and adapter, up to the noise."""
         pairs = (self.plain, other.plain), (self.adapted, other.adapted)
         return all(len(a) == len(b) and _apart(a, b) <= self._limit for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""A source that our own decoder runs, and a model that predicts chosen columns alone."""
+"""A source that our decoder runs, and a model that computes logits for chosen columns only."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _hidden(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class RestrictedModel:
-    """A model that predicts its columns of the symbols of a fit: its head has a row for each predicted token.
+    """A model with a reduced output head: one row for each symbol of a fit.
 
     Attributes:
         ends: number of tokens that end a text, the last rows of the head; together they are one symbol.

@@ -1,4 +1,4 @@
-"""Open what torch or a server runs: a base and its adapter with transformers and PEFT, and tokenizers."""
+"""Load a base and its adapter with transformers and PEFT, and open tokenizers by themselves."""
 
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,7 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
             msg = f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): "
             raise AdapterError(msg + "check that it is of this base") from error
     lost = [str(one.message) for one in heard if _NOT_LOADED in str(one.message).lower()]
-    # Factors that the model has no module for are left out without a word. Whether embeddings were changed would be
-    # looked up on the hub.
+    # PEFT silently ignores factors without a module, and would look up on the hub whether embeddings were changed.
     placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     lost += [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
     if lost:

@@ -1,7 +1,7 @@
-"""The likeliest tokens at a position, and what they say of the rest.
+"""The likeliest tokens at a position, and bounds for all others.
 
-A server tells the probabilities of k tokens. The rest of the mass is known, 1 less their sum, and so is a bound of each
-other token: the last of the k.
+A server returns the probabilities of k tokens. The others together have 1 minus their sum, and each has at most the
+probability of the last of the k.
 """
 
 import math
@@ -26,7 +26,7 @@ _MOST_MASS = 1.02  # log-probabilities that were rounded to half precision sum t
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """Known tokens of a prediction: the k likeliest, and the one that follows in a given text where that is told.
+    """Known tokens of a prediction: the k likeliest, and the next token of a given text if the server returns it.
 
     Attributes:
         ids: int32 (K,), each once.
@@ -62,10 +62,10 @@ class TopTokens:
 
 
 def divergence(one: TopTokens, other: TopTokens) -> float:
-    """Estimate KL(one || other) in nats; exact where all tokens are known, else rather too small.
+    """Estimate KL(one || other) in nats: exact if all tokens are known, otherwise usually too small.
 
-    It is the divergence over the tokens that either knows and the rest as one. A token that one side does not know gets
-    the most that it can have there, and no more than an equal part of what is left.
+    The sum runs over the tokens that either side knows, with all others as one. A token that one side does not know
+    gets its upper bound there, but no more than an equal share of the remaining mass.
     """
     ids = np.union1d(one.ids, other.ids)
     p, q = _over(one, ids), _over(other, ids)
@@ -84,14 +84,14 @@ def _over(top: TopTokens, ids: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def spread(known: jax.Array, rest: jax.Array, bound: jax.Array, own: jax.Array) -> jax.Array:
-    """Fill in log-probabilities: the rest of the mass is spread over unknown columns as another model spreads its own.
+    """Fill in unknown log-probabilities: distribute the remaining mass in proportion to another model's probabilities.
 
-    What is then fitted to it learns the mass of the rest, and is left its own shares inside.
+    A model fitted to the result learns the total of the rest, and keeps its own proportions inside it.
 
     Args:
-        known: float32 (P, C), -inf where a column is not known.
-        rest: float32 (P,), log of the probability of all that is not known.
-        bound: float32 (P,), the most that a column that is not known can have.
+        known: float32 (P, C), -inf for unknown columns.
+        rest: float32 (P,), log of the total probability of all unknown tokens.
+        bound: float32 (P,), upper bound of the log-probability of an unknown column.
         own: float32 (P, C), log-probabilities of the other model.
     """
     unknown = jnp.isneginf(known)

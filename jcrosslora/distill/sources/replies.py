@@ -1,10 +1,8 @@
-"""What servers answer, as types, what keeps answers, and how servers differ.
+"""The replies of servers as checked types, a cache of answers, and the differences between servers.
 
-Every answer is read as one of these types, so what passes has the types and ranges that are stated.
-
-vLLM and SGLang serve an adapter as a separate model, whose `parent` is the base, and tell the predictions at all
+vLLM and SGLang serve an adapter as a separate model, whose `parent` is the base, and return the predictions at all
 positions of a given text (`echo` with `logprobs`). llama.cpp serves one model, whose adapter a request switches on or
-off (`lora`); it ignores `echo`, so it is asked for the token behind every prefix.
+off (`lora`); it ignores `echo`, so each prefix is a separate request for the next token.
 """
 
 import shutil
@@ -123,7 +121,7 @@ class LoadedAdapter(msgspec.Struct, frozen=True):
 
 
 class Answers:
-    """Answers of one model on one server. Without a folder nothing is kept; the state of the disk raises no error."""
+    """A cache of the answers of one model on one server, off without a folder. Disk errors are ignored."""
 
     def __init__(self, parent: Path | None, identity: Any) -> None:
         """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None."""
@@ -134,8 +132,8 @@ class Answers:
     def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
         """Drop all answers of another model under the same name.
 
-        `sample` is what the model answers to the same questions in every run; `is_of` tells whether an earlier one is
-        of this model.
+        `sample` holds the model's answers to fixed requests; `is_of` decides whether an earlier sample is of this
+        model.
         """
         if self._folder is None:
             return
@@ -179,7 +177,7 @@ _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm": (_NEUTRAL, {"return_tokens_as_token_ids": True, "ignore_eos": True}),
     "sglang": (_NEUTRAL, {"ignore_eos": True}),
-    # Its cache of prompts takes no heed of adapters: of requests side by side the base got states of the adapter.
+    # Its prompt cache ignores adapters: with concurrent requests the base got cached states of the adapter.
     "llamacpp": ({"samplers": ["temperature"], "cache_prompt": False}, {}),
     "other": ({"top_p": 1.0}, {}),
 }
@@ -187,7 +185,7 @@ _FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a server is asked: fields of requests to the base with its adapter, and to the base alone.
+    """How to query a kind of server: request fields for the base with its adapter, and for the base alone.
 
     The name is the server's for the base; a request may have as many prompts as `prefixes`.
     """

@@ -1,4 +1,4 @@
-"""A source behind a server, as a fit asks it."""
+"""A source behind a server, with the interface that a fit needs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class AmplifiedWriter(ServedWriter):
 class ServedSource(ServedWriter):
     """A base with its adapter on a server, under its names of both.
 
-    Predictions are those of the likeliest tokens that the server tells.
+    It knows the probabilities of the likeliest tokens only.
     """
 
     rank = None  # no server says it
@@ -167,7 +167,7 @@ class ServedSource(ServedWriter):
         return AmplifiedWriter(self._connection, self.tokenizer, self.name, strength, plausible)
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
-        """Compare predictions on answers, see `Source.compare`; where tokens are not known, all are rather too low."""
+        """Compare predictions on answers, see `Source.compare`; unknown tokens make the figures too low."""
         places = [answer_places(ids, start, tokens) for ids, start in zip(texts, starts, strict=True)]
         both = self._predict([(ids, at - 1) for ids, at in zip(texts, places, strict=True)], base=True)
         figures = Compared(*np.zeros((3, len(texts))))

@@ -1,4 +1,4 @@
-"""A source that transformers and PEFT run on torch: any class of causal language model that they know."""
+"""A source that transformers and PEFT run on torch: any causal language model that they support."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Model:
 
         with torch.inference_mode(), self.adapter(on=adapter):
             ids, seen = (torch.as_tensor(each, device=self.device) for each in (tokens.astype(np.int64), mask))
-            # A prompt that an adapter puts in front adds positions.
+            # Adapters such as prompt tuning prepend positions.
             scores = self.model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits[:, -ids.shape[1] :]
             found = torch.log_softmax(scores.float(), dim=-1)
             if not torch.isfinite(found.amax(-1)[seen]).all():

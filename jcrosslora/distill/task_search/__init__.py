@@ -1,4 +1,4 @@
-"""Find out what job an adapter was trained for, without data, and write prompts that ask for it."""
+"""Find out which task an adapter was trained on, without data, and write prompts of that task."""
 
 from jcrosslora.distill.task_search.answers import Questioner as Questioner
 from jcrosslora.distill.task_search.kinds import KINDS as KINDS

@@ -1,4 +1,4 @@
-"""The adapter's answers to requests, and how well they show what it was trained on."""
+"""Put requests to the adapter, and score how typical its answers are of what it was trained on."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def prompt_in(text: str, template: PromptTemplate) -> Completion:
 
 
 def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
-    """Choose templates of requests: those that the adapter knows nearly best, the chat template alone if it is one."""
+    """Choose templates for requests: all whose answers score within a tenth of the best, or only the chat template."""
     found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
     scores = {template: common_score(same) for template, same in found.items()}
     near = [template for template, score in scores.items() if score >= _NEAR_TEMPLATE * max(scores.values())]
@@ -125,11 +125,11 @@ def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
 
 
 def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
-    """Return the share of what surprises the base in an answer that the adapter explains, about 0 to 1.
+    """Return change / (base NLL + 0.5): how much of the base's surprise at an answer the adapter removes, about 0 to 1.
 
-    An adapter is sure of the answers that it was trained on, and its base is not: the divergence between the two then
-    comes close to the base's NLL of the answer. It stays far below where the adapter is unsure as well, as it is when
-    it goes on from text of another kind, and where the base itself is sure.
+    An adapter is sure of answers like those it was trained on, and its base is not, so the divergence between the two
+    is close to the base's NLL. It is far smaller if the adapter is unsure too, as on text of another kind, or if the
+    base is sure.
 
     Both figures are means over each answer, (n,) nats: KL(with adapter || without), and the NLL under the base alone.
     """
@@ -146,17 +146,17 @@ def common_score(scored: Sequence[Scored]) -> float:
 
 
 def common_odds(scored: Sequence[Scored]) -> float:
-    """Return what the adapter explains over what it doubts, of answers taken together; 0 for none."""
+    """Return the odds of answers taken together: change / NLL with the adapter; 0 without answers."""
     return common_score(scored) / (_common(scored, lambda one: one.doubt) + _LEAST_DOUBT)
 
 
 def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
     """Take the best whose requests are no near-duplicates, best first.
 
-    First come those that score as high as all together, or higher, and of them those whose answers the adapter doubts
-    least for what surprises the base: it gives its kind of answer to whatever it is asked, but is sure only of what it
-    was trained on. Behind them come the others by their scores. Figures of a short answer hang on a token or two, so
-    each is drawn towards that of all together, the less an answer surprises the base the more.
+    First come the answers that score at least as high as all together, ordered by their NLL with the adapter relative
+    to the base's: an adapter answers any request in its way, but is sure only of what it was trained on. The others
+    follow by score. The figures of a short answer depend on a token or two, so each is shrunk towards the common
+    figure, more if the answer surprises the base less.
     """
     common, doubt = common_score(scored), _common(scored, lambda one: one.doubt)
 
@@ -174,9 +174,9 @@ def _common(scored: Sequence[Scored], figure: Callable[[Scored], float]) -> floa
 
 
 def distinct(texts: Sequence[str], known: Collection[str] = ()) -> list[int]:
-    """Return the indices of texts that are no near-duplicates of known ones, nor of texts in front of them.
+    """Return the indices of texts that are no near-duplicates of known or earlier ones.
 
-    Letters count as lower case, and any space as one.
+    Case and the amount of space do not count.
     """
     kept, found = [pieces(text) for text in known], []
     for index, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""Kinds of jobs that models are often trained for, and the choice of the one that an adapter was trained on."""
+"""Common kinds of tasks, and the choice of the kind that an adapter was trained on."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -123,15 +123,15 @@ def choose_kind(
     ask: Callable[[Sequence[str], int], list[Scored]],
     ask_base: Callable[[Sequence[str], int], list[tuple[str, str]]],
 ) -> list[tuple[JobKind, float]]:
-    """Rank the kinds of jobs by the answers to their requests, the adapter's own kind first.
+    """Rank the kinds of tasks by the answers to their requests, the adapter's probable kind first.
 
-    That is the kind with the highest sum of two figures: its odds over the highest odds, and how much more the answers
-    look like those of the examples than the base's answers do. An adapter that answers everything in its own way knows
-    several kinds nearly as well, but its answers have the look of one. Kinds that are near the best get more answers,
-    until one leads clearly or the turns are used up.
+    That kind has the highest sum of two figures: its odds relative to the highest odds, and how much more the adapter's
+    answers look like those of the examples than the base's answers do. The second figure is for adapters that answer
+    everything in their own way: they are nearly as sure of several kinds, but their answers look like one. Kinds near
+    the best get more answers, until one leads clearly or the turns are used up.
 
-    `probed` are `ANSWERS` answers to each request of every kind, or fewer, at least one in all. The others answer
-    requests in a turn, with the adapter and without it.
+    `probed` holds up to `ANSWERS` answers to each request of every kind, at least one in all. The two functions answer
+    the requests of a turn, with the adapter and without it.
 
     Returns:
         The kinds that have answers, with the common scores of these; behind the first by their scores.
@@ -157,7 +157,7 @@ def choose_kind(
 
 
 def likeness(first: str, second: str) -> float:
-    """Compare the looks of two texts, 0 to 1: their marks, and where letters and digits stand among them."""
+    """Compare the format of two texts, 0 to 1: their punctuation, and where letters and digits stand in it."""
     shapes = (re.sub(r"\d+", "0", re.sub(r"[^\W\d_]+", "a", text)) for text in (first, second))
     return overlap(*(pieces(shape, 3) for shape in shapes))
 

@@ -1,8 +1,8 @@
-"""The request writer: a base without an adapter, which writes requests about topics and requests like others.
+"""The request writer: a base without an adapter writes requests about topics, and requests similar to given ones.
 
-It also writes prompts like those of a user: what differs between these is written anew, inside what they have in
-common. A few hundred prompts do not show all that an adapter can do: of 77 kinds of request, 200 prompts hold some only
-once or not at all.
+It also writes prompts similar to the user's: it keeps their common beginning and end, and writes a new line in between.
+A few hundred prompts do not cover all that an adapter can do: of 77 kinds of request, 200 prompts hold some only once
+or not at all.
 """
 
 import math
@@ -44,9 +44,9 @@ _SINGLE_LINES = 0.9  # share of prompts in which that is a single line
 def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None = None) -> Writer:
     """Choose the base that writes requests: the one that predicts the inputs of `KINDS` better, in nats a character.
 
-    The better model of text writes the better requests, and mostly that is the newer one, the target. Each input stands
-    behind others of its kind, as requests do that are to be written. The choice holds for all adapters of a pair: it
-    is looked for in `shared`, and added.
+    The better language model writes the better requests; usually that is the newer one, the target. Each input follows
+    others of its kind, as in the prompts of the writer. The choice holds for all adapters of a pair, and is kept in
+    `shared`.
     """
     known = {} if shared is None else shared
     if choose_writer not in known:
@@ -66,12 +66,12 @@ def _nats(source: Source) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What the search knows of the requests of an adapter.
+    """What the search has learned about the requests of an adapter.
 
     Attributes:
-        about: topics by the inputs, "" for an input without one.
-        examples: the best requests, which are shown to the writer with the kind's own.
-        heard: further answers with topics, each behind its input, "" if it has none.
+        about: input -> its topic, "" for an input without one.
+        examples: the best requests, which the writer sees together with the examples of the kind.
+        heard: (input, answer) of further answers with topics; the input is "" if there is none.
     """
 
     kind: JobKind
@@ -82,13 +82,13 @@ class Findings:
 
 
 def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Track | None = None) -> dict[str, str]:
-    """Write at most `count` inputs about what the adapter speaks of; like the examples, if it speaks of nothing.
+    """Write at most `count` inputs about topics of the adapter's answers; without topics, inputs like the examples.
 
-    Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
-    answers stay there: what they speak of lies nearer. The topics are of the better half of the answers, and of those
-    that were answered as they were meant.
+    Inputs written like other inputs drift away from the adapter's task, because the adapter answers anything. The
+    topics of its answers stay closer to the task. They come from the better half of the answers, and from answers that
+    are about the topic of their request.
 
-    Returns the topics by the inputs, "" for an input without one. The bar advances by one for each input asked for.
+    Returns input -> topic, "" for an input without one. The bar advances by one for each requested input.
     """
     kind, answered = known.kind, known.answered
     told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *_fitting(kind, answered, known.about)])
@@ -103,7 +103,7 @@ def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Trac
 
 
 def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
-    """Take the best requests: those that were answered by what they are about, if there are several."""
+    """Take the best requests; if there are several whose answer is about the requested topic, only these."""
     fitting = _fitting(kind, answered, about)
     return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
 
@@ -119,16 +119,16 @@ def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:
 
 
 def requests_cost(count: int) -> Cost:
-    """Count the writing of requests behind others, which are read once for every `_SHARED` of them."""
+    """Count the writing of requests after examples, which are read once for every `_SHARED` requests."""
     return writing_cost(count, _REQUEST, TEXT * (1 + 2 / _SHARED))
 
 
 def ask_about(
     base: Writer, topics: Sequence[str], examples: Sequence[tuple[str, str]], seed: int, bar: Track | None = None
 ) -> dict[str, str]:
-    """Write a request about each topic, behind examples of requests with topics, of which there is at least one.
+    """Write a request about each topic, after one or more examples of requests with topics.
 
-    Returns the topics by the requests. The bar advances by one for each topic.
+    Returns request -> topic. The bar advances by one for each topic.
     """
     behind = _behind(examples, [("", topic) for topic in topics], seed, _SHOWN)
     prompts = ["\n\n".join(f"Topic: {topic}\nRequest: {text}" for text, topic in pairs).rstrip() for pairs in behind]
@@ -137,7 +137,7 @@ def ask_about(
 
 
 def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
-    """Write at most `count` requests like given ones, of which there is at least one, each a single line."""
+    """Write at most `count` requests similar to one or more given ones, each a single line."""
     return [text for _, text in write_lines(base, list_prompts(requests, count, seed), requests, seed, bar)]
 
 
@@ -149,10 +149,10 @@ def list_prompts(requests: Sequence[str], count: int, seed: int, shown: int = _S
 def write_lines(
     base: Writer, prompts: Sequence[str], known: Sequence[str], seed: int, bar: Track | None, tokens: int | None = None
 ) -> list[tuple[int, str]]:
-    """Continue prompts; return what is a whole line and no near-duplicate, with the indices of the prompts.
+    """Continue prompts; return the whole lines that are no near-duplicates, with the indices of their prompts.
 
-    A line is compared with others and with known requests. It has at most so many tokens; None is half as many again as
-    the longest known request has, of which there is at least one. The bar advances by one for each prompt.
+    A line is compared with the others and with known requests. `tokens` limits its length; None allows 1.5 times the
+    longest known request. The bar advances by one for each prompt.
     """
     if tokens is None:
         longest = max(len(base.tokenizer.encode(request, special=False).ids) for request in known)
@@ -181,12 +181,12 @@ def _behind(items: Sequence[T], lasts: Sequence[T], seed: int, shown: int) -> li
 
 @dataclass(frozen=True)
 class SharedForm:
-    """What given prompts have in common, and what differs between them.
+    """The common parts of given prompts, and the lines that differ.
 
     Attributes:
-        prompts: the given ones, each once.
-        before, after: what all of them begin and end with; of conversations, what their last messages do.
-        differing: the line between the two, of each prompt that has a single one there.
+        prompts: the given ones, without duplicates.
+        before, after: the common beginning and end of all prompts; for conversations, of their last messages.
+        differing: the line in between, for each prompt with a single one there.
         tokens: the most tokens of such a line.
     """
 
@@ -212,8 +212,8 @@ class SharedForm:
 def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | None:
     """Find what prompts have in common; the tokenizer is that of the base that is to write others.
 
-    It is None for fewer than eight different prompts, and where what differs is not one line of at most 128 tokens in
-    nearly all of them: a small base does not write others like those.
+    Returns None for fewer than eight different prompts, and unless nearly all of them differ in one line of at most 128
+    tokens: a small base cannot write longer ones.
     """
     given = tuple(dict.fromkeys(prompts))
     contents = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in given]

@@ -1,8 +1,8 @@
-"""The task search: find out what job an adapter was trained for, without data, and write prompts that ask for it.
+"""The task search: find out which task an adapter was trained on, without data, and write prompts of that task.
 
-The adapter is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was
-trained on. It also says what it was trained to say. A base writes requests about that, as jobs of this kind are asked
-for, and those that are answered as they were meant show it how to write others.
+First the adapter answers a few requests of each common kind of task; the kind of its most confident answers is chosen.
+Then a base writes requests of that kind about topics that occur in the adapter's answers. Requests whose answers are
+about the requested topic become examples for the next round.
 """
 
 from collections.abc import Sequence
@@ -38,17 +38,17 @@ _MOST_PLAIN = 0.3
 
 @dataclass(frozen=True, eq=False)
 class FoundTask:
-    """What an adapter is for, as far as the search has found out; answers are sorted, the best first.
+    """The task of an adapter as the search found it; answers are sorted, the best first.
 
     Attributes:
-        kinds: kinds of jobs with the scores of answers to their requests, see `choose_kind`.
-        said: what the adapter says where its change is amplified.
-        guessed: answers to requests about that.
-        further: answers to requests about what was answered to these.
+        kinds: kinds of tasks with the scores of answers to their requests, see `choose_kind`.
+        said: texts that the adapter wrote with its change amplified.
+        guessed: answers to requests about topics of these texts.
+        further: answers to requests about topics of `guessed`, round by round.
         examples: the best requests of all, which `write` shows to the writer.
-        about: the topics of the requests, by their inputs.
-        templates: that `write` puts requests in.
-        share: of all prompts of a fit, how many should be such requests, 0 to 1.
+        about: input -> topic of each request.
+        templates: the templates of the requests that `write` makes.
+        share: which share of a fit's prompts should be such requests, 0 to 1.
     """
 
     kinds: list[tuple[JobKind, float]]
@@ -69,7 +69,7 @@ class FoundTask:
     def explained(self) -> float:
         """How well the adapter's task is known, 0 to 1.
 
-        It is the share of prompts that are the search's, times the score of the answers to these, see `score`.
+        It is the share of prompts that the search wrote, times the score of their answers, see `score`.
         """
         return self.share * min(1.0, max(0.0, common_score(self.further)))
 
@@ -99,7 +99,7 @@ def search_cost(count: int, tokens: int) -> Cost:
 
 
 def _kinds_cost() -> Cost:
-    """Count the choice of a kind: those that are near are asked again, together about as often as all of them."""
+    """Count the choice of a kind; the repeated requests of close kinds are about as many as the first ones of all."""
     asked = asking_cost(ANSWERS * sum(len(kind.examples) for kind in KINDS), JUDGED_TOKENS)
     return asked + asked
 
@@ -146,7 +146,7 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
 def _search_topics(
     questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], begun: Sequence[str], count: int
 ) -> FoundTask:
-    """Search for requests of a kind about what the adapter speaks of, behind its answers and beginnings of texts."""
+    """Search for requests of a kind, about topics of the adapter's answers and of the text it writes by itself."""
     seed, bar, templates = questioner.sampler.seed, questioner.bar, questioner.templates
 
     said = sample_amplified(questioner.source, begun, seed, bar)
@@ -181,7 +181,8 @@ def _most(templates: Sequence[PromptTemplate]) -> float:
 def share_of(found: float, written: float) -> float:
     """Return the share of prompts to take from a search, 0 to 1, by the `common_odds` of what was found and written.
 
-    Kinds of prompts whose answers the adapter knows equally well get half each, and one that it knows worse much less.
+    If the adapter is equally sure of both kinds of prompts they get half each; a kind of which it is less sure, far
+    less.
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
     return powers[0] / sum(powers) if powers[0] > 0 else 0.0

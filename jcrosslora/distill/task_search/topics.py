@@ -1,12 +1,11 @@
-"""What an adapter says by itself: text with its change amplified, and the topics of its answers.
+"""Sample text with the adapter's change amplified, and find the topics of its answers.
 
-Few prompts lead an adapter that was trained on one instruction to its job. With its change amplified it begins to speak
-as it was trained wherever a text begins. A whole text that is written so falls to pieces, but behind such a beginning
-the adapter goes on by itself.
+An adapter that was trained on one instruction does its task for few other prompts. With its change amplified it begins
+any text as it was trained to. A whole text written this way degenerates, so only the first tokens are amplified, and
+the adapter continues normally.
 
-Whatever it is asked, an adapter speaks of what it was trained on: in the names of its calls and fields, its labels, its
-turns of phrase. A small base can hardly tell what an answer in JSON was an answer to, but it can write a sentence about
-a few words.
+The answers of an adapter contain words of its training data, whatever the request: names of calls and fields, labels,
+phrases. A small base cannot guess the request from an answer in JSON, but it can write a sentence about a few words.
 """
 
 import re
@@ -26,8 +25,8 @@ from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
-# Strengths, each with the tokens that are amplified: the stronger, the sooner a text falls to pieces. Tokens that are
-# less plausible are noise.
+# Strengths, each with the number of amplified tokens: the stronger, the sooner a text degenerates. Tokens that are less
+# plausible are noise.
 _STRENGTHS, _PLAUSIBLE = ((2.0, 8), (4.0, 4)), 1e-3
 _SAMPLE = 32  # tokens of a whole sample
 _JUDGED = 8  # tokens by which beginnings are judged
@@ -41,10 +40,10 @@ _HELD = 2 / 3  # an answer with more of the words of a subject is about it
 
 
 def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: Sequence[str], count: int) -> list[str]:
-    """List places where a text may begin, as many as asked for; none if there is neither a template nor a BOS.
+    """List `count` starts for amplified samples; none if there is neither a template nor a BOS token.
 
-    In each of the templates in turn they are the answers behind three requests, or behind none where these are used up,
-    and a request; then a text.
+    The templates take turns, each with three starts after a request (empty when the requests are used up) and one before
+    it; then comes the start of a plain text.
     """
     waiting = iter(requests)
 
@@ -62,7 +61,7 @@ def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: 
 
 
 def sample_amplified(source: Source, starts: Sequence[str], seed: int, bar: Track | None = None) -> list[Completion]:
-    """Let the adapter speak from each start with its change amplified, once with each strength.
+    """Sample a text from each start with the adapter's change amplified, once with each strength.
 
     Returns the best samples first (see `score`), without near-duplicates. The bar advances by three for each start.
     """
@@ -80,7 +79,7 @@ def sample_amplified(source: Source, starts: Sequence[str], seed: int, bar: Trac
 
 
 def amplified_cost(starts: int) -> Cost:
-    """Count `sample_amplified`; what is amplified is written by the source with its adapter and without."""
+    """Count `sample_amplified`: amplified tokens need the source with its adapter and without."""
     begun = [writing_cost(starts, tokens) + comparing_cost(starts) for _, tokens in _STRENGTHS]
     alone = [replace(writing_cost(starts, tokens), texts=0) for _, tokens in _STRENGTHS]
     return sum([*begun, *alone], writing_cost(starts, _SAMPLE - _JUDGED) + comparing_cost(starts))
@@ -94,10 +93,10 @@ def _ranked(source: Source, items: Sequence[Completion], tokens: int) -> list[Co
 
 
 def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Find what answers say by themselves: their parts, the words between two marks, in lower case.
+    """Find the phrases of answers that do not come from the request: the words between punctuation, in lower case.
 
-    A part is left out if all of its words are in the request, "" where there is none, and no other answer says it
-    unasked; then, if others are left, if more than half of the answers have it. The first part is the subject.
+    A phrase is dropped if its words are all in the request ("" without one) and no other answer has it without being
+    asked; and, if others remain, if more than half of the answers have it. The first phrase is the subject.
     """
     parts, known = [_parts(answer) for _, answer in asked], [_words(request) for request, _ in asked]
     unasked = [
@@ -112,18 +111,18 @@ def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
 
 
 def topic_of(parts: Sequence[str]) -> str:
-    """Return the topic of an answer, its first three parts with commas between; "" where there are none."""
+    """Return the topic of an answer, its first three phrases with commas between; "" without phrases."""
     return ", ".join(parts[:_MOST_PARTS])[:_MOST_CHARACTERS]
 
 
 def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted: Collection[str] = ()) -> list[str]:
-    """Choose topics: a subject, and at most two other parts of one of the answers that have it.
+    """Choose topics: a subject, and at most two other phrases of one of its answers.
 
-    Three quarters of the topics take each subject that is not doubted equally often, so that one to which much leads
-    does not crowd out the others. The rest are of all subjects, by the root of how often these come.
+    Three quarters of the topics use every subject that is not doubted equally often, so that a frequent one does not
+    displace the others. The rest are drawn from all subjects, by the root of their frequency.
 
-    The parts are those of each answer, see `parts_of`; where none has a subject no topic is chosen. Doubted subjects
-    may not be the adapter's, see `doubted_subjects`.
+    `parts` are the phrases of each answer, see `parts_of`; without subjects no topic is chosen. Doubted subjects may
+    not belong to the adapter's task, see `doubted_subjects`.
     """
     subjects = defaultdict(list)
     for own in filter(None, parts):
@@ -149,7 +148,7 @@ def _subject(topic: str) -> str:
 
 
 def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, str]) -> set[str]:
-    """Return the subjects of requests that no answer has as a part; of the topics that requests were written about.
+    """Return the subjects, among the topics of requests, that occur as a phrase in no answer.
 
     `answered` are pairs of a request and its answer.
     """
