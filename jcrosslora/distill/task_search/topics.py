@@ -42,8 +42,8 @@ _HELD = 2 / 3  # an answer with more of the words of a subject is about it
 def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: Sequence[str], count: int) -> list[str]:
     """List `count` starts for amplified samples; none if there is neither a template nor a BOS token.
 
-    The templates take turns, each with three starts after a request (empty when the requests are used up) and one before
-    it; then comes the start of a plain text.
+    The templates take turns, each with three starts after a request (empty when these are used up) and one before it;
+    then comes the start of a plain text.
     """
     waiting = iter(requests)
 
