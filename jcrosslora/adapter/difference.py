@@ -160,8 +160,7 @@ def _energy(finetune: BaseModel, base: BaseModel, name: str) -> float:
 
 def _of_experts(finetune: BaseModel, base: BaseModel, layer: int) -> float:
     """Sum up a layer's router and experts, in whatever layouts the two store them."""
-    assert base.family.experts is not None
-    names = expert_tensors(base.family.experts)
+    names = expert_tensors(base.experts.rules)
     pairs = (zip(*(one.experts.tensor(layer, name) for one in (finetune, base)), strict=True) for name in names)
     total = sum(_squared(*pair) for each in pairs for pair in each)
     finetune.release()

@@ -116,23 +116,20 @@ def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, An
 
 
 def _parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
-    assert base.family.experts is not None
-    return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
+    return f"model.layers.{layer}.{base.experts.rules.layouts[-1][matrix]}"
 
 
 def expert_update(
     base: BaseModel, layer: int, matrix: str, a: np.ndarray, b: np.ndarray, share: float | None = None
 ) -> ExpertUpdate:
     """Make the update of a matrix of a base's experts, see `ExpertUpdate`."""
-    assert base.family.experts is not None
     name, a, b = _parameter_name(base, layer, matrix), np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return ExpertUpdate(name, layer, matrix, a, b, base.family.experts.turned, share)
+    return ExpertUpdate(name, layer, matrix, a, b, base.experts.rules.turned, share)
 
 
 def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
     """Take the factors (E K, I) and (O, K E) of a parameter apart."""
-    experts = base.family.experts
-    assert experts is not None
+    experts = base.experts.rules
     count, layer = base.experts.shape("down")[0], int(module.split(".")[2])
     shapes = {matrix: base.experts.shape(matrix)[1:] for matrix in ("gate_up", "down")}
     came = b.shape[0], a.shape[1]
@@ -158,8 +155,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
 
 def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, parts: _Singles) -> ExpertUpdate:
     """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
-    experts = base.family.experts
-    assert experts is not None
+    experts = base.experts.rules
     count, rows, columns = base.experts.shape(matrix)
     names = ("down",) if matrix == "down" else single_parts(experts)
     height = rows // len(names)

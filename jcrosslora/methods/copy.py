@@ -139,20 +139,20 @@ class InterpolatedCopy(Copy):
         if key not in task.shared:
             share, inputs = self.interpolation, self.inputs(task)
             task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
-        found = task.shared[key]
-        return Moved(_sum(task.target, task.mapped, found), added=self.sentence(found))
+        modules, kept = task.shared[key]
+        return Moved(_sum(task.target, task.mapped.modules, modules), added=self.sentence(modules, kept))
 
-    def sentence(self, found: "SourceInterpolation") -> str:
+    def sentence(self, modules: Mapping[str, LoRAFactors], kept: float) -> str:
         """Say what is added, without a full stop."""
         share = f"{self.interpolation:.0%}"
-        if not found.modules:
+        if not modules:
             reason = "the two bases have the same weights in all modules"
             reason = reason if self.interpolation else "an interpolation of 0 was asked for"
             return f"nothing is added to the copy: {reason}"
-        highest = max(factors.rank for factors in found.modules.values())
+        highest = max(factors.rank for factors in modules.values())
         return (
             f"{share} of the difference from the target's weights to the source's is added to the copy, in "
-            f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of "
+            f"{len(modules)} modules and ranks up to {highest}, which hold {kept:.1%} of "
             f"{self.held.format(share)}"
         )
 
@@ -191,20 +191,6 @@ class CompensatedCopy(InterpolatedCopy):
         return input_rows(task.base, task.batches)
 
 
-@dataclass(frozen=True)
-class SourceInterpolation:
-    """A share of the difference between the weights of the two bases, low rank.
-
-    Attributes:
-        modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
-        kept: share of ||W_src - W_tgt||_F^2, or of what it writes on inputs, over all modules, that the ranks hold; 1
-            if nothing differs.
-    """
-
-    modules: Mapping[str, LoRAFactors]
-    kept: float
-
-
 def interpolate_to_source(
     source: BaseModel,
     target: BaseModel,
@@ -212,14 +198,18 @@ def interpolate_to_source(
     *,
     rank: int,
     inputs: Callable[[str], jax.Array] | None = None,
-) -> SourceInterpolation:
+) -> tuple[dict[str, LoRAFactors], float]:
     """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
 
     Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
-    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
-    With `inputs` each is truncated to `rank` by what it does on the inputs (N, I) of its module.
+    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold. With `inputs`
+    each is truncated to `rank` by what it does on the inputs (N, I) of its module.
 
     The share goes from 0 (target) to 1 (source).
+
+    Returns:
+        share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all modules'
+        ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs.
 
     Raises:
         MethodError: the modules of the two bases are not the same, by name and shape.
@@ -239,14 +229,12 @@ def interpolate_to_source(
             if len(cut.s) and share:
                 modules[name] = LoRAFactors(a=cut.factors.a, b=cut.factors.b * np.float32(share))
             bar.update()
-    return SourceInterpolation(
-        {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
-    )
+    return {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
 
 
-def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:
+def _sum(target: BaseModel, moved: Mapping[str, LoRAFactors], added: Mapping[str, LoRAFactors]) -> Adapter:
     # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
-    terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
+    terms = [fuse(part, target.fused) for part in (moved, added)]
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
     parts = split_fused(Adapter(whole), target.fused).modules
-    return Adapter({name: parts[name] for name in target.modules if name in moved.modules or name in found.modules})
+    return Adapter({name: parts[name] for name in target.modules if name in moved or name in added})

@@ -143,8 +143,7 @@ def _unequal_tensors(bases: Bases) -> list[str]:
 def _unequal_experts(bases: Bases, layer: int) -> Iterator[str]:
     """Yield the names of `expert_tensors` that differ in a layer, in any storage layout."""
     target = bases.target
-    assert target.family.experts is not None
-    for name in expert_tensors(target.family.experts):
+    for name in expert_tensors(target.experts.rules):
         if name not in MATRICES:
             if not _same(base.experts.tensor(layer, name).astype(np.float32) for base in bases):
                 yield name
