@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, loss in zip(("the base", "the adapter"), losses(moved), strict=False):
         console.print(f"{name}: {loss:.4f} nats a token on {len(held)} examples", highlight=False)
     table = Table("trained", "rate", "nats a token", "over seeds", "seconds")
-    given = {"progress": sys.stderr.isatty(), "model": model, "tokenizer": tokenizer}
+    given = {"model": model, "tokenizer": tokenizer}
     for name, rate, train in _runs(arguments, moved):
         seconds, found = [], []
         for seed in range(arguments.seeds):

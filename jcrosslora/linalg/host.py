@@ -18,17 +18,12 @@ U = TypeVar("U")
 
 def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
     """Yield what a function of numpy returns for each item, in order, from a thread for each core."""
-    threads = max(1, min(_cores(), len(items)))
+    # Of the cores that this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, min(cores, len(items)))
     # BLAS gets one thread per call: its own threads would compete with these for the cores.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         yield from pool.map(function, items)
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -143,7 +143,9 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     if evidence.vocabulary is None:
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         return _own_signs(src, evidence.reads) * _own_signs(tgt, evidence.reads), xp.full((), xp.nan, xp.float32)
-    correlations = _correlations(evidence)
+    # (R, R), over the shared tokens, of source vector i with target vector j.
+    cross, spread_src, spread_tgt = evidence.token_covariances
+    correlations = cross * _inverse_spread(spread_src)[:, None] * _inverse_spread(spread_tgt)
     diagonal = xp.diagonal(correlations)
     return xp.where(diagonal >= 0, 1.0, -1.0).astype(diagonal.dtype), _contrast(correlations**2)
 
@@ -153,12 +155,6 @@ def _own_signs(svd: TruncatedSVD, reads: bool) -> jax.Array:
     xp = namespace(vectors)
     largest = xp.take_along_axis(vectors, xp.argmax(xp.abs(vectors), axis=0)[None, :], axis=0)[0]
     return xp.where(largest >= 0, 1.0, -1.0).astype(largest.dtype)
-
-
-def _correlations(evidence: Evidence) -> jax.Array:
-    """Compute the correlation (R, R) over the shared tokens of source vector i with target vector j."""
-    cross, src, tgt = evidence.token_covariances
-    return cross * _inverse_spread(src)[:, None] * _inverse_spread(tgt)
 
 
 def _inverse_spread(variance: jax.Array) -> jax.Array:
