@@ -60,7 +60,7 @@ class TokenRow:
 
     Attributes:
         modules: the changed modules; both, if the source ties them.
-        kind: the form it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
+        kind: the form it was read from, a key of `jcrosslora.adapter.records.CHANGES`.
         rows: the number of rows (tokens) that it changes; the target has `moved` of them.
         share: ||.||_F^2 of the change over that of the whole adapter.
         kept: the share of the change's own ||.||_F^2 in the moved rows.

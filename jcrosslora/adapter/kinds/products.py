@@ -3,7 +3,7 @@
 LoRA of any scale and initialisation: dW = s B A on an unchanged base.
 
 aLoRA has the weights of a plain LoRA and is active only from the last occurrence of certain tokens on.
-`maps.shifting.invocation` translates the tokens to another tokenizer. Source: arXiv 2504.12397.
+`maps.other_changes` translates the tokens to another tokenizer. Source: arXiv 2504.12397.
 
 AdaLoRA: dW = alpha / (n + 1e-5) B diag(E) A, with n the initial rank of training.
 Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.py.
