@@ -111,10 +111,8 @@ def _common_dtype(arrays: Sequence) -> np.dtype:
 def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adapter:
     """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
 
-    With `every` false the adapter may have modules that the base does not have.
-
-    Raises:
-        AdapterError: a stack of adapters, a module that the base does not have, or of another shape.
+    With `every` false the adapter may have modules that the base does not have. Raises AdapterError for a stack of
+    adapters, and for a module that the base does not have, or of another shape.
     """
     if any(factors.a.ndim != 2 for factors in adapter.modules.values()):
         msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with jax.vmap(jcrosslora.apply, "

@@ -28,8 +28,7 @@ _Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
     """Read the updates of experts from the factors of modules for which `is_of_experts` holds.
 
-    Returns:
-        The updates by layer, and "" or the reason why there are none.
+    They come by layer, with "" or the reason why there are none.
     """
     base = file.base
     if not tensors or base is None:

@@ -187,8 +187,7 @@ def check_tunix(family: str | None, heads: tuple[int, int] | None) -> tuple[Layo
 def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
     """Return the parameters of tunix's class for a base that hold these modules, by their keys, joined by dots.
 
-    Raises:
-        OutputError: a base of a family that tunix has no class for, or a module that has no parameter in it.
+    Raises OutputError if tunix has no class for the family, or its class no parameter for a module.
     """
     layout, (queries, keys) = check_tunix(base.family, base.heads)
     parameters = {module: name for name, held in layout.items() for module in held}
@@ -216,8 +215,7 @@ def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
 def factors_in_slots(modules: Mapping[str, LoRAFactors], slots: Mapping[str, Slot]) -> dict[str, LoRAFactors]:
     """Merge the updates of matrices that one parameter holds; see `fuse`, which may add up ranks.
 
-    Returns:
-        By the name of the parameter b (all rows, K) and a (K, all columns).
+    Returns b (all rows, K) and a (K, all columns) by the name of the parameter.
     """
     layout = {}
     for name, slot in slots.items():

@@ -151,10 +151,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None) -> tuple[Adapter, 
     """Read a DoRA without converting it to an update, see `kinds.dora`; arguments as for `load_adapter`.
 
     Its modules are checked against the base. A DoRA that was initialised as PiSSA or OLoRA needs one, because its B A
-    was taken out of the weights.
-
-    Returns:
-        s B A of each module, which alone is not its update, and m, float32 (O,).
+    was taken out of the weights. Returns s B A of each module, which alone is not its update, and m, float32 (O,).
     """
     file = open_adapter(ref, base)
     if file.kind is not DORA:

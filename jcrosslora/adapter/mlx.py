@@ -71,8 +71,7 @@ def _key(module: str) -> str:
 def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Stored:
     """Translate an adapter, whose configuration is at `where`, into the form of PEFT: the factors are transposed.
 
-    Raises:
-        AdapterError: a whole model instead of an adapter, a missing or invalid value, or an unknown tensor.
+    Raises AdapterError for a whole model instead of an adapter, a missing or invalid value, and an unknown tensor.
     """
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

@@ -26,8 +26,7 @@ _OPTIMISER = ("opt_state", "optimizer")  # its moments of LoRA have the names of
 def checkpoint_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of the LoRA's arrays by their keys, joined by dots.
 
-    Raises:
-        AdapterError: the checkpoint cannot be read.
+    Raises AdapterError if the checkpoint cannot be read.
     """
     return {array_name(path): tuple(array.shape) for path, array in _lora_entries(checkpoint).items()}
 

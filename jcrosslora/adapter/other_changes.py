@@ -39,9 +39,8 @@ _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != T
 def read_tokens(file: AdapterFile, head: Update | None) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
     """Read the changes of embedding and head in a file with a base; `head` is the update of the output head, or None.
 
-    Returns:
-        The changes; the names of the tensors that they were read from, with "lm_head" for the head's; and for each kind
-        of change that was not read the reason.
+    Returns the changes; the names of the tensors that they were read from, with "lm_head" for the head's; and for each
+    kind of change that was not read the reason.
     """
     found: list[TokenUpdate] = []
     read: set[str] = set()

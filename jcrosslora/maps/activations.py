@@ -113,8 +113,7 @@ def cross_moments(
     The embeddings are reduced to the rows of the tokens that occur and the output heads dropped; both are held whole
     only while a base is read.
 
-    Raises:
-        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+    Raises CheckpointError if weights cannot be read, or the decoder does not know a model.
     """
     wanted = tuple(sorted(roles))
     read_src = _reader(pair.source, [batch.tokens_src for batch in batches], wanted)
@@ -183,11 +182,8 @@ def input_rows(base: BaseModel, batches: Sequence[ProbeBatch]) -> Callable[[str]
 
     Memory: the inputs of all layers at these positions, float32.
 
-    Returns:
-        A function from a module to its inputs (N, I), with rows of zeros where the matches are padded.
-
-    Raises:
-        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+    Returns a function from a module to its inputs (N, I), with rows of zeros where the matches are padded. Raises
+    CheckpointError if weights cannot be read, or the decoder does not know the model.
     """
     positions = sum(int(batch.valid.sum()) for batch in batches)
     some = with_ends(batches, -(-_INPUTS * len(batches) // positions))

@@ -77,10 +77,8 @@ def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> d
 
     The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time. A
     role is skipped that is also in layers without all four, such as o_proj where layers read the keys of others.
-    `stream` (H_src, H_tgt) maps rows of the source's residual stream to those of the target.
-
-    Raises:
-        CheckpointError: a weight that cannot be read.
+    `stream` (H_src, H_tgt) maps rows of the source's residual stream to those of the target. Raises CheckpointError if
+    a weight cannot be read.
     """
     by_layers: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
     found, skipped, attention = {}, set(), [one for one in modules if one.role in ATTENTION]

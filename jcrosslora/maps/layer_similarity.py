@@ -32,16 +32,12 @@ def layer_similarity(pair: BasePair, batches: Sequence[ProbeBatch]) -> np.ndarra
     HSIC includes centring: adding a constant to all rows of X does not change it. Dimensions are not scaled: if a few
     positions are far larger than the rest in one base only, the similarity is low.
 
-    Memory: the weights of both bases as float32, and for one batch of P positions the streams of all layers and a
-    P x P matrix for each layer.
+    Memory: the weights of both bases as float32, and for one batch of P positions the streams of all layers and a P x P
+    matrix for each layer.
 
-    Returns:
-        float64 (L_src, L_tgt), 1 for streams that are equal up to rotation, scale and shift; about 0 for unrelated
-        streams.
-
-    Raises:
-        UsageError: no batch has four matched positions.
-        CheckpointError: weights cannot be read, or the decoder does not know the model.
+    Returns float64 (L_src, L_tgt): 1 for streams that are equal up to rotation, scale and shift; about 0 for unrelated
+    ones. Raises UsageError if no batch has four matched positions, and CheckpointError if weights cannot be read, or
+    the decoder does not know a model.
     """
     models = load_model(pair.source), load_model(pair.target)
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")

@@ -67,10 +67,8 @@ def target_ids(pair: BasePair) -> tuple[np.ndarray | None, str]:
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
     vocabularies are identical, ids without a token match as well. If the tokenizers contradict the embeddings, equal
-    ids match, whose rows are the same.
-
-    Returns:
-        int64 (V_src,), -1 for tokens that the target does not have; or None with the reason.
+    ids match, whose rows are the same. Returns int64 (V_src,), -1 for tokens that the target does not have; or None
+    with the reason.
     """
     source, target = pair
     size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
@@ -193,8 +191,7 @@ def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> A
 def translate(tokens: Sequence[int], source: Tokenizer, target: Tokenizer, name: str) -> tuple[int, ...]:
     """Translate tokens of one tokenizer into tokens of another through their text.
 
-    Raises:
-        AdapterError: the source does not encode the text to the same tokens, or the target not to the same text.
+    Raises AdapterError if the source does not encode the text to the same tokens, or the target not to the same text.
     """
     if max(tokens) >= source.vocab:
         msg = f"{name}: its invocation has token {max(tokens)}, but the base {source.ref} has {source.vocab} tokens"

@@ -30,12 +30,9 @@ def plan_alignment(
     """Check whether an alignment can be done, and compute nothing else.
 
     `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `pair_modules`
-    explains `depth`.
-
-    Raises:
-        MethodError: the method cannot be used on these bases.
-        PairingError: the modules cannot be paired as asked.
-        UsageError: a truncation rank out of range, or a seed outside 0 to 2^32 - 1 for a method that draws.
+    explains `depth`. Raises MethodError if the method cannot be used on these bases, PairingError if the modules cannot
+    be paired as asked, and UsageError for a truncation rank out of range, or a seed outside 0 to 2^32 - 1 for a method
+    that draws.
     """
     if EvidenceKind.SELECTION in method.requires:
         depth = _selected_layers(pair, depth)
@@ -112,9 +109,8 @@ def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ..
 def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
     """Return the source layer of every target layer from the structure that two bases share.
 
-    Raises:
-        MethodError: neither base consists of parts of the other.
-        UsageError: another depth map than this one or the default was requested.
+    Raises MethodError if neither base consists of parts of the other, and UsageError if another depth map than this one
+    or the default was requested.
     """
     structure, reason = pair.structure
     if structure is None:

@@ -51,8 +51,7 @@ class AlignmentTask:
     def modules(self) -> tuple[Pair, ...]:
         """The pairs that the wanted source modules feed, for which maps are made; none for a method without maps.
 
-        Raises:
-            PairingError: the source modules feed none.
+        Raises PairingError if the source modules feed none.
         """
         if self.method.start is None:
             return ()

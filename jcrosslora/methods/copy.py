@@ -207,13 +207,10 @@ def interpolate_to_source(
 
     The share goes from 0 (target) to 1 (source).
 
-    Returns:
-        share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all modules'
-        ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs.
-
-    Raises:
-        MethodError: the modules of the two bases are not the same, by name and shape.
-        CheckpointError: a weight cannot be read or is not finite.
+    Returns share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all
+    modules' ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs. Raises
+    MethodError if the modules of the two bases are not the same, by name and shape, and CheckpointError if a weight
+    cannot be read or is not finite.
     """
     shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
     if shapes[0] != shapes[1]:

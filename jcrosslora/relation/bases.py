@@ -99,12 +99,8 @@ class TokenNames:
 def compare_token_names(source: BaseModel, target: BaseModel) -> TokenNames | None:
     """Compare what the tokenizers of two bases call the ids that both list.
 
-    Returns:
-        The comparison; None if a tokenizer cannot be read, all names agree, or the embeddings do not agree at the ids
-        with other names, so that the ids are not the same tokens.
-
-    Raises:
-        CheckpointError: a sampled row holds NaN or infinity.
+    Returns None if a tokenizer cannot be read, all names agree, or the embeddings do not agree at the ids with other
+    names, so that the ids are not the same tokens. Raises CheckpointError if a sampled row holds NaN or infinity.
     """
     if source.dims.hidden != target.dims.hidden:
         return None

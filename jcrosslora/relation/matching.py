@@ -33,11 +33,8 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
     remaining ones are searched among the source columns that are not taken, then among all (repeated columns).
 
     `src` is (R, M_src) and `tgt` (R, M_tgt), in the same R rows. Without `search` only columns at the same index are
-    compared; the search costs M_src x M_tgt x R.
-
-    Returns:
-        int64 (M_tgt,), -1 for a column without a source column. None if fewer than 90% of the non-zero columns of the
-        narrower side are matched.
+    compared; the search costs M_src x M_tgt x R. Returns int64 (M_tgt,), -1 for a column without a source column; None
+    if fewer than 90% of the non-zero columns of the narrower side are matched.
     """
     units_src, units_tgt = _unit_columns(src), _unit_columns(tgt)
     short = min(units_src.shape[1], units_tgt.shape[1])
@@ -110,10 +107,7 @@ def match_heads(columns: np.ndarray, source: Dims, target: Dims) -> dict[str, np
     one that serves all of its query heads in the source; if there are several (averaged heads), to none.
 
     `columns` (N_tgt D,) holds the source column of every column of the target's o_proj, -1 for none; heads of both have
-    D features.
-
-    Returns:
-        "queries", "keys", "values" and "attended" of a `LayerMap`.
+    D features. Returns "queries", "keys", "values" and "attended" of a `LayerMap`.
     """
     size = target.head_dim
     heads, orders = _heads(columns.reshape(target.heads, size), source.heads)
@@ -171,10 +165,8 @@ def same_form(bases: Bases) -> bool:
 def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
     """Find the source expert of every target expert of a layer of the source and one of the target.
 
-    Both bases have experts of the `same_form`; the weights are checked by `finite`.
-
-    Returns:
-        int64 (E_tgt,), -1 for an expert without a counterpart.
+    Both bases have experts of the `same_form`; the weights are checked by `finite`. Returns int64 (E_tgt,), -1 for an
+    expert without a counterpart.
     """
     router_src, router_tgt = (
         finite(base, f"the router of layer {layer}", base.experts.tensor(layer, "router"))

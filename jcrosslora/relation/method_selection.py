@@ -194,14 +194,9 @@ def compare_weights(
     """Compare 64 evenly spaced rows of each module, in four layers from first to last for every role.
 
     The sample is the same on every run, and only its rows are read and dequantised. `structure` says which parts
-    correspond; without it modules of the same name are compared.
-
-    Returns:
-        The similarity. None if names or shapes of the modules differ, or, with a structure, if no sampled module has a
-        counterpart.
-
-    Raises:
-        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
+    correspond; without it modules of the same name are compared. Returns None if names or shapes of the modules differ,
+    or, with a structure, if no sampled module has a counterpart. Raises CheckpointError if a sampled weight cannot be
+    read, or holds NaN or infinity.
     """
     if structure is None:
         shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]

@@ -107,9 +107,8 @@ class Structure:
     def sample(self, module: Module, count: int) -> tuple[Both, Both] | None:
         """Read at most `count` rows of a target module, evenly spaced over those with a counterpart, and these.
 
-        Returns:
-            For the source and for the target: float32 (n, I) whole rows, see `finite`, and (m,) the columns that
-            correspond. None if the module has no counterpart.
+        Returns for the source and for the target float32 (n, I) whole rows, see `finite`, and (m,) the columns that
+        correspond; None if the module has no counterpart.
         """
         other = self.counterpart(module)
         outputs, inputs = self.outputs(module.layer, module.role), self.inputs(module.layer, module.role)

@@ -33,13 +33,8 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     """Find the source part that each target part corresponds to.
 
     Reads the same rows on every run: 512 of each embedding, and of each layer 128 of o_proj and of down_proj and a few
-    of the other modules.
-
-    Returns:
-        The structure, in which at least one layer has a counterpart, and ""; or None and the reason.
-
-    Raises:
-        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
+    of the other modules. Returns the structure, in which at least one layer has a counterpart, and ""; or None and the
+    reason. Raises CheckpointError if a sampled weight cannot be read, or holds NaN or infinity.
     """
     bases = Bases(source, target)
     others = [base.name for base in bases if _has_other_parts(base)]

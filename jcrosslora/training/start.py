@@ -66,9 +66,8 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
 def continued(base: BaseModel, adapter: Adapter, settings: TrainingSettings) -> Start:
     """Start at the factors of an adapter, as peft does: its modules and no others, each with its rank and scale.
 
-    Raises:
-        AdapterError: it is not a plain LoRA of linear layers, or of another base.
-        UsageError: the settings ask for another rank, alpha or other modules than it has.
+    Raises AdapterError if it is not a plain LoRA of linear layers, or of another base, and UsageError if the settings
+    ask for another rank, alpha or other modules than it has.
     """
     _check_plain(adapter)
     _check_base(adapter, base)

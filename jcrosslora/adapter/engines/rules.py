@@ -93,8 +93,7 @@ def read_facts(
 ) -> AdapterFacts:
     """Read the facts of an adapter, a folder or a file of llama.cpp; a base gives its family, and whether it is tied.
 
-    Raises:
-        AdapterError: not an adapter, or a file of it cannot be read.
+    Raises AdapterError if it is no adapter, or a file of it cannot be read.
     """
     known: dict[str, Any] = {"family": family, "tied": tied}
     if base is not None:
