@@ -1,7 +1,7 @@
-"""The errors that a user can meet: one family, one line each.
+"""The errors that users can get: one base class, and messages of one line.
 
-Every message says what came, what was wanted, and what to do. The command line prints the message alone and
-exits with code 2; a traceback means a defect of ours.
+Every message says what the program got, what it expected, and what to do. The command line prints only the message and
+exits with code 2; a traceback means a bug in this package.
 """
 
 from collections.abc import Iterable

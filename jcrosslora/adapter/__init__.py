@@ -1,4 +1,4 @@
-"""LoRA adapters: files of PEFT, MLX and llama.cpp in and out, fused modules, which engines read them."""
+"""LoRA adapters: read and write PEFT, MLX and llama.cpp files, split fused modules, check which engines load them."""
 
 from jcrosslora.adapter.changes import ExpertUpdate as ExpertUpdate
 from jcrosslora.adapter.changes import LoRAFactors as LoRAFactors

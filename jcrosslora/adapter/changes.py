@@ -1,4 +1,4 @@
-"""What an adapter changes, as pytrees: factors of linear modules, tokens, replaced tensors, experts.
+"""The changes of an adapter as pytrees: factors of linear modules, token rows, replaced tensors, experts.
 
 V tokens, D the width of the residual stream, n the tokens whose rows change.
 """

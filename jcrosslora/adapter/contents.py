@@ -1,4 +1,4 @@
-"""The contents of adapter files of any format: named tensors as PEFT would store them, and matrices to write.
+"""The contents of adapter files of any format: tensors under PEFT's names, and matrices to write.
 
 Matrices are written in one dtype, with the scale inside B.
 """

@@ -1,7 +1,7 @@
-"""LoRA of the parameters of experts, in the layouts of peft: one parameter of all experts, or one module per expert.
+"""LoRA of expert weights in the two layouts of peft: one parameter for all experts, or one module per expert.
 
-The matrices of all experts are the rows of one tensor in peft's files (`target_parameters`); how its two factors hold
-the experts follows `ParamWrapper` of peft 0.21.
+With `target_parameters` peft stacks the factors of all experts in one tensor; the layout is that of `ParamWrapper` in
+peft 0.21.
 """
 
 import dataclasses

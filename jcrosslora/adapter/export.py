@@ -1,9 +1,8 @@
-"""Write an adapter in another profile, at other ranks, or the sum of several adapters, for the same base.
+"""Write an adapter for the same base in another profile or at other ranks; or write the sum of several adapters.
 
-`--absorb` splits it in two: LoRA of linear modules, which engines load, and the rest, which goes into its base. The two
-together are the adapter, exactly: norms, biases and matrices that it replaces are tensors of the base, new rows of the
-embedding or the head are rows of it, and updates of experts are added to their weights. A whole linear layer
-(`modules_to_save`) becomes a LoRA if its change has a low enough rank.
+`--absorb` splits the adapter exactly in two: a LoRA of linear modules, which engines load, and a copy of the base with
+everything else merged in: replaced norms, biases and matrices, new rows of the embedding or the head, and updates of
+experts. A replaced linear layer (`modules_to_save`) becomes a LoRA if its change has a low enough rank.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Extract a LoRA from a full fine-tune and its base: the truncated SVD of W_finetune - W_base, module by module.
 
-By Eckart and Young (1936) it is the nearest update of its rank in the Frobenius norm. The ranks follow from one rank,
-a share of each module's energy, or a number of bytes for all modules.
+By Eckart and Young (1936) it is the nearest update of its rank in the Frobenius norm. The ranks are set by one rank for
+all modules, by a share of each module's energy, or by a total number of bytes.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Find the files of an adapter and tell their format: a folder, a hub repository, a file of llama.cpp, a checkpoint.
+"""Find the files of an adapter and their format: a folder, a hub repository, a GGUF file or a checkpoint.
 
-The licence of an adapter is the one in the YAML header of its model card, README.md.
+The licence of an adapter is read from the YAML header of its model card, README.md.
 """
 
 import re

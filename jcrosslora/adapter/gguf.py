@@ -1,8 +1,8 @@
-"""Read and write the format of llama.cpp: one GGUF file of type adapter.
+"""Read and write adapters of llama.cpp: one GGUF file of type adapter.
 
-A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K), and the
-update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For Llama and families like it the base
-has rows of q and k reordered, and the rows of lora_b with them.
+A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K). The
+update is lora_b lora_a times adapter.lora.alpha / K. In Llama and similar families llama.cpp reorders the rows of q
+and k, and those of lora_b in the same way.
 
 Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """

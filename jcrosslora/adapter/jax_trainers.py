@@ -1,9 +1,9 @@
-"""LoRA of JAX trainers: how tunix (by qwix) and google-deepmind/gemma name and shape its arrays, in both directions.
+"""Convert the LoRA arrays of JAX trainers, tunix (with qwix) and google-deepmind/gemma, to and from PEFT's layout.
 
-That of MaxText is by qwix as well, and is given the names of tunix first, see `maxtext.py`.
+MaxText uses qwix too; `maxtext.py` first renames its arrays to tunix's names.
 
-For a parameter W (in..., out...) they hold a (in..., K) and b (K, out...), and y = x W + scale (x a) b. A parameter of
-several matrices, such as `kv_einsum` of keys and values, has one a, and b is (K, matrices, out...). The scale is
+For a parameter W (in..., out...) the factors are a (in..., K) and b (K, out...), and y = x W + scale (x a) b. A
+parameter with several matrices, such as `kv_einsum`, has one a, and b is (K, matrices, out...). The scale is
 alpha / K in qwix and 1 in google-deepmind/gemma. Both keep the order of heads and rows of Hugging Face.
 
 Sources: qwix 0.1.8, providers/lora.py; tunix 0.1.7, the params files of its models; gemma 3.3 and 4.0, gm/nn/_lora.py.

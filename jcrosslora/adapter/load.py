@@ -1,8 +1,8 @@
 """Load an adapter of any kind from files, from the hub, from a live peft model or from arrays in memory.
 
-Arrays in memory are plain nested dicts, as `jax.tree.map`, optimisers and `nnx` states use them. A DoRA can also be
-loaded in its stored form, to be written again for the base that it was trained on: as an update it is of full rank, and
-read as a fit of a lower rank (see `kinds.dora`).
+Arrays in memory are plain nested dicts, as used by `jax.tree.map`, optimisers and `nnx` states. A DoRA is normally read
+as a low-rank approximation of its full-rank update (see `kinds.dora`). To write it again for the same base, it can be
+loaded unchanged.
 """
 
 from collections.abc import Iterator, Mapping

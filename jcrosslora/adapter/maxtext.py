@@ -1,7 +1,7 @@
-"""LoRA of MaxText: its arrays by the names that tunix has for the same matrices, in the order of Hugging Face.
+"""Convert the LoRA arrays of MaxText to tunix's names and to Hugging Face's order of features.
 
 MaxText applies qwix to its own models. It stacks the layers of one kind along axis 1 (`scan_layers`), a (I, L, K) and
-b (K, L, O), or numbers them. Its models differ from those of Hugging Face in two ways, which a LoRA inherits:
+b (K, L, O), or numbers them. Its models differ from Hugging Face's in two ways that affect a LoRA:
 
 - queries of some families are not divided by sqrt(D) in attention: 1 / sqrt(D) is part of the weights;
 - Llama 3.1 rotates neighbouring features of a head, Hugging Face those that are D / 2 apart.

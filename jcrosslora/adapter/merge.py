@@ -1,6 +1,6 @@
 """Merge an adapter into the weights of its base, as a checkpoint for engines that do not load adapters.
 
-W' = W + scale B A, or rows that replace those of W, computed in blocks of rows: memory is bounded by the largest
+W' = W + scale B A, or W with some rows replaced. It is computed in blocks of rows, so memory is bounded by the largest
 tensor.
 """
 

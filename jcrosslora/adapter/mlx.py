@@ -1,8 +1,8 @@
-"""Read and write the format of MLX (mlx_lm): `adapters.safetensors` and its own form of `adapter_config.json`.
+"""Read and write adapters of MLX (mlx_lm): `adapters.safetensors` and MLX's version of `adapter_config.json`.
 
-Its factors are the transposes of PEFT's: y = x W' + scale (x lora_a) lora_b, with lora_a (I, K) and lora_b (K, O). One
-rank and one scale hold for all modules. DoRA rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`
-(O,), as that of PEFT does.
+The factors are the transposes of PEFT's: y = x W' + scale (x lora_a) lora_b, with lora_a (I, K) and lora_b (K, O). All
+modules have the same rank and scale. DoRA rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m` (O,),
+as in PEFT.
 
 Source: mlx_lm/tuner/utils.py, lora.py and dora.py (mlx-lm 0.32).
 """

@@ -1,17 +1,17 @@
 """Parse the names of tensors in a PEFT adapter file, and look up the ranks and scales that a configuration gives.
 
 Names are `base_model.model.<module>.<part>`, e.g. `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
-Modules of a multimodal class are called as those of its text model, see `checkpoint.wrapped`, so that an adapter of any
-spelling fits any base.
+Modules of a multimodal class get the names of its text model (see `checkpoint.wrapped`), so that an adapter fits the
+base under either spelling.
 
-Ranks and scales differ between modules by `rank_pattern` and `alpha_pattern`. The time that matching a pattern can take
-is bounded: Python's regular expressions try every way to match, exponentially many for `(a+)+`, so a malicious
-configuration could block its reader.
+`rank_pattern` and `alpha_pattern` set ranks and scales per module. The time to match a pattern is bounded, because a
+malicious configuration could block the reader: Python's regular expressions take exponential time for patterns such as
+`(a+)+`.
 
-Some linear modules are adapted by peft only if their weight is named (`target_parameters`) and not the module.
-transformers 5 holds all experts of a layer in one parameter. In the classes of `_TAKEN` peft takes every target called
-gate_proj, up_proj or down_proj, by its whole name too, for that parameter, and the factors of dense layers and of
-shared experts are lost. The names and shapes of the factors are the same in both forms, so other engines read either.
+peft adapts some linear modules only if `target_parameters` names their weight, not their module. transformers 5 holds
+all experts of a layer in one parameter. In the classes of `_TAKEN` peft applies every target called gate_proj, up_proj
+or down_proj, even a full name, to that parameter, and the factors of dense layers and of shared experts are lost. The
+factors have the same names and shapes in both forms, so other engines read either.
 
 Source: peft 0.21, utils/transformers_weight_conversion.py, with transformers 5.24, conversion_mapping.py.
 """

@@ -1,7 +1,7 @@
-"""Orbax checkpoints with the LoRA of a JAX trainer: read their LoRA, and write one for tunix.
+"""Read the LoRA from Orbax checkpoints of JAX trainers, and write one for tunix.
 
-What the arrays do not tell, alpha above all, stands in a `lora_config.json` in or above the folder of the checkpoint,
-by the names that qwix's LoraProvider has for it. MaxText's trainer writes it into the metadata of the step.
+Settings that the arrays do not show, above all alpha, come from a `lora_config.json` in or above the checkpoint's
+folder, under the names of qwix's LoraProvider. MaxText's trainer writes them into the metadata of the step.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Where an adapter comes from: the record of its moves, and signs that it is of another base than the one given.
+"""The origin of an adapter: the record of its moves, and signs that it belongs to another base than the given one.
 
-The signs are digests, names, earlier moves, and weights that hold the update already. Adapters of other shapes are
-refused on loading; this is for models of equal shapes.
+The signs are digests, names, earlier moves, and weights that already contain the update. Adapters with other shapes are
+refused on loading; these checks are for models of equal shapes.
 """
 
 import json

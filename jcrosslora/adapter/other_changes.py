@@ -1,17 +1,22 @@
-"""Read and write what an adapter file changes outside linear modules: embedding and head, norms, biases, whole layers.
+"""Read and write the changes of an adapter outside linear modules: embedding, head, norms, biases, whole layers.
 
-peft stores changes of embedding and head in four forms. LoRA of an embedding: `lora_embedding_A` (K, V) and
-`lora_embedding_B` (D, K), which mean dE = s (B A)'. LoRA of the head: as of any linear layer. `modules_to_save`: the
-whole matrix. `trainable_token_indices`: the new rows, in spite of their name `trainable_tokens_delta`, of the tokens
-that the configuration lists; if the base ties the head to the embedding, they apply to both unless other tokens are
-listed for the head. On writing, factors stay a LoRA. A matrix with mostly changed rows is written whole, for
-`modules_to_save`; single rows as `trainable_token_indices`.
+peft stores changes of the embedding and the head in four forms:
 
-Tensors that replace those of the base are under `modules_to_save` (norms, whole layers with their biases), `bias`
-(trained biases) and `lora_bias` (b; s b is added to the base's bias).
+- LoRA of the embedding: `lora_embedding_A` (K, V) and `lora_embedding_B` (D, K), dE = s (B A)';
+- LoRA of the head, as of any linear layer;
+- `modules_to_save`: the whole matrix;
+- `trainable_token_indices`: the new rows of the listed tokens (not differences, in spite of the tensor's name,
+  `trainable_tokens_delta`). If the base ties the head to the embedding, they apply to both, unless other tokens are
+  listed for the head.
 
-Rows and tensors are written in float32 unless the dtype of the file holds them exactly, because the change is a small
-difference from the base's.
+When writing, factors stay a LoRA. A matrix with mostly changed rows is written whole (`modules_to_save`), single rows
+as `trainable_token_indices`.
+
+Replaced tensors are under `modules_to_save` (norms, whole layers with their biases), `bias` (trained biases) and
+`lora_bias` (b; s b is added to the base's bias).
+
+Rows and tensors are written in float32 unless the file's dtype holds them exactly, because they differ little from the
+base's.
 
 Sources: peft 0.21, tuners/lora/layer.py, tuners/trainable_tokens/layer.py, utils/other.py.
 """

@@ -1,4 +1,4 @@
-"""The format of PEFT: `adapter_config.json` and `adapter_model.safetensors`; and live models of peft, in and out."""
+"""Read and write PEFT's format, `adapter_config.json` with `adapter_model.safetensors`, and live peft models."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
-"""Open an adapter, find its kind, and read its updates into memory, as low-rank factors.
+"""Open an adapter, find its kind, and read its updates as low-rank factors.
 
-Other changes are measured, and described in sentences.
+Changes that are not low-rank updates are measured and described in sentences.
 """
 
 import math

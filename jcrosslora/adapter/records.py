@@ -1,4 +1,4 @@
-"""A LoRA adapter in memory, as a pytree; and the part of it that a method, a profile or a run carries."""
+"""A LoRA adapter in memory, as a pytree; and the parts of it that a method, a profile or a run supports."""
 
 import enum
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Write a LoRA adapter in one of several profiles, atomically; and say what each profile can hold."""
+"""Write a LoRA adapter in one of several profiles, atomically; and list what each profile can hold."""
 
 import json
 from collections.abc import Callable, Mapping

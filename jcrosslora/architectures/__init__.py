@@ -1,4 +1,4 @@
-"""Families and blocks: from a configuration to layers, modules, names, shapes and the forward pass of a layer."""
+"""Model families and their blocks: derive layers, modules, names, shapes and the forward pass from a configuration."""
 
 from jcrosslora.architectures.architecture import Architecture as Architecture
 from jcrosslora.architectures.architecture import Layer as Layer

@@ -1,6 +1,6 @@
 """The architecture of a model, from its family and configuration: its layers, their modules, names and shapes.
 
-A layer is its blocks, and how they are run one after another and added to the residual stream.
+A layer is a sequence of blocks whose outputs are added to the residual stream.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""The keys of configurations, the sizes of a model, and how sizes and numbers are read.
+"""The keys of configurations, and readers for the sizes and numbers of a model.
 
-Readers raise a CheckpointError that names the key for what is missing if it has no default, or out of range.
+Readers raise a CheckpointError that names the key if a value is out of range, or missing without a default.
 """
 
 import sys

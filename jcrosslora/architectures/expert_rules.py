@@ -1,4 +1,4 @@
-"""How a family has experts instead of one MLP: sizes, router, names of tensors, and the layers that have them."""
+"""The experts of a family: their sizes, router and tensor names, and the layers that have them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

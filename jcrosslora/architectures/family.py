@@ -1,4 +1,4 @@
-"""The record of a family of decoders: names of its tensors, its numbers, windows, positions and form in GGUF files."""
+"""The record of a model family: its tensor names, constants, windows, positions and GGUF names."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

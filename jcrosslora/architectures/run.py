@@ -1,4 +1,4 @@
-"""The inputs of a block: the arrays of its layer and of all layers, and the cache of a text."""
+"""The inputs of a block: arrays of its layer, arrays shared by all layers, and the cache of a text."""
 
 import dataclasses
 from collections.abc import Mapping

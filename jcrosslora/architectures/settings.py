@@ -1,4 +1,4 @@
-"""The settings of a forward pass, read from a configuration: hashable, and static under jit; and an empty cache."""
+"""The settings of a forward pass, read from a configuration (hashable, static under jit); and an empty cache."""
 
 from collections import Counter
 from collections.abc import Mapping

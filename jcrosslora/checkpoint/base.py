@@ -1,4 +1,4 @@
-"""A base model: its modules, its tensors on demand, its vocabulary and its identity; and its facts without weights."""
+"""A base model: its modules, vocabulary and identity, and its tensors, which are read on demand."""
 
 import hashlib
 from collections import Counter

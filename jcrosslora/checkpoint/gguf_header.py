@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata with checked types, and where each tensor is, checked against the file's size.
+"""The header of a GGUF file: metadata with checked types, and tensor offsets, checked against the file's size.
 
 The reader of the gguf package is not used: it keeps an array object for every string of the vocabulary (7.5 s and
 0.7 GB for Gemma's 262,144 tokens) and does not check lengths. Format:

@@ -1,8 +1,8 @@
-"""The tensors of a model in a GGUF file: their names, where each is, and what llama.cpp's converter has done to it.
+"""The tensors of a model in a GGUF file: find them by name, and undo the changes of llama.cpp's converter.
 
-The converter reorders the rows of q and k of Llama and families like it for its rotary layout, sorts what Qwen3.5 and
-Qwen3-Next store by groups of heads, stores gains of 1 + weight as they are used, and A instead of its logarithm. Each
-change is undone here. Source: the `conversion` folder of llama.cpp.
+The converter reorders the rows of q and k in Llama and similar families for its rotary layout, and the tensors that
+Qwen3.5 and Qwen3-Next store by groups of heads. It stores gains as 1 + weight, and A instead of its logarithm. Source:
+the `conversion` folder of llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Names on the hub, files from it, why a request failed, and names instead of this machine's paths."""
+"""The hub: repository names, downloads and explanations of failed requests; and names that replace local paths."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Bring the weights, configuration and tokenizer of a base that a program already holds into the form of files."""
+"""Convert the weights, configuration and tokenizer of a model in memory to the form that readers of files return."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of a model; where each linear module and each expert is in them."""
+"""Names and shapes of a model's tensors, and the location of each linear module and expert in them."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,7 @@
 """Orbax checkpoints: find one in a folder, list its arrays, and read some of them.
 
-A checkpoint is a folder of one item, which `CheckpointManager` keeps in the folder of a step, next to other steps. Its
-arrays are the leaves of nested mappings; `restore` reads those that are asked for, in the process that asks.
+A checkpoint is a folder of one item; `CheckpointManager` keeps it in the folder of a step, next to other steps. Its
+arrays are the leaves of nested mappings; `restore` reads the requested ones in the current process.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The interface between a base model and its format, named tensors; mapped files and JSON files of a model."""
+"""The interface of checkpoint formats, tensors by name; and the memory-mapped and JSON files of a model."""
 
 import hashlib
 import json

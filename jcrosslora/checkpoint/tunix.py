@@ -1,7 +1,7 @@
-"""The tensors of a model of tunix, read from its parameters on demand: where each is, and how qwix quantised it.
+"""The tensors of a tunix model, read from its parameters on demand and dequantised if qwix quantised them.
 
-Matrices are x W, with the heads of attention as an axis, and the parameter of an einsum holds several. Norms and biases
-are as in Hugging Face, and so is the order of heads and of rows.
+Matrices are stored for x W, with attention heads as an axis, and an einsum's parameter holds several matrices. Norms,
+biases, and the order of heads and rows are those of Hugging Face.
 
 qwix replaces a parameter W by `array.qvalue`, of the shape of W, `array.scale`, and perhaps `array.zero_point`: W is
 (qvalue - zero_point) * scale, with one scale for each tile. The numbers of NF4, stored as uint4, are indices into a

@@ -1,4 +1,4 @@
-"""Tokens as bytes, so that tokenizers that spell spaces in different ways can be compared.
+"""Convert tokens to bytes, so that vocabularies with different spellings of spaces can be compared.
 
 Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as one printable character; sentencepiece (Llama 2, Gemma,
 Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes. Two bases share the

@@ -1,4 +1,4 @@
-"""Multimodal models: the text model that each class wraps, and how its tensors and modules are called.
+"""Multimodal models: the text model in each class, and the names of its tensors and modules.
 
 Sources: transformers 5.24 (module names of the classes, defaults of their configurations, and `conversion_mapping.py`
 for the names in files), vLLM (`hf_to_vllm_mapper` of each class, which takes the names of transformers 5).

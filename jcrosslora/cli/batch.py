@@ -1,4 +1,4 @@
-"""`jcrosslora batch`: many transfers by a plan; and `cache`: list, verify and clear what is kept on disk."""
+"""`jcrosslora batch`: run many transfers from a plan; and `cache`: list, verify and clear the cache on disk."""
 
 import sys
 import time

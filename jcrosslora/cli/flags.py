@@ -1,12 +1,12 @@
-"""Flags from dataclasses: help from the strings below the fields, groups, defaults shown as values; and actions.
+"""Build command-line flags from dataclasses: the strings below the fields are the help texts.
 
-A command may have
+A command may define
 
     GROUPS: ClassVar = {"expert": ("seed", ...)}    fields in a separate box, "expert options"
-    SHORT: ClassVar = ("out", ...)                  the fields of --help; --help-all has all of them
+    SHORT: ClassVar = ("out", ...)                  the fields that --help shows; --help-all shows all of them
     DOCS: ClassVar = {"seed": "..."}                help for fields that have no string below them
-    choices(cls) -> {"method": ("auto", ...)}       values for help and completion of a field that takes others as well
-    defaults(cls, arguments) -> {"rank": 8}         defaults that come from the arguments, such as those of a recipe
+    choices(cls) -> {"method": ("auto", ...)}       suggested values of a field, for help and shell completion
+    defaults(cls, arguments) -> {"rank": 8}         defaults that depend on the arguments, such as those of a recipe
 """
 
 import ast

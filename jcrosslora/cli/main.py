@@ -1,4 +1,4 @@
-"""Entry point of `jcrosslora`: find the command, import it alone, run it, and turn errors into one line and a code.
+"""Entry point of `jcrosslora`: import only the requested command, run it, and turn errors into one line and a code.
 
 Everything that a command does can be done in Python.
 """

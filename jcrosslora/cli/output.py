@@ -1,4 +1,4 @@
-"""What commands share: opening bases and shelves, printing, and the exit codes of `--fail-on`."""
+"""Shared code of the commands: opening bases and shelves, printing, and the exit codes of `--fail-on`."""
 
 import json
 import os

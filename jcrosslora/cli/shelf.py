@@ -1,4 +1,4 @@
-"""`jcrosslora shelf`: keep adapters of one base, and find the ones for a prompt."""
+"""`jcrosslora shelf`: keep an index of adapters of one base, and find the ones that suit a prompt."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
 """`jcrosslora transfer`: move one adapter from file to file.
 
-Its flags are derived: from the settings of a transfer, and from the fields of the methods.
+Its flags are derived from the settings of a transfer and the fields of the methods.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Scan the layers of a model: divide them into segments, in which a pattern of layers repeats, and take the arrays."""
+"""Scan the layers of a model: divide them into segments with a repeating pattern of layers, and slice the arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

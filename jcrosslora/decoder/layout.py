@@ -1,4 +1,4 @@
-"""Where the tokens of a batch stand in their texts: padding, and rows that hold several texts."""
+"""The positions of a batch's tokens in their texts, with padding and with several texts in a row."""
 
 from typing import NamedTuple, Self
 

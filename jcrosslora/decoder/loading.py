@@ -1,12 +1,12 @@
-"""Load models, with arrays stacked over the layers for each role, so that the layers can be scanned; keep some.
+"""Load models with arrays stacked over the layers for each role, so that the layers can be scanned; keep some loaded.
 
 Weights may be divided over devices. Modules that write to the residual stream are row-parallel, all others
-column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no exchange, and the row-parallel
-one after it a sum over the devices. An expert is divided like an MLP and not kept whole on one device: layers run one
-expert after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
+column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no communication, the
+row-parallel product after it needs a sum over the devices. Every expert is divided like an MLP, because a layer runs
+its experts one after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
 
-The matrices of the layers may also be streamed: they stay in the host's memory, and a program moves those of one layer
-at a time to the device, each time that it runs the layer.
+The matrices of the layers may also be streamed: they stay in the host's memory, and each time a layer runs, its
+matrices are copied to the device.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""A model as the decoder runs it, in one pytree: weights, settings, and an adapter, stacked over the layers."""
+"""A model for the decoder, as one pytree: weights and an adapter, stacked over the layers, and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put prompts into batches of few shapes; a beginning that several of them have in common is read once for all."""
+"""Put prompts into batches of few shapes; a common beginning of several prompts is computed once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Write greedily after a queue of prompts: a row whose text has ended goes to the next prompt."""
+"""Decode a queue of prompts greedily: when the text in a row ends, the row takes the next prompt."""
 
 from __future__ import annotations
 

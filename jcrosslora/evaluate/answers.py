@@ -1,7 +1,7 @@
 """Let a base and its adapters answer examples, and compare with the right answers: text, JSON, chrF, ROUGE-L.
 
-chrF is that of sacrebleu: M. Popović, chrF: character n-gram F-score for automatic MT evaluation, WMT 2015. ROUGE-L is
-that of rouge-score: C.-Y. Lin, ROUGE: a package for automatic evaluation of summaries, 2004.
+sacrebleu computes chrF (M. Popović, chrF: character n-gram F-score for automatic MT evaluation, WMT 2015), and
+rouge-score ROUGE-L (C.-Y. Lin, ROUGE: a package for automatic evaluation of summaries, 2004).
 """
 
 import json

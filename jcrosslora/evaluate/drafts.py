@@ -1,7 +1,7 @@
 """Judge a draft model: how many of its tokens greedy speculative decoding accepts.
 
-The target keeps drafted tokens as long as it would write them itself (Y. Leviathan et al., arXiv 2211.17192). So its
-answers are those that it writes alone, and one pass of the draft over them shows which tokens it drafts rightly.
+The target accepts drafted tokens as long as it would write the same ones (Y. Leviathan et al., arXiv 2211.17192). So
+its answers are the same as without a draft, and one pass of the draft over them shows which tokens would be accepted.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The effect of a moved adapter on the target, compared with that of the original on the source, on the same text."""
+"""Compare the effect of the moved adapter on the target with the original's effect on the source, on the same text."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""Run an adapter in an engine, and compare its predictions with those of our decoder.
+"""Run an adapter in an engine, and compare the engine's predictions with those of our decoder.
 
-Engines round in their own ways, above all with quantised weights. So the base is compared without the adapter as well,
-and with it the two may differ by three times as much, or by 0.001.
+Engines round differently, above all with quantised weights. So the base alone is compared too. With the adapter, the
+two may differ by three times the difference without it, or by 0.001.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Ask engines for their log-probabilities of the next token, of a base alone or with an adapter."""
+"""Get next-token log-probabilities from engines, for a base alone or with an adapter."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Files of the user: examples (questions with choices, prompts with right answers), and plain texts or prompts."""
+"""Read the user's files: examples (questions with choices, prompts with right answers), and plain texts or prompts."""
 
 import codecs
 import json

@@ -20,8 +20,8 @@ that needs no network (`task.jsonl` has lines {"question", "choices", "answer"})
     model = JCrossLoRALM(base="models/gemma-3-270m", adapter="moved")
     print(lm_eval.simple_evaluate(model=model, tasks=[task])["results"]["mine"])
 
-With these lines the log-likelihoods are those of `jcrosslora.evaluate.score`. On the command line, with all options of
-`lm_eval`, whose `--include_path` names a folder of task files:
+This gives the same log-likelihoods as `jcrosslora.evaluate.score`. On the command line all options of `lm_eval` work;
+`--include_path` names a folder of task files:
 
     python -m jcrosslora.evaluate.harness run --model jcrosslora --tasks arc_easy \
         --model_args base=models/gemma-3-270m,adapter=moved

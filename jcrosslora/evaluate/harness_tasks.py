@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by name, for a base alone and with adapters: what `evaluate --tasks` runs."""
+"""Run tasks of lm-evaluation-harness by name on a base alone and with adapters (`evaluate --tasks`)."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Run llama.cpp in a process of its own, which one of its assertions may end: JSON on stdin, JSON on stdout.
+"""Run llama.cpp in a separate process, because its failed assertions end the process: JSON on stdin and stdout.
 
 In: [base, adapter or null, token ids of each text, the token to write]. Out: for each text the log-probabilities of the
 likeliest next tokens, by id. The script imports nothing of this package.

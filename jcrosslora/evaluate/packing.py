@@ -1,8 +1,8 @@
-"""Put questions into rows of few shapes, so that what texts have in common is read once and little of it is padding.
+"""Pack questions into rows of few shapes, so that common text is computed once and there is little padding.
 
-A row holds several questions one after another; in it, the choices of a question go on from the same tokens, see
-`Layout`. A beginning that more questions share than fit in a row is read once and lies in a cache in front of rows. A
-recurrent state has one text in a row, and its question in front.
+A row holds several questions one after another; the choices of a question all continue the same tokens, see `Layout`. A
+common beginning of more questions than fit in a row is computed once, and cached as a prefix of rows. Models with a
+recurrent state get one text a row, with its question as the prefix.
 """
 
 from bisect import bisect_left, insort

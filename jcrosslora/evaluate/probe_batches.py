@@ -1,4 +1,4 @@
-"""Batches of probe texts: tokens for both bases in arrays of one shape, matched where they end at one character."""
+"""Batches of probe texts: tokens of both bases in arrays of one shape, matched where they end at the same character."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

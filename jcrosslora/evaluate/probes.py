@@ -1,8 +1,8 @@
 """Let a base write probe texts, each from one word of its vocabulary, and keep them in the disk cache.
 
-A cached text is keyed by everything that it depends on; without a writable folder the cache is off. The folder `probes`
-in the user's cache (see `jcrosslora.utils.cache.cache_root`) may be removed at any time. Processes may share it: files
-are written atomically, and a damaged file counts as missing.
+The cache key contains everything that a text depends on; without a writable folder the cache is off. The folder
+`probes` in the user's cache (see `jcrosslora.utils.cache.cache_root`) may be removed at any time. Processes may share
+it: files are written atomically, and a damaged file counts as missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products at full precision, and maps that are never formed: norms, approximations, least squares."""
+"""Products at full precision, and low-rank maps in factored form: norms, approximations, least squares."""
 
 from typing import Any
 

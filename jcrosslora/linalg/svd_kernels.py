@@ -1,8 +1,8 @@
 """SVD kernels: `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one matrix in float32; their results.
 
-`full_svd` is slow, with an error of float32 rounding only. `gram_svd` takes the eigenvectors of the Gram matrix of the
-short side: fast, but it squares the condition number. `krylov_svd` finds a few leading triplets in a subspace a few
-times as wide as the rank.
+`full_svd` is slow and exact up to float32 rounding. `gram_svd` uses the eigenvectors of the Gram matrix of the short
+side: it is fast, but squares the condition number. `krylov_svd` finds a few leading triplets in a subspace a few times
+as wide as the rank.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
 """Activations of both bases on the same text: probe texts to batches, batches to moments, moments to evidence.
 
-Only sums of products of matched activations are kept. float32 is enough for them: the rounding error of an entry is
-relative to its two dimensions alone (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so dividing the
-dimensions by their sizes before the products gains nothing. Small dimensions are lost after the sums, in an SVD or a
-solve whose errors are relative to the largest singular value: the sums must be divided before it, for which
-`Activations` holds the squares of each dimension. The sums do lose directions next to a much larger one that is spread
-over all dimensions, such as a mean: 0.5 % of a direction a thousand times smaller, and more with the square of that
+Only sums of products of matched activations are kept, in float32. That is enough: the rounding error of an entry is
+relative to the sizes of its own two dimensions (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), so scaling
+the dimensions before the products gains nothing. An SVD or a solve, however, has errors relative to the largest
+singular value, and would lose small dimensions. So the sums must be scaled first; `Activations` holds the sum of
+squares of each dimension for that. The sums do lose accuracy in directions next to a much larger one that is spread
+over all dimensions, such as a mean: 0.5 % of a direction a thousand times smaller, growing with the square of that
 ratio. `tests/test_moments_float64.py` measures these figures.
 """
 

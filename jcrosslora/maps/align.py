@@ -1,4 +1,4 @@
-"""The alignment itself: groups of modules of equal shape, one after the other, so that memory is bounded."""
+"""Compute an alignment: groups of modules of equal shape, one after the other, so that memory is bounded."""
 
 import dataclasses
 import itertools

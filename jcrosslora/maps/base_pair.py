@@ -1,4 +1,4 @@
-"""A pair of bases with the facts that several stages share: structure, shared vocabulary, keys of the cache."""
+"""A pair of bases with facts that several stages need: structure, shared vocabulary, cache keys."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""The kinds of evidence, and the records between the alignment and the methods: evidence in, maps out.
+"""The evidence that an alignment gives to a method, and the maps that the method returns.
 
 All shapes are those of one pair of modules; the alignment adds the leading axis and `jax.vmap`. O and I are the out
 and in features of a module, H is the width of the residual stream, R the truncation rank; src and tgt are the bases.

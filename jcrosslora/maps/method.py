@@ -1,6 +1,6 @@
 """The contract of transfer methods: their inputs, their results, and their two base classes.
 
-A method fits an update to what the adapter does, or it chooses maps that the update goes through.
+A method either fits an update to what the adapter does, or computes maps that are applied to the adapter's update.
 """
 
 from __future__ import annotations

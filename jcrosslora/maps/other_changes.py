@@ -1,8 +1,8 @@
 """Move changes of an adapter without maps: token rows, experts, and invocation tokens.
 
-A row of the embedding or the output head belongs to a token, and its numbers to dimensions of the residual stream. Rows
-therefore move only by methods that preserve the coordinates of the stream (or select among them), and only for tokens
-that both bases have, under any ids.
+A row of the embedding or the output head belongs to a token, and its entries to dimensions of the residual stream. So
+rows move only by methods that keep these dimensions or select some of them, and only for tokens that both bases have;
+the ids may differ.
 """
 
 import dataclasses

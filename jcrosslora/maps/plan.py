@@ -1,4 +1,4 @@
-"""Plan an alignment: check that it can be done, and give it the text that it needs."""
+"""Plan an alignment: check that it is possible, and get the text that it needs."""
 
 import dataclasses
 from collections.abc import Collection

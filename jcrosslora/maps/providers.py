@@ -1,6 +1,7 @@
-"""The evidence providers by kind, and the smaller of them: singular vectors, shared vocabulary, selected rows, keys.
+"""The evidence providers by kind, and the short ones: singular vectors, shared vocabulary, selected rows, keys.
 
-An alignment asks for kinds and knows no method. Truncated SVDs of a base have a cache, which all its pairs share.
+An alignment requests kinds of evidence and does not know the method. Truncated SVDs of a base are cached for all its
+pairs.
 """
 
 import dataclasses

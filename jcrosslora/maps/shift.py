@@ -1,4 +1,4 @@
-"""LoRA-Shift (arXiv 2508.05232, section 3): carry adapters through the maps, the same for all methods."""
+"""LoRA-Shift (arXiv 2508.05232, section 3): apply the maps to adapters, in the same way for all methods."""
 
 import math
 from collections.abc import Mapping, Sequence

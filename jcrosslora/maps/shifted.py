@@ -1,4 +1,4 @@
-"""A moved adapter, with an account of what the maps did to it."""
+"""A moved adapter, with figures of what the maps kept of it."""
 
 import math
 from dataclasses import dataclass

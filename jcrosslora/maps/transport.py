@@ -1,4 +1,4 @@
-"""The result of LoRA-Align: the maps that carry any adapter of one base to another, and how well the bases agree."""
+"""The result of LoRA-Align: maps that move any adapter of one base to the other, and how well the bases agree."""
 
 import dataclasses
 from collections import Counter

@@ -1,7 +1,7 @@
-"""Transfer methods, one file a method with its variants, and their registry: method objects from names with settings.
+"""Transfer methods, one file a method with its variants; and the registry, which makes methods from names and settings.
 
-Methods are frozen dataclasses that own their hyper-parameters. The maths of a method sees the `Evidence` of one pair of
-modules at a time; it knows no files and no models.
+Methods are frozen dataclasses that hold their hyper-parameters. The maths of a method gets the `Evidence` of one pair
+of modules at a time; it knows nothing of files and models.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Methods that keep coordinates: the source's rows and columns unchanged, cut or padded, selected, or interpolated.
+"""Methods that keep the source's rows and columns: unchanged, cut or padded, selected, interpolated, or compensated.
 
 If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, as for a pruned, permuted or layer-repeated target, the
 same selection applied to the adapted source gives dW_tgt = S_out dW_src S_in', exactly (`Select`). `PadTruncate` is
@@ -7,16 +7,16 @@ a baseline of a public repository with the models of the Cross-LoRA paper.
 Interpolated copy: the unchanged update, on weights between those of the two bases.
 
 Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
-applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So a share of T is
-subtracted while the adapter is on, and the adapter works on weights between the two bases, W_src + (1 - share) T + dW.
+applies twice what T and dW have in common: the more alike the two trainings, the more it overshoots. So the adapter
+also subtracts a share of T, and the weights become W_src + (1 - share) T + dW.
 
-Compensated copy adds all of what a quantiser's error does on text. An adapter that was trained on a quantised base
-(QLoRA) works for the weights W_src + dW. A copy on the target lacks E = W_src - W_tgt, to which the training had
-adapted. E is of full rank, but the inputs X (N, I) of a module are not:
+Compensated copy restores the quantisation error that the adapter was trained with. An adapter of a quantised base
+(QLoRA) was trained for the weights W_src + dW, so a copy on the target lacks E = W_src - W_tgt. E has full rank, but
+the inputs X (N, I) of a module do not:
 
     dW_tgt = dW + U U' E,   U (O, R) the leading left singular vectors of E X'
 
-of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
+Of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
 
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
 vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv

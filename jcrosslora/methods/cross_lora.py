@@ -16,7 +16,7 @@ U~_s' and dW_s do not fit. The only reading that fits all shapes applies the map
 
 and sends the i-th singular pair of the source to the i-th of the target. Singular pairs are defined up to a joint
 sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; `joint_signs`
-chooses them, by information from outside the two matrices.
+chooses them from information outside the two matrices.
 
 LoRA-X (arXiv 2501.16559, Eq. 3) projects into the leading singular subspaces of the target. ProLoRA (arXiv 2506.04244)
 moves range and null space separately: with the projectors P = U U' (range, rank r) and I - P (null space) of both bases

@@ -1,7 +1,7 @@
-"""Fits: an update of the target fitted to what the adapter does to the source.
+"""Fits: train an update of the target to reproduce what the adapter does to the source.
 
-Distillation fits it to the predictions of the adapted source (see `distill`); it starts from nothing, from a copy of
-the update, or from the parts of the update that a pruned target has.
+Distillation fits the predictions of the adapted source (see `distill`). It starts from zero, from a copy of the update,
+or from the rows and columns of the update that a pruned target still has.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What two bases have in common, judged by their weights: shared structure, changes of the weights, suitable method."""
+"""Compare two bases by their weights: shared structure, differences of the weights, and the method that suits them."""
 
 from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.relation.base_comparison import compare_bases as compare_bases

@@ -1,4 +1,4 @@
-"""A pair of bases, and samples of their weights: the same rows on every run, so that most of a file is never read."""
+"""A pair of bases, and samples of their weights: a few rows, the same on every run, instead of whole files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Select the method that `auto` stands for, by comparing the weights and files of a pair of bases."""
+"""Select the method for `auto` by comparing the weights and files of a pair of bases."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""How two bases are related, in flags and figures, from a sample of the rows of every tensor.
+"""Describe how two bases are related by flags and figures, from a sample of the rows of every tensor.
 
-Tensors are compared through the structure that the bases share. `wording` makes sentences from what is found.
+Rows are matched by the structure that the bases share. `wording` turns the result into sentences.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,10 +1,10 @@
-"""Infer which numbers a stored weight may have been rounded from, and the levels of quantised rows.
+"""Infer the interval of originals that a stored weight may be rounded from, and the levels of quantised rows.
 
-A rounded number leaves an interval of possible originals: half a step to both sides, where the step is that of a float
-format or of a block of a quantised row. Two weights with overlapping intervals may be roundings of one original;
-without overlap, something else has changed as well.
+The interval is half a step to both sides; the step is that of a float format or of a block of a quantised row. If the
+intervals of two weights overlap, they may be roundings of one original; otherwise the weights differ by more than
+rounding.
 
-The levels that the blocks of a quantised row were rounded to are inferred from the numbers alone.
+The quantisation levels of a block are inferred from the numbers alone.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Record which dimension, layer, head and neuron of a source base each part of a target base corresponds to.
 
-The shares of layers, dimensions, heads, neurons and tokens that correspond are counted from it.
+From this record come the shares of layers, dimensions, heads, neurons and tokens that have a counterpart.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,11 +1,11 @@
-"""Find the structure that two bases share: the residual stream by the embeddings, then the parts of each layer.
+"""Find the structure that two bases share: match the residual stream by the embeddings, then the parts of each layer.
 
-Rows of o_proj and down_proj are dimensions of the stream. A sample of them holds a few numbers of every head feature
-and of every neuron, by which these are matched in any order. Products of two such rows do not depend on the order at
-all, and show which layers correspond.
+The rows of o_proj and down_proj belong to dimensions of the stream. A sample of rows holds a few numbers for every head
+feature and every neuron, enough to match them in any order. Inner products of two rows do not depend on that order, and
+show which layers correspond.
 
-Layers with other parts than attention and a dense MLP, as heads with a state, are matched whole; only their experts are
-searched.
+Layers with other blocks than attention and a dense MLP, such as recurrent ones, are matched whole; only their experts
+are matched one by one.
 """
 
 from collections.abc import Iterator

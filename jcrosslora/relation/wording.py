@@ -1,4 +1,4 @@
-"""Describe how two bases are related in sentences, made of flags and figures alone."""
+"""Describe how two bases are related in sentences, from the flags and figures of `relation`."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The report of a transfer. Tables, card, page and uploads read the record `TransferReport`."""
+"""The report of a transfer: the record `TransferReport`, and the tables, model card, page and uploads made from it."""
 
 from jcrosslora.report.documents import complete as complete
 from jcrosslora.report.documents import documents as documents

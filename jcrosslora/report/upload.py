@@ -1,4 +1,4 @@
-"""The upload of an adapter's folder: its files, checked to be whole, with a card that the hub accepts."""
+"""Prepare an adapter's folder for upload: check that its files are complete, and make a card that the hub accepts."""
 
 import json
 from collections.abc import Mapping

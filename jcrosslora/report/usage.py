@@ -1,4 +1,4 @@
-"""How to load a moved adapter: lines to paste, for its card and for the end of a transfer."""
+"""Code and commands that load a moved adapter, for its model card and the end of a transfer."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The end of every transfer: ranks as the format holds them, the check of the effect, and the report."""
+"""Finish a transfer: truncate ranks for the output format, check the effect, and make the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

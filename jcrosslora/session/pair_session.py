@@ -1,4 +1,4 @@
-"""The orchestrator of transfers: holds the facts of a pair of bases, and moves adapters between them."""
+"""The session of a pair of bases: keeps what is known of the pair, and moves adapters between the two."""
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""The settings of a transfer: options that determine the moved adapter, locations of files, and their form in TOML."""
+"""The settings of a transfer: options that determine the moved adapter, file locations, and recipes in TOML."""
 
 import tomllib
 from collections.abc import Collection, Mapping

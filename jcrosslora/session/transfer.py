@@ -1,4 +1,4 @@
-"""`jcrosslora.transfer`, `align` and `shift`: transfers at once and in two steps (arXiv 2508.05232), and from files."""
+"""`jcrosslora.transfer` does a whole transfer; `align` and `shift` are its two steps (arXiv 2508.05232)."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace

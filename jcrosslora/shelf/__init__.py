@@ -1,4 +1,4 @@
-"""A folder of adapters of one base with an index, in which the adapters that suit a prompt are found."""
+"""A shelf: a folder with an index of adapters of one base, which finds the adapters that suit a prompt."""
 
 from jcrosslora.shelf.index import Index as Index
 from jcrosslora.shelf.judging import ALONE as ALONE

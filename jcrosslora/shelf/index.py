@@ -1,10 +1,9 @@
 """The index of a shelf on disk: `shelf.json`, and segments of adapters with the vectors of their samples.
 
-A segment holds up to 256 adapters in two files, NUMBER.json and NUMBER.safetensors. A change writes new segments
-first, then replaces `shelf.json`, which names the segments in use, and at last removes the others: a reader, or a
-process that is stopped at any moment, sees the index before or after the change. Processes change it one at a time.
-`shelf.json` has the digests of the segments' files and, as "sha256", of the rest of itself, so that a changed byte is
-noticed when it is read.
+A segment holds up to 256 adapters in two files, NUMBER.json and NUMBER.safetensors. A change first writes new segments,
+then replaces `shelf.json`, which lists the segments in use, and finally removes the old ones. So readers always see the
+index before or after a change, even if the process is killed. A lock allows one change at a time. `shelf.json` contains
+the digests of the segments' files and of its own content ("sha256"), so that a changed byte is noticed.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How often a search finds the right adapter, and how well a shelf answers compared with the base and its adapters."""
+"""Measure how often a search finds the right adapter, and how well a shelf answers next to its base and adapters."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence

@@ -1,8 +1,8 @@
-"""What a search of a shelf finds, thresholds without labels, and the searches by vectors and by words.
+"""Search results, thresholds without labels, and the searches by vectors and by words.
 
-The threshold of an adapter is the score that 95% of its samples exceed; each sample is compared with the adapter as if
-it were not one of its samples. The mean of a few sample prompts is LoraRetriever's (Zhao et al., arXiv 2402.09997).
-Hidden states of a base lie in a narrow cone, in which all cosines are near 1: they are centred, and scaled by the
+The threshold of an adapter is the score that 95% of its samples exceed; each sample is scored against the adapter's
+other samples. As in LoraRetriever (Zhao et al., arXiv 2402.09997), the mean of a few sample prompts represents an
+adapter. Hidden states of a base lie in a narrow cone, with all cosines near 1, so they are centred and whitened by the
 covariance within the adapters' samples, shrunk towards a multiple of the identity.
 """
 

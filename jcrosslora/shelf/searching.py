@@ -1,4 +1,4 @@
-"""Open the ways to search a shelf, and keep the arrays that they derive from the index."""
+"""Open a search of a shelf by its name, and store the arrays that it derives from the index."""
 
 import dataclasses
 import hashlib

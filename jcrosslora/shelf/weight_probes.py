@@ -1,10 +1,11 @@
 """Retrieval by weights: a trained encoder of adapters, with learned probes that are sent through every update.
 
 The weight-probe encoder of AutoLoRA (arXiv 2508.02107): for each module probes x, e = LN(x A' B'), a linear map for
-each role, and a transformer over all modules whose [CLS] token becomes the vector. It is trained contrastively with the
-vectors of the adapters' samples; once it is trained on some adapters, it also finds others that have no samples. B
-adapters, L layers of a role, p probes of a module, d width of the transformer, E width of the vectors, D numbers of a
-prompt's vector.
+each role, and a transformer over all modules, whose [CLS] token becomes the vector. It is trained contrastively with
+the vectors of the adapters' samples; trained on some adapters, it also finds others without samples.
+
+Shapes: B adapters, L layers of a role, p probes of a module, d width of the transformer, E width of the vectors, D
+width of a prompt's vector.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What models read and write: conversations, prompts with answers, chat templates, and their tokens."""
+"""The texts of models: conversations, prompts with answers, chat templates, and their tokens."""
 
 from jcrosslora.text.completion import COMPLETIONS as COMPLETIONS
 from jcrosslora.text.completion import Completion as Completion

@@ -1,4 +1,4 @@
-"""Render a conversation by a chat template, and read a completion as one base does: its tokens and where each ends."""
+"""Render a conversation by a chat template, and tokenise a completion for one base, with the end of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
-"""Run chat templates, which are programs of somebody else's: in a sandbox, with a limit on their work.
+"""Run chat templates, which are untrusted programs, in a sandbox with a limit on their work.
 
-A template sees what transformers shows it, and gives the same text. Every run of a loop or macro, every computed value
-and every text that is written is counted, so that nothing goes on for ever and no value outgrows the memory.
+A template gets the same variables as in transformers, and renders the same text. Iterations of loops, macro calls, the
+sizes of values and the written text are counted, so that a template can neither run forever nor use up the memory.
 """
 
 import json

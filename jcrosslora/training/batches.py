@@ -1,4 +1,4 @@
-"""Batches of training examples, of few shapes and in an order that the seed decides, and one update on a batch."""
+"""Batches of training examples, of few shapes and in a seeded order; and the optimiser step on a batch."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The settings of a training, and its states on disk, from which a stopped run continues; Orbax writes them whole."""
+"""The settings of a training run, and its checkpoints, from which a stopped run continues; Orbax writes them whole."""
 
 import hashlib
 import json

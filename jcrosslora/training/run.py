@@ -1,4 +1,4 @@
-"""Whole trainings: of a LoRA adapter, of an adapter's magnitudes, or of anything else of a base that has a gradient."""
+"""Training loops for a LoRA adapter, for an adapter's magnitudes, or for any other differentiable part of a base."""
 
 import dataclasses
 import json

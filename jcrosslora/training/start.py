@@ -1,4 +1,4 @@
-"""What a training starts from, fresh factors or those of an adapter, and the adapter that it makes of them."""
+"""Initialise a training run with new factors or those of an adapter, and turn the trained factors into an adapter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Files, memory, progress, texts from others, logs; and the versions of packages."""
+"""Files, memory, progress, untrusted text, logs; and the versions of packages."""
 
 import functools
 import importlib.metadata

@@ -1,8 +1,8 @@
-"""Keep arrays on disk by digests of all that they were computed from, in a folder that processes may share.
+"""Cache arrays on disk, keyed by digests of everything they were computed from, in a folder that processes may share.
 
-An entry is written in a temporary folder and renamed into place, so it is complete or absent. Every byte is compared
-with the manifest when it is read; a damaged entry counts as missing and is removed. The content of the disk never
-raises an error: the cache only saves time, and may be removed at any moment.
+An entry is written in a temporary folder and renamed into place, so it is complete or absent. Every byte is checked
+against the manifest when it is read; a damaged entry counts as missing and is removed. Disk errors never stop a
+command: the cache only saves time, and may be removed at any moment.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The cost of a piece of work, counted where it is done, and the available devices and memory."""
+"""The cost of a piece of work, in counts of texts, tokens and matrices; and the available devices and memory."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Digests of files, of values and of what decides the numbers, from which keys of the cache are made.
+"""Digests of files, values and numerical settings, for cache keys.
 
 The SHA-256 of a large file is remembered while its size, times and inode stay the same. Writing to a file sets a new
 change time, which programs cannot reset, so changed files are noticed. The exceptions are bytes that a failing disk

@@ -1,6 +1,6 @@
-"""Write a folder or a file atomically, completely or not at all; and read files of the user.
+"""Write a folder or a file atomically, completely or not at all; and read the user's files.
 
-Only regular files are read, as a pipe may never end and a device never does.
+Only regular files are read, because a pipe or a device may never end.
 """
 
 import errno

@@ -1,9 +1,9 @@
-"""Several processes that align two bases together, on one host or more, on JAX's runtime (`jax.distributed`).
+"""Align two bases with several processes, on one host or more, with JAX's runtime (`jax.distributed`).
 
-All processes run the same program. Each takes the items of every group of modules that lie on its own devices in a
-`NamedSharding` over the `layers` axis of all devices, reads and decomposes only these, and then gathers the maps.
-Weights are never one global array: the matrices that need float64 differ between processes, so in one global program
-all would wait for the slowest at every step. This way they wait once for each group.
+All processes run the same program. Groups of modules are sharded over the `layers` axis of all devices
+(`NamedSharding`). Each process reads and decomposes only the modules on its own devices; then the maps are gathered.
+Weights are never one global array: the matrices that need float64 differ between processes, so in a global program all
+would wait for the slowest at every step. This way they wait once for each group.
 
 With one process, the functions here do no communication.
 """

@@ -1,7 +1,7 @@
-"""Send the figures of a run to a log as it runs: Weights & Biases, Trackio, TensorBoard, or the user's.
+"""Log the figures of a running job to Weights & Biases, Trackio, TensorBoard, or an object of the user.
 
-Environment variables of each log decide where a run goes: WANDB_MODE=offline, WANDB_PROJECT, WANDB_DIR; TRACKIO_DIR on
-this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR, instead of `runs/`.
+Each log has environment variables for where a run goes: WANDB_MODE=offline, WANDB_PROJECT, WANDB_DIR; TRACKIO_DIR for
+this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR instead of `runs/`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """One display of progress for everything that runs: one line on a terminal, elsewhere a log line every 30 s.
 
-A piece of work reports itself by `track`, or by `each` while it goes through a list; whoever calls several pieces one
-after the other names them by `steps`. What runs inside something else is shown on the same line:
+A piece of work reports its progress by `track`, or by `each` when it iterates over a list; a caller of several pieces
+names them by `steps`. Nested work is shown on the same line:
 
     step 2 of 5: write completions, 120 of 300, about 3 min left
 

@@ -1,4 +1,4 @@
-"""What dataclasses of settings share: names that they do not have are errors with a suggestion, in Python as well."""
+"""The base of settings dataclasses: an unknown name raises an error that suggests the right one, in Python too."""
 
 import inspect
 from typing import TYPE_CHECKING, Any, Self

@@ -1,4 +1,4 @@
-"""Some of many items, evenly spread over them: the same ones on every run."""
+"""Pick some of many items, evenly spaced and the same on every run."""
 
 from collections.abc import Sequence
 from typing import TypeVar

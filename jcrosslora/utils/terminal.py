@@ -1,4 +1,4 @@
-"""A console for texts of others: it prints what they say, and nothing in them acts on the terminal."""
+"""A console for untrusted text: it escapes everything that would act on the terminal."""
 
 from collections.abc import Iterable
 from typing import Any

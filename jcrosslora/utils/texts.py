@@ -1,4 +1,4 @@
-"""Texts from others, made safe to show: on a terminal, on one line, in HTML and in Markdown."""
+"""Make untrusted text safe to show on a terminal, on one line, in HTML and in Markdown."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""Temporary folders and files next to outputs, and the locks that tell whether their process lives."""
+"""Temporary folders and files next to outputs, and locks that show whether their process is still alive."""
 
 import hashlib
 import os

@@ -1,7 +1,7 @@
-"""Tell which engines read an adapter and compute the same update with it.
+"""Predict which engines load an adapter and apply the same update.
 
-The rules were read in the engines' sources, which `tables.py` names with the time of reading. Engines change, so a
-verdict is a forecast, not a test run.
+The rules come from reading the engines' source code; `tables.py` lists the files and dates. Engines change, so a
+verdict is a prediction, not a test run.
 """
 
 from dataclasses import dataclass

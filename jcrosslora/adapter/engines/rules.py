@@ -1,9 +1,9 @@
 """Facts about an adapter, from its configuration and the names and shapes of its tensors, and rules on these facts.
 
-A rule returns a sentence if an adapter breaks it, else None. Some compare the names of an adapter's modules with those
-of its base: most engines ignore a module that they do not find, vLLM and MLX silently, peft with a warning, and the
-adapter does nothing. This happens if an adapter of a text model is used on the multimodal class around it or vice
-versa, or if it is for another base.
+A rule returns a sentence if an adapter breaks it, else None. Some rules compare the names of an adapter's modules with
+those of its base. Most engines ignore modules that they do not find, vLLM and MLX silently, peft with a warning, and
+then the adapter does nothing. This happens if the adapter is for another base, or if an adapter of a text model is used
+on a multimodal class that wraps it, or vice versa.
 """
 
 from collections.abc import Callable, Iterable, Mapping

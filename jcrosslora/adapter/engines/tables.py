@@ -1,4 +1,4 @@
-"""The engines, with the rules that give a reason against an adapter, and those that give a note.
+"""The engines, each with the rules that reject an adapter and those that only add a note.
 
 PEFT: peft 0.21 (2026).
 vLLM, main branch in September 2026: vllm/lora/peft_helper.py, lora_model.py and the choices of --max-lora-rank.

@@ -1,4 +1,4 @@
-"""Kinds of adapter: a kind turns the tensors of its files into A and B. `config` lists the kinds that are refused."""
+"""Kinds of adapters: each kind converts the tensors of its files to A and B. `config` lists the refused kinds."""
 
 from collections.abc import Collection
 

@@ -9,10 +9,9 @@ subtracts them from the base again, so s B A alone is not the update. It is
 (Q Q' W is the best approximation of W of rank r, and the product of the first r columns and rows of its QR.) Both are
 exact at rank 2 r.
 
-DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row. The update dW = W' - W = diag(c - 1) W +
-diag(c) s B A, with c the ratio of m to the norms, is of full rank: it is read as its best approximation of a lower
-rank, together with the loss. `read_stored` gives B, A and m themselves, which are exact, but only on the base that they
-were trained on.
+DoRA: W' = diag(m / ||W + s B A||) (W + s B A), with the norm of each row. The update dW = W' - W = diag(c - 1) W +
+diag(c) s B A, with c the ratio of m to the norms, has full rank. It is read as its best low-rank approximation, with
+the error reported. `read_stored` returns B, A and m unchanged, which are exact but only valid for their own base.
 
 Sources: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775), DoRA (arXiv 2402.09353), equation 5; peft 0.21,
 tuners/lora/layer.py and dora.py.

@@ -1,4 +1,4 @@
-"""A kind of adapter: how it is recognised, the file that its reader gets, and the updates that it returns."""
+"""The interface of a kind of adapter: how to recognise it, and how to read its updates from a file."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
-"""Kinds whose update is a product of numbers in the file alone.
+"""Kinds whose update is computed from the adapter file alone, without the base.
 
-LoRA of any scale and initialisation: dW = s B A on an unchanged base.
+LoRA with any scale and initialisation: dW = s B A on an unchanged base.
 
 aLoRA has the weights of a plain LoRA and is active only from the last occurrence of certain tokens on.
 `maps.other_changes` translates the tokens to another tokenizer. Source: arXiv 2504.12397.
@@ -10,7 +10,7 @@ Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.
 
 BeamLoRA: dW = s B diag(r softmax(g / tau)) A, with a gate g over the ranks. The format is that of
 https://github.com/gccnlp/BeamLoRA: PEFT's with a `lora_gate` (1, r) for each module. The temperature tau is set in its
-code and not in the file: 0.05, or 0.03 for learning rates below 1e-4 (its README). Source: arXiv 2502.13604.
+code, not in the file: 0.05, or 0.03 for learning rates below 1e-4 (its README). Source: arXiv 2502.13604.
 
 LoRA-XS: dW = s B R A, where B and A are frozen (from an SVD of the base) and only R (r, r) is trained. The format is
 that of https://github.com/MohammadrezaBanaei/LoRA-XS, PEFT's with one more tensor for each module,

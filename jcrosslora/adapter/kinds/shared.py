@@ -7,11 +7,11 @@ Source: VeRA (arXiv 2310.11454), equation 2; peft 0.21, tuners/vera.
 VB-LoRA: dW = B A, composed of vectors of length v that mix a few vectors of one bank.
 Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 
-Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta over the root of its uses. The
-indices into theta are drawn once: each entry is used equally often, up to one, in an order shuffled by a seed; the
-modules follow in the order of the model, A before B. If a file does not hold the indices they are drawn again. Such a
-file does not name its modules: they are those of the base that the configuration targets, in peft's order, by
-check_target_module_exists in tuners/tuners_utils.py.
+Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta, divided by the root of how often
+that entry is used. The indices into theta are drawn once, shuffled by a seed, so that the numbers of uses differ by at
+most one; modules come in the order of the model, A before B. If a file lacks the indices they are drawn again. A file
+without them does not name its modules either: they are the modules of the base that the configuration targets, in
+peft's order (check_target_module_exists in tuners/tuners_utils.py).
 Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
 """
 

@@ -1,4 +1,4 @@
-"""The blocks that layers are made of, and their modules and tensors altogether."""
+"""The blocks that layers are made of, and the lists of all their modules and tensors."""
 
 from collections.abc import Iterable, Mapping
 

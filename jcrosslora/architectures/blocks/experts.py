@@ -1,4 +1,4 @@
-"""Experts instead of one MLP: those that the router chooses for each token, and those that all tokens share."""
+"""Mixture of experts: routed experts, which the router chooses for each token, and shared experts."""
 
 import math
 from dataclasses import dataclass

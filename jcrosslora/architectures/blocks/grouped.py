@@ -1,6 +1,6 @@
-"""Run a function of single experts on tokens, sorted by expert and in blocks of rows of one expert.
+"""Run each expert on its tokens: the tokens are sorted by expert and divided into blocks of rows for one expert.
 
-`lax.ragged_dot` is a dense product over all experts on a CPU: it takes E times as long.
+`lax.ragged_dot` computes a dense product over all E experts on a CPU, which takes E times as long.
 """
 
 from collections.abc import Callable

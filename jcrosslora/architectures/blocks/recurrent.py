@@ -1,12 +1,12 @@
 """Blocks that keep a state of fixed size: the last inputs of a convolution, and the matrices of a recurrence.
 
-A linear recurrence keeps a matrix S instead of keys and values, which a token t changes and reads:
+A linear recurrence keeps a matrix S instead of keys and values. Each token t updates and reads it:
 
     S_t = exp(g_t) S_(t-1) + k_t u_t',    y_t = S_t' q_t
 
-In Mamba 2 (arXiv 2405.21060) u_t is the value v_t. By the gated delta rule (arXiv 2412.06464) it is
-beta_t (v_t - exp(g_t) S_(t-1)' k_t): what the state already answers to the key is subtracted. The tokens of a chunk are
-computed together with matrix products, chunks one after the other. All numbers are float32.
+In Mamba 2 (arXiv 2405.21060) u_t is the value v_t. In the gated delta rule (arXiv 2412.06464) it is
+beta_t (v_t - exp(g_t) S_(t-1)' k_t): the value minus what the state already returns for the key. The tokens of a chunk
+are computed together with matrix products, one chunk after the other. All numbers are float32.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""The supported families, and notes on those that are not.
+"""The supported families, and notes on unsupported ones.
 
-Sources: the modelling code of transformers 5 and the `config.json` files of published models. A key that is in no table
-is refused (see `config.py`), because it may change what the weights mean.
+Sources: the modelling code of transformers 5 and the `config.json` files of published models. Unknown keys are refused
+(see `config.py`), because they may change the meaning of the weights.
 """
 
 import importlib

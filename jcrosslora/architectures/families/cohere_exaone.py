@@ -1,9 +1,9 @@
-"""Cohere and EXAONE 4, whose layers of full attention have no positions where others have windows.
+"""Cohere and EXAONE 4: if some layers have windows, the layers of full attention have no positions.
 
-Cohere 1 and 2 (Command R, Aya, Command R7B, Command A) have parallel blocks with one norm. The norms of queries and
-keys that Command R+ has are not known. With experts (Command A+, North), layers of full attention with a dense MLP may
-have positions, norms may be root mean squares, and shared experts may be averaged with the others. EXAONE 4 has norms
-after attention and MLP alone; `exaone_moe` has its norms in front, and experts after the first layers.
+Cohere 1 and 2 (Command R, Aya, Command R7B, Command A) have parallel blocks with one norm. The query and key norms of
+Command R+ are not supported. With experts (Command A+, North), layers of full attention with a dense MLP may have
+positions, norms may be RMS norms, and shared experts may be averaged with the others. EXAONE 4 has norms only after
+attention and MLP; `exaone_moe` has them before, and experts after the first layers.
 """
 
 from collections.abc import Mapping, Sequence

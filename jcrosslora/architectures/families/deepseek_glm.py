@@ -1,9 +1,9 @@
-"""DeepSeek V2, V3 and R1, Mistral 4, and GLM, whose 4.5 to 4.7 (`glm4_moe`) have the same experts.
+"""DeepSeek V2, V3 and R1, Mistral 4, and GLM; GLM 4.5 to 4.7 (`glm4_moe`) have DeepSeek's experts.
 
-DeepSeek has latent attention: queries, and keys and values, are made of small latents of the stream, and a part of each
-head, the same for keys of all heads, has positions. V2 chooses experts by a softmax, as does Mistral 4, whose queries
-grow with the position. GLM-4, and GLM-4-0414 (`glm4`),
-rotate half of each head by neighbouring features, and fuse gate and up; `glm4_moe` rotates features half a head apart.
+DeepSeek has latent attention: queries, and keys and values, are computed from low-rank latents, and only a part of each
+head has positions; for keys that part is the same in all heads. V2 and Mistral 4 choose experts by a softmax; Mistral
+4 scales queries up with the position. GLM-4 and GLM-4-0414 (`glm4`) rotate neighbouring features in half of each head,
+and fuse gate and up; `glm4_moe` rotates features half a head apart.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Hunyuan V1 and ERNIE 4.5, dense and with experts.
 
-Hunyuan is Llama whose queries and keys are normalised after the rotation. With experts (A13B), all tokens of all
-layers also go through an MLP as wide as one of them. ERNIE 4.5 is Llama that rotates neighbouring features.
+Hunyuan is Llama with queries and keys normalised after the rotation. With experts (A13B), every layer also has a shared
+MLP as wide as one expert. ERNIE 4.5 is Llama with neighbouring features rotated.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
-"""Gemma 1 to 4 (text): a scaled embedding, from Gemma 2 on norms after attention and MLP, up to 3 gains of 1 + weight.
+"""Gemma 1 to 4 (text): scaled embedding; norms after attention and MLP from Gemma 2 on; gains 1 + weight up to Gemma 3.
 
-Gemma 4 has larger heads in layers of full attention, and the keys and values of layers before in the last layers. The
-smaller models multiply the stream with an input of each layer; others take the keys of full attention for its values,
-or have experts in addition to the MLP. The text model of the unified ones has neither inputs of layers nor experts.
+Gemma 4 has larger heads in layers of full attention, and its last layers reuse the keys and values of earlier ones. The
+smaller models multiply the stream by a per-layer input; others use the keys of full attention as its values, or have
+experts in addition to the MLP. The text model of the unified ones has neither per-layer inputs nor experts.
 
-GGUF files of Gemma 4 state the sizes of heads of full attention by the usual keys, and those of layers with windows by
-keys for these. That keys are the values of full attention is seen by the tensors alone.
+GGUF files of Gemma 4 store the head sizes of full attention under the usual keys, and those of layers with windows
+under separate keys. Only the tensors show whether keys are used as values.
 """
 
 from collections.abc import Mapping

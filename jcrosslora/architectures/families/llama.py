@@ -1,14 +1,15 @@
-"""Llama and Mistral, and relatives of them that differ in little.
+"""Llama, Mistral and close relatives.
 
-Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU instead of a gate, the latter also layer norms of gain
-1 + weight and half of each head rotated. Seed-OSS has more biases. Each fourth layer of SmolLM3 has no positions.
-StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the activation
-xIELU (arXiv 2411.13010), which has trained parameters in each layer. Granite, dense and with experts, has a factor on
-the embedding, on what blocks add, on the scores and on the logits. Mistral and Ministral 3 have sliding windows in all
-layers, Ministral's queries grow with the position, and Mixtral has experts.
+Arcee (AFM), Nemotron 3 and 4 and Minitron have a squared ReLU instead of a gate; the latter two also have layer norms
+with gain 1 + weight, and rotate half of each head. Seed-OSS has more biases. Every fourth layer of SmolLM3 has no
+positions. StarCoder2 has layer norms, biases, and an MLP without a gate. The MLP of Apertus has no gate either, and the
+activation xIELU (arXiv 2411.13010) with trained parameters in each layer. Granite, dense or with experts, multiplies
+the embedding, the outputs of blocks, the attention scores and the logits by constants. Mistral and Ministral 3 have
+sliding windows in all layers, Ministral 3 scales queries up with the position, and Mixtral has experts.
 
-Llama 4 (text) has attention in chunks, layers without positions, whose queries grow with the position, and experts that
-read their input times their score, with one that all tokens share. Layers between may have an MLP of another width.
+Llama 4 (text) has attention in chunks; layers without positions, which scale queries up with the position; and experts
+whose input is multiplied by their score, with one shared expert. The layers without experts may have an MLP of another
+width.
 """
 
 from collections.abc import Mapping

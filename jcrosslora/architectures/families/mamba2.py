@@ -1,4 +1,4 @@
-"""Families with layers of Mamba 2: Granite 4, Bamba, and Falcon-H1, which also has attention in each."""
+"""Families with layers of Mamba 2: Granite 4, Bamba, and Falcon-H1, which has attention in every layer too."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """OLMo 2 and 3, OLMoE and OLMo Hybrid; and LFM2.
 
-OLMo 2 and 3 have norms after attention and MLP alone, and of all heads of queries and keys together. OLMo Hybrid has
-the gated delta rule in three of four layers, and attention as in OLMo 3 in the others. Layers of the delta rule have
-norms before mixer and MLP, those of attention after both. Some published models have no positions.
+OLMo 2 and 3 have norms only after attention and MLP, and normalise queries and keys over all heads together. OLMo
+Hybrid has the gated delta rule in three of four layers, and OLMo 3's attention in the others. Layers with the delta
+rule have norms before mixer and MLP, layers with attention after them. Some published models have no positions.
 
 LFM2 has short convolutions in most layers, attention in the others; one of its forms has experts in most layers.
 """

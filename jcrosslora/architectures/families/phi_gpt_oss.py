@@ -1,7 +1,7 @@
 """Phi and gpt-oss.
 
-Phi 1 to 2 have parallel blocks; Phi 3 to 4 have the class of Phi 3; Phi 3.5 has experts. gpt-oss has experts with
-biases and a clamped activation, and heads that may attend to nothing (attention sinks).
+Phi 1 to 2 have parallel blocks; Phi 3 to 4 share the class of Phi 3; Phi 3.5 MoE has experts. gpt-oss has experts with
+biases and a clamped activation, and attention sinks, so that a head may attend to nothing.
 """
 
 from jcrosslora.architectures.architecture import attention, usual_layers

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen3, dense and with experts; and Qwen3.5 and Qwen3-Next.
 
-The latter have the gated delta rule in three of four layers, and gated attention in the others. Qwen3.5 is dense or has
-experts in all layers; Qwen3-Next has experts, and other modules before the rule.
+The latter two have the gated delta rule in three of four layers, and gated attention in the others. Qwen3.5 is dense or
+has experts in all layers; Qwen3-Next has experts, and different projections before the delta rule.
 """
 
 from collections.abc import Mapping

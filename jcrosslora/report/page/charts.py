@@ -1,4 +1,4 @@
-"""The pictures of a report, each with a question and a caption, and all on one sheet."""
+"""The charts of a report, each with a question and a caption; and all of them on one sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The look of pictures: the colours of the page, no settings of the user, and the same bytes each time."""
+"""The style of the pictures: the page's colours, no user settings of matplotlib, and reproducible bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many transfers by one plan: every pair aligned once, its adapters shifted together, resumed after any stop."""
+"""Run many transfers from one plan: align every pair once, shift its adapters together, resume after any stop."""
 
 from jcrosslora.session.batch.outcomes import Outcome as Outcome
 from jcrosslora.session.batch.outcomes import Summary as Summary

@@ -1,4 +1,4 @@
-"""What a way of composing adapters is, and the adapters' stacked updates that it is applied to by the decoder."""
+"""The interface of a composition of adapters, and the stacked updates that the decoder applies it to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a score and a fit of composed adapters compute: log-likelihoods of answers, and divergences with gradients."""
+"""The compiled functions behind scores and fits of composed adapters: log-likelihoods, divergences and gradients."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""The ways of composing by name: by prompt alone, or by token with AutoLoRA's gate or RAMoLE's router.
+"""The ways to compose adapters, by name: per prompt, or per token with AutoLoRA's gate or RAMoLE's router.
 
 Selection and mixture are those of LoraRetriever (arXiv 2402.09997), the stack is that of SD-LoRA (ICLR 2025, openreview
 5U1rlpX68A), the gate that of AutoLoRA (arXiv 2508.02107), the router that of RAMoLE (arXiv 2406.16989).
