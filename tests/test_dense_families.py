@@ -28,6 +28,7 @@ from jcrosslora.decoder import (
     logits,
     stack_adapter,
 )
+from jcrosslora.decoder.layout import Layout
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -79,7 +80,7 @@ def run(ours, tokens, adapter):
 
 @jax.jit
 def run_piece(ours, cache, tokens, positions, adapter):
-    hidden, cache = extend_cache(ours.with_adapter(adapter), cache, tokens, (positions, positions))
+    hidden, cache = extend_cache(ours.with_adapter(adapter), cache, tokens, Layout(positions))
     return logits(ours, hidden), cache
 
 

@@ -14,6 +14,7 @@ from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors
 
 import jcrosslora as jcl
 from jcrosslora.decoder import extend_cache, forward, init_cache, load_model, logits
+from jcrosslora.decoder.layout import Layout
 
 pytestmark = pytest.mark.slow
 # A process of its own, which nothing that llama.cpp does can end the tests with.
@@ -115,7 +116,7 @@ def test_llama_cpp_has_our_chunks_and_growth_of_queries_of_llama4(tmp_path):
     cache, hidden = init_cache(own.settings, 1, LONG), []
     for start in range(0, LONG, PIECE):
         places = jnp.arange(start, start + PIECE, dtype=jnp.int32)[None]
-        part, cache = run(own, cache, tokens[None, start : start + PIECE], (places, places))
+        part, cache = run(own, cache, tokens[None, start : start + PIECE], Layout(places))
         hidden.append(part[0])
     last = jnp.concatenate(hidden)[np.array(lengths) - 1]
     ours = np.asarray(jax.nn.log_softmax(logits(own, last)))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jcrosslora.architectures.run import (
 )
 from jcrosslora.architectures.settings import DecoderSettings, last_keys
 from jcrosslora.decoder.layer_stack import scan_layers
-from jcrosslora.decoder.layout import Layout, positions_of
+from jcrosslora.decoder.layout import Layout
 from jcrosslora.decoder.model import Model
 from jcrosslora.errors import UsageError
 
@@ -79,14 +80,15 @@ def forward(
         msg = f"capture {sorted(capture - CAPTURES)[0]!r} is unknown; use one of {', '.join(sorted(CAPTURES))}"
         raise UsageError(msg)
     tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
-    positions, keys = positions_of(tokens, mask) if layout is None else layout.queries_and_keys
-    lengths, seen = (None, None) if layout is None else (layout.lengths, layout.seen(0))
+    if layout is None:
+        layout = Layout.of(jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool))
+    chex.assert_equal_shape([tokens, layout.positions])
     x, inputs = embed(model, tokens)
 
     def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
-    context = context_of(model.settings, positions, keys, lengths, inputs=inputs, seen=seen)
+    context = context_of(model.settings, layout, inputs)
     hidden, _, (captured, reduced) = _run_layers(model, context, x, None, keep, remat=remat)
     if "residual" in capture:
         captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
@@ -107,21 +109,17 @@ def finish_logits(settings: DecoderSettings, products: jax.Array, bias: jax.Arra
 
 
 def context_of(
-    settings: DecoderSettings,
-    queries: jax.Array,
-    keys: jax.Array,
-    lengths: jax.Array | None = None,
-    valid: jax.Array | None = None,
-    inputs: jax.Array | None = None,
-    seen: jax.Array | None = None,
+    settings: DecoderSettings, layout: Layout, inputs: jax.Array | None = None, keys: jax.Array | None = None
 ) -> Context:
-    """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`.
+    """Make what all layers share of tokens (B, T); `inputs` are those of `layer_inputs`.
 
-    `valid`, bool (B, T), is False at padding; None if the keys are of the same tokens as the queries. `inputs` are
-    those of `layer_inputs`, `seen` is as in `Context`.
+    `keys` are the positions of keys, int32 (B, S); None if they are of the same tokens as the queries. If a row has
+    several texts, its tokens are the last T of the keys.
     """
-    valid, ropes = keys >= 0 if valid is None else valid, settings.ropes
-    return Context(queries, keys, valid, rotations(ropes, queries, lengths), growths(ropes, queries), inputs, seen)
+    own, ropes = layout.positions, settings.ropes
+    queries, keys = jnp.maximum(own, 0), own if keys is None else keys
+    turned, grown = rotations(ropes, queries, layout.lengths), growths(ropes, queries)
+    return Context(queries, keys, own >= 0, turned, grown, inputs, layout.seen(keys.shape[1] - own.shape[1]))
 
 
 def embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -167,25 +165,15 @@ def _final_norm(model: Model, x: jax.Array) -> jax.Array:
     return rms_norm(x, params.final_norm, settings.eps)
 
 
-def extend_cache(
-    model: Model,
-    cache: KVCache,
-    tokens: jax.Array,
-    positions: tuple[jax.Array, jax.Array],
-    lengths: jax.Array | None = None,
-    seen: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """Run tokens (B, T) after those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.
-
-    `seen` is as in `Context`.
+def extend_cache(model: Model, cache: KVCache, tokens: jax.Array, layout: Layout) -> tuple[jax.Array, KVCache]:
+    """Run tokens (B, T) after those in the cache, which they fill up if a row has several texts.
 
     Returns:
         (B, T, H) hidden states after the final norm, and the cache with the tokens appended.
     """
-    queries, keys = positions
-    cache = append_positions(cache, keys)
+    cache = append_positions(cache, layout.positions)
     x, inputs = embed(model, tokens)
-    context = context_of(model.settings, queries, cache.positions, lengths, keys >= 0, inputs, seen)
+    context = context_of(model.settings, layout, inputs, cache.positions)
     hidden, grown, _ = _run_layers(model, context, x, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
@@ -211,10 +199,10 @@ def extend_behind(
     before = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     layout = layout.behind(before[owners])
     # The rotations of some bases depend on the length of a text: a beginning goes by its longest text.
+    assert layout.lengths is not None
     longest = before.at[owners].max(jnp.max(layout.lengths, axis=-1))
-    _, cache = extend_cache(model, cache, first, positions_of(first, mask), longest[:, None])
-    cache = of_sequences(cache, owners)
-    return extend_cache(model, cache, tokens, layout.queries_and_keys, layout.lengths, layout.seen(first.shape[1]))
+    _, cache = extend_cache(model, cache, first, Layout.of(mask)._replace(lengths=longest[:, None]))
+    return extend_cache(model, of_sequences(cache, owners), tokens, layout)
 
 
 def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chunk: int = 128) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple, Self
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,28 +16,26 @@ class Layout(NamedTuple):
 
     Attributes:
         positions: int32 (B, T), how many tokens of its text are before each; -1 at padding.
-        lengths: int32 (B, T), or (B, 1) if a row is one text: tokens of the longest text that a token belongs to.
+        lengths: int32 (B, T), or (B, 1) if a row is one text: tokens of the longest text that a token belongs to; None
+            if the positions of a row reach the end of its text.
         ends: int32 (B, T), the slot of the row from which on no token sees this one; None if a row is one text.
     """
 
     positions: jax.Array
-    lengths: jax.Array
+    lengths: jax.Array | None = None
     ends: jax.Array | None = None
 
     @classmethod
     def of(cls, mask: jax.Array) -> Self:
         """Return the layout of rows of one text, by a mask (B, T) that is False at padding on either side."""
-        return cls(positions_of(mask, mask)[1], jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32))
+        counted = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+        return cls(jnp.where(mask, counted - 1, EMPTY), counted[:, -1:])
 
     def behind(self, before: jax.Array) -> Self:
         """Return the layout of rows that go on after `before`, int32 (B,), tokens."""
         positions = jnp.where(self.positions < 0, EMPTY, self.positions + before[:, None])
-        return self._replace(positions=positions, lengths=self.lengths + before[:, None])
-
-    @property
-    def queries_and_keys(self) -> tuple[jax.Array, jax.Array]:
-        """The positions as from `positions_of`."""
-        return jnp.maximum(self.positions, 0), self.positions
+        lengths = None if self.lengths is None else self.lengths + before[:, None]
+        return self._replace(positions=positions, lengths=lengths)
 
     def seen(self, before: int) -> jax.Array | None:
         """Return which of S keys each token may see, bool (B, T, S), of which all rows have `before` in front."""
@@ -47,11 +44,3 @@ class Layout(NamedTuple):
         slots = jnp.arange(self.ends.shape[1])
         own = (slots[:, None] >= slots) & (slots[:, None] < self.ends[:, None])
         return jnp.pad(own, ((0, 0), (0, 0), (before, 0)), constant_values=True)
-
-
-def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return int32 (B, T) positions of queries (at padding those of a neighbour) and of keys (-1 at padding)."""
-    valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    chex.assert_equal_shape([tokens, valid])
-    counted = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
-    return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)

@@ -12,7 +12,7 @@ from jax import lax
 from jcrosslora.architectures.run import KVCache
 from jcrosslora.architectures.settings import init_cache
 from jcrosslora.decoder.forward import extend_behind, extend_cache, logits
-from jcrosslora.decoder.layout import Layout, positions_of
+from jcrosslora.decoder.layout import Layout
 from jcrosslora.decoder.model import Model
 
 _BLOCK = 512  # tokens; near the square root of a vocabulary of 262,144, which minimises the work of a draw
@@ -76,7 +76,7 @@ def prefill(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | 
     sizes = (batch, length + room) if behind is None else (len(behind.tokens), behind.tokens.shape[1] + length + room)
     cache = init_cache(model.settings, *sizes, model.params.cache_dtype)
     if behind is None:
-        hidden, cache = extend_cache(model, cache, prompts, positions_of(prompts, mask))
+        hidden, cache = extend_cache(model, cache, prompts, Layout.of(mask))
     else:
         beginnings = behind.tokens, behind.mask
         hidden, cache = extend_behind(model, cache, beginnings, behind.owners, (prompts, Layout.of(mask)))
@@ -180,8 +180,7 @@ def step(model: Model, cache: KVCache, tokens: jax.Array, positions: jax.Array) 
     Returns:
         float32 (B, V) logits of the token after these, and the cache with these in it.
     """
-    place = positions[:, None]
-    hidden, cache = extend_cache(model, cache, tokens[:, None], (place, place))
+    hidden, cache = extend_cache(model, cache, tokens[:, None], Layout(positions[:, None]))
     return logits(model, hidden[:, 0]), cache
 
 

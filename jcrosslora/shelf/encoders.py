@@ -16,7 +16,7 @@ from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer, pad_righ
 from jcrosslora.decoder import DecoderSettings, Model, fast_dtype, load_model
 from jcrosslora.decoder.forward import context_of, embed
 from jcrosslora.decoder.layer_stack import layer_at
-from jcrosslora.decoder.layout import positions_of
+from jcrosslora.decoder.layout import Layout
 from jcrosslora.errors import UsageError, not_finite, suggestion
 from jcrosslora.text import Prompt, prompt_text
 
@@ -107,7 +107,7 @@ def _embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None
 def _run_layer(
     settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, before: State, inputs: jax.Array | None
 ) -> State:
-    context = context_of(settings, *positions_of(mask, mask), inputs=inputs)
+    context = context_of(settings, Layout.of(mask), inputs)
     return layer_forward(settings, layer, context, *before)[:2]
 
 
