@@ -151,9 +151,9 @@ class Exported:
         adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
-        warnings: what tells that an adapter is of another base than the one given, one sentence each.
-        split: what went into a base of its own, and what into the adapter.
-        merged: that base as written; None if nothing had to go into it.
+        warnings: signs that an adapter belongs to another base than the given one, one sentence each.
+        split: what was merged into a copy of the base, and what stayed in the adapter.
+        merged: that copy as written; None if nothing had to be merged.
     """
 
     adapter: Adapter

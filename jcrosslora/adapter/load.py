@@ -51,11 +51,11 @@ def load_adapter(
             and heads. If it is given, changes of the embedding and the output head are read too, into `tokens`, and the
             size of other changes is known.
         revision: branch, tag or commit of the hub repository.
-        rank: the largest rank to read an update at, truncated optimally; None is exact, and for DoRA, whose update is
-            of full rank, twice the rank of its B A. `info.read_as` says what that loses.
+        rank: the rank to truncate updates to; None reads them exactly, but a DoRA, whose update has full rank, at twice
+            the rank of its B A. `info.read_as` says what is lost.
         config: the `adapter_config.json` of a state dict.
-        alpha: of qwix's LoraProvider, whose arrays do not hold it; None takes it from a `lora_config.json` in the
-            folder of the checkpoint, or the metadata of MaxText.
+        alpha: the alpha of qwix's LoraProvider, which the arrays do not contain; None takes it from a
+            `lora_config.json` in the checkpoint's folder, or from MaxText's metadata.
         replaced: whether to also read biases, norms and whole layers that replace those of `base`; they fit no other
             base. Otherwise `info.ignored` lists them. The adapter may then have no update of a linear layer.
 

@@ -79,9 +79,9 @@ class Merged:
 
     Attributes:
         modules: number of modules that were changed.
-        notes: what tells that the adapter is of another base, and parts of the base or the adapter that are missing in
+        notes: signs that the adapter belongs to another base, and parts of the base or the adapter that are missing in
             the folder, one sentence each.
-        lost: whether parts of the adapter are.
+        lost: whether parts of the adapter are missing.
     """
 
     folder: Path

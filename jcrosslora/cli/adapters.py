@@ -30,9 +30,10 @@ class Train(Long, TrainingSettings):
     out: Path
     """The folder to write."""
     start: str | None = None
-    """Train a plain LoRA of this base on: a folder, a GGUF file or a hub id. Rank, alpha and modules are its own."""
+    """Continue training this plain LoRA of the base, with its rank, alpha and modules: a folder, a GGUF file or a hub
+    id."""
     template: Path | None = None
-    """File with a chat template, by which conversations are read instead of the base's own."""
+    """File with a chat template for conversations, instead of the base's."""
     limit: int | None = None
     """Use the first N examples."""
     checkpoints: Path | None = None
@@ -160,7 +161,7 @@ class Export(ExportSettings):
 
 @dataclass(frozen=True)
 class Merge(MergeSettings):
-    """Merge an adapter into its base: a whole checkpoint, for engines that take no adapters."""
+    """Merge an adapter into its base and write a whole checkpoint, for engines that take no adapters."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("dtype", "base_revision", "adapter_revision")}
 

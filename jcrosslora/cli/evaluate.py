@@ -36,8 +36,8 @@ _ADVICE = "free space, or choose another file"  # where a file cannot be written
 class Evaluate(OnDevice):
     """Score a base, alone and with adapters, on a file of examples or on tasks of lm_eval; or judge a draft model.
 
-    Of a file, questions with choices are scored by likelihood. Examples with "messages", or with "prompt" and "answer",
-    are answered in writing, and the answers compared with the right ones.
+    Questions with choices are scored by likelihood. For examples with "messages", or with "prompt" and "answer", the
+    model writes answers, which are compared with the right ones.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -50,17 +50,17 @@ class Evaluate(OnDevice):
     data: Path | None = None
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     tasks: str | None = None
-    """In place of --data: tasks of lm_eval by name, such as arc_easy,hellaswag; needs jcrosslora[eval]."""
+    """Instead of --data: tasks of lm_eval by name, such as arc_easy,hellaswag; needs jcrosslora[eval]."""
     num_fewshot: int | None = None
-    """Worked examples in front of each; if not given, as the task says."""
+    """Number of solved examples before each question; by default that of the task."""
     include_path: Path | None = None
-    """Folder with YAML files of tasks of your own."""
+    """Folder with YAML files of your tasks."""
     base: str | None = None
     """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Adapters of this base to compare; with --shelf also names on it."""
     alpha: float | None = None
-    """Of the training, for an adapter of a JAX trainer whose checkpoint does not state it."""
+    """The training's alpha, for an adapter of a JAX trainer whose checkpoint does not state it."""
     trained: str | None = None
     """An adapter trained on this base: shows the share of its gain that each other adapter has."""
     shelf: Path | None = None
@@ -71,22 +71,22 @@ class Evaluate(OnDevice):
     top: int = 1
     """Use at most N adapters of the shelf for an example."""
     template: Path | None = None
-    """File with a chat template, by which conversations are read instead of the base's own."""
+    """File with a chat template for conversations, instead of the base's."""
     limit: int | None = None
     """Use the first N examples, of each task."""
     max_new_tokens: int | None = None
-    """Length at which answers are cut off; by default that of the longest right one plus 16, at most 512."""
+    """Maximum length of answers in tokens; by default that of the longest right one plus 16, at most 512."""
     show: int = 0
     """Print N examples from all over the file, with all answers to them."""
     html: Path | None = None
     """Write a page with the figures and all answers side by side to this file, replacing an old one."""
     draft: str | None = None
-    """A small model with the base's vocabulary that drafts for it in speculative decoding: shows how many of its tokens
-    the base, with the --adapter if one is given, accepts when it answers the prompts of --data."""
+    """A small model with the base's vocabulary that drafts for it in speculative decoding. Shows how many of its tokens
+    the base (with the --adapter, if given) accepts when it answers the prompts of --data."""
     draft_adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Adapters of the draft to compare, such as the base's own moved to it."""
+    """Adapters of the draft to compare, such as the base's adapter moved to the draft."""
     drafted: int = 4
-    """Tokens that are drafted for each pass of the base."""
+    """Number of tokens to draft for each pass of the base."""
     json: bool = False
     """Print the figures as JSON."""
 
@@ -244,7 +244,7 @@ class Evaluate(OnDevice):
 
 
 def _notes(adapters: "Sequence[Adapter]") -> list[str]:
-    """Say what of the adapters is not part of the figures."""
+    """List the parts of the adapters that the figures do not include."""
     from jcrosslora.adapter.records import left_out
     from jcrosslora.checkpoint.hub import public_names
     from jcrosslora.decoder.model import RUN

@@ -51,7 +51,7 @@ class Generate(OnDevice):
     template: Path | None = None
     """File with a chat template, instead of the base's own."""
     max_new_tokens: int = 128
-    """Length at which answers are cut off, in tokens."""
+    """Maximum length of answers in tokens."""
     temperature: float = 0.0
     """Sampling temperature; 0 decodes greedily."""
     seed: int = 0

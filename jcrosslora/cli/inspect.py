@@ -31,7 +31,7 @@ class Inspect:
     base: str | None = None
     """The base of an adapter. Some kinds (DoRA, PiSSA, ...) can only be read with it."""
     alpha: float | None = None
-    """Alpha of the training of an Orbax checkpoint, where no lora_config.json in its folder states it."""
+    """The training's alpha, for an Orbax checkpoint without a lora_config.json that states it."""
     json: bool = False
     """Print the description as JSON."""
 

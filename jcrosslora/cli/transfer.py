@@ -49,9 +49,9 @@ class _Transfer(Long):
     METHOD_FLAGS: ClassVar[tuple[str, ...]] = ()
 
     recipe: Path | None = None
-    """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
+    """A TOML file with any of these settings, by the same names (with _ for -); flags override it."""
     allow_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Import this Python module, whose methods the recipe may name; may be given several times. No others are."""
+    """Allow the recipe to import this Python module with methods; may be given several times."""
     dry_run: bool = False
     """Only check the input, and show the method with an estimate of time and memory; nothing is written."""
     json: bool = False
@@ -63,11 +63,11 @@ class _Transfer(Long):
     push_to: str | None = None
     """OWNER/NAME: upload the folder to a private repository of the hub as well, as `jcrosslora push` does."""
     log: LogName | None = None
-    """Show figures of the fit as it goes in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
+    """Log the fit to Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, for several processes that make one transfer together; auto where the cluster tells."""
+    """HOST:PORT of process 0, for a transfer by several processes; auto asks the cluster."""
     processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process: int | None = None
     """The number of this process, from 0; process 0 writes."""
 
@@ -133,7 +133,7 @@ class _Transfer(Long):
         return exit_code(self.fail_on, [report.verdict.level])
 
     def _push(self, repo_id: str) -> Pushed:
-        """Upload what was written; an error tells the command that goes on."""
+        """Upload the written folder; an error names the command that continues."""
         out = self.settings().out
         try:
             return push_to_hub(out, repo_id)

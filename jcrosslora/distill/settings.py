@@ -35,29 +35,29 @@ class DistillSettings:
     """How `distill` fits an update."""
 
     completions: int = 300
-    """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes.
-    If 200 prompts or more are given, 300 or fewer completions are no more than these prompts."""
+    """Number of prompts with answers, held-out ones included; at least 16. Those beyond 300 are written during the fit.
+    If 200 prompts or more are given and this is at most 300, no further prompts are written."""
     budget: str | None = None
-    """Time for the whole fit, such as 20min: completions are written anew until it is used up. The first 300 are used
-    even if they take longer."""
+    """Time for the whole fit, such as 20min: the source writes new completions until it is used up. The fit to the
+    first 300 is finished even if it takes longer."""
     roles: tuple[str, ...] | None = None
     """The modules that are fitted, such as q_proj v_proj; all if not given."""
     passes: int | None = None
-    """How often each completion is used; if not given, 8 times where prompts are given, else 4."""
+    """How often each completion is used; by default 8 times with given prompts, else 4."""
     fit_rank: int = 16
     """Rank of the update in each module, at most the module's short side."""
     rate: float | None = None
-    """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine. If not given, it is
-    1.5e-3 where prompts are given, else 5e-4: a fit to text that the source wrote goes astray at higher rates."""
+    """Peak learning rate; it rises over the first 1/20 of the fit, then decays to 0 as a cosine. By default 1.5e-3 with
+    given prompts, else 5e-4: on prompts that the source wrote, higher rates learn their oddities."""
     polish: float = 0.25
-    """Share of a longer fit, its end, in which the target answers, with its own update."""
+    """Last share of a longer fit in which the target itself answers the prompts, with its update."""
     teacher_weight: float = 0.5
-    """Share of the adapted source's own predictions in the teacher where it is unsure, 0 to 1; the rest is the
+    """Share of the adapted source's predictions in the teacher if the source is unsure, 0 to 1; the rest is the
     target's."""
     sure_weight: float | None = None
-    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy). If not
-    given, it is 1 where prompts are given; else it goes from `teacher_weight` to 1 with what the search's answers
-    explain, as the source may be as sure of wrong answers where its task is not found."""
+    """The same if the adapted source is sure; in between, exp(-entropy) interpolates. By default 1 with given prompts.
+    Without them it is between `teacher_weight` and 1, depending on how well the task search found the adapter's task:
+    if it did not, the source may be sure of wrong answers."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0

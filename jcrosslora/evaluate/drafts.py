@@ -36,7 +36,7 @@ class DraftFigures:
     """The figures of one draft, with 95% intervals over prompts.
 
     Attributes:
-        acceptance_rate: share of the target's tokens that the draft foresees.
+        acceptance_rate: share of the target's tokens that the draft predicts.
         acceptance_length: tokens for each pass of the target, the one that it adds itself included.
         minus_alone: its acceptance length minus that of the draft without an adapter.
         estimated_speed_up: over the target alone, if a pass takes as long as a model has parameters.
@@ -51,7 +51,7 @@ class DraftFigures:
 
 @dataclass(frozen=True, eq=False)
 class Acceptance:
-    """How well A drafts, the draft model alone and with each adapter, foresee n greedy answers of a target.
+    """How well A drafts, the draft model alone and with each adapter, predict n greedy answers of a target.
 
     Attributes:
         names: (A,) names of the drafts, without their folders.
@@ -95,7 +95,7 @@ def judge_draft(
     max_new_tokens: int = 128,
     dtype: DTypeLike = jnp.float32,
 ) -> Acceptance:
-    """Let a target write greedy answers, and count the tokens that a draft, alone and with adapters, foresees.
+    """Let a target write greedy answers, and count the tokens that a draft predicts, alone and with adapters.
 
         found = jcl.judge_draft("qwen-1.5b", "qwen-0.5b", "prompts.jsonl", "trained", ["moved"])
         found.figures()[1].minus_alone

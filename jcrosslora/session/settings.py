@@ -32,10 +32,10 @@ class TransferOptions(Settings):
     depth: str = "proportional"
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
-    """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); by default the method
-    decides."""
+    """Norm of each moved update: unchanged after the maps (none), or rescaled to the norm on the source (frobenius); by
+    default the method decides."""
     scale: float = 1.0
-    """Multiply every mapped update by this; refused if an update is fitted."""
+    """Factor on every mapped update; refused if the method fits an update."""
     out_rank: RankRule | None = None
     """Truncate every moved update to this rank, or to the lowest that keeps this share of its energy, such as 0.99.
     auto: all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
@@ -59,7 +59,7 @@ class TransferOptions(Settings):
                 raise UsageError(msg)
 
     def checks_effect(self, *, runs_bases: bool) -> bool:
-        """Tell whether the effect is checked, for a method that runs the bases or does not."""
+        """Return whether the effect is checked, given whether the method runs the bases."""
         return self.effect == "always" or (self.effect == "auto" and runs_bases)
 
 
@@ -94,24 +94,24 @@ class TransferSettings(TransferOptions):
     method: MethodLike = AUTO
     """How to move it: a method by name or as an object, or auto, which chooses by the weights of both bases."""
     adapter_rank: int | None = None
-    """Cut the adapter's updates to this rank as they are read; by default they are exact, and a DoRA has twice its
-    rank."""
+    """Truncate the adapter's updates to this rank when reading them. By default they are exact, except that a DoRA is
+    read at twice its rank."""
     alpha: float | None = None
-    """Of the training, for LoRA of a JAX trainer whose checkpoint does not state it (see `lora_config.json`)."""
+    """The training's alpha, for LoRA of a JAX trainer whose checkpoint does not state it (see `lora_config.json`)."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
-    """portable: PEFT with one rank, which every engine reads. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp. tunix: an Orbax checkpoint with LoRA of qwix. Only peft holds changes of the embedding
-    and the output head."""
+    """Format of the result. portable: PEFT with one rank, which every engine reads. peft: PEFT with a rank for each
+    module; only this profile holds changes of the embedding and the output head. mlx: an MLX folder. gguf: a file for
+    llama.cpp. tunix: an Orbax checkpoint with LoRA for qwix."""
     prompts: str | None = None
     """Prompts of the adapter's task; a few hundred help most. A file without answers, one a line, or JSONL with "text",
     "prompt" or the "messages" of a conversation.
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None
-    """Prompts with right answers, which are taught too. A file of JSONL with {"prompt", "answer"} or {"messages"}; 10
-    to 1,000, where an update is fitted to answers."""
+    """Prompts with right answers, which a fit learns too: a JSONL file with {"prompt", "answer"} or {"messages"}, 10 to
+    1,000 lines. Only for methods that fit an update to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -120,8 +120,8 @@ class TransferSettings(TransferOptions):
     """What runs the source: this package (jax), or transformers and PEFT (torch), which support more classes; needs
     jcrosslora[torch], and a method that fits an update."""
     source_url: str | None = None
-    """A server that runs the source, such as http://host:8000/v1, instead of ADAPTER and --source: any with the OpenAI
-    API and log-probabilities. Its key is JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY in the environment."""
+    """A server that runs the source, such as http://host:8000/v1, instead of ADAPTER and --source. It needs the OpenAI
+    API with log-probabilities. Its key comes from the environment: JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY."""
     source_model: str | None = None
     """The server's name of the source with its adapter."""
     source_base_model: str | None = None
@@ -139,8 +139,8 @@ class TransferSettings(TransferOptions):
     target_template: str | None = None
     """File with a chat template for the target, instead of its own."""
     target_id: str | None = None
-    """OWNER/NAME of the target on the hub, to write as the adapter's base model: PEFT and engines find the base by it.
-    A GGUF file seldom states its own."""
+    """OWNER/NAME of the target on the hub, to write as the adapter's base model; PEFT and engines find the base by this
+    name. GGUF files seldom contain it."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
     cache: bool = True

@@ -58,8 +58,8 @@ def transfer(
         examples: prompts with answers that you know to be right, as a file (see `--examples`) or as a list of
             {"prompt", "answer"} and {"messages"}. They are taught as they are; the source answers other prompts. Only
             for methods that fit an update to answers, of which "auto" then takes one.
-        alpha: of the training, for LoRA of a JAX trainer that does not hold it, see `load_adapter`.
-        cache: whether factors and transports are kept in the user's cache folder, and looked for there.
+        alpha: the training's alpha, for LoRA of a JAX trainer whose files do not contain it, see `load_adapter`.
+        cache: whether to use the user's cache folder for factors and transports.
         options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 
     Returns:
