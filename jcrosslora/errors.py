@@ -36,11 +36,11 @@ class AdapterError(JCrossLoRAError):
 
 
 class SourceError(JCrossLoRAError):
-    """A source that is asked over the network cannot be reached, or does not answer as a fit needs it."""
+    """A source on a server cannot be reached, or its answers cannot be used."""
 
 
 class PairingError(JCrossLoRAError):
-    """The modules of two bases cannot be paired as asked."""
+    """The modules of two bases cannot be paired as requested."""
 
 
 class MethodError(JCrossLoRAError):
@@ -56,7 +56,7 @@ class CacheError(JCrossLoRAError):
 
 
 class ShortMemoryError(JCrossLoRAError):
-    """The host or a device has too little memory for what was asked."""
+    """The host or a device has too little memory for the request."""
 
 
 class UsageError(JCrossLoRAError):

@@ -40,7 +40,7 @@ _SAVE_CONVERTED = (
 
 
 class Variant(NamedTuple):
-    """What makes a LoRA more than dW = s B A on an unchanged base; if it is refused why, and what the user can do."""
+    """A variant of LoRA beyond dW = s B A on an unchanged base; if it is refused, why, and what the user can do."""
 
     applies: Callable[[Config], bool]
     refusal: tuple[str, str] | None = None
@@ -222,7 +222,7 @@ def check_targets(config: Config, where: str) -> None:
 
 
 def check_value(config: Config, where: str, key: str, valid: Callable[[Any], bool], wanted: str) -> None:
-    """Refuse a configuration whose value for `key` is missing or not valid; `wanted` says what it has to be."""
+    """Refuse a configuration whose value for `key` is missing or invalid; `wanted` describes a valid one."""
     if not valid(config.get(key)):
         msg = f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file"
         raise AdapterError(msg)

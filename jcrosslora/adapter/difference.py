@@ -24,7 +24,7 @@ _ROUNDING = 2.0**-20  # of sums of squares in float32
 
 @dataclass(frozen=True, eq=False)
 class Leading:
-    """The leading singular triplets of a difference D (O, I), without those that are float32 rounding.
+    """The leading singular triplets of a difference D (O, I) above float32 rounding.
 
     On inputs X (N, I) they are those of D X'.
 

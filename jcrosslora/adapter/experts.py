@@ -98,7 +98,7 @@ def stored_updates(update: ExpertUpdate, experts: StoredExperts) -> dict[str, Ex
 
 
 def _rows(rules: ExpertRules, rows: int, place: int, parts: Sequence[str]) -> slice:
-    """Return which rows of gate and up together are those of a part: they take turns, or those of gate are first."""
+    """Return the rows of one part in a fused gate and up matrix: alternating rows, or gate first."""
     height = rows // len(parts)
     return slice(place, None, len(parts)) if rules.interleaved else slice(height * place, height * (place + 1))
 

@@ -111,7 +111,7 @@ def open_weights(path: Path) -> SafetensorsFile:
 
 
 def form_of(config: Mapping[str, Any]) -> Form:
-    """Tell the format by an `adapter_config.json`: that of MLX has no `peft_type`."""
+    """Return the format by an `adapter_config.json`: only MLX has no `peft_type`."""
     mlx = "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config)
     return "MLX" if mlx else "PEFT"
 

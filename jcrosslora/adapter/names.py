@@ -160,7 +160,7 @@ def _target_name(config: Mapping[str, Any], module: str) -> str:
 
 
 def pattern_name(config: Mapping[str, Any], module: str) -> str:
-    """Return the spelling of a module name that the patterns use: that of the file, else that of text models."""
+    """Return the module name that the patterns match: as the file spells it, else as text models do."""
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     return module if matching_key(patterns, _target_name(config, module)) else text_module_name(module)
 

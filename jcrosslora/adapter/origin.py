@@ -49,7 +49,7 @@ def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ..
 
 
 def other_base(info: AdapterInfo, base: BaseModel, flag: str = "base") -> str | None:
-    """Say in a sentence that an adapter is of another base than the one given with `flag`; None if nothing tells.
+    """Return a sentence if an adapter belongs to another base than the one given with `flag`; None if there is no sign.
 
     The digest that a file of ours records decides, where that of the base is quickly known; else the two names.
     """
@@ -122,7 +122,7 @@ def read_record(files: AdapterFiles, header: Mapping[str, Any]) -> dict[str, Any
 
 
 def earlier_of(record: Mapping[str, Any]) -> tuple[Earlier, ...]:
-    """Return what the adapter of a record was moved from, the original first; nothing if it was not moved."""
+    """Return the adapters that a recorded adapter was moved from, the original first; empty if it was not moved."""
     if not isinstance(record.get("recipe"), dict):
         return ()
     before: tuple[Earlier, ...] = ()

@@ -48,7 +48,7 @@ class Truncation:
 
 
 def check_rule(rule: RankRule) -> None:
-    """Refuse with a UsageError what is no whole number of 1 or more, no share above 0 and up to 1, and not "auto"."""
+    """Raise UsageError unless the rule is a whole number from 1 on, a share above 0 and up to 1, or "auto"."""
     number = not isinstance(rule, bool) and isinstance(rule, int | float)
     if rule != AUTO and not (number and (rule >= 1 if isinstance(rule, int) else 0 < rule <= 1)):
         msg = f"out rank {rule!r} is out of range; it must be at least 1 (a rank), a share of the energy such as 0.99, "

@@ -139,7 +139,7 @@ def _number(value: Any) -> float | None:
 
 
 def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
-    """Return `layer_types` with each name replaced by what it stands for; None if the configuration states none."""
+    """Return `layer_types` with our names for the kinds of layers; None if the configuration has none."""
     stated = config.get("layer_types")
     if stated is None:
         return None

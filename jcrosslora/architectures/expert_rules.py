@@ -147,7 +147,7 @@ class ExpertRules:
         )
 
     def averages(self, config: Mapping[str, Any]) -> bool:
-        """Whether a layer's output is the mean of that of its experts and of the shared ones."""
+        """Whether the outputs of routed and shared experts are averaged instead of added."""
         return self.averaged is not None and config.get(self.averaged[0]) == self.averaged[1]
 
 

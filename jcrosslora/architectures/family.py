@@ -52,7 +52,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Positions:
-    """How the rotary positions differ from those of Llama.
+    """The rotary positions of a family, if they differ from Llama's.
 
     Attributes:
         local_theta: default base in layers with windows, if `rope_theta` and `rope_scaling` do not apply to them; else
@@ -158,7 +158,7 @@ class Gguf:
 
 
 def yarn(factor: float, original: int, theta: float, **others: Any) -> dict[str, Any]:
-    """Return the rope settings of a family whose positions are those of YaRN if the configuration states none."""
+    """Return the rope settings of a family that uses YaRN if the configuration states none."""
     lengths = {"rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
     return {"rope_type": "yarn", **lengths, "beta_fast": 32.0, "beta_slow": 1.0, **others}
 

@@ -155,7 +155,7 @@ class Run:
         return self.layer.tensors
 
     def module(self, role: str, x: jax.Array) -> jax.Array:
-        """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned.
+        """Run a linear module on x (..., I), with bias and adapter, and record its input and output.
 
         The factor on what it returns is applied after that, the one on what it reads in front.
         """
@@ -190,7 +190,7 @@ class Run:
         return arrays[own[0]] if len(own) == 1 else jnp.stack(arrays)[self.layer.rope]
 
     def added(self, place: str, out: jax.Array) -> jax.Array:
-        """Return what a block adds to the residual stream: what it returned, after its norm and times a factor."""
+        """Return what a block adds to the residual stream: its output, after its norm and times a factor."""
         out, scale = self.norm(place, out), self.settings.residual_scale
         return out if scale == 1.0 else out * jnp.asarray(scale, out.dtype)
 

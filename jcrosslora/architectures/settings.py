@@ -39,7 +39,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DecoderSettings(BlockSettings):
-    """The settings of one model's forward pass, with those that its blocks read.
+    """The settings of one model's forward pass, including those of its blocks.
 
     Attributes:
         final_soft_cap: soft cap of the logits, or None.

@@ -36,7 +36,7 @@ class ModelConfig:
 
     @property
     def names(self) -> FileNames:
-        """How the names of tensors in the checkpoint differ from those of the text model."""
+        """The mapping from tensor names in the checkpoint to the text model's."""
         prefixes = self.family.stored.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
         return FileNames(prefixes, self.family.stored.modules)
 

@@ -224,7 +224,7 @@ class Metadata:
 
     @cached_property
     def family(self) -> Family:
-        """The family; of several with one architecture, that with what the file states: windows, experts, scores."""
+        """The family; if several share the architecture, the one that fits the file: windows, experts, scores."""
         known = [(one, one.gguf) for one in FAMILIES.values() if one.gguf is not None]
         same = [one for one, form in known if self.arch in form.architectures and not form.read_as_other]
         expert = bool(self.count("expert_count"))

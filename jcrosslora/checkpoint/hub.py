@@ -162,7 +162,7 @@ def _answers(_: int) -> bool:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return the errors by which the hub's client says that a file cannot be had."""
+    """Return the errors that the hub's client raises if a file is not available."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library, which differs between versions of

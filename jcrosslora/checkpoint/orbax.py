@@ -68,7 +68,7 @@ def restore(checkpoint: Path, entries: Entries) -> dict[str, np.ndarray]:
 
 
 def checkpoint_arrays(checkpoint: Path) -> Arrays:
-    """Return the arrays of a checkpoint, which are read when they are asked for; raises as `read_entries`."""
+    """Return the arrays of a checkpoint, which are read on access; raises as `read_entries`."""
     entries = {path: entry for path, entry in read_entries(checkpoint).items() if hasattr(entry, "shape")}
     others = {path for path in checkpoint.iterdir() if path.name not in (_MARK, "manifest.ocdbt")}  # as config.json
     files = tuple(sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in others))

@@ -47,7 +47,7 @@ class TensorStore:
         raise NotImplementedError
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read only these rows of a matrix, as float32 (n, columns); those of a stack count through its matrices."""
+        """Read only these rows of a matrix, as float32 (n, columns); those of a stack are numbered throughout."""
         array = self.tensor(name)
         return array.reshape(-1, array.shape[-1])[ids].astype(np.float32)
 
@@ -71,7 +71,7 @@ class TensorStore:
 
 @dataclass(frozen=True)
 class FileNames:
-    """How the names of tensors in a checkpoint differ from those of the text model's class.
+    """The mapping from tensor names in a checkpoint to those of the text model's class.
 
     Attributes:
         prefixes: prefix in the checkpoint -> prefix in the text model, e.g. {"language_model.": ""}; the first that

@@ -146,7 +146,7 @@ def _line_merges(most: int) -> list[tuple[str, str]]:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """List the merges that act as sentencepiece: of all neighbours that form a token, those of the best score first."""
+    """List merges equivalent to sentencepiece: all pairs of neighbours that form a token, best score first."""
     ordered = sorted((token for token in scores if len(token) > 1), key=lambda token: -scores[token])
     return [
         (token[:cut], token[cut:])

@@ -37,7 +37,7 @@ class Vocabulary:
 
     @property
     def names(self) -> dict[int, bytes]:
-        """What each id stands for, special and control tokens included."""
+        """The token of each id, special and control tokens included."""
         return {index: name for name, index in {**(self.tokens or {}), **self.special}.items()}
 
 
@@ -187,7 +187,7 @@ FEWEST_TOKENS = 32
 
 
 class HasVocabulary(Protocol):
-    """A base, or a source that is asked."""
+    """A base, or a source that can only be queried."""
 
     @property
     def ref(self) -> str:

@@ -72,6 +72,6 @@ def _check_finite(base: BaseModel, names: Sequence[str], finite: ArrayLike) -> N
 
 @jax.jit
 def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Convert (L, O, I) to float32, and tell for each matrix whether it is finite (L,)."""
+    """Convert (L, O, I) to float32, and return whether each matrix is finite, (L,)."""
     stack = stack.astype(jnp.float32)
     return stack, jnp.isfinite(stack).all(axis=(1, 2))

@@ -141,7 +141,7 @@ class Evaluate(OnDevice):
         print_figures(figures, names, console)
 
     def _opened(self, refs: Sequence[str]) -> "tuple[BaseModel, list[Adapter]]":
-        """Open the base and its adapters, and warn of those that are of another base."""
+        """Open the base and its adapters, and warn of adapters that belong to another base."""
         from jcrosslora.adapter import find_adapter, load_adapter
         from jcrosslora.adapter.origin import other_base
 

@@ -228,7 +228,7 @@ def _annotated(name: str, hint: Any, text: str, choices: Collection[str], defaul
 
 
 def _flag(name: str) -> str:
-    """Return the flag of a field, whose name has a _ behind where a method has it already."""
+    """Return the flag of a field; a field with the name of a method ends in _."""
     return name.removesuffix("_").replace("_", "-")
 
 

@@ -163,7 +163,7 @@ def _numbers(row: str) -> list[float]:
 
 
 def _notes(composed: "Composed", how: str) -> list[str]:
-    """Say what is not run, and if a gate is untrained."""
+    """Print which changes are not run, and whether a gate is untrained."""
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
     notes += composed.other_templates()
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:

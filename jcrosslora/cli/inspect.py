@@ -47,7 +47,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Compare:
-    """Say how two base models are related, by their weights: same, quantised, trained, pruned, ..."""
+    """Describe how two base models are related, by their weights: same, quantised, trained, pruned, ..."""
 
     source: tyro.conf.Positional[str]
     """The base that an adapter comes from: a folder of safetensors, a GGUF file or a hub id."""

@@ -129,7 +129,7 @@ def _numbers(values: Sequence[int]) -> jax.Array:
 
 
 def _places(settings: DecoderSettings, name: str, layers: range) -> range:
-    """Return where layers are among those that have an array of a name; nowhere if they do not have it."""
+    """Return the indices of layers among the layers with an array of this name; empty if they do not have it."""
     held = settings.layers_with(name)
     if layers[0] not in held:
         return range(0)

@@ -38,7 +38,7 @@ class Layout(NamedTuple):
         return self._replace(positions=positions, lengths=lengths)
 
     def seen(self, before: int) -> jax.Array | None:
-        """Return which of S keys each token may see, bool (B, T, S), of which all rows have `before` in front."""
+        """Return which of S keys each token may see, bool (B, T, S); the first `before` keys are a common prefix."""
         if self.ends is None:
             return None
         slots = jnp.arange(self.ends.shape[1])

@@ -133,7 +133,7 @@ def fast_dtype() -> np.dtype:
 
 
 class LoadedBases:
-    """Loads the weights of bases, and keeps those of some dtypes.
+    """Loads the weights of bases, and keeps the weights of some dtypes loaded.
 
     Attributes:
         mesh: of the devices that all weights are divided over; None puts them whole on the default device.

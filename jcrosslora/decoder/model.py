@@ -68,7 +68,7 @@ class Params:
 
     @property
     def stream_dtype(self) -> jnp.dtype:
-        """The dtype of the residual stream: that of the weights, or float32 if they are packed."""
+        """The dtype of the residual stream: the weights', or float32 if they are packed."""
         return jnp.dtype(jnp.float32) if self.packed else self.embedding.dtype
 
     @property

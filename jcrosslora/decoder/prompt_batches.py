@@ -76,7 +76,7 @@ class PromptBatch:
         return self.shape[1] + (0 if self.beginnings is None else self.beginnings.shape[1])
 
     def count_tokens(self, written: int) -> int:
-        """Count the tokens that are read and, in each row, `written`; those of padding and of empty rows included."""
+        """Count the tokens that are read and, in each row, `written`, including padding and empty rows."""
         rows, width = self.shape
         groups, longest = (0, 0) if self.beginnings is None else self.beginnings.shape
         return groups * longest + rows * (width + written)
@@ -127,7 +127,7 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int], rows: int) -> list[
 
 
 def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[PromptBatch], int, int]]:
-    """Divide batches among queues of prompts that take a cache of one shape in turn, those of fewer slots first.
+    """Divide batches among queues of prompts that reuse a cache of one shape, batches with fewer slots first.
 
     Returns:
         The batches of each queue, the rows of its cache, and the slots of a row without those of what is written.
@@ -154,7 +154,7 @@ class _Row(NamedTuple):
 
 
 def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group], most: int) -> list[PromptBatch]:
-    """Put the prompts of groups into batches, those of a group that go on for similarly long together."""
+    """Put the prompts of groups into batches; prompts of a group with similar lengths stay together."""
     rows = sorted(
         _Row(_next_width(text := len(ids[place]) - group.length), group.length, number, text, place)
         for number, group in enumerate(groups)

@@ -170,7 +170,7 @@ class _Rows:
 
 @partial(jax.jit, static_argnames=("rows", "slots"))
 def blank(state: State, *, rows: int, slots: int) -> State:
-    """Return a state of B sequences of which none has begun, with a cache of S slots; otherwise like another."""
+    """Return an empty state for B sequences, with a cache of S slots; otherwise like another state."""
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)

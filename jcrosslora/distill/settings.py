@@ -36,10 +36,10 @@ class DistillSettings:
 
     completions: int = 300
     """Number of prompts with answers, held-out ones included; at least 16. Those beyond 300 are written during the fit.
-    If 200 prompts or more are given and this is at most 300, no further prompts are written."""
+    With 200 given prompts or more and at most 300 completions, only the given prompts are used."""
     budget: str | None = None
-    """Time for the whole fit, such as 20min: the source writes new completions until it is used up. The fit to the
-    first 300 is finished even if it takes longer."""
+    """Time for the whole fit, such as 20min, which is filled with new completions. The fit to the first 300 is always
+    finished."""
     roles: tuple[str, ...] | None = None
     """The modules that are fitted, such as q_proj v_proj; all if not given."""
     passes: int | None = None

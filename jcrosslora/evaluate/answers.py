@@ -287,7 +287,7 @@ def _write(
 
 @dataclass(frozen=True, eq=False)
 class _Writer(Generator):
-    """Writes for several models at once, of `names`, to `count` prompts each: those of the base come first."""
+    """Answers `count` prompts with several models at once, named `names`; the base's answers come first."""
 
     names: tuple[str, ...] = ()
     count: int = 0
@@ -343,6 +343,6 @@ def _begun(
 
 
 def _room(tokenizer: Tokenizer, completions: Sequence[Completion]) -> int:
-    """Count the tokens that an answer may have: those of the longest right one, plus some."""
+    """Return the maximum number of tokens of an answer: the length of the longest right answer, plus some."""
     texts = [text for one in completions for text in (one.answer, *one.references)]
     return min(_MOST, _MORE + max(len(tokenizer.encode(text, special=False).ids) for text in texts))

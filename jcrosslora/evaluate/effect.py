@@ -331,7 +331,7 @@ _compare = jax.jit(divergence)
 
 
 def _in_pieces(function: Callable[..., Any], size: int, *arrays: np.ndarray) -> Any:
-    """Call a function of rows with `size` rows at a time, so that it is compiled once, and join what it returns."""
+    """Call a function with `size` rows at a time, so that it is compiled once, and join the results."""
     count = len(arrays[0])
     padded = [np.pad(array, ((0, -count % size), *[(0, 0)] * (array.ndim - 1))) for array in arrays]
     found = [function(*(array[start : start + size] for array in padded)) for start in range(0, count, size)]

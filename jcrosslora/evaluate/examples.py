@@ -137,7 +137,7 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
 
 
 def _read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Read the lines of a JSONL file that are not blank, with their numbers from 1; skip a byte order mark in front."""
+    """Read the non-blank lines of a JSONL file, with their numbers from 1; skip a byte order mark."""
     lines = _bytes(path, "wanted a JSONL file").removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 

@@ -94,7 +94,7 @@ class JCrossLoRALM(TemplateLM):
         return Options().length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenize a text; None puts bos in front if the tokenizer does so and the text does not begin with it."""
+        """Tokenize a text; None adds bos if the tokenizer does and the text does not begin with it."""
         del kwargs
         bos = self._text.bos
         if add_special_tokens is None:

@@ -40,11 +40,11 @@ class Tokens:
     scored: tuple[int, ...]
 
     def __len__(self) -> int:
-        """Return the number of tokens, those of the prefix counted once."""
+        """Return the number of tokens; the prefix counts once."""
         return len(self.prefix) + sum(map(len, self.tails))
 
     def straddles(self, length: int) -> bool:
-        """Tell whether the text of one choice is longer than a length, and that of another is not."""
+        """Return whether one choice is longer than a length, and another is not."""
         return len({len(self.prefix) + len(tail) > length for tail in self.tails}) > 1
 
     def unshared(self) -> "Tokens":

@@ -80,7 +80,7 @@ class Probes:
         return f"{len(self.texts)} texts {self.description}{seed}{positions}{more}, sha256 {self.digest()[:12]}"
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of texts and examples as UTF-8, with a zero byte behind each."""
+        """Return the SHA-256 (hex) of texts and examples as UTF-8, with a zero byte after each."""
         labelled = (part for one in self.examples for part in (prompt_text(one.prompt), one.answer))
         joined = "".join(f"{text}\0" for text in (*self.texts, *labelled))
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()

@@ -17,7 +17,7 @@ U = TypeVar("U")
 
 
 def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
-    """Yield what a function of numpy returns for each item, in order, from a thread for each core."""
+    """Apply a numpy function to each item in a thread pool with one thread a core; yield the results in order."""
     # Of the cores that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, min(cores, len(items)))

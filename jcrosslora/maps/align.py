@@ -70,7 +70,7 @@ class TransportCache:
     """Finds and keeps the groups of a transport in the cache: one entry each, to limit memory to a group."""
 
     def __init__(self, task: AlignmentTask) -> None:
-        """Derive the key from the method's fields and from what the evidence providers say."""
+        """Derive the key from the method's fields and the evidence providers."""
         providers, start = providers_of(task.kinds), task.method.start
         assert task.pair.store is not None
         assert start is not None

@@ -201,7 +201,7 @@ class Method(Settings):
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def cache_key(self) -> Any:
-        """Return what the maps depend on, as a JSON value; for a user's method this includes its code."""
+        """Return everything that the maps depend on, as a JSON value; for a user's method this includes its code."""
         return self.name, type(self).__qualname__, self._code_digest(), self.settings()
 
     @classmethod

@@ -139,13 +139,13 @@ class _RowMap:
         return carried, changed, len(found), energy
 
     def _columns(self, matrix: np.ndarray) -> np.ndarray:
-        """Select the target's columns (m, D_tgt) of a matrix (m, D_src); those that the source lacks are zero."""
+        """Select the target's columns (m, D_tgt) of a matrix (m, D_src); columns that the source lacks are zero."""
         stream = self.stream
         return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
 
 
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:
-    """Give each expert of the target the update of the source expert that it corresponds to, and say what was left.
+    """Give each target expert the update of the corresponding source expert, and list what was left out.
 
     A method that selects layers takes updates from any layer; others only from the layer of the same number.
     """

@@ -82,7 +82,7 @@ class TokenRow:
 
 @dataclass(frozen=True, eq=False)
 class Shifted:
-    """An adapter after the maps, with an account of what they did to it.
+    """An adapter after the maps, with figures of what they kept.
 
     Attributes:
         adapter: of the target, float32; without modules if the method has no maps.

@@ -143,7 +143,7 @@ class InterpolatedCopy(Copy):
         return Moved(_sum(task.target, task.mapped.modules, modules), added=self.sentence(modules, kept))
 
     def sentence(self, modules: Mapping[str, LoRAFactors], kept: float) -> str:
-        """Say what is added, without a full stop."""
+        """Describe what is added, without a full stop."""
         share = f"{self.interpolation:.0%}"
         if not modules:
             reason = "the two bases have the same weights in all modules"

@@ -38,7 +38,7 @@ class Bases:
         return src, tgt
 
     def release(self) -> None:
-        """Give the memory of what was read back, see `BaseModel.release`."""
+        """Free the memory of the weights that were read, see `BaseModel.release`."""
         for base in self:
             base.release()
 
@@ -97,7 +97,7 @@ class TokenNames:
 
 
 def compare_token_names(source: BaseModel, target: BaseModel) -> TokenNames | None:
-    """Compare what the tokenizers of two bases call the ids that both list.
+    """Compare the tokens that the tokenizers of two bases have for the same ids.
 
     Returns None if a tokenizer cannot be read, all names agree, or the embeddings do not agree at the ids with other
     names, so that the ids are not the same tokens. Raises CheckpointError if a sampled row holds NaN or infinity.

@@ -201,7 +201,7 @@ def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> floa
 
 
 def _low_rank(delta: np.ndarray, noise: float) -> int | None:
-    """Count the singular values above those of noise; None if they are many, or hold too little of the energy.
+    """Count the singular values above noise; None if there are many, or if they hold too little of the energy.
 
     Many is more than half of the rows or columns that change: those of a few changed numbers are no low rank.
     """

@@ -65,7 +65,7 @@ _STRAY = 1.25  # ratio of distances up to which parts at another index are taken
 
 @dataclass(frozen=True)
 class Choice:
-    """The method that `auto` stands for on a pair of bases.
+    """The method that `auto` chooses for a pair of bases.
 
     Attributes:
         method: the method's name in the registry.

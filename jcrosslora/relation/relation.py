@@ -122,7 +122,7 @@ class TensorComparison:
 
     @property
     def replaced(self) -> bool:
-        """Whether an embedding or a head is another one, and not that of the source after training."""
+        """Whether an embedding or a head was replaced, not just trained from the source's."""
         far = abs(self.difference.cosine) < MIN_MEAN_COSINE
         return self.role in _REPLACED and self.difference.change in (Change.TRAINED, Change.LOW_RANK) and far
 

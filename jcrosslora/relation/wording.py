@@ -56,7 +56,7 @@ def finding_phrase(finding: Finding) -> str:
 
 
 def choice_reason(found: str, method: str, hindrance: str | None = None) -> str:
-    """Return the reason for a method: what was found, what hinders a fit (if anything does), and what is done."""
+    """Return the reason for a method: the relation, why a fit is impossible (if it is), and what the method does."""
     return found + _CONSEQUENCES[method] if hindrance is None else f"{found}, {hindrance}, so {_WITHOUT_FIT[method]}"
 
 

@@ -142,7 +142,7 @@ class Repository:
         return cls(repo_id, private, found)
 
     def look(self) -> ModelInfo | None:
-        """Return what is there already, None if there is no such repository yet.
+        """Return the contents of the repository; None if it does not exist.
 
         Raises OutputError if it is public and a private one is wanted, holds a base model, or the hub refuses.
         """

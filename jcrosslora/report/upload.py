@@ -105,7 +105,7 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse texts that are links out of the folder, by which another file would be published.
+    """Refuse text files that link out of the folder, because they would publish another file.
 
     The hub's own cache is made of such links. Where they lead, all files are of one repository.
     """

@@ -163,7 +163,7 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 def measure_effect(
     task: Task, moved: Adapter, move: Move, texts: Sequence[str], written: Sequence[str]
 ) -> tuple[Effect | None, tuple[str, ...]]:
-    """Measure the effect of the moved adapter next to that of the original, if the options ask for it.
+    """Measure the effects of the moved adapter and of the original, if the options request it.
 
     Args:
         task: both bases, with the original adapter; it loads one base at a time if it has no loaded bases.

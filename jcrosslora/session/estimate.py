@@ -138,7 +138,7 @@ def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings
 
 
 def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) -> dict[str, Cost | None]:
-    """Count the steps of a transfer, by their names on the display, in order; None for what is not counted.
+    """Return the cost of each step of a transfer, by its displayed name, in order; None if it is unknown.
 
     With `aligned` the maps are there already.
     """
@@ -206,7 +206,7 @@ class Placement:
 
     @property
     def was_chosen(self) -> bool:
-        """Whether several devices are there, and it is known what they hold, or asked to divide or to stream."""
+        """Whether there are several devices, and either their memory is known or the user chose to divide or stream."""
         return bool(self.streamed) or self.devices > 1 or (self.there > 1 and self.free is not None)
 
     def announce(self) -> None:

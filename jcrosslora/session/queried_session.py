@@ -36,7 +36,7 @@ class QueriedSession:
         self._model, self._target, self._root = model, target, None if store is None else store.root
 
     def transfer(self, request: Request) -> TransferResult:
-        """Fit an update of the target to what the source predicts with its adapter."""
+        """Fit an update of the target to the adapted source's predictions."""
         opening = self._opening(request)
         move = self._check(request)
         source, target, probes = opening(), self._target, request.probes

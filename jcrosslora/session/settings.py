@@ -101,7 +101,7 @@ class TransferSettings(TransferOptions):
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
-    """Format of the result. portable: PEFT with one rank, which every engine reads. peft: PEFT with a rank for each
+    """Format of the result; portable: PEFT with one rank, which every engine reads. peft: PEFT with a rank for each
     module; only this profile holds changes of the embedding and the output head. mlx: an MLX folder. gguf: a file for
     llama.cpp. tunix: an Orbax checkpoint with LoRA for qwix."""
     prompts: str | None = None
@@ -110,8 +110,8 @@ class TransferSettings(TransferOptions):
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None
-    """Prompts with right answers, which a fit learns too: a JSONL file with {"prompt", "answer"} or {"messages"}, 10 to
-    1,000 lines. Only for methods that fit an update to answers."""
+    """Prompts with right answers, which the fit learns too. A JSONL file with {"prompt", "answer"} or {"messages"}, 10
+    to 1,000 lines. Only for methods that fit an update to answers."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -162,7 +162,7 @@ class TransferSettings(TransferOptions):
         self._check_served()
 
     def _check_served(self) -> None:
-        """Check the settings of a source behind a server."""
+        """Check the settings of a source on a server."""
         if self.source_url is None:
             given = [name for name in ("source_model", "source_base_model") if getattr(self, name) is not None]
             if given or (self.source_tokenizer is not None and self.source_backend == "jax"):

@@ -174,7 +174,7 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
 
 
 def estimate_files(settings: TransferSettings) -> Estimate:
-    """Check a transfer as `transfer_files` does, and estimate what it takes; nothing is computed or written.
+    """Check a transfer as `transfer_files` does, and estimate time and memory; nothing is computed or written.
 
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid.

@@ -113,7 +113,7 @@ class Index:
                 yield part, self._vectors(number, part)
 
     def change(self, fresh: Fresh, removed: Collection[str] = ()) -> "Index":
-        """Put entries on the shelf, which replace those of equal names, and take others off by name.
+        """Add entries, replacing entries of the same name, and remove others by name.
 
         Changes that other processes made are kept. Raises UsageError if the index is damaged, OutputError if the folder
         cannot be written to, or another process has put another adapter of one of these names there or has replaced the

@@ -88,12 +88,12 @@ class Judged:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the figures do not hold as JSON data."""
+        """Return the facts that the figures do not contain, as JSON data."""
         kept = {name: one and {"value": one.value, "low": one.low, "high": one.high} for name, one in self.kept.items()}
         return {"chosen": dict(self.chosen), "kept": kept, "notes": list(self.notes)}
 
     def lines(self) -> list[str]:
-        """Say which adapters were used, and what is kept of the named ones' gains."""
+        """Describe which adapters were used, and the share of the named ones' gains that is kept."""
         used = ", ".join(f"{name} {count:,}" for name, count in self.chosen.items())
         kept = [
             f"{name} gains nothing over the base that these examples show"

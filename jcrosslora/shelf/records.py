@@ -92,7 +92,7 @@ class Added:
 
 
 def stored_place(folder: Path, place: str) -> str:
-    """Return what the index writes of a path or a hub id."""
+    """Return a path or a hub id in the form that the index stores."""
     path = Path(place).expanduser()
     if not path.exists():
         return place  # a hub id
@@ -114,7 +114,7 @@ def is_there(folder: Path, place: str) -> bool:
 
 
 def stored_encoder(folder: Path, name: str) -> str:
-    """Return what the index writes of an encoder, whose model may be in a folder."""
+    """Return the name of an encoder in the form that the index stores; its model may be in a folder."""
     kind, colon, model = name.partition(":")
     return f"{kind}:{stored_place(folder, model)}" if colon else name
 

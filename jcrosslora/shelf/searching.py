@@ -55,7 +55,7 @@ class Searching:
         return makers[by]()
 
     def means(self) -> MeanVectors:
-        """Return the vectors of the adapters, as they were kept or computed again."""
+        """Return the vectors of the adapters, stored or computed again."""
         path, key = self.index.folder / _TEXT_FILE, _index_key(self.index.head)
         found = find_arrays(path, key)
         names = [field.name for field in dataclasses.fields(MeanVectors)]

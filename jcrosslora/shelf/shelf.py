@@ -159,7 +159,7 @@ class Shelf:
         prompts: str | Path | None = None,
         lift: float | None = None,
     ) -> Added:
-        """Add adapters, or all in a folder; damaged ones and those of another base are left out and listed.
+        """Add adapters, or all in a folder; damaged ones and adapters of another base are skipped and listed.
 
         If the work is stopped, all but the additions of the last seconds are kept; the same call continues there.
 

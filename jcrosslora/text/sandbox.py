@@ -106,7 +106,7 @@ def _count(_: Any, value: Any, cost: int = _VALUE) -> Any:
 
 
 class _Generation(Extension):
-    """The tag around what an assistant wrote, which changes nothing here."""
+    """The tag around the assistant's text, which has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja declares it
 

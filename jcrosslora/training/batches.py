@@ -149,7 +149,7 @@ def rate_at(settings: TrainingSettings) -> optax.Schedule:
 
 
 def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
-    """Make AdamW behind a clip of the gradient's norm."""
+    """Make AdamW with clipping of the gradient's norm."""
     adamw = optax.adamw(rate_at(settings), weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
 

@@ -100,7 +100,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder, or raise OutputError; `run` is what the numbers depend on."""
+        """Open or make the folder, or raise OutputError; `run` holds everything that the numbers depend on."""
         import orbax.checkpoint as ocp
 
         self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp

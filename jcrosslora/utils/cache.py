@@ -56,7 +56,7 @@ class Cache:
     """
 
     def __init__(self, root: str | Path, *, limit: int | None = None):
-        """Use a folder, which is created with the first entry; without a limit that of `cache_limit`."""
+        """Use a folder, which is created with the first entry; the default limit is `cache_limit`."""
         self.root = Path(root).expanduser()
         self.limit = cache_limit() if limit is None else limit
         self.digests = FileDigests(self.root / "digests")
@@ -163,7 +163,7 @@ class Cache:
         return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry.used, entry.key))
 
     def verify(self, entry: Entry) -> str | None:
-        """Compare an entry byte by byte with its manifest and return what is wrong; None if it is intact or gone."""
+        """Compare an entry byte by byte with its manifest and describe the damage; None if it is intact or gone."""
         try:
             cache_entries.check_files(entry.path, cache_entries.read_manifest(entry.path))
         except FileNotFoundError:

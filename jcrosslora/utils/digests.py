@@ -67,7 +67,7 @@ class FileDigests:
 
 
 def file_state(path: Path) -> list[int] | None:
-    """Return device, inode, size and times of a file, some of which every write changes; None if it is not there."""
+    """Return device, inode, size and times of a file; every write changes some of them. None without a file."""
     try:
         stat = path.stat()
     except OSError:

@@ -169,7 +169,7 @@ class WandbLog:
         self._run.log(dict(values), step=step)
 
     def finish(self, *, failed: bool) -> None:
-        """Send what is not sent yet."""
+        """Send the remaining figures."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -194,7 +194,7 @@ class TrackioLog:
         self._run.log(dict(values), step=step)
 
     def finish(self, *, failed: bool) -> None:  # noqa: ARG002  # Trackio keeps no outcome of a run.
-        """Write what is not written yet."""
+        """Write the remaining figures."""
         import trackio
 
         with redirect_stdout(sys.stderr):

@@ -58,7 +58,7 @@ class Track:
         self.done, self._begun = self.done + skipped, self._begun + skipped
 
     def text(self, inside: str) -> str:
-        """Give the description, unless it is that of the step around it, and the count."""
+        """Return the description, unless it repeats that of the enclosing step, and the count."""
         if self._unit == "B":
             count = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
         else:
@@ -127,7 +127,7 @@ class Steps:
         return f"step {self._current + 1} of {len(self._names)}"
 
     def left(self, now: float, inside: "Sequence[Track | Steps]") -> float | None:
-        """Add what is left of the current step to what the later ones usually take, at the pace so far.
+        """Estimate the remaining time: the rest of the current step plus the usual times of later ones, at this pace.
 
         `inside` are the parts that run inside the step, outermost first: they know better what is left of it than the
         usual time of such a step, and the time of the whole step is part of the pace.

@@ -37,7 +37,7 @@ def remove_unchanged(parent: Path, kept: Path) -> None:
 
 @contextmanager
 def unfinished(out: Path, *, file: bool = False) -> Iterator[Path]:
-    """Make an empty temporary folder, or a file, next to an output; what is left of it at the end is removed.
+    """Make an empty temporary folder or file next to an output; it is removed at the end if it still exists.
 
     What killed processes left of the same output is removed first.
     """

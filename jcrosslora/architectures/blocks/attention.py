@@ -129,7 +129,7 @@ class SelfAttention(Block):
         return run.module(f"{self.group}o_proj", mixed), cache
 
     def _queries(self, run: Run, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Return queries and, in gated attention, the gate on what they get, (B, T, heads * D) each."""
+        """Return queries and, in gated attention, the gates on the output, (B, T, heads * D) each."""
         if not self.gated:
             return run.module(f"{self.group}{'kv_shared_' if self.shares_keys else ''}q_proj", x), None
         both = run.module("qg_proj", x)

@@ -95,7 +95,7 @@ class Block:
 
     @property
     def mixed_size(self) -> int:
-        """Features of a token that the block mixes with those of other tokens; 0 for none."""
+        """Number of features that the block mixes across tokens; 0 for none."""
         return max((part.mixed_size for part in self.parts), default=0)
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:

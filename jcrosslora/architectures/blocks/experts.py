@@ -50,7 +50,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Experts(Block):
-    """E experts, of which each token goes through a few, and shared ones, which are one MLP.
+    """E routed experts, a few for each token, and shared experts, which form one MLP.
 
     Attributes:
         hidden: H, features of the stream.
@@ -125,7 +125,7 @@ class Experts(Block):
         return self.mixed(run, x, x), cache
 
     def mixed(self, run: Run, x: jax.Array, routed: jax.Array) -> jax.Array:
-        """Run the experts on x (B, T, H), and add those that all tokens share; the router reads `routed` (B, T, H)."""
+        """Run the experts on x (B, T, H), and add the shared experts; the router reads `routed` (B, T, H)."""
         tensors, flat = run.tensors, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         read = routed.reshape(flat.shape)
         chosen, weights = route(
@@ -196,7 +196,7 @@ class MlpAndExperts(Block):
         return {name: Norm(name, self.mlp.hidden) for name in self.GGUF_NORMS} if self.apart else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the gain of what the router reads, and a factor for each expert."""
+        """Return the gain of the router's input, and a factor for each expert."""
         if not self.apart:
             return {}
         return {
@@ -254,7 +254,7 @@ def _weights(settings: Routing, scores: jax.Array) -> jax.Array:
 
 
 def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
-    """Choose the best expert and then the second, each weighed among those that score nearly as high.
+    """Choose the best and the second expert; the weight of each is a softmax over experts with nearly equal scores.
 
     Follows `sparsemixer` of transformers (arXiv 2409.12136) as it is outside of training.
     """

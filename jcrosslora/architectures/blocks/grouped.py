@@ -93,7 +93,7 @@ _spread.defvjp(lambda x, order: (_spread(x, order), order), _spread_backward)
 
 @jax.custom_vjp
 def mix(outputs: jax.Array, weights: jax.Array, order: Sorted) -> jax.Array:
-    """Add up what the experts of each token return, (T K + N, H) from `run_experts`, times weights (T, K): (T, H)."""
+    """Sum the outputs of the experts of each token, (T K + N, H) from `run_experts`, times weights (T, K): (T, H)."""
     return jnp.sum(outputs[order.slots] * weights[:, :, None], axis=1)
 
 

@@ -147,7 +147,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a page shows; it leaves out what is None or empty."""
+    """The contents of a page; None and empty parts are left out."""
 
     name: str  # of the folder; of a result in memory that which its recipe writes
     moved: TransferReport | None
@@ -156,7 +156,7 @@ class Contents:
 
 
 def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Roles()) -> Contents:
-    """Read what a folder holds of a transfer and of an evaluation.
+    """Read the files of a transfer and of an evaluation from a folder.
 
     Args:
         folder: one that `jcrosslora transfer` wrote, or one with the output of `jcrosslora evaluate --json`, or both.

@@ -112,7 +112,7 @@ def _beyond_random(evaluation: Evaluation, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Headline:
-    """The verdict in a word or two and in a sentence, and the figures behind it, a sentence each."""
+    """The verdict in a word or two and in a sentence, with its figures, a sentence each."""
 
     tone: Tone  # decides the colour
     word: str

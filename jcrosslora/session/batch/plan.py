@@ -139,7 +139,7 @@ def _jobs(
 
 
 def _known_settings(method: str, place: str) -> set[str]:
-    """Return the settings that a move by this method may have; `auto` accepts those of all methods."""
+    """Return the allowed settings of a move by this method; `auto` accepts the settings of all methods."""
     try:
         own = setting_fields() if method == AUTO else [field.name for field in fields(find_method(method))]
     except MethodError as error:
