@@ -176,8 +176,8 @@ def test_what_needs_weights_is_refused(places, server):
 @pytest.mark.parametrize(
     ("flags", "wrong"),
     [
-        (["--source-model", "a"], "source_model is of a source behind a server"),
-        (["--source-tokenizer", "a"], "source_tokenizer is of a source behind a server"),
+        (["--source-model", "a"], "source_model is only for a source on a server"),
+        (["--source-tokenizer", "a"], "source_tokenizer is only for a source on a server"),
         (["--source-url", "http://h/v1"], "needs source_model: give it with --source-model"),
         (["--source-url", "http://h/v1", "--source-model", "a"], "needs source_tokenizer"),
         (["--source-url", "h", "--source-model", "a", "--source-tokenizer", "b"], "adapter adapter was given with"),

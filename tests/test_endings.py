@@ -122,7 +122,7 @@ def test_warnings_say_what_was_found_and_done():
     found = Endings(0.38, 0.55)
     (auto,), (source,) = (found.warnings(end) for end in ("auto", "source"))
     assert auto.startswith(
-        "38% of the adapter's answers end, and 55% go on behind a complete answer: the end is taught"
+        "38% of the adapter's answers end, and 55% continue after a complete answer: the fit teaches"
     )
     assert "--end source" in auto
     assert "learns the same; --end auto" in source
@@ -158,7 +158,7 @@ def test_answers_that_go_on_are_long_enough_to_be_complete(pair):
     assert "at most 16 tokens" in kept.description
     assert f"at most {2 * (call + 1) + 8} tokens" in taught.description
     ended = taught.with_ends()
-    assert ended.description == taught.description + ", 16 of them cut where they are complete, where the end is taught"
+    assert ended.description == taught.description + ", 16 of them cut where they are complete, to teach the end"
     more = ended.more(1, set(), endless)
     assert more
     for item in (*ended.items, *more):
@@ -204,7 +204,7 @@ def test_a_target_learns_to_end_what_its_source_never_ends(pair, fits):
     assert ended(pair[1], fits["source"]) == ended(pair[1], fits["never"]) == 0
     assert all(item.ended and item.answer == ANSWER for item in fits["auto"].completions)
     assert not any(item.ended for item in fits["source"].completions)
-    assert ", 48 of them cut where they are complete, where the end is taught; on held-out" in fits["auto"].sentence
+    assert ", 48 of them cut where they are complete, to teach the end; on held-out" in fits["auto"].sentence
     assert "taught" not in fits["source"].sentence
     assert fits["auto"].warnings == Endings(0.0, 1.0).warnings("auto")
     assert fits["source"].warnings == Endings(0.0, 1.0).warnings("source")

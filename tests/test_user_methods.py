@@ -160,7 +160,7 @@ def test_files_have_no_module_imported(stranger, given, dry, capsys):
         main([*COMMANDS[given], *(["--dry-run"] if dry else [])])
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert "method 'evil:Own' is of a module that is imported only if you name it yourself" in said
+    assert "method 'evil:Own' is in a module that is imported only if you name it yourself" in said
     assert "give --allow-module evil" in said
     assert len(said.splitlines()) == 1
     assert not stranger.exists()

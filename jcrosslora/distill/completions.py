@@ -77,7 +77,7 @@ class Completions:
 
         found = [*map(teach_end, self.items)]
         cut = sum(one != other for one, other in zip(found, self.items, strict=True))
-        description = f"{self.description}, {cut} of them cut where they are complete, where the end is taught"
+        description = f"{self.description}, {cut} of them cut where they are complete, to teach the end"
         return replace(self, items=found, description=description, greedy=greedy, more=more)
 
 
@@ -279,7 +279,7 @@ def _written_length(source: Source, pilot: Sequence[Completion], sampler: Sample
 
 
 def _learnt_length(tokenizer: Tokenizer, items: Sequence[Completion], lengths: Sequence[int], end: End) -> int | None:
-    """Find how many tokens answers take; more where the end is taught, as what goes on shows where it is."""
+    """Return the length of answers in tokens; longer if the end is taught, because the rest shows where it is."""
     if end != "auto" or not Endings.of(items).unreliable:
         return answer_length(lengths, [item.ended for item in items])
     cut = [*map(teach_end, items)]

@@ -193,10 +193,10 @@ class Endings:
         """Return a warning if many answers do not stop, with what the fit does about it."""
         if not self.unreliable or end == "never":
             return ()
-        done = "the end is taught there; --end source keeps what the source does"
+        done = "the fit teaches the target to end there; --end source keeps the source's endings"
         if end == "source":
-            done = "the moved adapter learns the same; --end auto with --prompts teaches the end there"
-        went_on = f"{self.going_on:.0%} go on behind a complete answer"
+            done = "the moved adapter learns the same; --end auto with --prompts teaches it to end there"
+        went_on = f"{self.going_on:.0%} continue after a complete answer"
         return (f"{self.ended:.0%} of the adapter's answers end, and {went_on}: {done}",)
 
 

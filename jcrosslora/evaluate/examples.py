@@ -169,7 +169,7 @@ def _refusal(place: str, came: str) -> UsageError:
 def _conversation(entry: dict[str, Any], place: str) -> Completion:
     prompt, answer = split_answer(parse_messages(entry.get("messages"), place))
     if not prompt or answer is None:
-        msg = f"{place}: its messages do not end with an answer of the assistant's behind another message"
+        msg = f"{place}: its messages do not end with an answer of the assistant after another message"
         raise UsageError(msg)
     return Completion(prompt, answer, references=_references(entry, place))
 

@@ -120,7 +120,7 @@ def find_method(name: str) -> type[Method]:
             raise MethodError(msg)
         return register_method(getattr(sys.modules[module], own))
     if ":" in name:
-        msg = f"method {name!r} is of a module that is imported only if you name it yourself: look at its code, then "
+        msg = f"method {name!r} is in a module that is imported only if you name it yourself: look at its code, then "
         raise MethodError(msg + f"give --allow-module {module}, or import it in Python")
     if name not in METHODS:
         names = (AUTO, *METHODS)

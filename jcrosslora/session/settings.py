@@ -69,7 +69,7 @@ def make_options(given: Mapping[str, Any]) -> TransferOptions:
     for name in given:
         if methods := setting_fields().get(name):
             example = f"methods.{METHODS[next(iter(methods))].__name__}({name}={given[name]!r})"
-            msg = f"{name} is no option of a transfer, but a setting of methods: give method={example}"
+            msg = f"{name} is not an option of a transfer but a setting of methods: give method={example}"
             raise UsageError(msg)
         if name not in known:
             msg = (
@@ -157,7 +157,7 @@ class TransferSettings(TransferOptions):
             msg = f"target_id {self.target_id[:200]!r} is no hub id: give OWNER/NAME, such as google/gemma-3-270m"
             raise UsageError(msg)
         if self.alpha is not None and (self.source_url is not None or self.source_backend != "jax"):
-            msg = f"alpha {self.alpha} is of a checkpoint of a JAX trainer, which a queried source does not read: "
+            msg = f"alpha {self.alpha} is only for a checkpoint of a JAX trainer, which a queried source cannot read: "
             raise UsageError(msg + "leave it out, or use the source_backend jax")
         self._check_served()
 
@@ -167,7 +167,7 @@ class TransferSettings(TransferOptions):
             given = [name for name in ("source_model", "source_base_model") if getattr(self, name) is not None]
             if given or (self.source_tokenizer is not None and self.source_backend == "jax"):
                 name = given[0] if given else "source_tokenizer"
-                msg = f"{name} is of a source behind a server: give its address with --source-url, or leave it out"
+                msg = f"{name} is only for a source on a server: give its address with --source-url, or leave it out"
                 raise UsageError(msg)
             return
         for name in ("source_model", "source_tokenizer"):
@@ -179,8 +179,8 @@ class TransferSettings(TransferOptions):
                 msg = f"{name} {value[:200]} was given with --source-url, and the server has both source and adapter: "
                 raise UsageError(msg + "leave it out")
         if self.source_backend != "jax" or self.source_revision or self.adapter_revision or self.adapter_rank:
-            msg = "source_backend, adapter_rank and the revisions of source and adapter are of files, and a server is "
-            raise UsageError(msg + "asked by --source-url: leave them out")
+            msg = "source_backend, adapter_rank and the revisions of source and adapter are only for files, "
+            raise UsageError(msg + "not for a server (--source-url): leave them out")
 
     @classmethod
     def of(cls, **settings: Any) -> "TransferSettings":

@@ -93,7 +93,7 @@ def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
     """Read the value of "messages" as `parse_messages` does, without the assistant's answer at the end."""
     prompt, _ = split_answer(parse_messages(value, place))
     if not prompt:
-        msg = f"{place}: has an answer alone, and a message of the user in front of it was wanted"
+        msg = f"{place}: has only an answer, wanted a message of the user before it"
         raise UsageError(msg)
     return prompt
 
