@@ -10,10 +10,10 @@ import pytest
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli import batch, shelf
+from jcrosslora.cli import cache, shelf
 from jcrosslora.cli.main import COMMANDS, main
 
-ACTIONS = {"shelf": shelf.ACTIONS, "cache": batch.CACHE_ACTIONS}
+ACTIONS = {"shelf": shelf.ACTIONS, "cache": cache.ACTIONS}
 
 
 @pytest.fixture(scope="module")

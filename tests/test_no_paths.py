@@ -16,7 +16,7 @@ from test_push_to_hub import server as server
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli import batch, shelf
+from jcrosslora.cli import cache, shelf
 from jcrosslora.cli.main import COMMANDS, main
 from jcrosslora.session.demo import run
 from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER
@@ -79,7 +79,7 @@ def lines() -> list[list[str]]:
 
 def test_every_command_is_run_or_writes_nothing():
     """A new command, or a new action of one, has to be put into `LINES`, or into `WRITE_NOTHING`."""
-    actions = {"shelf": shelf.ACTIONS, "cache": batch.CACHE_ACTIONS}
+    actions = {"shelf": shelf.ACTIONS, "cache": cache.ACTIONS}
     every = set(COMMANDS) - actions.keys()
     every |= {f"{name} {action}" for name, found in actions.items() for action in found}
     ran = {" ".join(line[: 1 + (line[0] in actions)]) for line in lines()}

@@ -84,7 +84,7 @@ COMMANDS = {
     "push": Command("adapters:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("adapters:Train", "Train a LoRA adapter of a base model on examples."),
     "methods": Command("inspect:Methods", "List the transfer methods.", computes=False),
-    "cache": Command("batch:CACHE_ACTIONS", "List, verify or clear the cache on disk.", computes=False),
+    "cache": Command("cache:ACTIONS", "List, verify or clear the cache on disk.", computes=False),
 }
 
 
