@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         settings = dict(parse_row(f"{arguments.method}:{text}").settings)
         method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
-        parts = hold_out(items, method.held_out, arguments.seed)
+        parts = hold_out(items, method, arguments.seed, prompted=bool(given))
         weighed = partial(make_batches, text_weight=method.text_weight, ends=method.end != "never")
         batches, held_out = (weighed(part, tokenizers, method.prompt_weight) for part in parts)
         ends, read = end_tokens(tokenizers, items), [*batches, *held_out]

@@ -775,8 +775,20 @@ def _recipe(card):
 def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
     tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
     items = [Completion(text, " and water") for text in CORPUS[:2]]
-    batches, held_out = (make_batches(part, tokenizers, 1.0) for part in steps.hold_out(items, share, 0))
+    parts = steps.hold_out(items, DistillSettings(held_out=share), 0, prompted=True)
+    batches, held_out = (make_batches(part, tokenizers, 1.0) for part in parts)
     assert len(batches) == len(held_out) == 1
+
+
+def test_few_of_the_given_prompts_are_held_out():
+    items = [Completion(f"{text} {place}", " yes") for place, text in enumerate(CORPUS * 50)][:200]
+    usual, asked = DistillSettings(), DistillSettings(held_out=0.25)
+    found = [
+        len(steps.hold_out(items, *how, prompted=given)[1])
+        for how, given in (((usual, 0), True), ((usual, 0), False), ((asked, 0), True))
+    ]
+    assert found == [20, 30, 50]
+    assert len(steps.hold_out(items[:20], usual, 0, prompted=True)[1]) == 3
 
 
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])

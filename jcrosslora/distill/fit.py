@@ -90,9 +90,10 @@ def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> 
     """Count a fit to so many given prompts and labelled examples, with the completions of its further rounds."""
     first, anew = settings.rounds[0], sum(settings.rounds[1:])
     # The training and the held-out batches each end with a half-full batch in a few widths.
-    held = settings.held_out * first + 2 * BATCH
-    used = first - settings.held_out * first + 2 * BATCH + anew
-    passes = settings.course(prompted=prompts + examples > 0).passes
+    prompted = prompts + examples > 0
+    judging = settings.held_of(first, prompted=prompted)
+    held, used = judging + 2 * BATCH, first - judging + 2 * BATCH + anew
+    passes = settings.course(prompted=prompted).passes
     looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)

@@ -12,6 +12,7 @@ FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
+_HELD_OUT, _MOST_HELD = 0.15, 20  # share of the prompts that are held out, and the most of given ones
 ENOUGH = 200  # prompts that are fitted to as they are, without others that are made up
 
 End = Literal["auto", "source", "never"]
@@ -64,8 +65,9 @@ class DistillSettings:
     """Weight of predictions inside a prompt; those inside an answer have 1."""
     example_weight: float = 1.0
     """Weight of the tokens of a labelled example's answer; those of the source's answers have 1."""
-    held_out: float = 0.15
-    """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
+    held_out: float | None = None
+    """Share of the first 300 completions that nothing is fitted to; they decide which update is the best. If not given,
+    it is 0.15, but at most 20 prompts where prompts are given: those that are left bring right answers."""
     answer_tokens: int | None = None
     """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
     end: End = "auto"
@@ -107,6 +109,13 @@ class DistillSettings:
         enough = prompts + examples >= ENOUGH and prompts >= FEWEST_COMPLETIONS
         return replace(self, completions=prompts) if enough and prompts < self.completions <= FIRST else self
 
+    def held_of(self, prompts: int, *, prompted: bool) -> int:
+        """Return how many of so many different prompts, two or more, are held out: at least one, and not all."""
+        count = round((self.held_out or _HELD_OUT) * prompts)
+        if self.held_out is None and prompted:
+            count = min(count, _MOST_HELD)
+        return min(max(1, count), prompts - 1)
+
     def course(self, *, prompted: bool) -> Course:
         """Return these settings, and the usual ones for those that are not given."""
         usual = PROMPTED if prompted else UNPROMPTED
@@ -128,7 +137,7 @@ class DistillSettings:
             name: ((value := getattr(self, name)) is None or value >= fewest, f"{fewest} or more")
             for name, fewest in least.items()
         }
-        rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
+        rules["held_out"] = self.held_out is None or 0 < self.held_out < 1, "a share between 0 and 1"
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["example_weight"] = 0 < self.example_weight < math.inf, "a positive number"

@@ -124,7 +124,7 @@ class Run:
 
     def divide(self, completions: Completions) -> Data:
         """Divide the completions into those that are fitted to and those that judge, as batches."""
-        fitted, judging = hold_out(self._items(completions), self.settings.held_out, self.seed)
+        fitted, judging = hold_out(self._items(completions), self.settings, self.seed, prompted=self.prompted)
         held_out, said = dict.fromkeys(item.prompt for item in judging), judging
         if self.course.temperature > 0:
             said = completions.greedy(held_out)
@@ -199,13 +199,13 @@ def examples_of_round(
     return [usable[place % len(usable)] for place in range((number - 1) * count, number * count)]
 
 
-def hold_out(completions: Sequence[Completion], share: float, seed: int) -> tuple[list[Completion], list[Completion]]:
+def hold_out(
+    completions: Sequence[Completion], settings: DistillSettings, seed: int, *, prompted: bool
+) -> tuple[list[Completion], list[Completion]]:
     """Split completions into training and held-out ones; all answers to one prompt are on the same side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
-    # At least one prompt on each side.
-    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
-    held_out = {prompts[index] for index in order[:count]}
+    held_out = {prompts[index] for index in order[: settings.held_of(len(prompts), prompted=prompted)]}
     rest = [item for item in completions if item.prompt not in held_out]
     return rest, [item for item in completions if item.prompt in held_out]
 
