@@ -68,9 +68,9 @@ def test_passes_are_those_of_a_loop_of_speculative_decoding(base, adapters, draf
     models = [torch_model(base, adapter) for adapter in (None, *adapters)]
     for row, draft in zip(found.passes(), models, strict=True):
         ran = [speculate(models[1], draft, prompt, drafted, tokenizer.stops) for prompt in prompts]
-        assert [len(one) for one, _ in ran] == [one.shape[1] for one in found.foreseen]
+        assert [len(one) for one, _ in ran] == [one.shape[1] for one in found.predicted]
         assert row.tolist() == [passes for _, passes in ran]
-    assert len({len(one[0]) for one in found.foreseen}) > 1  # some of them ended
+    assert len({len(one[0]) for one in found.predicted}) > 1  # some of them ended
     assert 0 < found.figures()[0].acceptance_rate.value < 1
 
 
@@ -100,7 +100,7 @@ def test_the_target_is_a_draft_of_which_all_is_accepted(base, adapters):
     assert found.names == (public_name(base.name), adapters[0].info.name)
     own = found.figures()[1]
     assert own.acceptance_rate.low == 1
-    assert found.passes()[1].tolist() == [math.ceil(one.shape[1] / 4) for one in found.foreseen]
+    assert found.passes()[1].tolist() == [math.ceil(one.shape[1] / 4) for one in found.predicted]
     assert found.cost == 1
     assert own.estimated_speed_up == pytest.approx(own.acceptance_length.value / 4)
 
@@ -120,8 +120,8 @@ def test_figures_equal_those_computed_by_hand():
 
 def test_intervals_are_over_prompts():
     rng = np.random.default_rng(0)
-    foreseen = tuple(rng.random((2, 5)) < [[0.5], [0.7]] for _ in range(80))
-    found, shares = Acceptance(("draft", "moved"), foreseen, 4, 0.5), np.mean(foreseen, axis=2).T
+    predicted = tuple(rng.random((2, 5)) < [[0.5], [0.7]] for _ in range(80))
+    found, shares = Acceptance(("draft", "moved"), predicted, 4, 0.5), np.mean(predicted, axis=2).T
     figures = found.figures()
     for one, wanted in zip(figures, intervals(shares), strict=True):  # answers of one length
         rate = one.acceptance_rate

@@ -157,8 +157,8 @@ def needed(places, count):
 
 def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, capsys):
     there = jax.local_device_count()
-    beside = peak_bytes(jcl.open_base(places[2]), Distill())
-    monkeypatch.setattr(estimate, "free_of_each", lambda: needed(places, 1) + beside - 1)
+    extra = peak_bytes(jcl.open_base(places[2]), Distill())
+    monkeypatch.setattr(estimate, "free_of_each", lambda: needed(places, 1) + extra - 1)
     command(places, tmp_path, "--method", "distill", "--dry-run", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["placement"] == {
@@ -166,8 +166,8 @@ def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, cap
         "devices_there": there,
         "weights_bytes": needed(places, there),
         "whole_bytes": needed(places, 1),
-        "beside_bytes": beside,
-        "free_bytes": needed(places, 1) + beside - 1,
+        "extra_bytes": extra,
+        "free_bytes": needed(places, 1) + extra - 1,
         "streamed_bytes": 0,
     }
     command(places, tmp_path, "--method", "distill", "--dry-run", "--divide", "never")

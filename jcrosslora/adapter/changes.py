@@ -133,7 +133,7 @@ class ExpertUpdate:
         matrix: "gate_up", whose rows are in the order of the class, or "down".
         a: float32 (E, K, I).
         b: float32 (E, O, K), with the scale.
-        turned: whether files of peft hold the factors of its transpose, see `Experts.turned`.
+        stores_transposes: whether files of peft hold the factors of its transpose, see `ExpertRules.stores_transposes`.
         share: of the whole adapter's squared Frobenius norm.
     """
 
@@ -142,7 +142,7 @@ class ExpertUpdate:
     matrix: str
     a: Array
     b: Array
-    turned: bool = False
+    stores_transposes: bool = False
     share: float | None = None
 
     @property

@@ -66,7 +66,7 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
         inner = update.matrix == "gate_up" and (update.layer, "down") in both
         module = update.name.rpartition(".")[0] + (".base_layer" if inner else "")
         a, b = np.asarray(update.a), np.asarray(update.b)
-        if update.turned:
+        if update.stores_transposes:
             a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
         count, rank, columns = a.shape
         b = b.transpose(1, 2, 0).reshape(b.shape[1], rank * count)
@@ -123,7 +123,7 @@ def expert_update(
 ) -> ExpertUpdate:
     """Make the update of a matrix of a base's experts, see `ExpertUpdate`."""
     name, a, b = _parameter_name(base, layer, matrix), np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return ExpertUpdate(name, layer, matrix, a, b, base.experts.rules.turned, share)
+    return ExpertUpdate(name, layer, matrix, a, b, base.experts.rules.stores_transposes, share)
 
 
 def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
@@ -135,8 +135,8 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     # Early versions of peft took the axes of (E, O, I) for (E, I, O), and a class may yet say which of them it stores.
     usual = next((name for name, shape in shapes.items() if came == shape), None)
     other = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
-    turned = other is not None and (experts.turned or usual is None)
-    name = other if turned else usual
+    swapped = other is not None and (experts.stores_transposes or usual is None)
+    name = other if swapped else usual
     if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("router"):
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
@@ -147,7 +147,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
         raise AdapterError(msg + ": use the configuration that belongs to the file")
     b = b * np.float32(file_scale(file.config, whole, rank))
     each_a, each_b = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
-    if turned:
+    if swapped:
         each_a, each_b = each_b.swapaxes(1, 2), each_a.swapaxes(1, 2)
     return expert_update(base, layer, name, each_a, each_b)
 

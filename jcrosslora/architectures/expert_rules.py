@@ -55,8 +55,8 @@ class ExpertRules:
         averaged: configuration key, and its value with which a layer's output is a mean, see `Experts.averaged`.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
-        turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
-            stores (E, I, O) without an attribute that says so.
+        stores_transposes: whether peft's files hold the factors of the transposes of all matrices. peft mistakes I for
+            O where a class stores (E, I, O) without an attribute that says so.
         gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
         latent: configuration key of `Experts.latent`, if it is stated; None for H in any model.
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
@@ -82,7 +82,7 @@ class ExpertRules:
     groups: tuple[str, str] | None = None
     group_best: int = 2
     transposed: frozenset[str] = frozenset()
-    turned: bool = False
+    stores_transposes: bool = False
     gated: bool = True
     latent: str | None = None
     interleaved: bool = False

@@ -64,7 +64,7 @@ class Positions:
         types: rope types in addition to those of all families; then other names of them.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
         grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
-        unrotated_grow: whether those of layers without positions do, by the configuration keys `attn_scale` and
+        scales_unrotated: whether those of layers without positions do, by the configuration keys `attn_scale` and
             `floor_scale`, if `attn_temperature_tuning` says so.
     """
 
@@ -79,7 +79,7 @@ class Positions:
     aliases: Mapping[str, str] = field(default_factory=dict)
     outer_original: int | None = None
     grows: bool = False
-    unrotated_grow: bool = False
+    scales_unrotated: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
         msg = f"rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
         raise CheckpointError(msg)
     growth = None
-    if family.positions.unrotated_grow and config.get("attn_temperature_tuning"):
+    if family.positions.scales_unrotated and config.get("attn_temperature_tuning"):
         growth = _growth(config, ("attn_scale", "floor_scale"))._replace(first=1)
     return [
         of_kind[kind] if turns else Rope((0.0,) * len(of_kind[kind].frequencies), growth=growth)

@@ -146,7 +146,7 @@ def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shel
 def print_drafts(found: "Acceptance", notes: Sequence[str], console: Console, *, as_json: bool) -> None:
     """Print the figures of each draft; `notes` say what of the adapters is not part of them."""
     figures = found.figures()
-    counts = {"answers": len(found.foreseen), "tokens": found.tokens, "drafted": found.drafted, "cost": found.cost}
+    counts = {"answers": len(found.predicted), "tokens": found.tokens, "drafted": found.drafted, "cost": found.cost}
     if as_json:
         print_json(counts | {"drafts": [asdict(one) for one in figures], "not_scored": list(notes)})
         return

@@ -55,29 +55,29 @@ class Acceptance:
 
     Attributes:
         names: (A,) names of the drafts, without their folders.
-        foreseen: (n,) of bool (A, T): whether a token of an answer, the end token included, is the draft's likeliest.
+        predicted: (n,) of bool (A, T): whether a token of an answer, the end token included, is the draft's likeliest.
         drafted: how many tokens are drafted for each pass of the target.
         cost: the draft's share of the target's parameters.
     """
 
     names: tuple[str, ...]
-    foreseen: tuple[np.ndarray, ...]
+    predicted: tuple[np.ndarray, ...]
     drafted: int
     cost: float
 
     @property
     def tokens(self) -> int:
         """The number of tokens in all answers."""
-        return sum(one.shape[1] for one in self.foreseen)
+        return sum(one.shape[1] for one in self.predicted)
 
     def passes(self) -> np.ndarray:
         """float64 (A, n): passes of the target that write each answer."""
-        return np.array([[_passes(row, self.drafted) for row in one] for one in self.foreseen], np.float64).T
+        return np.array([[_passes(row, self.drafted) for row in one] for one in self.predicted], np.float64).T
 
     def figures(self) -> list[DraftFigures]:
         """Compute the figures of each draft."""
-        hits, passes = np.array([one.sum(axis=1) for one in self.foreseen]).T, self.passes()
-        tokens = np.broadcast_to([float(one.shape[1]) for one in self.foreseen], passes.shape)
+        hits, passes = np.array([one.sum(axis=1) for one in self.predicted]).T, self.passes()
+        tokens = np.broadcast_to([float(one.shape[1]) for one in self.predicted], passes.shape)
         lengths = ratios(tokens, passes)
         speed_ups = [one.value / (1 + self.drafted * self.cost) for one in lengths]
         columns = self.names, ratios(hits, tokens), lengths, ratios(tokens, passes, minus_first=True), speed_ups
@@ -132,20 +132,20 @@ def judge_draft(
     items = [Tokens(one[:-1], (np.append(one[-1:], row),), (1,)) for one, row in zip(ids, rows, strict=True)]
     models = Models.of(draft, adapters, None, dtype)
     cost = held_numbers(draft) / held_numbers(target)
-    return Acceptance(tuple(public_names(models.names)), _foreseen(models, items), drafted, cost)
+    return Acceptance(tuple(public_names(models.names)), _predicted(models, items), drafted, cost)
 
 
-def _passes(foreseen: np.ndarray, drafted: int) -> int:
+def _passes(predicted: np.ndarray, drafted: int) -> int:
     """Count the passes of the target: each takes drafted tokens up to the first wrong one, and adds its own."""
     passes = place = 0
-    while place < len(foreseen):
-        wrong = np.flatnonzero(~foreseen[place : place + drafted])
+    while place < len(predicted):
+        wrong = np.flatnonzero(~predicted[place : place + drafted])
         place += 1 + (int(wrong[0]) if len(wrong) else drafted)
         passes += 1
     return passes
 
 
-def _foreseen(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
+def _predicted(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
     """Run all drafts over the answers; return bool (A, T) for each, where a draft's likeliest token is the answer's."""
     with track(len(items), "draft", "answers") as bar:
         scored = list(scored_tokens(models, items, _POSITIONS, bar))

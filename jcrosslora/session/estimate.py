@@ -184,7 +184,7 @@ class Placement:
         there: how many devices there are.
         weights: the most weights at a time.
         whole: the same of weights that are not divided.
-        beside: the most that a fit takes on top of its weights.
+        extra: the most that a fit takes on top of its weights.
         free: free bytes; None if they are not known or do not matter.
         streamed: bytes of the source's layers, in the dtype of a fit, that stay in the host's memory; 0 if none do.
         peak: the most at a time, of the fit's weights with what is on top and of the check's; on a CPU with `PROCESS`.
@@ -194,7 +194,7 @@ class Placement:
     there: int
     weights: int
     whole: int
-    beside: int
+    extra: int
     free: int | None
     streamed: int = 0
     peak: int = 0
@@ -217,12 +217,12 @@ class Placement:
     def record(self) -> dict[str, Any]:
         """Return the figures as a JSON value."""
         figures = {"devices": self.devices, "devices_there": self.there, "weights_bytes": self.weights}
-        figures |= {"whole_bytes": self.whole, "beside_bytes": self.beside, "free_bytes": self.free}
+        figures |= {"whole_bytes": self.whole, "extra_bytes": self.extra, "free_bytes": self.free}
         return figures | {"streamed_bytes": self.streamed}
 
     def text(self) -> str:
         """Say the choice and its reason, without a full stop."""
-        beside = f", and up to {_gb(self.beside)} on top" if self.beside else ""
+        extra = f", and up to {_gb(self.extra)} on top" if self.extra else ""
         free = "" if self.free is None else f", where {_gb(self.free)} are free"
         if self.streamed:
             free += (
@@ -230,9 +230,9 @@ class Placement:
                 f"it writes moves {_gb(self.streamed)} to the device"
             )
         if self.devices == 1:
-            return f"1 of {self.there} has all weights: {_gb(self.weights)}{beside}{free}"
+            return f"1 of {self.there} has all weights: {_gb(self.weights)}{extra}{free}"
         of = "" if self.devices == self.there else f" of {self.there}"
-        return f"{self.devices}{of} share the weights: {_gb(self.weights)} of {_gb(self.whole)} on each{beside}{free}"
+        return f"{self.devices}{of} share the weights: {_gb(self.weights)} of {_gb(self.whole)} on each{extra}{free}"
 
 
 def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOptions) -> Placement:
@@ -259,20 +259,20 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         return max(fitted(count, streams=streams), checked)
 
     free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
-    beside = 0
+    extra = 0
     if isinstance(method, DistillSettings):
         # On a CPU the fit keeps less where little is free. Several devices rather share the weights.
         host = free_memory() if jax.default_backend() == "cpu" else None
         left = None if host is None else max(0, host - fitted(1, streams=streams))
-        beside = peak_bytes(bases[-1], method, left)
+        extra = peak_bytes(bases[-1], method, left)
     if streams and source is None:
         msg = "divide stream was asked for, and the source is not run here: leave it out"
         raise UsageError(msg)
     divide = "auto" if streams else options.divide
-    placement = choose_placement(partial(largest, streams=streams), beside, there, free, divide)
+    placement = choose_placement(partial(largest, streams=streams), extra, there, free, divide)
     if free is not None and placement.weights > free and divide == "auto" and source is not None:
         streams = True
-        placement = choose_placement(partial(largest, streams=True), beside, there, free, divide)
+        placement = choose_placement(partial(largest, streams=True), extra, there, free, divide)
     if streams and source is not None:
         numbers = streamed_numbers(source)
         check_host(max(fit_size, check_size) * numbers, of="the layers of the source")
@@ -283,7 +283,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         msg = f"the weights of the fit take {_gb(needed)} of {of}, where {_gb(free)} are free"
         raise MemoryError(msg + ("; divide never was asked for" if divide == "never" else ""))
     own = PROCESS if jax.default_backend() == "cpu" else 0
-    return replace(placement, peak=max(needed + beside, placement.weights + (check_size and _COMPARED)) + own)
+    return replace(placement, peak=max(needed + extra, placement.weights + (check_size and _COMPARED)) + own)
 
 
 def free_of_each() -> int | None:
@@ -292,7 +292,7 @@ def free_of_each() -> int | None:
 
 
 def choose_placement(
-    weights: Callable[[int], int], beside: int, there: int, free: int | None, divide: Divide
+    weights: Callable[[int], int], extra: int, there: int, free: int | None, divide: Divide
 ) -> Placement:
     """Choose the number of devices: all that leave the least on each, or one.
 
@@ -305,9 +305,9 @@ def choose_placement(
     if divide == "always" and most == 1:
         msg = f"divide always was asked for, and the weights cannot be divided over {there} device{'s'[: there > 1]}: "
         raise UsageError(msg + "leave it out")
-    fits = free is None or weights(1) + beside <= free
+    fits = free is None or weights(1) + extra <= free
     devices = most if divide == "always" or (divide == "auto" and not fits) else 1
-    return Placement(devices, there, weights(devices), weights(1), beside, free)
+    return Placement(devices, there, weights(devices), weights(1), extra, free)
 
 
 def _gb(count: int) -> str:

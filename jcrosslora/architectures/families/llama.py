@@ -269,7 +269,7 @@ LLAMA4 = Family(
         normalised=False,
         scaled_inputs=True,
         transposed=frozenset({_STORED["gate_up"], _STORED["down"]}),
-        turned=True,
+        stores_transposes=True,
         layers=_sparse,
         shared=lambda config: size(config, "intermediate_size"),
     ),
@@ -282,7 +282,7 @@ LLAMA4 = Family(
         theta=500_000.0,
         interleaved=True,
         rotated=lambda config, kinds: listed_rotated(config, len(kinds)),
-        unrotated_grow=True,
+        scales_unrotated=True,
     ),
     keys=words(
         "attn_scale attn_temperature_tuning floor_scale for_llm_compressor interleave_moe_layer_step moe_layers "
