@@ -34,9 +34,9 @@ from scripts import as_command, score_answers, wide_console
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model, stack_adapter
+from jcrosslora.distill.settings import USUAL
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.templates import Sampler
-from jcrosslora.methods import Distill
 from jcrosslora.text import Completion
 from jcrosslora.training import read_examples
 from jcrosslora.training.batches import as_completion, encode
@@ -151,7 +151,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             items = [
                 dataclasses.replace(right, answer=found.text, ended=True, right="likeliest") for found, right in kept
             ]
-            file = f"completions-{Distill().completions}-{arguments.prompts}-{arguments.seed}-0.jsonl"
+            file = f"completions-{USUAL}-{arguments.prompts}-{arguments.seed}-0.jsonl"
             save_completions(arguments.work / file, items)
     console.print(table)
 

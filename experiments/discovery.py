@@ -27,7 +27,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
 from jcrosslora.distill.completions import write_completions
-from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.settings import USUAL, DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import NOTHING, choose_writer
 from jcrosslora.distill.task_search.answers import Scored
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", required=True)
     parser.add_argument("--target", help="base that adapters are moved to")
     parser.add_argument("--expect", default="json", help="json, json:KEY or a regular expression")
-    parser.add_argument("--completions", type=int, default=DistillSettings.completions)
+    parser.add_argument("--completions", type=int, default=USUAL)
     parser.add_argument("--discovery", type=int, default=DistillSettings.discovery, help="texts of each step")
     parser.add_argument("--show", type=int, default=10, help="of each step, the best ones")
     parser.add_argument("--seed", type=int, default=0)

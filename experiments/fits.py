@@ -39,6 +39,7 @@ from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.fit import Fit
 from jcrosslora.distill.judge import Judge
+from jcrosslora.distill.settings import USUAL
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
 from jcrosslora.distill.steps import end_tokens, hold_out
 from jcrosslora.distill.symbols import find_symbols
@@ -55,13 +56,12 @@ MOST = 96  # tokens of an answer that is compared
 
 
 def parse() -> argparse.Namespace:
-    usual = Distill()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("source", "target", "adapter"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("data", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--completions", type=int, default=usual.completions)
+    parser.add_argument("--completions", type=int, default=USUAL)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--temperature", type=float, help="of the source's answers; if not given, that of the method")
     parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")

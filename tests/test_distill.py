@@ -53,7 +53,7 @@ from jcrosslora.distill.completions import (
 from jcrosslora.distill.fit import Fit, first_state, gradient_step, needs_remat, schedule
 from jcrosslora.distill.judge import Judge, mean_kl
 from jcrosslora.distill.run import distill
-from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel, shared_log_probs
 from jcrosslora.distill.symbols import Ends, find_symbols
@@ -862,7 +862,7 @@ def beginning(teaching):
     return teacher, batches[1:], [teacher.read(batches[0])]
 
 
-LONG = dataclasses.replace(SMALL, completions=FIRST + 3 * ROUND, rate=1e-2)
+LONG = dataclasses.replace(SMALL, completions=USUAL + 3 * ROUND, rate=1e-2)
 
 
 def test_an_interrupted_fit_keeps_the_best_update(beginning):
@@ -875,7 +875,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
             raise KeyboardInterrupt
         return batches
 
-    asked = dataclasses.replace(LONG, completions=FIRST + 9 * ROUND, polish=0.25)
+    asked = dataclasses.replace(LONG, completions=USUAL + 9 * ROUND, polish=0.25)
     found = Fit(teacher, Judge(held_out), asked, begun=time.monotonic()).run(batches, fresh)
     assert found.stopped
     assert found.looks[-1].completions > 0
@@ -915,7 +915,7 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
     source, target, adapter = pair
     for module in (settings_module, completions_module):
         monkeypatch.setattr(module, "ROUND", 8)
-    monkeypatch.setattr(settings_module, "FIRST", 40)
+    monkeypatch.setattr(settings_module, "MOST_GIVEN", 40)
     asked = dataclasses.replace(SMALL, completions=48, passes=1, answer_tokens=2)
     calls = []
 
@@ -971,15 +971,24 @@ def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginnin
     def run(begun, **changed):
         return Fit(teacher, Judge(held_out), dataclasses.replace(LONG, **changed), begun=begun).run(batches, fresh)
 
-    found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=FIRST)
+    found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=USUAL)
     assert found.looks[-1].divergence < found.looks[0].divergence
     assert [look.divergence for look in found.looks] == [look.divergence for look in whole.looks]
     jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 
 def test_completions_beyond_the_first_are_written_in_rounds():
-    found = [DistillSettings(completions=count).rounds for count in (16, 300, 301, 396)]
+    found = [DistillSettings(completions=count).course(prompted=False).rounds for count in (16, 300, 301, 396)]
     assert found == [(16,), (300,), (300, 48), (300, 48, 48)]
+
+
+def test_given_prompts_are_all_answered_before_the_fit_and_the_more_they_are_the_fewer_passes_there_are():
+    courses = [DistillSettings().for_prompts(count).course(prompted=True) for count in (200, 300, 600, 1000, 5000)]
+    assert [course.rounds for course in courses] == [(200,), (300,), (600,), (1000,), (1000,)]
+    assert [course.passes for course in courses] == [8, 8, 4, 2, 2]
+    # A budget begins early, and takes the other prompts in its rounds.
+    assert DistillSettings(budget="5min").for_prompts(1000).course(prompted=True).rounds == (300,)
+    assert DistillSettings(completions=1060).course(prompted=True).rounds == (1000, 48, 48)
 
 
 def test_the_rate_rises_and_falls_to_zero():

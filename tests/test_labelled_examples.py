@@ -12,7 +12,7 @@ from probe_bases import CORPUS, QUESTIONS, write_move
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.distill.batches import make_batches
-from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.distill.steps import examples_of_round
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
@@ -140,12 +140,12 @@ def test_an_examples_answer_has_its_own_weight(places):
 
 def test_further_rounds_repeat_all_examples_in_turn():
     examples = [Completion(str(number), "a") for number in range(30)]
-    found = [examples_of_round(examples, number, {"7"}) for number in range(1, 30)]
-    assert {len(one) for one in found} == {-(-29 * ROUND // FIRST)}
+    found = [examples_of_round(examples, number, USUAL, {"7"}) for number in range(1, 30)]
+    assert {len(one) for one in found} == {-(-29 * ROUND // USUAL)}
     counts = Counter(one.prompt for part in found for one in part)
     assert len(counts) == 29
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert examples_of_round([], 1) == []
+    assert examples_of_round([], 1, USUAL) == []
 
 
 def test_a_plan_finds_examples_from_its_folder_and_aligns_other_ones_apart(tmp_path):
@@ -161,12 +161,14 @@ def test_a_plan_finds_examples_from_its_folder_and_aligns_other_ones_apart(tmp_p
 @pytest.mark.parametrize(
     ("prompts", "examples", "completions", "wanted"),
     [
-        (200, 0, 300, 200),
-        (150, 50, 300, 150),
-        (199, 0, 300, 300),
-        (8, 300, 300, 300),
+        (200, 0, None, 200),
+        (150, 50, None, 150),
+        (199, 0, None, 300),
+        (8, 300, None, 300),
         (250, 0, 900, 900),
         (400, 0, 300, 300),
+        (400, 0, None, 400),
+        (4000, 0, None, 1000),
     ],
 )
 def test_with_enough_prompts_no_others_are_made_up(prompts, examples, completions, wanted):

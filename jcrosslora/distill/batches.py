@@ -259,7 +259,7 @@ def peak_bytes(target: BaseModel, settings: DistillSettings, free: int | None = 
     factors = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)
     rows, width = row_shape(TEXT + (settings.answer_tokens or MOST_TOKENS))
     columns, (kept, remembered) = min(settings.compared_tokens, target.dims.vocab), most_kept(free)
-    remembered = min(remembered, _NUMBER * settings.rounds[0] * width * columns)
+    remembered = min(remembered, _NUMBER * settings.course(prompted=True).first * width * columns)
     return remembered + min(kept, _activations(settings_of(target), (rows, width))) + 4 * _NUMBER * factors
 
 

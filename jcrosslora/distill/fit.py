@@ -88,17 +88,17 @@ class Fitted:
 
 def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> Cost:
     """Count a fit to so many given prompts and labelled examples, with the completions of its further rounds."""
-    first, anew = settings.rounds[0], sum(settings.rounds[1:])
-    # The training and the held-out batches each end with a half-full batch in a few widths.
     prompted = prompts + examples > 0
+    course = settings.course(prompted=prompted)
+    first, anew, passes = course.first, sum(course.rounds[1:]), course.passes
+    # The training and the held-out batches each end with a half-full batch in a few widths.
     judging = settings.held_of(first, prompted=prompted)
     held, used = judging + 2 * BATCH, first - judging + 2 * BATCH + anew
-    passes = settings.course(prompted=prompted).passes
     looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
     read += Cost(source=2 * TEXT * examples, target=TEXT * examples, stepped=TEXT * passes * examples)
-    further = [round_cost(settings.answer_tokens, prompts + examples)] * (len(settings.rounds) - 1)
+    further = [round_cost(settings.answer_tokens, prompts + examples)] * (len(course.rounds) - 1)
     return sum(further, read)
 
 
@@ -144,7 +144,7 @@ class Fit:
         settings, stopped = self._settings, False
         if checkpoints is not None:
             self._restore(checkpoints)
-        total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
+        total, unit = (100, "%") if settings.seconds is not None else (sum(self._course.rounds), "completions")
         with track(total, "fit", unit) as bar:
             try:
                 while self._share() < 1:
@@ -167,7 +167,7 @@ class Fit:
             used = self._seconds() / self._settings.seconds
             # Writing the first completions may take longer than the budget: they are used all the same.
             return used if self._rounds else min(used, self._part)
-        sizes = self._settings.rounds
+        sizes = self._course.rounds
         return 1.0 if self._rounds >= len(sizes) else sum(sizes[: self._rounds]) / sum(sizes) + self._part
 
     def _use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
@@ -176,7 +176,8 @@ class Fit:
         The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
         """
         target, settings = self._teacher.target.with_adapter(self._start), self._settings
-        size = settings.rounds[self._rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
+        sizes = self._course.rounds
+        size = sizes[self._rounds] / sum(sizes) if settings.seconds is None else 1.0
         before, read = self._share(), _remembering(self._teacher, batches, self._most_remembered)
         rng = np.random.default_rng([self._seed, 3, self._rounds])
         order = np.concatenate([rng.permutation(len(batches)) for _ in range(self._course.passes)])

@@ -11,20 +11,31 @@ from jcrosslora.errors import UsageError
 FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
-FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
+USUAL, ROUND = 300, 48  # completions of a fit, and of each round after those that are written before it
+ENOUGH, MOST_GIVEN = 200, 1000  # given prompts that need no others made up, and the most that are used by default
 _HELD_OUT, _MOST_HELD = 0.15, 20  # share of the prompts that are held out, and the most of given ones
-ENOUGH = 200  # prompts that are fitted to as they are, without others that are made up
+_TEXTS, _FEWEST_PASSES = 2400, 2  # that passes over given prompts add up to, and how many passes there are at least
 
 End = Literal["auto", "source", "never"]
 
 
 class Course(NamedTuple):
-    """What of a fit depends on whether a user gives prompts; see `DistillSettings`."""
+    """What of a fit depends on whether a user gives prompts; see `DistillSettings`.
+
+    Attributes:
+        rounds: completions of each round, those written before the fit first; a budget goes on beyond them.
+    """
 
     passes: int
     rate: float
     temperature: float
     end: End
+    rounds: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """Completions that are written before the fit."""
+        return self.rounds[0]
 
 
 # To teach the end without prompts cost likelihood: the demo had 0.78 of the lift, and has 0.95.
@@ -35,16 +46,18 @@ PROMPTED, UNPROMPTED = Course(8, 1.5e-3, 0.0, "auto"), Course(4, 5e-4, 1.0, "sou
 class DistillSettings:
     """How `distill` fits an update."""
 
-    completions: int = 300
-    """Number of prompts with answers, held-out ones included; at least 16. Those beyond 300 are written during the fit.
-    With 200 given prompts or more and at most 300 completions, only the given prompts are used."""
+    completions: int | None = None
+    """Number of prompts with answers, held-out ones included; at least 16. By default 300; with 200 given prompts or
+    more, their number, at most 1,000. Those beyond 300, or with given prompts beyond 1,000, are written during the
+    fit."""
     budget: str | None = None
     """Time for the whole fit, such as 20min, which is filled with new completions. The fit to the first 300 is always
     finished."""
     roles: tuple[str, ...] | None = None
     """The modules that are fitted, such as q_proj v_proj; all if not given."""
     passes: int | None = None
-    """How often each completion is used; by default 8 times with given prompts, else 4."""
+    """How often each completion is used; by default 4 times, with given prompts 8 times, and down to twice if these are
+    more than 300."""
     fit_rank: int = 16
     """Rank of the update in each module, at most the module's short side."""
     rate: float | None = None
@@ -66,8 +79,8 @@ class DistillSettings:
     example_weight: float = 1.0
     """Weight of the tokens of a labelled example's answer; those of the source's answers have 1."""
     held_out: float | None = None
-    """Share of the first 300 completions that nothing is fitted to; they decide which update is the best. If not given,
-    it is 0.15, but at most 20 prompts where prompts are given: those that are left bring right answers."""
+    """Share of the completions written before the fit that nothing is fitted to; they decide which update is the best.
+    By default 0.15, and at most 20 prompts where prompts are given, because those that are left bring right answers."""
     answer_tokens: int | None = None
     """The most tokens of an answer; if not given, learnt from a few answers, up to 512."""
     end: End = "auto"
@@ -82,17 +95,6 @@ class DistillSettings:
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, added to those of the completions."""
 
-    @property
-    def rounds(self) -> tuple[int, ...]:
-        """Completions of each round, those written before the fit first; a budget goes on beyond them."""
-        more = max(0, self.completions - FIRST)
-        return min(self.completions, FIRST), *((ROUND,) * -(-more // ROUND))
-
-    @property
-    def grows(self) -> bool:
-        """Whether completions are written as the fit goes."""
-        return self.budget is not None or len(self.rounds) > 1
-
     def teacher_weights(self, known: float) -> tuple[float, float, float]:
         """Return the shares of the adapted source where it is unsure and where it is sure, and the contrast's weight.
 
@@ -106,8 +108,11 @@ class DistillSettings:
 
     def for_prompts(self, prompts: int, examples: int = 0) -> Self:
         """Return the settings of a fit to so many given prompts, and labelled examples: with enough none is made up."""
+        if self.completions is not None:
+            return self
         enough = prompts + examples >= ENOUGH and prompts >= FEWEST_COMPLETIONS
-        return replace(self, completions=prompts) if enough and prompts < self.completions <= FIRST else self
+        most = MOST_GIVEN if self.budget is None else USUAL
+        return replace(self, completions=min(prompts, most) if enough else USUAL)
 
     def held_of(self, prompts: int, *, prompted: bool) -> int:
         """Return how many of so many different prompts, two or more, are held out: at least one, and not all."""
@@ -118,10 +123,13 @@ class DistillSettings:
 
     def course(self, *, prompted: bool) -> Course:
         """Return these settings, and the usual ones for those that are not given."""
-        usual = PROMPTED if prompted else UNPROMPTED
+        usual, completions = PROMPTED if prompted else UNPROMPTED, self.completions or USUAL
+        first = min(completions, MOST_GIVEN if prompted and self.budget is None else USUAL)
         temperature = usual.temperature if self.answer_temperature is None else self.answer_temperature
         end = usual.end if self.end == "auto" else self.end
-        return Course(self.passes or usual.passes, self.rate or usual.rate, temperature, end)
+        passes = max(_FEWEST_PASSES, min(usual.passes, _TEXTS // first))
+        rounds = first, *((ROUND,) * -(-(completions - first) // ROUND))
+        return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds)
 
     @property
     def seconds(self) -> float | None:

@@ -19,7 +19,7 @@ from jcrosslora.distill.completions import Completions, answer_given, write_comp
 from jcrosslora.distill.endings import Endings
 from jcrosslora.distill.fit import Fit
 from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
-from jcrosslora.distill.settings import FIRST, ROUND, Course, DistillSettings
+from jcrosslora.distill.settings import ROUND, Course, DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.symbols import Ends, Symbols, find_symbols
@@ -89,7 +89,7 @@ class Run:
     def write(self, shared: dict[Any, Any] | None) -> Completions:
         """Write the completions that come before the first step."""
         writer, course, settings = self._writer(shared), self.course, self.settings
-        sampler = Sampler(settings.rounds[0], settings.answer_tokens, course.temperature, self.seed, course.end)
+        sampler = Sampler(course.first, settings.answer_tokens, course.temperature, self.seed, course.end)
         if not self.prompted:
             return write_completions(self.source, writer, sampler, settings.discovery)
         labelled = [one.prompt for one in self.taught]
@@ -97,7 +97,7 @@ class Run:
 
     def _writer(self, shared: dict[Any, Any] | None) -> Writer:
         """Choose who writes prompts: the base that does it better, or the source where none is to be written."""
-        if self.settings.budget is None and len(set(self.prompts)) >= self.settings.completions:
+        if self.settings.budget is None and len(set(self.prompts)) >= sum(self.course.rounds):
             return self.source.alone()
         target = DecoderSource.of(self.target, model=self.model, tokenizer=self.tokenizers[1])
         return choose_writer(self.source, target, shared)
@@ -164,12 +164,12 @@ class Run:
         """Write the batches of a further round; with an update `own` of the target, the target writes them."""
         student = Generator(self.model.with_adapter(own), self.tokenizers[1], self.target.ref, "the fitted update")
         items = completions.more(number, held_out, self.source if own is None else student)
-        items += examples_of_round(self.taught, number, held_out)
+        items += examples_of_round(self.taught, number, self.course.first, held_out)
         return self.batches(items) if items else []
 
     def states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[Checkpoints | None]:
         """Open the folder for the states of this fit, named by all that it depends on, if it is to grow."""
-        if parent is None or not self.settings.grows:
+        if parent is None or not (self.settings.budget or self.course.rounds[1:]):
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
         settings = dataclasses.asdict(self.settings)
@@ -188,14 +188,14 @@ def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) 
 
 
 def examples_of_round(
-    examples: Sequence[Completion], number: int, excluded: Collection[Prompt] = ()
+    examples: Sequence[Completion], number: int, first: int, excluded: Collection[Prompt] = ()
 ) -> list[Completion]:
     """Take the examples that a further round repeats, in turn; `number` counts rounds from 1.
 
-    Their share is the same as in the first completions, so that a long fit does not forget them.
+    Their share is the same as in the `first` completions, so that a long fit does not forget them.
     """
     usable = [one for one in examples if one.prompt not in excluded]
-    count = -(-len(usable) * ROUND // FIRST)
+    count = -(-len(usable) * ROUND // first)
     return [usable[place % len(usable)] for place in range((number - 1) * count, number * count)]
 
 

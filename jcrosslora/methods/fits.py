@@ -28,10 +28,11 @@ class Distill(DistillSettings, Method):
         from jcrosslora.distill.fit import fit_cost
 
         asked = self.for_prompts(sizes.prompts, sizes.examples)
-        first = replace(asked, completions=asked.rounds[0]) if self.budget is not None else asked
+        count = asked.course(prompted=sizes.prompts + sizes.examples > 0).first
+        first = replace(asked, completions=count) if self.budget is not None else asked
         given = {"prompts": sizes.prompts, "examples": sizes.examples}
         fit = replace(fit_cost(first, **given), budget=self.seconds)
-        written = completions_cost(asked.rounds[0], self.answer_tokens, self.discovery, **given)
+        written = completions_cost(count, self.answer_tokens, self.discovery, **given)
         return {"write completions": written, "fit": fit}
 
     def move(self, task: Task) -> Moved:
