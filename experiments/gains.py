@@ -6,7 +6,8 @@
 
 DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`: conversations, prompts with answers, or questions with choices. A
 LoRA adapter is trained on the source and one on the target, on the same examples; as in jobs.py the last 400 are kept
-back, and the last 200 are prompts without answers. The rows, in the order in which they are made:
+back, and the last 200 are prompts without answers. More than 200 prompts are filled up with those of training examples.
+The rows, in the order in which they are made:
 
     base            the target alone
     source          the source with its adapter
@@ -143,7 +144,8 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         known = read_examples(arguments.data / f"{arguments.task}_train.jsonl")
         self.arguments, self.examples = arguments, known[:-HELD_BACK]
-        self.given = [as_completion(one).prompt for one in known[-HELD_BACK // 2 :]]
+        unseen = known[-HELD_BACK // 2 :]
+        self.given = [as_completion(one).prompt for one in [*unseen, *reversed(self.examples)]]
         test = known[-HELD_BACK : -HELD_BACK // 2]
         if arguments.split == "test":
             test = read_examples(arguments.data / f"{arguments.task}_test.jsonl")
