@@ -11,11 +11,12 @@ target to compare with, `--answers` one of an adapter that is trained on the tar
 source's greedy answers to the prompts. With `--labels` the prompts have their right answers, to fit and to train on: so
 much is in so many prompts.
 
-The rows judge by the `--judged` examples in front of the prompts: the NLL of the right answers in nats a token; how
-many of them the target would write, as each of their tokens, the end included, is the likeliest ("right"); and how many
-of the source's greedy answers ("agreement"). The held-out divergence cannot be compared where the teacher differs. With
-`--write N` the N examples in front of those are answered in writing. A list is written as `roles=["v_proj","o_proj"]`.
-Data must be training data: choices are made by it. Rows are added to WORK/fits.jsonl.
+The rows judge by the `--judged` examples in front of the last 200 prompts, and further prompts are those in front of
+these: the NLL of the right answers in nats a token; how many of them the target would write, as each of their tokens,
+the end included, is the likeliest ("right"); and how many of the source's greedy answers ("agreement"). The held-out
+divergence cannot be compared where the teacher differs. With `--write N` the N examples in front of those are answered
+in writing. A list is written as `roles=["v_proj","o_proj"]`. Data must be training data: choices are made by it. Rows
+are added to WORK/fits.jsonl.
 """
 
 import argparse
@@ -53,6 +54,7 @@ from jcrosslora.training import TrainingSettings, read_examples, train_lora
 from jcrosslora.training.batches import as_completion, encode
 
 MOST = 96  # tokens of an answer that is compared
+USUAL_PROMPTS = 200  # at the end of the file; more are taken from in front of the examples that judge
 
 
 def parse() -> argparse.Namespace:
@@ -108,8 +110,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     models = load_model(source, fast_dtype()), load_model(target, fast_dtype())
     generator = DecoderSource.of(source, adapter, model=models[0], tokenizer=tokenizers[0])
     known = [as_completion(one) for one in read_examples(arguments.data)]
-    known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
-    asked, judged = known[-arguments.judged - arguments.write : -arguments.judged], known[-arguments.judged :]
+    last, more = min(arguments.prompts, USUAL_PROMPTS), max(0, arguments.prompts - USUAL_PROMPTS)
+    known, given = known[: len(known) - last], known[len(known) - last :]
+    known, judged = known[: -arguments.judged], known[-arguments.judged :]
+    known, asked = known[: len(known) - arguments.write], known[len(known) - arguments.write :]
+    given = [*known[len(known) - more :], *given]
     usual = make_method(arguments.method)
     assert isinstance(usual, Distill)
     warmth = arguments.temperature
