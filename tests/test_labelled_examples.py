@@ -1,5 +1,6 @@
 """Labelled examples of the user in a fit: they are taught, and the source answers other prompts."""
 
+import dataclasses
 import json
 from collections import Counter
 from functools import partial
@@ -11,6 +12,8 @@ from probe_bases import CORPUS, QUESTIONS, write_move
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
+from jcrosslora.distill import settings as settings_module
+from jcrosslora.distill import steps
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.distill.steps import examples_of_round
@@ -136,6 +139,32 @@ def test_an_examples_answer_has_its_own_weight(places):
         assert set(batch.weight[used & ~batch.answer]) == {0.5}
     with pytest.raises(jcl.UsageError, match=r"example_weight 0\.0"):
         Distill(example_weight=0.0).check()
+
+
+def test_where_many_prompts_leave_few_passes_examples_are_used_as_often_as_with_few_prompts(places, monkeypatch):
+    few = dataclasses.replace(SMALL, completions=20, answer_tokens=2, passes=None)
+
+    def used(settings):
+        """Return how often labelled examples are used in all passes of the fit, and how often other texts are."""
+        seen = []
+
+        def spy(items, *given, **named):
+            seen.append(items)
+            return make_batches(items, *given, **named)
+
+        monkeypatch.setattr(steps, "make_batches", spy)
+        jcl.transfer(*places, settings, prompts=CORPUS, examples=QUESTIONS, effect="never", cache=False)
+        passes, counts = settings.course(prompted=True).passes, Counter(seen[0])
+        return tuple(
+            {passes * counts[item] for item in counts if (item.right == "answer") is wanted} for wanted in (True, False)
+        )
+
+    assert used(few)[0] == {8}
+    monkeypatch.setattr(settings_module, "_TEXTS", 2 * 20)
+    labelled, others = used(few)
+    assert labelled == {8}
+    assert min(others) == 2
+    assert dataclasses.replace(few, passes=2).course(prompted=True).repeats == 1
 
 
 def test_further_rounds_repeat_all_examples_in_turn():

@@ -97,7 +97,8 @@ def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> 
     looks = 1 + passes * used / BATCH / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
-    read += Cost(source=2 * TEXT * examples, target=TEXT * examples, stepped=TEXT * passes * examples)
+    labelled = TEXT * examples * course.repeats
+    read += Cost(source=2 * labelled, target=labelled, stepped=passes * labelled)
     further = [round_cost(settings.answer_tokens, prompts + examples)] * (len(course.rounds) - 1)
     return sum(further, read)
 

@@ -24,6 +24,7 @@ class Course(NamedTuple):
 
     Attributes:
         rounds: completions of each round, those written before the fit first; a budget goes on beyond them.
+        repeats: how often a labelled example is used in each pass: where many prompts leave few passes, more than once.
     """
 
     passes: int
@@ -31,6 +32,7 @@ class Course(NamedTuple):
     temperature: float
     end: End
     rounds: tuple[int, ...] = ()
+    repeats: int = 1
 
     @property
     def first(self) -> int:
@@ -129,7 +131,8 @@ class DistillSettings:
         end = usual.end if self.end == "auto" else self.end
         passes = max(_FEWEST_PASSES, min(usual.passes, _TEXTS // first))
         rounds = first, *((ROUND,) * -(-(completions - first) // ROUND))
-        return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds)
+        repeats = 1 if self.passes else usual.passes // passes
+        return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds, repeats)
 
     @property
     def seconds(self) -> float | None:

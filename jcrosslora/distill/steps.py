@@ -125,6 +125,7 @@ class Run:
     def divide(self, completions: Completions) -> Data:
         """Divide the completions into those that are fitted to and those that judge, as batches."""
         fitted, judging = hold_out(self._items(completions), self.settings, self.seed, prompted=self.prompted)
+        fitted += (self.course.repeats - 1) * [item for item in fitted if item.right == "answer"]
         held_out, said = dict.fromkeys(item.prompt for item in judging), judging
         if self.course.temperature > 0:
             said = completions.greedy(held_out)
