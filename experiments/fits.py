@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     known = [as_completion(one) for one in read_examples(arguments.data)]
     last, more = min(arguments.prompts, USUAL_PROMPTS), max(0, arguments.prompts - USUAL_PROMPTS)
     known, given = known[: len(known) - last], known[len(known) - last :]
-    known, judged = known[: -arguments.judged], known[-arguments.judged :]
+    known, judged = known[: len(known) - arguments.judged], known[len(known) - arguments.judged :]
     known, asked = known[: len(known) - arguments.write], known[len(known) - arguments.write :]
     given = [*known[len(known) - more :], *given]
     usual = make_method(arguments.method)
@@ -173,6 +173,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         add("answers", update, settings.steps, time.monotonic() - begun)
     for text in arguments.fit:
         settings = dict(parse_row(f"{arguments.method}:{text}").settings)
+        if given:  # the more there are, the fewer passes
+            settings.setdefault("completions", arguments.completions)
         method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
         parts = hold_out(items, method, arguments.seed, prompted=bool(given))
