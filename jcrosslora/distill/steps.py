@@ -165,7 +165,7 @@ class Run:
         """Write the batches of a further round; with an update `own` of the target, the target writes them."""
         student = Generator(self.model.with_adapter(own), self.tokenizers[1], self.target.ref, "the fitted update")
         items = completions.more(number, held_out, self.source if own is None else student)
-        items += examples_of_round(self.taught, number, self.course.first, held_out)
+        items += examples_of_round(self.taught, number, self.course.first // self.course.repeats, held_out)
         return self.batches(items) if items else []
 
     def states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[Checkpoints | None]:
@@ -193,7 +193,7 @@ def examples_of_round(
 ) -> list[Completion]:
     """Take the examples that a further round repeats, in turn; `number` counts rounds from 1.
 
-    Their share is the same as in the `first` completions, so that a long fit does not forget them.
+    Their share is that of one use of each in `first` completions, so that a long fit does not forget them.
     """
     usable = [one for one in examples if one.prompt not in excluded]
     count = -(-len(usable) * ROUND // first)
