@@ -146,6 +146,46 @@ def scaled(factor: float):
     return lambda made: made.change(lambda name, x: np.float32(factor) * x if is_linear(name) else x)
 
 
+def rescaled(spread: float, *, seed: int = 9):
+    """Scale channels as AWQ does: a norm and the columns behind it, up and down, v and o where heads are not shared.
+
+    The model computes the same. `spread` is the standard deviation of the logarithm of the scales.
+    """
+    rng = np.random.default_rng(seed)
+
+    def build(made: Made) -> Made:
+        tensors = dict(made.tensors)
+        offset = FAMILIES[made.config["model_type"]].gain_offset
+
+        def scale(name: str, factors: np.ndarray) -> None:
+            tensors[name] = (tensors[name] * factors).astype(np.float32)
+
+        def draw(size: int) -> np.ndarray:
+            return np.exp(spread * rng.normal(size=size))
+
+        for layer in range(made.size("num_hidden_layers")):
+            prefix = f"model.layers.{layer}."
+            mlp_norm = "pre_feedforward" if f"{prefix}pre_feedforward_layernorm.weight" in tensors else "post_attention"
+            reads = {"input": ("self_attn.q", "self_attn.k", "self_attn.v"), mlp_norm: ("mlp.gate", "mlp.up")}
+            for norm, behind in reads.items():
+                name, factors = f"{prefix}{norm}_layernorm.weight", draw(made.size("hidden_size"))
+                tensors[name] = ((tensors[name] + offset) / factors - offset).astype(np.float32)
+                for module in behind:
+                    scale(f"{prefix}{module}_proj.weight", factors)
+            pairs = [("mlp.up", "mlp.down")]
+            if made.size("num_attention_heads") == made.size("num_key_value_heads"):
+                pairs.append(("self_attn.v", "self_attn.o"))
+            for first, second in pairs:
+                factors = draw(tensors[f"{prefix}{first}_proj.weight"].shape[0])
+                scale(f"{prefix}{first}_proj.weight", 1 / factors[:, None])
+                if f"{prefix}{first}_proj.bias" in tensors:
+                    scale(f"{prefix}{first}_proj.bias", 1 / factors)
+                scale(f"{prefix}{second}_proj.weight", factors)
+        return Made(made.config, tensors)
+
+    return build
+
+
 def with_layers(layers):
     """Take the listed layers, in this order."""
 

@@ -12,6 +12,7 @@ from relatives import (
     make,
     merged,
     noisy,
+    rescaled,
     role_of,
     scaled,
     shuffled,
@@ -35,7 +36,7 @@ from jcrosslora.relation import Relation, compare_bases
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
 PRUNED, SPARSE, PERMUTED, UPSCALED = ("pruned",), ("sparse",), ("permuted",), ("upscaled",)
-UNSURE = ("further trained or quantised",)
+UNSURE, RESCALED = ("further trained or quantised",), ("channels rescaled",)
 OTHER_EMBEDDING, OTHER_HEAD, OTHER_TOKENIZER = ("embedding replaced",), ("head replaced",), ("other tokenizer",)
 
 
@@ -147,6 +148,10 @@ CASES = {
     "Q5_1": ("llama", same, ("F32", "Q5_1"), QUANTISED),
     "Q4_0": ("llama", same, ("BF16", "Q4_0"), QUANTISED),
     "Q4_1": ("llama", same, ("F32", "Q4_1"), QUANTISED),
+    "channels rescaled": ("llama", rescaled(0.5), ("F32", "F32"), (*RESCALED, *ROUNDED)),
+    "channels rescaled, gemma": ("gemma2", rescaled(0.3), ("BF16", "BF16"), (*RESCALED, *ROUNDED)),
+    "channels rescaled, Q4_0": ("llama", rescaled(0.3), ("F32", "gguf Q4_0"), (*UNSURE, *RESCALED, *QUANTISED)),
+    "channels rescaled, trained": ("llama", then(rescaled(0.5), noisy(0.1)), ("F32", "F32"), (*TRAINED, *RESCALED)),
     "from Q4_0": ("llama", same, ("Q4_0", "F32"), QUANTISED),
     "Q8_0 against Q4_0": ("llama", same, ("Q8_0", "Q4_0"), QUANTISED),
     "Q4_0, kept in float16": ("llama", lambda made: made.quantised("Q4_0"), ("F32", "F16"), QUANTISED),

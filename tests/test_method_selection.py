@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from recording import recorded
-from relatives import make
+from relatives import make, noisy, rescaled, then
 from safetensors.numpy import save_file
 from tiny_bases import llama_tensors, write_llama
 
@@ -24,6 +24,7 @@ from jcrosslora.relation import (
     compare_bases,
     compare_weights,
     finding_phrase,
+    method_selection,
     why_not_run,
     without_fit,
 )
@@ -124,7 +125,27 @@ def test_stored_quantisation_is_compressed_from_four_bits_down(tmp_path, kind, c
     # Neither has a tokenizer, which matters only to a fit.
     assert found.method == "copy"
     assert ("what the compression costs remains" in found.reason) == compressed
-    assert ("stays as it is" in found.reason) != compressed
+    assert ("is copied" in found.reason) != compressed
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "method"),
+    [
+        (rescaled(0.5), None, "copy"),
+        (rescaled(1.0), None, "copy"),
+        (rescaled(0.5), "Q8_0", "copy"),
+        (rescaled(0.15), "Q4_0", "distilled-copy"),
+        (rescaled(0.5), "Q4_0", "distilled-copy"),
+        (then(rescaled(0.5), noisy(0.05)), None, "interpolated-copy"),
+    ],
+)
+def test_rescaled_channels_select_what_equal_ones_would(tmp_path, monkeypatch, change, kind, method):
+    monkeypatch.setattr(method_selection, "why_not_run", lambda *_: None)  # no tokenizers here
+    made = make()
+    target = change(made) if kind is None else change(made).quantised(kind)
+    found = choose_method(made.write(tmp_path / "source"), target.write(tmp_path / "target"))
+    assert found.method == method
+    assert "scales of channels" in found.reason
 
 
 def test_compressed_source_selects_a_copy_with_its_error(source, tmp_path):

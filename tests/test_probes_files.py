@@ -44,6 +44,13 @@ def test_bom_and_line_endings_of_other_programs_are_read(tmp_path):
     assert read_prompts(str(path)) == ["a\nb", "c"]
 
 
+def test_a_text_file_may_hold_other_json(tmp_path):
+    lines = ['{"name": "Blue Spice"}', '{"text": "a"} to a sentence', '{"text": "a"}']
+    path = tmp_path / "facts.txt"
+    path.write_text("\n".join(lines))
+    assert read_prompts(path) == lines
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
@@ -58,6 +65,7 @@ def test_bom_and_line_endings_of_other_programs_are_read(tmp_path):
         ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1"),
         ("digits.jsonl", b"1" * 10_000, "digits.jsonl:1"),
         ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1"),
+        ("chats.txt", b'{"messages": []}\n\n {"prompt": "a"}\r\n', "does not end in .jsonl"),
     ],
 )
 def test_files_without_texts_are_refused(tmp_path, name, content, named):

@@ -17,6 +17,7 @@ _QUESTION = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
 _KINDS = '{"messages": [...]}, {"prompt", "answer"} or {"question", "choices", "answer": index}'
 _BOM = "\ufeff"
 _JSON_LINES = (".jsonl", ".ndjson")
+_PROMPT_KEYS = ("messages", "prompt", "text")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             is a text. Blank lines are skipped.
 
     Raises:
-        UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form.
+        UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form; or all lines of a
+            file of another name are such JSON objects.
     """
     path = Path(path)
     return parse_prompts(_read(path), str(path), json_lines=path.suffix.lower() in _JSON_LINES)
@@ -129,6 +131,11 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
         found = [_prompt_of(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
         found = [line.removesuffix("\r") for line in lines]
+        if any(map(str.strip, found)) and all(map(_is_json_prompt, filter(str.strip, found))):
+            msg = f"{name}: holds a JSON object on each line, but its name does not end in .jsonl, so each line would "
+            raise UsageError(
+                msg + 'be read as plain text: rename it, or write prompts that are JSON as {"prompt": ...}'
+            )
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
         msg = f"{name}: holds no text, at least one line was wanted: write one text a line"
@@ -215,6 +222,11 @@ def _read(path: Path) -> str:
         msg = f"{path}: is a binary file, UTF-8 text was wanted: name a file with one text a line"
         raise UsageError(msg)
     return text
+
+
+def _is_json_prompt(line: str) -> bool:
+    """Return whether a line of a plain text file looks like one of JSONL."""
+    return line.lstrip().startswith("{") and not parse_object(line).keys().isdisjoint(_PROMPT_KEYS)
 
 
 def _prompt_of(line: str, place: str) -> Prompt:

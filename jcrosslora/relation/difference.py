@@ -101,7 +101,7 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
         return replace(rest, zeroed=float(np.mean(zeros & (src != 0))))
     cosine = float(np.sum(src * tgt)) / (norms[0] * norms[1])
     scale = _scale(src, tgt, norms)
-    src, from_src = scale * src, _times(from_src, scale)
+    src, from_src = scale * src, from_src.times(scale)
     delta = tgt - src
     distance = float(np.linalg.norm(delta)) / (abs(scale) * norms[0])
     found = _explain_by_rounding(src, tgt, from_src, from_tgt)
@@ -179,11 +179,6 @@ def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, f
         same_levels = _Explanation(share, None, coarse=from_src.declared and from_tgt.declared)
         best = max(best, same_levels, key=lambda item: item.share)
     return best
-
-
-def _times(rounding: Rounding, scale: float) -> Rounding:
-    ends = rounding.low * scale, rounding.high * scale
-    return replace(rounding, low=np.minimum(*ends), high=np.maximum(*ends))
 
 
 def _in_steps(delta: np.ndarray, rounding: Rounding) -> float:

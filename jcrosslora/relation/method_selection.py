@@ -1,13 +1,14 @@
 """Select the method for `auto` by comparing the weights and files of a pair of bases."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
+from jcrosslora.linalg import channel_scales, rescale
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows
 from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
@@ -16,6 +17,7 @@ from jcrosslora.relation.relation import (
     Relation,
     TensorComparison,
     WeightSimilarity,
+    channels_rescaled,
     compare_modules,
     relation_of,
 )
@@ -165,6 +167,10 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
 def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
     if not similarity.distance and equal_files(*bases) and compare_token_names(*bases) is None:
         return Finding(Likeness.SAME, similarity)
+    return replace(_likeness_of_copies(bases, similarity, compared), rescaled=channels_rescaled(compared))
+
+
+def _likeness_of_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
@@ -222,8 +228,12 @@ def _sampled_modules(base: BaseModel) -> Iterator[str]:
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
-    """Return cosine and relative distance; a zero matrix is at distance 0 of another, and 1 of anything else."""
+    """Return cosine and relative distance; a zero matrix is at distance 0 of another, and 1 of anything else.
+
+    The channels of the source get the scales of the target's, if these explain most of the difference.
+    """
     src, tgt = src.astype(np.float64), tgt.astype(np.float64)
+    src = rescale(src, *channel_scales(src, tgt))
     norm = float(np.linalg.norm(src))
     distance = float(np.linalg.norm(tgt - src)) / norm if norm else float(tgt.any())
     return cosine_similarity(src, tgt), distance

@@ -12,6 +12,7 @@ import numpy as np
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES, Module, expert_tensors
 from jcrosslora.checkpoint.base import finite
+from jcrosslora.linalg import channel_scales
 from jcrosslora.relation.bases import Both, some_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
@@ -30,6 +31,9 @@ _MORE_ROWS, _MODULES_READ_FURTHER = 512, 2
 # 1 / sqrt(1 + d^2): 0.89 for d = 0.5, 0.8 for d = 0.75. The limits lie there, nearer to copies than to unrelated
 # weights; the distance separates a copy from a scaled one.
 _NEAR_COSINE, _NEAR_DISTANCE = 0.8, 0.75
+# Scales of channels that were found in weights are not exact. What they leave is rounding up to the distance that
+# bfloat16 makes if it rounds before and after the scales.
+_SCALES_ROUNDED = 2.0**-8
 
 
 class Relation(StrEnum):
@@ -46,6 +50,7 @@ class Relation(StrEnum):
     TRAINED = "further trained"
     TRAINED_OR_QUANTISED = "further trained or quantised"  # the two cannot be told apart
     SCALED = "scaled"
+    RESCALED = "channels rescaled"  # as AWQ and SmoothQuant do before they round
     QUANTISED = "quantised"  # to 8 bits or fewer
     ROUNDED = "rounded"  # to a narrower float format
     EMBEDDING_REPLACED = "embedding replaced"
@@ -95,12 +100,14 @@ class Finding:
     Attributes:
         similarity: of the weights that correspond; None if the modules have different shapes.
         by_quantiser: whether what looks like further training may come from a quantiser.
+        rescaled: whether the weights were compared after the channels of the source had been rescaled.
         unmatched: number of target layers whose attention, MLP or experts have no counterpart.
     """
 
     likeness: Likeness
     similarity: WeightSimilarity | None
     by_quantiser: bool = False
+    rescaled: bool = False
     unmatched: int = 0
 
 
@@ -113,12 +120,14 @@ class TensorComparison:
             the biases of experts), "mixer tensors" (that are no linear modules), "layer inputs" (what makes them).
         target: name of the target module, or which expert of which layer; for other tensors the role.
         source: name of the source module; for other tensors the role.
+        rescaled: whether the source's rows and columns were rescaled first, see `channel_scales`.
     """
 
     role: str
     target: str
     source: str
     difference: Difference
+    rescaled: bool = False
 
     @property
     def replaced(self) -> bool:
@@ -128,11 +137,13 @@ class TensorComparison:
 
 
 _LINEAR = {*ROLES, "experts"}
+_FOLLOWING = {"norms", "biases"}
 _REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
 
 
 def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
     """Return what holds of the structure and of the weights; nothing if all parts and all compared numbers agree."""
+    rescaled, compared = channels_rescaled(compared), without_following(compared)
     linear = [item.difference for item in compared if item.role in _LINEAR]
     others = [item.difference for item in compared if item.role not in _LINEAR and not item.replaced]
     every, changes, other_changes = [*linear, *others], {one.change for one in linear}, {one.change for one in others}
@@ -151,12 +162,26 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
         Relation.LORA_MERGED: low_rank,
         Relation.TRAINED: trained,
         Relation.TRAINED_OR_QUANTISED: unsure,
+        Relation.RESCALED: rescaled,
         Relation.SCALED: any(one.scale != 1 for one in every),
         Relation.QUANTISED: quantised,
         Relation.ROUNDED: rounded and not quantised,
     }
     found = {relation for relation, true in applies.items() if true}
     return found | {_REPLACED[item.role] for item in compared if item.replaced}
+
+
+def channels_rescaled(compared: Sequence[TensorComparison]) -> bool:
+    """Return whether most linear modules were only alike after their channels were rescaled."""
+    linear = [item.rescaled for item in compared if item.role in _LINEAR]
+    return 2 * sum(linear) > len(linear)
+
+
+def without_following(compared: Sequence[TensorComparison]) -> Sequence[TensorComparison]:
+    """Leave out norms and biases if channels were rescaled: they take the inverse of the scales."""
+    if not channels_rescaled(compared):
+        return compared
+    return [item for item in compared if item.role not in _FOLLOWING]
 
 
 def compare_modules(structure: Structure) -> list[TensorComparison]:
@@ -189,8 +214,12 @@ def _compare_module(structure: Structure, module: Module, rows: int) -> TensorCo
     name, sample = structure.counterpart(module), structure.sample(module, rows)
     if name is None or sample is None:
         return None
-    difference = _compare(*sample, (structure.bases.source.modules[name].dtype, module.dtype))
-    return TensorComparison(module.role, module.name, name, difference)
+    dtypes = structure.bases.source.modules[name].dtype, module.dtype
+    (src, columns_src), (tgt, columns_tgt) = sample
+    scales = np.outer(*channel_scales(src[:, columns_src], tgt[:, columns_tgt]))
+    rescaled = bool(np.any(scales != 1))
+    difference = _compare(*sample, dtypes, scales if rescaled else None)
+    return TensorComparison(module.role, module.name, name, difference, rescaled)
 
 
 def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[TensorComparison]:
@@ -241,14 +270,24 @@ def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
         bases.release()
 
 
-def _compare(src: Both, tgt: Both, dtypes: tuple[str, str]) -> Difference:
-    """Compare the corresponding columns of whole rows of each side, given with their stored dtypes."""
+def _compare(src: Both, tgt: Both, dtypes: tuple[str, str], scales: np.ndarray | None = None) -> Difference:
+    """Compare the corresponding columns of whole rows of each side, given with their stored dtypes.
+
+    `scales` are factors on the numbers of the source.
+    """
     x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
     if np.array_equal(x, y):  # their roundings make no difference
         return compare_rows(x, y, *(Rounding(x, x, dtype, coarse=False) for dtype in dtypes))
     sides = zip((src, tgt), dtypes, strict=True)
-    roundings = (infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides)
-    return compare_rows(x, y, *roundings)
+    rounding_src, rounding_tgt = (
+        infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides
+    )
+    if scales is not None:
+        x, rounding_src = x * scales, rounding_src.times(scales)
+    found = compare_rows(x, y, rounding_src, rounding_tgt)
+    if scales is not None and found.distance < _SCALES_ROUNDED:
+        return replace(found, change=Change.ROUNDED, rank=None)
+    return found
 
 
 def _compare_table(structure: Structure, name: str) -> Difference:

@@ -58,6 +58,11 @@ class Rounding:
         """Take some of the numbers, as an array is indexed."""
         return replace(self, low=self.low[index], high=self.high[index])
 
+    def times(self, scale: float | np.ndarray) -> Self:
+        """Multiply the numbers by a scale, or each by its scale."""
+        ends = self.low * scale, self.high * scale
+        return replace(self, low=np.minimum(*ends), high=np.maximum(*ends))
+
     @property
     def width(self) -> float:
         """Root mean square of high - low."""
