@@ -130,12 +130,12 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
     if json_lines:
         found = [_prompt_of(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        found = [line.removesuffix("\r") for line in lines]
-        if any(map(str.strip, found)) and all(map(_is_json_prompt, filter(str.strip, found))):
-            msg = f"{name}: holds a JSON object on each line, but its name does not end in .jsonl, so each line would "
-            raise UsageError(
-                msg + 'be read as plain text: rename it, or write prompts that are JSON as {"prompt": ...}'
+        if all(_is_json_prompt(line) for line in lines if line.strip()) and any(map(str.strip, lines)):
+            msg = (
+                f"{name}: holds a JSON object on each line, but its name does not end in .jsonl, so each line would be "
             )
+            raise UsageError(msg + 'read as plain text: rename it, or write prompts that are JSON as {"prompt": ...}')
+        found = [line.removesuffix("\r") for line in lines]
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
         msg = f"{name}: holds no text, at least one line was wanted: write one text a line"

@@ -12,7 +12,7 @@ Sources: AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438). Finding the fac
 own.
 """
 
-import jax
+from typing import Any
 
 from jcrosslora.linalg.low_rank import namespace
 
@@ -23,7 +23,7 @@ _CLOSER = 0.8
 _EQUAL = 1e-5  # relative distance up to which nothing but float32 rounding differs
 
 
-def channel_scales(src: jax.Array, tgt: jax.Array, columns: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def channel_scales(src: Any, tgt: Any, columns: Any = None) -> tuple[Any, Any]:
     """Find the scales of rows (O,) and columns (I,) that bring W_src nearest to W_tgt, both (O, I).
 
     They minimise ||W_tgt - D_out W_src D_in||_F, by least squares for columns and rows in turn. `columns` gives those
@@ -32,29 +32,30 @@ def channel_scales(src: jax.Array, tgt: jax.Array, columns: jax.Array | None = N
     """
     xp = namespace(src)
     rows = xp.ones(src.shape[0], src.dtype)
-    known = columns
-    for _ in range(_SWEEPS if known is None else 1):
-        columns = _ratio(rows[:, None] * src, tgt, 0) if known is None else known
+    if columns is None:
+        for _ in range(_SWEEPS):
+            columns = _ratio(rows[:, None] * src, tgt, 0)
+            rows = _ratio(src * columns, tgt, 1)
+    else:
         rows = _ratio(src * columns, tgt, 1)
-    assert columns is not None
     scale = _ratio(src.reshape(-1), tgt.reshape(-1), 0)
     apart, as_one = (xp.linalg.norm(one - tgt) for one in (rescale(src, rows, columns), scale * src))
     follows = (apart < _CLOSER * as_one) & (as_one > _EQUAL * xp.linalg.norm(tgt))
     return xp.where(follows, rows, 1), xp.where(follows, columns, 1)
 
 
-def gain_ratio(src: jax.Array, tgt: jax.Array) -> jax.Array:
+def gain_ratio(src: Any, tgt: Any) -> Any:
     """Return the scales of the columns behind a norm whose gain (I,) was divided by them; one where nothing is left."""
     xp = namespace(src)
     return xp.where(tgt == 0, 1, src / xp.where(tgt == 0, 1, tgt))
 
 
-def rescale(weight: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+def rescale(weight: Any, rows: Any, columns: Any) -> Any:
     """Return D_out W D_in."""
     return rows[:, None] * weight * columns
 
 
-def _ratio(src: jax.Array, tgt: jax.Array, axis: int) -> jax.Array:
+def _ratio(src: Any, tgt: Any, axis: int) -> Any:
     """Return the factors of the vectors along an axis that bring `src` nearest to `tgt`; one for a zero vector."""
     xp = namespace(src)
     squares = xp.sum(src * src, axis=axis)
