@@ -34,6 +34,8 @@ ELSEWHERE = {
 }
 # The beginning of a command, and why it is not run.
 NOT_RUN = {
+    "git clone": "the network",
+    "cd jcrosslora": "the clone",
     "python3 -m venv": "makes an environment",
     ". .venv": "makes an environment",
     ".venv/bin/": "makes an environment",
