@@ -147,7 +147,7 @@ def scaled(factor: float):
 
 
 def rescaled(spread: float, *, seed: int = 9):
-    """Scale channels as AWQ does: a norm and the columns behind it, up and down, v and o where heads are not shared.
+    """Scale channels as AWQ does: a norm and the columns behind it, up and down, v and o.
 
     The model computes the same. `spread` is the standard deviation of the logarithm of the scales.
     """
@@ -172,15 +172,16 @@ def rescaled(spread: float, *, seed: int = 9):
                 tensors[name] = ((tensors[name] + offset) / factors - offset).astype(np.float32)
                 for module in behind:
                     scale(f"{prefix}{module}_proj.weight", factors)
-            pairs = [("mlp.up", "mlp.down")]
-            if made.size("num_attention_heads") == made.size("num_key_value_heads"):
-                pairs.append(("self_attn.v", "self_attn.o"))
-            for first, second in pairs:
-                factors = draw(tensors[f"{prefix}{first}_proj.weight"].shape[0])
+            for first, second in (("mlp.up", "mlp.down"), ("self_attn.v", "self_attn.o")):
+                rows, columns = (
+                    tensors[f"{prefix}{one}_proj.weight"].shape[side] for side, one in enumerate((first, second))
+                )
+                factors = draw(rows)
                 scale(f"{prefix}{first}_proj.weight", 1 / factors[:, None])
                 if f"{prefix}{first}_proj.bias" in tensors:
                     scale(f"{prefix}{first}_proj.bias", 1 / factors)
-                scale(f"{prefix}{second}_proj.weight", factors)
+                heads = factors.reshape(-1, made.size("head_dim")) if columns > rows else factors[None]
+                scale(f"{prefix}{second}_proj.weight", np.repeat(heads, columns // rows, axis=0).reshape(-1))
         return Made(made.config, tensors)
 
     return build

@@ -1,6 +1,6 @@
 """The difference of two models of one architecture: linear modules at low rank, and the size of everything else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
-from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, READERS
+from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING
 from jcrosslora.checkpoint import BaseModel, expert_tensors
 from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
 from jcrosslora.errors import CheckpointError
-from jcrosslora.linalg import channel_scales, decompose, dot, gain_ratio, rescale, spread
+from jcrosslora.linalg import decompose, dot, spread
 
 Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
 _BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row a token
@@ -64,7 +64,7 @@ def module_differences(
     limit: Callable[[tuple[int, ...]], int],
     inputs: Callable[[str], jax.Array] | None = None,
     *,
-    rescaled: bool = False,
+    scales: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[tuple[str, Leading]]:
     """Decompose W_first - W_second of each module, group by group: memory is bounded whatever the model's size.
 
@@ -72,23 +72,26 @@ def module_differences(
         shapes: of the modules, logical or fused, that both have.
         limit: the largest rank that is wanted of a shape.
         inputs: gives X (N, I) of a module of the first, on which the difference acts; None decomposes the weights.
-        rescaled: whether W_first, and X with it, gets the scales of the second's channels, see `channel_scales`.
+        scales: gives the scales of rows (O,) and columns (I,) of a module that bring W_first, and X with it, to the
+            channels of the second, see `relation.channels`.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite.
     """
     for names in bounded_groups(list(shapes), shapes.__getitem__, lambda name: 8 * prod(shapes[name])):
-        stack, other = load_stack(first, names), load_stack(second, names)
-        columns = None
-        if rescaled:
-            stack, columns = _rescaled(first, second, names, np.asarray(stack), np.asarray(other))
-        stack = stack - other
+        stack, columns = load_stack(first, names), []
+        if scales is not None:
+            sides = [scales(name) for name in names]
+            sides += sides[-1:] * (len(stack) - len(names))
+            rows, columns = (np.stack(side) for side in zip(*sides, strict=True))
+            stack = spread(rows)[:, :, None] * stack * spread(columns)[:, None]
+        stack = stack - load_stack(second, names)
         rank = max(1, min(limit(shapes[names[0]]), *shapes[names[0]]))
         acting = stack
         if inputs is not None:  # D X' (L', O, N), with the last one repeated where the stack is padded
             rows = [np.asarray(inputs(name)).T for name in names]
-            if columns is not None:
-                rows = [x / scales[:, None] for x, scales in zip(rows, columns, strict=False)]
+            if scales is not None:
+                rows = [x / one[:, None] for x, one in zip(rows, columns, strict=False)]
             acting = dot(stack, spread(np.stack([*rows, *rows[-1:] * (len(stack) - len(rows))])))
         rank = min(rank, acting.shape[2])
         # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
@@ -98,25 +101,6 @@ def module_differences(
         u, s, v, counts = (np.asarray(field) for field in (svd.u, svd.s, rows, svd.numerical_rank))
         for name, *found, count, energy in zip(names, u, s, v, counts, energies, strict=False):
             yield name, _leading(*found, rank=int(count), energy=float(energy))
-
-
-def _rescaled(
-    first: BaseModel, second: BaseModel, names: Sequence[str], src: np.ndarray, tgt: np.ndarray
-) -> tuple[jax.Array, np.ndarray]:
-    """Give weights (L, O, I) the scales of the other base's channels; return them, and the scales of columns (L, I).
-
-    L may be larger than the number of names; what is behind them is not used.
-    """
-    scales = []
-    for name, own, other in zip(names, src, tgt, strict=False):
-        reads = second.modules[name].role in READERS
-        known = gain_ratio(first.residual_gain(name), second.residual_gain(name)) if reads else None
-        scales.append(channel_scales(own, other, known))
-    scales += scales[-1:] * (len(src) - len(names))
-    rows, columns = (np.stack(parts) for parts in zip(*scales, strict=True))
-    return spread(np.stack([rescale(*one) for one in zip(src, rows, columns, strict=True)])), np.where(
-        columns == 0, 1, columns
-    )
 
 
 def _leading(u: np.ndarray, s: np.ndarray, rows: np.ndarray, *, rank: int, energy: float) -> Leading:

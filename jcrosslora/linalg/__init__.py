@@ -3,9 +3,6 @@
 Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
 
-from jcrosslora.linalg.channels import channel_scales as channel_scales
-from jcrosslora.linalg.channels import gain_ratio as gain_ratio
-from jcrosslora.linalg.channels import rescale as rescale
 from jcrosslora.linalg.host import map_on_host as map_on_host
 from jcrosslora.linalg.host import stack_rows as stack_rows
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint.tokenizer import tokenizer_key
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence import Vocabulary
-from jcrosslora.relation import Structure, find_structure
+from jcrosslora.relation import ChannelScales, Structure, find_channel_scales, find_structure
 from jcrosslora.relation.bases import Bases
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import digest_of, numerics_key
@@ -69,6 +69,11 @@ class BasePair(Bases):
     def structure(self) -> tuple[Structure | None, str]:
         """Return which parts of the target are parts of the source, or None and the reason."""
         return find_structure(self.source, self.target)
+
+    @cached_property
+    def channels(self) -> ChannelScales | None:
+        """Return the scales of channels by which the target differs, None if there are none."""
+        return find_channel_scales(self.source, self.target)
 
     @cached_property
     def shared_tokens(self) -> tuple[int, str]:

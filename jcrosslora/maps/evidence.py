@@ -26,6 +26,7 @@ class EvidenceKind(StrEnum):
     EMBEDDING_MAP = "shared vocabulary, weights of all attention modules"
     ACTIVATIONS = "activations of both bases on the same text"
     ACTIVATION_GRAMS = "second moments of these activations"
+    CHANNEL_SCALES = "scales of channels"
     SELECTION = "a base that is made of parts of the other"
     RANDOM_KEY = "a seed"
     PROBE_TEXTS = "both bases run on text"
@@ -118,6 +119,14 @@ class Selection:
 
 
 @flax.struct.dataclass
+class ChannelPair:
+    """Scales of the rows (O,) and the columns (I,) by which the source's weight becomes the target's, often all one."""
+
+    rows: jax.Array
+    columns: jax.Array
+
+
+@flax.struct.dataclass
 class Evidence:
     """All evidence on one pair of modules that a method may use.
 
@@ -142,6 +151,7 @@ class Evidence:
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None
     selection: Selection | None = None
+    channels: ChannelPair | None = None
     method: str = flax.struct.field(pytree_node=False, default="")
 
     @property
@@ -180,6 +190,11 @@ class Evidence:
     def selected_rows(self) -> Selection:
         """Rows and columns of the source module that the target module has."""
         return self._asked_for(self.selection, EvidenceKind.SELECTION)
+
+    @property
+    def channel_scales(self) -> ChannelPair:
+        """Scales by which the source's weight becomes the target's, up to rounding."""
+        return self._asked_for(self.channels, EvidenceKind.CHANNEL_SCALES)
 
     @cached_property
     def token_covariances(self) -> tuple[jax.Array, jax.Array, jax.Array]:

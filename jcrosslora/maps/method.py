@@ -193,7 +193,8 @@ class Method(Settings):
     def needs(self) -> str:
         """Return the evidence that the method uses, in words."""
         parts = ["equal shapes"] if self.start is not None and self.start.equal_shapes else []
-        parts += [kind.value for kind in EvidenceKind if kind in self.requires and kind != EvidenceKind.RANDOM_KEY]
+        always = {EvidenceKind.RANDOM_KEY, EvidenceKind.CHANNEL_SCALES}  # that any pair of bases has
+        parts += [kind.value for kind in EvidenceKind if kind in self.requires - always]
         return ", ".join(parts) or "nothing"
 
     def settings(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Selection
+from jcrosslora.maps.evidence import ChannelPair, Evidence, EvidenceKind, Selection
 from jcrosslora.maps.heads import check_shared_tokens, collect_embedding_map
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
+from jcrosslora.relation import ChannelScales
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.digests import digest_of, numerics_key
@@ -205,6 +206,20 @@ def _collect_selection(task: AlignmentTask) -> AddEvidence:
     return add
 
 
+def _collect_channels(task: AlignmentTask) -> AddEvidence:
+    """Read the scales of rows and columns; modules that are fed by another layer have ones."""
+    scales = task.pair.channels or ChannelScales({}, {})
+
+    def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+        named = [(pair.target if pair.source == pair.target else "", task.shapes(pair)[1]) for pair in stack.pairs]
+        rows, columns = zip(*stack.filled([scales.of(*one) for one in named]), strict=True)
+        return dataclasses.replace(
+            evidence, channels=ChannelPair(*(jnp.asarray(np.stack(side)) for side in (rows, columns)))
+        )
+
+    return add
+
+
 PROVIDERS: dict[EvidenceKind, Provider] = {
     EvidenceKind.SINGULAR_VECTORS: Provider(
         collect_singular_vectors, cost=singular_vectors_cost, cache_key=lambda task: task.single_vectors
@@ -221,6 +236,7 @@ PROVIDERS: dict[EvidenceKind, Provider] = {
         collect_activations, reads_tokenizers=True, cost=activations_cost, cache_key=activations_key
     ),
     EvidenceKind.SELECTION: Provider(_collect_selection),
+    EvidenceKind.CHANNEL_SCALES: Provider(_collect_channels),
     EvidenceKind.RANDOM_KEY: Provider(
         _collect_keys,
         check=lambda task: check_seed(task.seed),  # JAX would truncate a larger one to its lower 32 bits

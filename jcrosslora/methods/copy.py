@@ -36,8 +36,9 @@ from jcrosslora.adapter.combining import add_factors
 from jcrosslora.adapter.difference import module_differences
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.linalg import LinearMap, channel_scales, cosine, gain_ratio, rescale, select
+from jcrosslora.linalg import LinearMap, cosine, select
 from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Sizes, Task
+from jcrosslora.relation import find_channel_scales
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
@@ -63,23 +64,23 @@ class PadTruncate(MapMethod):
 
 @dataclass(frozen=True)
 class Copy(MapMethod):
-    """The unchanged update, with the scales of the target's channels where a quantiser changed them."""
+    """The unchanged update, or with the scales of channels that AWQ and SmoothQuant leave in a copy of its base."""
 
     name = "copy"
     summary = "the unchanged update"
     when = "for a base and its 8-bit or fp8 copy"
     reference = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
+    requires = frozenset({EvidenceKind.CHANNEL_SCALES})
     measure = "weight cosine"
     equal_shapes = True
     carries = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return the scales of rows and columns by which the source's weight becomes the target's, usually all one."""
-        src, tgt = evidence.src, evidence.tgt
-        known = gain_ratio(src.gain, tgt.gain) if evidence.reads else None
-        rows, columns = channel_scales(src.weight, tgt.weight, known)
-        p_out, p_in = (select(jnp.arange(len(scales)), scales, len(scales)) for scales in (rows, columns))
-        return Maps(((p_out, p_in),), weight_cosine=cosine(rescale(src.weight, rows, columns), tgt.weight))
+        scales, src = evidence.channel_scales, evidence.src.weight
+        p_out, p_in = (select(jnp.arange(len(one)), one, len(one)) for one in (scales.rows, scales.columns))
+        rescaled = scales.rows[:, None] * src * scales.columns
+        return Maps(((p_out, p_in),), weight_cosine=cosine(rescaled, evidence.tgt.weight))
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,8 @@ class Select(MapMethod):
         chosen = evidence.selected_rows
         o_src, i_src = evidence.src.weight.shape
         p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
-        carried, tgt = p_in(p_out(evidence.src.weight).T).T, evidence.tgt.weight
-        rows, columns = channel_scales(carried, tgt)
-        p_out, p_in = (one.replace(gain=one.gain * scales) for one, scales in ((p_out, rows), (p_in, columns)))
-        return Maps(((p_out, p_in),), weight_cosine=cosine(rescale(carried, rows, columns), tgt))
+        carried = p_in(p_out(evidence.src.weight).T).T
+        return Maps(((p_out, p_in),), weight_cosine=cosine(carried, evidence.tgt.weight))
 
 
 def _choice(index: jax.Array, size: int) -> LinearMap:
@@ -181,7 +180,7 @@ class CompensatedCopy(InterpolatedCopy):
     summary = "the unchanged update, plus what the difference of the two bases does on text, at low rank"
     when = "for an adapter of a 4-bit base (QLoRA) and the full base"
     reference = "this package; LQER: arXiv 2402.02446"
-    requires = frozenset({EvidenceKind.PROBE_TEXTS})
+    requires = Copy.requires | {EvidenceKind.PROBE_TEXTS}
     held: ClassVar[str] = "what it does on the texts"
 
     interpolation: float = 1.0
@@ -231,7 +230,9 @@ def interpolate_to_source(
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with track(len(target.modules), "interpolate", "modules") as bar:
-        for name, found in module_differences(source, target, shapes[1], lambda _: rank, inputs, rescaled=True):
+        scales = find_channel_scales(source, target)
+        rescaled = None if scales is None else lambda name: scales.of(name, shapes[1][name])
+        for name, found in module_differences(source, target, shapes[1], lambda _: rank, inputs, scales=rescaled):
             cut = found.cut(found.lowest_rank(ENERGY)) if inputs is None else found
             whole, left = whole + found.energy, left + found.energy * cut.kept
             if len(cut.s) and share:

@@ -8,8 +8,8 @@ import numpy as np
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.linalg import channel_scales, rescale
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows
+from jcrosslora.relation.channels import ChannelScales
 from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
     Finding,
@@ -17,7 +17,6 @@ from jcrosslora.relation.relation import (
     Relation,
     TensorComparison,
     WeightSimilarity,
-    channels_rescaled,
     compare_modules,
     relation_of,
 )
@@ -100,6 +99,7 @@ def choose_method(
     """
     structure, _ = found or find_structure(source, target)
     finding = _examine(Bases(source, target), structure, compared)
+    finding = replace(finding, rescaled=structure is not None and structure.scales is not None)
     method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
     choice = Choice(method, choice_reason(phrase, method), phrase)
     obstacle = why_not_run(source, target) if method in _WITHOUT_RUN else None
@@ -144,7 +144,8 @@ def _instead(choice: Choice, hindrance: str) -> Choice:
 
 
 def _examine(bases: Bases, structure: Structure | None, compared: Sequence[TensorComparison] | None) -> Finding:
-    similarity = compare_weights(bases.source, bases.target)
+    scales = None if structure is None else structure.scales
+    similarity = compare_weights(bases.source, bases.target, scales=scales)
     if structure is None:
         near = similarity is not None and similarity.near
         return Finding(Likeness.COPY if near else Likeness.NONE, similarity)
@@ -167,15 +168,11 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
 def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
     if not similarity.distance and equal_files(*bases) and compare_token_names(*bases) is None:
         return Finding(Likeness.SAME, similarity)
-    return replace(_likeness_of_copies(bases, similarity, compared), rescaled=channels_rescaled(compared))
-
-
-def _likeness_of_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
-    rounded = [item.difference for item in compared if item.difference.change is Change.ROUNDED]
+    rounded = [item.difference for item in compared if item.rescaled or item.difference.change is Change.ROUNDED]
     by_source = 2 * sum(one.rounded == "source" for one in rounded) > len(compared) or stated == [True, False]
     if Relation.SPARSE in relation:
         return Finding(Likeness.SPARSE_COPY, similarity)
@@ -195,14 +192,14 @@ def equal_files(source: BaseModel, target: BaseModel) -> bool:
 
 
 def compare_weights(
-    source: BaseModel, target: BaseModel, structure: Structure | None = None
+    source: BaseModel, target: BaseModel, structure: Structure | None = None, scales: ChannelScales | None = None
 ) -> WeightSimilarity | None:
     """Compare 64 evenly spaced rows of each module, in four layers from first to last for every role.
 
     The sample is the same on every run, and only its rows are read and dequantised. `structure` says which parts
-    correspond; without it modules of the same name are compared. Returns None if names or shapes of the modules differ,
-    or, with a structure, if no sampled module has a counterpart. Raises CheckpointError if a sampled weight cannot be
-    read, or holds NaN or infinity.
+    correspond; without it modules of the same name are compared, those of the source with their `scales`. Returns None
+    if names or shapes of the modules differ, or, with a structure, if no sampled module has a counterpart. Raises
+    CheckpointError if a sampled weight cannot be read, or holds NaN or infinity.
     """
     if structure is None:
         shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
@@ -210,7 +207,13 @@ def compare_weights(
             return None
         rows = {name: evenly_spaced(shape[0], _ROWS) for name, shape in shapes[0].items()}
         names = _sampled_modules(source)
-        pairs = [_compare(*(module_rows(base, name, rows[name]) for base in (source, target))) for name in names]
+        pairs = []
+        for name in names:
+            src, tgt = (module_rows(base, name, rows[name]) for base in (source, target))
+            if scales is not None:
+                by_row, by_column = scales.of(name, shapes[0][name])
+                src = by_row[rows[name], None] * src * by_column
+            pairs.append(_compare(src, tgt))
     else:
         samples = (structure.sample(target.modules[name], _ROWS) for name in _sampled_modules(target))
         pairs = [_compare(*(rows[:, columns] for rows, columns in sample)) for sample in samples if sample is not None]
@@ -228,12 +231,8 @@ def _sampled_modules(base: BaseModel) -> Iterator[str]:
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
-    """Return cosine and relative distance; a zero matrix is at distance 0 of another, and 1 of anything else.
-
-    The channels of the source get the scales of the target's, if these explain most of the difference.
-    """
+    """Return cosine and relative distance; a zero matrix is at distance 0 of another, and 1 of anything else."""
     src, tgt = src.astype(np.float64), tgt.astype(np.float64)
-    src = rescale(src, *channel_scales(src, tgt))
     norm = float(np.linalg.norm(src))
     distance = float(np.linalg.norm(tgt - src)) / norm if norm else float(tgt.any())
     return cosine_similarity(src, tgt), distance

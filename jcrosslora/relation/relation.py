@@ -12,7 +12,6 @@ import numpy as np
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint import ROLES, Module, expert_tensors
 from jcrosslora.checkpoint.base import finite
-from jcrosslora.linalg import channel_scales
 from jcrosslora.relation.bases import Both, some_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
@@ -31,9 +30,9 @@ _MORE_ROWS, _MODULES_READ_FURTHER = 512, 2
 # 1 / sqrt(1 + d^2): 0.89 for d = 0.5, 0.8 for d = 0.75. The limits lie there, nearer to copies than to unrelated
 # weights; the distance separates a copy from a scaled one.
 _NEAR_COSINE, _NEAR_DISTANCE = 0.8, 0.75
-# Scales of channels that were found in weights are not exact. What they leave is rounding up to the distance that
-# bfloat16 makes if it rounds before and after the scales.
-_SCALES_ROUNDED = 2.0**-8
+# Scales that were found in rows of 4 bits are not exact, so that what they leave may not look like rounding alone. A
+# source of 4 bits is at a distance of up to 0.26 if its channels are rescaled.
+_MOST_ROUNDED = 0.3
 
 
 class Relation(StrEnum):
@@ -120,7 +119,7 @@ class TensorComparison:
             the biases of experts), "mixer tensors" (that are no linear modules), "layer inputs" (what makes them).
         target: name of the target module, or which expert of which layer; for other tensors the role.
         source: name of the source module; for other tensors the role.
-        rescaled: whether the source's rows and columns were rescaled first, see `channel_scales`.
+        rescaled: whether the source's rows and columns were rescaled first, see `channels`.
     """
 
     role: str
@@ -137,13 +136,11 @@ class TensorComparison:
 
 
 _LINEAR = {*ROLES, "experts"}
-_FOLLOWING = {"norms", "biases"}
 _REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
 
 
 def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
     """Return what holds of the structure and of the weights; nothing if all parts and all compared numbers agree."""
-    rescaled, compared = channels_rescaled(compared), without_following(compared)
     linear = [item.difference for item in compared if item.role in _LINEAR]
     others = [item.difference for item in compared if item.role not in _LINEAR and not item.replaced]
     every, changes, other_changes = [*linear, *others], {one.change for one in linear}, {one.change for one in others}
@@ -162,7 +159,7 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
         Relation.LORA_MERGED: low_rank,
         Relation.TRAINED: trained,
         Relation.TRAINED_OR_QUANTISED: unsure,
-        Relation.RESCALED: rescaled,
+        Relation.RESCALED: any(item.rescaled for item in compared),
         Relation.SCALED: any(one.scale != 1 for one in every),
         Relation.QUANTISED: quantised,
         Relation.ROUNDED: rounded and not quantised,
@@ -171,21 +168,11 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
     return found | {_REPLACED[item.role] for item in compared if item.replaced}
 
 
-def channels_rescaled(compared: Sequence[TensorComparison]) -> bool:
-    """Return whether most linear modules were only alike after their channels were rescaled."""
-    linear = [item.rescaled for item in compared if item.role in _LINEAR]
-    return 2 * sum(linear) > len(linear)
-
-
-def without_following(compared: Sequence[TensorComparison]) -> Sequence[TensorComparison]:
-    """Leave out norms and biases if channels were rescaled: they take the inverse of the scales."""
-    if not channels_rescaled(compared):
-        return compared
-    return [item for item in compared if item.role not in _FOLLOWING]
-
-
 def compare_modules(structure: Structure) -> list[TensorComparison]:
-    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts."""
+    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts.
+
+    The source's channels get the structure's scales first.
+    """
     found = []
     for module in structure.bases.target.modules.values():
         comparison = _compare_module(structure, module, _ROWS)
@@ -196,12 +183,15 @@ def compare_modules(structure: Structure) -> list[TensorComparison]:
 
 
 def compare_other_tensors(structure: Structure) -> list[TensorComparison]:
-    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases."""
+    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
+
+    Norms that scales were taken from are left out, as their differences are in the weights behind them.
+    """
     tied = all(base.tied for base in structure.bases)
     pieces = {
         "embedding": _compare_table(structure, EMBEDDING),
         "head": None if tied else _compare_table(structure, HEAD),
-        "norms": _compare_vectors(_norms(structure)),
+        "norms": _compare_vectors(_norms(structure)) if structure.scales is None else None,
         "biases": _compare_vectors(_biases(structure)),
         "routers": _compare_vectors(_routers(structure)),
         "mixer tensors": _compare_vectors(_mixer_tensors(structure)),
@@ -214,12 +204,13 @@ def _compare_module(structure: Structure, module: Module, rows: int) -> TensorCo
     name, sample = structure.counterpart(module), structure.sample(module, rows)
     if name is None or sample is None:
         return None
-    dtypes = structure.bases.source.modules[name].dtype, module.dtype
-    (src, columns_src), (tgt, columns_tgt) = sample
-    scales = np.outer(*channel_scales(src[:, columns_src], tgt[:, columns_tgt]))
-    rescaled = bool(np.any(scales != 1))
-    difference = _compare(*sample, dtypes, scales if rescaled else None)
-    return TensorComparison(module.role, module.name, name, difference, rescaled)
+    dtypes, scales = (structure.bases.source.modules[name].dtype, module.dtype), structure.scales
+    if scales is None:
+        return TensorComparison(module.role, module.name, name, _compare(*sample, dtypes))
+    by_row, by_column = scales.of(name, module.shape)
+    factors = np.outer(by_row[evenly_spaced(module.shape[0], rows)], by_column)
+    difference = _compare(*sample, dtypes, factors, scales.error)
+    return TensorComparison(module.role, module.name, name, difference, bool(np.any(factors != 1)))
 
 
 def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[TensorComparison]:
@@ -270,23 +261,24 @@ def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
         bases.release()
 
 
-def _compare(src: Both, tgt: Both, dtypes: tuple[str, str], scales: np.ndarray | None = None) -> Difference:
+def _compare(
+    src: Both, tgt: Both, dtypes: tuple[str, str], factors: np.ndarray | None = None, error: float = 0.0
+) -> Difference:
     """Compare the corresponding columns of whole rows of each side, given with their stored dtypes.
 
-    `scales` are factors on the numbers of the source.
+    `factors` are those on the numbers of the source, with their relative error.
     """
     x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
     if np.array_equal(x, y):  # their roundings make no difference
         return compare_rows(x, y, *(Rounding(x, x, dtype, coarse=False) for dtype in dtypes))
     sides = zip((src, tgt), dtypes, strict=True)
-    rounding_src, rounding_tgt = (
-        infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides
-    )
-    if scales is not None:
-        x, rounding_src = x * scales, rounding_src.times(scales)
-    found = compare_rows(x, y, rounding_src, rounding_tgt)
-    if scales is not None and found.distance < _SCALES_ROUNDED:
-        return replace(found, change=Change.ROUNDED, rank=None)
+    roundings = [infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides]
+    if factors is not None:
+        x, roundings[0] = x * factors, roundings[0].times(factors, error)
+    found = compare_rows(x, y, *roundings)
+    inexact = factors is not None and any(one.coarse for one in roundings) and found.distance < _MOST_ROUNDED
+    if inexact and found.change in (Change.TRAINED, Change.LOW_RANK):
+        return replace(found, change=Change.TRAINED_OR_ROUNDED, rank=None, quantised=False)
     return found
 
 
@@ -337,6 +329,8 @@ def _biases(structure: Structure) -> Iterator[Both]:
         src, tgt = source.bias(name), target.bias(module.name)
         if src is not None and tgt is not None:
             src, tgt = finite(source, f"{name}.bias", src), finite(target, f"{module.name}.bias", tgt)
+            if structure.scales is not None:
+                src = src * structure.scales.of(name, module.shape)[0]
             yield src[rows[rows >= 0]], tgt[rows >= 0]
 
 

@@ -58,10 +58,11 @@ class Rounding:
         """Take some of the numbers, as an array is indexed."""
         return replace(self, low=self.low[index], high=self.high[index])
 
-    def times(self, scale: float | np.ndarray) -> Self:
-        """Multiply the numbers by a scale, or each by its scale."""
+    def times(self, scale: float | np.ndarray, error: float = 0.0) -> Self:
+        """Multiply the numbers by a scale, or each by its scale, which may be off by a relative error."""
         ends = self.low * scale, self.high * scale
-        return replace(self, low=np.minimum(*ends), high=np.maximum(*ends))
+        low, high = np.minimum(*ends), np.maximum(*ends)
+        return replace(self, low=low - error * np.abs(low), high=high + error * np.abs(high))
 
     @property
     def width(self) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.bases import Bases, Both, module_rows, some_of
+from jcrosslora.relation.channels import ChannelScales
 
 # The index arrays of a structure that hold the rows and the columns of each module.
 _AXES: Mapping[str, tuple[str, str]] = {
@@ -65,6 +66,7 @@ class Structure:
         by_embedding: whether the embeddings determined `stream`; otherwise the same order is assumed.
         tokens: (T,) and (T,), sampled rows of the source and the target embedding that correspond.
         layers: a map for every target layer, None for a layer without a counterpart.
+        scales: those of channels, of bases whose modules are alike apart from these.
     """
 
     bases: Bases
@@ -72,6 +74,7 @@ class Structure:
     by_embedding: bool
     tokens: Both
     layers: tuple[LayerMap | None, ...]
+    scales: ChannelScales | None = None
 
     @property
     def dimensions(self) -> Both:

@@ -16,6 +16,7 @@ from jcrosslora.architectures.blocks import EMBEDDING, ROLE_PATHS, Mlp, SelfAtte
 from jcrosslora.checkpoint import BaseModel, shared_ids
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.relation.bases import Bases, Both, cosine_similarity, module_rows, some_of
+from jcrosslora.relation.channels import find_channel_scales
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
 from jcrosslora.utils.spread import evenly_spaced
@@ -56,6 +57,9 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
         if all(layer is None for layer in layers):
             return None, "no layer of one resembles a layer of the other with the same parts"
         return Structure(bases, stream, by_embedding, tokens, layers), ""
+    if (scales := find_channel_scales(source, target)) is not None:
+        layers = tuple(LayerMap(number, in_place={}, **_in_order(target.dims)) for number in range(target.dims.layers))
+        return Structure(bases, stream, by_embedding, tokens, layers, scales), ""
     correlations, layers = _match_layers(bases, stream)
     bases.release()
     if all(layer is None for layer in layers):
@@ -178,6 +182,11 @@ def _match_layer(
             found |= heads
     nothing = {name: np.full(size, -1) for name, size in _sizes(target).items()}
     return LayerMap(layers[0], in_place={}, **(nothing | found)) if found else None
+
+
+def _in_order(dims: Dims) -> dict[str, np.ndarray]:
+    """Return the index arrays of a layer whose parts are those of the source at the same index."""
+    return {name: np.arange(size) for name, size in _sizes(dims).items()}
 
 
 def _sizes(dims: Dims) -> dict[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.relation.difference import FLOAT32_NOISE, Change
-from jcrosslora.relation.relation import Finding, Likeness, Relation, TensorComparison, without_following
+from jcrosslora.relation.relation import Finding, Likeness, Relation, TensorComparison
 from jcrosslora.relation.structure import Part
 
 _SHOWN_NAMES = 3  # tensors named in one sentence
@@ -37,7 +37,7 @@ _CONSEQUENCES = {
     "distilled-select": f", so the update is carried over part by part {_FIT.format('select')}",
 }
 _SCALES = "scales of channels as AWQ and SmoothQuant leave them"
-_REMAINS = "the update is carried over as it is, and what the compression costs remains"
+_REMAINS = "the update is copied, and what the compression costs remains"
 _WITHOUT_FIT = {"cross-lora": "only weights are compared", "copy": _REMAINS, "select": _REMAINS}
 
 
@@ -48,9 +48,9 @@ def finding_phrase(finding: Finding) -> str:
         return "the modules of the two bases have different shapes"
     figures = f"cosine {weights.cosine:.3f}, relative distance {weights.distance:.3f}"
     figures = f" ({figures} of the weights of {weights.modules} sampled modules)"
-    phrase = _FOUND[finding.likeness].format(figures)
     if finding.rescaled:
-        phrase += f", apart from {_SCALES}, which the update gets as well"
+        figures = f", apart from {_SCALES}, which the update gets as well{figures}"
+    phrase = _FOUND[finding.likeness].format(figures)
     if finding.by_quantiser:
         phrase += ", and its quantiser may have left what looks like further training"
     if finding.unmatched:
@@ -99,16 +99,16 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         Change.TRAINED_OR_ROUNDED: _trained_or_rounded,
         Change.ROUNDED: _rounded,
     }
-    rescaled, phrases = [item for item in compared if item.rescaled], []
-    compared = without_following(compared)
+    phrases = []
     others = [item for item in compared if item.replaced]
     for change, write in writers.items():
         items = [item for item in compared if item.difference.change is change and not item.difference.only_scaled]
         items = [item for item in items if item not in others]
         if items:
             phrases.append(f"{_tensors(items, compared)} {write(items)}")
+    rescaled = [item for item in compared if item.rescaled]
     if rescaled:
-        phrases.insert(0, f"{_tensors(rescaled, compared)} differ by {_SCALES}, and are compared without these")
+        phrases.insert(0, f"{_tensors(rescaled, compared)} have {_SCALES}, and are compared without these")
     zeroed = [item for item in compared if item.difference.zeroed]
     if zeroed:
         phrases.insert(0, f"{_tensors(zeroed, compared)} {_zeroed(zeroed, compared)}")
