@@ -37,7 +37,7 @@ from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
 from jcrosslora.maps import activations, align, heads, layer_similarity
-from jcrosslora.maps.evidence import Activations, HeadMatch, Selection, Side, Vocabulary
+from jcrosslora.maps.evidence import Activations, ChannelPair, HeadMatch, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings
@@ -247,6 +247,9 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
         heads=HeadMatch(of(LAYERS, 1, 1), of(LAYERS)) if heads else None,
         selection=Selection(whole(LAYERS, rows_tgt), whole(LAYERS, tgt_in))
         if EvidenceKind.SELECTION in wanted
+        else None,
+        channels=ChannelPair(of(LAYERS, rows_tgt), of(LAYERS, tgt_in))
+        if EvidenceKind.CHANNEL_SCALES in wanted
         else None,
         method=method.name,
     )

@@ -1,6 +1,7 @@
 """Shared by methods: their two base classes, and for map methods the evidence, the alignment and the shift."""
 
 from jcrosslora.maps.evidence import Activations as Activations
+from jcrosslora.maps.evidence import ChannelPair as ChannelPair
 from jcrosslora.maps.evidence import Evidence as Evidence
 from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
 from jcrosslora.maps.evidence import HeadMatch as HeadMatch
