@@ -18,6 +18,9 @@ the inputs X (N, I) of a module do not:
 
 Of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and Young). The inputs are the source's.
 
+Where a quantiser changed the scales of channels, W_src, dW and X are those of the rescaled source, see
+`relation.channels`.
+
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
 vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv
 2410.06040), which repair a quantised base. Combining them with a copied adapter is this package's own.
@@ -215,7 +218,8 @@ def interpolate_to_source(
     makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold. With `inputs`
     each is truncated to `rank` by what it does on the inputs (N, I) of its module.
 
-    The share goes from 0 (target) to 1 (source).
+    The share goes from 0 (target) to 1 (source). W_src has the scales of the target's channels, see `relation.channels`,
+    and so do the inputs.
 
     Returns share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all
     modules' ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs. Raises
