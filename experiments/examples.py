@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train a LoRA of the target on examples, from scratch or from an adapter."""
     base, steps = jcl.open_base(arguments.target), max(FEWEST, EPOCHS * len(examples) // TrainingSettings().batch)
-    settings, states = TrainingSettings(steps=steps, seed=seed), out.with_suffix(".states")
+    settings, states = TrainingSettings(steps=steps, seed=seed), out.with_name(f"{out.name}.states")
     adapter = train_lora(base, examples, settings, start=start, checkpoints=states)
     save_trained(adapter, out, base, {"steps": steps, "seed": seed, "examples": len(examples)})
 

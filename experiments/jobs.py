@@ -71,7 +71,7 @@ def train(ref: str, examples: Sequence[Example], settings: TrainingSettings, out
     if out.exists():
         return
     base = jcl.open_base(ref)
-    states, tokenizer = out.with_suffix(".states"), load_tokenizer(base)
+    states, tokenizer = out.with_name(f"{out.name}.states"), load_tokenizer(base)
     adapter = train_lora(base, examples, settings, checkpoints=states, tokenizer=tokenizer)
     made = {**dataclasses.asdict(settings), "examples": len(examples)}
     save_trained(adapter, out, base, made, chat_template=template_of(tokenizer))
