@@ -218,8 +218,8 @@ def interpolate_to_source(
     makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold. With `inputs`
     each is truncated to `rank` by what it does on the inputs (N, I) of its module.
 
-    The share goes from 0 (target) to 1 (source). W_src has the scales of the target's channels, see `relation.channels`,
-    and so do the inputs.
+    The share goes from 0 (target) to 1 (source). W_src and the inputs have the scales of the target's channels, see
+    `relation.channels`.
 
     Returns share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all
     modules' ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs. Raises
