@@ -68,7 +68,7 @@ def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house,
 
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr(fit_module, "gradient_step", counted)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING), jcl.show_progress():
         outcomes = run_batch(read_plan(house / "plan.toml")).outcomes
     assert [one.status for one in outcomes.values()] == ["done", "failed", "done"]
     assert "not finite" in list(outcomes.values())[1].text

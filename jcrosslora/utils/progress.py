@@ -112,6 +112,13 @@ class Steps:
                 self._announce(f"{self._number()}: {name}{ending}")
         self._display.refresh()
 
+    def begin_again(self, name: str) -> None:
+        """Begin a step, behind which all others come once more; if there is none of this name, so do all steps."""
+        if name in self._names:
+            self.begin(name)
+        elif self._display is not None:
+            self._current, self._since = -1, self._display.clock()
+
     @property
     def name(self) -> str:
         """Name of the current step, "" before the first."""

@@ -246,10 +246,10 @@ class _UnitRun:
                 groups = tuple(align_groups(task))
             for chunk in chunks:
                 moves = [self._session.start(self._request_of(one.job), self._load(one.job)) for one in chunk]
-                steps.begin(ALIGN)
+                steps.begin_again(ALIGN)
                 transport = self._session.carry(moves, task, groups)
                 for item, move in zip(chunk, moves, strict=True):
-                    steps.begin(ALIGN)  # the steps after it come again for every adapter
+                    steps.begin_again(ALIGN)  # every adapter is moved by itself
                     if not self._run.is_done(item):
                         self._run.attempt(item, partial(self._session.finish, move, task, transport))
 
