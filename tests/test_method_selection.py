@@ -125,6 +125,7 @@ def test_stored_quantisation_is_compressed_from_four_bits_down(tmp_path, kind, c
     # Neither has a tokenizer, which matters only to a fit.
     assert found.method == "copy"
     assert ("what the compression costs remains" in found.reason) == compressed
+    assert found.reason.endswith("so the update is copied") != compressed
 
 
 @pytest.mark.parametrize(

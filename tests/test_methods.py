@@ -387,13 +387,14 @@ def test_without_vocabulary_signs_are_reproducible_and_the_ratio_is_nan():
 # --- the same model on both sides ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pad-truncate", "cross-lora", "lora-x"])
+@pytest.mark.parametrize("name", ["copy", "pad-truncate", "cross-lora", "lora-x"])
 def test_equal_bases_keep_the_update(name):
     """Coordinate methods return the update; subspace methods its projection on the base's singular subspaces."""
     method = METHODS[name]()
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
     both = side(weight, EvidenceKind.SINGULAR_VECTORS in method.requires)
-    found = method.maps(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
+    ones = ChannelPair(jnp.ones(14), jnp.ones(9))
+    found = method.maps(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK, channels=ones))
     u, v = bases(weight)
     want = u @ u.T @ update @ v @ v.T if EvidenceKind.SINGULAR_VECTORS in method.requires else update
     np.testing.assert_allclose(apply(found, update), want, atol=1e-4)

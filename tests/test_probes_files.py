@@ -65,7 +65,7 @@ def test_a_text_file_may_hold_other_json(tmp_path):
         ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1"),
         ("digits.jsonl", b"1" * 10_000, "digits.jsonl:1"),
         ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1"),
-        ("chats.txt", b'{"messages": []}\n\n {"prompt": "a"}\r\n', "does not end in .jsonl"),
+        ("chats.txt", b'{"messages": []}\n\n {"prompt": "a"}\r\n', "rename it to .jsonl"),
     ],
 )
 def test_files_without_texts_are_refused(tmp_path, name, content, named):

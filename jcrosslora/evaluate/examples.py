@@ -130,11 +130,11 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
     if json_lines:
         found = [_prompt_of(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        if all(_is_json_prompt(line) for line in lines if line.strip()) and any(map(str.strip, lines)):
-            msg = (
-                f"{name}: holds a JSON object on each line, but its name does not end in .jsonl, so each line would be "
+        if any(map(str.strip, lines)) and all(_is_json_prompt(line) for line in lines if line.strip()):
+            msg = f"{name}: holds a JSON object on each line, but would be read as plain text: rename it "
+            raise UsageError(
+                msg + 'to .jsonl, or write prompts that are JSON themselves as {"prompt": ...} in such a file'
             )
-            raise UsageError(msg + 'read as plain text: rename it, or write prompts that are JSON as {"prompt": ...}')
         found = [line.removesuffix("\r") for line in lines]
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
@@ -226,7 +226,7 @@ def _read(path: Path) -> str:
 
 def _is_json_prompt(line: str) -> bool:
     """Return whether a line of a plain text file looks like one of JSONL."""
-    return line.lstrip().startswith("{") and not parse_object(line).keys().isdisjoint(_PROMPT_KEYS)
+    return not parse_object(line).keys().isdisjoint(_PROMPT_KEYS)
 
 
 def _prompt_of(line: str, place: str) -> Prompt:

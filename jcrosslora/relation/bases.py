@@ -54,6 +54,12 @@ def stored_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
     return base.rows(module.tensor, ids if module.rows is None else module.rows[0] + ids)
 
 
+def modules_of(base: BaseModel, role: str, count: int) -> list[str]:
+    """Return at most `count` modules of a role, in evenly spaced layers from first to last."""
+    names = [name for name, module in base.modules.items() if module.role == role]
+    return [names[index] for index in evenly_spaced(len(names), count)]
+
+
 def module_rows(base: BaseModel, name: str, ids: np.ndarray) -> np.ndarray:
     """Read rows as `stored_rows` does, and check them, see `finite`."""
     return finite(base, name, stored_rows(base, name, ids))

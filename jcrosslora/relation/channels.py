@@ -23,7 +23,7 @@ import numpy as np
 
 from jcrosslora.architectures.blocks import DENSE_ROLES, READERS
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.relation.bases import Bases, module_rows
+from jcrosslora.relation.bases import Bases, module_rows, modules_of
 from jcrosslora.utils.spread import evenly_spaced
 
 # Modules whose rows are divided by what the columns of the other are multiplied by.
@@ -55,6 +55,11 @@ class ChannelScales:
         rows, columns = (side.get(name, np.ones(size, np.float32)) for side, size in sides)
         return rows, columns
 
+    def factors(self, name: str, shape: tuple[int, ...], ids: np.ndarray) -> np.ndarray:
+        """Return the scales of the numbers of some rows of a module (O, I): (n, I) for n ids."""
+        rows, columns = self.of(name, shape)
+        return np.outer(rows[ids], columns)
+
 
 def find_channel_scales(source: BaseModel, target: BaseModel) -> ChannelScales | None:
     """Find the scales of a pair of bases; None if there are none, or if shapes differ.
@@ -76,7 +81,7 @@ def find_channel_scales(source: BaseModel, target: BaseModel) -> ChannelScales |
     if all(np.abs(one - 1).max() <= _LEAST for one in columns.values()):
         return None
     # Rows of modules in front of others may have scales too, which are not known yet.
-    sampled = [name for role in READERS if role not in _BETWEEN for name in _some_of_role(target, role)]
+    sampled = [name for role in READERS if role not in _BETWEEN for name in modules_of(target, role, _LAYERS)]
     found = ChannelScales({}, columns, _HALF.get(target.store.dtype(f"{target.family.final_norm}.weight"), 0.0))
     if not _nearer(bases, sampled, found):
         return None
@@ -85,7 +90,7 @@ def find_channel_scales(source: BaseModel, target: BaseModel) -> ChannelScales |
             continue  # an activation function is between the two
         more = _between(bases, first, second, columns)
         both = replace(found, rows={**found.rows, **more.rows}, columns={**found.columns, **more.columns})
-        names = [name for role in (first, second) for name in _some_of_role(target, role)]
+        names = [name for role in (first, second) for name in modules_of(target, role, _LAYERS)]
         if more.rows and _nearer(bases, names, both, found):
             found = both
     bases.release()
@@ -119,22 +124,13 @@ def _nearer(bases: Bases, names: Iterable[str], scales: ChannelScales, than: Cha
         shape = bases.target.modules[name].shape
         ids = evenly_spaced(shape[0], _ROWS)
         src, tgt = (module_rows(base, name, ids).astype(np.float64) for base in bases)
-        rows, columns = scales.of(name, shape)
-        plain = src
-        if than is not None:
-            others = than.of(name, shape)
-            plain = others[0][ids, None] * src * others[1]
+        plain = src if than is None else src * than.factors(name, shape, ids)
         size = float(np.sum(tgt**2)) or 1.0
         squares = float(np.sum(plain**2)) or 1.0
         before += float(np.sum((plain * float(np.sum(plain * tgt)) / squares - tgt) ** 2)) / size
-        after += float(np.sum((rows[ids, None] * src * columns - tgt) ** 2)) / size
+        after += float(np.sum((src * scales.factors(name, shape, ids) - tgt) ** 2)) / size
     bases.release()
     return after < _NEARER**2 * before
-
-
-def _some_of_role(base: BaseModel, role: str) -> list[str]:
-    names = [name for name, module in base.modules.items() if module.role == role]
-    return [names[index] for index in evenly_spaced(len(names), _LAYERS)]
 
 
 def _ratio(first: np.ndarray, second: np.ndarray) -> np.ndarray:

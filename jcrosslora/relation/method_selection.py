@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows
+from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows, modules_of
 from jcrosslora.relation.channels import ChannelScales
 from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
@@ -211,8 +211,7 @@ def compare_weights(
         for name in names:
             src, tgt = (module_rows(base, name, rows[name]) for base in (source, target))
             if scales is not None:
-                by_row, by_column = scales.of(name, shapes[0][name])
-                src = by_row[rows[name], None] * src * by_column
+                src = src * scales.factors(name, shapes[0][name], rows[name])
             pairs.append(_compare(src, tgt))
     else:
         samples = (structure.sample(target.modules[name], _ROWS) for name in _sampled_modules(target))
@@ -226,8 +225,7 @@ def compare_weights(
 
 def _sampled_modules(base: BaseModel) -> Iterator[str]:
     for role in ROLES:
-        names = [name for name, module in base.modules.items() if module.role == role]
-        yield from (names[index] for index in evenly_spaced(len(names), _LAYERS))
+        yield from modules_of(base, role, _LAYERS)
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:

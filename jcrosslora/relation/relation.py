@@ -204,13 +204,10 @@ def _compare_module(structure: Structure, module: Module, rows: int) -> TensorCo
     name, sample = structure.counterpart(module), structure.sample(module, rows)
     if name is None or sample is None:
         return None
-    dtypes, scales = (structure.bases.source.modules[name].dtype, module.dtype), structure.scales
-    if scales is None:
-        return TensorComparison(module.role, module.name, name, _compare(*sample, dtypes))
-    by_row, by_column = scales.of(name, module.shape)
-    factors = np.outer(by_row[evenly_spaced(module.shape[0], rows)], by_column)
-    difference = _compare(*sample, dtypes, factors, scales.error)
-    return TensorComparison(module.role, module.name, name, difference, bool(np.any(factors != 1)))
+    dtypes, factors = (structure.bases.source.modules[name].dtype, module.dtype), structure.factors(module, rows)
+    difference = _compare(*sample, dtypes, factors, 0.0 if structure.scales is None else structure.scales.error)
+    rescaled = factors is not None and bool(np.any(factors != 1))
+    return TensorComparison(module.role, module.name, name, difference, rescaled)
 
 
 def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[TensorComparison]:

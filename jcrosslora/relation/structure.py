@@ -121,6 +121,13 @@ class Structure:
         src = module_rows(self.bases.source, other, outputs[rows])
         return (src, inputs[columns]), (module_rows(self.bases.target, module.name, rows), columns)
 
+    def factors(self, module: Module, count: int) -> np.ndarray | None:
+        """Return the scales (n, I) of the source's numbers in a sample of a target module; None if there are none."""
+        if self.scales is None:
+            return None
+        ids = some_of(np.arange(module.shape[0]), count)  # bases with scales are alike row by row
+        return self.scales.factors(module.name, module.shape, ids)
+
     @property
     def in_place(self) -> bool:
         """Whether every target module is the source module of the same name, row by row and without gaps."""

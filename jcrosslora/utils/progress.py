@@ -113,7 +113,7 @@ class Steps:
         self._display.refresh()
 
     def begin_again(self, name: str) -> None:
-        """Begin a step, behind which all others come once more; if there is none of this name, so do all steps."""
+        """Go back to a step, so that it and those after it run once more; to the beginning if none has this name."""
         if name in self._names:
             self.begin(name)
         elif self._display is not None:
