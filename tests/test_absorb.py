@@ -1,6 +1,8 @@
 """`export --absorb`: a base with what engines do not load and an adapter with the rest, against both as one in peft."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tiny_models import save_tiny, tiny_model, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, load_adapter
+from jcrosslora.utils import files
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -147,7 +150,7 @@ def test_nothing_is_left_half_written(tmp_path, capsys):
     cases = {
         "name the base with --base": ["--absorb", str(tmp_path / "b")],
         "leave out --keep-dora": ["--absorb", str(tmp_path / "b"), "--base", str(base), "--keep-dora"],
-        "a folder next to the adapter's": ["--absorb", str(tmp_path / "o" / "b"), "--base", str(base)],
+        "give two folders next to each other": ["--absorb", str(tmp_path / "o" / "b"), "--base", str(base)],
         "exists already": ["--absorb", str(tmp_path / "a"), "--base", str(base)],
     }
     for sentence, options in cases.items():
@@ -171,3 +174,24 @@ def test_an_adapter_of_linear_modules_alone_needs_no_other_base(tmp_path, capsys
     assert not absorb(base, tmp_path / "a", tmp_path / "o").exists()
     assert "base: nothing goes into it" in capsys.readouterr().out
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
+def test_the_old_adapter_stays_if_its_new_base_cannot_be_written(tmp_path, capsys, monkeypatch):
+    base = save_tiny("llama", tmp_path / "base", **LAYERS)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        train("llama", True, lora(modules_to_save=["norm"]), tmp_path / name)
+    absorb(base, tmp_path / "a", tmp_path / "o")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    synced = files._sync_file
+
+    def full(path):
+        if path.name == "model.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(path)
+
+    monkeypatch.setattr(files, "_sync_file", full)
+    with pytest.raises(SystemExit):
+        absorb(base, tmp_path / "b", tmp_path / "o", "--overwrite")
+    assert "No space left" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -128,6 +128,22 @@ def test_parts_of_an_mlx_adapter_that_do_not_move_are_listed(tmp_path):
     assert [word in said for word in ("alpha of lora_parameters", "of an embedding", "output head")] == [True] * 3
 
 
+@pytest.mark.parametrize("profile", ["merged", "peft"])
+def test_a_lora_of_mlx_on_a_tied_embedding_also_acts_on_the_head(tmp_path, profile):
+    """As in mlx_lm, where the head of a tied base is `LoRAEmbedding.as_linear`, which adds the update."""
+    base = jcl.open_base(write_llama(tmp_path / "base"))
+    old = base.tensor("model.embed_tokens.weight")
+    a, b = matrix(old.shape[0], 2), matrix(2, old.shape[1])
+    folder = write_mlx(tmp_path / "a", None, {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b})
+    if profile == "peft":
+        jcl.export_adapter(jcl.ExportSettings((str(folder),), str(tmp_path / "p"), profile="peft", base=base.ref))
+        folder = tmp_path / "p"
+    jcl.merge(jcl.MergeSettings(base.ref, str(folder), str(tmp_path / "merged")))
+    merged = jcl.open_base(tmp_path / "merged")
+    assert merged.tied
+    np.testing.assert_allclose(merged.tensor("model.embed_tokens.weight"), old + 2.5 * a @ b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "named"),
     [
@@ -312,4 +328,4 @@ def test_an_mlx_adapter_comes_from_the_hub(monkeypatch, tmp_path):
         huggingface_hub, "hf_hub_download", lambda repo, name, revision, **_: asked.append(name) or str(folder / name)
     )
     assert list(load_adapter("owner/adapter").modules) == [Q]
-    assert asked == ["adapter_config.json", "README.md", "adapters.safetensors"]
+    assert asked == ["adapter_config.json", "README.md", "chat_template.jinja", "adapters.safetensors"]

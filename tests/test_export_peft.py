@@ -25,7 +25,7 @@ from jcrosslora.adapter import Adapter, LoRAFactors, check_engines, load_adapter
 from jcrosslora.checkpoint import FAMILIES as TABLE
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.decoder import forward, load_model, logits, stack_adapter
-from jcrosslora.errors import OutputError
+from jcrosslora.errors import OutputError, UsageError
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -309,3 +309,33 @@ def test_what_peft_does_not_know_of_parameters_is_refused(mixed, tmp_path):
     for change, kind in (({"use_dora": True}, "DoRA"), ({"alora_invocation_tokens": [3]}, "aLoRA")):
         (out / "adapter_config.json").write_text(json.dumps(config | change))
         assert kind in judged_by_check(out, base).reasons[0]
+
+
+@pytest.mark.full
+def test_a_sum_without_its_base_names_the_weights_that_its_adapters_name(tmp_path):
+    """Of some families with experts peft takes the names of dense modules for those of the experts."""
+    _, _, base = made("glm4_moe", tmp_path)
+    for place in range(2):
+        made_of = adapter_of_all(base, seed=place, experts=False)
+        save_adapter(made_of, tmp_path / f"a{place}", base=describe_base(base))
+    refs = tuple(str(tmp_path / f"a{place}") for place in range(2))
+    named = []
+    for name, given in {"with": {"base": str(base.path)}, "without": {}}.items():
+        jcl.export_adapter(jcl.ExportSettings(refs, str(tmp_path / name), **given))
+        named.append(json.loads((tmp_path / name / "adapter_config.json").read_text())["target_parameters"])
+    assert named[0]
+    assert sorted(named[0]) == sorted(named[1])
+
+
+@pytest.mark.parametrize("profile", ["portable", "mlx"])
+def test_an_export_keeps_the_chat_template_of_the_adapter(tmp_path, profile):
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = Adapter({name: LoRAFactors(a=np.ones((2, 6), np.float32), b=np.ones((5, 2), np.float32))})
+    save_adapter(adapter, tmp_path / "a", documents={"chat_template.jinja": "{{ messages[0]['content'] }}"})
+    jcl.export_adapter(jcl.ExportSettings((str(tmp_path / "a"),), str(tmp_path / "o"), profile=profile))
+    assert load_adapter(tmp_path / "o").info.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_revision_without_its_base_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="base_revision main was given without a base"):
+        jcl.export_adapter(jcl.ExportSettings((str(tmp_path / "a"),), str(tmp_path / "o"), base_revision="main"))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
+from jcrosslora.adapter.names import is_by_weight
 from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, as_adapter, check_always_active, restrict
 from jcrosslora.checkpoint.base import BaseInfo
 from jcrosslora.errors import AdapterError
@@ -226,8 +227,10 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     adapters = [restrict(adapter, Carried.LINEAR | Carried.TOKENS, why) for adapter in adapters]
     if len([adapter for adapter in adapters if adapter.tokens]) > 1:
         adapters = [restrict(one, Carried.LINEAR, "several adapters of the sum change them") for one in adapters]
+    named = {f"{name}.weight" for one in adapters for name in one.modules if is_by_weight(one.info.config, name)}
     info = AdapterInfo(
         name=" + ".join(adapter.info.name for adapter in adapters),
+        config={"target_parameters": sorted(named)} if named else {},
         base_name=adapters[0].info.base_name,
         prefix=adapters[0].info.prefix,
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),

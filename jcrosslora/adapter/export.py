@@ -16,7 +16,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
 from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.folder import CARD
+from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.merge import Merged, write_merged
@@ -30,11 +30,11 @@ from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version
-from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
+from jcrosslora.utils.files import atomic_folder, ensure_apart, ensure_free, output_path, sync_folder
 from jcrosslora.utils.settings import Settings
 
-# Documents of a transferred adapter, which stay true when it is written in another form.
-_DOCUMENTS = (CARD, "transfer_report.json", COMPLETIONS)
+# Files of a transferred adapter, which stay true when it is written in another form.
+_DOCUMENTS = (CARD, CHAT_TEMPLATE, "transfer_report.json", COMPLETIONS)
 _EXACT = 2.0**-20  # of ||W||_F: float32 rounds W itself by up to 2^-24
 _MORE = 8  # columns of the sketch of a change beyond the rank
 
@@ -185,6 +185,9 @@ def export_adapter(settings: ExportSettings) -> Exported:
         _check_kept(settings)
     if settings.absorb is not None:
         _check_absorbing(settings, settings.absorb)
+    if settings.base is None and settings.base_revision is not None:
+        msg = f"base_revision {settings.base_revision} was given without a base: give the base with --base"
+        raise UsageError(msg)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
     info = None if base is None else describe_base(base, digest="")
     known = (None, None) if info is None else (info.family, info.heads)
@@ -203,6 +206,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
             out = output_path(settings.absorb)
             folder = stack.enter_context(atomic_folder(out, settings.overwrite))
             exported = replace(exported, merged=replace(write_merged(base, split.absorbed, folder), folder=out))
+            sync_folder(folder)  # so that only its rename is left once the adapter is in place
             info = replace(info, name=out.name, revision=None)
             documents.pop(CARD, None)  # it says which base to load the adapter on
         save_adapter(
@@ -246,10 +250,7 @@ def _check_absorbing(settings: ExportSettings, folder: str) -> None:
     if settings.base is None or settings.keep_dora:
         msg = f"--absorb {folder} needs the base, whose weights it changes, and reads no DoRA in its stored form: name "
         raise UsageError(msg + "the base with --base, and leave out --keep-dora")
-    base, adapter = (output_path(path).absolute() for path in (folder, settings.out))
-    if base == adapter or base in adapter.parents or adapter in base.parents:
-        msg = f"--absorb {folder} and --out {settings.out} lie in one another: give the base a folder next to the "
-        raise UsageError(msg + "adapter's")
+    ensure_apart(("out", settings.out), ("absorb", folder))
 
 
 def _check_kept(settings: ExportSettings) -> None:

@@ -138,8 +138,9 @@ def _local_files(folder: Path) -> AdapterFiles:
 def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
     config = _download(repo, CONFIG, revision)
     form = form_of(read_config(config))
-    with suppress(AdapterError):  # the card states the licence, and many adapters have none
-        _download(repo, CARD, revision)
+    for optional in (CARD, CHAT_TEMPLATE):  # the card states the licence; many adapters have neither
+        with suppress(AdapterError):
+            _download(repo, optional, revision)
     return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config)
 
 

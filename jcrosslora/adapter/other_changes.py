@@ -98,6 +98,8 @@ def _of_tensors(file: AdapterFile, base: BaseModel, change: str, tensors: Sequen
         if file.kind is not PLAIN:
             msg = f"{file.kind.name} of an embedding is not read"
             raise AdapterError(msg)
+        # The head of a tied base reads the embedding with its LoRA in mlx_lm, and without it in peft.
+        table = TIED if base.tied and file.origin.form == "MLX" else table
         return _low_rank(table, change, base, Update(read_embedding_factors(file, tensors)), file.rank)
     if len(tensors) != 1:
         msg = f"{module} has {len(tensors)} tensors, one was wanted"

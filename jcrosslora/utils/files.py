@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jcrosslora.errors import OutputError
+from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.unfinished import NEW, OLD, remove_unfinished, unfinished
 
 # A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
@@ -78,8 +78,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             new = work / NEW
             new.mkdir()
             yield new
-            for path in filter(Path.is_file, new.rglob("*")):
-                _sync_file(path)
+            sync_folder(new)
             if os.path.lexists(out):  # another process may have made it in the meantime
                 _check_replaceable(out, overwrite)
             _put_in_place(new, out, work / OLD)
@@ -92,6 +91,21 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             msg = f"{out}: cannot be written ({reason}): make it writable, free space, or choose another output"
             raise OutputError(msg) from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush all files below a folder to the disk; OSError if that fails, such as on a full one."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        _sync_file(path)
+
+
+def ensure_apart(first: tuple[str, str | Path], second: tuple[str, str | Path]) -> None:
+    """Refuse two folders to write, with the names of their settings, that are the same or lie in one another."""
+    one, other = (output_path(path).absolute() for _, path in (first, second))
+    if one == other or one in other.parents or other in one.parents:
+        named = " and ".join(f"{name} {path}" for name, path in (first, second))
+        msg = f"{named} are the same folder, or one lies in the other: give two folders next to each other"
+        raise UsageError(msg)
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:

@@ -39,7 +39,7 @@ def check_engines(
 
     Args:
         path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
-            a folder with `adapter.gguf`; or an Orbax checkpoint with LoRA of a JAX trainer.
+            a folder with `adapter.gguf`; an Orbax checkpoint with LoRA of a JAX trainer; or a hub id.
         base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
         base_tied: whether the base's output head is its embedding (`BaseModel.tied`); None if it is not known.
         base: the base that the adapter is for, which gives its family and `base_tied`; the names of modules are
@@ -48,7 +48,7 @@ def check_engines(
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
     """
-    facts = read_facts(Path(path), base_family, base_tied, base)
+    facts = read_facts(path, base_family, base_tied, base)
     return tuple(_verdict(name, facts) for name in ENGINES)
 
 

@@ -89,20 +89,21 @@ Rule = Callable[[AdapterFacts], str | None]
 
 
 def read_facts(
-    path: Path, family: str | None = None, tied: bool | None = None, base: BaseModel | None = None
+    ref: str | Path, family: str | None = None, tied: bool | None = None, base: BaseModel | None = None
 ) -> AdapterFacts:
-    """Read the facts of an adapter, a folder or a file of llama.cpp; a base gives its family, and whether it is tied.
+    """Read the facts of an adapter, local or of the hub; a base gives its family, and whether it is tied.
 
     Raises AdapterError if it is no adapter, or a file of it cannot be read.
     """
     known: dict[str, Any] = {"family": family, "tied": tied}
     if base is not None:
         known = {"family": base.family.name, "tied": base.tied, "base": base}
+    path = Path(ref)
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
             return AdapterFacts(config, pickle=True, **known)
-    files = find_adapter(path)
+    files = find_adapter(ref)
     if files.form == "Orbax":
         config = {} if files.config is None else read_config(files.config)
         return AdapterFacts(config, checkpoint_shapes(files.weights), form="Orbax", **known)
