@@ -331,6 +331,8 @@ def test_an_adapter_of_zeros_has_nothing_to_find(pair):
         {"sure_weight": -0.1},
         {"contrast_weight": float("nan")},
         {"completions": 15},
+        {"prompt_weight": float("nan")},
+        {"answer_temperature": -1.0},
     ],
 )
 def test_settings_out_of_range_are_refused(pair, change):
@@ -791,6 +793,63 @@ def test_few_of_the_given_prompts_are_held_out():
     assert len(steps.hold_out(items[:20], usual, 0, prompted=True)[1]) == 3
 
 
+def test_an_answer_of_the_source_is_always_fitted_to():
+    """Also where few prompts are given with many labelled examples, which the hold-out could all take."""
+    items = [Completion(f"{text}\n?", " yes") for text in CORPUS[:2]]
+    taught = [Completion(f"{place}\n?", " no", right="answer") for place in range(6)]
+    for seed in range(40):
+        fitted, judging = steps.hold_out(items + taught, DistillSettings(held_out=0.5), seed, prompted=True)
+        assert any(item in items for item in fitted)
+        assert len({item.prompt for item in judging}) == 4
+        assert len(fitted) + len(judging) == 8
+
+
+def test_a_further_round_without_a_prompt_to_ask_for_repeats_those_of_examples(pair):
+    source, _, adapter = pair
+    generator, prompts = DecoderSource.of(source, adapter), [f"{text}\n?" for text in CORPUS[:2]]
+    labelled = [f"{place}\nAnna?" for place in range(20)]
+    found = answer_given(generator, generator.alone(), prompts, Sampler(20, 4), labelled=labelled)
+    asked = {item.prompt for item in found.more(1, [*prompts, labelled[0]], generator)}
+    assert asked <= {*labelled[1:]}
+    assert asked
+    assert found.more(1, [*prompts, *labelled], generator) == []
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_what_the_target_is_likeliest_to_write_does_not_become_likelier(pair, prompted):
+    class Fluent(DecoderSource):
+        def write(self, prompts, *_, **__):
+            return [Written(" is the first of all things? And more\nthan that", 9, True)] * len(prompts)
+
+    source, student = Fluent.of(pair[0], pair[2]), Fluent.of(pair[1])
+    sampler = Sampler(32, 6, temperature=0.0)
+    if prompted:
+        found = answer_given(source, source.alone(), CORPUS, sampler)
+    else:
+        found = write_completions(source, source.alone(), sampler, 0)
+    assert {item.right for item in found.more(1, [], student)} == {""}
+    if not prompted:
+        assert {item.right for item in found.more(1, [], source)} == {"likeliest"}
+
+
+def test_repeated_prompts_count_once(pair):
+    many, few = (distill(*pair, prompts=lines, settings=SMALL) for lines in (CORPUS * 20, CORPUS))
+    assert many.sentence == few.sentence
+    assert many.completions == few.completions
+
+
+def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
+    """With few prompts others are sampled, and labelled answers are the user's: neither is what the source prefers."""
+    said, real = [], steps.batch_answers
+    monkeypatch.setattr(steps, "batch_answers", lambda answers, both: said.extend(answers) or real(answers, both))
+    prompts = [f"{text}\n?" for text in CORPUS[:5]]
+    examples = [Completion(f"{place}\nAnna?", " Peter") for place in range(40)]
+    found = distill(*pair, prompts=prompts, examples=examples, settings=dataclasses.replace(SMALL, passes=1))
+    assert len({item.prompt for item in said}) == len(said) > 1
+    assert {item.right for item in said} == {"likeliest"}
+    assert " and in 40 labelled examples; on held-out" in found.sentence
+
+
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
 def test_a_budget_that_is_no_time_is_refused(text):
     with pytest.raises(UsageError, match=r"budget .* was asked for, wanted a time such as 90s"):
@@ -885,6 +944,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
     # The last quarter of all completions is answered by the target with its update.
     assert [own is None for own in seen] == [True] * 6 + [False] * 2
     assert found.own == sum(batch.rows for batch in batches)
+    assert found.anew == 7 * found.own
 
 
 def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
@@ -935,9 +995,38 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
     whole(seed=1)
     other = len(calls)
     assert kept.exists()
+    target = dataclasses.replace(target, chat_template="{{ messages[0]['content'] }}")
     whole()
-    assert 0 < len(calls) - other < other / 2
+    assert len(calls) == 2 * other
+    assert kept.exists()
+    target, other = pair[1], len(calls)
+    whole()
+    assert 0 < len(calls) - other < other / 4
     assert not kept.exists()
+
+
+def test_the_last_steps_are_judged_if_the_time_ends_while_a_state_is_saved(beginning, monkeypatch):
+    teacher, batches, held_out = beginning
+    now, step = [0.0], fit_module.gradient_step
+
+    class Slow:
+        def restore(self, state):
+            return state, {}
+
+        def save(self, *_):
+            now[0] += 50
+
+    def stepped(*given, **how):
+        now[0] += 80 / (LONG.course(prompted=True).passes * len(batches))
+        return step(*given, **how)
+
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fit_module, "gradient_step", stepped)
+    timed = dataclasses.replace(LONG, budget="90s")
+    fit = Fit(teacher, Judge(held_out), timed, prompted=True, begun=0.0)
+    found = fit.run(batches, lambda *_: pytest.fail("the time is over"), Slow())
+    assert found.looks[-1].completions == sum(batch.rows for batch in batches)
+    assert mean_kl(teacher.target.with_adapter(found.adapter), held_out) < found.looks[0].divergence
 
 
 def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):

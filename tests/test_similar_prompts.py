@@ -96,6 +96,8 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
     later = found.more(3, {CHATS[0]}, source)
     assert sum(item.origin == SIMILAR for item in later) == ROUND // 2
     assert CHATS[0] not in {item.prompt for item in later}
+    held_out = next(item.prompt for item in later if item.origin == SIMILAR)
+    assert held_out not in {item.prompt for item in found.more(3, {held_out}, source)}
 
 
 def test_prompts_that_were_not_answered_come_first_in_further_rounds(base):

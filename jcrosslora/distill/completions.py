@@ -66,17 +66,17 @@ class Completions:
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     task: FoundTask | None = None
 
-    def with_ends(self) -> Self:
+    def with_ends(self, source: Source) -> Self:
         """Cut answers where they are complete, those of further rounds too, and teach the end there."""
 
         def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
-            return [*map(teach_end, self.more(number, excluded, answerer))]
+            return [teach_end(one, trusted=answerer is source) for one in self.more(number, excluded, answerer)]
 
         def greedy(prompts: Collection[Prompt]) -> list[Completion]:
             return [*map(teach_end, self.greedy(prompts))]
 
         found = [*map(teach_end, self.items)]
-        cut = sum(one != other for one, other in zip(found, self.items, strict=True))
+        cut = sum(one.answer != other.answer for one, other in zip(found, self.items, strict=True))
         description = f"{self.description}, {cut} of them cut where they are complete, to teach the end"
         return replace(self, items=found, description=description, greedy=greedy, more=more)
 
@@ -123,8 +123,9 @@ def answer_given(
 
     `writer` writes prompts like them; where it cannot (`find_form`) the prompts are answered again. What it writes is
     the same for all adapters of a pair, so it is looked for in `shared`, and added. Only the last 2,048 tokens of a
-    prompt are used. Where there are more prompts than answers are wanted, the first ones are used. Prompts that are
-    `labelled`, whose right answers are known, serve as examples of others, and are answered where nothing else is.
+    prompt are used. Where there are more prompts, all different, than answers are wanted, the first are used. Those
+    that are `labelled`, whose right answers are known, serve as examples of others, and are answered where nothing else
+    is.
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.
@@ -161,17 +162,18 @@ def answer_given(
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + number
-        repeated = labelled if not prompts and form is None else prompts
-        usable = [prompt for prompt in dict.fromkeys(repeated) if prompt not in excluded]
+        usable = [prompt for prompt in prompts if prompt not in excluded]
+        if not usable and form is None:
+            usable = [prompt for prompt in dict.fromkeys(labelled) if prompt not in excluded]
         # Those that were not answered yet come first, once each.
         waiting = [prompt for prompt in usable if prompt not in used][(number - 1) * ROUND :][:ROUND]
         missing = ROUND - len(waiting)
-        again = missing if form is None else missing // 2 if usable else 0
+        again = 0 if not usable else missing if form is None else missing // 2
         rng = np.random.default_rng(seed + later)
         places = rng.permutation(np.arange(max(again, len(usable))) % max(1, len(usable)))[:again]
         asked = [Completion(prompt) for prompt in waiting]
         repeated = [Completion(usable[place]) for place in places]
-        others = similar(missing - again, seed + later)
+        others = [one for one in similar(missing - again, seed + later) if one.prompt not in excluded]
         if answerer is source and sampler.temperature == 0:
             return sampler.answer_both(source, asked + others, repeated, later)
         # The target's own text is sampled: what it is likeliest to write is not to become likelier.
@@ -228,7 +230,8 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         prompts = write(ROUND, round(task.share * ROUND), _LATER + number)
-        return sampler.answer(answerer, [one for one in prompts if one.prompt not in excluded], _LATER + number)
+        asked = [one for one in prompts if one.prompt not in excluded]
+        return (sampler if answerer is source else sampler.varied).answer(answerer, asked, _LATER + number)
 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"

@@ -200,10 +200,14 @@ class Endings:
         return (f"{self.ended:.0%} of the adapter's answers end, and {went_on}: {done}",)
 
 
-def teach_end(completion: Completion) -> Completion:
-    """Cut an answer where it is complete and mark its end as correct; if that is not clear, keep it as it is."""
+def teach_end(completion: Completion, *, trusted: bool = True) -> Completion:
+    """Cut an answer where it is complete and mark its end as correct; if that is not clear, keep it as it is.
+
+    An end that the writer wrote itself counts as correct if the writer is `trusted`, as the source is: a student may
+    end in the middle.
+    """
     place = complete_at(completion.prompt, completion.answer)
     right = "likeliest-end" if completion.right == "likeliest" else "end"
     if place is not None:
         return replace(completion, answer=completion.answer[:place], ended=True, right=right)
-    return replace(completion, right=right) if completion.ended else completion
+    return replace(completion, right=right) if completion.ended and trusted else completion

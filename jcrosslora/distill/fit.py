@@ -77,11 +77,12 @@ class Look:
 class Fitted:
     """The update that is best on the held-out completions, with the update it started from, and all measurements.
 
-    `own` counts the completions that the target wrote.
+    `anew` counts the completions of further rounds, repeated examples included, and `own` those that the target wrote.
     """
 
     adapter: StackedAdapter
     looks: tuple[Look, ...]
+    anew: int
     own: int
     stopped: bool
 
@@ -131,7 +132,7 @@ class Fit:
         self._most_kept, self._most_remembered = most_kept(free_memory())
         self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
-        self._rounds, self._own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
+        self._rounds, self._anew, self._own, self._used, self._part, self._seen = 0, 0, 0, 0, 0.0, 0
         self._looks = [self._measure()]
 
     def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
@@ -154,10 +155,11 @@ class Fit:
                     self._use(fresh(self._rounds, own) if self._rounds else first, bar, own=polishes)
                     if checkpoints is not None:
                         self._save(checkpoints)
+                self._look(bar)  # the time may have ended while a state was saved
             except KeyboardInterrupt:
                 stopped = True
                 self._look(bar)
-        return Fitted(self._joined(self._state.best), tuple(self._looks), self._own, stopped)
+        return Fitted(self._joined(self._state.best), tuple(self._looks), self._anew, self._own, stopped)
 
     def _joined(self, factors: StackedAdapter) -> StackedAdapter:
         return factors if self._start is None else join_stacked(self._start, factors)
@@ -192,6 +194,7 @@ class Fit:
             self._state = jax.block_until_ready(state)
             self._used += batch.rows * first
             self._own += batch.rows * own * first
+            self._anew += batch.rows * (self._rounds > 0) * first
             self._part = size * (place + 1) / len(order)
             if int(self._state.step) % LOOK == 0:
                 self._look(bar)
@@ -225,13 +228,15 @@ class Fit:
         """Take up the newest saved state, if there is one."""
         self._state, notes = checkpoints.restore(self._state)
         if notes:
-            self._rounds, self._own, self._used = notes["rounds"], notes["own"], notes["used"]
+            self._rounds, self._anew, self._own = notes["rounds"], notes["anew"], notes["own"]
+            self._used = notes["used"]
             self._looks = [Look(*look) for look in notes["looks"]]
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
     def _save(self, checkpoints: Checkpoints) -> None:
         looks = [astuple(look) for look in self._looks]
-        progress = {"rounds": self._rounds, "own": self._own, "used": self._used, "seen": self._seen}
+        progress = {"rounds": self._rounds, "anew": self._anew, "own": self._own}
+        progress |= {"used": self._used, "seen": self._seen}
         checkpoints.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
 
     def _seconds(self) -> float:

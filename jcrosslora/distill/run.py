@@ -157,9 +157,9 @@ def _sentence(
 ) -> str:
     first, best = fitted.looks[0], min(fitted.looks, key=lambda look: look.divergence)
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
-    anew = max(look.completions for look in fitted.looks) - len(completions.items) - examples
     right = f", and in {examples:,} labelled examples" if examples else ""
-    further = f", then to {anew:,} more completions" if anew > 0 else ""
+    further = f", then to {fitted.anew:,} more completions" if fitted.anew else ""
+    further += " and repeated examples" if fitted.anew and examples else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
     ending = "; it was stopped before its end" if fitted.stopped else ""
     ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""

@@ -152,6 +152,9 @@ class DistillSettings:
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"
         rules["example_weight"] = 0 < self.example_weight < math.inf, "a positive number"
+        rules["prompt_weight"] = 0 <= self.prompt_weight < math.inf, "a number from 0 on"
+        temperature = self.answer_temperature
+        rules["answer_temperature"] = temperature is None or 0 <= temperature < math.inf, "a number from 0 on"
         rules["rate"] = self.rate is None or 0 < self.rate < math.inf, "a positive number"
         rules["end"] = self.end in get_args(End), f"one of {', '.join(get_args(End))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))

@@ -29,7 +29,7 @@ from jcrosslora.distill.templates import Sampler
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import ending
 from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.utils.digests import digest_of
+from jcrosslora.utils.digests import digest_of, sha256
 from jcrosslora.utils.unfinished import remove_unchanged
 
 _LOG = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Run:
         """Have the end of answers taught where too many go on behind it; return warnings of it as well."""
         endings = Endings.of(completions.items) if self._ends(completions).symbol[1] else Endings()
         if endings.unreliable and self.course.end == "auto":
-            completions = completions.with_ends()
+            completions = completions.with_ends(self.source)
         warnings = endings.warnings(self.course.end)
         for text in warnings:
             _LOG.warning(text)
@@ -126,9 +126,10 @@ class Run:
         """Divide the completions into those that are fitted to and those that judge, as batches."""
         fitted, judging = hold_out(self._items(completions), self.settings, self.seed, prompted=self.prompted)
         fitted += (self.course.repeats - 1) * [item for item in fitted if item.right == "answer"]
-        held_out, said = dict.fromkeys(item.prompt for item in judging), judging
-        if self.course.temperature > 0:
-            said = completions.greedy(held_out)
+        held_out = dict.fromkeys(item.prompt for item in judging)
+        said = [item for item in judging if item.right.startswith("likeliest")]
+        known = {item.prompt for item in said}
+        said += completions.greedy([prompt for prompt in held_out if prompt not in known])
         return Data(self.batches(fitted), self.batches(judging), batch_answers(said, self.tokenizers), held_out)
 
     def batches(self, items: Sequence[Completion]) -> list[DistillationBatch]:
@@ -173,6 +174,7 @@ class Run:
         if parent is None or not (self.settings.budget or self.course.rounds[1:]):
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
+        digests += [(one.chat_template, sha256(one.backend.to_str().encode())) for one in self.tokenizers]
         settings = dataclasses.asdict(self.settings)
         return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.taught, settings, self.seed)})
 
@@ -183,9 +185,9 @@ def as_taught(examples: Sequence[Completion]) -> list[Completion]:
 
 
 def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) -> list[Prompt]:
-    """Drop prompts that have a labelled answer: the source need not answer them."""
+    """Drop prompts that have a labelled answer, which the source need not answer, and repeated ones."""
     labelled = {one.prompt for one in examples}
-    return [one for one in prompts if one not in labelled]
+    return [one for one in dict.fromkeys(prompts) if one not in labelled]
 
 
 def examples_of_round(
@@ -203,10 +205,16 @@ def examples_of_round(
 def hold_out(
     completions: Sequence[Completion], settings: DistillSettings, seed: int, *, prompted: bool
 ) -> tuple[list[Completion], list[Completion]]:
-    """Split completions into training and held-out ones; all answers to one prompt are on the same side."""
+    """Split completions into training and held-out ones; all answers to one prompt are on the same side.
+
+    Those to two prompts or more come, and some of the answers that stay are not labelled if any are.
+    """
     prompts = list(dict.fromkeys(item.prompt for item in completions))
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    held_out = {prompts[index] for index in order[: settings.held_of(len(prompts), prompted=prompted)]}
+    order = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]
+    count = settings.held_of(len(prompts), prompted=prompted)
+    held_out, answered = set(order[:count]), {item.prompt for item in completions if item.right != "answer"}
+    if answered and answered <= held_out:  # the fit needs an answer of the source
+        held_out ^= {next(one for one in order if one in answered), order[count]}
     rest = [item for item in completions if item.prompt not in held_out]
     return rest, [item for item in completions if item.prompt in held_out]
 
