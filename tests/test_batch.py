@@ -420,13 +420,30 @@ def test_base_with_a_later_added_tokenizer_is_moved_to_again(house, tmp_path):
     assert "no tokenizer.json" not in report.read_text()
 
 
+@pytest.mark.parametrize("edited", ["adapters/a0/chat_template.jinja", "twin/chat_template.jinja", "given.jinja"])
+def test_an_edited_chat_template_moves_an_adapter_again(house, tmp_path, edited):
+    shutil.copytree(house / "adapters" / "a0", tmp_path / "adapters" / "a0")
+    shutil.copytree(house / "twin", tmp_path / "twin")
+    for name in ("adapters/a0/chat_template.jinja", "twin/chat_template.jinja", "given.jinja"):
+        (tmp_path / name).write_text("{{ messages[0]['content'] }}")
+    text = PLAN.split("[[moves]]")[0].replace('small = "small"', 'small = { ref = "small", template = "given.jinja" }')
+    plan = plan_in(house, tmp_path, text + '[[moves]]\nfrom="small"\nto="twin"\nmethods="pad-truncate"\n')
+    assert run_batch(plan).count("done") == 1
+    assert run_batch(plan).count("kept") == 1
+    (tmp_path / edited).write_text("[{{ messages[0]['content'] }}]")
+    assert run_batch(plan, overwrite=True).count("done") == 1
+
+
 @pytest.mark.full
 def test_fitting_methods_run_adapter_by_adapter(tmp_path):
     write_base(tmp_path / "small", 30, bos=True, layers=2)
     write_base(tmp_path / "wide", 90, layers=2, hidden=32, head_dim=8, seed=1)
     base = jcl.open_base(tmp_path / "small")
     jcl.save_adapter(random_adapter(base, scale=0.3), tmp_path / "adapters" / "a0", base_name="x")
-    (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
+    lines = [
+        f"{text} {number}" for text in ("Anna said that the water boils", "Peter has a dog") for number in range(8)
+    ]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
     head = 'out="moved"\n[bases]\nsmall="small"\nwide="wide"\n[adapters]\nsmall=["adapters/a0"]\n'
     move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["distill"]\nprompts="texts.txt"\neffect="never"\n'
     move += "completions=24\nanswer_tokens=2\npasses=1\n"
@@ -436,7 +453,7 @@ def test_fitting_methods_run_adapter_by_adapter(tmp_path):
     moved = jcl.load_adapter(outcome.out)
     assert any(np.abs(factors.b).max() > 0 for factors in moved.modules.values())
     assert run_batch(read_plan(tmp_path / "plan.toml")).count("kept") == 1
-    (tmp_path / "texts.txt").write_text("Peter has a dog and a house.\nAnna said that the water boils.\n" * 8)
+    (tmp_path / "texts.txt").write_text("\n".join(reversed(lines)))
     summary = run_batch(read_plan(tmp_path / "plan.toml"))
     assert (summary.count("kept"), summary.count("failed")) == (0, 1)  # other texts; a folder is not overwritten
     assert run_batch(read_plan(tmp_path / "plan.toml"), overwrite=True).count("done") == 1

@@ -208,11 +208,16 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
 
 
 # Files of a tokenizer next to the weights; a GGUF file contains its own.
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    """Yield names and contents of the files of a base's tokenizer next to the weights."""
+    """Yield names and contents of the files of a base's tokenizer next to the weights, and the given chat template."""
+    if base.chat_template is not None:
+        yield from (b"given template", base.chat_template.encode())
     if (folder := base.tokenizer_path) is None:
         return
     for name in _FILES:
@@ -222,5 +227,5 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
 
 
 def tokenizer_key(base: BaseModel) -> str:
-    """Return the cache key of the files of a base's tokenizer next to the weights."""
+    """Return the cache key of a base's tokenizer and chat template, as far as they are not in the weights' file."""
     return sha256(*tokenizer_parts(base))

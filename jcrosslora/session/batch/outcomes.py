@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column
 
 from jcrosslora.adapter import AdapterInfo, find_adapter
+from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import weights_key
 from jcrosslora.checkpoint.hub import publish
@@ -140,18 +141,19 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 def base_fingerprint(base: BaseModel) -> str:
-    """Digest the weights, the configuration and the tokenizer of a base."""
+    """Digest the weights, the configuration, the tokenizer and the chat template of a base."""
     return digest_of(weights_key(base), tokenizer_key(base))
 
 
 def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
     """Digest all inputs of a job, as a hex string.
 
-    Of the adapter the weights and the configuration count, which scales them; of the settings all but locations.
+    Of the adapter the weights, the configuration, which scales them, and the chat template count; of the settings all
+    but locations.
     `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the texts of
     `prompts`, "" if the settings name no file.
     """
-    return digest_of(*_asked(job), adapter.digest, adapter.config, *shared)
+    return digest_of(*_asked(job), adapter.digest, adapter.config, adapter.chat_template, *shared)
 
 
 def stamp_of(job: Job, *shared: str) -> str | None:
@@ -167,9 +169,11 @@ def stamp_of(job: Job, *shared: str) -> str | None:
         files = find_adapter(job.settings.adapter, job.settings.adapter_revision)
     except AdapterError:
         return None
-    states = [file_state(path) for path in (files.weights, files.config) if path is not None]
+    template = files.weights.parent / CHAT_TEMPLATE
+    paths = files.weights, files.config, template if template.exists() else None
+    states = [None if path is None else file_state(path) for path in paths]
     now = time.time_ns()
-    if not all(state is not None and is_settled(state, now) for state in states):
+    if not all(path is None or (state and is_settled(state, now)) for path, state in zip(paths, states, strict=True)):
         return None
     return digest_of(*_asked(job), states, *shared)
 
