@@ -14,7 +14,8 @@ from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score
-from jcrosslora.training import Plan, TrainingSettings, encode, fit_magnitudes, train_lora
+from jcrosslora.text import Completion, Message
+from jcrosslora.training import Plan, TrainingSettings, batches, encode, fit_magnitudes, train_lora
 from jcrosslora.training.batches import answer_loss
 from jcrosslora.training.run import first_magnitudes, loss_and_magnitude_gradient, with_magnitudes
 
@@ -137,3 +138,13 @@ def test_what_cannot_be_fitted_is_refused(base, adapter):
         fit_magnitudes(
             base, QUESTIONS, Adapter({"model.layers.9.mlp.up_proj": LoRAFactors(np.ones((1, 48)), np.ones((80, 1)))})
         )
+
+
+def test_conversations_are_read_in_the_chat_template_of_the_adapter(base, adapter, monkeypatch):
+    own = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
+    adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, chat_template=own))
+    seen, encode = [], batches.encode
+    monkeypatch.setattr(batches, "encode", lambda tokenizer, one: seen.append(tokenizer) or encode(tokenizer, one))
+    example = Completion((Message("user", "Anna said"),), "Peter")
+    fit_magnitudes(base, [example], adapter, dataclasses.replace(SETTINGS, steps=1, batch=1))
+    assert {tokenizer.chat_template for tokenizer in seen} == {own}

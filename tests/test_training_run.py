@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import QUESTIONS, write_base
 from rich.console import Console
 
@@ -221,3 +222,25 @@ def test_the_command_trains_from_a_file_and_writes_a_folder(base, tmp_path, caps
     with pytest.raises(UsageError, match="limit 0 is out of range"):
         dataclasses.replace(command, out=tmp_path / "other", limit=0).run(Console())
     assert same(train_lora(base.ref, data, TrainingSettings(**settings)), adapter)
+
+
+@pytest.mark.parametrize(("out", "states"), [("a", "a/states"), ("a/b", "a"), ("a", "a")])
+def test_checkpoints_and_the_adapter_need_two_folders(base, tmp_path, out, states):
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "Water and", "answer": "light"}\n')
+    with pytest.raises(UsageError, match="one lies in the other"):
+        Train(base=base.ref, data=data, out=tmp_path / out, checkpoints=tmp_path / states).run(Console())
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_training_says_what_it_left(base, tmp_path, capsys, monkeypatch, kept):
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "Water and", "answer": "light"}\n')
+    stop_behind(monkeypatch, 21)  # there is a checkpoint every 20 steps
+    states = ["--checkpoints", str(tmp_path / "states")] if kept else []
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", base.ref, "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "22", *states])
+    assert stopped.value.code == 130
+    said = "goes on from there" if kept else "interrupted; nothing was written"
+    assert said in capsys.readouterr().err

@@ -49,9 +49,11 @@ class Train(Long, TrainingSettings):
         from jcrosslora.text import Completion
         from jcrosslora.text.reading import template_of, with_own_template
         from jcrosslora.training import read_examples, save_trained, train_lora
-        from jcrosslora.utils.files import ensure_free
+        from jcrosslora.utils.files import ensure_apart, ensure_free
 
         ensure_free(self.out, self.overwrite)
+        if self.checkpoints is not None:
+            ensure_apart(("out", self.out), ("checkpoints", self.checkpoints))
         if self.log is not None:
             find_log(self.log)
         if self.limit is not None and self.limit < 1:
@@ -67,8 +69,14 @@ class Train(Long, TrainingSettings):
             if self.template is None:
                 tokenizer = with_own_template(tokenizer, start.info.chat_template)
         shown, states = {"base": public_name(self.base), "data": self.data.name, **facts}, self.checkpoints
-        with log_to(self.log, self.out.resolve().name, shown):
-            adapter = train_lora(base, examples, settings, start=start, checkpoints=states, tokenizer=tokenizer)
+        try:
+            with log_to(self.log, self.out.resolve().name, shown):
+                adapter = train_lora(base, examples, settings, start=start, checkpoints=states, tokenizer=tokenizer)
+        except KeyboardInterrupt:
+            if states is None or not any(states.glob("*")):
+                raise
+            msg = f"{states} has the checkpoints, and the same command goes on from there"
+            raise KeyboardInterrupt(msg) from None
         made = {**facts, "task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None

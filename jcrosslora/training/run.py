@@ -130,6 +130,7 @@ def fit_magnitudes(
         msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
         raise UsageError(msg)
     loaded = model or load_model(base, settings.dtype)
+    tokenizer = tokenizer or with_own_template(load_tokenizer(base), adapter.info.chat_template)
 
     def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
         magnitudes = jax.tree.map(jnp.multiply, shares, units)
