@@ -178,6 +178,7 @@ def test_what_needs_weights_is_refused(places, server):
     [
         (["--source-model", "a"], "source_model is only for a source on a server"),
         (["--source-tokenizer", "a"], "source_tokenizer is only for a source on a server"),
+        (["--source-backend", "torch", "--adapter-rank", "2"], "adapter_rank 2 is only for an adapter that is read"),
         (["--source-url", "http://h/v1"], "needs source_model: give it with --source-model"),
         (["--source-url", "http://h/v1", "--source-model", "a"], "needs source_tokenizer"),
         (["--source-url", "h", "--source-model", "a", "--source-tokenizer", "b"], "adapter adapter was given with"),

@@ -21,7 +21,7 @@ from kind_cases import peft
 from tiny_models import save_tiny, tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
+from jcrosslora.adapter import EngineVerdict, check_engines, folder, load_adapter, save_adapter
 from jcrosslora.adapter.engines.tables import VLLM_RANKS
 from jcrosslora.adapter.truncation import AUTO_RANKS
 from jcrosslora.errors import AdapterError
@@ -332,3 +332,17 @@ def test_infinite_values_of_known_keys_are_refused_by_name(tmp_path, key):
     for read in (check_engines, load_adapter):
         with pytest.raises(AdapterError, match=f"config key '{key}' is inf, wanted a finite number"):
             read(folder)
+
+
+def test_an_adapter_of_the_hub_is_checked(tmp_path, capsys, monkeypatch):
+    save_adapter(adapter_of({Q: 2}), tmp_path / "a", documents={"chat_template.jinja": "{{ messages }}"})
+    monkeypatch.setattr(folder, "_download", lambda repo, name, revision: tmp_path / repo.split("/")[1] / name)
+    main(["check", "owner/a"])
+    assert "vLLM" in capsys.readouterr().out
+
+
+def test_an_original_without_a_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(tmp_path), "--original", "x"])
+    assert stopped.value.code == 2
+    assert "add --run" in capsys.readouterr().err

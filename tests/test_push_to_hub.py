@@ -16,6 +16,7 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.adapter import split_card
+from jcrosslora.cli import transfer
 
 # By the hub's client, of the HTTP library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -451,6 +452,18 @@ def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_p
     assert printed.count("\n") == 1
     main(["push", str(tmp_path / "c"), "me/c"])
     assert hub.repos["me/c"].files.keys() == FILES
+
+
+def test_an_interrupted_upload_says_that_the_adapter_is_written(hub, bases, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "push_to_hub", interrupt)
+    out, places = tmp_path / "out", ["--source", bases / "one", "--target", bases / "two"]
+    given = [bases / "adapter", *places, "--out", out, "--method", "pad-truncate", "--table", "none"]
+    assert stopped("transfer", *given, "--push-to", ID) == 130
+    assert f"the adapter is written to {out}: go on with `jcrosslora push {out} {ID}`" in capsys.readouterr().err
+    assert jcl.load_adapter(out).modules
 
 
 def test_the_licence_of_an_adapter_of_the_hub_comes_from_its_card(bases, monkeypatch, tmp_path):

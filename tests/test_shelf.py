@@ -239,3 +239,21 @@ def test_the_command_adds_lists_shows_and_searches(base, output, tmp_path, capsy
         main(["shelf", "add", folder, str(output / "damaged")])
     assert stopped.value.code == 2
     assert "damaged: not added" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["missing", "empty"])
+def test_nothing_is_left_of_a_new_shelf_to_which_nothing_could_be_added(base, tmp_path, capsys, named):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main(["shelf", "add", str(tmp_path / "shelf"), str(tmp_path / named), "--base", str(base.path)])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "shelf").exists()
+
+
+def test_adapters_of_one_sample_each_are_added_and_searched(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Water boils at 100 degrees\n")
+    shelf = jcl.Shelf(tmp_path / "shelf", base)
+    for name in "ab":
+        shelf.add(write_adapter(tmp_path / name, base), prompts=tmp_path / "prompts.txt")
+    assert shelf.search(["Water boils", "Where?"]).scores.shape == (2, 2)

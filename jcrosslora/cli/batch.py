@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.main import INTERRUPTED, fail
 from jcrosslora.cli.output import FailOn, Long, exit_code, print_json
 from jcrosslora.errors import BatchError, UsageError
 from jcrosslora.utils.logs import LogName
@@ -79,7 +78,8 @@ class Batch(Long):
             else:
                 summary = run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
         except KeyboardInterrupt:
-            return fail("interrupted; finished jobs stay, and the same command goes on from there", INTERRUPTED)
+            msg = "finished jobs stay, and the same command goes on from there"
+            raise KeyboardInterrupt(msg) from None
         if self.json:
             sys.stdout.write(summary.to_json())
         else:

@@ -199,6 +199,9 @@ class Evaluate(OnDevice):
         if self.shelf is None and (self.top != 1 or self.compose != "mixture"):
             msg = f"compose {self.compose} with top {self.top} and no shelf: they say how the adapters of a shelf act, "
             raise UsageError(msg + "give it with --shelf")
+        if self.shelf is not None and self.alpha is not None:
+            msg = f"--alpha {self.alpha} was given with the shelf {self.shelf}, which reads no checkpoints of JAX "
+            raise UsageError(msg + "trainers: leave it out")
         if self.shelf is not None and self.trained is not None:
             msg = f"--trained {self.trained} was given with the shelf {self.shelf}: give it as --adapter, to see "
             raise UsageError(msg + "the share of its gain that the shelf keeps")

@@ -76,8 +76,8 @@ class Compare:
 class Check:
     """Say which engines will read an adapter, and why others will not; or run it in one."""
 
-    path: tyro.conf.Positional[Path]
-    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or an Orbax checkpoint with LoRA."""
+    path: tyro.conf.Positional[str]
+    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, an Orbax checkpoint with LoRA, or a hub id."""
     base: str | None = None
     """Its base: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it, because engines may
     ignore a module under a wrong name. Some answers depend on the base's family, and on whether its output head is tied
@@ -99,8 +99,11 @@ class Check:
 
         if self.run_:
             return self._run_in_engine(console)
+        if self.original is not None:
+            msg = f"--original {self.original} is what our decoder runs with --run: add --run, or leave it out"
+            raise UsageError(msg)
         base = None if self.base is None else open_base(self.base)
-        found = check_engines(self.path, base_family=self.family or reported_family(self.path), base=base)
+        found = check_engines(self.path, base_family=self.family or reported_family(Path(self.path)), base=base)
         if self.json:
             print_json([asdict(one) for one in found])
             return OK

@@ -100,8 +100,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _answer_interrupts()
     try:
         code = _run(arguments, own_process)
-    except KeyboardInterrupt:
-        code = fail("interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:  # a command whose work is partly written says so in it
+        code = fail(f"interrupted; {str(interrupt) or 'nothing was written'}", INTERRUPTED)
         if own_process:
             _leave(code)
     except BrokenPipeError:

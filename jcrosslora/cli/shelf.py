@@ -1,5 +1,6 @@
 """`jcrosslora shelf`: keep an index of adapters of one base, and find the ones that suit a prompt."""
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from rich.table import Column
 from rich.text import Text
 
 from jcrosslora.cli.output import print_json, print_table, say, title_of
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.errors import AdapterError, JCrossLoRAError, UsageError
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate import Interval
@@ -48,18 +49,27 @@ class Add(_OnShelf):
     """For a new shelf, what computes vectors of samples. hidden, the default: hidden states of the base.
     sentences:MODEL: a model of sentence-transformers. none: no vectors, for searches by words."""
 
-    def run(self, console: Console) -> int:
-        from jcrosslora.adapter.folder import is_adapter
-        from jcrosslora.cli.main import INTERRUPTED, OK, fail
-
+    def run(self, console: Console) -> None:
         if not self.adapters:
             msg = f"no adapter was given for the shelf {self.folder}: give adapters, or a folder with adapters below"
             raise UsageError(msg)
+        is_new = not self.folder.exists()
         shelf = self._opened(self.base, self.encoder)
+        try:
+            self._add(shelf, console)
+        except JCrossLoRAError:
+            if is_new and not len(shelf):  # nothing is left of a command that failed
+                shutil.rmtree(self.folder)
+            raise
+
+    def _add(self, shelf: "Shelf", console: Console) -> None:
+        from jcrosslora.adapter.folder import is_adapter
+
         try:
             found = shelf.add(self.adapters, name=self.name, prompts=self.prompts, lift=self.lift)
         except KeyboardInterrupt:
-            return fail("interrupted; what was added stays, and the same command goes on from there", INTERRUPTED)
+            msg = "what was added stays, and the same command goes on from there"
+            raise KeyboardInterrupt(msg) from None
         for name in found.added:
             say(console, f"added: {name} ({_facts(shelf.entry(name))})")
         for name in found.kept:
@@ -72,7 +82,6 @@ class Add(_OnShelf):
         if bad := [one for one in found.refused if one.place in named or one.place in self.adapters]:
             msg = f"{bad[0].place}: not added: {bad[0].reason}"
             raise AdapterError(msg)
-        return OK
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,9 @@ class _Transfer(Long):
         except OutputError as error:
             msg = f"{error}; the adapter is written to {out}: go on with `jcrosslora push {out} {repo_id}`"
             raise OutputError(msg) from error
+        except KeyboardInterrupt:
+            msg = f"the adapter is written to {out}: go on with `jcrosslora push {out} {repo_id}`"
+            raise KeyboardInterrupt(msg) from None
 
     def _estimate(self, console: Console) -> int:
         from jcrosslora.session.transfer import estimate_files

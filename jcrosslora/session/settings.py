@@ -156,8 +156,12 @@ class TransferSettings(TransferOptions):
         if self.target_id is not None and not is_hub_id(self.target_id):
             msg = f"target_id {self.target_id[:200]!r} is no hub id: give OWNER/NAME, such as google/gemma-3-270m"
             raise UsageError(msg)
-        if self.alpha is not None and (self.source_url is not None or self.source_backend != "jax"):
+        queried = self.source_url is not None or self.source_backend != "jax"
+        if self.alpha is not None and queried:
             msg = f"alpha {self.alpha} is only for a checkpoint of a JAX trainer, which a queried source cannot read: "
+            raise UsageError(msg + "leave it out, or use the source_backend jax")
+        if self.adapter_rank is not None and queried:
+            msg = f"adapter_rank {self.adapter_rank} is only for an adapter that is read, not for a queried source: "
             raise UsageError(msg + "leave it out, or use the source_backend jax")
         self._check_served()
 
@@ -178,9 +182,9 @@ class TransferSettings(TransferOptions):
             if value:
                 msg = f"{name} {value[:200]} was given with --source-url, and the server has both source and adapter: "
                 raise UsageError(msg + "leave it out")
-        if self.source_backend != "jax" or self.source_revision or self.adapter_revision or self.adapter_rank:
-            msg = "source_backend, adapter_rank and the revisions of source and adapter are only for files, "
-            raise UsageError(msg + "not for a server (--source-url): leave them out")
+        if self.source_backend != "jax" or self.source_revision or self.adapter_revision:
+            msg = "source_backend and the revisions of source and adapter are only for files, not for a server "
+            raise UsageError(msg + "(--source-url): leave them out")
 
     @classmethod
     def of(cls, **settings: Any) -> "TransferSettings":

@@ -190,7 +190,9 @@ def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
             centred = vectors[chosen] - means[-1][owner[chosen]]
             scatter = scatter + centred.T @ centred if len(scatter) else centred.T @ centred
             freedom += len(centred) - len(np.unique(owner[chosen]))
-    width, known = len(scatter), np.concatenate(counts) > 0
+    width, known = max((each.shape[1] for each in means), default=0), np.concatenate(counts) > 0
+    if not len(scatter):  # no adapter has a sample, or each has one that was left out
+        scatter = np.zeros((width, width))
     # A block without samples does not know the width.
     whole = np.concatenate([each if each.shape[1] else np.zeros((len(each), width), np.float32) for each in means])
     # A single mean minus itself has no direction.
