@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jcrosslora.architectures.blocks import READERS
+from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
@@ -131,18 +131,20 @@ def _align(
     start = task.method.start
     assert start is not None
     src, tgt = task.shapes(pairs[0])
-    stack = ModuleStack(pairs, len(stacks[0]))
+    stack, stream = ModuleStack(pairs, len(stacks[0])), LINEARS[pairs[0].role].stream
     evidence = Evidence(
         *map(partial(_side, stack), task.pair, stack.names, stacks),
         vocabulary=None,
         activations=None,
         key=None,
-        reads=pairs[0].role in READERS,
+        reads=stream == "reads",
         rank=min(task.rank, *src, *tgt),
         method=start.name,
     )
     for add in evidence_adders:
         evidence = add(evidence, stack)
+    if stream == "inside":  # inside latent attention, where no vector is a function of a token
+        evidence = dataclasses.replace(evidence, vocabulary=None)
     if _on_host(start):
         maps, agreement = _map_on_host(evidence, start)
         return TransportGroup(maps.terms, agreement, pairs, tuple(stack.kernels))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 
+from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes
@@ -40,7 +41,7 @@ def plan_alignment(
     pairing = pair_modules(pair.source.modules, pair.target.modules, _DEFAULT_DEPTH if depth == SIMILAR else depth)
     stated = depth if isinstance(depth, str) else _shown(depth)
     task = AlignmentTask(pair, method, stated, seed, None if sources is None else frozenset(sources), pairing)
-    _check_shapes(task)
+    _check_modules(task)
     task = dataclasses.replace(task, rank=_checked_rank(task))
     for provider in providers_of(method.requires):
         provider.check(task)
@@ -127,8 +128,14 @@ def _shown(layers: Depth) -> str:
     return ",".join("-" if layer is None else str(layer) for layer in layers)
 
 
-def _check_shapes(task: AlignmentTask) -> None:
+def _check_modules(task: AlignmentTask) -> None:
+    """Raise MethodError if the method is not defined for a pair of modules."""
     start = task.method.start
+    by_stream = start is not None and EvidenceKind.EMBEDDING_MAP in start.requires
+    for pair in task.modules if by_stream else ():
+        if LINEARS[pair.role].stream == "inside":
+            msg = f"method {task.method.name} maps the residual stream, which {pair.source} neither reads nor writes: "
+            raise MethodError(msg + "use another method")
     for pair in task.modules if start is not None and start.equal_shapes else ():
         src, tgt = task.shapes(pair)
         if src != tgt:

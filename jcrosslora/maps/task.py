@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.architectures.blocks import ATTENTION, READERS
+from jcrosslora.architectures.blocks import ATTENTION, LINEARS
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import PairingError
@@ -93,7 +93,7 @@ class AlignmentTask:
 
         def key(pair: Pair) -> tuple[object, ...]:
             heads = self.pair.head_counts(pair.role) if by_heads and pair.role in ATTENTION else None
-            return *self.shapes(pair), pair.role in READERS, heads
+            return *self.shapes(pair), LINEARS[pair.role].stream, heads
 
         def size(pair: Pair) -> int:
             return sum(4 * rows * columns for rows, columns in self.shapes(pair))
