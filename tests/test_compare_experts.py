@@ -66,6 +66,17 @@ def other_experts(made):
     return made.change(lambda name, x: other.tensors[name] if of_experts(name) else x)
 
 
+def four_bits(made):
+    def change(name, x):
+        if not of_experts(name):
+            return x
+        blocks = x.reshape(-1, 16)
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
+        return (np.round(blocks / scale) * scale).reshape(x.shape)
+
+    return made.change(change)
+
+
 def one_number(made):
     def change(name, x):
         x = x.copy()
@@ -92,6 +103,7 @@ CASES = {
     "fewer experts": (with_experts([0, 2, 3, 5]), ("pruned",), "copy"),
     "experts permuted": (with_experts([3, 1, 0, 5, 4, 2]), ("permuted",), "copy"),
     "other experts": (other_experts, ("pruned", "extended"), "cross-lora"),
+    "experts of four bits": (four_bits, ("quantised",), "copy"),
     "other seed": (lambda _: sparse(seed=1), ("unrelated",), "cross-lora"),
 }
 
@@ -111,6 +123,9 @@ def test_constructed_relation_of_experts_is_recognised(source, tmp_path, name):
     if name == "fewer experts":
         assert "4 of 6 experts" in found.sentence
         assert "the target lacks experts of the source" in found.choice.reason
+    if name == "experts of four bits":
+        assert "the target is rounded coarsely" in found.choice.reason
+        assert "of the sampled experts" in found.choice.reason
     if name == "other experts":
         assert "experts of 4 layers have no counterpart" in found.choice.reason
 

@@ -54,11 +54,11 @@ def source(tmp_path_factory):
     return open_base(write(tmp_path_factory.mktemp("source")))
 
 
-def changed(folder, change) -> BaseModel:
-    """Write the base of the fixture with every linear weight changed."""
+def changed(folder, change, only=".layers.") -> BaseModel:
+    """Write the base of the fixture with every linear weight changed, or some by their names."""
     write(folder)
     save_file(
-        {name: change(x) if x.ndim == 2 and ".layers." in name else x for name, x in llama_tensors().items()},
+        {name: change(x) if x.ndim == 2 and only in name else x for name, x in llama_tensors().items()},
         folder / "model.safetensors",
     )
     return open_base(folder)
@@ -159,10 +159,37 @@ def test_compressed_source_selects_a_copy_with_its_error(source, tmp_path):
     assert "has no tokenizer.json" in found.reason
 
 
+@pytest.mark.parametrize("stated", [False, True])
 @pytest.mark.parametrize(("first", "second"), [(7, 6), (6, 7)])
-def test_two_compressed_bases_select_a_copy_that_is_fitted(tmp_path, first, second):
+def test_two_compressed_bases_select_a_copy_that_is_fitted(tmp_path, first, second, stated):
     pair = [changed(tmp_path / str(most), levels(most)) for most in (first, second)]
+    if stated:  # of the source alone, as where the target is a GGUF file
+        path = tmp_path / str(first) / "config.json"
+        settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        pair[0] = open_base(tmp_path / str(first))
     assert choose_method(*pair).method == "distilled-copy"
+
+
+def test_a_target_of_which_only_the_mlp_is_sparse_selects_a_fit(source, tmp_path):
+    target = changed(tmp_path, pruned, only=".mlp.")
+    assert choose_method(source, target).method == "distilled-copy"
+    assert compare_bases(source, target).words == ("sparse",)
+
+
+def test_the_rounded_side_is_found_where_not_the_nearest_level_was_taken(source, tmp_path):
+    """As by quantisers with an importance matrix, which nearest rounding does not explain."""
+    rng = np.random.default_rng(3)
+
+    def near(x: np.ndarray) -> np.ndarray:
+        blocks = x.reshape(-1, 16)
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
+        stray = rng.uniform(-0.3, 0.3, blocks.shape)
+        return (np.clip(np.round(blocks / scale + stray), -7, 7) * scale).reshape(x.shape)
+
+    other = changed(tmp_path, near)
+    assert choose_method(other, source).method == "compensated-copy"
+    assert choose_method(source, other).method == "distilled-copy"
 
 
 @pytest.mark.parametrize("change", [levels(7), pruned])

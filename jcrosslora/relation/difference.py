@@ -19,6 +19,8 @@ _COARSER = 1.5
 # Least mean rounding error in steps. Uniform errors have a mean of a quarter step; steps at the ends of a block are
 # taken for three times as wide, and those of floats twice as wide below a power of two.
 _MIN_ERROR = 0.1
+# Least step of coarse levels, relative to the root mean square of the numbers: 4 bits have about 0.3, 5 bits 0.14.
+_COARSE_STEP = 0.2
 # Levels that were rounded a second time moved by less than this share of a step.
 _SAME_LEVEL = 0.25
 # Relative difference of float32 sums of some thousands of products in different orders (24 bits of mantissa).
@@ -57,6 +59,7 @@ class Difference:
         grids: the number formats of the source and the target.
         rounded: the side that is a rounding of the other; None if neither is, or it cannot be told.
         quantised: whether one side was quantised to 8 bits or fewer, alone or in addition to the change.
+        coarse: whether the source, and the target, lie on levels as far apart as those of about 4 bits or fewer.
         hidden: relative size of changes that rounding may hide.
         zeroed: share of numbers that were set to zero in the target (unstructured pruning), if rounding does not
             explain it; all other figures are then of the rest.
@@ -72,6 +75,7 @@ class Difference:
     grids: tuple[str, str]
     rounded: Side | None = None
     quantised: bool = False
+    coarse: tuple[bool, bool] = (False, False)
     hidden: float = 0.0
     zeroed: float = 0.0
 
@@ -137,8 +141,13 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
         grids=grids,
         rounded=found.side,
         quantised=quantised,
+        coarse=(_is_coarse(src, from_src), _is_coarse(tgt, from_tgt)),
         hidden=unseen / float(np.sqrt(np.mean(np.square(tgt)))) + HALF_PRECISION * (coarser > 0),
     )
+
+
+def _is_coarse(numbers: np.ndarray, rounding: Rounding) -> bool:
+    return rounding.coarse and rounding.width > _COARSE_STEP * float(np.sqrt(np.mean(np.square(numbers))))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows, modules_of
 from jcrosslora.relation.channels import ChannelScales
-from jcrosslora.relation.difference import Change
+from jcrosslora.relation.difference import Change, Difference
 from jcrosslora.relation.relation import (
     Finding,
     Likeness,
@@ -172,17 +172,38 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
-    rounded = [item.difference for item in compared if item.rescaled or item.difference.change is Change.ROUNDED]
-    by_source = 2 * sum(one.rounded == "source" for one in rounded) > len(compared) or stated == [True, False]
+    experts = [item.difference.distance for item in compared if item.role == "experts"]
+    of_experts = float(np.mean(experts)) if experts else 0.0
     if Relation.SPARSE in relation:
         return Finding(Likeness.SPARSE_COPY, similarity)
     if Relation.LORA_MERGED in relation:
         return Finding(Likeness.MERGED_COPY, similarity)
-    if Relation.TRAINED in relation and not by_quantiser:
+    only_experts = Relation.QUANTISED in relation and not similarity.distance  # which cannot be interpolated
+    if Relation.TRAINED in relation and not by_quantiser and not only_experts:
         return Finding(Likeness.TRAINED_COPY, similarity)
-    if not relation or similarity.distance < _COMPRESSED:
+    if not relation or max(similarity.distance, of_experts) < _COMPRESSED:
         return Finding(Likeness.COPY, similarity, by_quantiser)
-    return Finding(Likeness.COARSE_SOURCE if by_source else Likeness.COARSE_COPY, similarity, by_quantiser)
+    coarse = Likeness.COARSE_SOURCE if _is_coarser_source(compared, stated) else Likeness.COARSE_COPY
+    return Finding(coarse, similarity, by_quantiser, experts=of_experts)
+
+
+def _is_coarser_source(compared: Sequence[TensorComparison], stated: Sequence[bool]) -> bool:
+    """Tell whether the source, and not the target, is the rounded side of two copies that differ by rounding.
+
+    Most modules show which side is a rounding of the other's numbers. If they do not, as after a quantiser that rounds
+    to another than the nearest level, the only side on coarse levels is the rounded one.
+    """
+    found = [item.difference for item in compared]
+    rounded = [one.rounded for one, item in zip(found, compared, strict=True) if item.rescaled or _is_rounded(one)]
+    for side in ("source", "target"):
+        if 2 * rounded.count(side) > len(compared):
+            return side == "source"
+    on_levels = [2 * sum(one.coarse[side] for one in found) > len(found) or stated[side] for side in range(2)]
+    return on_levels == [True, False]
+
+
+def _is_rounded(difference: Difference) -> bool:
+    return difference.change is Change.ROUNDED
 
 
 def equal_files(source: BaseModel, target: BaseModel) -> bool:

@@ -100,6 +100,7 @@ class Finding:
         similarity: of the weights that correspond; None if the modules have different shapes.
         by_quantiser: whether what looks like further training may come from a quantiser.
         rescaled: whether the weights were compared after the channels of the source had been rescaled.
+        experts: mean relative distance of the sampled experts, if they decide that a base is rounded coarsely.
         unmatched: number of target layers whose attention, MLP or experts have no counterpart.
     """
 
@@ -107,6 +108,7 @@ class Finding:
     similarity: WeightSimilarity | None
     by_quantiser: bool = False
     rescaled: bool = False
+    experts: float = 0.0
     unmatched: int = 0
 
 
@@ -155,7 +157,7 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
         Relation.EXTENDED: any(part.found < part.target for part in parts),
         Relation.UPSCALED: any(part.repeated for part in parts),
         Relation.PERMUTED: not all(part.in_order or part.repeated for part in parts),
-        Relation.SPARSE: 2 * sum(one.zeroed > 0 for one in linear) > len(linear),
+        Relation.SPARSE: any(one.zeroed for one in linear),
         Relation.LORA_MERGED: low_rank,
         Relation.TRAINED: trained,
         Relation.TRAINED_OR_QUANTISED: unsure,

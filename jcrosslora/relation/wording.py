@@ -47,7 +47,10 @@ def finding_phrase(finding: Finding) -> str:
     if weights is None:
         return "the modules of the two bases have different shapes"
     figures = f"cosine {weights.cosine:.3f}, relative distance {weights.distance:.3f}"
-    figures = f" ({figures} of the weights of {weights.modules} sampled modules)"
+    figures = f"{figures} of the weights of {weights.modules} sampled modules"
+    if finding.experts > weights.distance:
+        figures += f", relative distance {finding.experts:.3f} of the sampled experts"
+    figures = f" ({figures})"
     if finding.rescaled:
         figures = f", apart from {_SCALES}, which the update gets as well{figures}"
     phrase = _FOUND[finding.likeness].format(figures)
