@@ -153,6 +153,17 @@ def test_modules_without_an_adapter_update_are_not_rescaled_by_truncation(bases,
         assert factors.rank == 2
 
 
+def test_a_kept_norm_is_that_of_the_sum(bases, tmp_path):
+    """Also where the sum is much larger than the adapter, and the rank that is asked for loses nothing of it."""
+    adapter = random_adapter(bases[0], rank=2, scale=0.01)
+    plain = transfer(bases, adapter, tmp_path, method="interpolated-copy")
+    rank = max(factors.rank for factors in plain.adapter.modules.values())
+    how = {"calibrate": "frobenius", "out_rank": rank, "out": str(tmp_path / "cut")}
+    found = transfer(bases, adapter, tmp_path, method="interpolated-copy", **how)
+    for name, factors in plain.adapter.modules.items():
+        np.testing.assert_allclose(delta(found.adapter.modules[name]), delta(factors), atol=1e-5)
+
+
 def test_parts_of_a_fused_matrix_keep_their_shared_factor(tmp_path):
     made = make("phi3")
     source = made.write(tmp_path / "source")

@@ -99,7 +99,9 @@ def conclude(
     """
     options = move.request.options
     moved = replace(shifted.adapter, modules=update.adapter.modules)
-    norms = {row.target: row.norm_after or 0.0 for row in shifted.rows} if shifted.calibration == "frobenius" else None
+    norms = None
+    if shifted.calibration == "frobenius":  # what a method added to the mapped update counts as well
+        norms = {name: update_norm(moved.modules[name]) for name in shifted.adapter.modules}
     moved, truncation = truncate_fused(moved, target.fused, options.out_rank, norms)
     effect, warnings = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
