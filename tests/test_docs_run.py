@@ -115,11 +115,12 @@ def files(tmp_path_factory):
     for name in ("moved", "moved/json", "moved/poems", "trained"):
         jcl.save_adapter(random_adapter(jcl.open_base(target), seed=len(name)), folder / name, base_name="target")
     jcl.transfer(folder / "moved", target, source, "cross-lora", effect="never").save(folder / "DIR")
-    for name in ("SOURCE", "BASE", "FULL_BASE", "DRAFT", "PATH", "path/to/source"):
+    for name in ("SOURCE", "BASE", "FULL_BASE", "DRAFT", "PATH", "path/to/source", "path/to/source-4bit"):
         _copy(source, folder / name)
     for name in ("TARGET", "COMPRESSED_BASE", "path/to/target", "path/to/target.gguf", "models/gemma-3-270m"):
         _copy(target, folder / name)
     jcl.merge(jcl.MergeSettings(str(source), str(adapter), str(folder / "FINETUNE")))
+    _copy(folder / "FINETUNE", folder / "path/to/further-trained")
     texts = [f"{text} {number}" for number in range(4) for text in CORPUS[3:]]
     for name in ("prompts.txt", "PROMPTS.txt"):
         (folder / name).write_text("\n".join(texts))
