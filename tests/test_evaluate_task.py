@@ -109,6 +109,18 @@ def test_pooled_nats_weigh_answers_by_their_length():
     assert found.nll_pooled().tolist() == [(6 + 1) / (3 + 1)]
 
 
+def test_a_pooled_figure_that_is_the_same_for_all_answers_has_no_spread():
+    lengths = np.arange(5, 305, 5)
+    log_probs = np.full((2, 60, 2), -1.0)
+    log_probs[:, :, 0] = np.array([[-0.5], [-0.4]]) * lengths
+    questions = [Question("q", ("x" * int(length), "y"), 0) for length in lengths]
+    found = Scores.of(["base", "adapter"], questions, log_probs, np.ones((60, 2), int))
+    for interval, wanted in zip(found.bootstrap("nll_pooled"), (0.5, 0.4), strict=True):
+        np.testing.assert_allclose([interval.value, interval.low, interval.high], wanted)
+    (_, change) = found.differences("nll_pooled")
+    np.testing.assert_allclose([change.value, change.low, change.high], -0.1)
+
+
 def test_the_interval_of_a_share_is_binomial():
     # The resampled mean of n zeros and ones is exactly binomial(n, p) / n.
     values = np.zeros((1, 400))
@@ -193,12 +205,13 @@ def test_the_lift_of_scores_is_that_of_their_figures():
 
 
 def test_differences_are_named_better_worse_or_none():
-    assert word_of("accuracy", Interval(0.1, 0.05, 0.2)) == "better"
-    assert word_of("accuracy", Interval(-0.1, -0.2, -0.05)) == "worse"
-    assert word_of("nll_per_char", Interval(-0.1, -0.2, -0.05)) == "better"
-    assert word_of("nll_per_char", Interval(0.1, 0.05, 0.2)) == "worse"
-    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2)) == "unclear"
-    assert word_of("accuracy", Interval(0.1, 0.0, 0.2)) == "unclear"
+    assert word_of("accuracy", Interval(0.1, 0.05, 0.2), 8) == "better"
+    assert word_of("accuracy", Interval(-0.1, -0.2, -0.05), 8) == "worse"
+    assert word_of("nll_per_char", Interval(-0.1, -0.2, -0.05), 8) == "better"
+    assert word_of("nll_per_char", Interval(0.1, 0.05, 0.2), 8) == "worse"
+    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2), 8) == "unclear"
+    assert word_of("accuracy", Interval(0.1, 0.0, 0.2), 8) == "unclear"
+    assert word_of("accuracy", Interval(0.1, 0.05, 0.2), 7) == "unclear"
 
 
 def test_the_table_shows_every_figure_in_80_columns():

@@ -37,6 +37,7 @@ from jcrosslora.report.page import (
     source_shares,
     target_shares,
 )
+from jcrosslora.report.page.contents import Contents
 from jcrosslora.text import Completion, Message
 
 pytest.importorskip("matplotlib")  # the extra plot
@@ -286,6 +287,32 @@ def test_where_no_answer_is_exact_the_likeness_decides(moved, tmp_path):
     assert "83% of what a trained adapter gains" in found.reasons[0]
 
 
+@pytest.mark.parametrize(("right", "word"), [((0.2, 0.05, 0.35), "It works"), ((-0.3, -0.45, -0.15), "Mixed")])
+def test_right_answers_decide_even_if_training_does_not_change_their_number(right, word):
+    def figure(value, difference=None):
+        ends = dict(zip(("value", "low", "high"), (value, value - 0.1, value + 0.1), strict=True))
+        return ends if difference is None else ends | {"minus_base": dict(zip(ends, difference, strict=True))}
+
+    models = [
+        {"name": "base", "exact": figure(0.5), "chrf": figure(50)},
+        {"name": "moved", "exact": figure(0.5 + right[0], right), "chrf": figure(58, (8, 3, 13))},
+        {"name": "tuned", "exact": figure(0.55, (0.05, -0.05, 0.15)), "chrf": figure(60, (10, 5, 15))},
+    ]
+    models[1]["nll_per_char"] = models[2]["nll_per_char"] = figure(0.8, (-0.2, -0.3, -0.1))
+    models[0]["nll_per_char"] = figure(1.0)
+    data = {"examples": 40, "models": models, "not_scored": [], "trained": "tuned"}
+    found = parse_evaluation(json.dumps(data).encode(), "file").with_parts(Roles(), "moved")
+    assert headline(Contents("moved", None, found)).word == word
+
+
+def test_a_few_examples_decide_nothing(moved, tmp_path):
+    path = evaluated(tmp_path, (0, 1))
+    data = json.loads(path.read_text())
+    for count, word in ((8, "It works"), (7, "Too few examples")):
+        path.write_text(json.dumps(data | {"examples": count}))
+        assert headline(find_contents(moved, path, Roles())).word == word
+
+
 def test_an_adapter_is_found_by_the_last_part_of_its_path_and_a_guess_is_told(moved, tmp_path):
     data = json.loads(evaluated(tmp_path, (0, 1, 1)).read_text())
     for model, name in zip(data["models"][1:], ("out/moved", "runs/trained"), strict=True):  # folders elsewhere
@@ -298,7 +325,7 @@ def test_an_adapter_is_found_by_the_last_part_of_its_path_and_a_guess_is_told(mo
     data["models"][1]["name"] = "another"
     (tmp_path / "answers.json").write_text(json.dumps(data))
     contents = find_contents(moved, tmp_path / "answers.json", Roles(trained="trained"))
-    assert "those of the adapter another, the only one evaluated: is it this one?" in report_page(contents)
+    assert "adapter another, the only one that is neither trained nor random: is it this one?" in report_page(contents)
 
 
 def test_the_digest_tells_whether_the_answers_are_of_the_adapters_base(moved, tmp_path):
@@ -388,8 +415,8 @@ def test_the_next_step_comes_first_and_its_commands_work_as_they_are(tmp_path, m
         paste(command, capsys)
     page = Page(Path("moved/report.html").read_text())
     assert "Before and after, one example" in page.texts
-    assert page.texts.index("Next step") < page.texts.index("Does it work?")
-    assert "Run it in the folder that holds" in page.texts[page.texts.index("Next step") + 3]
+    step = page.texts[page.texts.index("Next step") : page.texts.index("Does it work?")]
+    assert any("Run it in the folder that holds" in text for text in step)
     assert [" ".join(shlex.split(command)[:2]) for command in steps] == [
         "[ -e",
         "jcrosslora evaluate",

@@ -13,6 +13,7 @@ from jcrosslora.errors import UsageError
 
 LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 _PERCENTILES = (2.5, 97.5)
+FEWEST = 8  # questions for a word on a difference
 _NUMBERS_AT_ONCE = 4_000_000
 
 
@@ -37,9 +38,12 @@ class Direction(StrEnum):
     UNCLEAR = "unclear"
 
 
-def word_of(figure: str, difference: Interval) -> Direction:
-    """Name a difference to the base; it is unclear if its interval includes 0."""
-    if not difference.excludes(0):
+def word_of(figure: str, difference: Interval, questions: int) -> Direction:
+    """Name a difference to the base; it is unclear if its interval includes 0, or is of fewer than 8 questions.
+
+    Resamples of a few questions differ too little: the interval of a single one has no width.
+    """
+    if questions < FEWEST or not difference.excludes(0):
         return Direction.UNCLEAR
     return Direction.BETTER if (difference.value < 0) == (figure in LOWER_IS_BETTER) else Direction.WORSE
 
@@ -115,10 +119,12 @@ def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list
     return [_interval(float(row.mean()), found) for row, found in zip(np.asarray(values), means, strict=True)]
 
 
-def ratios(parts: np.ndarray, wholes: np.ndarray, *, minus_first: bool = False) -> list[Interval]:
+def ratios(
+    parts: np.ndarray, wholes: np.ndarray, *, minus_first: bool = False, draws: int = 10_000, seed: int = 0
+) -> list[Interval]:
     """Compute sum(parts) / sum(wholes) of each row of (A, n) with its interval; `minus_first` subtracts the first."""
     found = parts.sum(axis=1) / wholes.sum(axis=1)
-    drawn = np.divide(*np.split(bootstrap_means(np.concatenate([parts, wholes])), 2))
+    drawn = np.divide(*np.split(bootstrap_means(np.concatenate([parts, wholes]), draws=draws, seed=seed), 2))
     if minus_first:
         found, drawn = found - found[0], drawn - drawn[0]
     return [_interval(float(value), row) for value, row in zip(found, drawn, strict=True)]

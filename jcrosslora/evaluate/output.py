@@ -250,8 +250,9 @@ def figure_rows(found: Scores | Answers) -> list[tuple[str, list[FigureRow]]]:
     titles = _TITLES_OF_CHOICES if isinstance(found, Scores) else TITLES
     models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in found.names]
     for figure in found.figures:
+        count = found.values(figure).shape[1]
         for place, (value, change) in enumerate(zip(found.bootstrap(figure), found.differences(figure), strict=True)):
-            others = (_text(figure, change, "+"), word_of(figure, change)) if place else ("", "")
+            others = (_text(figure, change, "+"), word_of(figure, change, count)) if place else ("", "")
             models[place][1].append(FigureRow(titles[figure], _text(figure, value), *others))
     return models
 

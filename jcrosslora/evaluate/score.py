@@ -14,7 +14,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Model
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Evaluated
+from jcrosslora.evaluate.bootstrap import Evaluated, Interval, ratios
 from jcrosslora.evaluate.examples import Question, read_task
 from jcrosslora.evaluate.log_probs import Models, log_prob_sums, tokenize
 from jcrosslora.evaluate.packing import Tokens
@@ -87,6 +87,24 @@ class Scores(Evaluated):
         return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
 
     values = by_question
+
+    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute the mean of a figure under each model with its interval; a pooled one is a ratio of two sums."""
+        if figure != "nll_pooled":
+            return super().bootstrap(figure, draws=draws, seed=seed)
+        return ratios(*self._pooled(), draws=draws, seed=seed)
+
+    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """Compute each model's figure minus the base's with its interval, over the same resampled questions."""
+        if figure != "nll_pooled":
+            return super().differences(figure, draws=draws, seed=seed)
+        return ratios(*self._pooled(), minus_first=True, draws=draws, seed=seed)
+
+    def _pooled(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (A, n) each: -log p of the right choices, and their characters."""
+        right = np.arange(len(self.answers)), self.answers
+        nll = -self.log_probs[:, *right]
+        return nll, np.broadcast_to(self.characters[right].astype(np.float64), nll.shape)
 
     @property
     def figures(self) -> tuple[str, ...]:

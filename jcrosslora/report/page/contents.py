@@ -82,6 +82,7 @@ class Model:
     name: str  # as the page shows it, without a folder
     part: Part  # "other" for an adapter until `Evaluation.with_parts` says which it is
     figures: Mapping[str, Figure]  # by their names, such as "exact" or "accuracy"
+    count: int  # of questions or examples
 
     @property
     def title(self) -> str:
@@ -91,7 +92,7 @@ class Model:
     def direction(self, figure: str) -> Direction | None:
         """Say whether a figure is better or worse than the base's; None if that is not known."""
         found = self.figures.get(figure)
-        return None if found is None or found.minus_base is None else word_of(figure, found.minus_base)
+        return None if found is None or found.minus_base is None else word_of(figure, found.minus_base, self.count)
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,14 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
     """Read the output of `jcrosslora evaluate --json`, or raise UsageError; `place` names the file in errors."""
     try:
         found = msgspec.json.decode(content, type=_Output)
-        models = tuple(_model(place, entry) for place, entry in enumerate(found.models))
+        count = found.questions or found.examples
+        models = tuple(_model(place, entry, count) for place, entry in enumerate(found.models))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         msg = f"{place}: is no evaluation, or a damaged one ({error}): {_ADVICE}"
         raise UsageError(msg) from error
     names = [model.name for model in models]
-    if not models or not max(found.questions, found.examples) > 0 or len(set(names)) < len(names):
-        msg = f"{place}: has {found.questions or found.examples} examples and the models {', '.join(names) or 'none'}, "
+    if not models or not count > 0 or len(set(names)) < len(names):
+        msg = f"{place}: has {count} examples and the models {', '.join(names) or 'none'}, "
         msg += f"wanted 1 or more of both and names that differ: {_ADVICE}"
         raise UsageError(msg)
     if any(len(one.written) != len(models) for one in found.answers):
@@ -219,7 +221,7 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
         raise UsageError(msg)
     return Evaluation(
         models,
-        found.questions or found.examples,
+        count,
         not found.questions,
         tuple(found.not_scored),
         tuple(found.answers),
@@ -234,13 +236,13 @@ def _called(said: str, names: Sequence[str]) -> str | None:
     return said if said in names else alike[0] if len(alike) == 1 else None
 
 
-def _model(place: int, entry: Mapping[str, str | Figure]) -> Model:
+def _model(place: int, entry: Mapping[str, str | Figure], count: int) -> Model:
     name = entry.get("name")
     if not isinstance(name, str):
         msg = "a model has no name"
         raise msgspec.ValidationError(msg)
     figures = {key: value for key, value in entry.items() if isinstance(value, Figure)}
-    return Model(public_name(name) or name, "other" if place else "base", figures)
+    return Model(public_name(name) or name, "other" if place else "base", figures, count)
 
 
 def _checked(report: TransferReport, place: str) -> TransferReport:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.evaluate import Direction, Interval
+from jcrosslora.evaluate.bootstrap import FEWEST
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.report.page.contents import Contents, Evaluation, Figure, Model
 
@@ -73,14 +74,16 @@ def main_figures(evaluation: Evaluation) -> list[str]:
 def _job_figure(evaluation: Evaluation) -> str | None:
     """Name the figure that says how well the task is done: the first useful one, of right answers or of similarity.
 
-    A figure is useless if training does not raise it or, without a trained adapter, if it is 0 for all models.
+    A figure is useless if training does not raise it or, without a trained adapter, if it is 0 for all models. Right
+    answers count as well if the moved adapter changes their number.
     """
     found = [name for name in _JOB if name in present(evaluation)]
-    trained = evaluation.of_part("trained")
+    trained, moved = evaluation.of_part("trained"), evaluation.of_part("moved")
 
     def counts(name: str) -> bool:
         if trained is not None:
-            return trained.direction(name) is Direction.BETTER
+            changed = moved is not None and moved.direction(name) in (Direction.BETTER, Direction.WORSE)
+            return trained.direction(name) is Direction.BETTER or (name in _RIGHT and changed)
         return any(model.figures[name].value > 0 for model in evaluation.models)
 
     return next(filter(counts, found), found[0] if found else None)
@@ -143,6 +146,9 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     def told(tone: Tone, word: str, sentence: str) -> Headline:
         return Headline(tone, word, f"{task} {sentence}.", reasons)
 
+    if evaluation.count < FEWEST:
+        sentence = f"no difference can be told from chance: take {FEWEST} or more, better a hundred"
+        return told("open", "Too few examples", sentence)
     if not any(map(model.direction, shown)):
         sentence = "The evaluation does not say how the moved adapter differs from the model without one."
         return Headline("open", "Not known", sentence, reasons)

@@ -192,7 +192,8 @@ def _warnings_section(contents: Contents) -> str:
     if evaluation is not None:
         lines += [f"Not part of the figures: {sentence}" for sentence in evaluation.not_scored]
         if evaluation.guessed and (model := evaluation.of_part("moved")) is not None:
-            lines.append(f"The answers are those of the adapter {model.name}, the only one evaluated: is it this one?")
+            which = f"{model.name}, the only one that is neither trained nor random"
+            lines.append(f"The answers are those of the adapter {which}: is it this one?")
         base = evaluation.models[0].name
         target = None if moved is None else moved.target
         if target is not None and evaluation.digest is not None and target.digest is not None:

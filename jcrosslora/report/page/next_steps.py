@@ -7,13 +7,14 @@ from pathlib import Path
 
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.orbax import find_checkpoint
+from jcrosslora.evaluate.bootstrap import FEWEST
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.usage import QUESTION, peft_lines, quoted
 from jcrosslora.utils.texts import visible
 
-_EXAMPLE = f'{{"prompt": "Question: {QUESTION} Answer:", "answer": " honey"}}'
+_EXAMPLE = f'{{"prompt": "Question: {QUESTION} Answer:", "answer": "honey"}}'
 _TASK = f"[ -e task.jsonl ] || echo '{_EXAMPLE}' > task.jsonl"
 
 
@@ -68,7 +69,7 @@ def next_steps(contents: Contents) -> Iterator[Step]:
         yield from _another_way(names, moved)
     if evaluation is not None:
         yield from _naming(names, evaluation)
-    if evaluation is None or len(evaluation.models) == 1 or (evaluation.written and not evaluation.examples):
+    if not _tells_enough(evaluation):
         said = "Find out whether the adapter works: replace the example in `task.jsonl` by a hundred or more questions "
         said += "of its task with the right answers."
         yield Step(said, (_TASK, names.evaluate(), names.report()))
@@ -77,6 +78,13 @@ def next_steps(contents: Contents) -> Iterator[Step]:
         yield Step(said, (names.generate(),))
     if evaluation is not None and len(evaluation.models) > 1:
         yield from _comparisons(names, evaluation, moved)
+
+
+def _tells_enough(evaluation: Evaluation | None) -> bool:
+    """Tell whether an evaluation compares adapters on enough questions, and shows answers if they were written."""
+    if evaluation is None or len(evaluation.models) == 1 or evaluation.count < FEWEST:
+        return False
+    return bool(evaluation.examples) or not evaluation.written
 
 
 def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> Iterator[str]:
