@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from probe_bases import write_base
+from tokenizers import decoders, models, normalizers
 
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import Tokenizer, open_base
 from jcrosslora.decoder import LONGEST, Generator, plan_batches
+from jcrosslora.decoder.generate import as_written
 from jcrosslora.decoder.prompt_batches import PromptBatch
 from jcrosslora.text import Message, prompt_ids
 
@@ -73,3 +76,15 @@ def test_batches_have_few_empty_rows(texts, rows):
     assert first_shape(5) == (rows, 16)
     # Beside long texts fewer rows are written together: no more than these.
     assert first_shape(300) == (min(rows, 12), 384)
+
+
+def test_what_follows_a_character_of_several_tokens_is_whole():
+    """A decoder with a fallback to bytes decodes a run of byte tokens as a whole, or not at all."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁": 257, "▁a": 258, "a": 259}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    tokenizer = Tokenizer(None, (), len(vocabulary), "made", made)
+    prompt, row = (tokenizer.encode(text).ids for text in ("a ሰላም", "ሰላም a"))
+    assert as_written(tokenizer, prompt, row[1:]).text == "ሰላም a"

@@ -10,7 +10,7 @@ from probe_bases import chat_base, write_base
 from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
-from jcrosslora.text import Message
+from jcrosslora.text import COMPLETIONS, Completion, Message, completion_lines
 
 FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"
 
@@ -103,3 +103,35 @@ def test_a_flag_that_needs_a_shelf_is_refused_without_one(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--base", "nowhere", "--top", "2", "x"])
     assert "top 2 was given and no shelf" in capsys.readouterr().err
+
+
+def test_an_adapter_that_was_moved_with_plain_texts_is_asked_in_plain_text(tmp_path, capsys):
+    base = chat_base(tmp_path / "base")
+    write_adapter(tmp_path / "fox", base, digest=base.digest(), texts=TASKS["fox"])
+    lines = completion_lines([Completion(text, " Anna") for text in TASKS["fox"]])
+    (tmp_path / "fox" / COMPLETIONS).write_text(lines)
+    jcl.Shelf(tmp_path / "shelf", base).add(tmp_path / "fox")
+    said = []
+    for place in (["--shelf", tmp_path / "shelf"], ["--base", tmp_path / "base", "--adapter", tmp_path / "fox"]):
+        main(["generate", *map(str, place), "--max-new-tokens", "6", FOX])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_select_runs_the_best_of_several_adapters(files):
+    shelf, prompts = jcl.Shelf(files / "shelf"), [FOX, BOIL]
+    one, two = (shelf.compose(prompts, "select", top=top) for top in (1, 3))
+    assert one[0].names == two[0].names
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_a_prompt_without_a_token_and_one_that_is_cut_are_told(tmp_path, capsys):
+    write_base(tmp_path / "base", 60, layers=1)
+    write_adapter(tmp_path / "a", jcl.open_base(tmp_path / "base"))
+    places = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "a"), "--max-new-tokens", "1"]
+    with pytest.raises(SystemExit) as found:
+        main(["generate", *places, ""])
+    assert found.value.code == 2
+    assert "a prompt has no token" in capsys.readouterr().err
+    main(["generate", *places, "Anna " * 3000, "Anna"])
+    assert "note: 1 of 2 prompts are cut to their last 2,048 tokens" in capsys.readouterr().err

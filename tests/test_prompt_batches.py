@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jcrosslora.decoder import LONGEST, plan_batches
-from jcrosslora.decoder.prompt_batches import PromptBatch, common_beginnings
+from jcrosslora.decoder.prompt_batches import PromptBatch, common_beginnings, plan_queues
 
 WRITTEN = 20
 
@@ -145,3 +145,13 @@ def test_a_common_beginning_ends_in_front_of_the_last_token_of_the_shortest():
     assert group == ([0, 1, 2], 48)
     (group,) = common_beginnings([first, first[:65]])
     assert group == ([0, 1], 64)
+
+
+def test_every_batch_of_a_queue_fits_into_its_rows():
+    """Of prompts with long beginnings in common, where much may be written: a batch with more slots may be fuller."""
+    rng, ids = np.random.default_rng(0), []
+    for count, common, own in ((21, 247, 1470), (28, 1570, 205)):
+        beginning = rng.integers(0, 280, common).astype(np.int32)
+        ids += [np.concatenate([beginning, rng.integers(0, 280, own).astype(np.int32)]) for _ in range(count)]
+    for turns, rows, _ in plan_queues(plan_batches(ids, 1536, share=True, most=8), 1536):
+        assert all(len(turn.places) <= rows for turn in turns)

@@ -61,6 +61,8 @@ class Generate(OnDevice):
 
     def run(self, console: Console) -> None:
         from jcrosslora.adapter.origin import other_base
+        from jcrosslora.decoder.prompt_batches import LONGEST
+        from jcrosslora.text import prompt_ids
 
         prompts = self._prompts()
         if self.shelf is None:
@@ -78,6 +80,8 @@ class Generate(OnDevice):
         for note in notes:
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
+        if cut := sum(len(prompt_ids(composed.tokenizer, one)) > LONGEST for one in asked):
+            print(f"note: {cut} of {len(asked)} prompts are cut to their last {LONGEST:,} tokens", file=sys.stderr)
         found = composed.write(
             asked, weights=weights, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
@@ -119,6 +123,8 @@ class Generate(OnDevice):
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return the adapters that suit the prompts, their weights, and whether each prompt is a message."""
+        import numpy as np
+
         from jcrosslora.shelf.composition import COMPOSITIONS, find_composition
 
         other = "--adapter" if self.adapter else "--weights" if self.weights else None
@@ -131,10 +137,14 @@ class Generate(OnDevice):
         how = find_composition(self.compose)
         shelf = opened_shelf(cast("Path", self.shelf), self.base, self.template)
         composed, weights = shelf.compose(prompts, how, top=self.top, seed=self.seed)
-        # An adapter reads prompts as it read its samples.
-        spoken = [any(not isinstance(one, str) for one in shelf.entry(name).samples) for name in composed.names]
+        # An adapter reads prompts as it read those of its move; samples that a user gave do not tell their form.
+        entries = [shelf.entry(name) for name in composed.names]
+        spoken = np.array([any(not isinstance(text, str) for text in one.samples) for one in entries])
+        read = np.array([one.samples_from == "completions" and bool(one.samples) for one in entries])
         template = composed.tokenizer.chat_template is not None
-        return composed, weights, [template or bool(row[spoken].any()) for row in weights]
+        plain = [bool(row.any()) and all((read & ~spoken)[row]) for row in weights > 0]
+        chats = [template or bool(spoken[row].any()) for row in weights > 0]
+        return composed, weights, [chat and not text for chat, text in zip(chats, plain, strict=True)]
 
     def _composed(self) -> "Composed":
         from jcrosslora.shelf.composition import COMPOSITIONS, compose, load_composition

@@ -16,7 +16,7 @@ from jcrosslora.decoder.model import Model, stack_adapter
 from jcrosslora.decoder.prompt_batches import BATCH, LONGEST, PromptBatch, padded, plan_batches, rounded
 from jcrosslora.decoder.prompt_queue import write_queue
 from jcrosslora.decoder.sampling import Behind, Sampling, State, amplified, extend, extend_amplified, prefill
-from jcrosslora.errors import not_finite
+from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
@@ -44,8 +44,12 @@ class Written:
 def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Written:
     """Decode the tokens that a model wrote, int32 (N,), after those of a prompt."""
     ended = bool(len(row)) and int(row[-1]) in tokenizer.stops
-    # Decoded together: a tokenizer may drop the space before what it decodes first.
-    context = prompt[-_CONTEXT:]
+    # Decoded together: a tokenizer may drop the space before what it decodes first. A context that begins inside a
+    # character spoils what is decoded after it, so it is made longer.
+    size = _CONTEXT
+    while size < len(prompt) and tokenizer.decode(prompt[-size:]).startswith(UNFINISHED):
+        size *= 2
+    context = prompt[-size:]
     text = tokenizer.decode([*context, *row[: len(row) - ended]])[len(tokenizer.decode(context)) :]
     return Written(text.rstrip(UNFINISHED), len(row), ended)
 
@@ -205,9 +209,12 @@ class Generator:
         """Answer prompts, texts or conversations; of each the last 2,048 tokens are read. See `write_tokens`.
 
         Raises:
-            UsageError: the chat template refuses a conversation.
+            UsageError: the chat template refuses a conversation, or a prompt has no token.
         """
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        if not all(map(len, ids)):
+            msg = f"{self.name}: a prompt has no token, and the base has none to begin with: give a text"
+            raise UsageError(msg)
         rows = self.write_tokens(ids, max_new_tokens, temperature, key, bar=bar)
         return [as_written(self.tokenizer, *pair) for pair in zip(ids, rows, strict=True)]
 

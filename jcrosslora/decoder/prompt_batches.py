@@ -138,7 +138,8 @@ def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[P
     queues = []
     for own in found.values():
         slots = own[-1].slots
-        most = max(own[0].shape[0], min(BATCH, _SLOTS // (slots + rounded(written))))
+        # As many rows as the fullest of its batches has, so that each fits.
+        most = max(*(turn.shape[0] for turn in own), min(BATCH, _SLOTS // (slots + rounded(written))))
         queues.append((own, _rows(min(most, sum(len(turn.places) for turn in own)), most), slots))
     return queues
 

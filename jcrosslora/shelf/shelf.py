@@ -17,6 +17,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggest
 from jcrosslora.shelf import records
 from jcrosslora.shelf.adding import Found, Reader, add_found, config_digest, find_adapters, largest_rank
 from jcrosslora.shelf.composition import Composed, Composition, compose, find_composition
+from jcrosslora.shelf.composition.ways import Select
 from jcrosslora.shelf.encoders import HIDDEN, Encoder, check_encoder, open_encoder
 from jcrosslora.shelf.index import HEAD, ChangedMeanwhileError, Fresh, Index
 from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry, opened_place
@@ -243,7 +244,7 @@ class Shelf:
         Args:
             prompts: at least one text or conversation.
             how: with further `settings`, see `jcrosslora.compose`.
-            top: the most adapters for a prompt.
+            top: the most adapters for a prompt; "select" takes the best one.
 
         Returns:
             The adapters that were found for any prompt, composed; and their weights for each prompt, float32 (P, N). A
@@ -255,7 +256,7 @@ class Shelf:
             CheckpointError: the base or its tokenizer cannot be read.
         """
         found, how = self.search(prompts, by), find_composition(how)
-        weights = found.weights(top)
+        weights = found.weights(1 if isinstance(how, Select) else top)
         used = np.flatnonzero(weights.any(axis=0))
         if len(used):
             return self._compose([found.names[number] for number in used], how, settings), weights[:, used]
