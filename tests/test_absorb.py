@@ -150,7 +150,7 @@ def test_nothing_is_left_half_written(tmp_path, capsys):
     cases = {
         "name the base with --base": ["--absorb", str(tmp_path / "b")],
         "leave out --keep-dora": ["--absorb", str(tmp_path / "b"), "--base", str(base), "--keep-dora"],
-        "give two folders next to each other": ["--absorb", str(tmp_path / "o" / "b"), "--base", str(base)],
+        "a folder next to the adapter's": ["--absorb", str(tmp_path / "o" / "b"), "--base", str(base)],
         "exists already": ["--absorb", str(tmp_path / "a"), "--base", str(base)],
     }
     for sentence, options in cases.items():

@@ -34,5 +34,5 @@ def test_vectors_inside_the_attention_are_not_compared_by_tokens(pair):
 
 
 def test_a_map_of_the_stream_alone_refuses_modules_inside_the_attention(pair):
-    with pytest.raises(MethodError, match=r"which .*b_proj neither reads nor writes: use another method"):
+    with pytest.raises(MethodError, match=r"which .*b_proj neither reads nor writes: use cross-lora"):
         jcl.transfer(random_adapter(pair[0], rank=2), *pair, "lorasuite", effect="never")

@@ -224,12 +224,12 @@ def test_the_command_trains_from_a_file_and_writes_a_folder(base, tmp_path, caps
     assert same(train_lora(base.ref, data, TrainingSettings(**settings)), adapter)
 
 
-@pytest.mark.parametrize(("out", "states"), [("a", "a/states"), ("a/b", "a"), ("a", "a")])
-def test_checkpoints_and_the_adapter_need_two_folders(base, tmp_path, out, states):
+@pytest.mark.parametrize("states", ["a/states", "a"])
+def test_checkpoints_in_the_folder_of_the_adapter_are_refused(base, tmp_path, states):
     data = tmp_path / "task.jsonl"
     data.write_text('{"prompt": "Water and", "answer": "light"}\n')
-    with pytest.raises(UsageError, match="one lies in the other"):
-        Train(base=base.ref, data=data, out=tmp_path / out, checkpoints=tmp_path / states).run(Console())
+    with pytest.raises(UsageError, match="give a folder outside of it"):
+        Train(base=base.ref, data=data, out=tmp_path / "a", checkpoints=tmp_path / states).run(Console())
     assert not (tmp_path / "a").exists()
 
 
@@ -237,8 +237,10 @@ def test_checkpoints_and_the_adapter_need_two_folders(base, tmp_path, out, state
 def test_an_interrupted_training_says_what_it_left(base, tmp_path, capsys, monkeypatch, kept):
     data = tmp_path / "task.jsonl"
     data.write_text('{"prompt": "Water and", "answer": "light"}\n')
-    stop_behind(monkeypatch, 21)  # there is a checkpoint every 20 steps
-    states = ["--checkpoints", str(tmp_path / "states")] if kept else []
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "notes.txt").write_text("")
+    stop_behind(monkeypatch, 21 if kept else 19)  # there is a checkpoint every 20 steps
+    states = ["--checkpoints", str(tmp_path / "states")]
     with pytest.raises(SystemExit) as stopped:
         main(["train", base.ref, "--data", str(data), "--out", str(tmp_path / "out"), "--steps", "22", *states])
     assert stopped.value.code == 130

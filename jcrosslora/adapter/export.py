@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
-from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
+from jcrosslora.adapter.combining import add_adapters, common_template, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE
 from jcrosslora.adapter.kinds.dora import DORA
@@ -30,11 +30,11 @@ from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.utils import version
-from jcrosslora.utils.files import atomic_folder, ensure_apart, ensure_free, output_path, sync_folder
+from jcrosslora.utils.files import atomic_folder, ensure_free, is_within, output_path, sync_folder
 from jcrosslora.utils.settings import Settings
 
-# Files of a transferred adapter, which stay true when it is written in another form.
-_DOCUMENTS = (CARD, CHAT_TEMPLATE, "transfer_report.json", COMPLETIONS)
+# Documents of a transferred adapter, which stay true when it is written in another form.
+_DOCUMENTS = (CARD, "transfer_report.json", COMPLETIONS)
 _EXACT = 2.0**-20  # of ||W||_F: float32 rounds W itself by up to 2^-24
 _MORE = 8  # columns of the sketch of a change beyond the rank
 
@@ -201,6 +201,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
         found = (other_base(info, base) for info in exported.sources)
         exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
     documents, split = _documents(settings.adapter), exported.split
+    if (template := common_template(exported.sources)) is not None:
+        documents[CHAT_TEMPLATE] = template
     with ExitStack() as stack:
         if settings.absorb is not None and base and info and split and split.changes_base:
             out = output_path(settings.absorb)
@@ -250,7 +252,9 @@ def _check_absorbing(settings: ExportSettings, folder: str) -> None:
     if settings.base is None or settings.keep_dora:
         msg = f"--absorb {folder} needs the base, whose weights it changes, and reads no DoRA in its stored form: name "
         raise UsageError(msg + "the base with --base, and leave out --keep-dora")
-    ensure_apart(("out", settings.out), ("absorb", folder))
+    if is_within(folder, settings.out) or is_within(settings.out, folder):
+        msg = f"--absorb {folder} and --out {settings.out} lie in one another: give the base a folder next to the "
+        raise UsageError(msg + "adapter's")
 
 
 def _check_kept(settings: ExportSettings) -> None:

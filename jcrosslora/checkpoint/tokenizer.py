@@ -207,23 +207,17 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
         raise CheckpointError(msg) from error
 
 
-# Files of a tokenizer next to the weights; a GGUF file contains its own.
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
-)
-
-
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
     """Yield names and contents of the files of a base's tokenizer next to the weights, and the given chat template."""
     if base.chat_template is not None:
         yield from (b"given template", base.chat_template.encode())
     if (folder := base.tokenizer_path) is None:
         return
-    for name in _FILES:
-        # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
-        with suppress(OSError):
-            yield from (name.encode(), read_small(folder / name))
+    for pattern in ("tokenizer.json", *_BESIDE[1:]):  # the key of the weights has the configuration
+        for path in sorted(folder.glob(pattern)):
+            # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
+            with suppress(OSError):
+                yield from (path.name.encode(), read_small(path))
 
 
 def tokenizer_key(base: BaseModel) -> str:

@@ -47,13 +47,14 @@ class Train(Long, TrainingSettings):
         from jcrosslora.adapter import load_adapter
         from jcrosslora.checkpoint import load_tokenizer, open_base
         from jcrosslora.text import Completion
-        from jcrosslora.text.reading import template_of, with_own_template
+        from jcrosslora.text.reading import template_of, tokenizer_of
         from jcrosslora.training import read_examples, save_trained, train_lora
-        from jcrosslora.utils.files import ensure_apart, ensure_free
+        from jcrosslora.utils.files import ensure_free, is_within
 
         ensure_free(self.out, self.overwrite)
-        if self.checkpoints is not None:
-            ensure_apart(("out", self.out), ("checkpoints", self.checkpoints))
+        if self.checkpoints is not None and is_within(self.checkpoints, self.out):
+            msg = f"checkpoints {self.checkpoints} lie in the folder of the adapter, {self.out}, which is written at "
+            raise UsageError(msg + "the end: give a folder outside of it")
         if self.log is not None:
             find_log(self.log)
         if self.limit is not None and self.limit < 1:
@@ -66,17 +67,10 @@ class Train(Long, TrainingSettings):
         if self.start is not None:
             start = load_adapter(self.start, base, replaced=True)
             facts = {**asdict(settings), "start": {"name": public_name(self.start), "digest": start.info.digest}}
-            if self.template is None:
-                tokenizer = with_own_template(tokenizer, start.info.chat_template)
+            tokenizer = tokenizer_of(base, start.info.chat_template)
         shown, states = {"base": public_name(self.base), "data": self.data.name, **facts}, self.checkpoints
-        try:
-            with log_to(self.log, self.out.resolve().name, shown):
-                adapter = train_lora(base, examples, settings, start=start, checkpoints=states, tokenizer=tokenizer)
-        except KeyboardInterrupt:
-            if states is None or not any(states.glob("*")):
-                raise
-            msg = f"{states} has the checkpoints, and the same command goes on from there"
-            raise KeyboardInterrupt(msg) from None
+        with log_to(self.log, self.out.resolve().name, shown):
+            adapter = train_lora(base, examples, settings, start=start, checkpoints=states, tokenizer=tokenizer)
         made = {**facts, "task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None
@@ -215,7 +209,11 @@ class Push:
 
         settings: dict[str, Any] = {"base_model": self.base_model, "with_completions": self.with_completions}
         if not self.dry_run:
-            pushed = push_to_hub(self.folder, self.repo_id, private=not self.public, **settings)
+            try:
+                pushed = push_to_hub(self.folder, self.repo_id, private=not self.public, **settings)
+            except KeyboardInterrupt:
+                msg = f"{self.repo_id} may exist already, and the same command goes on"
+                raise KeyboardInterrupt(msg) from None
             if self.json:
                 print_json(asdict(pushed))
             else:

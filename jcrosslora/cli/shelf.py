@@ -1,6 +1,5 @@
 """`jcrosslora shelf`: keep an index of adapters of one base, and find the ones that suit a prompt."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from rich.table import Column
 from rich.text import Text
 
 from jcrosslora.cli.output import print_json, print_table, say, title_of
-from jcrosslora.errors import AdapterError, JCrossLoRAError, UsageError
+from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate import Interval
@@ -50,21 +49,18 @@ class Add(_OnShelf):
     sentences:MODEL: a model of sentence-transformers. none: no vectors, for searches by words."""
 
     def run(self, console: Console) -> None:
+        from jcrosslora.adapter.folder import is_adapter
+        from jcrosslora.shelf.adding import find_adapters
+        from jcrosslora.shelf.records import given_samples
+
         if not self.adapters:
             msg = f"no adapter was given for the shelf {self.folder}: give adapters, or a folder with adapters below"
             raise UsageError(msg)
-        is_new = not self.folder.exists()
+        for ref in self.adapters:  # before a new shelf is made
+            find_adapters(ref)
+        if self.prompts is not None:
+            given_samples(self.prompts)
         shelf = self._opened(self.base, self.encoder)
-        try:
-            self._add(shelf, console)
-        except JCrossLoRAError:
-            if is_new and not len(shelf):  # nothing is left of a command that failed
-                shutil.rmtree(self.folder)
-            raise
-
-    def _add(self, shelf: "Shelf", console: Console) -> None:
-        from jcrosslora.adapter.folder import is_adapter
-
         try:
             found = shelf.add(self.adapters, name=self.name, prompts=self.prompts, lift=self.lift)
         except KeyboardInterrupt:

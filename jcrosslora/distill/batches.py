@@ -47,6 +47,7 @@ class DistillationBatch(MatchedTokens):
         known: float32 (P,), 0 to 1: the share of the text itself in the teacher, which takes the target's next token
             (the end of the text if `next_tgt` is -1) as correct; see `Completion.right`.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
+        labelled: how many of the completions are labelled examples.
     """
 
     next_src: np.ndarray
@@ -54,6 +55,7 @@ class DistillationBatch(MatchedTokens):
     answer: np.ndarray
     known: np.ndarray
     weight: np.ndarray
+    labelled: int = 0
 
     @property
     def rows(self) -> int:
@@ -75,6 +77,7 @@ class _Pair(NamedTuple):
     answer: np.ndarray
     known: np.ndarray
     weight: np.ndarray
+    labelled: bool
 
 
 class _Weights(NamedTuple):
@@ -188,6 +191,7 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
         answer[kept],
         known[kept],
         weight.astype(np.float32)[kept],
+        completion.right == "answer",
     )
 
 
@@ -226,7 +230,8 @@ def _batch(pairs: Sequence[_Pair], rows: int, widths: tuple[int, int], places: i
     answer = joined([pair.answer for pair in pairs], 0, bool)
     known, weight = (joined(part, 0, np.float32) for part in ([p.known for p in pairs], [p.weight for p in pairs]))
     read = tokens_src, mask_src, tokens_tgt, mask_tgt
-    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, known, weight)
+    labelled = sum(pair.labelled for pair in pairs)
+    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, known, weight, labelled)
 
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:

@@ -77,7 +77,7 @@ class Look:
 class Fitted:
     """The update that is best on the held-out completions, with the update it started from, and all measurements.
 
-    `anew` counts the completions of further rounds, repeated examples included, and `own` those that the target wrote.
+    `anew` counts the completions of further rounds without labelled examples, and `own` those that the target wrote.
     """
 
     adapter: StackedAdapter
@@ -193,8 +193,9 @@ class Fit:
             state = gradient_step(target, self._state, read(index), rate, remat=remat)
             self._state = jax.block_until_ready(state)
             self._used += batch.rows * first
-            self._own += batch.rows * own * first
-            self._anew += batch.rows * (self._rounds > 0) * first
+            written = (batch.rows - batch.labelled) * first
+            self._own += written * own
+            self._anew += written * (self._rounds > 0)
             self._part = size * (place + 1) / len(order)
             if int(self._state.step) % LOOK == 0:
                 self._look(bar)

@@ -24,7 +24,7 @@ from jcrosslora.distill.steps import Run, as_taught, without_labelled
 from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.text.reading import template_of, with_own_template
+from jcrosslora.text.reading import template_of, tokenizer_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def _opened(source: BaseModel | Source, target: BaseModel, adapter: Adapter | No
     if not isinstance(source, BaseModel):
         return source
     assert adapter is not None
-    tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+    tokenizer = tokenizer_of(source, adapter.info.chat_template)
     load_tokenizer(target)  # refused before weights are read
     return DecoderSource.of(source, adapter, model=loaded.model(source, fast_dtype()), tokenizer=tokenizer)
 
@@ -159,7 +159,6 @@ def _sentence(
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
     right = f", and in {examples:,} labelled examples" if examples else ""
     further = f", then to {fitted.anew:,} more completions" if fitted.anew else ""
-    further += " and repeated examples" if fitted.anew and examples else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
     ending = "; it was stopped before its end" if fitted.stopped else ""
     ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""

@@ -97,7 +97,7 @@ class Run:
 
     def _writer(self, shared: dict[Any, Any] | None) -> Writer:
         """Choose who writes prompts: the base that does it better, or the source where none is to be written."""
-        if self.settings.budget is None and len(set(self.prompts)) >= sum(self.course.rounds):
+        if self.settings.budget is None and len(self.prompts) >= sum(self.course.rounds):
             return self.source.alone()
         target = DecoderSource.of(self.target, model=self.model, tokenizer=self.tokenizers[1])
         return choose_writer(self.source, target, shared)
@@ -207,7 +207,7 @@ def hold_out(
 ) -> tuple[list[Completion], list[Completion]]:
     """Split completions into training and held-out ones; all answers to one prompt are on the same side.
 
-    Those to two prompts or more come, and some of the answers that stay are not labelled if any are.
+    The completions answer at least two prompts. If the source answered any, one of its answers stays in training.
     """
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]

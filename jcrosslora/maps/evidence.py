@@ -131,10 +131,11 @@ class Evidence:
     """All evidence on one pair of modules that a method may use.
 
     Attributes:
-        vocabulary: moments over the shared tokens, the same for all modules; None if they are not available.
+        vocabulary: moments over the shared tokens, the same for all modules; None if they are not available, and for
+            modules inside latent attention, which neither read nor write the residual stream.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
-        reads: static; whether the module reads the residual stream (q, k, v, gate, up) or writes it (o, down), with the
-            stream on the side of its outputs.
+        reads: static; whether the module reads the residual stream (q, k, v, gate, up). Otherwise it writes it (o,
+            down), with the stream on the side of its outputs, or it is inside latent attention.
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
         method: static; name of the method that reads it, for errors.

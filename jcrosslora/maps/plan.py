@@ -135,7 +135,7 @@ def _check_modules(task: AlignmentTask) -> None:
     for pair in task.modules if by_stream else ():
         if LINEARS[pair.role].stream == "inside":
             msg = f"method {task.method.name} maps the residual stream, which {pair.source} neither reads nor writes: "
-            raise MethodError(msg + "use another method")
+            raise MethodError(msg + "use cross-lora, or distill")
     for pair in task.modules if start is not None and start.equal_shapes else ():
         src, tgt = task.shapes(pair)
         if src != tgt:

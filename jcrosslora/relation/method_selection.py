@@ -10,7 +10,7 @@ from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows, modules_of
 from jcrosslora.relation.channels import ChannelScales
-from jcrosslora.relation.difference import Change, Difference
+from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
     Finding,
     Likeness,
@@ -174,12 +174,15 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
     experts = [item.difference.distance for item in compared if item.role == "experts"]
     of_experts = float(np.mean(experts)) if experts else 0.0
-    if Relation.SPARSE in relation:
+    trained = bool(relation & {Relation.LORA_MERGED, Relation.TRAINED})
+    zeroed = sum(item.difference.zeroed > 0 for item in compared)
+    if Relation.SPARSE in relation and (not trained or 2 * zeroed > len(compared)):
         return Finding(Likeness.SPARSE_COPY, similarity)
     if Relation.LORA_MERGED in relation:
         return Finding(Likeness.MERGED_COPY, similarity)
-    only_experts = Relation.QUANTISED in relation and not similarity.distance  # which cannot be interpolated
-    if Relation.TRAINED in relation and not by_quantiser and not only_experts:
+    # What was quantised is then not in the linear modules, the only ones that are interpolated.
+    equal_modules = Relation.QUANTISED in relation and not similarity.distance
+    if Relation.TRAINED in relation and not by_quantiser and not equal_modules:
         return Finding(Likeness.TRAINED_COPY, similarity)
     if not relation or max(similarity.distance, of_experts) < _COMPRESSED:
         return Finding(Likeness.COPY, similarity, by_quantiser)
@@ -190,20 +193,17 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
 def _is_coarser_source(compared: Sequence[TensorComparison], stated: Sequence[bool]) -> bool:
     """Tell whether the source, and not the target, is the rounded side of two copies that differ by rounding.
 
-    Most modules show which side is a rounding of the other's numbers. If they do not, as after a quantiser that rounds
-    to another than the nearest level, the only side on coarse levels is the rounded one.
+    Most tensors that differ show which side is a rounding of the other's numbers. If they do not, as after a quantiser
+    that rounds to another than the nearest level, the only side on coarse levels is the rounded one; and if none is,
+    the only side whose configuration states a quantiser.
     """
-    found = [item.difference for item in compared]
-    rounded = [one.rounded for one, item in zip(found, compared, strict=True) if item.rescaled or _is_rounded(one)]
+    changed = [item for item in compared if item.difference.change is not Change.EQUAL]
+    rounded = [one.difference.rounded for one in changed if one.rescaled or one.difference.change is Change.ROUNDED]
     for side in ("source", "target"):
-        if 2 * rounded.count(side) > len(compared):
+        if 2 * rounded.count(side) > len(changed):
             return side == "source"
-    on_levels = [2 * sum(one.coarse[side] for one in found) > len(found) or stated[side] for side in range(2)]
-    return on_levels == [True, False]
-
-
-def _is_rounded(difference: Difference) -> bool:
-    return difference.change is Change.ROUNDED
+    coarse = [2 * sum(one.difference.coarse[side] for one in changed) > len(changed) for side in range(2)]
+    return (coarse if any(coarse) else list(stated)) == [True, False]
 
 
 def equal_files(source: BaseModel, target: BaseModel) -> bool:

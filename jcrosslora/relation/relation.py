@@ -3,6 +3,7 @@
 Rows are matched by the structure that the bases share. `wording` turns the result into sentences.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
@@ -100,7 +101,7 @@ class Finding:
         similarity: of the weights that correspond; None if the modules have different shapes.
         by_quantiser: whether what looks like further training may come from a quantiser.
         rescaled: whether the weights were compared after the channels of the source had been rescaled.
-        experts: mean relative distance of the sampled experts, if they decide that a base is rounded coarsely.
+        experts: mean relative distance of the sampled experts, where a base is rounded coarsely.
         unmatched: number of target layers whose attention, MLP or experts have no counterpart.
     """
 
@@ -157,7 +158,7 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
         Relation.EXTENDED: any(part.found < part.target for part in parts),
         Relation.UPSCALED: any(part.repeated for part in parts),
         Relation.PERMUTED: not all(part.in_order or part.repeated for part in parts),
-        Relation.SPARSE: any(one.zeroed for one in linear),
+        Relation.SPARSE: _is_sparse(compared),
         Relation.LORA_MERGED: low_rank,
         Relation.TRAINED: trained,
         Relation.TRAINED_OR_QUANTISED: unsure,
@@ -168,6 +169,15 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
     }
     found = {relation for relation, true in applies.items() if true}
     return found | {_REPLACED[item.role] for item in compared if item.replaced}
+
+
+def _is_sparse(compared: Sequence[TensorComparison]) -> bool:
+    """Tell whether numbers were set to zero in more than half of the modules of a role."""
+    zeroed = defaultdict(list)
+    for item in compared:
+        if item.role in _LINEAR:
+            zeroed[item.role].append(item.difference.zeroed > 0)
+    return any(2 * sum(found) > len(found) for found in zeroed.values())
 
 
 def compare_modules(structure: Structure) -> list[TensorComparison]:

@@ -59,8 +59,8 @@ class Request:
 
     @property
     def texts(self) -> int:
-        """The number of texts that the user gave."""
-        return 0 if self.probes is None else len(self.probes.texts)
+        """The number of different texts that the user gave."""
+        return 0 if self.probes is None else len(set(self.probes.texts))
 
     @property
     def examples(self) -> int:

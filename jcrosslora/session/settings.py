@@ -159,10 +159,10 @@ class TransferSettings(TransferOptions):
         queried = self.source_url is not None or self.source_backend != "jax"
         if self.alpha is not None and queried:
             msg = f"alpha {self.alpha} is only for a checkpoint of a JAX trainer, which a queried source cannot read: "
-            raise UsageError(msg + "leave it out, or use the source_backend jax")
+            raise UsageError(msg + "leave it out, or give the source as files for the source_backend jax")
         if self.adapter_rank is not None and queried:
             msg = f"adapter_rank {self.adapter_rank} is only for an adapter that is read, not for a queried source: "
-            raise UsageError(msg + "leave it out, or use the source_backend jax")
+            raise UsageError(msg + "leave it out, or give the source as files for the source_backend jax")
         self._check_served()
 
     def _check_served(self) -> None:

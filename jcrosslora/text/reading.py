@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import Completion, Message, Prompt
 
@@ -142,6 +143,14 @@ def template_of(tokenizer: Tokenizer) -> str:
 def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     """Read conversations in another template, such as the one next to an adapter, if there is one."""
     return tokenizer if template is None else replace(tokenizer, chat_template=template)
+
+
+def tokenizer_of(base: BaseModel, template: str | None) -> Tokenizer:
+    """Return the tokenizer of a base for an adapter with a chat template; one that the user gave the base comes first.
+
+    Raises CheckpointError if the base has no tokenizer, or it cannot be read.
+    """
+    return with_own_template(load_tokenizer(base), template if base.chat_template is None else None)
 
 
 @lru_cache(maxsize=16)

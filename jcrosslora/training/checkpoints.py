@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -154,6 +155,19 @@ class Checkpoints:
     def close(self) -> None:
         """Close the folder."""
         self._manager.close()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Close the folder behind a block; an interrupt of it says from where the same run continues."""
+        with closing(self):
+            try:
+                yield
+            except KeyboardInterrupt:
+                step = self._manager.latest_step()
+                if step is None:
+                    raise
+                msg = f"step {step} is kept in {self._folder.name}, and the same command goes on from there"
+                raise KeyboardInterrupt(msg) from None
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.linalg import product_energy
-from jcrosslora.text.reading import with_own_template
+from jcrosslora.text.reading import tokenizer_of
 from jcrosslora.training import batches
 from jcrosslora.training.batches import Batch, Plan, answer_loss
 from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings
@@ -77,7 +77,7 @@ def train_lora(
     else:
         start = load_adapter(start, base, replaced=True)
         begin = continued(base, start, settings)
-        tokenizer = tokenizer or with_own_template(load_tokenizer(base), start.info.chat_template)
+        tokenizer = tokenizer or tokenizer_of(base, start.info.chat_template)
 
     @cache
     def loaded() -> Model:  # with the first step: a finished run needs none
@@ -130,7 +130,7 @@ def fit_magnitudes(
         msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
         raise UsageError(msg)
     loaded = model or load_model(base, settings.dtype)
-    tokenizer = tokenizer or with_own_template(load_tokenizer(base), adapter.info.chat_template)
+    tokenizer = tokenizer or tokenizer_of(base, adapter.info.chat_template)
 
     def gradient_of(shares: Magnitudes, batch: Batch) -> tuple[jax.Array, Magnitudes]:
         magnitudes = jax.tree.map(jnp.multiply, shares, units)
@@ -196,7 +196,7 @@ def train(
         # What the numbers of a run depend on.
         run = {**dataclasses.asdict(settings), "base": base.digest(), "examples": batches.digest(encoded)}
         kept = Checkpoints(checkpoints, run | dict(identity or {}))
-    with nullcontext() if kept is None else closing(kept):
+    with nullcontext() if kept is None else kept.opened():
         state = state if kept is None else kept.restore(state)[0]
         begun = int(state.step)
         with track(settings.steps, "train", "steps", done=begun) as bar:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.errors import OutputError
 from jcrosslora.utils.unfinished import NEW, OLD, remove_unfinished, unfinished
 
 # A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
@@ -99,13 +99,10 @@ def sync_folder(folder: Path) -> None:
         _sync_file(path)
 
 
-def ensure_apart(first: tuple[str, str | Path], second: tuple[str, str | Path]) -> None:
-    """Refuse two folders to write, with the names of their settings, that are the same or lie in one another."""
-    one, other = (output_path(path).absolute() for _, path in (first, second))
-    if one == other or one in other.parents or other in one.parents:
-        named = " and ".join(f"{name} {path}" for name, path in (first, second))
-        msg = f"{named} are the same folder, or one lies in the other: give two folders next to each other"
-        raise UsageError(msg)
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Tell whether the path of an output is that of a folder to write, or lies in it."""
+    inner, outer = (output_path(one).absolute() for one in (path, folder))
+    return inner == outer or outer in inner.parents
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:

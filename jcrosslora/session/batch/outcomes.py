@@ -91,9 +91,9 @@ class CompletionLog:
     """The log of a batch's finished jobs, in a hidden folder next to their results.
 
     A job counts as done if its folder exists and the log has the fingerprint of the same inputs: settings, probe texts,
-    bases (weights, configuration and tokenizer), adapter, and version of the package. Folders are written atomically,
-    so a batch that was killed at any point can be resumed. A stamp next to the fingerprint recognises a finished job
-    without reading its adapter, whose files have the size and the times that they had.
+    bases (weights, configuration, tokenizer and chat template), adapter, and version of the package. Folders are
+    written atomically, so a batch that was killed at any point can be resumed. A stamp next to the fingerprint
+    recognises a finished job without reading its adapter, whose files have the size and the times that they had.
     """
 
     def __init__(self, out: Path) -> None:
@@ -149,9 +149,8 @@ def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
     """Digest all inputs of a job, as a hex string.
 
     Of the adapter the weights, the configuration, which scales them, and the chat template count; of the settings all
-    but locations.
-    `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the texts of
-    `prompts`, "" if the settings name no file.
+    but locations. `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the
+    texts of `prompts`, "" if the settings name no file.
     """
     return digest_of(*_asked(job), adapter.digest, adapter.config, adapter.chat_template, *shared)
 

@@ -6,7 +6,6 @@ The job of the shipped adapters is to answer science questions in JSON.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -78,9 +77,8 @@ def run_demo(
         try:
             found = _compare((source, target), path, result.adapter, method, steps)
         except KeyboardInterrupt:
-            with progress.hidden():
-                print(f"jcrosslora: interrupted; the moved adapter is in {out}", file=sys.stderr)
-            sys.exit(130)
+            msg = f"the moved adapter is in {out}"
+            raise KeyboardInterrupt(msg) from None
     _print(found, _moved_name(method), console)
 
 
