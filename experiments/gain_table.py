@@ -98,7 +98,6 @@ def _rows(names: tuple[str, str], rows: dict[Label, Seeds]) -> list[tuple[str, .
     whole = {
         label: {seed: line for seed, line in seeds.items() if len(line.right) == items} for label, seeds in rows.items()
     }
-    fewest = min((prompts for row, prompts in whole if row == "answers"), default=0)
     found = []
     for label in sorted(filter(whole.get, whole), key=_place):
         own = whole[label]
@@ -109,8 +108,8 @@ def _rows(names: tuple[str, str], rows: dict[Label, Seeds]) -> list[tuple[str, .
             cells[1], cells[4] = (_share(whole, label, likelihood) for likelihood in (False, True))
         if row not in ("base", "source"):
             cells[2] = _minus(whole, label, ("source", 0))
-        if row not in ("base", "answers"):
-            cells[3] = _minus(whole, label, ("answers", prompts or fewest))
+        if prompts and row != "answers":
+            cells[3] = _minus(whole, label, ("answers", prompts))
         name = _LABELS.get(row, f"`{row}`, {f'{prompts} prompts' if prompts else 'no data'}").format(prompts)
         models = (MODELS.get(name, name) for name in names)
         found.append((*models, name, *cells, ", ".join(map(str, sorted(own)))))

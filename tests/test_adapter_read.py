@@ -274,7 +274,7 @@ def test_hub_id_without_a_connection_is_refused_with_one_line(monkeypatch, tmp_p
     assert "hub" in refusal("owner/no-such-adapter")
 
 
-def test_hub_id_downloads_only_configuration_card_and_weights(monkeypatch, tmp_path):
+def test_hub_id_downloads_only_what_is_read(monkeypatch, tmp_path):
     import huggingface_hub
 
     folder, asked = write_folder(tmp_path / "snapshot"), []
@@ -285,7 +285,7 @@ def test_hub_id_downloads_only_configuration_card_and_weights(monkeypatch, tmp_p
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     adapter = load_adapter("owner/adapter", revision="v1")
-    names = ("adapter_config.json", "README.md", "adapter_model.safetensors")
+    names = ("adapter_config.json", "README.md", "chat_template.jinja", "adapter_model.safetensors")
     assert asked == [("owner/adapter", name, "v1") for name in names]
     assert adapter.info.name == "owner/adapter"
 

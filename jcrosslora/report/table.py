@@ -28,7 +28,7 @@ _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "it will probably work; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's task, by `--prompts`, can help)"
+_MORE = " that the source wrote (twenty prompts of the adapter's task or more, by `--prompts`, can help)"
 
 
 def diagnostics_title(report: TransferReport) -> str:

@@ -105,8 +105,8 @@ class TransferSettings(TransferOptions):
     module; only this profile holds changes of the embedding and the output head. mlx: an MLX folder. gguf: a file for
     llama.cpp. tunix: an Orbax checkpoint with LoRA for qwix."""
     prompts: str | None = None
-    """Prompts of the adapter's task; a few hundred help most. A file without answers, one a line, or JSONL with "text",
-    "prompt" or the "messages" of a conversation.
+    """Prompts of the adapter's task; twenty help, more help more. A file without answers, one a line, or JSONL with
+    "text", "prompt" or the "messages" of a conversation.
     For a fit the source answers them with its adapter; other methods run both bases on them. By default the source
     writes prompts, which recover less."""
     examples: str | None = None

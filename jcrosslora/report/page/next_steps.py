@@ -131,7 +131,7 @@ def where(contents: Contents, step: Step) -> str:
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     if moved.wrote_prompts:
-        said = "Write prompts of the adapter's task to `prompts.txt`, one a line, a few hundred if you can."
+        said = "Write prompts of the adapter's task to `prompts.txt`, one a line: twenty help, and more help more."
         yield Step(said, (f"{names.transfer(moved, 'again')} --prompts prompts.txt",))
     elif not moved.choice and not moved.fitted:
         said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."
