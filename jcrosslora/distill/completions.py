@@ -123,9 +123,9 @@ def answer_given(
 
     `writer` writes prompts like them; where it cannot (`find_form`) the prompts are answered again. What it writes is
     the same for all adapters of a pair, so it is looked for in `shared`, and added. Only the last 2,048 tokens of a
-    prompt are used. Where there are more prompts, all different, than answers are wanted, the first are used. Those
-    that are `labelled`, whose right answers are known, serve as examples of others, and are answered where nothing else
-    is.
+    prompt are used. The prompts are all different; of more than `sampler.count` the first ones are used. Prompts that
+    are `labelled`, whose right answers are known, serve as examples of others, and are answered only if there is no
+    other prompt.
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.

@@ -54,8 +54,9 @@ def train_lora(
 
     Args:
         base: the model, opened, or what `open_base` opens; its weights do not change.
-        examples: at least one, or the JSONL file of them (see `read_examples`). Conversations are read in the base's
-            chat template. The token that ends an answer is part of it.
+        examples: at least one, or the JSONL file of them (see `read_examples`). Conversations are read in the chat
+            template of `start`, if it has one, else in that of the base, which comes first if the user gave it
+            (`open_base`). The token that ends an answer is part of it.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
         model: the base in `settings.dtype`, if it is loaded already, as `tokenizer` is its tokenizer.
