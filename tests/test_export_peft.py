@@ -327,12 +327,13 @@ def test_a_sum_without_its_base_names_the_weights_that_its_adapters_name(tmp_pat
     assert sorted(named[0]) == sorted(named[1])
 
 
-@pytest.mark.parametrize("profile", ["portable", "mlx"])
-def test_an_export_keeps_the_chat_template_of_the_adapter(tmp_path, profile):
+@pytest.mark.parametrize(("profile", "count"), [("portable", 1), ("mlx", 1), ("portable", 2)])
+def test_an_export_keeps_the_chat_template_of_the_adapter(tmp_path, profile, count):
     name = "model.layers.0.self_attn.q_proj"
     adapter = Adapter({name: LoRAFactors(a=np.ones((2, 6), np.float32), b=np.ones((5, 2), np.float32))})
     save_adapter(adapter, tmp_path / "a", documents={"chat_template.jinja": "{{ messages[0]['content'] }}"})
-    jcl.export_adapter(jcl.ExportSettings((str(tmp_path / "a"),), str(tmp_path / "o"), profile=profile))
+    refs = (str(tmp_path / "a"),) * count
+    jcl.export_adapter(jcl.ExportSettings(refs, str(tmp_path / "o"), profile=profile))
     assert load_adapter(tmp_path / "o").info.chat_template == "{{ messages[0]['content'] }}"
 
 

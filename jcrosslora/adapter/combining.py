@@ -228,24 +228,19 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len([adapter for adapter in adapters if adapter.tokens]) > 1:
         adapters = [restrict(one, Carried.LINEAR, "several adapters of the sum change them") for one in adapters]
     named = {f"{name}.weight" for one in adapters for name in one.modules if is_by_weight(one.info.config, name)}
+    templates = {adapter.info.chat_template for adapter in adapters}
     info = AdapterInfo(
         name=" + ".join(adapter.info.name for adapter in adapters),
         config={"target_parameters": sorted(named)} if named else {},
         base_name=adapters[0].info.base_name,
         prefix=adapters[0].info.prefix,
-        chat_template=common_template([adapter.info for adapter in adapters]),
+        chat_template=templates.pop() if len(templates) == 1 else None,  # that of all, if they have one
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
     parts = {name: [one.modules[name] for one in adapters if name in one.modules] for name in names}
     return Adapter({name: add_factors(name, terms) for name, terms in parts.items()}, info, tokens)
-
-
-def common_template(infos: Sequence[AdapterInfo]) -> str | None:
-    """Return the chat template that all adapters have next to them; None if they have none, or different ones."""
-    templates = {info.chat_template for info in infos}
-    return templates.pop() if len(templates) == 1 else None
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:

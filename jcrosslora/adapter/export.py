@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
-from jcrosslora.adapter.combining import add_adapters, common_template, fit_to_base, fuse, split_fused
+from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE
 from jcrosslora.adapter.kinds.dora import DORA
@@ -201,8 +201,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
         found = (other_base(info, base) for info in exported.sources)
         exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
     documents, split = _documents(settings.adapter), exported.split
-    if (template := common_template(exported.sources)) is not None:
-        documents[CHAT_TEMPLATE] = template
+    if exported.adapter.info.chat_template is not None:
+        documents[CHAT_TEMPLATE] = exported.adapter.info.chat_template
     with ExitStack() as stack:
         if settings.absorb is not None and base and info and split and split.changes_base:
             out = output_path(settings.absorb)

@@ -20,11 +20,12 @@ T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, in addition to the tokenizer's eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
-# What transformers reads along with tokenizer.json.
-_BESIDE = (
-    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+# Files of a tokenizer, and what transformers reads along with tokenizer.json.
+_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
+_BESIDE = ("config.json", *_FILES)
 # To read one of 262,144 tokens takes seconds.
 _READ: WeakKeyDictionary[BaseModel, "Tokenizer"] = WeakKeyDictionary()
 
@@ -213,7 +214,7 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
         yield from (b"given template", base.chat_template.encode())
     if (folder := base.tokenizer_path) is None:
         return
-    for pattern in ("tokenizer.json", *_BESIDE[1:]):  # the key of the weights has the configuration
+    for pattern in ("tokenizer.json", *_FILES):  # the key of the weights has the configuration
         for path in sorted(folder.glob(pattern)):
             # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
             with suppress(OSError):

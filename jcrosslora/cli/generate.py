@@ -61,8 +61,7 @@ class Generate(OnDevice):
 
     def run(self, console: Console) -> None:
         from jcrosslora.adapter.origin import other_base
-        from jcrosslora.decoder.prompt_batches import LONGEST
-        from jcrosslora.text import prompt_ids
+        from jcrosslora.decoder.generate import LONGEST, count_cut
 
         prompts = self._prompts()
         if self.shelf is None:
@@ -80,7 +79,7 @@ class Generate(OnDevice):
         for note in notes:
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
-        if cut := sum(len(prompt_ids(composed.tokenizer, one)) > LONGEST for one in asked):
+        if cut := count_cut(composed.tokenizer, asked):
             print(f"note: {cut} of {len(asked)} prompts are cut to their last {LONGEST:,} tokens", file=sys.stderr)
         found = composed.write(
             asked, weights=weights, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed

@@ -54,6 +54,11 @@ def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Wri
     return Written(text.rstrip(UNFINISHED), len(row), ended)
 
 
+def count_cut(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> int:
+    """Count the prompts that are longer than the last tokens that are read of each."""
+    return sum(len(prompt_ids(tokenizer, prompt)) > LONGEST for prompt in prompts)
+
+
 @dataclass(frozen=True, eq=False)
 class Generator:
     """A base model that continues prompts, alone or with an adapter.

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jcrosslora.checkpoint import Tokenizer
+from jcrosslora.decoder.generate import count_cut
 from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
 from jcrosslora.distill.endings import Endings, teach_end
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
@@ -32,7 +33,7 @@ from jcrosslora.distill.templates import (
     write_prompts,
 )
 from jcrosslora.errors import MethodError
-from jcrosslora.text import Completion, Prompt, prompt_ids
+from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track, track
 
@@ -157,7 +158,7 @@ def answer_given(
     used = set(prompts[:wanted])
     first = f"the first {wanted} of " if len(prompts) > wanted else ""
     given = f"{first}{len(prompts)} given prompts" if prompts else "prompts of labelled examples"
-    long = sum(len(prompt_ids(source.tokenizer, prompt)) > LONGEST for prompt in prompts)
+    long = count_cut(source.tokenizer, prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
