@@ -11,6 +11,7 @@ from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
 from jcrosslora.text import COMPLETIONS, Completion, Message, completion_lines
+from jcrosslora.text.reading import PLAIN_TEMPLATE
 
 FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"
 
@@ -135,3 +136,14 @@ def test_a_prompt_without_a_token_and_one_that_is_cut_are_told(tmp_path, capsys)
     assert "a prompt has no token" in capsys.readouterr().err
     main(["generate", *places, "Anna " * 3000, "Anna"])
     assert "note: 1 of 2 prompts are cut to their last 2,048 tokens" in capsys.readouterr().err
+
+
+def test_an_adapter_with_a_chat_template_is_asked_in_it_on_a_base_that_has_none(tmp_path, capsys):
+    base = jcl.open_base(write_base(tmp_path / "base", 60, layers=2))
+    folder, said = write_adapter(tmp_path / "a", base), []
+    places = ["--base", base.ref, "--adapter", str(folder), "--max-new-tokens", "6"]
+    (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    for chat in ("auto", "always", "never"):
+        main(["generate", *map(str, places), "--chat", chat, FOX])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]

@@ -46,8 +46,8 @@ class Generate(OnDevice):
     prompts: str | None = None
     """File with a prompt a line, or JSONL with {"prompt"} or {"messages"}; - reads standard input, in either form."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Whether a prompt is a user's message in the chat template: auto does so if the base has one and the adapters were
-    not moved with plain texts alone, or if the adapters of the shelf that suit it read conversations."""
+    """Whether a prompt is a user's message in the chat template: auto does so if the base or an adapter has one and the
+    adapters were not moved with only plain texts, or if the adapters of the shelf that suit it read conversations."""
     template: Path | None = None
     """File with a chat template, instead of the base's own."""
     max_new_tokens: int = 128
@@ -70,7 +70,7 @@ class Generate(OnDevice):
                 raise UsageError(msg)
             composed, rows = self._composed(), [_numbers(row) for row in self.weights]
             weights = rows[0] if len(rows) == 1 else rows or None
-            chats = [composed.tokenizer.chat_template is not None and not self._read_plain()] * len(prompts)
+            chats = [_has_template(composed) and not self._read_plain()] * len(prompts)
             notes = _notes(composed, self.compose)
         else:
             composed, weights, chats = self._found(prompts)
@@ -140,7 +140,7 @@ class Generate(OnDevice):
         entries = [shelf.entry(name) for name in composed.names]
         spoken = np.array([any(not isinstance(text, str) for text in one.samples) for one in entries])
         read = np.array([one.samples_from == "completions" and bool(one.samples) for one in entries])
-        template = composed.tokenizer.chat_template is not None
+        template = _has_template(composed)
         plain = [bool(row.any()) and all((read & ~spoken)[row]) for row in weights > 0]
         chats = [template or bool(spoken[row].any()) for row in weights > 0]
         return composed, weights, [chat and not text for chat, text in zip(chats, plain, strict=True)]
@@ -161,6 +161,12 @@ class Generate(OnDevice):
 
         chat = usual if self.chat == "auto" else self.chat == "always"
         return (Message("user", prompt),) if chat and isinstance(prompt, str) else prompt
+
+
+def _has_template(composed: "Composed") -> bool:
+    """Tell whether the base has a chat template, or an adapter was fitted to conversations in another one."""
+    every = [composed.tokenizer.chat_template, *(one.info.chat_template for one in composed.adapters)]
+    return any(template is not None for template in every)
 
 
 def _numbers(row: str) -> list[float]:
