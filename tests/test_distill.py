@@ -376,7 +376,10 @@ def test_long_prompts_are_read_from_their_end_and_counted(pair):
     assert batch.tokens_src.shape == (1, 2560)
     whole = read(tokenizers[0], found.items[0]).ids
     end = int(batch.mask_src[0].sum())
-    np.testing.assert_array_equal(batch.tokens_src[0, :end], whole[-end:])
+    # The token that begins a text stays in front.
+    np.testing.assert_array_equal(batch.tokens_src[0, :end], [tokenizers[0].bos, *whole[1 - end :]])
+    matched = (batch.at_src > 0) & (batch.next_src >= 0)
+    np.testing.assert_array_equal(batch.tokens_src[0, batch.at_src[matched] + 1], batch.next_src[matched])
 
 
 @pytest.mark.parametrize(

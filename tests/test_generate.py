@@ -10,8 +10,9 @@ from probe_bases import write_base
 from tokenizers import decoders, models, normalizers
 
 from jcrosslora.checkpoint import Tokenizer, open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import LONGEST, Generator, plan_batches
-from jcrosslora.decoder.generate import as_written
+from jcrosslora.decoder.generate import as_written, cut_ids
 from jcrosslora.decoder.prompt_batches import PromptBatch
 from jcrosslora.text import Message, prompt_ids
 
@@ -51,6 +52,20 @@ def test_answers_that_end_are_told_from_those_that_are_cut_off(generator):
 def test_texts_are_what_write_gives(generator):
     texts = [prompt for prompt in PROMPTS if isinstance(prompt, str)]
     assert generator.continue_texts(texts, 5, 1.0, KEY) == [one.text for one in generator.write(texts, 5, 1.0, KEY)]
+
+
+def test_a_long_prompt_keeps_the_token_that_begins_a_text(tmp_path):
+    tokenizer = load_tokenizer(open_base(write_base(tmp_path, 60, bos=True)))
+    named = dataclasses.replace(tokenizer, bos=None, bos_name="<s>")  # as a chat template names it
+    none = dataclasses.replace(tokenizer, bos=None, bos_name="")
+    long = "Anna and Peter " * 1000
+    for given, text, begun in ((tokenizer, long, 1), (named, f"<s>{long}", 1), (none, long, 0)):
+        whole = prompt_ids(given, text)
+        short, cut = cut_ids(given, ["Anna", text])
+        np.testing.assert_array_equal(short, prompt_ids(given, "Anna"))
+        assert len(cut) == LONGEST < len(whole)
+        np.testing.assert_array_equal(cut, [*whole[:begun], *whole[len(whole) - LONGEST + begun :]])
+        assert (cut[0] == tokenizer.bos) == begun
 
 
 @pytest.mark.parametrize("lengths", [[3, 90, 96], [5] * 60, [97, 100, 128, 500], [40, 2048, 2048, 130], [97] * 50])

@@ -17,8 +17,7 @@ from jcrosslora.decoder.prompt_batches import BATCH, LONGEST, PromptBatch, padde
 from jcrosslora.decoder.prompt_queue import write_queue
 from jcrosslora.decoder.sampling import Behind, Sampling, State, amplified, extend, extend_amplified, prefill
 from jcrosslora.errors import UsageError, not_finite
-from jcrosslora.text import Prompt
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Prompt, last_tokens, prompt_ids
 from jcrosslora.utils.progress import Track
 
 _BLOCK = 16  # tokens between two looks for strings that end a text
@@ -52,6 +51,11 @@ def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Wri
     context = prompt[-size:]
     text = tokenizer.decode([*context, *row[: len(row) - ended]])[len(tokenizer.decode(context)) :]
     return Written(text.rstrip(UNFINISHED), len(row), ended)
+
+
+def cut_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """Tokenize prompts: int32 (T,) each, at most the last `LONGEST` tokens, see `last_tokens`."""
+    return [last_tokens(tokenizer, prompt_ids(tokenizer, prompt), LONGEST) for prompt in prompts]
 
 
 def count_cut(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> int:
@@ -216,7 +220,7 @@ class Generator:
         Raises:
             UsageError: the chat template refuses a conversation, or a prompt has no token.
         """
-        ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        ids = cut_ids(self.tokenizer, prompts)
         if not all(map(len, ids)):
             msg = f"{self.name}: a prompt has no token, and the base has none to begin with: give a text"
             raise UsageError(msg)

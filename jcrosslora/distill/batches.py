@@ -17,7 +17,7 @@ from jcrosslora.decoder.loading import stack_shapes
 from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions
-from jcrosslora.text import Completion, Reading, read
+from jcrosslora.text import Completion, Reading, last_tokens, read
 from jcrosslora.text.completion import Right
 from jcrosslora.utils.cost import TEXT
 
@@ -176,7 +176,7 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
     like = alone if np.array_equal(src.ids, tgt.ids) else np.full(len(alone), -1)
     at_src, at_tgt = np.concatenate([at_src, like]), np.concatenate([at_tgt, alone])
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
-    sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
+    sides = [_cut(*one) for one in zip(tokenizers, (src, tgt), (at_src, at_tgt), strict=True)]
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
     inside, end = weights.certainty(completion.right)
     known = np.where(behind, end * tgt.stop, inside * answer).astype(np.float32)
@@ -200,17 +200,18 @@ def _ends(reading: Reading) -> np.ndarray:
     return np.where(reading.content >= 0, reading.content.astype(np.int64) * _PLACES + reading.end + 1, -1)
 
 
-def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut a reading behind its last place and, if it is too long, in front.
+def _cut(tokenizer: Tokenizer, reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut a reading behind its last place and, if it is too long, in front, see `last_tokens`.
 
     Return the tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
     where none or the one that ends the answer follows.
     """
     last = int(places.max(initial=-1)) + 1
-    first = max(0, last - LONGEST)
+    ids = last_tokens(tokenizer, reading.ids[:last], LONGEST)
+    lost = last - len(ids)  # the first token, which may have stayed, is no place
     behind = np.append(reading.ids[: len(reading.ids) - reading.stop], np.full(1 + reading.stop, -1))
     following = np.where(places >= 0, behind[places + 1], -1)
-    return reading.ids[first:last], np.where(places >= 0, places - first, -1), following
+    return ids, np.where(places > lost, places - lost, -1), following
 
 
 def _batch(pairs: Sequence[_Pair], rows: int, widths: tuple[int, int], places: int) -> DistillationBatch:

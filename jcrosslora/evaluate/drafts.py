@@ -17,7 +17,8 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import LONGEST, Generator, load_model
+from jcrosslora.decoder import Generator, load_model
+from jcrosslora.decoder.generate import cut_ids
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.errors import CheckpointError, UsageError, not_finite
 from jcrosslora.evaluate.bootstrap import Interval, ratios
@@ -25,7 +26,6 @@ from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.evaluate.log_probs import Models, likeliest_by_question, scored_tokens
 from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text.completion import Asked, as_prompts
-from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import track
 
 _POSITIONS = 4096  # in memory at once, over all drafts
@@ -124,7 +124,7 @@ def judge_draft(
     adapter = None if adapter is None else load_adapter(adapter, target)
     adapters = [load_adapter(one, draft) for one in draft_adapters]
     tokenizer = load_tokenizer(target)
-    ids = [prompt_ids(tokenizer, one)[-LONGEST:] for one in asked]
+    ids = cut_ids(tokenizer, asked)
     with track(len(ids), "write answers", "answers") as bar:
         generator = Generator.of(target, adapter, model=load_model(target, dtype), tokenizer=tokenizer)
         rows = generator.write_tokens(ids, max_new_tokens, 0.0, jax.random.key(0), bar=bar)

@@ -7,6 +7,7 @@ from jcrosslora.text.completion import Prompt as Prompt
 from jcrosslora.text.completion import completion_lines as completion_lines
 from jcrosslora.text.completion import prompt_text as prompt_text
 from jcrosslora.text.reading import Reading as Reading
+from jcrosslora.text.reading import last_tokens as last_tokens
 from jcrosslora.text.reading import prompt_ids as prompt_ids
 from jcrosslora.text.reading import read as read
 from jcrosslora.text.reading import render as render

@@ -87,6 +87,22 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
     return tokenizer.encode(render(tokenizer, prompt, ask=True).text, special=False).ids
 
 
+def last_tokens(tokenizer: Tokenizer, ids: np.ndarray, most: int) -> np.ndarray:
+    """Cut a text, int32 (T,), to its last tokens if it has more than `most`.
+
+    The token that begins a text stays in front: without it some models, such as Gemma, write nonsense.
+    """
+    if len(ids) <= most:
+        return ids
+    begun = int(ids[0] == begin_of(tokenizer))
+    return np.concatenate([ids[:begun], ids[len(ids) - most + begun :]])
+
+
+def begin_of(tokenizer: Tokenizer) -> int | None:
+    """Find the id of the token that begins a text of a base or of its chat template; None if there is none."""
+    return tokenizer.backend.token_to_id(tokenizer.bos_name) if tokenizer.bos is None else tokenizer.bos
+
+
 def ending(tokenizer: Tokenizer, *, chat: bool) -> int | None:
     """Find the id of the token that ends an answer: in a conversation the one after the assistant's message, else eos.
 

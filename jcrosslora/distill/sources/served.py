@@ -14,8 +14,8 @@ import numpy as np
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.checkpoint import Tokenizer, Vocabulary
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.decoder import LONGEST, Written
-from jcrosslora.decoder.generate import UNFINISHED, as_written
+from jcrosslora.decoder import Written
+from jcrosslora.decoder.generate import UNFINISHED, as_written, cut_ids
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, ServedModel, answer_places, seeds_of
 from jcrosslora.distill.sources.client import Client
@@ -24,7 +24,7 @@ from jcrosslora.distill.sources.opening import open_tokenizer
 from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
 from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
-from jcrosslora.text import Prompt, prompt_ids
+from jcrosslora.text import Prompt
 from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.progress import Track
 
@@ -48,7 +48,7 @@ class ServedWriter:
         bar: Track | None = None,
     ) -> list[Written]:
         """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
-        ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        ids = cut_ids(self.tokenizer, prompts)
         seeds = (seeds_of(key, len(ids)) >> 1).tolist()  # 31 bits, which every server takes
 
         def one(place: int) -> Written:

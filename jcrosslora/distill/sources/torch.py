@@ -17,13 +17,13 @@ from jcrosslora.adapter import AdapterInfo
 from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences, stated_template
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, pad_right
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.decoder import LONGEST, Written
-from jcrosslora.decoder.generate import as_written
+from jcrosslora.decoder import Written
+from jcrosslora.decoder.generate import as_written, cut_ids
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, TorchModel, answer_places, seeds_of
 from jcrosslora.distill.sources.opening import find_peft_adapter, load_model, open_tokenizer
 from jcrosslora.errors import AdapterError, not_finite
-from jcrosslora.text import Prompt, prompt_ids
+from jcrosslora.text import Prompt
 from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.progress import Track
 
@@ -75,7 +75,7 @@ class TorchWriter:
         """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
         import torch
 
-        ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        ids = cut_ids(self.tokenizer, prompts)
         found = [Written("", 0, False)] * len(ids)
         devices = [self._model.device] if self._model.device.startswith("cuda") else []
         with torch.random.fork_rng(devices=devices):
