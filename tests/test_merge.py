@@ -19,11 +19,12 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, merge
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.merge import write_companions
 from jcrosslora.checkpoint import safetensors
 from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.checkpoint.store import FileNames
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 
@@ -142,6 +143,17 @@ def test_the_tokenizer_and_other_files_are_copied_without_weights_and_card(tmp_p
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
         (tmp_path / "base" / "config.json").read_text()
     )
+
+
+def test_a_merge_has_the_chat_template_of_the_adapter(tmp_path):
+    base, template = jcl.open_base(write_base(tmp_path / "base", merges=8, layers=1)), "{{ messages[0]['content'] }}"
+    (base.path / "chat_template.jinja").write_text("{{ bos_token }}")
+    adapter, plain = saved_adapter(base, tmp_path / "plain")
+    save_adapter(adapter, tmp_path / "own", documents={"chat_template.jinja": template})
+    for folder, wanted in ((plain, "{{ bos_token }}"), (tmp_path / "own", template)):
+        out = merge(MergeSettings(str(base.path), str(folder), str(tmp_path / f"out-{folder.name}")))
+        assert load_tokenizer(jcl.open_base(out.folder)).chat_template == wanted
+        assert any("that of the adapter" in note for note in out.notes) == (wanted == template)
 
 
 def test_missing_files_of_a_hub_model_are_downloaded(tmp_path, monkeypatch):

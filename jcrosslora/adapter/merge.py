@@ -18,6 +18,7 @@ import numpy as np
 from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, TokenUpdate
 from jcrosslora.adapter.combining import fit_to_base
 from jcrosslora.adapter.experts import stored_updates
+from jcrosslora.adapter.folder import CHAT_TEMPLATE, stated_template
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, check_always_active
@@ -137,6 +138,8 @@ def write_merged(base: BaseModel, adapter: Adapter, folder: Path, dtype: MergeDt
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     notes = write_companions(base, folder, dtype, as_stored=as_stored, untied=untied)
+    if _write_template(adapter, folder):
+        notes = (*notes, f"{CHAT_TEMPLATE} is that of the adapter")
     if untied:
         notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
     if (sentence := other_base(adapter.info, base)) is not None:
@@ -147,6 +150,15 @@ def write_merged(base: BaseModel, adapter: Adapter, folder: Path, dtype: MergeDt
     merged = Merged(folder, len(adapter.modules.keys() | others), notes, bool(adapter.info.ignored))
     (folder / _REPORT).write_text(_report(base, adapter, dtype, merged), encoding="utf-8")
     return merged
+
+
+def _write_template(adapter: Adapter, folder: Path) -> bool:
+    """Write the chat template that an adapter was trained in, and tell whether the folder has no such file with it."""
+    template = adapter.info.chat_template
+    if template is None or template == stated_template(folder):
+        return False
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    return True
 
 
 def _is_plain_folder(base: BaseModel) -> bool:
@@ -396,7 +408,7 @@ def _write_gguf_tokenizer(path: Path, folder: Path) -> tuple[str, ...]:
         )
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     _write_config(folder / "tokenizer_config.json", settings)
     return ()
