@@ -70,6 +70,21 @@ def test_tokens_inside_a_character_have_no_end(loaded):
     assert tokenizer.encode("🎉", special=False).ends.tolist()[-4:] == [-1, -1, -1, 1]
 
 
+def test_stop_tokens_are_those_of_generation_config_and_of_the_format(tmp_path):
+    """gpt-oss closes every message with <|end|>, and a turn with one of two others."""
+    made = KINDS["byte-level"]()
+    made.add_special_tokens(["<|end|>", "<|im_end|>"])
+    base = base_with(tmp_path, made)
+    ends = {name: made.token_to_id(name) for name in ("<|end|>", "<|im_end|>")}
+    assert set(load_tokenizer(base).stops) == {2, 7, *ends.values()}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    assert set(load_tokenizer(open_base(tmp_path)).stops) == {2, 7, 9, *ends.values()}
+    made.add_special_tokens(["<|return|>", "<|call|>"])
+    found = load_tokenizer(base_with(tmp_path, made)).stops
+    assert {made.token_to_id(name) for name in ("<|im_end|>", "<|return|>", "<|call|>")} < set(found)
+    assert ends["<|end|>"] not in found
+
+
 def test_bos_and_stop_tokens_are_found(loaded):
     kind, tokenizer = loaded
     assert tokenizer.bos == (None if kind == "byte-level" else 1)

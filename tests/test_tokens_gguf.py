@@ -73,6 +73,26 @@ def test_text_is_split_by_the_rule_in_the_metadata(pre, text, wanted):
     assert pieces == wanted
 
 
+def test_a_file_that_does_not_state_its_rule_is_refused_where_it_is_not_that_of_gpt2():
+    stated = byte_level_metadata()
+    del stated["tokenizer.ggml.pre"]
+    assert build_backend(stated | {"general.architecture": "starcoder2"}, PATH)
+    for architecture in ("llama", "qwen2", "qwen2moe", "qwen3"):
+        with pytest.raises(CheckpointError, match="does not state how text is split"):
+            build_backend(stated | {"general.architecture": architecture}, PATH)
+
+
+def test_markers_of_phi3_take_the_space_behind_them_along():
+    types = sentencepiece_metadata()["tokenizer.ggml.token_type"]
+    types[259] = 3  # the first token after the bytes is made a marker
+    names = sentencepiece_metadata()["tokenizer.ggml.tokens"]
+    names[259] = "<|user|>"
+    stated = sentencepiece_metadata(**{"tokenizer.ggml.token_type": types, "tokenizer.ggml.tokens": names})
+    for architecture, wanted in (("phi3", ["<|user|>", "the"]), ("llama", ["<|user|>", "<0x0A>", "the"])):
+        backend = build_backend(stated | {"general.architecture": architecture}, PATH)
+        assert [backend.id_to_token(one) for one in backend.encode("<|user|>\nthe").ids] == wanted
+
+
 def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
     backend = build_backend(sentencepiece_metadata(), PATH)
     tokens = backend.encode("a the  the\n\n語").tokens
@@ -134,7 +154,8 @@ def test_bos_has_a_default_if_the_metadata_do_not_state_it():
     ids = {"tokenizer.ggml.bos_token_id": 5}
     assert bos_of(ids | {"tokenizer.ggml.model": "llama"}) == 5
     assert bos_of(ids | {"tokenizer.ggml.model": "gpt2"}) is None
-    assert bos_of(ids | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}) == 5
+    for pre in ("llama-bpe", "tekken"):
+        assert bos_of(ids | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}) == 5
     assert bos_of(ids | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False}) is None
     assert bos_of({"tokenizer.ggml.model": "llama"}) is None
     assert eos_of({"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 4}) == [2, 4, None]

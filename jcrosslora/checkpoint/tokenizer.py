@@ -19,11 +19,16 @@ from jcrosslora.utils.files import read_small
 T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, in addition to the tokenizer's eos.
-_TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+_TURN_ENDS = (
+    *("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
+    *("<|endoftext|>", "<|end_of_text|>"),
+)
+# In the format of gpt-oss <|end|> closes each message, also that of the reasoning; these two end a turn.
+_HARMONY_ENDS = ("<|return|>", "<|call|>")
 # Files of a tokenizer, and what transformers reads along with tokenizer.json.
 _FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json"),
 )
 _BESIDE = ("config.json", *_FILES)
 # To read one of 262,144 tokens takes seconds.
@@ -135,7 +140,7 @@ def read_tokenizer(
 
     Args:
         vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
-        eos: the id that ends a text, or a list of such, as config.json states it.
+        eos: the id that ends a text, or a list of such, as the configuration states it.
         chat_template: Jinja source instead of the tokenizer's own.
 
     Raises CheckpointError if it cannot be read.
@@ -147,6 +152,9 @@ def read_tokenizer(
     backend.post_processor = None
     rows: int = backend.get_vocab_size() if vocab is None else vocab
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
+    harmony = [backend.token_to_id(token) for token in _HARMONY_ENDS]
+    if None not in harmony:
+        named = [index for index in named if index != backend.token_to_id("<|end|>")] + harmony
     found = [*ends, *named, *(eos if isinstance(eos, list) else [eos])]
     known = [index for index in found if type(index) is int and 0 <= index < rows]
     template = own_template if chat_template is None else chat_template
@@ -181,7 +189,18 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | N
     template = own.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
-    return backend, bos, [own.eos_token_id], own.bos_token or "", template if isinstance(template, str) else None
+    ends = [own.eos_token_id, *_stated_ends(folder)]
+    return backend, bos, ends, own.bos_token or "", template if isinstance(template, str) else None
+
+
+def _stated_ends(folder: Path) -> list[Any]:
+    """List the tokens that end a text as the files next to a tokenizer state them."""
+    found: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            stated = read_json_object(folder / name).get("eos_token_id")
+            found += stated if isinstance(stated, list) else [stated]
+    return found
 
 
 def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any], str, str | None]:

@@ -25,6 +25,8 @@ _SPLITS = {
     "tekken": _CASED + r"\p{N}" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*"),
 }
 _BY_GPT2 = ("default", "gpt-2", "smollm")
+_OTHERS = ("llama", "qwen2", "qwen3")  # architectures whose models have other rules than GPT-2's
+_TEXT_ENDS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
@@ -47,14 +49,15 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
         msg = f"{path}: has {counts}: convert it again"
         raise CheckpointError(msg)
     backend = _byte_level(metadata, tokens, path) if model == "gpt2" else _sentencepiece(metadata, tokens, types, path)
-    _add_tokens(backend, tokens, types)
+    # Phi-3's markers take the space behind them along, which the file does not say.
+    _add_tokens(backend, tokens, types, strip=model == "llama" and metadata.get("general.architecture") == "phi3")
     return backend
 
 
 def bos_of(metadata: Mapping[str, Any]) -> int | None:
     """Return the token before every text, None for none; llama.cpp's rule applies if the metadata do not say."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    implied = model in ("llama", "gemma4") or pre == "llama-bpe"
+    implied = model in ("llama", "gemma4") or pre in ("llama-bpe", "tekken")
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     return bos if metadata.get("tokenizer.ggml.add_bos_token", implied) is True and type(bos) is int else None
 
@@ -76,6 +79,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> A
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
+    if "tokenizer.ggml.pre" not in metadata and str(metadata.get("general.architecture")).startswith(_OTHERS):
+        msg = f"{path}: does not state how text is split (tokenizer.ggml.pre), as files of before May 2024: convert "
+        raise CheckpointError(msg + "the model again, or use its folder instead")
     if pre not in (*_SPLITS, *_BY_GPT2):
         msg = f"{path}: splits text by the rule {pre!r}, which is not supported: use the model's folder instead"
         raise CheckpointError(msg)
@@ -156,13 +162,16 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _add_tokens(backend: Any, tokens: list[str], types: list[int]) -> None:
-    """Match control and user-defined tokens in text as they are written, before the merges."""
+def _add_tokens(backend: Any, tokens: list[str], types: list[int], *, strip: bool) -> None:
+    """Match control and user-defined tokens in text as they are written, before the merges.
+
+    With `strip` they take space behind them along, except for those that begin or end a text.
+    """
     from tokenizers import AddedToken
 
     for kinds, special in (((UNKNOWN, CONTROL), True), ((USER_DEFINED,), False)):
         added = [
-            AddedToken(token, normalized=False, special=special)
+            AddedToken(token, normalized=False, special=special, rstrip=strip and token not in _TEXT_ENDS)
             for token, kind in zip(tokens, types, strict=True)
             if kind in kinds and token
         ]

@@ -7,7 +7,6 @@ from jcrosslora.adapter.folder import AdapterFiles, check_imports_nothing, find_
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, is_hub_id
 from jcrosslora.checkpoint.hub import fetch_companions
 from jcrosslora.checkpoint.opening import read_template
-from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.checkpoint.tokenizer import read_tokenizer
 from jcrosslora.checkpoint.tokenizer_gguf import read_metadata
 from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
@@ -36,7 +35,7 @@ def open_tokenizer(
     """
     path = _found(ref, revision)
     template = None if chat_template is None else read_template(Path(chat_template))
-    tokenizer = read_tokenizer(path, str(ref), vocab, None if path.is_file() else _stated_ends(path), template)
+    tokenizer = read_tokenizer(path, str(ref), vocab, chat_template=template)
     if path.is_file():
         return tokenizer, gguf_vocabulary(read_metadata(path), tokenizer.vocab)
     return tokenizer, read_vocabulary(path, tokenizer.vocab)
@@ -52,16 +51,6 @@ def _found(ref: str | Path, revision: str | None) -> Path:
         return fetch_companions(ref, revision)
     msg = f"{ref}: holds no tokenizer: give a folder with tokenizer.json, a .gguf file, or a hub id such as owner/name"
     raise CheckpointError(msg)
-
-
-def _stated_ends(folder: Path) -> list[Any]:
-    """List the tokens that end a text as the files next to a tokenizer state them."""
-    found: list[Any] = []
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            stated = read_json_object(folder / name).get("eos_token_id")
-            found += stated if isinstance(stated, list) else [stated]
-    return found
 
 
 def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
