@@ -1,5 +1,7 @@
 """Gemma 4 in the places beside the decoder's pass: gradients, streams, comparisons, and files as they are published."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +74,18 @@ def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_p
     assert seen == set(wanted)
 
 
+def test_heads_of_more_than_ten_layers_are_stated_as_transformers_does(tmp_path):
+    name, settings = HYBRIDS["gemma4"]
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    random_model(name, settings | {"num_hidden_layers": 12, "layer_types": kinds}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    heads = {key: config.pop(key) for key in ("global_head_dim", "num_global_key_value_heads") if key in config}
+    stated = {"head_dim": heads.get("global_head_dim") or 20}
+    config["per_layer_config"] = {f"{layer:02}": stated for layer, kind in enumerate(kinds) if kind == kinds[2]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert jcl.open_base(tmp_path).modules["model.layers.2.self_attn.q_proj"].shape[0] % 20 == 0
+
+
 def test_keys_of_layers_that_read_those_of_others_are_ignored_as_in_transformers(folder, base, tmp_path):
     """Published files have such tensors, which the class drops."""
     own = base.tensor("model.layers.0.self_attn.k_proj.weight")
@@ -107,6 +121,13 @@ def test_heads_are_matched_where_all_layers_of_a_role_have_keys(base):
     roles = {base.modules[name].role for name in found}
     assert roles == {"q_proj", "k_proj", "v_proj"}
     np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj"].match, np.eye(4))
+
+
+def test_queries_with_gates_are_matched_by_head():
+    base = jcl.open_base(random_model(*HYBRIDS["qwen3_5"]))
+    pairs = pair_modules(base.modules, base.modules).pairs
+    found = match_heads(BasePair(base, base), pairs, jnp.eye(base.dims.hidden))
+    assert {base.modules[name].role for name in found} == {"qg_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_the_time_of_a_layer_is_measured(base):

@@ -231,6 +231,11 @@ def test_norms_of_one_side_are_the_gain_of_the_modules_on_that_side():
         ),
         ("gemma4_text", GEMMA4 | {"vocab_size_per_layer_input": 60}, "is 60, wanted that of vocab_size"),
         ("gemma4_text", GEMMA4 | {"per_layer_config": {"2": {"head_dim": 8}}}, "wanted the same head_dim and"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"per_layer_config": {"02": {"head_dim": 8}, "5": {"head_dim": 12}}},
+            "wanted the same head_dim and",
+        ),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "'use_bidirectional_attention'='all' is not supported"),
         (
             "gemma4_text",

@@ -13,6 +13,7 @@ from full_set import full_except
 from gradients_of_both import gradients_of_both
 from passes_of_both import run, theirs
 from rewritten_base import rewritten
+from safetensors.torch import load_file, save_file
 from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
 
@@ -34,6 +35,19 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 # All layers have experts, so that any of them can be left out.
 SPARSE = ("llama4_text", LLAMA4 | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1], "hidden_size": 48})
+
+
+def test_experts_in_fp8_are_refused_where_their_scales_are_not_read(tmp_path):
+    """As fbgemm stores them: under their own names, each with a scale."""
+    random_model(*EXPERT_VARIANTS["llama4"]).save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj")]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 448
+        tensors[name], tensors[f"{name}_scale"] = (tensors[name] / scale).to(torch.float8_e4m3fn), scale
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fbgemm_fp8"}}))
+    with pytest.raises(CheckpointError, match=r"experts.gate_up_proj' is FP8, and is not scaled as"):
+        jcl.open_base(tmp_path)
 
 
 @pytest.mark.full

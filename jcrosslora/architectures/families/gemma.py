@@ -200,13 +200,18 @@ def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]
         own["num_key_value_heads"] = config["num_global_key_value_heads"]
     if (stated := config.get("per_layer_config")) is not None:
         places = [str(layer) for layer, kind in enumerate(kinds) if kind == FULL]
-        each = {str(layer): one for layer, one in stated.items()} if isinstance(stated, Mapping) else {}
+        each = {_number(layer): one for layer, one in stated.items()} if isinstance(stated, Mapping) else {}
         first = each.get(places[0])
         if each != dict.fromkeys(places, first) or not isinstance(first, Mapping) or set(first) - set(usual):
             wanted = "the same head_dim and num_key_value_heads for layers of full attention, and nothing for others"
             refuse("per_layer_config", stated, wanted)
         own = {**usual, **first}
     return {"global_head_dim": own["head_dim"], "num_global_key_value_heads": own["num_key_value_heads"]}
+
+
+def _number(layer: Any) -> str:
+    """Return the number of a layer without the zeros that transformers writes in front of it."""
+    return str(layer).lstrip("0") or "0"
 
 
 def _kv_shared(config: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.quantised.format import Format, Packed, Parts, Settings
 from jcrosslora.checkpoint.quantised.integers import AWQ, BITSANDBYTES4, BITSANDBYTES8, GPTQ
+from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.quantised.scaled import FP8, INT8, MXFP4, PACK_QUANTIZED
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
@@ -126,12 +127,16 @@ class QuantisedStore(TensorStore):
 
     def _opened(self, name: str) -> Packed | None:
         formats = [form for form in self._formats if name.endswith(form.ending)]
-        if not formats:
-            return None
-        parts = Parts(self._store, self._stored, name.removesuffix(formats[0].ending), self._where)
-        with _quiet():
-            candidates = (form.open(parts, self._settings) for form in formats)
-            return next((packed for packed in candidates if packed is not None), None)
+        found = None
+        if formats:
+            parts = Parts(self._store, self._stored, name.removesuffix(formats[0].ending), self._where)
+            with _quiet():
+                candidates = (form.open(parts, self._settings) for form in formats)
+                found = next((packed for packed in candidates if packed is not None), None)
+        if found is None and self._settings and name in self._stored and self._store.dtype(name) in FP8_DTYPES:
+            msg = f"{self._where}: {name!r} is FP8, and is not scaled as any supported format does: use the "
+            raise CheckpointError(msg + "unquantised checkpoint")
+        return found
 
 
 def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:

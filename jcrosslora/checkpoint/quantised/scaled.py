@@ -69,12 +69,14 @@ INT8 = Format(
 )
 
 
-def _open_pack_quantized(parts: Parts, _: Settings) -> Packed | None:
+def _open_pack_quantized(parts: Parts, settings: Settings) -> Packed | None:
     if ".weight_packed" not in parts:
         return None
     packed = parts.matrix(".weight_packed", "I32")
     shape = _shape(parts, packed)
     bits = _bits(parts, packed.shape[1], shape[1])
+    if (stated := _stated_bits(settings)) not in (None, bits):  # older versions left bits of a word unused
+        parts.refuse(f"numbers of {bits} bits are packed, and the configuration says {stated}")
     scales = _scales(parts, shape)
     zeros = _zeros(parts, scales.shape, bits)
     groups = _groups(parts, shape[1], scales.shape[1])
@@ -84,6 +86,20 @@ def _open_pack_quantized(parts: Parts, _: Settings) -> Packed | None:
         return (numbers - zeros[ids][:, groups]) * scales[ids][:, groups].astype(np.float32)
 
     return Packed(shape, f"packed INT{bits}", rows)
+
+
+def _stated_bits(settings: Settings) -> int | None:
+    """Return the bits of a weight that all groups of the settings state; None if they differ or state none."""
+    found = {one.get("num_bits") for one in _of_weights(settings)}
+    stated = found.pop() if len(found) == 1 else None
+    return stated if type(stated) is int else None
+
+
+def _of_weights(settings: Settings) -> list[Settings]:
+    """Return what the settings of compressed-tensors say of the weights of each group of modules."""
+    groups = settings.get("config_groups")
+    every = groups.values() if isinstance(groups, dict) else ()
+    return [weights for one in every if isinstance(one, dict) and isinstance(weights := one.get("weights"), dict)]
 
 
 def _shape(parts: Parts, packed: np.ndarray) -> tuple[int, int]:
@@ -148,11 +164,7 @@ SCALES = (".weight_scale_inv", ".weight_scale")
 
 def block_size(settings: Settings) -> tuple[int, int] | None:
     """Return (rows, columns) of a scale block if the settings state it, else None."""
-    groups = settings.get("config_groups")
-    stated = [settings.get("weight_block_size")]
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        stated.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    stated = [settings.get("weight_block_size"), *(weights.get("block_structure") for weights in _of_weights(settings))]
     sizes = {tuple(size) for size in stated if isinstance(size, list) and [type(n) for n in size] == [int, int]}
     size = sizes.pop() if len(sizes) == 1 else (0, 0)
     return (size[0], size[1]) if min(size) > 0 else None
