@@ -10,7 +10,10 @@ from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint import roles_named
 from jcrosslora.decoder import load_model, settings_of
+from jcrosslora.distill.run import distill
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.report import print_report
 from jcrosslora.training import TrainingSettings, first_factors
@@ -72,6 +75,16 @@ def test_training_starts_with_the_modules_that_there_are(phi):
     assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.architecture.role_shapes)
     with pytest.raises(UsageError, match=r"modules gate_proj: .* has none of them"):
         first_factors(base, TrainingSettings(rank=2, modules=("gate_proj",)))
+
+
+def test_a_name_stands_for_all_modules_that_are_called_so(phi):
+    every = {"qg_proj", "q_proj", "global_q_proj", "kv_shared_q_proj", "k_proj", "shared_gate_proj"}
+    called = every - {"k_proj", "shared_gate_proj"}
+    assert set(roles_named(("q_proj",), every)) == called
+    assert roles_named(("global_q_proj",), every) == ["global_q_proj"]
+    assert set(roles_named(None, every)) == every
+    with pytest.raises(UsageError, match="has none of them, only"):
+        distill(jcl.open_base(phi), jcl.open_base(phi), settings=DistillSettings(roles=("gate_proj",)))
 
 
 def test_a_bias_is_read_by_the_logical_name(phi):

@@ -189,6 +189,15 @@ def test_parts_of_a_fused_matrix_keep_their_shared_factor(tmp_path):
         np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.adapter.modules[row.target])), rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["interpolated-copy", "compensated-copy"])
+def test_bases_with_other_modules_are_refused_before_text_is_written(bases, tmp_path, method):
+    fewer = make("llama", num_hidden_layers=2).write(tmp_path / "fewer")
+    with pytest.raises(
+        MethodError, match=rf"method {method} adds a difference of weights, and .* differ in model\.lay"
+    ):
+        jcl.transfer(random_adapter(bases[0]), bases[0], fewer, method, cache=False)
+
+
 def test_layers_of_different_dtypes_are_interpolated_together(bases, tmp_path):
     """numpy has no dtype that holds both float16 and bfloat16."""
     made = make("llama")

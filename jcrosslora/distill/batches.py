@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jcrosslora.checkpoint import ROLES, BaseModel, Encoded, Tokenizer, pad_right
+from jcrosslora.checkpoint import ROLES, BaseModel, Encoded, Tokenizer, pad_right, roles_named
 from jcrosslora.decoder import DecoderSettings, settings_of
 from jcrosslora.decoder.loading import stack_shapes
 from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
@@ -261,7 +261,8 @@ def peak_bytes(target: BaseModel, settings: DistillSettings, free: int | None = 
     bytes that the weights leave free, and the factors of all modules that it fits, four times: in training, the best
     ones, and two moments. The decoder has to support the target.
     """
-    shapes = [shape for name, shape in stack_shapes(target).items() if name in (settings.roles or ROLES)]
+    every = {role: shape for role, shape in stack_shapes(target).items() if role in ROLES}
+    shapes = [every[role] for role in roles_named(settings.roles, every)]
     factors = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)
     rows, width = row_shape(TEXT + (settings.answer_tokens or MOST_TOKENS))
     columns, (kept, remembered) = min(settings.compared_tokens, target.dims.vocab), most_kept(free)

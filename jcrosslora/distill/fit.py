@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint import ROLES, roles_named
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.distill.batches import BATCH, DistillationBatch, most_kept, needs_remat
 from jcrosslora.distill.completions import round_cost
@@ -272,7 +272,7 @@ def schedule(share: float) -> float:
 def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitState:
     """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
     rng, roles, weights = np.random.default_rng([seed, 2]), {}, target.params.weights
-    for role in (role for role in settings.roles or ROLES if role in weights):
+    for role in roles_named(settings.roles, [role for role in ROLES if role in weights]):
         layers, rows, columns = weights[role].shape
         rank, bound = min(settings.fit_rank, rows, columns), columns**-0.5
         a = jnp.asarray(rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32))

@@ -13,7 +13,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
-from jcrosslora.checkpoint import BaseModel, load_tokenizer
+from jcrosslora.checkpoint import BaseModel, load_tokenizer, roles_named
 from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.completions import Completions
 from jcrosslora.distill.fit import Fitted, Look
@@ -96,6 +96,7 @@ def distill(
     """
     settings.check()
     check_seed(seed)
+    roles_named(settings.roles, target.architecture.role_shapes)  # refused before text is written
     prompts, taught = without_labelled(prompts, examples), as_taught(examples)
     settings = settings.for_prompts(len(prompts), len(taught))
     loaded = loaded or LoadedBases()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.blocks import ATTENTION, ROLE_PATHS
+from jcrosslora.architectures.blocks import ATTENTION, BY_HEAD, ROLE_PATHS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot
@@ -81,7 +81,7 @@ def match_heads(pair: BasePair, modules: Iterable[Pair], stream: jax.Array) -> d
     a weight cannot be read.
     """
     by_layers: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
-    found, skipped, attention = {}, set(), [one for one in modules if one.role in ATTENTION]
+    found, skipped, attention = {}, set(), [one for one in modules if one.role in BY_HEAD]
     for one in attention:
         for base, name in zip(pair, (one.source, one.target), strict=True):
             if not base.modules.keys() >= {*_names(base.modules[name].layer)}:

@@ -242,6 +242,7 @@ class MapMethod(Method):
         measure: the diagnostic that says whether the two bases agree in what the method relies on; "none" without one.
         is_control: whether no effect is expected, by design. The norm of a control's update is restored after the maps.
         equal_shapes: whether it is defined only for modules of equal shape.
+        equal_modules: whether it is defined only for bases with the same modules, by name and shape.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
         takes_numpy: whether `maps` takes arrays of numpy as well; then nothing is compiled for it on a CPU.
     """
@@ -249,6 +250,7 @@ class MapMethod(Method):
     measure: ClassVar[Measure] = "none"
     is_control: ClassVar[bool] = False
     equal_shapes: ClassVar[bool] = False
+    equal_modules: ClassVar[bool] = False
     single_vectors: ClassVar[bool] = False
     takes_numpy: ClassVar[bool] = False
     carries: ClassVar[Carried] = Carried.LINEAR

@@ -131,6 +131,8 @@ def _shown(layers: Depth) -> str:
 def _check_modules(task: AlignmentTask) -> None:
     """Raise MethodError if the method is not defined for a pair of modules."""
     start = task.method.start
+    if start is not None and start.equal_modules:
+        _check_same_modules(task)
     by_stream = start is not None and EvidenceKind.EMBEDDING_MAP in start.requires
     for pair in task.modules if by_stream else ():
         if LINEARS[pair.role].stream == "inside":
@@ -144,6 +146,15 @@ def _check_modules(task: AlignmentTask) -> None:
                 f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
             )
             raise MethodError(msg)
+
+
+def _check_same_modules(task: AlignmentTask) -> None:
+    src, tgt = ({name: one.shape for name, one in base.modules.items()} for base in task.pair)
+    if src != tgt:
+        odd = next(name for name in {**tgt, **src} if src.get(name) != tgt.get(name))
+        msg = f"method {task.method.name} adds a difference of weights, and {task.pair.source.name} and "
+        msg += f"{task.pair.target.name} differ in {odd}: it needs bases with the same modules; use another method"
+        raise MethodError(msg)
 
 
 def _checked_rank(task: AlignmentTask) -> int:

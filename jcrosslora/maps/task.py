@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.architectures.blocks import ATTENTION, LINEARS
+from jcrosslora.architectures.blocks import BY_HEAD, LINEARS
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import PairingError
@@ -92,7 +92,7 @@ class AlignmentTask:
         by_heads = EvidenceKind.EMBEDDING_MAP in self.method.requires
 
         def key(pair: Pair) -> tuple[object, ...]:
-            heads = self.pair.head_counts(pair.role) if by_heads and pair.role in ATTENTION else None
+            heads = self.pair.head_counts(pair.role) if by_heads and pair.role in BY_HEAD else None
             return *self.shapes(pair), LINEARS[pair.role].stream, heads
 
         def size(pair: Pair) -> int:

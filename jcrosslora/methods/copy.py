@@ -38,7 +38,7 @@ from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fuse, split_fused
 from jcrosslora.adapter.combining import add_factors
 from jcrosslora.adapter.difference import module_differences
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import UsageError
 from jcrosslora.linalg import LinearMap, cosine, select
 from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Sizes, Task
 from jcrosslora.relation import find_channel_scales
@@ -124,6 +124,7 @@ class InterpolatedCopy(Copy):
     summary = "the unchanged update, on weights interpolated from the target towards the source"
     when = "for a base and its further-trained version"
     reference = "this package; interpolation of weights: arXiv 2109.01903"
+    equal_modules = True
 
     held: ClassVar[str] = (
         "the difference; while the adapter is on, the target gives up {} of what they hold of its further training"
@@ -223,20 +224,15 @@ def interpolate_to_source(
 
     Returns share (W_src - W_tgt) of each module, truncated, without modules of equal weights; and the share of all
     modules' ||W_src - W_tgt||_F^2, or of what it writes on inputs, that the ranks hold, 1 if nothing differs. Raises
-    MethodError if the modules of the two bases are not the same, by name and shape, and CheckpointError if a weight
-    cannot be read or is not finite.
+    CheckpointError if a weight cannot be read or is not finite. Both bases have the same modules.
     """
-    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
-    if shapes[0] != shapes[1]:
-        odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
-        msg = f"{target.name} and {source.name} differ in {odd}, so there is no difference between their weights to add"
-        raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
+    shapes = {name: module.shape for name, module in target.modules.items()}
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with track(len(target.modules), "interpolate", "modules") as bar:
         scales = find_channel_scales(source, target)
-        rescaled = None if scales is None else lambda name: scales.of(name, shapes[1][name])
-        for name, found in module_differences(source, target, shapes[1], lambda _: rank, inputs, scales=rescaled):
+        rescaled = None if scales is None else lambda name: scales.of(name, shapes[name])
+        for name, found in module_differences(source, target, shapes, lambda _: rank, inputs, scales=rescaled):
             cut = found.cut(found.lowest_rank(ENERGY)) if inputs is None else found
             whole, left = whole + found.energy, left + found.energy * cut.kept
             if len(cut.s) and share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, roles_named
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.loading import held_numbers, mesh_of, streamed_numbers
 from jcrosslora.distill.batches import peak_bytes
@@ -158,9 +159,9 @@ def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) ->
 
 
 def fitted_modules(method: Method, target: BaseModel) -> int:
-    """Count the modules of the target that a method without maps fits."""
-    roles = getattr(method, "roles", None)
-    return sum(roles is None or module.role in roles for module in target.modules.values())
+    """Count the modules of the target that a method without maps fits; UsageError if it has none of those wanted."""
+    counts = Counter(module.role for module in target.modules.values())
+    return sum(counts[role] for role in roles_named(getattr(method, "roles", None), counts))
 
 
 def _group_memory(task: AlignmentTask) -> int:

@@ -12,7 +12,7 @@ from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, fit_t
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.origin import other_model
 from jcrosslora.adapter.records import check_always_active, left_out
-from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, describe_base
+from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, describe_base, roles_named
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import StackedAdapter, StackedFactors, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
@@ -49,13 +49,8 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
     """
     rng, (rank, _) = np.random.default_rng([settings.seed, 1]), settings.size
     shapes = base.architecture.role_shapes
-    asked = tuple(shapes) if settings.modules is None else settings.modules
-    wanted = [role for role in asked if role in shapes]
-    if not wanted:
-        msg = f"modules {', '.join(asked)}: {base.name} has none of them, only "
-        raise UsageError(msg + ", ".join(shapes))
     roles = {}
-    for role in wanted:
+    for role in roles_named(settings.modules, shapes):
         layers, (rows, columns) = len(base.layers_with(role)), shapes[role]
         bound = columns**-0.5
         a = rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32)

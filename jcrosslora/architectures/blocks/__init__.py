@@ -1,6 +1,6 @@
 """The blocks that layers are made of, and the lists of all their modules and tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from jcrosslora.architectures.blocks.attention import HeadNorms as HeadNorms
 from jcrosslora.architectures.blocks.attention import LatentAttention as LatentAttention
@@ -22,7 +22,7 @@ from jcrosslora.architectures.blocks.recurrences import DeltaRule as DeltaRule
 from jcrosslora.architectures.blocks.recurrences import Mamba2 as Mamba2
 from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as RecurrentBlock
 from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
-from jcrosslora.errors import suggestion
+from jcrosslora.errors import UsageError, suggestion
 
 # The classes that have linear modules, in the order in which these are listed.
 BLOCKS: tuple[type[Block], ...] = (
@@ -49,6 +49,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (*QKV, "o_proj")
 # "qg_proj" holds the rows of queries and of their gates in turn, head by head.
 GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
+BY_HEAD = (*ATTENTION, "qg_proj")  # whose rows or columns are divided among heads
 MLP = ("gate_proj", "up_proj", "down_proj")
 UNGATED_MLP = ("up_proj", "down_proj")
 DENSE_ROLES = (*ATTENTION, *MLP)
@@ -67,6 +68,20 @@ HEAD_BIAS = "lm_head.bias"
 LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
 LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
 LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"
+
+
+def roles_named(given: Collection[str] | None, present: Iterable[str]) -> list[str]:
+    """Return those of a base's roles that were asked for; None asks for all.
+
+    A name stands for all modules that are called so: q_proj also for `qg_proj`, and for the `global_q_proj` of some
+    layers. Raises UsageError if the base has none of them.
+    """
+    paths = {ROLE_PATHS[name] for name in given or () if ROLE_PATHS[name].endswith(f".{name}")}
+    found = [role for role in present if given is None or role in given or ROLE_PATHS[role] in paths]
+    if not found:
+        msg = f"modules {', '.join(given or ())}: the base has none of them, only {', '.join(present)}"
+        raise UsageError(msg)
+    return found
 
 
 def wanted_roles(given: Iterable[str] | None) -> str:
