@@ -59,7 +59,9 @@ def write(source, count=2):
     return [one.text for one in source.write([f"Anna {n}" for n in range(count)], 3, 0.0, KEY)]
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "half", "drop", "hang", ("wait", 429, "7"), ("wait", 503, "soon")])
+@pytest.mark.parametrize(
+    "fault", [429, 500, 503, "half", "drop", "hang", ("wait", 429, "7"), ("wait", 503, "soon"), ("wait", 429, "0")]
+)
 def test_a_fault_that_passes_is_tried_again(server, base, waits, fault):
     source = opened(server, base, timeout=0.3 if fault == "hang" else 30.0)
     wanted = write(source)
@@ -80,7 +82,7 @@ def test_a_fault_that_does_not_pass_ends_the_run_soon(server, base, waits):
 def test_a_date_says_how_long_to_wait():
     assert _stated_wait("3.5") == 3.5
     assert 50 < _stated_wait(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))) <= 60
-    assert _stated_wait("soon") is _stated_wait(None) is None
+    assert _stated_wait("soon") == _stated_wait(None) == _stated_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_requests_run_side_by_side(server, base):

@@ -119,14 +119,14 @@ class Client:
     def _ask(self, url: str, data: bytes | None, read: Callable[[bytes], R]) -> R:
         reason, advice = "", ""
         for attempt in range(_ATTEMPTS):
-            asked_wait, advice = None, "check that the server runs, ask it for less at a time with --source-requests"
+            asked_wait, advice = 0.0, "check that the server runs, ask it for less at a time with --source-requests"
             try:
                 return read(self._once(url, data))
             except urllib.error.HTTPError as error:
                 reason = self._refusal(error)
                 if error.code not in _PASSING:
                     raise self._final(error.code, reason) from None
-                asked_wait = _stated_wait(error.headers.get("Retry-After"))
+                asked_wait = min(_stated_wait(error.headers.get("Retry-After")), _MOST_ASKED_WAIT)
             except (OSError, http.client.HTTPException, UnicodeError) as error:  # refused, broken off, late
                 reason = self._scrubbed(str(getattr(error, "reason", None) or error) or type(error).__name__)
             except DamagedError as error:
@@ -134,7 +134,7 @@ class Client:
                 advice = "check what runs behind this address"
             if attempt + 1 < _ATTEMPTS and not self._stopped.is_set():
                 backoff = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                self._wait(backoff if asked_wait is None else min(asked_wait, _MOST_ASKED_WAIT))
+                self._wait(max(backoff, asked_wait))
             if self._stopped.is_set():
                 break
         msg = f"{self.url}: gave no answer in {_ATTEMPTS} attempts ({reason}): {advice}, and run the same command again"
@@ -194,16 +194,14 @@ class Client:
         return " ".join(text.split())[:300]
 
 
-def _stated_wait(text: str | None) -> float | None:
-    """Return the seconds of a Retry-After header: a number, or a date."""
-    if text is None:
-        return None
+def _stated_wait(text: str | None) -> float:
+    """Return the seconds of a Retry-After header, a number or a date; 0 if there is none, or one in the past."""
     with suppress(ValueError):
-        return max(0.0, float(text))
+        return max(0.0, float(text or 0))
     with suppress(ValueError, OverflowError):
         parsed = email.utils.parsedate_tz(text)
-        return None if parsed is None else max(0.0, email.utils.mktime_tz(parsed) - time.time())
-    return None
+        return 0.0 if parsed is None else max(0.0, email.utils.mktime_tz(parsed) - time.time())
+    return 0.0
 
 
 class _Timely(io.RawIOBase):
