@@ -82,7 +82,10 @@ def test_base_and_adapter_are_the_original_in_peft(tmp_path, capsys, name):
     base = save_tiny(family, tmp_path / "base", tie_word_embeddings=tied, **LAYERS)
     before, wanted = train(family, tied, config(), tmp_path / "a")
     assert np.abs(wanted - before).max() > 0.1
+    for name in ("README.md", "transfer_report.json"):  # which say that it is of the old base
+        (tmp_path / "a" / name).write_text("{}")
     written = absorb(base, tmp_path / "a", tmp_path / "o", "--fail-on", "loss")
+    assert not {"README.md", "transfer_report.json"} & {path.name for path in (tmp_path / "o").iterdir()}
     printed = capsys.readouterr().out
     assert "in the base: " in printed
     assert "not written" not in printed

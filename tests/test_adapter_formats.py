@@ -320,6 +320,22 @@ def test_an_incomplete_adapter_folder_names_the_missing_file(tmp_path):
         load_adapter(folder)
 
 
+@pytest.mark.parametrize("profile", ["gguf", "tunix", "mlx", "peft"])
+def test_documents_are_read_from_the_folder_of_an_adapter_and_not_from_neighbours(tmp_path, profile):
+    base = jcl.open_base(write_llama(tmp_path / "base"))
+    adapter = load_adapter(jcl.save_adapter(random_adapter(base), tmp_path / "first", base=base))
+    adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, chat_template="{{ messages }}"))
+    folder = jcl.save_adapter(adapter, tmp_path / "own", base=base, profile=profile)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    found = load_adapter(folder, base).info
+    assert (found.chat_template, found.licence) == ("{{ messages }}", "mit")
+    if profile == "gguf":
+        assert load_adapter(folder / "adapter.gguf", base).info.licence == "mit"
+        (folder / "adapter.gguf").rename(folder / "mine.gguf")  # among those of others
+        found = load_adapter(folder / "mine.gguf", base).info
+        assert (found.chat_template, found.licence, found.earlier) == (None, None, ())
+
+
 def test_an_mlx_adapter_comes_from_the_hub(monkeypatch, tmp_path):
     import huggingface_hub
 

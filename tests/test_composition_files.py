@@ -118,6 +118,20 @@ def test_a_rank_that_is_cut_says_what_it_loses(llama):
     assert whole.info.lost < 1e-6
 
 
+def test_the_rank_is_that_of_modules_as_the_base_stores_them_and_the_template_stays(tmp_path):
+    case = Case("phi3", tmp_path)
+    case.adapters = [
+        dataclasses.replace(one, info=dataclasses.replace(one.info, chat_template="{{ messages }}"))
+        for one in case.adapters
+    ]
+    composed = case.compose("mixture")
+    composed.save_adapter(tmp_path / "out", [1, 1, 0], out_rank=4)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    composed.save(tmp_path / "saved")
+    for folder in (tmp_path / "out", tmp_path / "saved" / "adapters" / "0"):
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("how", ["gated", "router"])
 def test_a_gate_is_no_adapter(llama, how):
     with pytest.raises(UsageError, match=f"{how} decides by token"):

@@ -162,6 +162,7 @@ def test_samples_and_a_lift_that_were_given_once_stay(base, tmp_path):
     shelf.add(place, prompts=tmp_path / "mine.txt", lift=0.8, name="foxes")
     entry = shelf.entry("foxes")
     assert (entry.samples, entry.samples_from, entry.lift) == (tuple(TASKS["fox"]), "mine.txt", 0.8)
+    (place / "completions.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")  # of the source
     assert shelf.add(place, name="foxes").kept == ("foxes",)
     write_adapter(tmp_path / "plain2", base, seed=5)
     with pytest.raises(UsageError, match="for 2 adapters"):

@@ -16,7 +16,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
 from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE
+from jcrosslora.adapter.folder import CARD, REPORT
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.merge import Merged, write_merged
@@ -34,7 +34,7 @@ from jcrosslora.utils.files import atomic_folder, ensure_free, is_within, output
 from jcrosslora.utils.settings import Settings
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
-_DOCUMENTS = (CARD, "transfer_report.json", COMPLETIONS)
+_DOCUMENTS = (CARD, REPORT, COMPLETIONS)
 _EXACT = 2.0**-20  # of ||W||_F: float32 rounds W itself by up to 2^-24
 _MORE = 8  # columns of the sketch of a change beyond the rank
 
@@ -201,8 +201,6 @@ def export_adapter(settings: ExportSettings) -> Exported:
         found = (other_base(info, base) for info in exported.sources)
         exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
     documents, split = _documents(settings.adapter), exported.split
-    if exported.adapter.info.chat_template is not None:
-        documents[CHAT_TEMPLATE] = exported.adapter.info.chat_template
     with ExitStack() as stack:
         if settings.absorb is not None and base and info and split and split.changes_base:
             out = output_path(settings.absorb)
@@ -210,7 +208,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
             exported = replace(exported, merged=replace(write_merged(base, split.absorbed, folder), folder=out))
             sync_folder(folder)  # so that only its rename is left once the adapter is in place
             info = replace(info, name=out.name, revision=None)
-            documents.pop(CARD, None)  # it says which base to load the adapter on
+            for name in (CARD, REPORT):  # which say that the adapter is of the old base
+                documents.pop(name, None)
         save_adapter(
             exported.adapter,
             settings.out,

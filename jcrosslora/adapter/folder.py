@@ -42,12 +42,21 @@ class AdapterFiles:
         weights: their file; of Orbax the folder of a checkpoint.
         config: `adapter_config.json`, or of Orbax `lora_config.json`; None if the weights file holds the configuration,
             or there is none.
+        folder: of the adapter, with its documents; None for a single .gguf file, whose neighbours are not its own.
     """
 
     name: str
     form: Form
     weights: Path
     config: Path | None = None
+    folder: Path | None = None
+
+    def read_document(self, name: str, limit: int | None = None) -> str | None:
+        """Read a text file in the adapter's folder, at most its first bytes; None if it cannot be read."""
+        with suppress(OSError):
+            if self.folder is not None:
+                return read_small(self.folder / name)[:limit].decode("utf-8", errors="replace")
+        return None
 
 
 def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
@@ -67,7 +76,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     if is_folder:
         return _local_files(folder)
     if is_there and folder.suffix == GGUF_ENDING:
-        return AdapterFiles(str(folder), "GGUF", folder)
+        return AdapterFiles(str(folder), "GGUF", folder, folder=folder.parent if folder.name == GGUF_WEIGHTS else None)
     if is_there:
         msg = f"{ref}: is a file; give the folder that holds {CONFIG} and {WEIGHTS}, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
@@ -119,16 +128,16 @@ def form_of(config: Mapping[str, Any]) -> Form:
 def _local_files(folder: Path) -> AdapterFiles:
     if not (folder / CONFIG).is_file():
         if (folder / GGUF_WEIGHTS).is_file():
-            return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS)
+            return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS, folder=folder)
         if (checkpoint := find_checkpoint(folder)) is not None:
-            return AdapterFiles(str(folder), "Orbax", checkpoint, nearest_file(LORA_CONFIG, checkpoint, folder))
+            return AdapterFiles(str(folder), "Orbax", checkpoint, nearest_file(LORA_CONFIG, checkpoint, folder), folder)
         if (folder / "config.json").is_file():
             msg = f"{folder}: is a whole model, perhaps with an adapter merged into it: give the adapter's own folder, "
             raise AdapterError(msg + f"which holds {CONFIG}, from before it was merged")
         msg = f"{folder}: no {CONFIG} here: give the folder of an adapter of PEFT or MLX, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
     form = form_of(read_config(folder / CONFIG))
-    files = AdapterFiles(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG)
+    files = AdapterFiles(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG, folder)
     if not files.weights.is_file():
         msg = f"{folder}: {_missing_weights(folder, form)}"
         raise AdapterError(msg)
@@ -141,7 +150,7 @@ def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
     for optional in (CARD, CHAT_TEMPLATE):  # the card states the licence; many adapters have neither
         with suppress(AdapterError):
             _download(repo, optional, revision)
-    return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config)
+    return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config, config.parent)
 
 
 def _missing_weights(folder: Path, form: Form) -> str:
@@ -172,8 +181,8 @@ def stated_licences(files: AdapterFiles) -> dict[str, Any]:
     """
     data: dict[str, Any] = {}
     # A damaged card is no reason to refuse the adapter.
-    with suppress(OSError, AdapterError):
-        data = split_card(read_small(files.weights.parent / CARD)[:_LONGEST].decode("utf-8", errors="replace"))[0]
+    with suppress(AdapterError):
+        data = split_card(files.read_document(CARD, _LONGEST) or "")[0]
     keys = ("license", "license_name", "license_link")
     licence, name, link = (value if isinstance(value := data.get(key), str) and value else None for key in keys)
     if link is not None and "://" not in link:
@@ -182,8 +191,10 @@ def stated_licences(files: AdapterFiles) -> dict[str, Any]:
     return {"licence": licence, "licence_name": name, "licence_link": link}
 
 
-def stated_template(folder: Path) -> str | None:
+def stated_template(folder: Path | None) -> str | None:
     """Return the chat template in a folder's chat_template.jinja; None if there is none that can be read."""
+    if folder is None:
+        return None
     with suppress(OSError, UnicodeDecodeError):
         text = read_small_text(folder / CHAT_TEMPLATE, _LONGEST)
         return text if text.strip() else None

@@ -88,6 +88,11 @@ def is_of_experts(module: str) -> bool:
     return _ALL_EXPERTS.match(name) is not None or SINGLE_EXPERT.match(name) is not None
 
 
+def holds_all_experts(module: str) -> bool:
+    """Whether a module of an adapter's file holds the factors of all experts of a layer together."""
+    return _ALL_EXPERTS.match(text_module_name(module)) is not None
+
+
 def is_router(module: str) -> bool:
     """Whether a module of an adapter's file is the router of experts."""
     return _ROUTER.match(text_module_name(module)) is not None

@@ -21,7 +21,6 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo, Earlier
 from jcrosslora.checkpoint.base import BaseModel, quick_digest
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
 from jcrosslora.errors import AdapterError
-from jcrosslora.utils.files import read_small_text
 
 _MODULES = 4  # whose weights are read
 # Least part of an update in the weights that counts as merged (1 up to rounding if it is); and by how many standard
@@ -110,8 +109,8 @@ def read_record(files: AdapterFiles, header: Mapping[str, Any]) -> dict[str, Any
     The header overrides the report, which may belong to other weights.
     """
     found: Any = {}
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(read_small_text(files.weights.parent / REPORT))
+    with suppress(ValueError, RecursionError):
+        found = json.loads(files.read_document(REPORT) or "{}")
     found = found if isinstance(found, dict) else {}
     for key, value in header.items():
         name = key.removeprefix("jcrosslora.")

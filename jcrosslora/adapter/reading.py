@@ -62,7 +62,7 @@ def open_adapter(
         alpha=alpha,
         revision=identity[1] if identity is not None and identity[0] == files.name else None,
         **folder.stated_licences(files),
-        chat_template=folder.stated_template(files.weights.parent),
+        chat_template=folder.stated_template(files.folder),
         earlier=earlier_of(read_record(files, stored.metadata)),
     )
     return _grouped(stored, str(files.config or files.weights), base, rank, origin)

@@ -11,7 +11,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.combining import fuse
 from jcrosslora.adapter.contents import BASE, Contents, FileDtype
-from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
+from jcrosslora.adapter.folder import CHAT_TEMPLATE, CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, check_tunix
 from jcrosslora.adapter.mlx import write_mlx
@@ -119,7 +119,8 @@ def save_adapter(
         base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
             the last part is written.
         profile: with `dtype` and `overwrite` see `jcrosslora.save_adapter`.
-        documents: file name to text, written into the same folder (README.md, transfer_report.json).
+        documents: file name to text, written into the same folder (README.md, transfer_report.json), as well as the
+            chat template of the adapter's info unless there is another.
         metadata: pairs for the header of the weights file.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
@@ -134,7 +135,9 @@ def save_adapter(
     family, heads, fused = (None, None, {}) if base is None else (base.family, base.heads, base.fused)
     check_profile(profile, family, heads, dora=magnitudes is not None)
     check_holds(profile, adapter)
-    _check_settings(dtype, documents or {}, metadata or {})
+    template = adapter.info.chat_template
+    documents = ({} if template is None else {CHAT_TEMPLATE: template}) | dict(documents or {})
+    _check_settings(dtype, documents, metadata or {})
     modules = fuse(adapter.modules, fused)
     held = for_profile(adapter, profile)
     # peft wants a LoRA of something.

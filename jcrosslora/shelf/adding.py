@@ -16,7 +16,16 @@ from jcrosslora.adapter.origin import read_header, read_record, text_of
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.shelf.index import Fresh
-from jcrosslora.shelf.records import Added, Refused, Sample, ShelfEntry, is_there, stored_place, written_samples
+from jcrosslora.shelf.records import (
+    WRITTEN,
+    Added,
+    Refused,
+    Sample,
+    ShelfEntry,
+    is_there,
+    stored_place,
+    written_samples,
+)
 from jcrosslora.utils.files import read_small
 from jcrosslora.utils.progress import track
 
@@ -92,7 +101,8 @@ class Reader:
             raise UsageError(msg)
         entry, folder = read_entry(found, self.base, self.info, place)
         samples, source = self.samples if self.samples is not None else written_samples(folder)
-        if old is not None and not samples:
+        given = old is not None and old.samples and old.samples_from != WRITTEN  # by the user, at an earlier time
+        if old is not None and (not samples or (given and self.samples is None)):
             samples, source = old.samples, old.samples_from
         lift = self.lift if self.lift is not None or old is None else old.lift
         return replace(entry, samples=samples, samples_from=source, lift=lift)
@@ -147,8 +157,8 @@ def add_found(
     return Added(tuple(added), tuple(kept), tuple(refused))
 
 
-def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path]:
-    """Read and check an adapter; return its entry, without samples, and the folder of its files.
+def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path | None]:
+    """Read and check an adapter; return its entry, without samples, and its folder, None for a single .gguf file.
 
     Raises AdapterError if it is damaged, its record names another base, or it does not fit the base.
     """
@@ -176,7 +186,7 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
         licence=stated_licences(files).get("licence"),
     )
-    return entry, files.weights.parent
+    return entry, files.folder
 
 
 def largest_rank(adapter: Adapter) -> int:

@@ -18,6 +18,7 @@ from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.text import COMPLETIONS, Message, Prompt, prompt_text
 from jcrosslora.utils.spread import from_start
 
+WRITTEN = "completions"  # where samples are from that the source wrote when the adapter was moved
 SAMPLES = 32  # the most that the shelf keeps of an adapter
 _LONGEST = 2000  # characters of a sample
 # Text, or the messages before an answer; `text.Prompt` spelt out, as it is read from JSON.
@@ -136,11 +137,11 @@ def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
     return from_start(short or different, SAMPLES), Path(path).name
 
 
-def written_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
-    """Read samples from the completions in an adapter's folder; their source is "completions", or "nothing"."""
-    if not (folder / COMPLETIONS).is_file():
+def written_samples(folder: Path | None) -> tuple[tuple[Prompt, ...], str]:
+    """Read samples from the completions in an adapter's folder; their source is `WRITTEN`, or "nothing"."""
+    if folder is None or not (folder / COMPLETIONS).is_file():
         return (), "nothing"
-    return given_samples(folder / COMPLETIONS)[0], "completions"
+    return given_samples(folder / COMPLETIONS)[0], WRITTEN
 
 
 def labelled_prompts(

@@ -18,7 +18,15 @@ from jcrosslora.adapter.engines.rules import AdapterFacts, Rule, found, no_tenso
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, QWIX, trainer_of
-from jcrosslora.adapter.names import PREFIX, TensorName, ending, is_by_weight, is_of_experts, is_taken
+from jcrosslora.adapter.names import (
+    PREFIX,
+    TensorName,
+    ending,
+    holds_all_experts,
+    is_by_weight,
+    is_of_experts,
+    is_taken,
+)
 from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint.gguf_header import ARCHITECTURES
@@ -70,7 +78,7 @@ def _saved_modules(facts: AdapterFacts) -> list[object]:
 
 
 def _largest_rank(facts: AdapterFacts) -> int:
-    ranks = list(facts.ranks().values())
+    ranks = [rank for module, rank in facts.ranks().items() if not holds_all_experts(module)]  # that of all together
     if facts.pickle and facts.peft_type == "LORA":
         ranks = [int(facts.config["r"]), *map(int, (facts.config.get("rank_pattern") or {}).values())]
     return max(ranks, default=0)
@@ -294,7 +302,11 @@ _OLLAMA_RULES = (
         f"tensor {{0!r}} is not of {', '.join(_OLLAMA_ROLES)}",
     ),
     found(
-        lambda it: [name for name, shape in it.factors("A").items() if len(shape) == 2 and shape[0] >= shape[1]],
+        lambda it: [
+            name
+            for name, shape in it.factors("A").items()
+            if len(shape) == 2 and shape[0] >= shape[1] and not holds_all_experts(name)
+        ],
         "the rank of {0} is not below its width, so its tensors would be transposed",
     ),
     rules.alpha_over_rank,

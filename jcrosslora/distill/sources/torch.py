@@ -180,7 +180,7 @@ class TorchSource(TorchWriter):
             source.tokenizer or source.ref, revision=source.revision, chat_template=source.chat_template, vocab=vocab
         )
         if source.chat_template is None:
-            tokenizer = with_own_template(tokenizer, stated_template(files.weights.parent))
+            tokenizer = with_own_template(tokenizer, stated_template(files.folder))
         loaded = _Model(model, device, str(source.ref), str(adapter))
         found = cls(loaded, tokenizer, vocabulary, source, _describe(files, digest, revision))
         found._check_acts()

@@ -83,8 +83,11 @@ class Summary:
         print_table(console, (Column("job", overflow="fold"), "status", "s", Column(overflow="fold")), rows)
 
 
-# Settings that do not change the result: locations of files, and cache and overwriting.
-_NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache", "divide")
+# Settings that do not change the result: locations of files, whose contents are digested, and cache and overwriting.
+_NO_PART = (
+    *("adapter", "source", "target", "prompts", "examples", "source_template", "target_template"),
+    *("out", "overwrite", "cache", "divide"),
+)
 
 
 class CompletionLog:
@@ -159,8 +162,8 @@ def stamp_of(job: Job, *shared: str) -> str | None:
     """Digest all inputs of a job as `fingerprint_of` does, but its adapter by size and times of its files.
 
     Returns:
-        A hex string; None if the adapter is not in local files, or its files are so new that they may be written again
-        without other times.
+        A hex string; None if the adapter is not in local files, is a folder of Orbax, or its files are so new that they
+        may be written again without other times.
     """
     if not os.path.exists(job.settings.adapter):
         return None
@@ -168,8 +171,10 @@ def stamp_of(job: Job, *shared: str) -> str | None:
         files = find_adapter(job.settings.adapter, job.settings.adapter_revision)
     except AdapterError:
         return None
-    template = files.weights.parent / CHAT_TEMPLATE
-    paths = files.weights, files.config, template if template.exists() else None
+    if files.weights.is_dir():
+        return None
+    template = None if files.folder is None else files.folder / CHAT_TEMPLATE
+    paths = files.weights, files.config, template if template is not None and template.exists() else None
     states = [None if path is None else file_state(path) for path in paths]
     now = time.time_ns()
     if not all(path is None or (state and is_settled(state, now)) for path, state in zip(paths, states, strict=True)):

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jcrosslora.adapter import Adapter, save_adapter, truncate_by_rule
+from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.contents import safetensors_bytes
-from jcrosslora.adapter.truncation import RankRule
+from jcrosslora.adapter.truncation import RankRule, truncate_fused
 from jcrosslora.checkpoint import BaseModel, MappedFile, Tokenizer, describe_base
 from jcrosslora.checkpoint.base import base_digest
 from jcrosslora.checkpoint.hub import public_name
@@ -202,7 +202,8 @@ class Composed:
         adapter = self.how.as_adapter(self.adapters, shares.tolist(), arrays)
         if out_rank is None:
             return adapter
-        adapter, truncation = truncate_by_rule(adapter, out_rank)
+        adapter, truncation = truncate_fused(adapter, self.base.fused, out_rank)
+        assert truncation is not None
         info = dataclasses.replace(adapter.info, read_as=f"cut to {truncation.sentence}", lost=1 - truncation.kept)
         return dataclasses.replace(adapter, info=info)
 
