@@ -233,6 +233,18 @@ def test_checkpoints_in_the_folder_of_the_adapter_are_refused(base, tmp_path, st
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_for_checkpoints_with_something_else_in_it_is_refused(base, tmp_path):
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "Water and", "answer": "light"}\n')
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "numbers" / "7").mkdir(parents=True)
+    for name, reason in (("file", "cannot be written"), ("numbers", "holds '7'"), (base.path, "holds 'model.safe")):
+        with pytest.raises((OutputError, UsageError), match=reason):
+            Train(base=base.ref, data=data, out=tmp_path / "a", checkpoints=tmp_path / name).run(Console())
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_interrupted_training_says_what_it_left(base, tmp_path, capsys, monkeypatch, kept):
     data = tmp_path / "task.jsonl"

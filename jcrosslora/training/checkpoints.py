@@ -80,6 +80,7 @@ class TrainingSettings(Settings):
 
 _KEPT = 2
 _ITEMS = ("state", "run", "notes")
+_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the folder of each step
 _SEAL = "sha256"  # in the run's identity on disk: Orbax has no checksum of the arrays' bytes
 
 
@@ -101,10 +102,16 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder, or raise OutputError; `run` holds everything that the numbers depend on."""
+        """Open or make the folder; `run` holds everything that the numbers depend on.
+
+        Raises:
+            UsageError: it is the folder of a model, or holds folders that Orbax would take for states.
+            OutputError: it is no folder, or cannot be written.
+        """
         import orbax.checkpoint as ocp
 
         self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp
+        self._check_own()
         # Saved before the next step begins: the step would overwrite the state's buffers.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
@@ -113,6 +120,21 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _check_own(self) -> None:
+        try:
+            names = [path.name for path in self._folder.iterdir()]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        models = [name for name in names if name.endswith(".safetensors")]
+        # Orbax takes whatever has a number for its name for the state at this step.
+        others = [name for name in names if name.isdecimal() and not (self._folder / name / _METADATA).exists()]
+        if others or models:
+            found = min(others or models)
+            msg = f"{self._folder}: holds {found!r}, which is no state of a training: give a new folder for checkpoints"
+            raise UsageError(msg)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
