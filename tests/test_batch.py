@@ -181,6 +181,14 @@ def test_pattern_matches_hidden_folders_only_if_it_names_them(house, tmp_path):
         assert Path(job.settings.adapter).name == name
 
 
+def test_a_folder_that_is_there_is_no_pattern(house, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "run[1]").symlink_to(house / "adapters" / "a0")
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="copy"\n'
+    (job,) = plan_in(house, tmp_path, text.replace("adapters/*", "own/run[1]")).jobs
+    assert Path(job.settings.adapter) == tmp_path / "own" / "run[1]"
+
+
 def test_duplicate_job_names_and_missing_plans_are_refused(house, tmp_path):
     text = PLAN.replace('svd_rank = 8\nlabel = "r8"\n', "")
     text = text.replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
@@ -327,6 +335,13 @@ def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_pa
     assert stamp_of(plan.jobs[0], "", "", "") is None
 
 
+def test_resources_of_a_cluster_are_refused_without_one(house, tmp_path, capsys):
+    plan_in(house, tmp_path)
+    with pytest.raises(SystemExit):
+        main(["batch", str(tmp_path / "plan.toml"), "--ray-cpus", "1"])
+    assert "give it with --ray" in capsys.readouterr().err
+
+
 def test_missing_base_fails_only_its_own_jobs(house, tmp_path):
     plan = plan_in(house, tmp_path, PLAN.replace('twin = "twin"', 'twin = "gone"'))
     summary = run_batch(plan)
@@ -405,6 +420,36 @@ def test_adapter_with_a_changed_configuration_is_moved_again(house, tmp_path):
     for name, factors in jcl.load_adapter(outcome.out).modules.items():
         np.testing.assert_allclose(delta(factors), 3 * delta(before[name]), rtol=1e-5, atol=1e-6)
     assert run_batch(plan).count("kept") == 1
+
+
+def test_prompts_with_other_roles_move_an_adapter_again_and_another_path_of_the_plan_does_not(
+    house, tmp_path, monkeypatch
+):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters="a0"\n'
+    text += 'prompts="asked.jsonl"\n'
+    lines = [json.dumps({"messages": [{"role": role, "content": "Say hello"}]}) for role in ("user", "system")]
+    for place, line in enumerate([json.dumps({"prompt": "Say hello"}), *lines]):
+        (tmp_path / "asked.jsonl").write_text(line)
+        plan = plan_in(house, tmp_path, text)
+        assert run_batch(plan, overwrite=place > 0).count("done") == 1
+        assert run_batch(plan).count("kept") == 1
+    monkeypatch.chdir(tmp_path)
+    assert run_batch(read_plan("plan.toml")).count("kept") == 1
+
+
+def test_a_changed_checkpoint_of_orbax_is_moved_again(house, tmp_path, monkeypatch):
+    base = jcl.open_base(house / "small")
+    (tmp_path / "adapters").mkdir()
+    for name, seed in (("a0", 1), ("other", 2)):
+        jcl.save_adapter(random_adapter(base, seed=seed), tmp_path / "adapters" / name, base=base, profile="tunix")
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\n'
+    plan = plan_in(house, tmp_path, text.replace("adapters/*", "adapters/a0"))
+    monkeypatch.setattr(cache_keys, "_TICK_NS", -1)  # files of this moment are as good as old ones
+    assert (run_batch(plan).count("done"), run_batch(plan).count("kept")) == (1, 1)
+    for path in (tmp_path / "adapters" / "other").rglob("*"):
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / "adapters" / "a0" / path.relative_to(tmp_path / "adapters" / "other"))
+    assert run_batch(plan, overwrite=True).count("done") == 1
 
 
 def test_base_with_a_later_added_tokenizer_is_moved_to_again(house, tmp_path):

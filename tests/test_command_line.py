@@ -162,6 +162,8 @@ def test_quiet_prints_the_path_alone(files, tmp_path, capsys):
     main(transfer(files, tmp_path / "out", "--method", "cross-lora", "--quiet"))
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == (f"{tmp_path / 'out'}\n", "")
+    main(transfer(files, tmp_path / "other", "--method", "cross-lora", "--quiet", "--dry-run"))
+    assert "time" in capsys.readouterr().out  # what it was asked for
     assert stopped(transfer(files, tmp_path / "out", "--method", "cross-lora", "--quiet")) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

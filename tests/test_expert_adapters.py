@@ -231,6 +231,7 @@ def test_an_adapter_of_experts_alone_moves_to_a_copy_of_its_base(alone, tmp_path
     assert not alone.adapter.modules
     moved = jcl.transfer(alone.adapter, alone.base, alone.base, cache=False, effect="never")
     assert moved.report.recipe.method == "copy"
+    assert "one and the same base" in moved.verdict.text
     assert any(warning.startswith("moved too: LoRA of experts") for warning in moved.report.warnings)
     np.testing.assert_allclose(run_ours(alone.base, moved.adapter), alone.wanted, **CLOSE)
     out = moved.save(tmp_path / "out", profile="peft")

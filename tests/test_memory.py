@@ -93,6 +93,8 @@ def test_free_memory_is_that_of_the_host_or_of_its_container(tmp_path, monkeypat
     (tmp_path / "memory.current").write_text("400\n")
     (tmp_path / "memory.max").write_text("1000\n")
     assert cost.free_memory() == 600
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 250\n")  # files that were read
+    assert cost.free_memory() == 850
     (tmp_path / "memory.max").write_text("max\n")
     assert cost.free_memory() > 1000
 

@@ -454,6 +454,13 @@ def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_p
     assert hub.repos["me/c"].files.keys() == FILES
 
 
+def test_a_checkpoint_of_orbax_is_not_moved_for_the_hub(bases, tmp_path, capsys):
+    given = [bases / "adapter", "--source", bases / "one", "--target", bases / "two", "--out", tmp_path / "out"]
+    assert stopped("transfer", *given, "--profile", "tunix", "--push-to", ID) == 2
+    assert "the hub does not know Orbax" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_upload_says_that_the_adapter_is_written(hub, bases, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

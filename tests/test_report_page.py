@@ -328,6 +328,20 @@ def test_an_adapter_is_found_by_the_last_part_of_its_path_and_a_guess_is_told(mo
     assert "adapter another, the only one that is neither trained nor random: is it this one?" in report_page(contents)
 
 
+def test_one_of_several_adapters_of_the_same_name_has_to_be_named(moved, tmp_path):
+    path = evaluated(tmp_path, (0, 1, 1))
+    data = json.loads(path.read_text())
+    for model, name in zip(data["models"][1:], ("moved", "moved (2)"), strict=True):  # as `evaluate` numbers them
+        model["name"] = name
+    path.write_text(json.dumps(data))
+    for roles in (Roles(), Roles(moved="runs/moved")):
+        with pytest.raises(UsageError, match=r"several evaluated adapters are called 'moved'"):
+            find_contents(moved, path, roles)
+    for roles in (Roles(moved="moved (2)"), Roles(trained="moved")):
+        contents = find_contents(moved, path, roles)
+        assert contents.evaluation.of_part("moved").name == "moved (2)"
+
+
 def test_the_digest_tells_whether_the_answers_are_of_the_adapters_base(moved, tmp_path):
     path = evaluated(tmp_path, (0, 1))
     data = json.loads(path.read_text())

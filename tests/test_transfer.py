@@ -307,6 +307,17 @@ def test_recipe_on_the_card_reproduces_the_adapter(files, tmp_path):
     assert one == two
 
 
+def test_a_recipe_names_the_chat_templates_and_is_toml(files, tmp_path, capsys):
+    for name in ("source", "target"):
+        (tmp_path / f"{name}.jinja").write_text("{{ messages[0]['content'] }}")
+    given = ["--source-template", tmp_path / "source.jinja", "--target_template", tmp_path / "target.jinja"]
+    module = ["--allow_module=user_methods"]  # flags may have underscores
+    command(files, tmp_path / "one", "--method", "user_methods:Signed", "--negative", *map(str, given), *module)
+    recipe = tomllib.loads((tmp_path / "one" / "recipe.toml").read_text())
+    assert (recipe["source_template"], recipe["target_template"]) == ("source.jinja", "target.jinja")
+    assert recipe["negative"] is True
+
+
 def test_recipe_pins_the_commit_of_a_hub_adapter(files, tmp_path, monkeypatch):
     snapshot = tmp_path / "models--org--tuned" / "snapshots" / "0123abcd"
     shutil.copytree(files / "adapter", snapshot)

@@ -47,6 +47,16 @@ class Hooked(HalfCopy):
 
 
 @dataclass(frozen=True)
+class Signed(HalfCopy):
+    """Copy a share of the update, or the opposite of it."""
+
+    name: ClassVar[str] = "signed"
+
+    negative: bool = False
+    """Whether to copy the opposite."""
+
+
+@dataclass(frozen=True)
 class Killed(HalfCopy):
     """Kill the process when the folder of adapter a1 is written and not yet in its place, the first time."""
 

@@ -65,6 +65,9 @@ class Batch(Long):
         if self.log is not None and self.ray is not None:
             msg = f"log {self.log!r} is of this process, and --ray has others do the work: leave one of them out"
             raise UsageError(msg)
+        if self.ray is None and (self.ray_cpus is not None or self.ray_gpus is not None):
+            msg = "--ray-cpus and --ray-gpus are for a cluster: give it with --ray, or leave them out"
+            raise UsageError(msg)
         if self.dry_run:
             if self.json:
                 print_json([one.record() for one in estimate_batch(plan, shard=shard)])
@@ -85,7 +88,7 @@ class Batch(Long):
         else:
             summary.print_to(console)
         if failed := summary.count("failed"):
-            msg = f"{failed} of {len(summary.outcomes)} jobs failed; their reasons are above and in the summary"
+            msg = f"{failed} of {len(summary.outcomes)} jobs failed; their reasons are in the summary in {plan.out}"
             raise BatchError(msg)
         return exit_code(self.fail_on, _levels(summary))
 

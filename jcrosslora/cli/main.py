@@ -208,7 +208,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
 
                 keep_compiled()
             written = getattr(parsed, "written", None) if quiet else None
-            console.quiet = written is not None
+            console.quiet = written is not None and not getattr(parsed, "dry_run", False)
             with show_progress(not quiet):
                 code = parsed.run(console) or OK
             if written and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):

@@ -64,6 +64,7 @@ def use_device(device: Device, *, alone: bool) -> None:
 
     if device == "cpu":
         jax.config.update("jax_platforms", device)
+        os.environ["JAX_PLATFORMS"] = device  # for workers
     elif alone and (found := jax.default_backend()) != device:
         msg = f"--device {device}: JAX finds only {found}: install JAX for it, such as jax[cuda12], and see that "
         raise UsageError(msg + "JAX_PLATFORMS does not leave it out")

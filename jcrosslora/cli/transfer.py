@@ -4,7 +4,6 @@ Its flags are derived from the settings of a transfer and the fields of the meth
 """
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from jcrosslora.cli.flags import attribute_docs
 from jcrosslora.cli.output import FailOn, Long, exit_code, print_json, print_pushed, say
-from jcrosslora.errors import MethodError, OutputError
+from jcrosslora.errors import JCrossLoRAError, MethodError, OutputError, UsageError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
 from jcrosslora.report.hub import Pushed, Repository, push_to_hub
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
@@ -93,6 +92,9 @@ class _Transfer(Long):
         return read_table(settings, setting_types(), f"recipe {path}")
 
     def run(self, console: Console) -> int:
+        if self.push_to is not None and self.settings().profile == "tunix":
+            msg = "the hub does not know Orbax checkpoints: leave --push-to out, or choose another profile than tunix"
+            raise UsageError(msg)
         if self.push_to is not None and not self.process:
             Repository.of(self.push_to, private=True, token=None).look()  # refused before hours of work
         if self.log is not None:
@@ -137,7 +139,7 @@ class _Transfer(Long):
         out = self.settings().out
         try:
             return push_to_hub(out, repo_id)
-        except OutputError as error:
+        except JCrossLoRAError as error:
             msg = f"{error}; the adapter is written to {out}: go on with `jcrosslora push {out} {repo_id}`"
             raise OutputError(msg) from error
         except KeyboardInterrupt:
@@ -217,5 +219,8 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def _values_of(flag: str, arguments: Sequence[str]) -> list[str]:
     """Return all values of a flag before the arguments are parsed."""
-    behind = [value for one, value in itertools.pairwise(arguments) if one == flag]
-    return behind + [one.removeprefix(f"{flag}=") for one in arguments if one.startswith(f"{flag}=")]
+    found, values = [one.partition("=") for one in arguments], []
+    for place, (name, given, value) in enumerate(found):
+        if name.replace("_", "-") == flag and (given or place + 1 < len(found)):
+            values.append(value if given else arguments[place + 1])
+    return values

@@ -80,10 +80,17 @@ class Probes:
         return f"{len(self.texts)} texts {self.description}{seed}{positions}{more}, sha256 {self.digest()[:12]}"
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of texts and examples as UTF-8, with a zero byte after each."""
-        labelled = (part for one in self.examples for part in (prompt_text(one.prompt), one.answer))
-        joined = "".join(f"{text}\0" for text in (*self.texts, *labelled))
+        """Return the SHA-256 (hex) of texts, or messages with their roles, and examples; a zero byte ends each."""
+        labelled = (part for one in self.examples for part in (_digested(one.prompt), one.answer))
+        joined = "".join(f"{text}\0" for text in (*(map(_digested, self.prompts or self.texts)), *labelled))
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _digested(prompt: Prompt) -> str:
+    """Return a text, or the messages of a conversation with their roles, which no text equals."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\1".join(["", *(f"{message.role}\1{message.content}" for message in prompt)])
 
 
 @dataclass(frozen=True)

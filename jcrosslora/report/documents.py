@@ -25,8 +25,8 @@ SERVED = "source_model"  # the setting that says that a server was asked
 RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add ADAPTER, --source, --target, --prompts and --examples with your own paths, and
-# --source-url for a source behind a server.
+# Local files are given by name only: add ADAPTER, --source, --target, --prompts, --examples, --source-template and
+# --target-template with your own paths, and --source-url for a source behind a server.
 """
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 _LOOKS = 10  # points of a fit's curve that the card shows
@@ -55,14 +55,19 @@ def published(report: TransferReport, **settings: str) -> TransferReport:
     `settings` (out, profile, dtype) replace those of a transfer in memory in the recipe.
     """
     shown, target = publish(report, replacements(report)), report.target
-    named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
-    named |= {name: f"{name} = {_toml(value)}\n" for name, value in settings.items()}
     return msgspec.structs.replace(
         shown,
-        recipe_toml="".join(named.values()),
+        recipe_toml=with_settings(report, **settings).recipe_toml,
         source=msgspec.structs.replace(shown.source, name=_source_name(report), ref=public_name(report.source.ref)),
         target=msgspec.structs.replace(shown.target, name=public_name(target.name), ref=public_name(target.ref)),
     )
+
+
+def with_settings(report: TransferReport, **settings: str) -> TransferReport:
+    """Return a report with settings in its recipe, in the place of those with the same names."""
+    named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
+    named |= {name: f"{name} = {_toml(value)}\n" for name, value in settings.items()}
+    return msgspec.structs.replace(report, recipe_toml="".join(named.values()))
 
 
 def documents(report: TransferReport, profile: str) -> dict[str, str]:
@@ -145,7 +150,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if not isinstance(value, str):
-        return str(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
     # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False.
     # Characters that do not print are escaped too: TOML forbids a raw DEL, and others act on the text after them.
     text = json.dumps(value, ensure_ascii=False)

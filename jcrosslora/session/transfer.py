@@ -7,6 +7,7 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, find_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.distill.sources import ServedModel, TorchModel
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evaluate.examples import as_completion, parse_examples, read_examples, read_prompts
@@ -17,6 +18,7 @@ from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
 from jcrosslora.relation.pairing import Depth
+from jcrosslora.report.documents import with_settings
 from jcrosslora.session.conclusion import Request
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
@@ -194,8 +196,11 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
 
 
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
-    """Write a result to the folder and in the format of the settings."""
-    result.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
+    """Write a result to the folder and in the format of the settings; the recipe names given chat templates."""
+    templates = {"source_template": settings.source_template, "target_template": settings.target_template}
+    named = {name: public_name(path) or path for name, path in templates.items() if path is not None}
+    shown = replace(result, report=with_settings(result.report, **named))
+    shown.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
 
 
 def session_of(settings: TransferSettings, *, store: bool = True) -> PairSession | QueriedSession:

@@ -127,7 +127,11 @@ def _free_of_host() -> int | None:
     host = dict(line.split(":", 1) for line in _read_text(Path("/proc/meminfo")).splitlines() if ":" in line)
     found = [int(host["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in host else []
     most, used = (_read_text(_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
-    return min([*found, *([int(most) - int(used)] if most.isdigit() and used.isdigit() else [])], default=None)
+    if most.isdigit() and used.isdigit():
+        stat = dict(line.split() for line in _read_text(_GROUP / "memory.stat").splitlines())
+        cached = int(stat.get("inactive_file", 0))  # pages of files, which are given up when memory is needed
+        found.append(int(most) - max(0, int(used) - cached))
+    return min(found, default=None)
 
 
 def _read_text(path: Path) -> str:

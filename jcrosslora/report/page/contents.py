@@ -113,7 +113,7 @@ class Evaluation:
         return next((model for model in self.models if model.part == part), None)
 
     def with_parts(self, roles: Roles, own: str) -> "Evaluation":
-        """Say which adapter is which; raise UsageError if there is no such adapter, or one has two parts.
+        """Say which adapter is which; raise UsageError if there is no such adapter, or several, or one has two parts.
 
         `own` is the name of the moved adapter if none was given. If no adapter has this name, the only one left is the
         moved one.
@@ -124,6 +124,8 @@ class Evaluation:
         for part, said in stated.items():
             if said is None:
                 continue
+            if said not in names:
+                _check_unique(said, names)
             name = _called(said, names)
             if name is None or name in parts:
                 came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
@@ -134,6 +136,8 @@ class Evaluation:
         if "trained" not in parts.values() and self.trained in names and self.trained not in parts:
             parts[self.trained] = "trained"
         left = [name for name in names if name not in parts]
+        if roles.moved is None:
+            _check_unique(own, left)
         found, guessed = _called(own, left), False
         if roles.moved is None and found is None and len(left) == 1:
             found, guessed = left[0], True
@@ -234,6 +238,14 @@ def _called(said: str, names: Sequence[str]) -> str | None:
     """Find a given name among names, or the only one with the same last part; None if there is none."""
     alike = [name for name in names if PurePath(name).name == PurePath(said).name]
     return said if said in names else alike[0] if len(alike) == 1 else None
+
+
+def _check_unique(said: str, names: Sequence[str]) -> None:
+    """Raise UsageError if several adapters have the last part of a name, as `evaluate` numbers them."""
+    name = PurePath(said).name
+    if name in names and (second := f"{name} (2)") in names:
+        msg = f"several evaluated adapters are called {name!r}: say which one was moved, as in --moved {second!r}"
+        raise UsageError(msg)
 
 
 def _model(place: int, entry: Mapping[str, str | Figure], count: int) -> Model:

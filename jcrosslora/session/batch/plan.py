@@ -172,7 +172,7 @@ def _base(value: str | dict[str, Any], folder: Path, place: str) -> _Base:
 def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
     found: list[str] = []
     for ref in _names(refs):
-        if not _WILD.search(ref):
+        if not _WILD.search(ref) or os.path.exists(folder / _expanded(ref, place)):
             found.append(_placed(ref, folder, place))
             continue
         # It leaves out hidden folders, as a shell does, unless the pattern names them.
