@@ -148,9 +148,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         table.add_row(name, f"{sum(hits) / len(hits):.3f}", f"{sum(half) / len(half):.3f}")
         if name == arguments.keep:
             kept = chosen[: round(arguments.share * len(chosen))]
-            items = [
-                dataclasses.replace(right, answer=found.text, ended=True, right="likeliest") for found, right in kept
-            ]
+            items = [dataclasses.replace(right, answer=found.text, ended=True, greedy=True) for found, right in kept]
             file = f"completions-{USUAL}-{arguments.prompts}-{arguments.seed}-0.jsonl"
             save_completions(arguments.work / file, items)
     console.print(table)

@@ -38,11 +38,11 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, fast_dtype, load_model, stack_adapter, unstack_adapter
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.completions import answer_given, write_completions
+from jcrosslora.distill.distillation import end_tokens, hold_out
 from jcrosslora.distill.fit import Fit
 from jcrosslora.distill.judge import Judge
 from jcrosslora.distill.settings import USUAL
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
-from jcrosslora.distill.steps import end_tokens, hold_out
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         prompts = [Completion(one.prompt) for one in [*judged, *given]]
         save_completions(greedy, Sampler(tokens=MOST, temperature=0.0).answer(generator, prompts))
     said = {one.prompt: one for one in load_completions(greedy)}
-    labelled = [dataclasses.replace(one, right="answer") for one in given]
+    labelled = [dataclasses.replace(one, taught="answer") for one in given]
     items = labelled if arguments.labels else load_completions(path)
     imitated = [said[one.prompt] for one in judged if one.prompt in said]
     right = sum(found.answer == one.answer for one in judged if (found := said.get(one.prompt))) / len(judged)

@@ -20,9 +20,9 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.distillation import end_tokens
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
-from jcrosslora.distill.steps import end_tokens
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher, mix_teacher
 from jcrosslora.training import read_examples

@@ -19,7 +19,7 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model
-from jcrosslora.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
+from jcrosslora.distill.completions import PILOT, TEMPLATE_TOKENS, write_pilot
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.templates import Sampler, behind_best, judge_templates, known_templates, templates_of
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"
             raise jcl.MethodError(msg)
         templates = templates_of(tokenizer)
-        figures = judge_templates(generator, completions, JUDGED_TOKENS)
+        figures = judge_templates(generator, completions, TEMPLATE_TOKENS)
         known, columns = known_templates(templates, *figures), (*figures, behind_best(*figures))
         headers = "template", "change, nats", "base NLL, nats", "less than best", "taken"
         table = Table(*headers, title=ref, title_justify="left")

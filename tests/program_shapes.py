@@ -282,7 +282,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(judge._kl_and_hits, (RestrictedModel(shapes.model), taught, whole(PLACES)))
     yield Program(judge._likeliest, (restricted, judge.AnswerBatch(*shapes.read, whole(PLACES))))
     one = of(PLACES)
-    yield Program(teacher.with_known, (taught, whole(PLACES), one, one))
+    yield Program(teacher.mix_in_text, (taught, whole(PLACES), one, one))
     yield Program(predictions.spread, (said, one, one, said))
     yield Program(decoder_source._hidden, (shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)

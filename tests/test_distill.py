@@ -36,16 +36,16 @@ from jcrosslora.decoder import (
     logits,
     stack_adapter,
 )
-from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, steps, templates_of
+from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, distillation, templates_of
 from jcrosslora.distill import completions as completions_module
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill import settings as settings_module
 from jcrosslora.distill import teacher as teacher_module
 from jcrosslora.distill import templates as templates_module
-from jcrosslora.distill.batches import BATCH, make_batches
+from jcrosslora.distill.batches import FIT_ROWS, make_batches
 from jcrosslora.distill.completions import (
-    JUDGED_TOKENS,
     PILOT,
+    TEMPLATE_TOKENS,
     answer_given,
     answer_length,
     write_completions,
@@ -65,7 +65,7 @@ from jcrosslora.report import complete, cut, model_card, print_report, published
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.reading import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.utils.spread import with_ends
+from jcrosslora.utils.spread import spread_evenly
 
 SMALL = DistillSettings(
     fit_rank=4,
@@ -160,7 +160,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
     )
     target = RestrictedModel(Model(large, params))
     state = jax.eval_shape(lambda model: first_state(model, DistillSettings()), target.model)
-    tokens, places = (BATCH, 192), 256
+    tokens, places = (FIT_ROWS, 192), 256
     read = TaughtBatch(
         array(*tokens, dtype=jnp.int32),
         array(*tokens, dtype=jnp.bool_),
@@ -183,7 +183,7 @@ def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
     teacher, batches, held_out = beginning
     small = teacher.target.model.settings
     large = dataclasses.replace(small, layers=32, hidden=4096, intermediate=14336, heads=32, head_dim=128)
-    assert [needs_remat(model, (BATCH, 192)) for model in (small, large)] == [False, True]
+    assert [needs_remat(model, (FIT_ROWS, 192)) for model in (small, large)] == [False, True]
     seen, step = [], fit_module.gradient_step
     monkeypatch.setattr(fit_module, "needs_remat", lambda *_: True)
     monkeypatch.setattr(
@@ -226,7 +226,7 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
     ]
     found = [make_batches([item], tokenizers, 0.25)[0] for item in items]
     for batch, item in zip(found, items, strict=True):
-        assert batch.tokens_src.shape[0] == min(BATCH, 384 // batch.tokens_tgt.shape[1])
+        assert batch.tokens_src.shape[0] == min(FIT_ROWS, 384 // batch.tokens_tgt.shape[1])
         reading = read(tokenizers[0], item)
         matched = (batch.weight > 0) & (batch.at_src > 0)
         rows, places = np.divmod(batch.at_src[matched], batch.tokens_src.shape[1])
@@ -416,7 +416,7 @@ def test_a_base_without_answers_is_refused(pair):
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
 def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, monkeypatch):
     source, target, _ = pair
-    monkeypatch.delattr("jcrosslora.distill.steps.Fit")
+    monkeypatch.delattr("jcrosslora.distill.distillation.Fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
@@ -453,7 +453,7 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
 
     def compare(generator, completions, tokens):
         found = [named[item.origin] for item in completions]
-        assert tokens == JUDGED_TOKENS
+        assert tokens == TEMPLATE_TOKENS
         counted.append(len(found))
         assert set(found) == set(TEMPLATES)
         change = np.array([4.0 if template in large else 1.0 for template in found])
@@ -604,7 +604,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
 def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
     source, target, adapter = pair
     chosen = []
-    monkeypatch.setattr(steps, "choose_writer", lambda source, target, shared: chosen.append(target) or target)
+    monkeypatch.setattr(distillation, "choose_writer", lambda source, target, shared: chosen.append(target) or target)
     few, given = dataclasses.replace(SMALL, completions=16), [f"Anna said {number}" for number in range(16)]
     distill(source, target, adapter, prompts=given, settings=few)
     assert not chosen
@@ -721,9 +721,9 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
 
 
 def test_examples_are_spread_and_short():
-    assert with_ends([str(number) for number in range(101)], 3) == ("0", "50", "100")
-    assert with_ends(["a", "b"], 10) == ("a", "b")
-    assert with_ends([], 10) == ()
+    assert spread_evenly([str(number) for number in range(101)], 3) == ("0", "50", "100")
+    assert spread_evenly(["a", "b"], 10) == ("a", "b")
+    assert spread_evenly([], 10) == ()
     assert cut("x" * 400) == "x" * 300 + " ..."
 
 
@@ -780,7 +780,7 @@ def _recipe(card):
 def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
     tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
     items = [Completion(text, " and water") for text in CORPUS[:2]]
-    parts = steps.hold_out(items, DistillSettings(held_out=share), 0, prompted=True)
+    parts = distillation.hold_out(items, DistillSettings(held_out=share), 0, prompted=True)
     batches, held_out = (make_batches(part, tokenizers, 1.0) for part in parts)
     assert len(batches) == len(held_out) == 1
 
@@ -789,19 +789,19 @@ def test_few_of_the_given_prompts_are_held_out():
     items = [Completion(f"{text} {place}", " yes") for place, text in enumerate(CORPUS * 50)][:200]
     usual, asked = DistillSettings(), DistillSettings(held_out=0.25)
     found = [
-        len(steps.hold_out(items, *how, prompted=given)[1])
+        len(distillation.hold_out(items, *how, prompted=given)[1])
         for how, given in (((usual, 0), True), ((usual, 0), False), ((asked, 0), True))
     ]
     assert found == [20, 30, 50]
-    assert len(steps.hold_out(items[:20], usual, 0, prompted=True)[1]) == 3
+    assert len(distillation.hold_out(items[:20], usual, 0, prompted=True)[1]) == 3
 
 
 def test_an_answer_of_the_source_is_always_fitted_to():
     """Also where few prompts are given with many labelled examples, which the hold-out could all take."""
     items = [Completion(f"{text}\n?", " yes") for text in CORPUS[:2]]
-    taught = [Completion(f"{place}\n?", " no", right="answer") for place in range(6)]
+    taught = [Completion(f"{place}\n?", " no", taught="answer") for place in range(6)]
     for seed in range(40):
-        fitted, judging = steps.hold_out(items + taught, DistillSettings(held_out=0.5), seed, prompted=True)
+        fitted, judging = distillation.hold_out(items + taught, DistillSettings(held_out=0.5), seed, prompted=True)
         assert any(item in items for item in fitted)
         assert len({item.prompt for item in judging}) == 4
         assert len(fitted) + len(judging) == 8
@@ -843,8 +843,10 @@ def test_repeated_prompts_count_once(pair):
 
 def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
     """With few prompts others are sampled, and labelled answers are the user's: neither is what the source prefers."""
-    said, real = [], steps.batch_answers
-    monkeypatch.setattr(steps, "batch_answers", lambda answers, both: said.extend(answers) or real(answers, both))
+    said, real = [], distillation.batch_answers
+    monkeypatch.setattr(
+        distillation, "batch_answers", lambda answers, both: said.extend(answers) or real(answers, both)
+    )
     prompts = [f"{text}\n?" for text in CORPUS[:5]]
     examples = [Completion(f"{place}\nAnna?", " Peter") for place in range(40)]
     found = distill(*pair, prompts=prompts, examples=examples, settings=dataclasses.replace(SMALL, passes=1))
@@ -989,7 +991,9 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
         return distill(source, target, adapter, prompts=CORPUS, settings=asked, seed=seed, states=tmp_path / "fits")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "answer_given", lambda *a, **k: dataclasses.replace(answer_given(*a, **k), more=stop))
+        patch.setattr(
+            distillation, "answer_given", lambda *a, **k: dataclasses.replace(answer_given(*a, **k), more=stop)
+        )
         with pytest.raises(RuntimeError):
             whole()
     (kept,) = (tmp_path / "fits").iterdir()

@@ -87,7 +87,7 @@ def test_an_answer_whose_end_is_not_clear_is_not_cut(prompt, answer):
     assert complete_at(prompt, answer) is None
     for ended in (True, False):
         item = Completion(prompt, answer, ended)
-        assert teach_end(item) == dataclasses.replace(item, right="end" if ended else "")
+        assert teach_end(item) == dataclasses.replace(item, taught="end" if ended else "nothing")
 
 
 @given(st.text(alphabet='ab 1.\n{}[]"`:<|>', max_size=60))
@@ -164,31 +164,32 @@ def test_answers_that_go_on_are_long_enough_to_be_complete(pair):
     taught, kept = (answer_given(endless, endless.alone(), PROMPTS, Sampler(16, end=end)) for end in ("auto", "source"))
     assert "at most 16 tokens" in kept.description
     assert f"at most {2 * (call + 1) + 8} tokens" in taught.description
-    ended = taught.with_ends(endless)
+    ended = taught.with_taught_ends(endless)
     assert ended.description == taught.description + ", 16 of them cut where they are complete, to teach the end"
     more = ended.more(1, set(), endless)
     assert more
     for item in (*ended.items, *more):
-        assert (item.answer, item.ended, item.right) == (ANSWER, True, "end")
+        assert (item.answer, item.ended, item.taught) == (ANSWER, True, "end")
     # The target may end in the middle, which is not right because it does so.
     early = Early.of(source, adapter)
-    assert {(item.answer, item.ended, item.right) for item in ended.more(1, set(), early)} == {(' {"a"', True, "")}
+    found = {(item.answer, item.ended, item.taught) for item in ended.more(1, set(), early)}
+    assert found == {(' {"a"', True, "nothing")}
 
 
 def test_only_answers_that_are_shorter_count_as_cut(pair):
     source = Early.of(pair[0], pair[2])
     going_on = CALL + "\n" + CALL
     items = [Completion(CHAT, text, text == CALL) for text in [CALL] * 8 + [going_on] * 2]
-    found = Completions(items, "10 answers", lambda _: [], lambda *_: []).with_ends(source)
+    found = Completions(items, "10 answers", lambda _: [], lambda *_: []).with_taught_ends(source)
     assert found.description == "10 answers, 2 of them cut where they are complete, to teach the end"
-    assert {(item.answer, item.right) for item in found.items} == {(CALL, "end")}
+    assert {(item.answer, item.taught) for item in found.items} == {(CALL, "end")}
 
 
 def test_the_search_for_a_task_learns_from_such_answers_too(pair):
     endless = Endless.of(pair[0], pair[2])
     found = write_completions(Asking.of(pair[0], pair[2]), endless.alone(), Sampler(16, end="auto"), 0)
     assert "(0% ended)" in found.description
-    assert all(item.ended for item in found.with_ends(endless).items)
+    assert all(item.ended for item in found.with_taught_ends(endless).items)
 
 
 class Asking(Endless):

@@ -79,7 +79,7 @@ class Asked(Distill):
     def move(self, task):
         source = DecoderSource.of(task.source, task.adapter, model=load_model(task.source))
         assert {"down"} == set(source.model.adapter.roles)
-        assert task.start is None
+        assert task.mapped is None
         return Moved(random_adapter(task.target, roles=("q_proj",)), fitted="nothing was fitted")
 
 

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers
 
 from jcrosslora.checkpoint import Tokenizer, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import LONGEST, Generator, plan_batches
+from jcrosslora.decoder import LONGEST_PROMPT, Generator, plan_batches
 from jcrosslora.decoder.generate import as_written, cut_ids
 from jcrosslora.decoder.prompt_batches import PromptBatch
 from jcrosslora.text import Message, prompt_ids
@@ -63,8 +63,8 @@ def test_a_long_prompt_keeps_the_token_that_begins_a_text(tmp_path):
         whole = prompt_ids(given, text)
         short, cut = cut_ids(given, ["Anna", text])
         np.testing.assert_array_equal(short, prompt_ids(given, "Anna"))
-        assert len(cut) == LONGEST < len(whole)
-        np.testing.assert_array_equal(cut, [*whole[:begun], *whole[len(whole) - LONGEST + begun :]])
+        assert len(cut) == LONGEST_PROMPT < len(whole)
+        np.testing.assert_array_equal(cut, [*whole[:begun], *whole[len(whole) - LONGEST_PROMPT + begun :]])
         assert (cut[0] == tokenizer.bos) == begun
 
 
@@ -75,7 +75,7 @@ def test_batches_hold_every_prompt_once_in_shapes_of_bounded_size(lengths):
     for batch in plan_batches(ids, 10, share=False):
         rows, width = batch.shape
         assert 0 < len(batch.places) <= rows
-        assert max(len(ids[place]) for place in batch.places) <= width <= LONGEST
+        assert max(len(ids[place]) for place in batch.places) <= width <= LONGEST_PROMPT
         assert rows * width <= 48 * 96
         shapes.add((rows, width))
         seen += batch.places

@@ -269,7 +269,7 @@ def test_difference_is_decomposed_once_for_all_adapters(bases):
     for seed, share in enumerate((0.75, 0.75, 0.5)):
         transport = jcl.align(source, target, InterpolatedCopy(interpolation=share))
         adapter = random_adapter(source, seed=seed)
-        move = session.start(Request(adapter, transport.method, TransferOptions()), adapter)
+        move = session.check(Request(adapter, transport.method, TransferOptions()), adapter)
         store.read.clear()
         session.finish_aligned(move, transport)
         read.append(bool(store.read))

@@ -12,9 +12,9 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapter
+from jcrosslora.distill.distillation import end_tokens
 from jcrosslora.distill.judge import agreement, answers_in_symbols, batch_answers
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.distill.steps import end_tokens
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.text import Completion
 

@@ -38,7 +38,7 @@ class Fitted(PadTruncate):
     own: bool = True
 
     def move(self, task):
-        return Moved(task.start, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
+        return Moved(task.mapped, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
 
 
 @pytest.mark.parametrize("own", [True, False])

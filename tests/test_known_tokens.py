@@ -11,8 +11,8 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.distillation import end_tokens
 from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
-from jcrosslora.distill.steps import end_tokens
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.text import Completion
@@ -29,9 +29,9 @@ def bases(tmp_path_factory):
     return source, target
 
 
-def completions(right, ended=True):
+def completions(taught, ended=True):
     parts = [(text[:8], f" the water{text[-8:]}") for text in CORPUS[:4]]
-    return [Completion(*part, ended=ended, right=right) for part in parts]
+    return [Completion(*part, ended=ended, taught=taught) for part in parts]
 
 
 def lesson(bases, items, told=(), text_weight=0.0):
@@ -61,7 +61,7 @@ def test_right_answers_are_taught_in_the_targets_tokens(bases, ended):
     told = said(batch, symbols, taught)
     tokens, mask = batch.tokens_tgt.ravel(), batch.mask_tgt.ravel()
     assert batch.rows == 4
-    assert symbols.known(batch).max() > len(symbols.shared[0])  # the two split the answers in different ways
+    assert symbols.text_columns(batch).max() > len(symbols.shared[0])  # the two split the answers in different ways
     for place in batch.at_tgt[batch.answer]:
         last = place + 1 == len(tokens) or not mask[place + 1]
         if last and not ended:
@@ -71,11 +71,11 @@ def test_right_answers_are_taught_in_the_targets_tokens(bases, ended):
 
 
 def test_a_right_end_leaves_the_rest_to_the_source(bases):
-    free, known = (lesson(bases, completions(right)) for right in ("", "end"))
+    free, known = (lesson(bases, completions(taught)) for taught in ("nothing", "end"))
     batch = known[0]
     ends = batch.answer & (batch.next_tgt < 0) & (batch.weight > 0)
     assert ends.sum() == 4
-    np.testing.assert_array_equal(batch.known == 1, ends)
+    np.testing.assert_array_equal(batch.text_share == 1, ends)
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found[2], name)) for found in (free, known))
         np.testing.assert_array_equal(one[~ends], other[~ends])
@@ -87,15 +87,15 @@ def test_without_a_token_that_ends_a_text_no_end_is_taught(bases, tmp_path):
     silent = jcl.open_base(write_base(tmp_path / "silent", 30, bos=True, layers=2))
     both = silent, bases[1]
     assert not load_tokenizer(silent).stops
-    free, known = (lesson(both, completions(right))[2] for right in ("", "end"))
+    free, known = (lesson(both, completions(taught))[2] for taught in ("nothing", "end"))
     np.testing.assert_array_equal(free.teacher, known.teacher)
 
 
 def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases):
     told = [Completion(text, " a") for text in CORPUS[:4]]
-    free, known = (lesson(bases, completions(right), told=told) for right in ("", "answer"))
+    free, known = (lesson(bases, completions(taught), told=told) for taught in ("nothing", "answer"))
     batch, symbols, taught = known
-    without = (batch.known > 0) & (symbols.known(batch) < 0)
+    without = (batch.text_share > 0) & (symbols.text_columns(batch) < 0)
     assert without.sum() > 0
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found, name)) for found in (free[2], taught))
@@ -103,9 +103,12 @@ def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases)
 
 
 def test_known_tokens_weigh_as_much_as_any_others(bases):
-    items = [dataclasses.replace(item, right="answer" * (place < 2)) for place, item in enumerate(completions(""))]
+    items = [
+        dataclasses.replace(item, taught="answer" if place < 2 else "nothing")
+        for place, item in enumerate(completions("nothing"))
+    ]
     batch, _, taught = lesson(bases, items)
-    known = batch.known > 0
+    known = batch.text_share > 0
     assert known.any()
     assert (np.asarray(taught.weight)[known] == 1).all()
 
@@ -115,7 +118,7 @@ def test_of_likely_answers_the_text_has_a_share_of_the_teacher(bases, share):
     items = completions("likeliest")
     batch, symbols, mixed = lesson(bases, items, text_weight=share)
     free = lesson(bases, items)[2]
-    columns = symbols.known(batch)
+    columns = symbols.text_columns(batch)
     told = (columns >= 0) & (np.asarray(mixed.weight) > 0)
     assert told.sum() > 20
     sure = np.eye(mixed.teacher.shape[1])[columns]

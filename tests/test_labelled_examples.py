@@ -13,10 +13,9 @@ from probe_bases import CORPUS, QUESTIONS, write_move
 import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.distill import settings as settings_module
-from jcrosslora.distill import steps
 from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.distillation import examples_of_round
 from jcrosslora.distill.settings import ROUND, USUAL
-from jcrosslora.distill.steps import examples_of_round
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.maps.method import Sizes
@@ -132,7 +131,7 @@ def test_another_answer_is_another_digest():
 def test_an_examples_answer_has_its_own_weight(places):
     tokenizers = tuple(load_tokenizer(jcl.open_base(place)) for place in places[1:])
     plain = as_completion(QUESTIONS[0])
-    for item, weight in ((plain, 1.0), (Completion(plain.prompt, plain.answer, right="answer"), 3.0)):
+    for item, weight in ((plain, 1.0), (Completion(plain.prompt, plain.answer, taught="answer"), 3.0)):
         (batch,) = make_batches([item], tokenizers, 0.5, example_weight=3.0)
         used = batch.weight > 0
         assert set(batch.weight[used & batch.answer]) == {weight}
@@ -152,7 +151,7 @@ def test_where_many_prompts_leave_few_passes_examples_are_used_as_often_as_with_
             seen.append(items)
             return make_batches(items, *given, **named)
 
-        monkeypatch.setattr(steps, "make_batches", spy)
+        monkeypatch.setattr(distillation, "make_batches", spy)
         jcl.transfer(*places, settings, prompts=CORPUS, examples=QUESTIONS, effect="never", cache=False)
         passes, counts = settings.course(prompted=True).passes, Counter(seen[0])
         return tuple(

@@ -31,7 +31,7 @@ from jcrosslora.relation import (
 from jcrosslora.relation.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
-    MENDED,
+    FITTED_VARIANT,
     TRAINED_METHOD,
     WEIGHT_METHOD,
 )
@@ -91,7 +91,7 @@ def noise(size: float):
 
 
 def test_selected_methods_are_registered():
-    assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD, *MENDED.values()} <= METHODS.keys()
+    assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD, *FITTED_VARIANT.values()} <= METHODS.keys()
 
 
 def test_the_same_weights_select_copy_and_are_called_so(source, tmp_path):
@@ -241,9 +241,10 @@ def test_every_finding_and_every_method_has_a_sentence():
     assert len(found) == len(Likeness)
     figures = "(cosine 0.900, relative distance 0.100 of the weights of 4 sampled modules)"
     assert sum(figures in one for one in found) == len(Likeness) - 1  # of the same base there is none to tell
-    for method in (ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "compensated-copy", "select", *MENDED.values()):
+    copies = ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "compensated-copy", "select"
+    for method in (*copies, *FITTED_VARIANT.values()):
         assert choice_reason("found", method).startswith("found, ")
-    for method in (WEIGHT_METHOD, *MENDED):
+    for method in (WEIGHT_METHOD, *FITTED_VARIANT):
         assert choice_reason("found", method, "but it is late").startswith("found, but it is late, so ")
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jcrosslora.decoder import LONGEST, plan_batches
+from jcrosslora.decoder import LONGEST_PROMPT, plan_batches
 from jcrosslora.decoder.prompt_batches import PromptBatch, common_beginnings, plan_queues
 
 WRITTEN = 20
@@ -34,7 +34,7 @@ CASES = {
     "equal and short": [tokens(33, 0)] * 60,
     "one instruction": behind(tokens(70, 0), range(1, 101)),
     "long beginnings": [prompt for seed in range(8) for prompt in behind(tokens(700, seed), [9] * 4)],
-    "longest": behind(tokens(LONGEST - 64, 0), [64] * 9),
+    "longest": behind(tokens(LONGEST_PROMPT - 64, 0), [64] * 9),
 }
 
 
@@ -67,7 +67,7 @@ def test_every_prompt_is_in_one_batch_whole(name):
 def test_shapes_are_bounded_and_few(name):
     for batch in plan_batches(CASES[name], WRITTEN, share=True):
         rows, width = batch.shape
-        assert max(map(len, batch.texts)) <= width <= LONGEST
+        assert max(map(len, batch.texts)) <= width <= LONGEST_PROMPT
         assert len(batch.texts) <= rows <= 48
         assert rows * width <= 48 * 96
         if batch.beginnings is not None:

@@ -135,11 +135,11 @@ def test_every_token_of_the_targets_answer_is_taught_once(sizes):
 def test_what_is_right_of_an_answer_are_tokens_of_the_target(sizes, ended):
     source, target = (PieceTokenizer(size, bos=7, eos=3) for size in sizes)
     found = {}
-    for right in ("", "end", "answer"):
-        item = Completion("a prompt of text: ", "and an answer of 24 signs", ended=ended, right=right)
+    for taught in ("nothing", "end", "answer"):
+        item = Completion("a prompt of text: ", "and an answer of 24 signs", ended=ended, taught=taught)
         (batch,) = make_batches([item], (source, target), 1.0)
-        found[right] = dict(
-            zip(*(places[batch.known == 1].tolist() for places in (batch.at_tgt, batch.next_tgt)), strict=True)
+        found[taught] = dict(
+            zip(*(places[batch.text_share == 1].tolist() for places in (batch.at_tgt, batch.next_tgt)), strict=True)
         )
     told = read(target, item)
     last = len(told.ids) - 1 - ended

@@ -367,7 +367,7 @@ class Constant(Method):
     name: ClassVar[str] = "constant"
 
     def move(self, task):
-        assert task.start is None
+        assert task.mapped is None
         return Moved(random_adapter(task.target, roles=("q_proj",), rank=2), fitted="set to a constant")
 
 
@@ -401,11 +401,11 @@ def test_a_fit_starts_from_the_maps_that_it_names(folder, start):
         name: ClassVar[str] = "started"
 
         @property
-        def start(self):
+        def map_method(self):
             return start and METHODS[start]()
 
         def move(self, task):
-            return Moved(task.start or random_adapter(task.target, seed=9), fitted="kept")
+            return Moved(task.mapped or random_adapter(task.target, seed=9), fitted="kept")
 
     found = jcl.transfer(folder / "adapter", folder / "source", folder / "source", Started(), cache=False)
     original = jcl.load_adapter(folder / "adapter")

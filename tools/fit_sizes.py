@@ -42,7 +42,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Model, Sampling, extend, load_model, prefill, settings_of
 from jcrosslora.decoder.loading import mesh_of, weight_sharding, whole
-from jcrosslora.distill.batches import BATCH
+from jcrosslora.distill.batches import FIT_ROWS
 from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
@@ -97,8 +97,8 @@ def make_programs(model: Model, prompt: int, answer: int) -> dict[str, tuple[Any
     They are the writing of a batch of answers, a pass of a base over a batch, and a gradient step on one.
     """
     state = jax.eval_shape(lambda model: first_state(model, DistillSettings()), model)
-    places = BATCH * (prompt + answer) // 2
-    tokens, mask = np.zeros((BATCH, prompt + answer), np.int32), np.ones((BATCH, prompt + answer), bool)
+    places = FIT_ROWS * (prompt + answer) // 2
+    tokens, mask = np.zeros((FIT_ROWS, prompt + answer), np.int32), np.ones((FIT_ROWS, prompt + answer), bool)
     at, weight = np.arange(places, dtype=np.int32), np.ones(places, np.float32)
     read_by = [jnp.asarray(part) for part in (tokens, mask, at, weight)]
     taught = TaughtBatch(read_by[0], read_by[1], read_by[2], read_by[3], jnp.zeros((places, COMPARED)))
@@ -181,10 +181,10 @@ def phases(
     adapters: int = 1,
 ) -> dict[str, tuple[int, float]]:
     """How often each program runs in so many fits whose batches are one, and its seconds on paper."""
-    rows, texts = BATCH * adapters, WRITTEN * adapters
+    rows, texts = FIT_ROWS * adapters, WRITTEN * adapters
     inner = sum(int(np.prod(weight.shape)) for weight in model.params.weights.values())
     head, settings = int(np.prod(model.params.embedding.shape)), model.settings
-    width, batches = arguments.prompt + arguments.answer, -(-arguments.prompts // BATCH)
+    width, batches = arguments.prompt + arguments.answer, -(-arguments.prompts // FIT_ROWS)
     # Of the stream in bfloat16, by a ring: all but its own part, out and back.
     ring = 4 * settings.layers * 2 * settings.hidden * (devices - 1) / devices
 
@@ -195,7 +195,7 @@ def phases(
     read = seconds(pass_, inner, rows * width)
     token = seconds(2 * (inner + head) * texts, inner + head, texts)
     prefilled = seconds(2 * inner * texts * arguments.prompt, inner, texts * arguments.prompt)
-    again = 2 + needs_remat(settings, (BATCH, width))
+    again = 2 + needs_remat(settings, (FIT_ROWS, width))
     return {
         "write": (-(-arguments.prompts // WRITTEN), prefilled + arguments.answer * token),
         "read": (3 * batches, read),

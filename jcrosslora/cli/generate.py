@@ -61,7 +61,7 @@ class Generate(OnDevice):
 
     def run(self, console: Console) -> None:
         from jcrosslora.adapter.origin import other_base
-        from jcrosslora.decoder.generate import LONGEST, count_cut
+        from jcrosslora.decoder.generate import LONGEST_PROMPT, count_cut
 
         prompts = self._prompts()
         if self.shelf is None:
@@ -80,7 +80,8 @@ class Generate(OnDevice):
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
         if cut := count_cut(composed.tokenizer, asked):
-            print(f"note: {cut} of {len(asked)} prompts are cut to their last {LONGEST:,} tokens", file=sys.stderr)
+            most = f"{LONGEST_PROMPT:,} tokens"
+            print(f"note: {cut} of {len(asked)} prompts are cut to their last {most}", file=sys.stderr)
         found = composed.write(
             asked, weights=weights, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )

@@ -29,7 +29,7 @@ from jcrosslora.decoder.model import join_stacked as join_stacked
 from jcrosslora.decoder.model import stack_adapter as stack_adapter
 from jcrosslora.decoder.model import stack_adapters as stack_adapters
 from jcrosslora.decoder.model import unstack_adapter as unstack_adapter
-from jcrosslora.decoder.prompt_batches import LONGEST as LONGEST
+from jcrosslora.decoder.prompt_batches import LONGEST_PROMPT as LONGEST_PROMPT
 from jcrosslora.decoder.prompt_batches import plan_batches as plan_batches
 from jcrosslora.decoder.sampling import Sampling as Sampling
 from jcrosslora.decoder.sampling import extend as extend

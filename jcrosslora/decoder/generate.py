@@ -13,7 +13,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.loading import fast_dtype, load_model
 from jcrosslora.decoder.model import Model, stack_adapter
-from jcrosslora.decoder.prompt_batches import BATCH, LONGEST, PromptBatch, padded, plan_batches, rounded
+from jcrosslora.decoder.prompt_batches import LONGEST_PROMPT, WRITING_ROWS, PromptBatch, padded, plan_batches, rounded
 from jcrosslora.decoder.prompt_queue import write_queue
 from jcrosslora.decoder.sampling import Behind, Sampling, State, amplified, extend, extend_amplified, prefill
 from jcrosslora.errors import UsageError, not_finite
@@ -54,13 +54,13 @@ def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Wri
 
 
 def cut_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """Tokenize prompts: int32 (T,) each, at most the last `LONGEST` tokens, see `last_tokens`."""
-    return [last_tokens(tokenizer, prompt_ids(tokenizer, prompt), LONGEST) for prompt in prompts]
+    """Tokenize prompts: int32 (T,) each, at most the last `LONGEST_PROMPT` tokens, see `last_tokens`."""
+    return [last_tokens(tokenizer, prompt_ids(tokenizer, prompt), LONGEST_PROMPT) for prompt in prompts]
 
 
 def count_cut(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> int:
     """Count the prompts that are longer than the last tokens that are read of each."""
-    return sum(len(prompt_ids(tokenizer, prompt)) > LONGEST for prompt in prompts)
+    return sum(len(prompt_ids(tokenizer, prompt)) > LONGEST_PROMPT for prompt in prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ class Generator:
         are those of `continue_tokens`; the bar advances by one for each prompt. Returns int32 (T,) for each: what was
         written, with the stop token if there is one.
         """
-        if temperature == 0 and len(ids) > BATCH:
+        if temperature == 0 and len(ids) > WRITING_ROWS:
             return write_queue(self, ids, max_new_tokens, bar=bar)
         found = [np.zeros(0, np.int32)] * len(ids)
         start = 0

@@ -8,16 +8,16 @@ import numpy as np
 
 from jcrosslora.utils.cost import TEXT, Cost
 
-BATCH, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
-_READ = BATCH * _WIDE  # tokens that are read in one pass, padding included
-_SLOTS = BATCH * 512  # of the cache of a batch, without those of what is written
-_ROWS = (8, 24, BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
+WRITING_ROWS, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
+_READ = WRITING_ROWS * _WIDE  # tokens that are read in one pass, padding included
+_SLOTS = WRITING_ROWS * 512  # of the cache of a batch, without those of what is written
+_ROWS = (8, 24, WRITING_ROWS)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
 _BEGINNINGS = (1, 2, 4, 8)  # of a batch, the fewest that hold its own
 # What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
 # that are written is rounded to it, too: one compiled program writes answers of nearly the same length.
 _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
+LONGEST_PROMPT = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 SHORTEST = 32  # tokens of a common beginning, the fewest; their number is a multiple of `_MULTIPLE`
 # Common beginnings are used if they leave at most this share of the tokens: they need another compilation and two
 # passes.
@@ -84,14 +84,16 @@ class PromptBatch:
 
 def writing_cost(texts: int, tokens: int, prompt: float = TEXT) -> Cost:
     """Count the writing of texts up to a length, after prompts of a mean length."""
-    return Cost(texts, written=-(-texts // BATCH) * tokens, source=_PREFILL * texts * prompt)
+    return Cost(texts, written=-(-texts // WRITING_ROWS) * tokens, source=_PREFILL * texts * prompt)
 
 
-def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool, most: int = BATCH) -> list[PromptBatch]:
+def plan_batches(
+    ids: Sequence[np.ndarray], written: int, *, share: bool, most: int = WRITING_ROWS
+) -> list[PromptBatch]:
     """Put prompts into batches of similar length.
 
     Args:
-        ids: int32 (T,) token ids of each prompt, at most `LONGEST`.
+        ids: int32 (T,) token ids of each prompt, at most `LONGEST_PROMPT`.
         written: the most tokens that are written after each.
         share: whether common beginnings may be read once, which they are if that leaves less to do.
         most: the most prompts in a batch.
@@ -134,12 +136,12 @@ def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[P
     """
     found: dict[int, list[PromptBatch]] = {}
     for turn in sorted(turns, key=lambda turn: turn.slots):
-        found.setdefault(_next_width(min(turn.slots, LONGEST)), []).append(turn)
+        found.setdefault(_next_width(min(turn.slots, LONGEST_PROMPT)), []).append(turn)
     queues = []
     for own in found.values():
         slots = own[-1].slots
         # As many rows as the fullest of its batches has, so that each fits.
-        most = max(*(turn.shape[0] for turn in own), min(BATCH, _SLOTS // (slots + rounded(written))))
+        most = max(*(turn.shape[0] for turn in own), min(WRITING_ROWS, _SLOTS // (slots + rounded(written))))
         queues.append((own, _rows(min(most, sum(len(turn.places) for turn in own)), most), slots))
     return queues
 

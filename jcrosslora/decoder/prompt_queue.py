@@ -70,14 +70,14 @@ def write_queue(
     *,
     bar: Track | None = None,
 ) -> list[np.ndarray]:
-    """Write the likeliest tokens after n prompts, int32 (T,) token ids of at most `LONGEST`.
+    """Write the likeliest tokens after n prompts, int32 (T,) token ids of at most `LONGEST_PROMPT`.
 
     Args:
         writer: its `of_rows` gets the places of prompts.
         max_new_tokens: tokens at which a text is cut off.
         begun: the first tokens of M n texts, int32 (T,) each, where they are known; a prompt with them has at most
-            `LONGEST`. Each prompt is answered M times: `of_rows` gets its place + m n for m from 0 to M - 1; prompts
-            that are read together have one m. None for one text of each prompt, of which nothing is known.
+            `LONGEST_PROMPT`. Each prompt is answered M times: `of_rows` gets its place + m n for m from 0 to M - 1;
+            prompts that are read together have one m. None for one text of each prompt, of which nothing is known.
         bar: advances by one for each text.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Train an update of the target to match the predictions of the adapted source (`distill`), or its residual stream."""
+"""Train an update of the target to match the predictions of the adapted source (`distill`)."""
 
 from jcrosslora.distill.settings import DistillSettings as DistillSettings
 from jcrosslora.distill.templates import TEMPLATES as TEMPLATES

@@ -18,14 +18,13 @@ from jcrosslora.distill.settings import MOST_TOKENS, DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions
 from jcrosslora.text import Completion, Reading, last_tokens, read
-from jcrosslora.text.completion import Right
 from jcrosslora.utils.cost import TEXT
 
 # Tokens of a row, in steps of an eighth to a quarter: what is longer than the texts is computed for nothing.
 WIDTHS = 16, 24, *range(32, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128)
 WIDTHS = *WIDTHS, *range(1024, 2561, 256)
-BATCH, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
-LONGEST = WIDTHS[-1]
+FIT_ROWS, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
+LONGEST_ROW = WIDTHS[-1]
 _FEW = 384  # tokens of padding in a pass, which take no longer in the passes of a fit than to compile for a shape
 _PARTS = 4  # of the tokens of a batch, a number of which there is room for as compared positions
 _PLACES = 1 << 32  # above the characters of any content
@@ -44,8 +43,8 @@ class DistillationBatch(MatchedTokens):
         next_src: int32 (P,), the source's token after each position; -1 if there is none.
         next_tgt: int32 (P,), the same for the target.
         answer: bool (P,), whether a token of the answer follows.
-        known: float32 (P,), 0 to 1: the share of the text itself in the teacher, which takes the target's next token
-            (the end of the text if `next_tgt` is -1) as correct; see `Completion.right`.
+        text_share: float32 (P,), 0 to 1: the share of the text itself in the teacher. It takes the target's next token
+            (the end of the text if `next_tgt` is -1) as correct; see `Completion.taught`.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
         labelled: how many of the completions are labelled examples.
     """
@@ -53,7 +52,7 @@ class DistillationBatch(MatchedTokens):
     next_src: np.ndarray
     next_tgt: np.ndarray
     answer: np.ndarray
-    known: np.ndarray
+    text_share: np.ndarray
     weight: np.ndarray
     labelled: int = 0
 
@@ -75,7 +74,7 @@ class _Pair(NamedTuple):
     at: tuple[np.ndarray, np.ndarray]
     next: tuple[np.ndarray, np.ndarray]
     answer: np.ndarray
-    known: np.ndarray
+    text_share: np.ndarray
     weight: np.ndarray
     labelled: bool
 
@@ -88,10 +87,10 @@ class _Weights(NamedTuple):
     example: float
     end: float
 
-    def certainty(self, right: Right) -> tuple[float, float]:
+    def text_shares(self, completion: Completion) -> tuple[float, float]:
         """Return the shares of the text itself in the teacher: inside an answer, and at its end."""
-        likely = {"likeliest": (self.text, self.text), "likeliest-end": (self.text, 1.0)}
-        return {"": (0.0, 0.0), "end": (0.0, 1.0), "answer": (1.0, 1.0), **likely}[right]
+        inside = 1.0 if completion.taught == "answer" else self.text if completion.greedy else 0.0
+        return inside, inside if completion.taught == "nothing" else 1.0
 
 
 def make_batches(
@@ -155,9 +154,9 @@ def _few_widths(widths: Sequence[int], rows: int) -> list[int]:
 
 
 def row_shape(tokens: int) -> tuple[int, int]:
-    """Return the rows of a batch of completions of so many tokens, at most `LONGEST`, and their width."""
-    width = next((width for width in WIDTHS if tokens <= width), LONGEST)
-    return max(1, min(BATCH, _MOST_TOKENS // width)), width
+    """Return the rows of a batch of completions of so many tokens, at most `LONGEST_ROW`, and their width."""
+    width = next((width for width in WIDTHS if tokens <= width), LONGEST_ROW)
+    return max(1, min(FIT_ROWS, _MOST_TOKENS // width)), width
 
 
 def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weights: _Weights) -> _Pair:
@@ -178,9 +177,9 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
     sides = [_cut(*one) for one in zip(tokenizers, (src, tgt), (at_src, at_tgt), strict=True)]
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
-    inside, end = weights.certainty(completion.right)
-    known = np.where(behind, end * tgt.stop, inside * answer).astype(np.float32)
-    weight = np.where(answer, weights.example if completion.right == "answer" else 1.0, weights.prompt)
+    inside, end = weights.text_shares(completion)
+    text_share = np.where(behind, end * tgt.stop, inside * answer).astype(np.float32)
+    weight = np.where(answer, weights.example if completion.taught == "answer" else 1.0, weights.prompt)
     weight = weight * np.where(behind & bool(tgt.stop), weights.end, 1.0)
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
     (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
@@ -189,9 +188,9 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
         (np.maximum(at_src, 0)[kept], at_tgt[kept]),
         (next_src[kept], next_tgt[kept]),
         answer[kept],
-        known[kept],
+        text_share[kept],
         weight.astype(np.float32)[kept],
-        completion.right == "answer",
+        completion.taught == "answer",
     )
 
 
@@ -207,7 +206,7 @@ def _cut(tokenizer: Tokenizer, reading: Reading, places: np.ndarray) -> tuple[np
     where none or the one that ends the answer follows.
     """
     last = int(places.max(initial=-1)) + 1
-    ids = last_tokens(tokenizer, reading.ids[:last], LONGEST)
+    ids = last_tokens(tokenizer, reading.ids[:last], LONGEST_ROW)
     lost = last - len(ids)  # the first token, which may have stayed, is no place
     behind = np.append(reading.ids[: len(reading.ids) - reading.stop], np.full(1 + reading.stop, -1))
     following = np.where(places >= 0, behind[places + 1], -1)
@@ -229,10 +228,11 @@ def _batch(pairs: Sequence[_Pair], rows: int, widths: tuple[int, int], places: i
     )
     next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
     answer = joined([pair.answer for pair in pairs], 0, bool)
-    known, weight = (joined(part, 0, np.float32) for part in ([p.known for p in pairs], [p.weight for p in pairs]))
+    text_share = joined([pair.text_share for pair in pairs], 0, np.float32)
+    weight = joined([pair.weight for pair in pairs], 0, np.float32)
     read = tokens_src, mask_src, tokens_tgt, mask_tgt
     labelled = sum(pair.labelled for pair in pairs)
-    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, known, weight, labelled)
+    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, text_share, weight, labelled)
 
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.generate import count_cut
-from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
+from jcrosslora.decoder.prompt_batches import LONGEST_PROMPT, writing_cost
 from jcrosslora.distill.endings import Endings, teach_end
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
 from jcrosslora.distill.sources import Source, Writer
@@ -38,7 +38,7 @@ from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track, track
 
 PILOT = 6  # completions in each template, which show which templates the adapter knows, and how long answers are
-JUDGED_TOKENS = 12  # of an answer, in the choice of templates
+TEMPLATE_TOKENS = 12  # of an answer, in the choice of templates
 # Answers of which most have not ended after the first number of tokens are looked at again up to the second, a few of
 # them; of those that do not end there either only the beginning is used.
 PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
@@ -67,7 +67,7 @@ class Completions:
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     task: FoundTask | None = None
 
-    def with_ends(self, source: Source) -> Self:
+    def with_taught_ends(self, source: Source) -> Self:
         """Cut answers where they are complete, those of further rounds too, and teach the end there."""
 
         def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
@@ -159,7 +159,7 @@ def answer_given(
     first = f"the first {wanted} of " if len(prompts) > wanted else ""
     given = f"{first}{len(prompts)} given prompts" if prompts else "prompts of labelled examples"
     long = count_cut(source.tokenizer, prompts)
-    cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
+    cut = f", of which {long} are cut to their last {LONGEST_PROMPT:,} tokens" if long else ""
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + number
@@ -201,7 +201,7 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
     cost = completions_cost(sampler.count, sampler.tokens, search, templates=len(templates))
     with track(cost.texts, "write completions", "texts") as bar:
         pilot = write_pilot(source, sampler, bar=bar)
-        known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
+        known = known_templates(templates, *judge_templates(source, pilot, TEMPLATE_TOKENS))
         named = {template.name: template for template in templates}
         found = [item for item in pilot if named[item.origin] in known]
         task = NOTHING

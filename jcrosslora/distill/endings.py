@@ -207,7 +207,6 @@ def teach_end(completion: Completion, *, trusted: bool = True) -> Completion:
     end in the middle.
     """
     place = complete_at(completion.prompt, completion.answer)
-    right = "likeliest-end" if completion.right == "likeliest" else "end"
     if place is not None:
-        return replace(completion, answer=completion.answer[:place], ended=True, right=right)
-    return replace(completion, right=right) if completion.ended and trusted else completion
+        return replace(completion, answer=completion.answer[:place], ended=True, taught="end")
+    return replace(completion, taught="end") if completion.ended and trusted else completion

@@ -21,7 +21,7 @@ import optax
 
 from jcrosslora.checkpoint import ROLES, roles_named
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, join_stacked
-from jcrosslora.distill.batches import BATCH, DistillationBatch, most_kept, needs_remat
+from jcrosslora.distill.batches import FIT_ROWS, DistillationBatch, most_kept, needs_remat
 from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.judge import Judge
 from jcrosslora.distill.settings import DistillSettings
@@ -94,8 +94,8 @@ def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> 
     first, anew, passes = course.first, sum(course.rounds[1:]), course.passes
     # The training and the held-out batches each end with a half-full batch in a few widths.
     judging = settings.held_of(first, prompted=prompted)
-    held, used = judging + 2 * BATCH, first - judging + 2 * BATCH + anew
-    looks = 1 + passes * used / BATCH / LOOK
+    held, used = judging + 2 * FIT_ROWS, first - judging + 2 * FIT_ROWS + anew
+    looks = 1 + passes * used / FIT_ROWS / LOOK
     source, target = 2 * (used + held), used + (1 + looks) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
     labelled = TEXT * examples * course.repeats

@@ -41,12 +41,12 @@ class AnswerBatch:
 
 def batch_answers(answers: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[DistillationBatch]:
     """Batch greedy answers of the source; all of their tokens are wanted. Errors are those of `make_batches`."""
-    return make_batches([replace(one, right="answer") for one in answers], tokenizers, 0.0) if answers else []
+    return make_batches([replace(one, taught="answer") for one in answers], tokenizers, 0.0) if answers else []
 
 
 def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatch:
     """Find the symbols of a batch of `batch_answers`."""
-    parts = batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, symbols.known(batch)
+    parts = batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, symbols.text_columns(batch)
     return AnswerBatch(*map(jnp.asarray, parts))
 
 

@@ -16,11 +16,11 @@ from jcrosslora.adapter.truncation import truncate_to_rounding
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, roles_named
 from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.completions import Completions
+from jcrosslora.distill.distillation import Distillation, as_taught, without_labelled
 from jcrosslora.distill.fit import Fitted, Look
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.steps import Run, as_taught, without_labelled
 from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.text import Completion, Prompt
@@ -97,20 +97,20 @@ def distill(
     settings.check()
     check_seed(seed)
     roles_named(settings.roles, target.architecture.role_shapes)  # refused before text is written
-    prompts, taught = without_labelled(prompts, examples), as_taught(examples)
-    settings = settings.for_prompts(len(prompts), len(taught))
+    prompts, examples = without_labelled(prompts, examples), as_taught(examples)
+    settings = settings.for_prompts(len(prompts), len(examples))
     loaded = loaded or LoadedBases()
-    source = _opened(source, target, adapter, loaded)
+    source = _open_source(source, target, adapter, loaded)
     clock = time.monotonic()
-    begun = None if start is None else stack_adapter(start, target)
+    stacked_start = None if start is None else stack_adapter(start, target)
     model = loaded.model(target, fast_dtype())
-    run = Run(source, target, model, settings, prompts, taught, seed, clock)
-    completions, warnings = run.with_ends(run.write(shared))
-    data = run.divide(completions)
-    symbols = run.symbols(data, completions)
-    fit = run.begin(data, symbols, completions, begun)
-    with run.states(states, start) as checkpoints:
-        fitted = fit.run(data.fitted, partial(run.fresh, completions, data.held_out), checkpoints)
+    work = Distillation(source, target, model, settings, prompts, examples, seed, clock)
+    completions, warnings = work.teach_ends_if_needed(work.write_completions(shared))
+    data = work.split(completions)
+    symbols = work.choose_symbols(data, completions)
+    fit = work.make_fit(data, symbols, completions, stacked_start)
+    with work.open_checkpoints(states, start) as checkpoints:
+        fitted = fit.run(data.fitted, partial(work.write_round, completions, data.held_out), checkpoints)
     _check_finite(fitted, target)
     update = truncate_to_rounding(unstack_adapter(fitted.adapter, target))
     _check_found(update, fitted)
@@ -119,14 +119,14 @@ def distill(
     return Distilled(
         update,
         fitted.looks,
-        _sentence(fitted, completions, len(taught), positions, len(symbols.shared[0]), devices),
+        _sentence(fitted, completions, len(examples), positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
         warnings,
-        template_of(run.tokenizers[1]) if run.chats(completions) else None,
+        template_of(work.tokenizers[1]) if work.chats(completions) else None,
     )
 
 
-def _opened(source: BaseModel | Source, target: BaseModel, adapter: Adapter | None, loaded: LoadedBases) -> Source:
+def _open_source(source: BaseModel | Source, target: BaseModel, adapter: Adapter | None, loaded: LoadedBases) -> Source:
     """Return the source with its adapter; a base is loaded, to be run by our decoder."""
     if not isinstance(source, BaseModel):
         return source

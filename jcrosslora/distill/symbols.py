@@ -137,12 +137,12 @@ class Symbols:
         places = order[found]
         return np.where((ids[places] == tokens) & (tokens >= 0), places, -1).astype(np.int32)
 
-    def known(self, batch: DistillationBatch) -> np.ndarray:
-        """Return int32 (P,) the columns of the target's next symbols that are known, -1 for others and without one."""
+    def text_columns(self, batch: DistillationBatch) -> np.ndarray:
+        """Return int32 (P,): the column of the target's next symbol where `text_share` is above 0, else -1."""
         shared, _, own = self.sizes
         end = shared + own if self.ends[1] else -1
         found = np.where(batch.next_tgt < 0, end, self.following(batch))
-        return np.where(batch.known != 0, found, -1).astype(np.int32)
+        return np.where(batch.text_share != 0, found, -1).astype(np.int32)
 
 
 def find_symbols(

@@ -53,9 +53,9 @@ class Teacher:
         taught, base, adapted = self.sides(batch, own=min(shares) < 1, base=contrast != 0)
         mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
         taught = dataclasses.replace(taught, teacher=mixed)
-        if not batch.known.any():
+        if not batch.text_share.any():
             return taught
-        return with_known(taught, self._symbols.known(batch), batch.known, batch.weight)
+        return mix_in_text(taught, self._symbols.text_columns(batch), batch.text_share, batch.weight)
 
     def sides(
         self, batch: DistillationBatch, *, own: bool = True, base: bool = True
@@ -63,8 +63,8 @@ class Teacher:
         """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
 
         They are the batch with the target's own predictions instead of the teacher's, and the source's predictions
-        without and with its adapter. Unless `own`, the target's may be those of the adapted source; unless `base`,
-        those of the source without its adapter may be too.
+        without and with its adapter. Without `own` or `base` a forward pass is skipped, and the predictions of the
+        adapted source are returned in its place.
         """
         symbols = self._symbols
         read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
@@ -111,14 +111,14 @@ def mix_teacher(
 
 
 @jax.jit
-def with_known(taught: TaughtBatch, known: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
-    """Mix a one-hot prediction of the known next symbol into the teacher.
+def mix_in_text(taught: TaughtBatch, columns: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
+    """Mix a one-hot prediction of the next symbol of the text into the teacher.
 
-    `known` is int32 (P,), columns or -1, `share` and `weight` float32 (P,). If the share is 1, the position keeps its
-    full weight, even if the source reads the text as tokens that the target does not have.
+    `columns` is int32 (P,), those of the symbols or -1; `share` and `weight` are float32 (P,). If the share is 1, the
+    position keeps its full weight, even if the source reads the text as tokens that the target does not have.
     """
-    told, columns = known >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
-    sure = jax.nn.log_softmax(jnp.where(columns == known[:, None], jnp.float32(0), jnp.float32(NEVER)), axis=-1)
+    told, every = columns >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
+    sure = jax.nn.log_softmax(jnp.where(every == columns[:, None], jnp.float32(0), jnp.float32(NEVER)), axis=-1)
     share = jnp.where(told, share, 0)[:, None]
     # log(0) where a side has no share: the other one is the sum.
     mixed = jnp.logaddexp(jnp.log1p(-share) + taught.teacher, jnp.log(share) + sure)

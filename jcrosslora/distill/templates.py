@@ -152,9 +152,8 @@ class Sampler:
         key, most = jax.random.fold_in(jax.random.key(self.seed + turn), 1), tokens or self.tokens
         assert most is not None
         written = writer.write([item.prompt for item in prompts], most, self.temperature, key, bar=bar)
-        right = "likeliest" if self.temperature == 0 else ""
         return [
-            replace(item, answer=one.text, ended=one.ended, right=right)
+            replace(item, answer=one.text, ended=one.ended, greedy=self.temperature == 0)
             for item, one in zip(prompts, written, strict=True)
             if one.text.strip()
         ]

@@ -22,7 +22,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, Written
 from jcrosslora.decoder.generate import as_written
-from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch
+from jcrosslora.decoder.prompt_batches import LONGEST_PROMPT, PromptBatch
 from jcrosslora.decoder.prompt_queue import write_queue
 from jcrosslora.decoder.row_adapters import RowAdapters
 from jcrosslora.decoder.sampling import State
@@ -316,7 +316,8 @@ def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, numbe
         raise UsageError(msg)
     found = read(tokenizer, completion)
     longest = base.config.get("max_position_embeddings")
-    whole, prompt = ("with its answer", len(found.ids), longest), ("in front of its answer", found.answer, LONGEST)
+    whole = "with its answer", len(found.ids), longest
+    prompt = "in front of its answer", found.answer, LONGEST_PROMPT
     for what, length, most in (whole, prompt):
         if isinstance(most, int) and length > most:
             msg = f"example {number} has {length:,} tokens {what}, and at most {most:,} are read with {base.ref}: "
@@ -338,7 +339,7 @@ def _begun(
         return [np.zeros(0, np.int32)] * len(likeliest)
     last = (likeliest != tail[1:]) | np.isin(tail[1:], tokenizer.stops)
     ends = [int(np.flatnonzero(row)[0]) + 1 if row.any() else len(row) for row in last]
-    most = min(most, LONGEST - len(prompt))
+    most = min(most, LONGEST_PROMPT - len(prompt))
     return [row[: min(end, most)] for row, end in zip(likeliest, ends, strict=True)]
 
 

@@ -19,7 +19,7 @@ from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
-from jcrosslora.utils.spread import with_ends
+from jcrosslora.utils.spread import spread_evenly
 
 Adapted = tuple[BaseModel, Adapter]  # a base with an adapter of it
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
@@ -268,7 +268,7 @@ def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> l
     if not texts:
         return []
     try:
-        found = probe_batches(with_ends(texts, TEXTS), tokenizers, length=LENGTH, batch=_BATCH)
+        found = probe_batches(spread_evenly(texts, TEXTS), tokenizers, length=LENGTH, batch=_BATCH)
     except UsageError:  # no position matches
         return []
     return found if any(part_of(batch, 0).at.size for batch in found) else []

@@ -71,14 +71,14 @@ class TransportCache:
 
     def __init__(self, task: AlignmentTask) -> None:
         """Derive the key from the method's fields and the evidence providers."""
-        providers, start = providers_of(task.kinds), task.method.start
+        providers, method = providers_of(task.kinds), task.method.map_method
         assert task.pair.store is not None
-        assert start is not None
+        assert method is not None
         facts = [None if one.cache_key is None else one.cache_key(task) for one in providers]
-        parts = start.cache_key(), sorted(task.kinds), task.rank, facts
+        parts = method.cache_key(), sorted(task.kinds), task.rank, facts
         self._store = task.pair.store
         self._key = task.pair.key(*parts, tokenizers=any(one.reads_tokenizers for one in providers))
-        self._what = f"{start.name}, rank {task.rank}, {task.pair.names}"
+        self._what = f"{method.name}, rank {task.rank}, {task.pair.names}"
 
     def find(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
         """Return the group of these pairs; None if it is not cached."""
@@ -117,7 +117,7 @@ def _chosen(
 
 def _with_weights(task: AlignmentTask, chosen: tuple[_Chunk, Sequence[Pair]]) -> tuple[_Chunk, _Stacks | None]:
     """Read the weights of the pairs to align, and put them on the devices."""
-    load = load_on_host if _on_host(task.method.start) else load_stack
+    load = load_on_host if _on_host(task.method.map_method) else load_stack
     chunk, pairs = chosen
     if not pairs:
         return chunk, None
@@ -128,8 +128,8 @@ def _with_weights(task: AlignmentTask, chosen: tuple[_Chunk, Sequence[Pair]]) ->
 def _align(
     task: AlignmentTask, pairs: tuple[Pair, ...], stacks: _Stacks, evidence_adders: Sequence[AddEvidence]
 ) -> TransportGroup:
-    start = task.method.start
-    assert start is not None
+    method = task.method.map_method
+    assert method is not None
     src, tgt = task.shapes(pairs[0])
     stack, stream = ModuleStack(pairs, len(stacks[0])), LINEARS[pairs[0].role].stream
     evidence = Evidence(
@@ -139,16 +139,16 @@ def _align(
         key=None,
         reads=stream == "reads",
         rank=min(task.rank, *src, *tgt),
-        method=start.name,
+        method=method.name,
     )
     for add in evidence_adders:
         evidence = add(evidence, stack)
     if stream == "inside":  # inside latent attention, where no vector is a function of a token
         evidence = dataclasses.replace(evidence, vocabulary=None)
-    if _on_host(start):
-        maps, agreement = _map_on_host(evidence, start)
+    if _on_host(method):
+        maps, agreement = _map_on_host(evidence, method)
         return TransportGroup(maps.terms, agreement, pairs, tuple(stack.kernels))
-    maps, agreement = _map_stack(evidence, start, mesh_of(stacks[0]))
+    maps, agreement = _map_stack(evidence, method, mesh_of(stacks[0]))
     terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (maps.terms, agreement))
     # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK take
     # the cores from each other (measured: 6 times slower).
@@ -161,11 +161,11 @@ def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: An
     return Side(weights, found if isinstance(weights, np.ndarray) else spread(found), None)
 
 
-def _on_host(start: MapMethod | None) -> bool:
+def _on_host(method: MapMethod | None) -> bool:
     """Tell whether numpy makes the maps, module by module in threads, so that nothing is compiled."""
-    if start is None or EvidenceKind.RANDOM_KEY in start.requires:  # JAX alone draws from its keys
+    if method is None or EvidenceKind.RANDOM_KEY in method.requires:  # JAX alone draws from its keys
         return False
-    return start.takes_numpy and jax.default_backend() == "cpu"
+    return method.takes_numpy and jax.default_backend() == "cpu"
 
 
 def _map_on_host(evidence: Evidence, method: MapMethod) -> tuple[Maps, dict[str, Any]]:

@@ -35,8 +35,8 @@ class EvidenceKind(StrEnum):
 
 # Kinds that need both bases run on text.
 RUNNING = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
-# Kinds for which the source is run with its adapter: the method fits an update.
-FITTING = frozenset({EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
+# Evidence that `Method.move` uses itself; `MapMethod.maps` never sees it.
+USED_BY_MOVE = frozenset({EvidenceKind.PROBE_TEXTS, EvidenceKind.COMPLETIONS})
 
 Terms = tuple[tuple[LinearMap, LinearMap], ...]
 

@@ -59,7 +59,7 @@ def check_shared_tokens(task: AlignmentTask) -> None:
     """Raise `MethodError` for bases whose vocabularies share too few tokens, or cannot be read."""
     count, reason = task.pair.shared_tokens
     if not count:
-        name = (task.method.start or task.method).name
+        name = (task.method.map_method or task.method).name
         msg = f"method {name} needs tokens that both bases have: {reason}; use another method"
         raise MethodError(msg)
 

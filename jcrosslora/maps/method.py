@@ -42,8 +42,7 @@ class Task:
     Attributes:
         source: the base that the adapter was trained on; or a source that can only be queried, with its adapter.
         adapter: the original adapter, with fused matrices split; empty if the source can only be queried.
-        start: the adapter after the maps of the method's `start`; None if nothing is mapped.
-        layers: for each target layer the source layer that feeds it, or None.
+        mapped: the adapter after the maps of the method's `map_method`; None if nothing is mapped.
         prompts: the user's texts or conversations; empty if the source writes its own.
         examples: the user's prompts with right answers.
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
@@ -56,8 +55,7 @@ class Task:
     source: BaseModel | Source
     target: BaseModel
     adapter: Adapter
-    start: Adapter | None = None
-    layers: Sequence[int | None] = ()
+    mapped: Adapter | None = None
     prompts: Sequence[Prompt] = ()
     examples: Sequence[Completion] = ()
     batches: Sequence[ProbeBatch] = ()
@@ -74,12 +72,6 @@ class Task:
             msg = f"this method reads the weights of the source, and {self.source.name} can only be queried: use "
             raise MethodError(msg + "--method distill, or give the weights with --source")
         return self.source
-
-    @property
-    def mapped(self) -> Adapter:
-        """Return the adapter after the maps, which a map method always has."""
-        assert self.start is not None
-        return self.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +157,8 @@ class Method(Settings):
         return {FINISH: None}
 
     @property
-    def start(self) -> MapMethod | None:
-        """The map method whose result `move` starts from; a map method itself, None without one."""
+    def map_method(self) -> MapMethod | None:
+        """The map method that runs before `move`: a map method itself, None if nothing is mapped."""
         return None
 
     @property
@@ -192,7 +184,7 @@ class Method(Settings):
     @property
     def needs(self) -> str:
         """Return the evidence that the method uses, in words."""
-        parts = ["equal shapes"] if self.start is not None and self.start.equal_shapes else []
+        parts = ["equal shapes"] if self.map_method is not None and self.map_method.equal_shapes else []
         always = {EvidenceKind.RANDOM_KEY, EvidenceKind.CHANNEL_SCALES}  # that any pair of bases has
         parts += [kind.value for kind in EvidenceKind if kind in self.requires - always]
         return ", ".join(parts) or "nothing"
@@ -261,6 +253,7 @@ class MapMethod(Method):
 
     def move(self, task: Task) -> Moved:
         """Return the mapped update unchanged. A method that adds something to it overrides this."""
+        assert task.mapped is not None  # a map method has maps
         return Moved(task.mapped)
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
@@ -268,6 +261,6 @@ class MapMethod(Method):
         return {} if type(self).move is MapMethod.move else super().cost(sizes)
 
     @property
-    def start(self) -> MapMethod:
+    def map_method(self) -> MapMethod:
         """Return the method itself."""
         return self

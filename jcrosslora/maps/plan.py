@@ -130,15 +130,15 @@ def _shown(layers: Depth) -> str:
 
 def _check_modules(task: AlignmentTask) -> None:
     """Raise MethodError if the method is not defined for a pair of modules."""
-    start = task.method.start
-    if start is not None and start.equal_modules:
+    method = task.method.map_method
+    if method is not None and method.equal_modules:
         _check_same_modules(task)
-    by_stream = start is not None and EvidenceKind.EMBEDDING_MAP in start.requires
+    by_stream = method is not None and EvidenceKind.EMBEDDING_MAP in method.requires
     for pair in task.modules if by_stream else ():
         if LINEARS[pair.role].stream == "inside":
             msg = f"method {task.method.name} maps the residual stream, which {pair.source} neither reads nor writes: "
             raise MethodError(msg + "use cross-lora, or distill")
-    for pair in task.modules if start is not None and start.equal_shapes else ():
+    for pair in task.modules if method is not None and method.equal_shapes else ():
         src, tgt = task.shapes(pair)
         if src != tgt:
             msg = (

@@ -60,8 +60,8 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
         MethodError: the method fits an update and has no maps.
     """
     modules = fit_to_base(as_adapter(adapter), transport.source, every=False).modules
-    start = transport.method.start
-    if start is None:
+    method = transport.method.map_method
+    if method is None:
         msg = f"method {transport.method.name} has no maps to apply: use jcrosslora.shift, or jcrosslora.transfer"
         raise MethodError(msg)
     moved: dict[str, LoRAFactors] = {}
@@ -76,7 +76,7 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
             b = jnp.stack([jnp.asarray(item.b, jnp.float32) * item.scale for item in some])
             every, picked = len(rows) == len(group.pairs), np.array(rows)
             terms = group.terms if every else jax.tree.map(lambda x, picked=picked: x[picked], group.terms)
-            found = jax.vmap(partial(_shift_factors, keep_norm=start.is_control))(terms, a, b)
+            found = jax.vmap(partial(_shift_factors, keep_norm=method.is_control))(terms, a, b)
             for index, row in enumerate(rows):
                 moved[group.pairs[row].target] = LoRAFactors(a=found.a[index], b=found.b[index])
     if not moved:
@@ -129,7 +129,7 @@ class Shifter:
             raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its base")
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
-        is_control = method.start is not None and method.start.is_control
+        is_control = method.map_method is not None and method.map_method.is_control
         self.keep_norm = is_control if calibrate is None else calibrate == "frobenius"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
@@ -144,7 +144,7 @@ class Shifter:
         if adapter.experts and not method.fits_update:
             experts, notes = carry_experts(adapter, pair, method)
         energies = {name: update_norm(item) ** 2 for name, item in adapter.modules.items()}
-        if method.start is None:
+        if method.map_method is None:
             self._rows = [
                 ModuleRow.unmapped(pair.target, pair.role, pair.source, energies[pair.source])
                 for pair in transport.pairing.pairs

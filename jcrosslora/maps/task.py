@@ -27,7 +27,7 @@ class AlignmentTask:
     """An alignment of two bases by one method.
 
     Attributes:
-        method: of the transfer; its `start` chooses the maps, and there are none without one.
+        method: of the transfer; its `map_method` chooses the maps, and there are none without one.
         depth: the requested depth map, as reports state it.
         sources: the source modules that adapters have; None is all.
         pairing: which module feeds which, over all modules of the target. With the depth map "similar" it
@@ -53,7 +53,7 @@ class AlignmentTask:
 
         Raises PairingError if the source modules feed none.
         """
-        if self.method.start is None:
+        if self.method.map_method is None:
             return ()
         if self.sources is None:
             return self.pairing.pairs
@@ -66,12 +66,12 @@ class AlignmentTask:
     @property
     def kinds(self) -> frozenset[EvidenceKind]:
         """The kinds of evidence that the maps need."""
-        return frozenset() if self.method.start is None else self.method.start.requires
+        return frozenset() if self.method.map_method is None else self.method.map_method.requires
 
     @property
     def single_vectors(self) -> bool:
         """Whether single singular vectors matter, or only the subspace that they span."""
-        return self.method.start is not None and self.method.start.single_vectors
+        return self.method.map_method is not None and self.method.map_method.single_vectors
 
     @property
     def runs_bases(self) -> bool:

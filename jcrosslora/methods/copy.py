@@ -154,6 +154,7 @@ class InterpolatedCopy(Copy):
             share, inputs = self.interpolation, self.inputs(task)
             task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
         modules, kept = task.shared[key]
+        assert task.mapped is not None  # a map method has maps
         return Moved(_sum(task.target, task.mapped.modules, modules), added=self.sentence(modules, kept))
 
     def sentence(self, modules: Mapping[str, LoRAFactors], kept: float) -> str:

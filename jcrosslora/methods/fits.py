@@ -42,7 +42,7 @@ class Distill(DistillSettings, Method):
         """
         from jcrosslora.distill.run import distill
 
-        start = task.start if task.start is not None and task.start.modules else None
+        start = task.mapped if task.mapped is not None and task.mapped.modules else None
         found = distill(
             task.source,
             task.target,
@@ -92,7 +92,7 @@ class DistilledCopy(Distill):
     """Weight of the change that the adapter makes in the source's log-probabilities, on top of that."""
 
     @property
-    def start(self) -> MapMethod:
+    def map_method(self) -> MapMethod:
         """Return the copy that the fit starts from."""
         return Copy()
 
@@ -107,6 +107,6 @@ class DistilledSelect(DistilledCopy):
     requires = Select.requires | Distill.requires
 
     @property
-    def start(self) -> MapMethod:
+    def map_method(self) -> MapMethod:
         """Return the selection that the fit starts from."""
         return Select()

@@ -34,27 +34,27 @@ ROUNDED_METHOD = "compensated-copy"
 # For bases where one is made of the other's parts.
 PARTS_METHOD = "select"
 # For compressed targets: the same, then fitted to what the adapted source predicts.
-MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
+FITTED_VARIANT = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
 # Where there are answers to fit to.
-_FITTED = MENDED | dict.fromkeys((TRAINED_METHOD, ROUNDED_METHOD), MENDED[COPY_METHOD])
+_FITTED = FITTED_VARIANT | dict.fromkeys((TRAINED_METHOD, ROUNDED_METHOD), FITTED_VARIANT[COPY_METHOD])
 # The method for bases that can both be run.
 _SUITED = {
     Likeness.SAME: COPY_METHOD,
     Likeness.COPY: COPY_METHOD,
     Likeness.TRAINED_COPY: TRAINED_METHOD,
     Likeness.MERGED_COPY: TRAINED_METHOD,
-    Likeness.SPARSE_COPY: MENDED[COPY_METHOD],
-    Likeness.COARSE_COPY: MENDED[COPY_METHOD],
+    Likeness.SPARSE_COPY: FITTED_VARIANT[COPY_METHOD],
+    Likeness.COARSE_COPY: FITTED_VARIANT[COPY_METHOD],
     Likeness.COARSE_SOURCE: ROUNDED_METHOD,
-    Likeness.FEWER_EXPERTS: MENDED[COPY_METHOD],
+    Likeness.FEWER_EXPERTS: FITTED_VARIANT[COPY_METHOD],
     Likeness.PARTS: PARTS_METHOD,
-    Likeness.FEWER_PARTS: MENDED[PARTS_METHOD],
+    Likeness.FEWER_PARTS: FITTED_VARIANT[PARTS_METHOD],
     Likeness.NONE: ACTIVATION_METHOD,
 }
 # The methods that replace those which run bases with the adapter. Theseus, which runs only the bases, lowered the
 # target's scores on ARC-Easy (-0.72 and -0.38 of the lift, README). cross-lora has no effect between unlike bases, and
 # the report says so.
-_WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fitted in MENDED.items()}}
+_WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fitted in FITTED_VARIANT.items()}}
 _WITHOUT_RUN = _WITHOUT_FIT | {ROUNDED_METHOD: COPY_METHOD}
 # Relative distance of the weights from which a copy is not enough. Rounding to the nearest level moves weights of about
 # normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and by 0.01

@@ -31,14 +31,12 @@ class Pairing:
         layers: for each target layer the source layer whose updates it receives, or None.
         pairs: in the order of the target's modules.
         unmapped_targets: target modules without a source module.
-        unused: source modules without a target module.
     """
 
     depth_map: str
     layers: tuple[int | None, ...]
     pairs: tuple[Pair, ...]
     unmapped_targets: tuple[str, ...]
-    unused: tuple[str, ...]
 
 
 def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], depth: Depth = "proportional") -> Pairing:
@@ -61,13 +59,11 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     if not pairs:
         msg = f"depth map {depth!r} pairs no module of the two bases; name at least one source layer"
         raise PairingError(msg)
-    used = {pair.source for pair in pairs}
     return Pairing(
         depth if isinstance(depth, str) else "explicit",
         layers,
         pairs,
         unmapped_targets=tuple(module.name for module, name in found if name is None),
-        unused=tuple(name for name in source if name not in used),
     )
 
 

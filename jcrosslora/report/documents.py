@@ -18,7 +18,7 @@ from jcrosslora.methods import Method
 from jcrosslora.report.record import REPORT, Totals, TransferReport
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
 from jcrosslora.report.usage import usage
-from jcrosslora.utils.spread import with_ends
+from jcrosslora.utils.spread import spread_evenly
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
 SERVED = "source_model"  # the setting that says that a server was asked
@@ -202,7 +202,7 @@ def _fit(report: TransferReport) -> Iterator[str]:
     if report.fitted:
         yield f"The update was {markdown_text(report.fitted)}."
     if report.curve:
-        looks = with_ends(report.curve, _LOOKS)
+        looks = spread_evenly(report.curve, _LOOKS)
         rows = [(f"{used:,}", "-" if found is None else f"{found:.3f}") for used, found in looks]
         yield _markdown([{"completions used": used, "divergence": found} for used, found in rows])
     if report.examples:

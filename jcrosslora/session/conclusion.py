@@ -25,7 +25,7 @@ from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version
 from jcrosslora.utils.cost import enough_memory
 from jcrosslora.utils.progress import begin
-from jcrosslora.utils.spread import with_ends
+from jcrosslora.utils.spread import spread_evenly
 
 EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
 _EXAMPLES = 10  # completions of a fit that the report shows
@@ -129,7 +129,7 @@ def conclude(
         curve=tuple(update.curve),
         added=update.added,
         wrote_prompts=update.wrote_prompts,
-        examples=with_ends(texts, _EXAMPLES) if update.wrote_prompts else (),
+        examples=spread_evenly(texts, _EXAMPLES) if update.wrote_prompts else (),
         truncation=truncation,
         rank_before=max(_ranks(shifted.original).values(), default=move.rank),
         ranks=_ranks(moved),

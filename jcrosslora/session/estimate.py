@@ -134,7 +134,7 @@ def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = seconds_of(costs_of(task, request), task.pair, method)
-    modules = len(task.modules) if method.start is not None else fitted_modules(method, task.pair.target)
+    modules = len(task.modules) if method.map_method is not None else fitted_modules(method, task.pair.target)
     return Estimate(method, reason, modules, rank, steps, memory, placement, request.examples, warnings)
 
 
@@ -150,7 +150,7 @@ def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) ->
         found["write"] = probes_cost(texts)
     if task.depth == SIMILAR and not aligned:
         found["compare layers"] = similarity_cost(texts)
-    if not (aligned or method.start is None):
+    if not (aligned or method.map_method is None):
         found[ALIGN] = evidence_cost(task, texts)
     found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, request.examples))
     if request.options.checks_effect(runs_bases=method.runs_bases):

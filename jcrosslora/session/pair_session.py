@@ -21,7 +21,7 @@ from jcrosslora.evaluate.probes import written_probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.evidence import FITTING, EvidenceKind
+from jcrosslora.maps.evidence import USED_BY_MOVE, EvidenceKind
 from jcrosslora.maps.method import FINISH
 from jcrosslora.maps.other_changes import with_invocation
 from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
@@ -30,7 +30,7 @@ from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.maps.transport import Transport, TransportGroup
 from jcrosslora.methods import METHODS, Auto, Method, Task, make_chosen
 from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
-from jcrosslora.relation.method_selection import MENDED, with_fit
+from jcrosslora.relation.method_selection import FITTED_VARIANT, with_fit
 from jcrosslora.session.conclusion import Move, Request, conclude, measure_effect
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
 from jcrosslora.session.result import TransferResult
@@ -54,8 +54,8 @@ class PairMove(Move):
 class PairSession:
     """Transfers from one base to another: a single one, or many adapters that share an alignment.
 
-    The stages of a transfer are `start` (checks), `plan` (checks), `collect_text`, `carry` (align and shift) and
-    `finish`. Results that several adapters of the pair share are computed once.
+    The stages of a transfer are `check`, `plan`, `collect_text`, `align_and_shift` and `finish`. Results that several
+    adapters of the pair share are computed once.
 
     Attributes:
         pair: the two bases, with the facts that stages share.
@@ -69,21 +69,21 @@ class PairSession:
 
     def transfer(self, request: Request) -> TransferResult:
         """Move one adapter."""
-        move = self.start(request, self.load(request))
+        move = self.check(request, self.load(request))
         task = self.plan(move.method, request.options, move.shifter.adapter.modules.keys())
         for sentence in move.doubts if shows_progress() else ():
             say(f"warning: {sentence}")
         # After everything has been checked: writing texts takes a minute.
         with self.steps(task, request):
             task = self.collect_text(task, request)
-            return self.finish(move, task, self.carry([move], task))
+            return self.finish(move, task, self.align_and_shift([move], task))
 
     def estimate(self, request: Request) -> Estimate:
         """Estimate the transfer of an adapter; None is one that has all modules of the source."""
         if request.adapter is None:
             (method, reason), sources, warnings = self.resolve(request), None, ()
         else:
-            move = self.start(request, self.load(request))
+            move = self.check(request, self.load(request))
             method, reason, warnings = move.method, move.reason, move.doubts
             sources = move.shifter.adapter.modules.keys()
         return estimate(self.plan(method, request.options, sources), request, reason, warnings)
@@ -101,8 +101,8 @@ class PairSession:
         chosen, reason = request.method, None
         if isinstance(chosen, Auto):
             choice = with_fit(self._choice) if request.examples else self._choice
-            mends = choice.method in MENDED.values()
-            if adapter is not None and (why := _why_no_fit(adapter, request.options, mends=mends)):
+            fits_on_copy = choice.method in FITTED_VARIANT.values()
+            if adapter is not None and (why := _why_no_fit(adapter, request.options, fits_on_copy=fits_on_copy)):
                 choice = without_fit(choice, why)
             chosen, reason = make_chosen(choice.method, chosen), choice.reason
         if request.examples and not chosen.uses_examples:
@@ -115,7 +115,7 @@ class PairSession:
     def _choice(self) -> Choice:
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
-    def start(self, request: Request, adapter: Adapter) -> PairMove:
+    def check(self, request: Request, adapter: Adapter) -> PairMove:
         """Check a request, whose adapter is loaded, for every error that later stages could raise.
 
         Raises:
@@ -178,7 +178,7 @@ class PairSession:
             task = replace(task, probes=probes, batches=tuple(batches))
         return task
 
-    def carry(
+    def align_and_shift(
         self, moves: Sequence[PairMove], task: AlignmentTask, groups: Iterable[TransportGroup] | None = None
     ) -> Transport:
         """Align the modules group by group and shift all adapters through each group.
@@ -228,7 +228,7 @@ class PairSession:
             rank=transport.recipe.settings.get("svd_rank", 0),
         )
         with self.steps(task, move.request, aligned=True):
-            if move.method.requires & FITTING:
+            if move.method.requires & USED_BY_MOVE:
                 task = self.collect_text(task, move.request)
             for group in transport.groups:
                 add_to_all([move.shifter], group)
@@ -274,8 +274,7 @@ class PairSession:
             source=self.pair.source,
             target=self.pair.target,
             adapter=shifted.original,
-            start=None if move.method.start is None else shifted.adapter,
-            layers=task.pairing.layers,
+            mapped=None if move.method.map_method is None else shifted.adapter,
             prompts=() if given is None else given.prompts or given.texts,
             examples=() if given is None else given.examples,
             batches=task.batches,
@@ -287,7 +286,7 @@ class PairSession:
         )
 
 
-def lighter(method: Method | Auto, source: Any = None) -> str:
+def out_of_memory_advice(method: Method | Auto, source: Any = None) -> str:
     """Return the advice for out-of-memory errors, "" if the method does not run the bases."""
     if isinstance(source, ServedModel | TorchModel):
         return "a shorter --answer-tokens"
@@ -296,20 +295,20 @@ def lighter(method: Method | Auto, source: Any = None) -> str:
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
 
 
-def with_one_writer(options: TransferOptions) -> TransferOptions:
+def effect_on_first_host(options: TransferOptions) -> TransferOptions:
     """Return the options for this process: if several work together, only the first checks the effect."""
     return options if hosts.is_first() else replace(options, effect="never")
 
 
-def _why_no_fit(adapter: Adapter, options: TransferOptions, *, mends: bool) -> str | None:
+def _why_no_fit(adapter: Adapter, options: TransferOptions, *, fits_on_copy: bool) -> str | None:
     """Return why no update can be fitted to an adapter, or None.
 
-    With `mends` the fit only mends a moved update, so that what the fit cannot do is done without it.
+    With `mends` the fit only fits_on_copy a moved update, so that what the fit cannot do is done without it.
     """
     if adapter.info.invocation is not None:
         return "no base can be run with an adapter that acts only after its invocation tokens"
-    if mends and adapter.tokens:
+    if fits_on_copy and adapter.tokens:
         return "no base can be run with the adapter's changes of the embedding and the output head"
-    if mends and (options.scale != 1 or options.calibrate == "frobenius"):
+    if fits_on_copy and (options.scale != 1 or options.calibrate == "frobenius"):
         return "a scale or a calibration was asked for, which have no part in a fit"
     return None

@@ -106,7 +106,7 @@ class QueriedSession:
             raise HostError(msg)
         method, options, profile, target = request.method, request.options, request.profile, self._target
         chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method
-        if not isinstance(chosen, Distill) or chosen.start is not None:
+        if not isinstance(chosen, Distill) or chosen.map_method is not None:
             msg = f"method {chosen.name} needs the weights of the source, which are not read where it is asked: use "
             raise MethodError(msg + "--method distill, or give the weights with --source")
         chosen.check()
@@ -138,5 +138,5 @@ class QueriedSession:
         )
         described = BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
         layers = (None,) * self._target.dims.layers
-        pairing = Pairing("none", layers, pairs=(), unmapped_targets=(), unused=())
+        pairing = Pairing("none", layers, pairs=(), unmapped_targets=())
         return Transport((), method, recipe, described, describe_base(self._target), pairing)

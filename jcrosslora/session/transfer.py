@@ -21,7 +21,7 @@ from jcrosslora.relation.pairing import Depth
 from jcrosslora.report.documents import with_settings
 from jcrosslora.session.conclusion import Request
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
+from jcrosslora.session.pair_session import PairSession, effect_on_first_host, out_of_memory_advice
 from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions, TransferSettings, make_options
@@ -71,9 +71,9 @@ def transfer(
         JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
     wanted, chosen = make_method(method), make_options(options)
-    with hosts.together(), enough_memory(lighter(wanted, source)):
+    with hosts.together(), enough_memory(out_of_memory_advice(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        request = Request(adapter, wanted, with_one_writer(chosen), given_probes(prompts, examples), alpha=alpha)
+        request = Request(adapter, wanted, effect_on_first_host(chosen), given_probes(prompts, examples), alpha=alpha)
         return session.transfer(request)
 
 
@@ -148,10 +148,10 @@ def shift(
         msg = "the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again"
         raise MethodError(msg)
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
-    with hosts.together(), enough_memory(lighter(transport.method)):
+    with hosts.together(), enough_memory(out_of_memory_advice(transport.method)):
         session = PairSession(*transport.bases)
         request = Request(adapter, transport.method, chosen, given_probes(prompts, examples))
-        return session.finish_aligned(session.start(request, session.load(request)), transport)
+        return session.finish_aligned(session.check(request, session.load(request)), transport)
 
 
 def transfer_files(settings: TransferSettings) -> TransferResult:
@@ -163,7 +163,7 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
     """
-    with hosts.together(), enough_memory(_lighter(settings)):
+    with hosts.together(), enough_memory(_memory_advice(settings)):
         if hosts.is_first():
             ensure_free(Path(settings.out), settings.overwrite)
         parse_depth(settings.depth)  # refused before anything is read
@@ -191,7 +191,7 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
     Of the weights only those are read that `auto` looks at.
     """
     session = session_of(settings, store=False)
-    with enough_memory(_lighter(settings)):
+    with enough_memory(_memory_advice(settings)):
         return session.estimate(replace(request_of(settings, text_of(settings)), adapter=adapter))
 
 
@@ -272,12 +272,12 @@ def text_of(settings: TransferSettings) -> Probes | None:
 def request_of(settings: TransferSettings, text: Probes | None) -> Request:
     """Return the request of a transfer from files, with the text that its settings name."""
     reading = settings.adapter_revision, settings.adapter_rank, settings.alpha
-    method, options = make_method(settings.method), with_one_writer(settings)
+    method, options = make_method(settings.method), effect_on_first_host(settings)
     return Request(settings.adapter, method, options, text, settings.profile, *reading)
 
 
-def _lighter(settings: TransferSettings) -> str:
-    return lighter(make_method(settings.method), _queried_model(settings))
+def _memory_advice(settings: TransferSettings) -> str:
+    return out_of_memory_advice(make_method(settings.method), _queried_model(settings))
 
 
 def _queried_model(settings: TransferSettings) -> QueriedModel | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 from jcrosslora.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
-Right = Literal["", "likeliest", "end", "likeliest-end", "answer"]
+Taught = Literal["nothing", "end", "answer"]
 COMPLETIONS = "completions.jsonl"  # the file of completions next to an adapter
 
 _WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
@@ -38,8 +38,9 @@ class Completion:
         ended: whether the answer ends there. One that was cut off does not.
         origin: how it came about, for reports.
         references: answers that are as good; what a model writes is compared with them and with `answer`.
-        right: what is right whatever a model that is imitated says: nothing, the end of an answer that has ended, or
-            all of the answer and its end. "likeliest" are answers that this model writes at temperature 0.
+        taught: what a fit teaches as correct, whatever the source predicts: nothing, the end of an answer that has
+            ended, or all of the answer and its end.
+        greedy: whether the source wrote the answer at temperature 0.
     """
 
     prompt: Prompt
@@ -47,7 +48,8 @@ class Completion:
     ended: bool = True
     origin: str = ""
     references: tuple[str, ...] = ()
-    right: Right = ""
+    taught: Taught = "nothing"
+    greedy: bool = False
 
     @property
     def text(self) -> str:

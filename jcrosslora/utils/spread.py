@@ -13,7 +13,7 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
-def with_ends(items: Sequence[T], count: int) -> tuple[T, ...]:
+def spread_evenly(items: Sequence[T], count: int) -> tuple[T, ...]:
     """Take at most `count` items, evenly spread, the first and the last among them."""
     return tuple(items[int(place)] for place in evenly_spaced(len(items), count))
 

@@ -13,7 +13,7 @@ from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
-JUDGED_TOKENS = 24  # of an answer
+ANSWER_TOKENS = 24  # of an answer
 _ORIGIN = "requests found, in "
 _NEAR_TEMPLATE = 0.9  # share of the best score from which a template may be the one of the training
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
@@ -87,7 +87,7 @@ class Questioner:
     def ask_base(self, requests: Sequence[str], template: PromptTemplate, turn: int) -> list[tuple[str, str]]:
         """Put requests to the base without the adapter; return those that it answers, with the first tokens."""
         prompts = [prompt_in(text, template) for text in requests]
-        answered = self.sampler.answer(self.source.alone(), prompts, turn, self.bar, JUDGED_TOKENS)
+        answered = self.sampler.answer(self.source.alone(), prompts, turn, self.bar, ANSWER_TOKENS)
         return [(template.unwrap(item.prompt), item.answer) for item in answered]
 
     def score(self, items: Sequence[Completion]) -> list[Scored]:
@@ -95,8 +95,8 @@ class Questioner:
         if not items:
             return []
         lengths = [len(self.source.tokenizer.encode(item.answer, special=False).ids) for item in items]
-        counts = np.clip(lengths, 1, JUDGED_TOKENS)
-        found = compare(self.source, items, JUDGED_TOKENS)
+        counts = np.clip(lengths, 1, ANSWER_TOKENS)
+        found = compare(self.source, items, ANSWER_TOKENS)
         figures = found.change * counts, _surprise(found.base_nll) * counts, found.adapted_nll * counts
         scored = [
             Scored(item, self.named[item.origin], change, surprise, doubt)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.distill.sources import Writer
 from jcrosslora.distill.task_search.answers import (
-    JUDGED_TOKENS,
+    ANSWER_TOKENS,
     Questioner,
     Scored,
     asking_cost,
@@ -100,7 +100,7 @@ def search_cost(count: int, tokens: int) -> Cost:
 
 def _kinds_cost() -> Cost:
     """Count the choice of a kind; the repeated requests of close kinds are about as many as the first ones of all."""
-    asked = asking_cost(ANSWERS * sum(len(kind.examples) for kind in KINDS), JUDGED_TOKENS)
+    asked = asking_cost(ANSWERS * sum(len(kind.examples) for kind in KINDS), ANSWER_TOKENS)
     return asked + asked
 
 
@@ -122,7 +122,7 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
 
     # All in one template, so that kinds differ by themselves alone.
     def probe(requests: Sequence[str], turn: int) -> list[Scored]:
-        return questioner.ask(requests, templates[:1], turn - 1, JUDGED_TOKENS)
+        return questioner.ask(requests, templates[:1], turn - 1, ANSWER_TOKENS)
 
     def probe_base(requests: Sequence[str], turn: int) -> list[tuple[str, str]]:
         return questioner.ask_base(requests, templates[0], turn - 1)

@@ -16,7 +16,7 @@ from jcrosslora.session.batch import outcomes
 from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Summary
 from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
 from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession, lighter
+from jcrosslora.session.pair_session import PairSession, out_of_memory_advice
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import request_of, save_as, session_of, text_of
 from jcrosslora.utils import hosts
@@ -116,7 +116,7 @@ class _Run:
         """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
         self.since = time.monotonic()
         try:
-            with enough_memory(lighter(make_method(unit[0].settings.method))):
+            with enough_memory(out_of_memory_advice(make_method(unit[0].settings.method))):
                 _UnitRun(self, unit).do()
         except JCrossLoRAError as error:
             for job in filter(self.is_open, unit):
@@ -134,7 +134,7 @@ class _Run:
         """Run a job and write its result; list it as failed if it fails."""
         settings = item.job.settings
         try:
-            with enough_memory(lighter(item.method)):
+            with enough_memory(out_of_memory_advice(item.method)):
                 with log_to(self.figures, item.job.name, replace(settings, method=item.method).published()):
                     result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
@@ -193,7 +193,7 @@ class _UnitRun:
         """Check the adapter and the output of a job before anything is computed."""
         try:
             adapter = self._load(job)
-            move = self._session.start(self._request_of(job), adapter)
+            move = self._session.check(self._request_of(job), adapter)
             fingerprint = outcomes.fingerprint_of(job, adapter.info, *shared)
             if not self._run.log.has(job, "fingerprint", fingerprint):
                 ensure_free(job.settings.out, self._run.overwrite)
@@ -245,9 +245,9 @@ class _UnitRun:
                 # Without a cache the groups stay in memory for all chunks.
                 groups = tuple(align_groups(task))
             for chunk in chunks:
-                moves = [self._session.start(self._request_of(one.job), self._load(one.job)) for one in chunk]
+                moves = [self._session.check(self._request_of(one.job), self._load(one.job)) for one in chunk]
                 steps.begin_again(ALIGN)
-                transport = self._session.carry(moves, task, groups)
+                transport = self._session.align_and_shift(moves, task, groups)
                 for item, move in zip(chunk, moves, strict=True):
                     steps.begin_again(ALIGN)  # every adapter is moved by itself
                     if not self._run.is_done(item):

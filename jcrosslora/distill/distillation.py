@@ -52,13 +52,13 @@ class Data:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Distillation:
     """The steps before and between the gradient steps, and the objects they share.
 
     Attributes:
         model: the target with its weights.
         prompts: of the user, to be answered by the source.
-        taught: labelled examples.
+        examples: labelled examples, whose answers are taught.
         clock: `time.monotonic()` at the beginning.
     """
 
@@ -67,32 +67,32 @@ class Run:
     model: Model
     settings: DistillSettings
     prompts: Sequence[Prompt]
-    taught: Sequence[Completion]
+    examples: Sequence[Completion]
     seed: int
     clock: float
 
     @property
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
-        """Those of source and target."""
+        """The tokenizers of source and target."""
         return self.source.tokenizer, load_tokenizer(self.target)
 
     @property
     def prompted(self) -> bool:
         """Whether the completions answer prompts of a user."""
-        return bool(self.prompts or self.taught)
+        return bool(self.prompts or self.examples)
 
     @property
     def course(self) -> Course:
         """The settings that depend on whether there are prompts."""
         return self.settings.course(prompted=self.prompted)
 
-    def write(self, shared: dict[Any, Any] | None) -> Completions:
+    def write_completions(self, shared: dict[Any, Any] | None) -> Completions:
         """Write the completions that come before the first step."""
         writer, course, settings = self._writer(shared), self.course, self.settings
         sampler = Sampler(course.first, settings.answer_tokens, course.temperature, self.seed, course.end)
         if not self.prompted:
             return write_completions(self.source, writer, sampler, settings.discovery)
-        labelled = [one.prompt for one in self.taught]
+        labelled = [one.prompt for one in self.examples]
         return answer_given(self.source, writer, self.prompts, sampler, labelled=labelled, shared=shared)
 
     def _writer(self, shared: dict[Any, Any] | None) -> Writer:
@@ -102,11 +102,11 @@ class Run:
         target = DecoderSource.of(self.target, model=self.model, tokenizer=self.tokenizers[1])
         return choose_writer(self.source, target, shared)
 
-    def with_ends(self, completions: Completions) -> tuple[Completions, tuple[str, ...]]:
-        """Have the end of answers taught where too many go on behind it; return warnings of it as well."""
+    def teach_ends_if_needed(self, completions: Completions) -> tuple[Completions, tuple[str, ...]]:
+        """Teach where answers end if too many run on; also return the warnings to show."""
         endings = Endings.of(completions.items) if self._ends(completions).symbol[1] else Endings()
         if endings.unreliable and self.course.end == "auto":
-            completions = completions.with_ends(self.source)
+            completions = completions.with_taught_ends(self.source)
         warnings = endings.warnings(self.course.end)
         for text in warnings:
             _LOG.warning(text)
@@ -116,20 +116,20 @@ class Run:
         return end_tokens(self.tokenizers, self._items(completions))
 
     def _items(self, completions: Completions) -> list[Completion]:
-        return [*completions.items, *self.taught]
+        return [*completions.items, *self.examples]
 
     def chats(self, completions: Completions) -> bool:
         """Whether some of the prompts are conversations."""
         return any(not isinstance(item.prompt, str) for item in self._items(completions))
 
-    def divide(self, completions: Completions) -> Data:
+    def split(self, completions: Completions) -> Data:
         """Divide the completions into those that are fitted to and those that judge, as batches."""
         fitted, judging = hold_out(self._items(completions), self.settings, self.seed, prompted=self.prompted)
-        fitted += (self.course.repeats - 1) * [item for item in fitted if item.right == "answer"]
+        fitted += (self.course.repeats - 1) * [item for item in fitted if item.taught == "answer"]
         held_out = dict.fromkeys(item.prompt for item in judging)
-        said = [item for item in judging if item.right.startswith("likeliest")]
-        known = {item.prompt for item in said}
-        said += completions.greedy([prompt for prompt in held_out if prompt not in known])
+        said = [item for item in judging if item.greedy and item.taught != "answer"]
+        answered = {item.prompt for item in said}
+        said += completions.greedy([prompt for prompt in held_out if prompt not in answered])
         return Data(self.batches(fitted), self.batches(judging), batch_answers(said, self.tokenizers), held_out)
 
     def batches(self, items: Sequence[Completion]) -> list[DistillationBatch]:
@@ -144,44 +144,46 @@ class Run:
             ends=self.course.end != "never",
         )
 
-    def symbols(self, data: Data, completions: Completions) -> Symbols:
+    def choose_symbols(self, data: Data, completions: Completions) -> Symbols:
         """Find the tokens on which predictions are compared."""
         read = [*data.fitted, *data.judged, *data.answers]
         ends, rounded = self._ends(completions), isinstance(self.source, DecoderSource)
         return find_symbols(self.source, self.target, read, self.settings.compared_tokens, ends, rounded=rounded)
 
-    def begin(self, data: Data, symbols: Symbols, completions: Completions, start: StackedAdapter | None) -> Fit:
+    def make_fit(self, data: Data, symbols: Symbols, completions: Completions, start: StackedAdapter | None) -> Fit:
         """Make the teacher, and the fit with the first look at what judges it."""
         reader = self.source.reader(symbols.heads(0), len(symbols.ends[0]))
         target = RestrictedModel.of(self.model, symbols.heads(1), len(symbols.ends[1]))
-        known = 1.0 if completions.task is None else completions.task.explained
-        teacher = Teacher(reader, target, symbols, self.settings.teacher_weights(known))
+        confidence = 1.0 if completions.task is None else completions.task.explained
+        teacher = Teacher(reader, target, symbols, self.settings.teacher_weights(confidence))
         answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
         judge = Judge([teacher.read(batch) for batch in data.judged], answers)
         return Fit(teacher, judge, self.settings, start, prompted=self.prompted, begun=self.clock, seed=self.seed)
 
-    def fresh(
+    def write_round(
         self, completions: Completions, held_out: Collection[Prompt], number: int, own: StackedAdapter | None
     ) -> list[DistillationBatch]:
         """Write the batches of a further round; with an update `own` of the target, the target writes them."""
         student = Generator(self.model.with_adapter(own), self.tokenizers[1], self.target.ref, "the fitted update")
         items = completions.more(number, held_out, self.source if own is None else student)
-        items += examples_of_round(self.taught, number, self.course.first // self.course.repeats, held_out)
+        items += examples_of_round(self.examples, number, self.course.first // self.course.repeats, held_out)
         return self.batches(items) if items else []
 
-    def states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[Checkpoints | None]:
+    def open_checkpoints(
+        self, parent: Path | None, start: Adapter | None
+    ) -> AbstractContextManager[Checkpoints | None]:
         """Open the folder for the states of this fit, named by all that it depends on, if it is to grow."""
         if parent is None or not (self.settings.budget or self.course.rounds[1:]):
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
         digests += [(one.chat_template, sha256(one.backend.to_str().encode())) for one in self.tokenizers]
         settings = dataclasses.asdict(self.settings)
-        return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.taught, settings, self.seed)})
+        return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.examples, settings, self.seed)})
 
 
 def as_taught(examples: Sequence[Completion]) -> list[Completion]:
     """Turn examples into completions whose answers, ends included, are taught as they are."""
-    return [dataclasses.replace(one, right="answer") for one in examples]
+    return [dataclasses.replace(one, taught="answer") for one in examples]
 
 
 def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) -> list[Prompt]:
@@ -195,7 +197,7 @@ def examples_of_round(
 ) -> list[Completion]:
     """Take the examples that a further round repeats, in turn; `number` counts rounds from 1.
 
-    Their share is that of one use of each in `first` completions, so that a long fit does not forget them.
+    Each appears once per `first` completions, so that a long fit does not forget them.
     """
     usable = [one for one in examples if one.prompt not in excluded]
     count = -(-len(usable) * ROUND // first)
@@ -212,7 +214,7 @@ def hold_out(
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]
     count = settings.held_of(len(prompts), prompted=prompted)
-    held_out, answered = set(order[:count]), {item.prompt for item in completions if item.right != "answer"}
+    held_out, answered = set(order[:count]), {item.prompt for item in completions if item.taught != "answer"}
     if answered and answered <= held_out:  # the fit needs an answer of the source
         held_out ^= {next(one for one in order if one in answered), order[count]}
     rest = [item for item in completions if item.prompt not in held_out]
