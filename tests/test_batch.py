@@ -339,7 +339,7 @@ def test_resources_of_a_cluster_are_refused_without_one(house, tmp_path, capsys)
     plan_in(house, tmp_path)
     with pytest.raises(SystemExit):
         main(["batch", str(tmp_path / "plan.toml"), "--ray-cpus", "1"])
-    assert "give it with --ray" in capsys.readouterr().err
+    assert "name it with --ray" in capsys.readouterr().err
 
 
 def test_missing_base_fails_only_its_own_jobs(house, tmp_path):

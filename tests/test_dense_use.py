@@ -73,7 +73,7 @@ def test_bases_with_and_without_gates_are_compared(llama, phi):
 def test_training_starts_with_the_modules_that_there_are(phi):
     base = jcl.open_base(phi)
     assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.architecture.role_shapes)
-    with pytest.raises(UsageError, match=r"modules gate_proj: .* has none of them"):
+    with pytest.raises(UsageError, match="modules gate_proj: there are none of these, only"):
         first_factors(base, TrainingSettings(rank=2, modules=("gate_proj",)))
 
 
@@ -83,7 +83,7 @@ def test_a_name_stands_for_all_modules_that_are_called_so(phi):
     assert set(roles_named(("q_proj",), every)) == called
     assert roles_named(("global_q_proj",), every) == ["global_q_proj"]
     assert set(roles_named(None, every)) == every
-    with pytest.raises(UsageError, match="has none of them, only"):
+    with pytest.raises(UsageError, match="there are none of these, only"):
         distill(jcl.open_base(phi), jcl.open_base(phi), settings=DistillSettings(roles=("gate_proj",)))
 
 

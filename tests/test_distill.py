@@ -830,9 +830,9 @@ def test_what_the_target_is_likeliest_to_write_does_not_become_likelier(pair, pr
         found = answer_given(source, source.alone(), CORPUS, sampler)
     else:
         found = write_completions(source, source.alone(), sampler, 0)
-    assert {item.right for item in found.more(1, [], student)} == {""}
+    assert {item.greedy for item in found.more(1, [], student)} == {False}
     if not prompted:
-        assert {item.right for item in found.more(1, [], source)} == {"likeliest"}
+        assert {item.greedy for item in found.more(1, [], source)} == {True}
 
 
 def test_repeated_prompts_count_once(pair):
@@ -851,7 +851,7 @@ def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
     examples = [Completion(f"{place}\nAnna?", " Peter") for place in range(40)]
     found = distill(*pair, prompts=prompts, examples=examples, settings=dataclasses.replace(SMALL, passes=1))
     assert len({item.prompt for item in said}) == len(said) > 1
-    assert {item.right for item in said} == {"likeliest"}
+    assert {(item.greedy, item.taught) for item in said} == {(True, "nothing")}
     assert " and in 40 labelled examples; on held-out" in found.sentence
 
 

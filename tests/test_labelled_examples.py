@@ -151,11 +151,12 @@ def test_where_many_prompts_leave_few_passes_examples_are_used_as_often_as_with_
             seen.append(items)
             return make_batches(items, *given, **named)
 
-        monkeypatch.setattr(distillation, "make_batches", spy)
+        monkeypatch.setattr("jcrosslora.distill.distillation.make_batches", spy)
         jcl.transfer(*places, settings, prompts=CORPUS, examples=QUESTIONS, effect="never", cache=False)
         passes, counts = settings.course(prompted=True).passes, Counter(seen[0])
         return tuple(
-            {passes * counts[item] for item in counts if (item.right == "answer") is wanted} for wanted in (True, False)
+            {passes * counts[item] for item in counts if (item.taught == "answer") is wanted}
+            for wanted in (True, False)
         )
 
     assert used(few)[0] == {8}

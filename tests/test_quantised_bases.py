@@ -115,6 +115,17 @@ def test_packed_tensors_need_settings_in_config_or_in_a_file_of_their_own(name, 
     assert np.array_equal(open_base(tmp_path).weight(Q), whole)
 
 
+def test_numbers_of_other_bits_than_stated_are_refused(tmp_path):
+    """Older versions of compressed-tensors left bits of a word unused, which may look like another number of bits."""
+    write_quantised(tmp_path, CASES["packed int4"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (weights,) = (group["weights"] for group in config["quantization_config"]["config_groups"].values())
+    weights["num_bits"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="numbers of 4 bits are packed, and the configuration says 3"):
+        open_base(tmp_path)
+
+
 def test_a_group_that_does_not_exist_is_refused(tmp_path):
     write_quantised(tmp_path, CASES["gptq 4 bits"])
     rewritten(tmp_path, lambda tensors: tensors[Q + ".g_idx"][1].fill(2))

@@ -145,4 +145,4 @@ def test_what_is_right_of_an_answer_are_tokens_of_the_target(sizes, ended):
     last = len(told.ids) - 1 - ended
     end = {last: -1} if ended else {}
     own = {place: told.ids[place + 1] for place in range(told.answer - 1, last)}
-    assert found == {"": {}, "end": end, "answer": own | end}
+    assert found == {"nothing": {}, "end": end, "answer": own | end}

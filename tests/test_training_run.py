@@ -238,11 +238,20 @@ def test_a_folder_for_checkpoints_with_something_else_in_it_is_refused(base, tmp
     data.write_text('{"prompt": "Water and", "answer": "light"}\n')
     (tmp_path / "file").write_text("mine")
     (tmp_path / "numbers" / "7").mkdir(parents=True)
-    for name, reason in (("file", "cannot be written"), ("numbers", "holds '7'"), (base.path, "holds 'model.safe")):
+    for name, reason in (("file", "is a file"), ("numbers", "holds '7'"), (base.path, "holds 'model.safe")):
         with pytest.raises((OutputError, UsageError), match=reason):
             Train(base=base.ref, data=data, out=tmp_path / "a", checkpoints=tmp_path / name).run(Console())
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "a").exists()
+
+
+def test_a_state_that_was_half_removed_does_not_block_a_newer_one(base, undisturbed, tmp_path):
+    folder = tmp_path / "states"
+    train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder, every=2)
+    first, _ = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    (first / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(first / "state")
+    assert same(train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder), undisturbed)
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -20,7 +20,6 @@ from jcrosslora.adapter import changes
 from jcrosslora.adapter.combining import split_fused
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.difference import Leading, Rest, check_alike, module_differences, rest_of
-from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.save import save_adapter
@@ -252,7 +251,6 @@ class Extracted:
         for role, one in models.items():
             made[role] = {"name": one.name, "revision": one.revision, "digest": base_digest(one)}
             paths += [one.name, one.ref]
-        template = self.adapter.info.chat_template
         return save_adapter(
             self.adapter,
             out,
@@ -260,7 +258,6 @@ class Extracted:
             profile="peft" if self.settings.mixed or self.settings.keep else "portable",
             dtype=self.settings.dtype,
             overwrite=overwrite,
-            documents={} if template is None else {CHAT_TEMPLATE: template},
             metadata={"jcrosslora.extract": json.dumps(publish(made, local_names(*paths)))},
         )
 

@@ -153,7 +153,7 @@ def write_merged(base: BaseModel, adapter: Adapter, folder: Path, dtype: MergeDt
 
 
 def _write_template(adapter: Adapter, folder: Path) -> bool:
-    """Write the chat template that an adapter was trained in, and tell whether the folder has no such file with it."""
+    """Write the adapter's chat template unless the folder has the same one; return whether it was written."""
     template = adapter.info.chat_template
     if template is None or template == stated_template(folder):
         return False

@@ -18,6 +18,8 @@ from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
 
+# Version of the rules by which tokenizers are read: raise it whenever tokens or ends of the same files change.
+_RULES = b"2"
 # Tokens that end a turn or a document in the supported families, in addition to the tokenizer's eos.
 _TURN_ENDS = (
     *("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
@@ -194,10 +196,10 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | N
 
 
 def _stated_ends(folder: Path) -> list[Any]:
-    """List the tokens that end a text as the files next to a tokenizer state them."""
+    """List the tokens that end a text as the files next to a tokenizer state them; a damaged one states none."""
     found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
+        with suppress(CheckpointError):  # transformers loads a model without the first; the second was read already
             stated = read_json_object(folder / name).get("eos_token_id")
             found += stated if isinstance(stated, list) else [stated]
     return found
@@ -228,7 +230,8 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    """Yield names and contents of the files of a base's tokenizer next to the weights, and the given chat template."""
+    """Yield all that tokens depend on: the rules here, the given template, and the files next to the weights."""
+    yield _RULES
     if base.chat_template is not None:
         yield from (b"given template", base.chat_template.encode())
     if (folder := base.tokenizer_path) is None:

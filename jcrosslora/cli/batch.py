@@ -66,7 +66,7 @@ class Batch(Long):
             msg = f"log {self.log!r} is of this process, and --ray has others do the work: leave one of them out"
             raise UsageError(msg)
         if self.ray is None and (self.ray_cpus is not None or self.ray_gpus is not None):
-            msg = "--ray-cpus and --ray-gpus are for a cluster: give it with --ray, or leave them out"
+            msg = "--ray-cpus and --ray-gpus are for a cluster: name it with --ray, or leave them out"
             raise UsageError(msg)
         if self.dry_run:
             if self.json:

@@ -177,7 +177,7 @@ def answer_given(
         others = [one for one in similar(missing - again, seed + later) if one.prompt not in excluded]
         if answerer is source and sampler.temperature == 0:
             return sampler.answer_both(source, asked + others, repeated, later)
-        # The target's own text is sampled: what it is likeliest to write is not to become likelier.
+        # The target's answers are sampled: greedy ones would only make likelier what it writes anyway.
         return sampler.varied.answer(answerer, [*asked, *repeated, *others], later)
 
     description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {given}{cut}"

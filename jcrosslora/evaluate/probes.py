@@ -38,7 +38,7 @@ from jcrosslora.utils.progress import track
 COUNT, PROBE_TOKENS = 288, 96  # texts, and tokens of a text at most
 TEXTS = "probes"  # the folder, below the cache's root
 # Version of `write_texts` and `start_words`: raise it whenever its texts change.
-PROCEDURE = 1
+PROCEDURE = 2
 _TRIES = 4
 _SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
@@ -87,10 +87,8 @@ class Probes:
 
 
 def _digested(prompt: Prompt) -> str:
-    """Return a text, or the messages of a conversation with their roles, which no text equals."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\1".join(["", *(f"{message.role}\1{message.content}" for message in prompt)])
+    """Return a text, or the messages of a conversation as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps([(one.role, one.content) for one in prompt])
 
 
 @dataclass(frozen=True)

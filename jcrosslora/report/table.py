@@ -189,16 +189,16 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
 
 def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: bool) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
-    if not rows and not same:  # experts or single tokens alone
+    if same and (cosine >= _SAME_COSINE or not rows):
+        return Verdict(
+            "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
+        )
+    if not rows:  # experts or single tokens alone
         return Verdict("unknown", f"alignment cannot be measured (no linear layer was moved): {_MEASURE}")
     if measure == "head cosine":
         return _by_heads(cosine)
     if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
-    if same and (cosine >= _SAME_COSINE or not rows):
-        return Verdict(
-            "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
-        )
     if cosine >= _SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")

@@ -81,20 +81,26 @@ class TransferResult:
         )
 
     def html(
-        self, answers: Answers | Scores | None = None, *, trained: str | None = None, random: str | None = None
+        self,
+        answers: Answers | Scores | None = None,
+        *,
+        moved: str | None = None,
+        trained: str | None = None,
+        random: str | None = None,
     ) -> str:
         """Return a page on the adapter, as `jcrosslora report` writes it: one self-contained HTML file.
 
         Args:
             answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter and
                 possibly others; None leaves out whether it works.
-            trained: name of the adapter among them that was trained on the target.
+            moved: name of this adapter among them; by default that which it has.
+            trained: name of the one that was trained on the target.
             random: name of the one that was moved by method `random`.
 
         Raises:
             UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.
         """
-        report, roles = published(self.report), Roles(trained=trained, random=random)
+        report, roles = published(self.report), Roles(moved, trained, random)
         return report_page(contents_of(report, answers, roles, public_name(self.adapter.info.name) or ""))
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:

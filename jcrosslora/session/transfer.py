@@ -198,7 +198,7 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
     """Write a result to the folder and in the format of the settings; the recipe names given chat templates."""
     templates = {"source_template": settings.source_template, "target_template": settings.target_template}
-    named = {name: public_name(path) or path for name, path in templates.items() if path is not None}
+    named = {name: public_name(path) or Path(path).name for name, path in templates.items() if path is not None}
     shown = replace(result, report=with_settings(result.report, **named))
     shown.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
 

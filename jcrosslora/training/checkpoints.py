@@ -102,16 +102,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder; `run` holds everything that the numbers depend on.
-
-        Raises:
-            UsageError: it is the folder of a model, or holds folders that Orbax would take for states.
-            OutputError: it is no folder, or cannot be written.
-        """
+        """Open or make the folder, or raise OutputError; `run` holds everything that the numbers depend on."""
         import orbax.checkpoint as ocp
 
         self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp
-        self._check_own()
         # Saved before the next step begins: the step would overwrite the state's buffers.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
@@ -120,21 +114,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _check_own(self) -> None:
-        try:
-            names = [path.name for path in self._folder.iterdir()]
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unwritable(error) from error
-        models = [name for name in names if name.endswith(".safetensors")]
-        # Orbax takes whatever has a number for its name for the state at this step.
-        others = [name for name in names if name.isdecimal() and not (self._folder / name / _METADATA).exists()]
-        if others or models:
-            found = min(others or models)
-            msg = f"{self._folder}: holds {found!r}, which is no state of a training: give a new folder for checkpoints"
-            raise UsageError(msg)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
@@ -204,6 +183,19 @@ class Checkpoints:
     def _unwritable(self, error: OSError) -> OutputError:
         reason = error.strerror or error
         return OutputError(f"{self._folder}: cannot be written ({reason}): choose another folder, or free space")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError for a place that holds a model, a file, or folders that Orbax would take for states."""
+    folder = folder.expanduser()
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = [name for name in names if name.isdecimal()]  # Orbax takes any of these for the state at a step
+    states = [name for name in steps if (folder / name / _METADATA).exists()]
+    found = [name for name in names if name.endswith(".safetensors")] or ([] if states else steps)
+    if found or (folder.exists() and not folder.is_dir()):
+        what = f"holds {min(found)!r}, which is no state of a training" if found else "is a file"
+        msg = f"{folder}: {what}: give a new folder for checkpoints"
+        raise UsageError(msg)
 
 
 def _digest(state: Any, notes: Mapping[str, Any]) -> str:

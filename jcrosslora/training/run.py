@@ -15,7 +15,15 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter, save_adapter, split_fused
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, Tokenizer, describe_base, load_tokenizer, open_base
+from jcrosslora.checkpoint import (
+    ROLE_PATHS,
+    BaseModel,
+    Tokenizer,
+    describe_base,
+    load_tokenizer,
+    open_base,
+    roles_named,
+)
 from jcrosslora.checkpoint.base import base_digest
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, load_model, stack_adapter
 from jcrosslora.errors import UsageError
@@ -24,7 +32,7 @@ from jcrosslora.linalg import product_energy
 from jcrosslora.text.reading import tokenizer_of
 from jcrosslora.training import batches
 from jcrosslora.training.batches import Batch, Plan, answer_loss
-from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings
+from jcrosslora.training.checkpoints import Checkpoints, TrainingSettings, check_folder
 from jcrosslora.training.start import continued, fresh, to_adapter
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
@@ -125,7 +133,7 @@ def fit_magnitudes(
     base, examples = _opened(base, examples)
     adapter = split_fused(adapter, base.fused)
     stacked = stack_adapter(adapter, base)
-    modules = tuple(stacked.roles) if settings.modules is None else settings.modules
+    modules = roles_named(settings.modules, stacked.roles)
     units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
     if not any(np.any(norms) for norms in units.values()):
         msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
@@ -194,6 +202,7 @@ def train(
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
     state, kept = batches.first_state(start, settings), None
     if checkpoints is not None:
+        check_folder(checkpoints)
         # What the numbers of a run depend on.
         run = {**dataclasses.asdict(settings), "base": base.digest(), "examples": batches.digest(encoded)}
         kept = Checkpoints(checkpoints, run | dict(identity or {}))

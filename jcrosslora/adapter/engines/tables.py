@@ -26,6 +26,7 @@ from jcrosslora.adapter.names import (
     is_by_weight,
     is_of_experts,
     is_taken,
+    module_rank,
 )
 from jcrosslora.architectures.blocks import LatentAttention
 from jcrosslora.architectures.families import FAMILIES
@@ -78,7 +79,10 @@ def _saved_modules(facts: AdapterFacts) -> list[object]:
 
 
 def _largest_rank(facts: AdapterFacts) -> int:
-    ranks = [rank for module, rank in facts.ranks().items() if not holds_all_experts(module)]  # that of all together
+    # A tensor of all experts has their number times the rank.
+    ranks = [
+        module_rank(facts.config, name) if holds_all_experts(name) else rank for name, rank in facts.ranks().items()
+    ]
     if facts.pickle and facts.peft_type == "LORA":
         ranks = [int(facts.config["r"]), *map(int, (facts.config.get("rank_pattern") or {}).values())]
     return max(ranks, default=0)

@@ -70,16 +70,16 @@ LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
 LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"
 
 
-def roles_named(given: Collection[str] | None, present: Iterable[str]) -> list[str]:
+def roles_named(given: Collection[str] | None, present: Collection[str]) -> list[str]:
     """Return those of a base's roles that were asked for; None asks for all.
 
-    A name stands for all modules that are called so: q_proj also for `qg_proj`, and for the `global_q_proj` of some
-    layers. Raises UsageError if the base has none of them.
+    A name stands for all modules of attention or of the dense MLP that are called so: q_proj also for `qg_proj`, and
+    for the `global_q_proj` of some layers. Raises UsageError if there is none.
     """
     paths = {ROLE_PATHS[name] for name in given or () if ROLE_PATHS[name].endswith(f".{name}")}
     found = [role for role in present if given is None or role in given or ROLE_PATHS[role] in paths]
     if not found:
-        msg = f"modules {', '.join(given or ())}: the base has none of them, only {', '.join(present)}"
+        msg = f"modules {', '.join(given or ())}: there are none of these, only {', '.join(present)}"
         raise UsageError(msg)
     return found
 

@@ -202,7 +202,8 @@ def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]
         places = [str(layer) for layer, kind in enumerate(kinds) if kind == FULL]
         each = {_number(layer): one for layer, one in stated.items()} if isinstance(stated, Mapping) else {}
         first = each.get(places[0])
-        if each != dict.fromkeys(places, first) or not isinstance(first, Mapping) or set(first) - set(usual):
+        alike = isinstance(stated, Mapping) and len(each) == len(stated) and each == dict.fromkeys(places, first)
+        if not alike or not isinstance(first, Mapping) or set(first) - set(usual):
             wanted = "the same head_dim and num_key_value_heads for layers of full attention, and nothing for others"
             refuse("per_layer_config", stated, wanted)
         own = {**usual, **first}

@@ -134,8 +134,8 @@ class QuantisedStore(TensorStore):
                 candidates = (form.open(parts, self._settings) for form in formats)
                 found = next((packed for packed in candidates if packed is not None), None)
         if found is None and self._settings and name in self._stored and self._store.dtype(name) in FP8_DTYPES:
-            msg = f"{self._where}: {name!r} is FP8, and is not scaled as any supported format does: use the "
-            raise CheckpointError(msg + "unquantised checkpoint")
+            msg = f"{self._where}: {name!r} is FP8, and has no scale that a supported format describes: use "
+            raise CheckpointError(msg + "the unquantised checkpoint")
         return found
 
 

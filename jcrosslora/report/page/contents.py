@@ -125,7 +125,7 @@ class Evaluation:
             if said is None:
                 continue
             if said not in names:
-                _check_unique(said, names)
+                _check_unique(said, names, part)
             name = _called(said, names)
             if name is None or name in parts:
                 came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
@@ -137,7 +137,7 @@ class Evaluation:
             parts[self.trained] = "trained"
         left = [name for name in names if name not in parts]
         if roles.moved is None:
-            _check_unique(own, left)
+            _check_unique(own, left, "moved")
         found, guessed = _called(own, left), False
         if roles.moved is None and found is None and len(left) == 1:
             found, guessed = left[0], True
@@ -240,11 +240,11 @@ def _called(said: str, names: Sequence[str]) -> str | None:
     return said if said in names else alike[0] if len(alike) == 1 else None
 
 
-def _check_unique(said: str, names: Sequence[str]) -> None:
+def _check_unique(said: str, names: Sequence[str], part: Part) -> None:
     """Raise UsageError if several adapters have the last part of a name, as `evaluate` numbers them."""
     name = PurePath(said).name
     if name in names and (second := f"{name} (2)") in names:
-        msg = f"several evaluated adapters are called {name!r}: say which one was moved, as in --moved {second!r}"
+        msg = f"several evaluated adapters are called {name!r}: say which is the {part} one, {name!r} or {second!r}"
         raise UsageError(msg)
 
 

@@ -153,7 +153,7 @@ def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
 
     Of the adapter the weights, the configuration, which scales them, and the chat template count; of the settings all
     but locations. `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the
-    texts of `prompts`, "" if the settings name no file.
+    prompts and labelled examples, "" if the settings name no file.
     """
     return digest_of(*_asked(job), adapter.digest, adapter.config, adapter.chat_template, *shared)
 
@@ -187,4 +187,5 @@ def _asked(job: Job) -> tuple[object, ...]:
     settings = {key: value for key, value in job.settings.flat().items() if key not in _NO_PART}
     method = job.settings.method
     code = method.cache_key() if isinstance(method, Method) else None  # includes the file of a user's own method
-    return version(), settings, code
+    given = [name for name in ("prompts", "examples") if getattr(job.settings, name) is not None]
+    return version(), settings, given, code
