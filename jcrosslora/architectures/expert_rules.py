@@ -43,7 +43,8 @@ class ExpertRules:
 
     Attributes:
         count: configuration keys of E, of which the first that is stated counts.
-        used: configuration key of the number of experts that a token goes through; then that of I.
+        used: configuration key of the number of experts that a token goes through.
+        width: configuration key of I.
         layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
             "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
             "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)

@@ -195,18 +195,23 @@ class Family:
         qk_norms: how queries and keys are normalised, if there are norms "q" and "k" or they have no gain.
         qk_norm_key: configuration key that switches these norms on; None if they are always on.
         parallel: whether attention and MLP read the same normed input, and both are added to it.
-        biases: roles that always have a bias; then configuration key -> roles that have one if it is true.
+        biases: roles that always have a bias.
+        bias_keys: configuration key -> roles that have a bias if it is true.
         head_bias: whether the output head has a bias; or the configuration key that says so.
         tied: whether the head is the embedding if the configuration does not say.
-        activation: its default, and its configuration key.
+        activation: the default activation.
+        activation_key: configuration key of the activation.
         activation_tensors: tensors of a layer that the activation reads, of one number each -> that number where a
             checkpoint leaves it out, None if it must not.
         eps: added to the mean square in every norm.
         attn_scale: factor on the attention scores; None is head size ** -0.5.
-        embedding_scale: factor on the embedding; None is 1, as for the next two.
-        residual_scale: factor on what attention and MLP add to the residual stream.
-        input_factors: role -> factor on what a module reads, of roles whose factor is not 1; then on what it returns.
-        attn_soft_cap: soft cap of the attention scores, if any; then that of the logits.
+        embedding_scale: factor on the embedding; None is 1.
+        residual_scale: factor on what attention and MLP add to the residual stream; None is 1.
+        logit_scale: factor on the logits; None is 1.
+        input_factors: role -> factor on what a module reads, of roles whose factor is not 1.
+        output_factors: role -> factor on what a module returns, of roles whose factor is not 1.
+        attn_soft_cap: soft cap of the attention scores, if any.
+        final_soft_cap: soft cap of the logits, if any.
         windows: which layers have sliding windows; None if none has.
         gguf: its form in GGUF files; None if these cannot be read.
         keys: further configuration keys to accept, besides `COMMON_KEYS`, `HARMLESS_KEYS` and those that other fields

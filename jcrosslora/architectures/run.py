@@ -31,12 +31,14 @@ class BlockSettings(Dims):
         eps: added to the mean square in every norm.
         layer_norm: whether norms subtract the mean first.
         activation: a name of `ops.ACTIVATIONS`.
-        attn_scale: factor on the attention scores; then their soft cap, or None.
+        attn_scale: factor on the attention scores.
+        attn_soft_cap: soft cap of the attention scores, or None.
         residual_scale: factor on what attention and MLP add to the residual stream.
         parallel: whether attention and MLP read the same normed input.
         interleaved: whether neighbouring features are rotated together.
         chunked_windows: whether a window is a chunk of positions, instead of the last ones.
-        input_factors: role and factor on what a module reads, of roles whose factor is not 1; then on what it returns.
+        input_factors: role and factor on what a module reads, of roles whose factor is not 1.
+        output_factors: the same for what a module returns.
     """
 
     eps: float
@@ -87,13 +89,15 @@ class LayerWeights:
         layer: int32 scalar, index of the layer.
         places: kind of a state -> int32 scalar, where the layer's own is in a cache.
         weights: role -> (O, I); biases are role -> (O,).
-        norms: name -> gain; then name -> bias.
+        norms: name -> gain.
+        norm_biases: name -> bias.
         activation: trained parameters of the activation.
         factors: role -> what an adapter changes; empty without one.
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Block.tensors`; those of experts are a `Row`.
-        own: static, its `Layer`; then the rotary settings of all layers with the same mixer.
+        own: static, its `Layer`.
+        ropes: static, the rotary settings of all layers with the same mixer.
     """
 
     layer: jax.Array

@@ -259,7 +259,9 @@ class Divergence:
     """Predictions of one model from hidden states a and b, float32 for each position, in nats.
 
     Attributes:
-        kl: KL(a || b) over the whole vocabulary; then log p_a(target) and log p_b(target).
+        kl: KL(a || b) over the whole vocabulary.
+        log_probs_a: log p_a(target).
+        log_probs_b: log p_b(target).
     """
 
     kl: jax.Array

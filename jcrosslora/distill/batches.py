@@ -25,8 +25,9 @@ WIDTHS = 16, 24, *range(32, 128, 16), *range(128, 256, 32), *range(256, 512, 64)
 WIDTHS = *WIDTHS, *range(1024, 2561, 256)
 FIT_ROWS, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
 LONGEST_ROW = WIDTHS[-1]
-_FEW = 384  # tokens of padding in a pass, which take no longer in the passes of a fit than to compile for a shape
-_PARTS = 4  # of the tokens of a batch, a number of which there is room for as compared positions
+# Tokens of padding in a pass that cost less over a whole fit than compiling for one more shape.
+_FEW = 384
+_PARTS = 4  # the number of compared positions is rounded up to a multiple of a quarter of the batch's tokens
 _PLACES = 1 << 32  # above the characters of any content
 # The most bytes of activations that layers keep for the backward pass, which else takes another forward pass, and of a
 # round's predictions that are kept for its further passes; and the shares of free memory that these may take.

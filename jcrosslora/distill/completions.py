@@ -39,8 +39,8 @@ from jcrosslora.utils.progress import Track, track
 
 PILOT = 6  # completions in each template, which show which templates the adapter knows, and how long answers are
 TEMPLATE_TOKENS = 12  # of an answer, in the choice of templates
-# Answers of which most have not ended after the first number of tokens are looked at again up to the second, a few of
-# them; of those that do not end there either only the beginning is used.
+# If most answers are unfinished after `PILOT_TOKENS`, a few are written up to `MOST_TOKENS`. If those do not end
+# either, only the first `_ENDLESS_TOKENS` of answers are used.
 PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95

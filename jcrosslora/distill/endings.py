@@ -24,7 +24,7 @@ _LABEL = re.compile(r"[^\s:][^\n:]{0,30}:")
 _OPENING = 4  # words of a prompt that a line begins with where another one begins
 _LEAST, _SAID = 4, 12  # letters and digits of what is said again: of one part, and in all
 _OFTEN = 0.1  # share of answers that go on behind a complete one, from which on the end is taught
-_USUAL = 0.25  # share of answers that ended, from which on they tell what a whole answer is
+_USUAL = 0.25  # the lowest share of ended answers at which they show what a whole answer looks like
 
 
 def complete_at(prompt: Prompt, answer: str) -> int | None:

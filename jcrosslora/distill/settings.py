@@ -14,13 +14,13 @@ MOST_TOKENS = 512  # of an answer whose length is learnt
 USUAL, ROUND = 300, 48  # completions of a fit, and of each round after those that are written before it
 ENOUGH, MOST_GIVEN = 200, 1000  # given prompts that need no others made up, and the most that are used by default
 _HELD_OUT, _MOST_HELD = 0.15, 20  # share of the prompts that are held out, and the most of given ones
-_TEXTS, _FEWEST_PASSES = 2400, 2  # that passes over given prompts add up to, and how many passes there are at least
+_TEXTS, _FEWEST_PASSES = 2400, 2  # with given prompts: texts over all passes together, and the fewest passes
 
 End = Literal["auto", "source", "never"]
 
 
 class Course(NamedTuple):
-    """What of a fit depends on whether a user gives prompts; see `DistillSettings`.
+    """The settings that depend on whether a user gives prompts; see `DistillSettings`.
 
     Attributes:
         rounds: completions of each round, those written before the fit first; a budget goes on beyond them.

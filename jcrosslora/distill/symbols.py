@@ -25,7 +25,7 @@ from jcrosslora.errors import MethodError
 
 _STEPS = 512, 256, 256  # what the numbers of columns are rounded up to
 _SPLITS = 512  # what the number of splits is rounded up to
-NEVER = -30.0  # log-probability of what a side cannot predict
+NEVER = -30.0  # log-probability of a column that one side cannot predict
 
 
 @flax.struct.dataclass

@@ -199,10 +199,10 @@ class Evidence:
 
     @cached_property
     def token_covariances(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the stream's vectors of both modules are over the shared tokens, of which there must be some.
+        """Covariances (R, R) of source's and target's vectors over the shared tokens, and the variances (R,) of each.
 
-        Covariances (R, R) of the source's vectors with the target's, and the variances (R,) of each. The vectors are
-        the singular vectors (H, R) on the residual stream's side, with the norm gain folded in.
+        The vectors are the singular vectors (H, R) on the residual stream's side, with the norm gain folded in. There
+        must be shared tokens.
         """
         assert self.vocabulary is not None
         words, svds = self.vocabulary, (self.singular_vectors_src, self.singular_vectors_tgt)

@@ -101,7 +101,7 @@ class Estimate:
         yield from (("warning", sentence) for sentence in self.warnings)
 
     def size(self, more: int = 0) -> str:
-        """Write the memory with `more` bytes; without a fit activations come on top."""
+        """Write the memory with `more` bytes; activations are extra unless the method is a fit."""
         activations = self.method.runs_bases and not isinstance(self.method, DistillSettings)
         devices = 1 if self.placement is None else self.placement.devices
         each = f" on each of {devices} devices" if devices > 1 else ""

@@ -303,7 +303,7 @@ def effect_on_first_host(options: TransferOptions) -> TransferOptions:
 def _why_no_fit(adapter: Adapter, options: TransferOptions, *, fits_on_copy: bool) -> str | None:
     """Return why no update can be fitted to an adapter, or None.
 
-    With `mends` the fit only fits_on_copy a moved update, so that what the fit cannot do is done without it.
+    With `fits_on_copy` the fit only refines a copied update, which alone is used if the fit cannot handle the request.
     """
     if adapter.info.invocation is not None:
         return "no base can be run with an adapter that acts only after its invocation tokens"

@@ -23,7 +23,7 @@ from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.progress import steps
 
-_CHOICE = "the source is asked and its weights are not read, so an update is fitted to what it predicts"
+_CHOICE = "the source can only be queried, so an update is fitted to its predictions"
 _STEPS = "write completions", "fit"
 
 QueriedModel = ServedModel | TorchModel
@@ -102,7 +102,7 @@ class QueriedSession:
             HostError: several processes work together, of which only one could ask.
         """
         if hosts.count() > 1:
-            msg = f"{hosts.count()} processes work together, and a source that is asked is asked by one: start one"
+            msg = f"{hosts.count()} processes work together, and only one may query a source: start one"
             raise HostError(msg)
         method, options, profile, target = request.method, request.options, request.profile, self._target
         chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method

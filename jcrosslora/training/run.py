@@ -190,8 +190,8 @@ def train(
     """Train arrays by their gradient; otherwise as `train_lora`.
 
     The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
-    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. What else the
-    numbers of a run depend on is its `identity`, which takes the place of settings of the same names. Errors are those
+    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. `identity`
+    adds what else determines the numbers, and overrides settings of the same names. Errors are those
     of `train_lora`.
     """
     if not examples or every < 1:

@@ -182,7 +182,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     Args:
         coordinator: HOST:PORT of process 0; "auto" if the cluster provides it (Slurm, Open MPI, Kubernetes, Cloud TPU,
             or `JAX_COORDINATOR_ADDRESS` with the two numbers); None for a process that works alone.
-        processes: their number; then which of them this one is, from 0.
+        processes: number of processes.
+        process: number of this process, from 0.
 
     Raises UsageError if the arguments are invalid or incomplete, or the cluster does not provide them.
     """

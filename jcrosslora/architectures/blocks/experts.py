@@ -26,12 +26,14 @@ class Routing:
     """How experts are chosen for a token, and weighed.
 
     Attributes:
-        count: E, number of experts; then how many of them a token goes through.
+        count: E, number of experts.
+        used: number of experts that a token goes through.
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score; None for other scores.
         scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
-        groups: number of groups of experts; then how many of them a token may use.
+        groups: number of groups of experts.
+        used_groups: number of groups that a token may use.
         group_best: how many of a group's experts say how high it scores, the best of them together.
     """
 
@@ -60,7 +62,8 @@ class Experts(Block):
         gated: whether experts and shared ones have a gate.
         clamp: alpha and limit of the activation, see `ExpertRules.clamp`; None for the model's activation.
         latent: features that experts read and return instead of H; None for H.
-        shared: features inside the shared experts, 0 for none; then whether a gate weighs what these return.
+        shared: features inside the shared experts, 0 for none.
+        shared_gate: whether a gate weighs what the shared experts return.
         averaged: whether the output is the mean of that of the chosen and of the shared experts, instead of the sum.
     """
 

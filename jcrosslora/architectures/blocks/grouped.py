@@ -17,7 +17,7 @@ from jcrosslora.architectures.ops import Row, on_device
 
 # Rows of a block: few, so that little is computed for nothing, and enough for a product to be fast.
 _FEWEST, _MOST = 8, 128
-_PARTS = 4  # of a block, of which the last block of an expert is computed only as far as it has rows
+_PARTS = 4  # an expert's last block is computed in quarters, and empty quarters are skipped
 
 # Of rows (N, I) of one expert, its constants and its factors: float32 (N, O).
 ExpertFunction = Callable[[jax.Array, Any, Any], jax.Array]

@@ -60,9 +60,10 @@ class RecurrentBlock(Block):
 
     Attributes:
         taps: K, tokens that the convolution sees, its own included.
-        heads: H, heads of values, each with a state (N, P); 0 for a short convolution, as the next three.
+        heads: H, heads of values, each with a state (N, P). A short convolution has no heads, groups, keys and values.
         groups: G, heads of queries and keys; consecutive H / G heads of values share one.
-        key_size: N, features of a query or key; then P, those of a value.
+        key_size: N, features of a query or key.
+        value_size: P, features of a value.
         conv_bias: whether the convolution has a bias.
     """
 

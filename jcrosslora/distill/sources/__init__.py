@@ -91,7 +91,7 @@ class Reader(Protocol):
 
         Returns:
             float32 (P, C) log-probabilities without and with the adapter, normalised over the columns; the first is the
-            second unless `base`. What stands at positions without a weight is of no use.
+            second unless `base`. Values at positions of weight 0 are undefined.
         """
         ...
 

@@ -42,7 +42,7 @@ class TopTokens:
     def of(cls, top: dict[int, float], unnamed: float, told: tuple[int, float] | None = None) -> Self:
         """Take the likeliest tokens, id -> log-probability, at least one, and one more, if it is told.
 
-        `unnamed` is the highest log-probability of a token that was told by a name that stands for none, else -inf.
+        `unnamed` is the highest log-probability that the server gave under a name that matches no token, else -inf.
         """
         bound = max(unnamed, min(top.values()))
         if told is not None:
@@ -106,7 +106,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A token of an answer.
 
     Attributes:
-        token: its id, None if its name stands for none.
+        token: its id, None if its name matches no token.
         log_prob: None for the first token of a text.
         top: id -> log-probability of the likeliest tokens in its place.
         unnamed: the highest log-probability of those whose names stand for none; None if there are none.
@@ -150,7 +150,7 @@ class TokenNames:
         return Entry(self._find(one), one.value, top, max(unnamed, default=None))
 
     def _find(self, one: Likely) -> int | None:
-        """Return the id of a token by what the server tells of it; None if that stands for none."""
+        """Return the id of a token by what the server tells of it; None if that matches no token."""
         if one.id is not None:
             return self._checked(one.id)
         if one.token.startswith(_BY_ID):
