@@ -15,6 +15,7 @@ from jcrosslora.architectures.blocks import MLP as MLP
 from jcrosslora.architectures.blocks import QKV as QKV
 from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.architectures.blocks import ROLES as ROLES
+from jcrosslora.architectures.blocks import module_name as module_name
 from jcrosslora.architectures.config import Dims as Dims
 from jcrosslora.architectures.config import Number as Number
 from jcrosslora.architectures.config import words as words

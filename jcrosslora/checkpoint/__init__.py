@@ -2,6 +2,7 @@
 
 from jcrosslora.architectures.blocks import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.architectures.blocks import ROLES as ROLES
+from jcrosslora.architectures.blocks import module_name as module_name
 from jcrosslora.architectures.blocks import roles_named as roles_named
 from jcrosslora.architectures.blocks import wanted_roles as wanted_roles
 from jcrosslora.architectures.families import FAMILIES as FAMILIES

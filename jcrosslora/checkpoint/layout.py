@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.architectures import ROLE_PATHS, Architecture, ExpertRules, Family, Layer
+from jcrosslora.architectures import ROLE_PATHS, Architecture, ExpertRules, Family, Layer, module_name
 from jcrosslora.architectures.blocks import (
     EMBEDDING,
     HEAD,
@@ -58,7 +58,7 @@ def fused_modules(model: Architecture) -> dict[str, tuple[tuple[str, int, int], 
     for number, layer in enumerate(model.stack):
         for path, roles in _fused(model.family, layer).items():
             ends = list(itertools.accumulate((layer.shapes[role][0] for role in roles), initial=0))
-            names = [f"model.layers.{number}.{ROLE_PATHS[role]}" for role in roles]
+            names = [module_name(number, role) for role in roles]
             result[f"model.layers.{number}.{path}"] = tuple(zip(names, ends[:-1], ends[1:], strict=True))
     return result
 
@@ -76,7 +76,7 @@ def build_modules(
     modules = {}
     for number, layer in enumerate(model.stack):
         for role in (role for role in model.role_shapes if role in layer.shapes):
-            name = f"model.layers.{number}.{ROLE_PATHS[role]}"
+            name = module_name(number, role)
             holder, rows = holders.get(name, (name, None))
             tensor = f"{holder}.weight"
             modules[name] = Module(name, number, role, layer.shapes[role], tensor, rows, store.dtype(tensor))

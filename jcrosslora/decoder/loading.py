@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jcrosslora.architectures import blocks
-from jcrosslora.architectures.blocks import ROLE_PATHS, ROLES, WRITERS, LayerInputWeights, Tensor
+from jcrosslora.architectures.blocks import ROLES, WRITERS, LayerInputWeights, Tensor, module_name
 from jcrosslora.architectures.settings import DecoderSettings, read_settings
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import expert_tensors
@@ -177,7 +177,7 @@ def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = 
 
 
 def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
-    names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role))
+    names = (module_name(layer, role) for layer in base.layers_with(role))
     return jnp.asarray(np.stack([bias.astype(dtype) for name in names if (bias := base.bias(name)) is not None]))
 
 
@@ -213,7 +213,7 @@ class _Stacks:
 
     def weights(self, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
         """Stack the matrices of a role, (L, O, I)."""
-        names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in self._base.layers_with(role))
+        names = (module_name(layer, role) for layer in self._base.layers_with(role))
         kept = _BITS if packed else dtype
         pieces = (self._base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
         return self._fill(role, self._shapes[role], kept, pieces)

@@ -14,7 +14,7 @@ from jax import lax
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.adapter.records import Carried, check_always_active
-from jcrosslora.architectures.blocks import ROLE_PATHS, LayerInputWeights
+from jcrosslora.architectures.blocks import LayerInputWeights, module_name
 from jcrosslora.architectures.ops import is_packed, linear
 from jcrosslora.architectures.run import Update
 from jcrosslora.architectures.settings import DecoderSettings
@@ -177,7 +177,7 @@ def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:
         factors = stacked.roles[role]
         for layer, a, b in zip(base.layers_with(role), np.asarray(factors.a), np.asarray(factors.b), strict=True):
             if a.any() or b.any():
-                modules[f"model.layers.{layer}.{ROLE_PATHS[role]}"] = LoRAFactors(a=a, b=b)
+                modules[module_name(layer, role)] = LoRAFactors(a=a, b=b)
     return Adapter(modules=modules)
 
 
@@ -282,7 +282,7 @@ def _stack_role(adapter: Adapter, base: BaseModel, role: str, rank: int) -> Stac
     layers, (rows, columns) = base.layers_with(role), base.architecture.role_shapes[role]
     a, b = np.zeros((len(layers), rank, columns), np.float32), np.zeros((len(layers), rows, rank), np.float32)
     for place, layer in enumerate(layers):
-        factors = adapter.modules.get(f"model.layers.{layer}.{ROLE_PATHS[role]}")
+        factors = adapter.modules.get(module_name(layer, role))
         if factors is not None:
             a[place, : factors.rank] = np.asarray(factors.a, np.float32)
             b[place, :, : factors.rank] = np.asarray(factors.b, np.float32) * np.float32(factors.scale)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.blocks import ATTENTION, BY_HEAD, ROLE_PATHS
+from jcrosslora.architectures.blocks import ATTENTION, BY_HEAD, module_name
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import dot
@@ -110,7 +110,7 @@ def _attention(base: BaseModel, layer: int) -> AttentionWeights:
 
 
 def _names(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{ROLE_PATHS[role]}" for role in ATTENTION]
+    return [module_name(layer, role) for role in ATTENTION]
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jcrosslora.architectures.blocks import EMBEDDING, ROLE_PATHS, Mlp, SelfAttention
+from jcrosslora.architectures.blocks import EMBEDDING, Mlp, SelfAttention, module_name
 from jcrosslora.checkpoint import BaseModel, shared_ids
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.relation.bases import Bases, Both, cosine_similarity, module_rows, some_of
@@ -133,7 +133,7 @@ def _row_products(base: BaseModel, dims: np.ndarray) -> np.ndarray:
     for layer in range(base.dims.layers):
         parts = []
         for role in ("o_proj", "down_proj"):
-            rows = module_rows(base, f"model.layers.{layer}.{ROLE_PATHS[role]}", dims)
+            rows = module_rows(base, module_name(layer, role), dims)
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             units = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
             products = (units @ units.T)[np.triu_indices(len(dims), 1)]
@@ -150,7 +150,7 @@ def _match_layer(
     """Match attention and MLP of a pair of layers; each is kept only if the modules that read the stream agree too."""
 
     def rows(role: str, src: np.ndarray, tgt: np.ndarray) -> Both:
-        names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in layers)
+        names = (module_name(layer, role) for layer in layers)
         rows_src, rows_tgt = map(module_rows, bases, names, (src, tgt))
         return rows_src, rows_tgt
 

@@ -16,11 +16,11 @@ import numpy as np
 from jcrosslora.adapter import Adapter, load_adapter, save_adapter, split_fused
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.checkpoint import (
-    ROLE_PATHS,
     BaseModel,
     Tokenizer,
     describe_base,
     load_tokenizer,
+    module_name,
     open_base,
     roles_named,
 )
@@ -274,7 +274,7 @@ def _rescaled(adapter: Adapter, base: BaseModel, shares: dict[str, np.ndarray]) 
     modules = dict(adapter.modules)
     for role, values in shares.items():
         for layer, share in zip(base.layers_with(role), values, strict=True):
-            name = f"model.layers.{layer}.{ROLE_PATHS[role]}"
+            name = module_name(layer, role)
             if name in modules:
                 modules[name] = dataclasses.replace(modules[name], b=np.asarray(modules[name].b, np.float32) * share)
     return dataclasses.replace(adapter, modules=modules)

@@ -12,7 +12,7 @@ from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, fit_t
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.origin import other_model
 from jcrosslora.adapter.records import check_always_active, left_out
-from jcrosslora.checkpoint import ROLE_PATHS, BaseModel, describe_base, roles_named
+from jcrosslora.checkpoint import BaseModel, describe_base, module_name, roles_named
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import StackedAdapter, StackedFactors, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
@@ -84,7 +84,7 @@ def to_adapter(factors: StackedAdapter, scale: Scale, base: BaseModel) -> Adapte
 
 def _scales(modules: Mapping[str, LoRAFactors], base: BaseModel, role: str) -> jax.Array:
     """float32 (L, 1, 1): the scale of each layer's update; 1 where there is none, whose factors are zero."""
-    names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role))
+    names = (module_name(layer, role) for layer in base.layers_with(role))
     found = [modules[name].scale if name in modules else 1.0 for name in names]
     return jnp.asarray(np.array(found, np.float32)[:, None, None])
 

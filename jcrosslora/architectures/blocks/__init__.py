@@ -70,6 +70,11 @@ LAYER_INPUT_PROJECTION = "model.per_layer_model_projection.weight"
 LAYER_INPUT_NORM = "model.per_layer_projection_norm.weight"
 
 
+def module_name(layer: int, role: str) -> str:
+    """Return the logical name of a module, such as "model.layers.0.self_attn.q_proj"."""
+    return f"model.layers.{layer}.{ROLE_PATHS[role]}"
+
+
 def roles_named(given: Collection[str] | None, present: Collection[str]) -> list[str]:
     """Return those of a base's roles that were asked for; None asks for all.
 

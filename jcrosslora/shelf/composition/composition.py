@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.architectures import ROLE_PATHS
+from jcrosslora.architectures import module_name
 from jcrosslora.architectures.ops import linear
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import stack_adapters
@@ -124,7 +124,7 @@ class ComposedAdapter:
 
 def module_names(base: BaseModel, role: str) -> list[str]:
     """Return the names of the modules of a role, by layer."""
-    return [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
+    return [module_name(layer, role) for layer in base.layers_with(role)]
 
 
 def stack_for(how: Composition, adapters: Sequence[Adapter], base: BaseModel, seed: int) -> ComposedAdapter:
