@@ -130,7 +130,7 @@ def test_an_adapter_of_half_the_size_gets_its_size_back(base):
 
 
 def test_what_cannot_be_fitted_is_refused(base, adapter):
-    with pytest.raises(UsageError, match="memory has no update of k_proj: wanted one whose magnitude to train"):
+    with pytest.raises(UsageError, match="modules k_proj: there are none of these, only q_proj"):
         fit_magnitudes(base, QUESTIONS, adapter, dataclasses.replace(SETTINGS, modules=("k_proj",)))
     with pytest.raises(UsageError, match="steps 0"):
         fit_magnitudes(base, QUESTIONS, adapter, dataclasses.replace(SETTINGS, steps=0))

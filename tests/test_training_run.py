@@ -190,7 +190,7 @@ def test_a_flipped_bit_in_a_state_is_noticed(base, states, tmp_path):
 
 def test_a_file_in_place_of_the_checkpoint_folder_is_refused(base, tmp_path):
     (tmp_path / "states").write_text("mine")
-    with pytest.raises(OutputError, match="states: cannot be written"):
+    with pytest.raises(UsageError, match="states: is a file"):
         train_lora(base, QUESTIONS, SETTINGS, checkpoints=tmp_path / "states")
     assert (tmp_path / "states").read_text() == "mine"
 

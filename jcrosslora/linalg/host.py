@@ -53,7 +53,7 @@ def leading_eigenvectors(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.n
         LinAlgError: no convergence.
     """
     size = len(gram)
-    values, beside, scales = np.empty(size), np.empty(size), np.empty(size)
+    values, beside, scales = np.empty(size), np.empty(size), np.zeros(size)  # the last scale is not written
     work, whole = np.empty(1 + 4 * size + size * size), np.empty(3 + 5 * size, np.intc)
     _call("dsytrd", b"L", size, gram, size, values, beside, scales, work, len(work))
     inside = np.empty((size, size))  # vectors in rows, by ascending eigenvalue
