@@ -97,7 +97,7 @@ class DistillSettings:
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, added to those of the completions."""
 
-    def teacher_weights(self, known: float) -> tuple[float, float, float]:
+    def teacher_weights(self, confidence: float) -> tuple[float, float, float]:
         """Return the shares of the adapted source where it is unsure and where it is sure, and the contrast's weight.
 
         They depend on how well the adapter's task is known, 0 to 1: 1 where prompts are given, see
@@ -105,7 +105,7 @@ class DistillSettings:
         """
         sure = self.sure_weight
         if sure is None:
-            sure = self.teacher_weight + (1 - self.teacher_weight) * known
+            sure = self.teacher_weight + (1 - self.teacher_weight) * confidence
         return self.teacher_weight, sure, self.contrast_weight
 
     def for_prompts(self, prompts: int, examples: int = 0) -> Self:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -188,7 +188,9 @@ class Checkpoints:
 def check_folder(folder: Path) -> None:
     """Raise UsageError for a place that holds a model, a file, or folders that Orbax would take for states."""
     folder = folder.expanduser()
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names: list[str] = []
+    with suppress(OSError):  # no folder, or one that cannot be read, which whoever opens it says
+        names = [path.name for path in folder.iterdir()]
     steps = [name for name in names if name.isdecimal()]  # Orbax takes any of these for the state at a step
     states = [name for name in steps if (folder / name / _METADATA).exists()]
     found = [name for name in names if name.endswith(".safetensors")] or ([] if states else steps)

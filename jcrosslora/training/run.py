@@ -191,8 +191,7 @@ def train(
 
     The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
     batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. `identity`
-    adds what else determines the numbers, and overrides settings of the same names. Errors are those
-    of `train_lora`.
+    adds what else determines the numbers, and overrides settings of the same names. Errors are those of `train_lora`.
     """
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
