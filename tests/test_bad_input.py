@@ -234,6 +234,7 @@ def test_impossible_settings(flags, place, capsys):
         ('dtype = "int8"', ["dtype", "int8", "bfloat16"]),
         ("svd_rank = = 3", ["not TOML"]),
         ("overwrite = 1", ["overwrite", "bool"]),
+        (f"x = {'[' * 9999}", ["not TOML"]),
     ],
 )
 def test_recipes_with_mistakes(text, wanted, place, capsys):

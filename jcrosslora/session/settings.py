@@ -240,7 +240,7 @@ def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
     except OSError as error:
         msg = f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file"
         raise UsageError(msg) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         msg = f"{what} {path} is not TOML ({error}); write lines such as {example}"
         raise UsageError(msg) from None
 
