@@ -67,6 +67,8 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     assert "asked as my-lora over the OpenAI API, for the 20 likeliest tokens" in report["fitted"]
     recipe = (tmp_path / "moved" / "recipe.toml").read_text()
     assert 'source_model = "my-lora"' in recipe
+    command = "jcrosslora transfer --source-tokenizer PATH/source --target PATH/target --prompts PATH/prompts.txt"
+    assert f"# {command} --source-url URL --recipe recipe.toml\n" in recipe
     assert "\nadapter =" not in recipe
     assert "\nsource =" not in recipe
     card = (tmp_path / "moved" / "README.md").read_text()

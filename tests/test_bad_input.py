@@ -233,7 +233,7 @@ def test_impossible_settings(flags, place, capsys):
         ("svd_rank = 1.5", ["svd_rank", "1.5"]),
         ('dtype = "int8"', ["dtype", "int8", "bfloat16"]),
         ("svd_rank = = 3", ["not TOML"]),
-        ("overwrite = 1", ["overwrite", "bool"]),
+        ("cache = 1", ["cache", "bool"]),
         (f"x = {'[' * 9999}", ["not TOML"]),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_card_shows_names_and_makes_nothing_of_them(made, tmp_path):
     tokens = list(MarkdownIt("commonmark").enable("table").parse(body))
     kinds = [token.type for token in tokens] + [one.type for token in tokens for one in token.children or ()]
     assert not {"html_inline", "html_block", "image", "link_open", "code_block"} & set(kinds)
-    assert kinds.count("fence") == 2  # how to use it, and the recipe
+    assert kinds.count("fence") == 3  # how to use it, the recipe, and the command that runs it again
     texts = ["".join(one.content for one in token.children or ()) for token in tokens]
     assert any(SHOWN.replace("\\r", " ") in text for text in texts)  # as it is, once the Markdown is read
     rows = "".join({"tr_open": "\n", "th_open": "|", "td_open": "|"}.get(token.type, "") for token in tokens).split()

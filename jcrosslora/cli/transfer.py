@@ -17,7 +17,8 @@ from jcrosslora.cli.output import FailOn, Long, exit_code, print_json, print_pus
 from jcrosslora.errors import JCrossLoRAError, MethodError, OutputError, UsageError
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method, hyper_types, setting_fields
 from jcrosslora.report.hub import Pushed, Repository, push_to_hub
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
+from jcrosslora.report.recipe import SERVED, check_found, find_files
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_settings, read_toml
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import show_progress, shows_progress
 from jcrosslora.utils.terminal import SafeConsole
@@ -89,9 +90,14 @@ class _Transfer(Long):
             except MethodError as error:
                 msg = f"recipe {path}: {error}"
                 raise MethodError(msg) from error
-        return read_table(settings, setting_types(), f"recipe {path}")
+        found = find_files(read_settings(settings, f"recipe {path}"), Path(path))
+        if "--overwrite" in arguments:
+            found.pop("out", None)  # what is replaced is typed as well
+        return found
 
     def run(self, console: Console) -> int:
+        if self.recipe is not None:
+            check_found(self.defaults(["--recipe", str(self.recipe)]), vars(self), self.recipe)
         if self.push_to is not None and self.settings().profile == "tunix":
             msg = "the hub does not know Orbax checkpoints: leave --push-to out, or choose another profile than tunix"
             raise UsageError(msg)
@@ -179,7 +185,7 @@ def transfer_command(arguments: Sequence[str]) -> type:
     kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
     defaults = {name: field.default for name, field in OWN_FIELDS.items()}  # those without one are required
     asked = not {"-h", "--help", "--help-all"}.isdisjoint(arguments)  # for the help, which says when they are required
-    if asked or (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None:
+    if asked or SERVED in recipe or _value_of("--source-url", arguments) is not None:
         defaults |= {"adapter": "", "source": ""}  # the server has both
     own = hyper_types()
     kinds |= {name: kind | None for name, kind in own.items()}

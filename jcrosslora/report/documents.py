@@ -15,19 +15,14 @@ from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.maps.shifted import defined
 from jcrosslora.methods import Method
+from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command
 from jcrosslora.report.record import REPORT, Totals, TransferReport
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
 from jcrosslora.report.usage import usage
 from jcrosslora.utils.spread import spread_evenly
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
-SERVED = "source_model"  # the setting that says that a server was asked
-RECIPE = "recipe.toml"
 PAGE = "report.html"  # which is made from a folder afterwards
-_HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add ADAPTER, --source, --target, --prompts, --examples, --source-template and
-# --target-template with your own paths, and --source-url for a source behind a server.
-"""
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 _LOOKS = 10  # points of a fit's curve that the card shows
 _EXAMPLES = "Some of the completions, prompts and answers written by the source with the original adapter:"
@@ -72,7 +67,9 @@ def with_settings(report: TransferReport, **settings: str) -> TransferReport:
 
 def documents(report: TransferReport, profile: str) -> dict[str, str]:
     """Return the files that are saved with a moved adapter of a format, by name; `published` returned the report."""
-    head = _HEAD + (_OWN if ":" in report.recipe.method else "")
+    command, filled = repeat_command(report.recipe_toml)
+    head = f"# How this adapter was made. Run it again{filled}:\n# {command}\n"
+    head += _OWN if ":" in report.recipe.method else ""
     return {CARD: model_card(report, profile), REPORT: report_text(report), RECIPE: head + report.recipe_toml}
 
 
@@ -182,9 +179,9 @@ def model_card(report: TransferReport, profile: str = "portable") -> str:
 def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
     """Yield the title and the text of each section; the caller leaves out empty ones."""
     yield "Base models", _bases(report)
-    again = "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`"
-    recipe = f"```toml\n{report.recipe_toml.strip()}\n```"
-    yield "Recipe", f"{recipe}\n\n{again}{_module(report.recipe.method)}"
+    command, filled = repeat_command(report.recipe_toml)
+    again = f"The same is in `{RECIPE}`. Run it again{filled}{_module(report.recipe.method)}:"
+    yield "Recipe", f"```toml\n{report.recipe_toml.strip()}\n```\n\n{again}\n\n```sh\n{command}\n```"
     yield diagnostics_title(report), _markdown(role_rows(report)) if report.rows else ""
     yield "Fit", "\n\n".join(_fit(report))
     yield "Added", _sentence(report.added)
@@ -230,9 +227,9 @@ def _front_matter(base: str | None, library: str, adapter: AdapterOrigin) -> str
 
 
 def _module(method: str) -> str:
-    """Say what the command needs for a user's method, and end the sentence."""
+    """Say what the command needs for a user's method."""
     module, _, own = method.partition(":")
-    return f", and `--allow-module {module}` once you have looked at the code of that module." if own else "."
+    return f", with `--allow-module {module}` once you have looked at the code of that module" if own else ""
 
 
 def _bases(report: TransferReport) -> str:

@@ -22,7 +22,8 @@ from jcrosslora.adapter.folder import (
 )
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.report.documents import PAGE, RECIPE, report_text, without_examples
+from jcrosslora.report.documents import PAGE, report_text, without_examples
+from jcrosslora.report.recipe import RECIPE
 from jcrosslora.report.record import REPORT, read_report
 from jcrosslora.text import COMPLETIONS
 from jcrosslora.utils.files import read_small_text

@@ -16,6 +16,7 @@ from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.maps.shifted import Calibration
 from jcrosslora.methods import AUTO, METHODS, Auto, MethodLike, hyper_types, make_method, setting_fields
+from jcrosslora.report.recipe import FILES
 from jcrosslora.utils.files import read_small_text
 from jcrosslora.utils.settings import Settings
 
@@ -216,18 +217,23 @@ class TransferSettings(TransferOptions):
         }
 
 
-# Settings that may name a file or a folder.
-_REFERENCES = (
-    *("adapter", "source", "target", "source_model", "source_base_model", "source_tokenizer"),
-    *("prompts", "examples", "source_template", "target_template"),
-)
+_REFERENCES = (*FILES, "source_model", "source_base_model")  # which may be paths
+# No file decides where a key is sent, and what is replaced.
+_TYPED = {"source_url": "--source-url URL", "overwrite": "--overwrite"}
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}
 
 
-def setting_types() -> dict[str, Any]:
-    """Return the types of all settings of a transfer and hyper-parameters of methods, by their names in TOML files."""
-    return hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
+def read_settings(values: Mapping[str, Any], place: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Check the settings of a transfer and hyper-parameters of methods in a recipe or a plan, see `read_table`.
+
+    `more` are the types of other keys. Raises UsageError, also for a setting that is typed or given in Python alone.
+    """
+    if typed := [name for name in _TYPED if name in values]:
+        msg = f"{place} sets {typed[0]}, which no file may do: leave it out there, and add {_TYPED[typed[0]]} to the "
+        raise UsageError(msg + "command")
+    types = hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
+    return read_table(values, {**(more or {}), **types}, place)
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:

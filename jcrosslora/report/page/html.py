@@ -13,6 +13,7 @@ from jcrosslora.report.page.charts import Picture, pictures
 from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
+from jcrosslora.report.recipe import RECIPE, repeat_command
 from jcrosslora.report.record import Base, TransferReport, cut
 from jcrosslora.report.table import diagnostics_title, role_rows
 from jcrosslora.utils.spread import spread_evenly
@@ -238,8 +239,8 @@ def _recipe_section(moved: TransferReport) -> str:
         ("jcrosslora", moved.version),
     ]
     listed = "".join(f"<dt>{title}</dt><dd>{html_text(text)}</dd>" for title, text in facts)
-    again = "<p>The same as <code>recipe.toml</code>. Make the adapter again:</p>"
-    again += _shell("jcrosslora transfer --recipe recipe.toml")
+    command, filled = repeat_command(moved.recipe_toml)
+    again = f"<p>The same as <code>{RECIPE}</code>. Make the adapter again{filled}:</p>{_shell(command)}"
     return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{html_text(moved.recipe_toml.strip())}</pre>{again}")
 
 

@@ -18,7 +18,7 @@ from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError, UsageError
 from jcrosslora.methods import AUTO, find_method, setting_fields
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_table, read_toml, setting_types
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_settings, read_table, read_toml
 from jcrosslora.session.transfer import estimate_pair
 from jcrosslora.utils.terminal import print_table
 
@@ -32,7 +32,7 @@ _PLAN = {"out": str, "bases": dict, "adapters": dict, "moves": _Moves}
 _BASE = {"ref": _Ref, "revision": str, "id": str, "template": str}
 _MOVE = {"from": str, "to": _Names, "methods": _Names, "adapters": _Names, "label": str}
 # Settings that the plan's other tables or the batch itself determine.
-_OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
+_OWN = ("adapter", "source", "target", "out", "method", "adapter_revision")
 _OWN_BASES = ("source_revision", "target_revision", "target_id", "source_template", "target_template")
 assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
 # A batch reads the weights of its sources.
@@ -120,7 +120,7 @@ def _jobs(
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
     known = {method: _known_settings(method, place) for method in methods}  # which registers a user's own method
     rest = {key: value for key, value in table.items() if key not in _MOVE}
-    settings = read_table(rest, _MOVE | setting_types(), place)
+    settings = read_settings(rest, place, _MOVE)
     if strange := [key for key in settings if not any(key in names for names in known.values())]:
         msg = f"{place} sets {strange[0]}, which none of its methods has: {', '.join(methods)}; leave it out"
         raise UsageError(msg)

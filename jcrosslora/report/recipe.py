@@ -1,0 +1,90 @@
+"""What a recipe leaves to its reader: the folders of files and the address of a server; and the command that adds them.
+
+A recipe is somebody else's file. It names files by name alone: paths are left out when one is written, and refused when
+one is read.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.errors import UsageError
+from jcrosslora.report.record import AGAIN
+from jcrosslora.report.usage import quoted
+
+RECIPE = "recipe.toml"
+SERVED = "source_model"  # the setting that says that a server was asked
+_ON_HUB = ("adapter", "source", "source_tokenizer", "target")
+# Settings that name a file or a folder to read; those of `_ON_HUB` may be hub ids.
+FILES = (*_ON_HUB, "source_template", "target_template", "prompts", "examples")
+
+
+def repeat_command(recipe_toml: str) -> tuple[str, str]:
+    """Return the command that repeats the transfer of a recipe, and how to fill it in, the end of a sentence or "".
+
+    Raises UsageError if a report of somebody else holds another text than a recipe.
+    """
+    lines = [line for line in recipe_toml.splitlines() if line.partition(" = ")[0] in (*FILES, SERVED)]
+    try:
+        settings = tomllib.loads("\n".join(lines))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        msg = f"the recipe in the report is not TOML ({error}): {AGAIN}"
+        raise UsageError(msg) from None
+    files, served = _local_files(settings), SERVED in settings
+    blanks = ["the folder of each file in place of PATH"] * bool(files)
+    blanks += ["the address of the server in place of URL"] * served
+    given = [*_with_folders(files), *["--source-url URL"] * served, f"--recipe {RECIPE}"]
+    return " ".join(["jcrosslora transfer", *given]), f", with {' and '.join(blanks)}" if blanks else ""
+
+
+def find_files(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the settings of a recipe with the paths of the files that lie beside it.
+
+    Other files keep their names, and are looked for in the current folder. Raises UsageError if one is named by a path.
+    """
+    for name in (*FILES, "out"):
+        value = settings.get(name)
+        if value is not None and not (_is_name(value) or (name in _ON_HUB and is_hub_id(value))):
+            given = "ADAPTER" if name == "adapter" else _flag(name)
+            msg = f"recipe {path} sets {name} to {value!r}; it must be a name without a folder: leave it out there, "
+            raise UsageError(msg + f"and add {given} to the command")
+    beside = {name: str(path.parent / value) for name, value in _local_files(settings).items()}
+    return {**settings, **{name: place for name, place in beside.items() if os.path.exists(place)}}
+
+
+def check_found(settings: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    """Raise UsageError if a transfer takes a file from a recipe that is neither beside it nor in the current folder.
+
+    Args:
+        settings: of the recipe, from `find_files`.
+        given: those of the transfer.
+        path: of the recipe.
+    """
+    taken = {name: value for name, value in _local_files(settings).items() if given.get(name) == value}
+    if missing := {name: value for name, value in taken.items() if not os.path.exists(value)}:
+        whose = "its folder" if len(missing) == 1 else "their folders"
+        msg = f"recipe {path} names {', '.join(missing.values())} without {whose}: add "
+        raise UsageError(msg + " ".join(_with_folders(missing)))
+
+
+def _local_files(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that name a local file or folder."""
+    named = {name: value for name in FILES if isinstance(value := settings.get(name), str)}
+    return {name: value for name, value in named.items() if not (name in _ON_HUB and is_hub_id(value))}
+
+
+def _is_name(path: str) -> bool:
+    """Tell whether a path is a name in a folder, on any system."""
+    return PureWindowsPath(path).name == path and path not in ("", "..") and not path.startswith("~")
+
+
+def _with_folders(files: Mapping[str, str]) -> list[str]:
+    paths = {name: quoted(f"PATH/{value}") for name, value in files.items()}
+    return [path if name == "adapter" else f"{_flag(name)} {path}" for name, path in paths.items()]
+
+
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
