@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import re
+import resource
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.reading import PLAIN_TEMPLATE, prompt_ids, render
+from jcrosslora.text.reading import tokenizer_of as tokenizer_for
+from jcrosslora.text.sandbox import run_template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -98,27 +104,203 @@ def test_the_language_of_templates_is_that_of_transformers(tmp_path):
         )
 
 
-DOUBLED = "{% set ns = namespace(s='xx') %}{% for _ in range(99) %}{% set ns.s = "
-ENDLESS = {
-    "nested loops": "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that run for nothing": "{% for _ in range(99999) %}{% for _ in range(99999) if 0 %}{% endfor %}{% endfor %}",
-    "loops over a text": "{% set x = 'x' * 99999 %}{% for _ in x %}{% for _ in x %}{% endfor %}{% endfor %}",
-    "a macro that calls itself twice": "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
-    "a large power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "a product": "{{ 'x' * 9999999999 }}",
-    "a wide field": "{{ 'x' | center(9999999999) }}",
-    "a text that doubles": DOUBLED + "ns.s ~ ns.s %}{% endfor %}",
-    "a list that doubles": DOUBLED.replace("'xx'", "[1]") + "ns.s + ns.s %}{% endfor %}",
-    "much text": "{% for _ in range(9999) %}" + "x" * 9999 + "{% endfor %}",
-    "a map of ranges": "{{ ([range(99999)] * 99999) | map('list') | list }}",
+# What templates of tool calls use: JSON in all forms, lists that grow, answers looked up by their number, marked text.
+TOOLS = (
+    "{%- macro kind(value) -%}{% if value is mapping %}map{% elif value is string %}text{% elif value is boolean %}bool"
+    "{% elif value is number %}number{% elif value is none %}none{% elif value is sequence %}list{% endif %}"
+    "{%- endmacro -%}\n"
+    "{% for tool in tools %}{{ tool | tojson(indent=4) }}\n{{ tool.function | tojson | safe }}\n"
+    "{% for key, value in tool.function.parameters.properties | dictsort %}{{ key ~ ': ' ~ value.type | upper }}"
+    "{% if value.enum is defined and 'enum' in value %} ({{ value.enum | unique | join(', ') }})"
+    "{% endif %};{% endfor %}"
+    "{{ tool.function.parameters.required | map('title') | list | tojson(separators=(',', ':')) }}\n{% endfor %}"
+    "{% set ns = namespace(calls=[], last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set text = m.content | default('', true) %}"
+    "{% if '</think>' in text %}{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != m.role %}[{{ m['role'] | capitalize }}]{% endif %}"
+    "{% if m.role == 'assistant' and m.tool_calls %}{% set ns.calls = ns.calls + m.tool_calls %}"
+    "{% for call in m.tool_calls %}{{ '{\"name\": \"' ~ call.function.name ~ '\", ' }}"
+    "{% for key, value in call.function.arguments.items() %}{{ key }}={{ kind(value) }}:"
+    "{{ value if value is string else value | tojson(ensure_ascii=false) }}{{ ', ' if not loop.last }}{% endfor %}}"
+    "{% endfor %}{% elif m.role == 'tool' %}{% for call in ns.calls if call.id == m.tool_call_id %}"
+    "{{ ('<' | safe) + call.function.name + '>' }}{% endfor %}{{ text | indent(2, first=True) }}"
+    "{% elif 0 <= loop.index0 <= ns.last %}{{ text.strip() | replace('star', 'sun') }}{% else %}{{ text }}{% endif %}"
+    "{{ '\\n' * 2 }}{% endfor %}{{ ns.calls }}"
+    "{{ (messages | selectattr('role', 'equalto', 'user') | list | length) % 2 }}"
+    "{{ messages[::-1][0].role }}{{ (messages | map(attribute='role') | list)[-2:] }}"
+    "{% if add_generation_prompt %}[Assistant]{% endif %}"
+)
+WEATHER = {
+    "name": "weather",
+    "description": 'Say <how> it "is" & é',
+    "parameters": {
+        "type": "object",
+        "properties": {"unit": {"type": "string", "enum": ["c", "f", "c"]}, "city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
+CALL = {"name": "weather", "arguments": {"city": "é\n", "days": [1, {"a": None}], "deep": {}, "n": 2.5, "now": True}}
+TOOL_TALKS = {
+    "called": (
+        {"role": "system", "content": ' be "brief" '},
+        {"role": "user", "content": "which star?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "x1", "type": "function", "function": CALL}]},
+        {"role": "tool", "tool_call_id": "x1", "content": "22\n23"},
+        {"role": "assistant", "content": "<think>\na star\n</think>\n\na star"},
+    ),
+    "asked": ({"role": "user", "content": "a star"}, {"role": "user", "content": "the star"}),
 }
 
 
+@pytest.mark.parametrize("talk", TOOL_TALKS)
+def test_tool_calls_are_those_of_transformers(tmp_path, talk):
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_of(tmp_path, "byte-level", TOOLS)[1]))
+    messages, tools = list(TOOL_TALKS[talk]), [{"type": "function", "function": WEATHER}]
+    for ask in (False, True):
+        theirs = own.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        assert run_template(TOOLS, messages, tools=tools, add_generation_prompt=ask) == theirs
+
+
+# As templates for images look for them in contents of any kind, and as Gemma 4's looks at other messages for each.
+LOOKS = "{% for m in messages %}{% for c in m.content %}{% if c.type is defined %}x{% endif %}{% endfor %}{% endfor %}"
+LOOKS += "{% for m in messages %}{% for n in messages[loop.index0:] %}{% if n.role == 'tool' %}x{% endif %}{% endfor %}"
+LOOKS += "{% endfor %}" + CHATML
+
+
+@pytest.mark.parametrize(("many", "words"), [(40, 4000), (800, 4)])
+def test_a_long_conversation_is_no_more_work_than_it_needs(plain, many, words):
+    talk = tuple(Message(("user", "assistant")[place % 2], "a star " * words) for place in range(many))
+    assert render(dataclasses.replace(plain, chat_template=LOOKS), talk).text.count("a star") == many * words
+
+
+DOUBLED = "{% set ns = namespace(s='xx') %}{% for _ in range(99) %}{% set ns.s = "
+# Lists, tuples and dicts of 2 ** 40 items, since each holds the one before twice; and 9,999 tuples in each other.
+NESTED = (
+    "{% set ns = namespace(s=[1], same=[1], t=(1,), d={'a': 1}) %}{% for _ in range(40) %}"
+    "{% set ns.s = [ns.s, ns.s] %}{% set ns.same = [ns.same, ns.same] %}{% set ns.t = (ns.t, ns.t) %}"
+    "{% set ns.d = {'a': ns.d, 'b': ns.d} %}{% endfor %}"
+)
+DEEP = "{% set ns = namespace(t=1) %}{% for _ in range(9999) %}{% set ns.t = (ns.t,) %}{% endfor %}"
+
+
+def often(body: str, first: str = "") -> str:
+    return f"{first}{{% for _ in range(99999) %}}{{% for _ in range(9999) %}}{body}{{% endfor %}}{{% endfor %}}"
+
+
+MUCH, CALLS, COMPUTES = "more work than", "it calls .*, which chat templates do not", "it computes"
+DEEPLY, MISSING = "nests values", "No (filter|test) named"
+ENDLESS = {
+    "nested loops": (often(""), MUCH),
+    "loops that run for nothing": (
+        "{% for _ in range(99999) %}{% for _ in range(99999) if 0 %}{% endfor %}{% endfor %}",
+        MUCH,
+    ),
+    "loops over a text": ("{% set x = 'x' * 99999 %}{% for _ in x %}{% for _ in x %}{% endfor %}{% endfor %}", MUCH),
+    "a macro that calls itself twice": ("{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}", MUCH),
+    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "a block that shows itself twice": ("{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}", "has a Block"),
+    "a large power": ("{{ 9 ** 9 ** 9 ** 9 }}", COMPUTES),
+    "a large exponent": ("{{ 2 ** 9999999999 }}", "wanted at most"),
+    "squares of squares": (
+        "{% set ns = namespace(n=2) %}{% for _ in range(999) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        COMPUTES,
+    ),
+    "a long number": ("{{ ('f' * 999999) | int(base=16) }}", COMPUTES),
+    "a product": ("{{ 'x' * 9999999999 }}", MUCH),
+    "a product of a list": ("{{ [1] * 9999999999 }}", MUCH),
+    "a wide field": ("{{ 'x' | center(9999999999) }}", MISSING),
+    "a wide number": ("{{ '%1000000000d' % 5 }}", COMPUTES),
+    "a wide number in a filter": ("{{ '%1000000000d' | format(5) }}", MISSING),
+    "a wide number in a test": ("{{ '%1000000000d' is even }}", MISSING),
+    "a wide number in a method": ("{{ '{:1000000000}'.format(5) }}", CALLS),
+    "wide numbers in a map": ("{{ ['%1000000000d'] | map('format', 5) | list }}", MISSING),
+    "other wide methods": ("{{ 'x'.zfill(9999999999) }}", CALLS),
+    "many bytes": ("{{ (5).to_bytes(9999999999, 'big') }}", CALLS),
+    "wrapped words": ("{{ ('ab ' * 333333) | wordwrap(1) }}", MISSING),
+    "an indented line": ("{{ 'x' | indent(9999999999, true) }}", MUCH),
+    "indented JSON": ("{{ [1] | tojson(indent=9999999999) }}", MUCH),
+    "separators of JSON": ("{{ ([1] * 99999) | tojson(separators=('x' * 9999, ':')) }}", MUCH),
+    "replaced characters": ("{{ ('x' * 9999) | replace('x', 'y' * 99999) }}", MUCH),
+    "replaced characters in a method": ("{{ ('x' * 9999).replace('', 'y' * 99999) }}", MUCH),
+    "joined characters": ("{{ ('x' * 9999) | join('y' * 99999) }}", MUCH),
+    "a joined range": ("{{ range(99999) | join('y' * 99999) }}", MUCH),
+    "a long date": ("{{ strftime_now('%c' * 99999) }}", MUCH),
+    "a search of repeated letters": (
+        often("{% set y = x in z %}", "{% set z = 'a' * 2400 %}{% set x = 'a' * 999 ~ 'b' %}"),
+        MUCH,
+    ),
+    "a search from the end": ("{% set x = 'a' * 999999 %}{{ x.rfind('b' ~ 'a' * 499999) }}", MUCH),
+    "stripped characters": ("{{ ('a' * 999999).strip('b' * 999999 ~ 'a') }}", MUCH),
+    "a text of many parts": (often("{% set y = x.split('-') %}", "{% set x = 'Ж-' * 400000 %}"), MUCH),
+    "a text as a list": ("{{ ('Ж' * 4000000) | list }}", MUCH),
+    "slices": (often("{% set y = x[1:] %}", "{% set x = 'x' * 999999 %}"), MUCH),
+    "a text that doubles": (DOUBLED + "ns.s ~ ns.s %}{% endfor %}", MUCH),
+    "a list that doubles": (DOUBLED.replace("'xx'", "[1]") + "ns.s + ns.s %}{% endfor %}", MUCH),
+    "a block of text that doubles": (
+        DOUBLED.replace("{% set ns.s = ", "{% set y %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = y %}{% endfor %}"),
+        MUCH,
+    ),
+    "escaped text": ("{{ ('<' * 999999) | safe + '<' * 999999 }}", MUCH),
+    "much text": ("{% for _ in range(9999) %}" + "x" * 9999 + "{% endfor %}", MUCH),
+    "a map of ranges": ("{{ ([range(99999)] * 99999) | map('list') | list }}", MUCH),
+    "ranges without an item": (often("{{ range(99999) | reject | list }}"), MUCH),
+    "a sorted list": (often("{% set y = range(99999) | sort %}"), MUCH),
+    "a long list in a loop": (often("{% set x = [" + "1, " * 9999 + "] %}"), MUCH),
+    "a list of texts": (often("{{ y in x }}", "{% set x = ['x' * 9999] * 9999 %}{% set y = 'x' * 9998 ~ 'y' %}"), MUCH),
+    "a printed list": (NESTED + "{{ ns.s }}", MUCH),
+    "a printed dict": (NESTED + "{{ ns.d }}", DEEPLY),
+    "items of a dict": (NESTED + "{{ ns.d.items() }}", DEEPLY),
+    "a printed namespace": ("{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}", "a namespace as a whole"),
+    "a list in JSON": (NESTED + "{{ ns.s | tojson }}", MUCH),
+    "a list as a text": (NESTED + "{{ ns.s | string }}", MUCH),
+    "a formatted list": (NESTED + "{{ '%s' % ns.s }}", COMPUTES),
+    "a list next to a text": (NESTED + "{{ 'x' ~ ns.s }}", MUCH),
+    "equal lists": (NESTED + "{{ ns.s == ns.same }}", MUCH),
+    "equal lists in a test": (NESTED + "{{ ns.s is eq(ns.same) }}", MUCH),
+    "equal lists in a filter": (NESTED + "{{ [ns] | selectattr('s', 'equalto', ns.same) | list }}", MUCH),
+    "ordered lists": (NESTED + "{{ 1 < 2 != ns.s <= ns.same }}", MUCH),
+    "sorted lists": (NESTED + "{{ [ns.s, ns.same] | sort }}", MUCH),
+    "a list in a list": (NESTED + "{{ ns.same in [ns.s] }}", MUCH),
+    "a method that compares lists": (NESTED + "{{ [ns.s].index(ns.same) }}", CALLS),
+    "a loop that compares lists": (NESTED + "{% for _ in range(3) %}{{ loop.changed(ns.s) }}{% endfor %}", MUCH),
+    "a tuple as a key": (NESTED + "{{ {ns.t: 1} }}", MUCH),
+    "a tuple that is looked up": (NESTED + "{{ {}.get(ns.t) }}{{ {}[ns.t] }}", MUCH),
+    "a tuple as an attribute": (NESTED + "{{ [{}] | map(attribute=ns.t) | list }}", MUCH),
+    "a list in an error": (NESTED + "{{ raise_exception(message=ns.s) }}", MUCH),
+    "a list that is no key": (NESTED + "{{ {}[ns.s] + 1 }}", MUCH),
+    "tuples in tuples as a key": (DEEP + "{{ {}[ns.t] }}", DEEPLY),
+    "tuples in tuples in a dict": (DEEP + "{{ ns.t in {} }}", DEEPLY),
+    "a long template": ("x" * 99999, "99,[0-9]{3} characters|100,[0-9]{3} characters"),
+    "loops in loops": ("{% for a in b %}" * 18 + "{{ a }}" * 999 + "{% endfor %}" * 18, "nests loops"),
+    "a template that is slow to compile": (
+        "{% for a in b %}" * 8 + "x{{a}}" * 5500 + "{% endfor %}" * 8 + "{{ 1 ** 99 }}",
+        "wanted at most",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tokenizer_of(tmp_path_factory.mktemp("plain"), "byte-level", None)[0]
+
+
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_that_does_too_much_is_refused(tmp_path, name):
-    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", ENDLESS[name] + CHATML)
-    with pytest.raises(UsageError, match=r"its chat template refuses .*(more work than|wanted at most).*--template"):
-        render(tokenizer, (USER,))
+def test_a_template_that_does_too_much_is_refused(plain, name):
+    source, reason = ENDLESS[name]
+    tokenizer = dataclasses.replace(plain, chat_template=source + CHATML)
+    used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    limits, began = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, limits[1]))  # more is a MemoryError
+    try:
+        with pytest.raises(UsageError, match=f"its chat template refuses .*({reason}).*--template") as refused:
+            render(tokenizer, (USER,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert time.process_time() - began < 2
+    assert "\n" not in str(refused.value)
     # The next one begins anew.
     assert "star" in render(dataclasses.replace(tokenizer, chat_template=CHATML), (USER,)).text
 
@@ -127,6 +309,13 @@ def test_a_template_that_does_too_much_is_refused(tmp_path, name):
 def test_a_template_reaches_nothing_outside(tmp_path, attribute):
     tokenizer, _ = tokenizer_of(tmp_path, "byte-level", f"{{% set x = {attribute} %}}{{{{ x + 1 }}}}{CHATML}")
     with pytest.raises(UsageError, match="refuses"):
+        render(tokenizer, (USER,))
+
+
+def test_an_error_names_the_adapter_that_a_template_came_with(tmp_path):
+    write_base(tmp_path, 60)
+    tokenizer = tokenizer_for(open_base(tmp_path), "{{ 9 ** 99 }}")
+    with pytest.raises(UsageError, match=r"with the adapter's chat_template.jinja: its chat template .*exponent is 99"):
         render(tokenizer, (USER,))
 
 

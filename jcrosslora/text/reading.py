@@ -158,7 +158,9 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     """Read conversations in another template, such as the one next to an adapter, if there is one."""
-    return tokenizer if template is None else replace(tokenizer, chat_template=template)
+    if template is None:
+        return tokenizer
+    return replace(tokenizer, chat_template=template, ref=f"{tokenizer.ref} with the adapter's chat_template.jinja")
 
 
 def tokenizer_of(base: BaseModel, template: str | None) -> Tokenizer:
@@ -208,11 +210,13 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Seque
     from jcrosslora.text.sandbox import run_template
 
     shown = [{"role": one.role, "content": content} for one, content in zip(messages, contents, strict=True)]
-    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name, "messages": shown}
+    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
     try:
-        return run_template(template_of(tokenizer), add_generation_prompt=ask, tools=None, documents=None, **names)
+        return run_template(
+            template_of(tokenizer), shown, add_generation_prompt=ask, tools=None, documents=None, **names
+        )
     except Exception as error:  # a template is a program of somebody else's, which may raise anything
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        cause = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
         roles = ", ".join(message.role for message in messages)
         msg = f"{tokenizer.ref}: its chat template refuses messages of {roles} ({cause}): give another with --template"
         raise UsageError(msg) from error

@@ -1,108 +1,199 @@
 """Run chat templates, which are untrusted programs, in a sandbox with a limit on their work.
 
-A template gets the same variables as in transformers, and renders the same text. Iterations of loops, macro calls, the
-sizes of values and the written text are counted, so that a template can neither run forever nor use up the memory.
+A template gets the same variables as in transformers, and renders the same text. It has the filters, tests and methods
+that templates of published models use. The work of each operation is known before it begins and is taken from a
+budget, and so is each run of a loop or macro and each character of the text. So a template can neither run forever nor
+use up the memory.
 """
 
-import json
 import threading
-from collections.abc import Sized
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes, pass_context
+from jinja2 import Template, TemplateError, TemplateRuntimeError, Undefined, nodes, pass_context
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-_WORK = 20_000_000  # characters and items; conversations take thousands
-_VALUE, _RUN = 10, 100  # what a value costs on top of its length, and a run of a loop or macro
-_COUNTED = "counted value"  # no name that a template could write
+from jcrosslora.text.work import (
+    LEFT,
+    VALUE,
+    checked_number,
+    compare,
+    counted,
+    filters,
+    growth,
+    spend_on_text,
+    tests,
+    weigh,
+)
+
+_SOURCE = 40_000  # characters of a template; the longest of 265 published ones has 20,000
+_LOOPS = 8  # loops and macros in each other, at most 4 there: the time to compile a template grows with them
+# Characters and items; more for each character of the messages, as some templates loop over them, and for each pair of
+# messages, as Gemma 4's looks at all messages for each. The most that one of the 265 needs is 214 and 60.
+_WORK, _CHARACTER, _PAIR = 10_000_000, 300, 100
+_RUN, _NODE = 30, 2  # what a run of a loop or macro costs, and an expression in it
 _POWER = 64  # the largest exponent
+# What templates of published models call.
+_METHODS = {
+    str: [
+        *("capitalize", "count", "endswith", "find", "isdigit", "lower", "lstrip", "partition", "removeprefix"),
+        *("removesuffix", "replace", "rfind", "rpartition", "rsplit", "rstrip", "split", "startswith", "strip"),
+        *("title", "upper"),
+    ],
+    dict: ["get", "items", "keys", "values"],
+    LoopContext: ["changed", "cycle"],
+}
+# Filters that a template cannot write: they have a space.
+_WRITTEN, _COUNTED, _COMPARED = "written value", "counted value", "compared values"
+_LOCK = threading.Lock()  # there is one budget
 
 
-def run_template(source: str, **names: Any) -> str:
+def run_template(source: str, messages: Sequence[dict[str, Any]], **names: Any) -> str:
     """Render a chat template, which may raise anything; a `TemplateError` if it does more work than it needs."""
-    _LEFT.work = _WORK
-    return _compiled(source).render(**names)
-
-
-class _Left(threading.local):
-    """The work that the template of a thread may still do."""
-
-    work = _WORK
-
-    def spend(self, work: int) -> None:
-        self.work -= work
-        if self.work < 0:
-            msg = "it does more work than a conversation needs"
-            raise TemplateRuntimeError(msg)
-
-
-_LEFT = _Left()
+    if len(source) > _SOURCE:
+        msg = f"it has {len(source):,} characters, wanted at most {_SOURCE:,}"
+        raise TemplateError(msg)
+    said = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+    with _LOCK:
+        LEFT.work = _WORK
+        made = _compiled(source)
+        LEFT.work = _WORK + _CHARACTER * said + _PAIR * len(messages) ** 2
+        return made.render(messages=messages, **names)
 
 
 class _Counting(NodeTransformer):
     """Put the counting into the syntax tree of a template."""
 
+    depth = 0  # of loops and macros
+
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        runs = isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
+        self.depth += runs
+        if self.depth > _LOOPS:
+            msg = f"it nests loops and macros more than {_LOOPS} times"
+            raise TemplateError(msg)
         super().generic_visit(node, *args, **kwargs)
+        self.depth -= runs
         match node:
-            case nodes.CallBlock(call=nodes.Filter(node=nodes.Call() as call)):
-                node.call = call
-            case nodes.For(test=nodes.Expr() as test):
-                node.test = _counted(test)
-            case nodes.Output():
-                node.nodes = [one if isinstance(one, nodes.TemplateData) else _counted(one) for one in node.nodes]
-            case nodes.BinExpr() | nodes.Concat() | nodes.Filter() | nodes.Call():
-                return _counted(node)
-            case nodes.Const(value=int(value)) if value > _RUN:
-                return _counted(node)
+            case nodes.Block() | nodes.EvalContextModifier():
+                msg = f"it has a {type(node).__name__}, which chat templates do not"
+                raise TemplateError(msg)
             case nodes.NSRef(attr=name) if name.startswith("_"):
                 raise _private(name)
-        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
-            written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-            node.body.insert(0, nodes.ExprStmt(_counted(nodes.Const(None), _RUN + written), lineno=node.lineno))
+            case nodes.Compare(expr=left, ops=pairs) if not _trivial(left, pairs):
+                given = [one for pair in pairs for one in (nodes.Const(pair.op), pair.expr)]
+                return _filtered(_COMPARED, left, *given)
+            case nodes.Output() | nodes.Concat():
+                node.nodes = [
+                    one if isinstance(one, nodes.TemplateData) else _filtered(_WRITTEN, one) for one in node.nodes
+                ]
+            case nodes.Pair(key=key) if not isinstance(key, nodes.Const):
+                node.key = _filtered(_WRITTEN, key)
+            case nodes.Getitem(arg=nodes.Slice()):
+                return _filtered(_COUNTED, node, nodes.Const(VALUE))
+            case nodes.For(test=nodes.Expr() as test):
+                node.test = _filtered(_COUNTED, test, nodes.Const(_RUN))
+        if runs:
+            inside = list(node.find_all(nodes.Node))
+            cost = (
+                _RUN + _NODE * len(inside) + sum(len(one.data) for one in inside if isinstance(one, nodes.TemplateData))
+            )
+            node.body.insert(0, nodes.ExprStmt(_filtered(_COUNTED, nodes.Const(None), nodes.Const(cost))))
         return node
 
 
-def _counted(node: nodes.Expr, cost: int = _VALUE) -> nodes.Filter:
-    return nodes.Filter(node, _COUNTED, [nodes.Const(cost)], [], None, None, lineno=node.lineno)
+def _trivial(left: nodes.Expr, pairs: list[nodes.Operand]) -> bool:
+    """Return whether a comparison costs next to nothing, as it has a literal: a string is equal to no list."""
+    first = pairs[0]
+    if first.op in ("in", "notin"):
+        right = first.expr
+        literal = isinstance(right, nodes.List | nodes.Tuple) and all(isinstance(it, nodes.Const) for it in right.items)
+    else:
+        literal = isinstance(left, nodes.Const) or isinstance(first.expr, nodes.Const)
+    return len(pairs) == 1 and literal
+
+
+def _filtered(name: str, node: nodes.Expr, *given: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, list(given), [], None, None, lineno=node.lineno)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox of transformers' chat templates, which counts."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute a product or power of values, unless it is too large."""
-        for many, count in ((left, right), (right, left)):
-            if operator == "*" and isinstance(many, Sized) and isinstance(count, int):
-                _LEFT.spend(len(many) * max(count, 0))
-        if operator == "**" and isinstance(right, int) and abs(right) > _POWER:
+        """Add texts and lists, repeat them, and compute with numbers."""
+        if operator == "+" and type(left) is type(right) is str:  # nearly always
+            LEFT.spend(VALUE + len(left) + len(right))
+            return left + right
+        lengths = [len(one) for one in (left, right) if isinstance(one, Collection)]
+        if operator == "+":
+            LEFT.spend(VALUE + sum(lengths) * growth(left, right))
+        elif operator == "*" and lengths:
+            count = right if isinstance(right, int) else left
+            LEFT.spend(VALUE + lengths[0] * max(count if isinstance(count, int) else 0, 0))
+        elif lengths:
+            msg = f"it computes {type(left).__name__} {operator} {type(right).__name__}, wanted numbers"
+            raise TemplateRuntimeError(msg)
+        elif operator == "**" and isinstance(right, int) and abs(right) > _POWER:
             msg = f"an exponent is {right}, wanted at most {_POWER}"
             raise TemplateRuntimeError(msg)
-        return super().call_binop(context, operator, left, right)
+        return checked_number(super().call_binop(context, operator, left, right))
 
-    def call_filter(self, *args: Any, **kwargs: Any) -> Any:
-        """Call a filter for an item of a list."""
-        return _count(None, super().call_filter(*args, **kwargs))
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Look an item up."""
+        if not isinstance(argument, str):
+            weigh(argument)
+        return super().getitem(obj, argument)
 
-    def call_test(self, *args: Any, **kwargs: Any) -> Any:
-        """Call a test for an item of a list."""
-        return _count(None, super().call_test(*args, **kwargs))
+    def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a macro, a function of the template's names, or a method of a text or dict."""
+        LEFT.spend(VALUE * (1 + len(args) + len(kwargs)))
+        if not isinstance(called, Macro | LoopContext | Undefined):
+            owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
+            known = any(isinstance(owner, kind) and name in names for kind, names in _METHODS.items())
+            if not known and not any(called is one for one in self.globals.values()):
+                msg = f"it calls {name or type(called).__name__}, which chat templates do not"
+                raise TemplateRuntimeError(msg)
+            for value in args:
+                weigh(value)
+            if known and isinstance(owner, str):
+                spend_on_text(owner, name, *args, *kwargs.values())
+        return super().call(context, called, *args, **kwargs)
 
 
 @pass_context
-def _count(_: Any, value: Any, cost: int = _VALUE) -> Any:
-    size = len(value) if isinstance(value, str | list | tuple | dict) else abs(value) if isinstance(value, int) else 0
-    _LEFT.spend(max(cost, 0) + size)
+def _written(_: Context, value: Any) -> Any:
+    if type(value) is str:  # nearly always
+        LEFT.spend(VALUE + len(value))
+    else:
+        weigh(value)
     return value
+
+
+@pass_context
+def _counted(_: Any, value: Any, cost: int = VALUE) -> Any:
+    return counted(value, cost)
+
+
+@pass_context
+def _compared(_: Context, left: Any, *pairs: Any) -> Any:
+    """Compare values in a chain, as in `a < b <= c`."""
+    found = True
+    for name, right in zip(pairs[::2], pairs[1::2], strict=True):
+        found = compare(name, left, right)
+        if not found:
+            return found
+        left = right
+    return found
 
 
 class _Generation(Extension):
@@ -115,14 +206,14 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _raise(message: str) -> None:
+def _raise(message: Any) -> None:
+    weigh(message)
     raise TemplateError(message)
 
 
-def _json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _now(form: str) -> str:
+    LEFT.spend(1024 * len(form))  # Python keeps this many bytes for a character of the form
+    return datetime.now().strftime(form)
 
 
 def _namespace(*args: Any, **kwargs: Any) -> Namespace:
@@ -139,15 +230,19 @@ def _private(name: str) -> TemplateError:
 
 @lru_cache(maxsize=1)
 def _environment() -> _Environment:
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [_Generation, "jinja2.ext.loopcontrols"]}
-    made = _Environment(**options)
-    made.filters |= {"tojson": _json, _COUNTED: _count}
-    own = {
-        "raise_exception": _raise,
+    # Constants are computed when the template runs, where the work is counted.
+    made = _Environment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters = filters() | {_WRITTEN: _written, _COUNTED: _counted, _COMPARED: _compared}
+    made.tests = tests()
+    made.globals = {
+        "range": safe_range,
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": _namespace,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "raise_exception": _raise,
+        "strftime_now": _now,
     }
-    made.globals = {name: value for name, value in made.globals.items() if name != "lipsum"} | own
     return made
 
 
