@@ -58,7 +58,7 @@ def test_second_move_of_a_pair_compiles_nothing(arrays, tmp_path):
     assert second["seconds"] < first["seconds"]
 
 
-def test_that_another_process_holds_the_cache_is_no_warning_and_damage_is(tmp_path, monkeypatch):
+def test_a_cache_that_is_held_or_full_is_no_warning_and_damage_is(tmp_path, monkeypatch):
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -68,4 +68,6 @@ def test_that_another_process_holds_the_cache_is_no_warning_and_damage_is(tmp_pa
         keep_compiled()
         for why in ("Timeout: The file lock '/cache/.lockfile' could not be acquired.", "JaxRuntimeError: damaged"):
             warnings.warn(f"{entry}: {why}", stacklevel=1)
+        full = "FileNotFoundError: [Errno 2] No such file or directory"  # so JAX reports a full disk
+        warnings.warn(f"{entry.replace('reading', 'writing')}: {full}", stacklevel=1)
     assert [str(one.message) for one in seen] == [f"{entry}: JaxRuntimeError: damaged"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from command_line import main
+from full_disk import fill_disk
 from full_set import full_except
 from probe_bases import CORPUS, chat_base, write_base
 from rich.console import Console
@@ -1010,6 +1011,52 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
     whole()
     assert 0 < len(calls) - other < other / 4
     assert not kept.exists()
+
+
+@pytest.fixture
+def growing(pair, monkeypatch):
+    """Return a short distillation with further rounds, whose states are kept in a folder."""
+    for module in (settings_module, completions_module):
+        monkeypatch.setattr(module, "ROUND", 8)
+    monkeypatch.setattr(settings_module, "MOST_GIVEN", 40)
+    asked = dataclasses.replace(SMALL, completions=48, passes=1, answer_tokens=2)
+    return lambda states: distill(*pair, prompts=CORPUS, settings=asked, states=states)
+
+
+@pytest.mark.parametrize("cache", ["full", "a file"])
+def test_a_fit_goes_on_where_its_states_cannot_be_kept(growing, tmp_path, caplog, monkeypatch, cache):
+    if cache == "a file":
+        (tmp_path / "fits").write_text("mine")
+    else:
+        fill_disk(monkeypatch, after=1)
+    found = growing(tmp_path / "fits")
+    (warned,) = (record.getMessage() for record in caplog.records if record.levelname != "INFO")
+    assert re.search(r"the states of the fit cannot be kept \((No space left|Not a dir|File exists)", warned)
+    assert "\n" not in warned
+    caplog.clear()
+    whole = growing(None)
+    assert not caplog.records
+    jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
+    assert (tmp_path / "fits").is_dir() == (cache == "full")
+    assert cache == "a file" or not list((tmp_path / "fits").iterdir())
+
+
+@pytest.mark.full
+def test_a_fit_with_a_damaged_state_begins_again(growing, tmp_path, caplog, monkeypatch):
+    def stop(*_):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module.Fit, "_look", stop)
+        with pytest.raises(RuntimeError):
+            growing(tmp_path / "fits")
+    (folder,) = (tmp_path / "fits").iterdir()
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        path.write_bytes(path.read_bytes()[:20])
+    found = growing(tmp_path / "fits")
+    (warned,) = (record.getMessage() for record in caplog.records if record.levelname != "INFO")
+    assert "the fit begins again" in warned
+    jax.tree.map(np.testing.assert_array_equal, found.adapter, growing(None).adapter)
 
 
 def test_the_last_steps_are_judged_if_the_time_ends_while_a_state_is_saved(beginning, monkeypatch):

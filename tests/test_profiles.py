@@ -16,6 +16,7 @@ from engine_readers import (
     mlx_log_probs,
     peft_factors,
 )
+from full_disk import fill_disk
 from full_set import full_except
 from gguf_files import ARCHITECTURES, converted, gguf, gguf_name, metadata_of, write_gguf
 from tiny_bases import delta, mixed_ranks, random_adapter, write_llama
@@ -153,6 +154,14 @@ def test_a_full_disk_leaves_no_gguf_and_no_open_file(llama, tmp_path, monkeypatc
     with pytest.raises(OutputError, match="No space left"):
         jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile="gguf")
     assert [writer.fout for writer in used] == [None]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_checkpoint_and_logs_nothing(llama, tmp_path, monkeypatch, caplog):
+    fill_disk(monkeypatch)
+    with pytest.raises(OutputError, match=r"o: cannot be written \(No space left on device\): make it writable"):
+        jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile="tunix")
+    assert not caplog.records
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import main
+from full_disk import fill_disk
 from probe_bases import QUESTIONS, write_base
 from rich.console import Console
 
@@ -267,3 +268,34 @@ def test_an_interrupted_training_says_what_it_left(base, tmp_path, capsys, monke
     assert stopped.value.code == 130
     said = "goes on from there" if kept else "interrupted; nothing was written"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_full_disk_ends_a_training_with_one_line_that_names_the_newest_state(
+    base, tmp_path, capsys, monkeypatch, kept
+):
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "Water and", "answer": "light"}\n')
+    fill_disk(monkeypatch, after=kept)
+    states = ["--checkpoints", str(tmp_path / "states")]
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "train",
+                base.ref,
+                "--data",
+                str(data),
+                "--out",
+                str(tmp_path / "out"),
+                "--steps",
+                "42",
+                "--quiet",
+                *states,
+            ]
+        )
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    advice = "free space: step 20 is kept in states, and the same" if kept else "choose another folder, or free space"
+    assert f"{tmp_path / 'states'}: cannot be written (No space left on device): {advice}" in line
+    assert [path.name for path in (tmp_path / "states").iterdir()] == (["20"] if kept else [])
+    assert not (tmp_path / "out").exists()

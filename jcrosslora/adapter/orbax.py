@@ -15,7 +15,7 @@ import numpy as np
 from jcrosslora.adapter.contents import Contents, as_adapter_errors, file_factors
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, factors_in_slots, slot_arrays, slots_of_tunix, trainer_of
 from jcrosslora.checkpoint.in_memory import array_name
-from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore
+from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore, writing
 from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.errors import AdapterError
 
@@ -86,11 +86,9 @@ def write_tunix(contents: Contents, folder: Path) -> None:
         create=False, enable_async_checkpointing=False, multiprocessing_options=alone()
     )
     items = ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)})
-    try:
-        with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers={ITEM: handler()}) as manager:
-            manager.save(0, args=items, custom_metadata=dict(contents.metadata))
-    except ValueError as error:  # so its storage reports a full disk
-        raise OSError(" ".join(str(error).split())[:120]) from error
+    managed = {"options": options, "item_handlers": {ITEM: handler()}}
+    with writing(), ocp.CheckpointManager(folder.absolute(), **managed) as manager:
+        manager.save(0, args=items, custom_metadata=dict(contents.metadata))
     for mark in folder.rglob("commit_success.txt"):  # names the folder, whose name is a temporary one
         mark.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     config = {"module_path": _module_path(slots), "rank": rank, "alpha": float(rank)}

@@ -1,10 +1,16 @@
-"""Orbax checkpoints: find one in a folder, list its arrays, and read some of them.
+"""Orbax checkpoints: find one in a folder, list its arrays, and read some of them; errors of one that is written.
 
 A checkpoint is a folder of one item; `CheckpointManager` keeps it in the folder of a step, next to other steps. Its
 arrays are the leaves of nested mappings; `restore` reads the requested ones in the current process.
 """
 
+import gc
+import logging
+import os
 import re
+import sys
+import time
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +24,7 @@ from jcrosslora.errors import CheckpointError
 
 ITEM = "model_params"  # tunix's name of the item with the weights
 _MARK = "_METADATA"  # in the folder of an item
+_ERRNO = re.compile(r"os_error_code='([0-9]+)'")  # in what its storage reports as a ValueError
 _STEP = re.compile(r"(?:ckpt_)?([0-9]+)")  # Kauldron's trainer writes ckpt_100, the others 100
 Entries = Mapping[tuple[str, ...], Any]  # the keys that lead to an array -> its shape and dtype
 
@@ -96,9 +103,46 @@ def handler() -> Any:
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def writing() -> Iterator[None]:
+    """Raise an OSError for whatever Orbax raises in a block that writes."""
+    with quiet():
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            code = _ERRNO.search(str(error))
+            reason = os.strerror(int(code[1])) if code else " ".join(str(error).split())[:120]
+            traceback.clear_frames(error.__traceback__)  # they hold other writes, which report when they are freed
+            time.sleep(0.5)  # until those have failed as well
+            gc.collect()
+            raise OSError(int(code[1]) if code else 0, reason) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off stderr what Orbax, which raises errors as well, and its abandoned tasks report of them."""
+    logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    for log in logs:
+        log.addFilter(_is_no_error)
+    sys.unraisablehook = lambda _: None
     try:
         yield
+    finally:
+        sys.unraisablehook = hook
+        for log in logs:
+            log.removeFilter(_is_no_error)
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
     except Exception as error:  # of damaged files Orbax raises anything
         reason = " ".join(str(error).split())[:120]
         msg = f"{checkpoint}: is not a readable checkpoint of Orbax ({reason}): give a complete one"

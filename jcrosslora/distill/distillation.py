@@ -2,9 +2,8 @@
 
 import dataclasses
 import logging
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,14 @@ from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
 from jcrosslora.distill.settings import ROUND, Course, DistillSettings
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
+from jcrosslora.distill.states import FitStates, kept_states
 from jcrosslora.distill.symbols import Ends, Symbols, find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import ending
-from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.digests import digest_of, sha256
-from jcrosslora.utils.unfinished import remove_unchanged
 
 _LOG = logging.getLogger(__name__)
 
@@ -169,9 +167,7 @@ class Distillation:
         items += examples_of_round(self.examples, number, self.course.first // self.course.repeats, held_out)
         return self.batches(items) if items else []
 
-    def open_checkpoints(
-        self, parent: Path | None, start: Adapter | None
-    ) -> AbstractContextManager[Checkpoints | None]:
+    def open_states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[FitStates | None]:
         """Open the folder for the states of this fit, named by all that it depends on, if it is to grow."""
         if parent is None or not (self.settings.budget or self.course.rounds[1:]):
             return nullcontext()
@@ -232,16 +228,3 @@ def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Co
     if None in found or not stops[0]:
         return Ends(stops)
     return Ends(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))
-
-
-@contextmanager
-def kept_states(parent: Path, run: Mapping[str, Any]) -> Iterator[Checkpoints]:
-    """Open the folder of a fit, named by what the fit depends on; remove it when the block ends without an exception.
-
-    Folders that did not change for 30 days are removed as well. Errors are those of `Checkpoints`.
-    """
-    folder = parent / digest_of(run)[:24]
-    remove_unchanged(parent, folder)
-    with closing(Checkpoints(folder, run)) as found:
-        yield found
-    shutil.rmtree(folder, ignore_errors=True)

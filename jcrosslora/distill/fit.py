@@ -26,8 +26,8 @@ from jcrosslora.distill.completions import round_cost
 from jcrosslora.distill.judge import Judge
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
+from jcrosslora.distill.states import FitStates
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
-from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.utils.cost import TEXT, Cost, free_memory
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import Track, track
@@ -135,17 +135,17 @@ class Fit:
         self._rounds, self._anew, self._own, self._used, self._part, self._seen = 0, 0, 0, 0, 0.0, 0
         self._looks = [self._measure()]
 
-    def run(self, first: Sequence[DistillationBatch], fresh: Fresh, checkpoints: Checkpoints | None = None) -> Fitted:
+    def run(self, first: Sequence[DistillationBatch], fresh: Fresh, states: FitStates | None = None) -> Fitted:
         """Train until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
 
         Args:
             first: the batches written before the fit; they are always used, and used first.
             fresh: writes the completions of further rounds.
-            checkpoints: where the state is saved after each round; a fit continues from the newest one.
+            states: where the state is saved after each round; a fit continues from the newest one.
         """
         settings, stopped = self._settings, False
-        if checkpoints is not None:
-            self._restore(checkpoints)
+        if states is not None:
+            self._restore(states)
         total, unit = (100, "%") if settings.seconds is not None else (sum(self._course.rounds), "completions")
         with track(total, "fit", unit) as bar:
             try:
@@ -153,8 +153,8 @@ class Fit:
                     polishes = self._rounds > 0 and self._share() >= 1 - settings.polish
                     own = self._joined(self._state.factors) if polishes else None
                     self._use(fresh(self._rounds, own) if self._rounds else first, bar, own=polishes)
-                    if checkpoints is not None:
-                        self._save(checkpoints)
+                    if states is not None:
+                        self._save(states)
                 self._look(bar)  # the time may have ended while a state was saved
             except KeyboardInterrupt:
                 stopped = True
@@ -225,20 +225,20 @@ class Fit:
         record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
         return look
 
-    def _restore(self, checkpoints: Checkpoints) -> None:
+    def _restore(self, states: FitStates) -> None:
         """Take up the newest saved state, if there is one."""
-        self._state, notes = checkpoints.restore(self._state)
+        self._state, notes = states.restore(self._state)
         if notes:
             self._rounds, self._anew, self._own = notes["rounds"], notes["anew"], notes["own"]
             self._used = notes["used"]
             self._looks = [Look(*look) for look in notes["looks"]]
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
-    def _save(self, checkpoints: Checkpoints) -> None:
+    def _save(self, states: FitStates) -> None:
         looks = [astuple(look) for look in self._looks]
         progress = {"rounds": self._rounds, "anew": self._anew, "own": self._own}
         progress |= {"used": self._used, "seen": self._seen}
-        checkpoints.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
+        states.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun

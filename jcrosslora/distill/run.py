@@ -109,8 +109,8 @@ def distill(
     data = work.split(completions)
     symbols = work.choose_symbols(data, completions)
     fit = work.make_fit(data, symbols, completions, stacked_start)
-    with work.open_checkpoints(states, start) as checkpoints:
-        fitted = fit.run(data.fitted, partial(work.write_round, completions, data.held_out), checkpoints)
+    with work.open_states(states, start) as kept:
+        fitted = fit.run(data.fitted, partial(work.write_round, completions, data.held_out), kept)
     _check_finite(fitted, target)
     update = truncate_to_rounding(unstack_adapter(fitted.adapter, target))
     _check_found(update, fitted)

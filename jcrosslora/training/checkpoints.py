@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, wanted_roles
+from jcrosslora.checkpoint.orbax import quiet, writing
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.utils.settings import Settings
 
@@ -110,10 +112,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
-        try:
+        with self._writing(None):
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
         """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
@@ -148,10 +148,8 @@ class Checkpoints:
             "run": args.JsonSave(self._run | {_SEAL: _digest(jax.device_get(state), notes)}),
             "notes": args.JsonSave(notes),
         }
-        try:
+        with self._writing(self._manager.latest_step()):
             self._manager.save(int(state.step), args=args.Composite(**saved))
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Close the folder."""
@@ -167,12 +165,12 @@ class Checkpoints:
                 step = self._manager.latest_step()
                 if step is None:
                     raise
-                msg = f"step {step} is kept in {self._folder.name}, and the same command goes on from there"
-                raise KeyboardInterrupt(msg) from None
+                raise KeyboardInterrupt(self._kept(step)) from None
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+            with quiet():
+                return self._manager.restore(step, args=self._ocp.args.Composite(**items))
         except Exception as error:  # of bytes that were changed Orbax raises anything, bare exceptions too
             raise self._unreadable(step, " ".join(str(error).split())[:120]) from error
 
@@ -180,9 +178,21 @@ class Checkpoints:
         msg = f"{self._folder / str(step)}: not a readable checkpoint ({reason}): remove it, or the whole folder"
         return CheckpointError(msg)
 
-    def _unwritable(self, error: OSError) -> OutputError:
-        reason = error.strerror or error
-        return OutputError(f"{self._folder}: cannot be written ({reason}): choose another folder, or free space")
+    @contextmanager
+    def _writing(self, step: int | None) -> Iterator[None]:
+        """Raise OutputError if the block cannot write, with the step of the newest state; remove what it left."""
+        try:
+            with writing():
+                yield
+        except OSError as error:
+            for part in self._folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(part, ignore_errors=True)
+            advice = "choose another folder, or free space" if step is None else f"free space: {self._kept(step)}"
+            msg = f"{self._folder}: cannot be written ({error.strerror or error}): {advice}"
+            raise OutputError(msg) from error
+
+    def _kept(self, step: int) -> str:
+        return f"step {step} is kept in {self._folder.name}, and the same command goes on from there"
 
 
 def check_folder(folder: Path) -> None:

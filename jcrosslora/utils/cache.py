@@ -34,8 +34,9 @@ _LOG = logging.getLogger(__name__)
 _DEFAULT_LIMIT = 10 * 10**9
 _WORTH_A_LINK = 2**16  # bytes
 _MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
-# What JAX warns of where another process holds the lock of the folder; the program is then compiled and not kept.
-_LOCKED = r"Error (reading|writing) persistent compilation cache entry for '[^']*': Timeout"
+# What JAX warns of, for each program, on a full disk or while another process holds the lock of the folder; the program
+# is then compiled and not kept.
+_UNKEPT = r"Error (writing persistent compilation cache entry|reading .*: Timeout)"
 
 
 class _Written(NamedTuple):
@@ -291,8 +292,8 @@ def cache_limit() -> int:
 def keep_compiled() -> None:
     """Turn on JAX's compilation cache in the user's cache folder, unless the environment names another.
 
-    JAX compiles a damaged program again, with a warning; one that another process keeps it from reading, without. If
-    the folder cannot be written to, nothing is kept. Each kind of processor has its own folder, because a program for
+    JAX compiles a damaged program again, with a warning; one that another process keeps it from reading, without. What
+    cannot be written is not kept. Each kind of processor has its own folder, because a program for
     one may not run on another.
     """
     root = cache_root()
@@ -305,7 +306,7 @@ def keep_compiled() -> None:
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
-    warnings.filterwarnings("ignore", _LOCKED)
+    warnings.filterwarnings("ignore", _UNKEPT)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all are kept, so that a second run has none

@@ -29,10 +29,11 @@ _UNCHANGED_SECONDS = 30 * 86400.0  # after which kept answers and states of fits
 
 def remove_unchanged(parent: Path, kept: Path) -> None:
     """Remove folders that did not change for 30 days from a folder, but for one; errors are passed over."""
-    for other in parent.iterdir() if parent.is_dir() else ():
-        with suppress(OSError):
-            if other != kept and time.time() - other.stat().st_mtime > _UNCHANGED_SECONDS:
-                shutil.rmtree(other)
+    with suppress(OSError):
+        for other in parent.iterdir():
+            with suppress(OSError):
+                if other != kept and time.time() - other.stat().st_mtime > _UNCHANGED_SECONDS:
+                    shutil.rmtree(other)
 
 
 @contextmanager
