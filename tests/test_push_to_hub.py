@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from types import SimpleNamespace
@@ -302,6 +303,7 @@ def damage_rank(folder):
         (damage_rank, "is not a whole adapter .*has rank"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors here"),
         (lambda folder: (folder / "transfer_report.json").write_text("{"), r"transfer_report\.json: is damaged"),
+        (lambda folder: os.truncate(folder / "transfer_report.json", 10**9), r"cannot be read \(1000 MB, and at most"),
         (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, wanted 3"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), r"README\.md: its metadata is not YAML"),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), r"README\.md: cannot be read \(not UTF-8\)"),

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -97,19 +98,26 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None
     if own_process:
+        _open_streams()
         _answer_interrupts()
     try:
-        code = _run(arguments, own_process)
+        try:
+            code = _run(arguments, own_process)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:  # a command whose work is partly written says so in it
         code = fail(f"interrupted; {str(interrupt) or 'nothing was written'}", INTERRUPTED)
         if own_process:
             _leave(code)
-    except BrokenPipeError:
-        if not own_process:
+    except OSError as error:
+        if not own_process or error.filename is not None:
             raise
-        # The reader of a pipe has seen enough, as `head` has; Python would complain when it flushes stdout.
+        # Python would complain again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = OK
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough, as `head` has
+            code = OK
+        else:
+            code = fail(f"the output cannot be written ({error.strerror or error})", USER_ERROR)
     if code:
         sys.exit(code)
 
@@ -118,8 +126,17 @@ def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and give the exit code back."""
     if code == INTERRUPTED:  # what is said of the end comes after the answer to Ctrl-C
         _ANSWERED.wait(_MOST_SECONDS)
-    sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
+    with suppress(OSError):  # stderr on a full disk
+        sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code
+
+
+def _open_streams() -> None:
+    """Open streams that the shell closed (`>&-`), or files take their numbers; writing to stdout then fails."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _answer_interrupts() -> None:

@@ -39,6 +39,7 @@ COUNT, PROBE_TOKENS = 288, 96  # texts, and tokens of a text at most
 TEXTS = "probes"  # the folder, below the cache's root
 # Version of `write_texts` and `start_words`: raise it whenever its texts change.
 PROCEDURE = 2
+_MOST, _LONGEST = 100_000, 200_000  # given texts, of which a fit uses 1,000; characters of one, about 50,000 tokens
 _TRIES = 4
 _SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
@@ -65,6 +66,14 @@ class Probes:
     prompts: tuple[Prompt, ...] = ()
     examples: tuple[Completion, ...] = ()
     examples_path: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for more or longer texts than anything can be done with in reasonable time."""
+        longest = max([*map(len, self.texts), *(len(prompt_text(one.prompt)) for one in self.examples)], default=0)
+        for what, value, most in (("prompts", len(self.texts), _MOST), ("characters in a prompt", longest, _LONGEST)):
+            if value > most:
+                msg = f"{self.path or 'prompts'}: {value:,} {what}, expected at most {most:,}; give a part of them"
+                raise UsageError(msg)
 
     @classmethod
     def given(cls, prompts: Sequence[Prompt], description: str, path: str | None = None) -> Probes:

@@ -17,7 +17,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
 from jcrosslora.maps.shifted import ModuleRow, Size, TokenRow, UnmappedSource
 from jcrosslora.maps.transport import AlignRecipe
-from jcrosslora.utils.files import read_file
+from jcrosslora.utils.files import read_small
 from jcrosslora.utils.texts import html_table
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
@@ -199,9 +199,9 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         return sentence
 
     def __repr__(self) -> str:
-        """Return one line: method, bases, and level of the verdict."""
+        """Return one line: method, bases, and the verdict."""
         source, target = self._names
-        return f"TransferReport({self.recipe.method}, {source} -> {target}: {self.verdict.level})"
+        return f"TransferReport({self.recipe.method}, {source} -> {target}: {self.verdict.text})"
 
     def _repr_html_(self) -> str:
         """Return the verdict and the main figures as a table."""
@@ -260,7 +260,7 @@ def read_report(path: Path) -> TransferReport:
 def read_bytes(path: Path) -> bytes:
     """Read a file that a report is made from, or raise UsageError."""
     try:
-        return read_file(path)
+        return read_small(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
         raise UsageError(msg) from error
