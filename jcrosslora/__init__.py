@@ -5,6 +5,7 @@ the name is first used, so that `import jcrosslora` costs milliseconds.
 """
 
 from importlib import import_module as _import_module
+from inspect import isfunction as _isfunction
 from pathlib import Path as _Path
 from typing import Any as _Any
 
@@ -27,6 +28,11 @@ def __getattr__(name: str) -> _Any:
         return _import_module(f"{__name__}.{name}")
     else:
         value = getattr(_import_module(_HOMES[name]), name)
+        if _isfunction(value):  # what users call; the package calls the functions themselves
+            from jcrosslora.utils.settings import checked
+
+            value = checked(value)
+            value.__module__ = __name__  # pickle finds it here
     globals()[name] = value  # found without this function from now on
     return value
 

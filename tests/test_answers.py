@@ -182,7 +182,7 @@ def test_what_cannot_be_answered_is_refused(base, examples, settings, reason):
 
 def test_an_adapter_that_is_not_finite_is_named(base):
     bad = random_adapter(base)
-    next(iter(bad.modules.values())).b[:] = np.nan
+    next(iter(bad.modules.values())).b[:] = 1e38
     with pytest.raises(AdapterError, match="not finite"):
         answer(base, EXAMPLES[:1], [bad], max_new_tokens=2)
 

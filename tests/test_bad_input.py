@@ -260,6 +260,31 @@ def test_overwrite_does_not_replace_what_is_no_adapter(place, capsys):
     assert (out / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("word " * 2_000_000, "10,000,000 characters in a prompt"),
+        ("a word\n" * 1_000_000, "1,000,000 prompts"),
+    ],
+)
+def test_more_text_than_a_transfer_can_use_is_refused(place, capsys, text, size):
+    prompts = place.parent / "prompts.txt"
+    prompts.write_text(text)
+    fails(transfer(place, "--prompts", prompts, "--method", "theseus"), capsys, str(prompts), size)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("command", ["methods", "--help", pytest.param("inspect", marks=pytest.mark.full)])
+@pytest.mark.parametrize("closed", [True, False])
+def test_output_that_cannot_be_written_is_one_line(place, command, closed):
+    given = [command, place / "adapter"] if command == "inspect" else [command]
+    run = [sys.executable, "-m", "jcrosslora.cli.main", *map(str, given)]
+    redirect = ">&-" if closed else ">/dev/full"
+    done = subprocess.run(["sh", "-c", f'"$@" {redirect}', "sh", *run], capture_output=True, text=True, check=False)
+    reason = "Bad file descriptor" if closed else "No space left on device"
+    assert (done.returncode, done.stderr) == (2, f"jcrosslora: the output cannot be written ({reason})\n")
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_place_that_cannot_be_written_to(place, capsys, monkeypatch, code):
     def refuse(*_, **__):
@@ -454,3 +479,79 @@ def test_settings_keep_their_signature_and_can_be_copied():
     )
     assert pickle.loads(pickle.dumps(settings)) == copy.deepcopy(settings) == dataclasses.replace(settings) == settings
     assert list(inspect.signature(jcl.TrainingSettings).parameters)[:2] == ["steps", "batch"]
+
+
+FACTORS = {"a": np.ones((2, 3), np.float32), "b": np.ones((4, 2), np.float32)}
+METHODS = jcl.methods
+
+
+def factors(**changes):
+    return {"model.layers.0.self_attn.q_proj": FACTORS | changes}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda _: jcl.compare_bases(5, 6), "a base of type int cannot be opened"),
+        (lambda _: jcl.save_adapter("x", "out"), "save_adapter: adapter is 'x'; expected Adapter"),
+        (
+            lambda g: jcl.save_adapter(jcl.load_adapter(g.parent / "adapter"), None),
+            "out is None; expected text",
+        ),
+        (lambda g: jcl.transfer("a", g, g, depth=[0, 0]), r"depth is \[0, 0\]; expected text"),
+        (lambda g: jcl.transfer("a", g, g, scale="x"), "scale is 'x'; expected float"),
+        (lambda g: jcl.transfer("a", g, g, seed=1.5), "seed is 1.5; expected int"),
+        (lambda g: jcl.transfer("a", g, g, prompts=5), "transfer: prompts is 5; expected a list"),
+        (lambda g: jcl.transfer("a", g, g, completions=4), r"give method=methods\.Distill\(completions=4\)"),
+        (lambda _: METHODS.CrossLoRA(svd_rank="x"), "method cross-lora: svd_rank is 'x'; expected int"),
+        (lambda _: METHODS.InterpolatedCopy(interpolation="x"), "interpolation is 'x'; expected float"),
+        (lambda _: METHODS.Theseus(whitening=1), "whitening 1 is out of range"),
+        (lambda _: METHODS.Distill(budget=-1), "budget is -1; expected text"),
+        (lambda _: METHODS.Distill(completions=-1), "distill with completions -1 was asked for, wanted 16 or more"),
+        (lambda _: METHODS.Distill(roles=("nope",)), "distill with roles"),
+        (lambda _: jcl.TrainingSettings(steps="x"), "steps is 'x'; expected int"),
+        (lambda _: jcl.MergeSettings(base="b", adapter="a", out="o", dtype="x"), "dtype is 'x'; expected 'keep'"),
+        (lambda _: jcl.ServedModel("http://h", "m", "t", timeout="x"), "timeout is 'x'; expected float"),
+        (lambda g: jcl.train_lora(g, [{"prompt": "x"}]), "expected a list of Completion or Question or text or Path"),
+        (lambda g: jcl.train_lora(g, [], None), "settings is None; expected TrainingSettings"),
+        (lambda g: jcl.align(g, g, probes="text"), "probes is 'text'; expected Probes"),
+        (lambda _: jcl.stack_adapters([5]), r"adapters is \[5\]; expected a list of Adapter"),
+        (lambda _: jcl.transfer_files(5), "settings is 5; expected TransferSettings"),
+        (lambda _: jcl.Cache(5), "Cache: root is 5; expected text or Path"),
+        (lambda _: jcl.load_adapter(factors(scale="x")), "has scale 'x'; expected a number"),
+        (
+            lambda _: jcl.load_adapter(factors(a=1j * FACTORS["a"])),
+            "factors of complex64; expected arrays of",
+        ),
+        (
+            lambda _: jcl.load_adapter(factors(a=np.ones((2, 3), int))),
+            "factors of int64; expected arrays of floats",
+        ),
+        (lambda g: jcl.transfer(factors(a=np.nan * FACTORS["a"]), g, g), "q_proj' holds NaN or infinite values"),
+        (lambda g: jcl.transfer(jcl.Adapter({"x": jcl.LoRAFactors([[1]], [[1]])}), g, g), "has factors of list"),
+        (lambda _: jcl.save_adapter(jcl.Adapter([1]), "out"), "modules hold a list; expected a dict"),
+        (
+            lambda g: jcl.save_adapter(jcl.load_adapter(factors()), "out", base=g),
+            "an update of 4 x 3 for .*q_proj",
+        ),
+        (lambda g: jcl.save_adapter(jcl.load_adapter({"x": FACTORS}), "out", base=g), "x the first, that the base"),
+    ],
+)
+def test_a_misuse_in_python_is_one_line(good, monkeypatch, tmp_path, call, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(jcl.JCrossLoRAError, match=said) as caught:
+        call(good / "source")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bases_may_be_paths_wherever_they_are_asked_for(good, tmp_path):
+    assert jcl.compare_bases(str(good / "source"), good / "source").words == ("same",)
+    adapter = jcl.load_adapter(good / "adapter")
+    out = jcl.save_adapter(adapter, tmp_path / "out", base=str(good / "source"), profile="gguf")
+    assert (out / "adapter.gguf").is_file()
+
+
+def test_the_text_of_a_result_says_what_to_expect(good):
+    result = jcl.transfer(good / "adapter", good / "source", good / "target", "pad-truncate")
+    assert repr(result) == f"TransferResult(pad-truncate, source -> target: {result.verdict.text})"

@@ -175,7 +175,7 @@ def test_transfer_with_too_short_texts_warns_and_measures_no_effect(tmp_path, mo
 
 
 def test_unknown_effect_setting_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(UsageError, match="effect 'sometimes' is unknown; use one of auto, always, never"):
+    with pytest.raises(UsageError, match="effect is 'sometimes'; expected 'auto', 'always', 'never'"):
         transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
 
 

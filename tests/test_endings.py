@@ -267,7 +267,7 @@ def test_the_warning_stands_in_the_log_and_in_the_report(pair, tmp_path, monkeyp
 
 
 def test_an_unknown_end_is_refused(pair, tmp_path, capsys):
-    with pytest.raises(UsageError, match="end sometimes was asked for, wanted one of auto, source, never"):
+    with pytest.raises(UsageError, match="end is 'sometimes'; expected 'auto', 'source', 'never'"):
         jcl.transfer(pair[2], *pair[:2], jcl.methods.Distill(end="sometimes"), prompts=CORPUS)
     folders = [*map(str, write_move(tmp_path)), str(tmp_path / "out")]
     names = ("--source", "--target", "--out")

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +49,19 @@ def test_type_checkers_see_the_names_that_can_be_imported():
     assert {name for _, name, _ in seen} == set(dir(jcl)) - {"__version__"}
     for module, name, shown in seen:
         assert name == shown  # or type checkers take it for private
-        assert getattr(jcl, name) is getattr(importlib.import_module(str(module)), name)
+        assert inspect.unwrap(getattr(jcl, name)) is inspect.unwrap(getattr(importlib.import_module(str(module)), name))
+
+
+def test_functions_keep_their_signature_and_can_be_pickled():
+    assert list(inspect.signature(jcl.compare_bases).parameters) == ["source", "target"]
+    assert pickle.loads(pickle.dumps(jcl.transfer)) is jcl.transfer
+
+
+def test_the_methods_show_public_names_alone():
+    names = dir(jcl.methods)
+    assert {"Distill", "Copy", "Theseus", "MapMethod", "register_method"} <= set(names)
+    assert all(hasattr(jcl.methods, name) for name in names)
+    assert not {"Any", "M", "TypeVar", "os", "sys", "dataclasses", "importlib", "copy", "theseus"} & set(names)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -131,7 +131,7 @@ def test_division_can_be_asked_for_and_forbidden():
     assert choose_placement(sizes, 0, 4, 100 * GB, "always").devices == 4
     with pytest.raises(UsageError, match="cannot be divided over 1 device: leave it out"):
         choose_placement(sizes, 0, 1, None, "always")
-    with pytest.raises(UsageError, match="divide 'some' is unknown; use one of auto, always, never, stream"):
+    with pytest.raises(UsageError, match="divide is 'some'; expected 'auto', 'always', 'never', 'stream'"):
         TransferOptions(divide="some")  # pyright: ignore[reportArgumentType]
 
 

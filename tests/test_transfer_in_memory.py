@@ -74,7 +74,7 @@ def test_a_result_in_a_notebook_shows_the_verdict_and_escapes_every_text(folder)
     assert f"{result.report.kept:.1%}" in cells
     assert str(folder) not in table
     assert "&target" not in table.replace("&amp;target", "")
-    assert repr(result.report) == f"TransferReport(pad-truncate, source -> <b>&target: {result.verdict.level})"
+    assert repr(result.report) == f"TransferReport(pad-truncate, source -> <b>&target: {result.verdict.text})"
     assert "\n" not in repr(result)
 
 

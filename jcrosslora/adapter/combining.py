@@ -6,6 +6,7 @@ A layout describes matrices that hold several logical modules as row slices (phi
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter({name: _stacked([one.modules[name] for one in adapters]) for name in adapters[0].modules}, info)
 
 
-def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapter]:
+def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors] | Any) -> list[Adapter]:
     """Split a stack into its adapters, with the provenance that each one had.
 
     It is from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of one.

@@ -5,6 +5,7 @@ as a low-rank approximation of its full-rank update (see `kinds.dora`). To write
 loaded unchanged.
 """
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jcrosslora.adapter.kinds.dora import DORA, read_stored
 from jcrosslora.adapter.kinds.kind import AdapterFile
 from jcrosslora.adapter.peft import adapter_from_peft
 from jcrosslora.adapter.reading import open_adapter, open_state_dict, open_trained, read_adapter
-from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
+from jcrosslora.adapter.records import Adapter, AdapterInfo, check_numbers, ignored_sentence
 from jcrosslora.checkpoint import BaseModel, text_module_name
 from jcrosslora.checkpoint.in_memory import named_arrays
 from jcrosslora.errors import AdapterError, UsageError
@@ -82,7 +83,7 @@ def load_adapter(
         msg = f"config was given for a {type(ref).__name__}; it is only used with a state dict of PEFT"
         raise UsageError(msg)
     if isinstance(ref, Adapter):
-        return ref
+        return check_numbers(ref)
     if hasattr(ref, "peft_config"):
         return adapter_from_peft(ref, base=base, rank=rank)
     if isinstance(ref, Mapping):
@@ -111,7 +112,7 @@ def from_pytree(tree: Mapping[Any, Any], name: str = "memory") -> Adapter:
     if not modules:
         msg = f"{name}: no update in the tree; give {{module: {{'a': (K, I), 'b': (O, K), 'scale': float}}}}"
         raise AdapterError(msg)
-    return Adapter(modules, AdapterInfo(name=name))
+    return check_numbers(Adapter(modules, AdapterInfo(name=name)))
 
 
 def _updates(tree: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -133,7 +134,12 @@ def _factors(module: str, parts: Mapping[str, Any]) -> LoRAFactors:
     if not 2 <= a.ndim == b.ndim <= 3 or a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
         msg = f"module {module!r} has a of shape {list(a.shape)} and b of shape {list(b.shape)}; they must be (K, I) "
         raise AdapterError(msg + "and (O, K), both with a leading axis in a stack of adapters")
-    return LoRAFactors(a=a, b=b, scale=float(_value(parts.get("scale", 1.0))))
+    scale = _value(parts.get("scale", 1.0))
+    try:
+        return LoRAFactors(a=a, b=b, scale=float(scale))
+    except (TypeError, ValueError) as error:
+        msg = f"module {module!r} has scale {reprlib.repr(scale)}; expected a number"
+        raise AdapterError(msg) from error
 
 
 def _value(leaf: Any) -> Any:

@@ -1,19 +1,24 @@
 """A LoRA adapter in memory, as a pytree; and the parts of it that a method, a profile or a run supports."""
 
 import enum
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import hypot
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, ReplacedTensors, Static, TokenUpdate, update_norm
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 from jcrosslora.utils.texts import html_table
+
+_ARRAYS = (np.ndarray, jax.Array, jax.ShapeDtypeStruct)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,31 @@ class Adapter:
         return html_table(describe_adapter(self), _headline(self))
 
 
+def check_numbers(adapter: Adapter) -> Adapter:
+    """Return an adapter in memory whose factors are as files may hold them: arrays of finite floats.
+
+    Raises AdapterError for another one. Values inside a transformed function are not known, and not checked.
+    """
+    found = adapter.modules.values() if isinstance(adapter.modules, Mapping) else [adapter.modules]
+    if strange := [one for one in found if not isinstance(one, LoRAFactors)]:
+        kind = type(strange[0]).__name__
+        msg = f"{adapter.info.name}: modules hold a {kind}; expected a dict from the names of modules to LoRAFactors"
+        raise AdapterError(msg)
+    for name, factors in adapter.modules.items():
+        for array in (factors.a, factors.b):
+            kind = getattr(array, "dtype", type(array).__name__)
+            if not isinstance(array, _ARRAYS) or not jnp.issubdtype(kind, jnp.floating):
+                msg = f"{adapter.info.name}: module {name!r} has factors of {kind}; expected arrays of floats: convert "
+                raise AdapterError(msg + "them")
+            known = not isinstance(array, Tracer | jax.ShapeDtypeStruct) and getattr(
+                array, "is_fully_addressable", True
+            )
+            if not math.isfinite(factors.scale) or (known and not np.isfinite(np.asarray(array)).all()):
+                msg = f"{adapter.info.name}: module {name!r} holds NaN or infinite values; see where they come from"
+                raise AdapterError(msg)
+    return adapter
+
+
 def as_adapter(given: Any) -> Adapter:
     """Take an adapter, or a mapping from modules to factors, as an adapter; raise AdapterError for anything else."""
     if isinstance(given, Adapter):
@@ -159,7 +189,7 @@ def describe_adapter(adapter: Adapter) -> list[dict[str, str]]:
             "out x in": ", ".join(f"{rows} x {columns}" for rows, columns in sorted({item.shape for item in items})),
             "rank": ", ".join(map(str, sorted({item.rank for item in items}))),
             "scale": ", ".join(f"{scale:.4g}" for scale in sorted({item.scale for item in items})),
-            "norm of dW": f"{hypot(*map(update_norm, items)):.4g}",
+            "norm of dW": f"{math.hypot(*map(update_norm, items)):.4g}",
         }
         for role, items in groups.items()
     ]

@@ -197,9 +197,9 @@ class Answers(Evaluated):
 
 
 def answer(
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Any,
     examples: Sequence[Example] | str | Path,
-    adapters: Sequence[Adapter | str | Path] = (),
+    adapters: Sequence[Adapter | str | Path | Any] = (),
     *,
     max_new_tokens: int | None = None,
     dtype: DTypeLike = jnp.float32,

@@ -7,6 +7,7 @@ its answers are the same as without a draft, and one pass of the draft over them
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +86,11 @@ class Acceptance:
 
 
 def judge_draft(
-    target: BaseModel | str | Path,
-    draft: BaseModel | str | Path,
+    target: BaseModel | str | Path | Any,
+    draft: BaseModel | str | Path | Any,
     prompts: Sequence[Asked] | str | Path,
-    adapter: Adapter | str | Path | None = None,
-    draft_adapters: Sequence[Adapter | str | Path] = (),
+    adapter: Adapter | str | Path | Any | None = None,
+    draft_adapters: Sequence[Adapter | str | Path | Any] = (),
     *,
     drafted: int = 4,
     max_new_tokens: int = 128,

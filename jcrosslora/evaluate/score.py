@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,9 +113,9 @@ class Scores(Evaluated):
 
 
 def score(
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Any,
     questions: Sequence[Question] | str | Path,
-    adapters: Sequence[Adapter | str | Path] = (),
+    adapters: Sequence[Adapter | str | Path | Any] = (),
     *,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,

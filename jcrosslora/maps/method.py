@@ -148,6 +148,10 @@ class Method(Settings):
         """Return the update of the target."""
         raise NotImplementedError
 
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters."""
+        self.check()
+
     def check(self) -> None:
         """Raise `UsageError` for hyper-parameters out of range, before anything is computed."""
 

@@ -41,7 +41,7 @@ class ShiftedFactors:
     after: jax.Array
 
 
-def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | Any) -> dict[str, LoRAFactors]:
     """Move the factors of an adapter through the maps: B_tgt = P_out B and A_tgt = A P_in', term by term.
 
     Pure and traceable: it works under `jax.jit`, `jax.vmap` (over adapters of equal ranks and scales whose factors are

@@ -64,6 +64,12 @@ class Auto:
 MethodLike = str | Method | type[Method] | Auto
 
 
+def __dir__() -> list[str]:
+    """Return the public names: the methods, and what makes and registers them."""
+    made = [method.__name__ for method in METHODS.values() if method.__module__.startswith(__name__)]
+    return sorted([*made, "AUTO", "METHODS", "Auto", "MapMethod", "Method", "register_method"])
+
+
 def register_method(method: type[M]) -> type[M]:
     """Add a user's own method to the registry and return it, as a class decorator does.
 

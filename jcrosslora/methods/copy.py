@@ -136,7 +136,7 @@ class InterpolatedCopy(Copy):
     """Truncation rank of the difference. Its first directions hold what the two trainings have in common; a higher
     rank removes more of the target's own training."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UsageError for a share that is below 0, above 1 or NaN."""
         if not 0 <= self.interpolation <= 1:
             msg = f"interpolation {self.interpolation:g} is out of range; it must be from 0 (a copy) to 1 (the weights "

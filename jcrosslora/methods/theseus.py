@@ -48,7 +48,7 @@ class Theseus(MapMethod):
     whitening: float = 0.0
     """Exponent of the partial whitening, from 0 (none) to 0.5 (full). Above 0 it takes three times the memory."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse an exponent outside 0 to 0.5."""
         if not 0 <= self.whitening <= _MOST_WHITENING:
             msg = f"whitening {self.whitening} is out of range; wanted 0 (none) to {_MOST_WHITENING} (full)"

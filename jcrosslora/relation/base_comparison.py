@@ -6,13 +6,14 @@ Bases that look equal in a sample are read whole, because no sample can show tha
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.architectures.config import COMMON_KEYS
-from jcrosslora.checkpoint import BaseModel, expert_tensors
+from jcrosslora.checkpoint import BaseModel, expert_tensors, open_base
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method, equal_files
@@ -60,8 +61,8 @@ class BaseComparison:
         return asdict(self)
 
 
-def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
-    """Compare two bases by their weights alone.
+def compare_bases(source: BaseModel | str | Path | Any, target: BaseModel | str | Path | Any) -> BaseComparison:
+    """Compare two bases, opened, or what `open_base` opens, by their weights alone.
 
     Reads a sample of rows, the same on every run. If the whole sample is equal, all rows are read, because "same"
     claims that all are equal.
@@ -69,6 +70,7 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
+    source, target = open_base(source), open_base(target)
     bases = Bases(source, target)
     sides = zip(("source", "target"), bases, strict=True)
     notes = [f"{side} base: {note}" for side, base in sides for note in base.notes]

@@ -14,7 +14,7 @@ from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, PICKLE,
 from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.checkpoint.hub import cause_of
 from jcrosslora.checkpoint.safetensors import INDEX, SINGLE
-from jcrosslora.errors import JCrossLoRAError, OutputError, UsageError
+from jcrosslora.errors import AdapterError, JCrossLoRAError, OutputError, UsageError
 from jcrosslora.report.record import REPORT
 from jcrosslora.report.upload import collect
 from jcrosslora.utils.texts import safe_line
@@ -93,6 +93,9 @@ def push_to_hub(
 
     settings: dict[str, Any] = {"base_model": base_model, "with_completions": with_completions}
     if not isinstance(adapter, str | Path):
+        if not hasattr(adapter, "push_to_hub"):
+            msg = f"a {type(adapter).__name__} cannot be uploaded; give a folder, or the result of a transfer"
+            raise AdapterError(msg)
         return adapter.push_to_hub(repo_id, private=private, token=token, **settings)
     upload = collect(adapter, **settings)
     repository = Repository.of(repo_id, private=private, token=token)

@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from jcrosslora.adapter import Adapter, save, to_peft, to_pytree
+from jcrosslora.adapter import Adapter, fit_to_base, save, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.adapter.records import ignored_sentence
+from jcrosslora.adapter.records import check_numbers, ignored_sentence
 from jcrosslora.adapter.save import Profile
-from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
+from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.report import TransferReport, Verdict, hub
@@ -144,7 +144,7 @@ class TransferResult:
     def __repr__(self) -> str:
         """Return one line: method, bases, and verdict."""
         names = f"{public_name(self.report.source.name)} -> {public_name(self.report.target.name)}"
-        return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
+        return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.text})"
 
     def _repr_html_(self) -> str:
         return result_html(self.report, self.texts)
@@ -164,7 +164,7 @@ def save_adapter(
     adapter: Adapter,
     out: str | Path,
     *,
-    base: BaseModel | None = None,
+    base: BaseModel | str | Path | Any | None = None,
     base_name: str | None = None,
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
@@ -175,7 +175,7 @@ def save_adapter(
     Args:
         adapter: what to write. Its changes of embedding and head are written by profile "peft" only.
         out: the folder, which is returned; it appears whole or not at all.
-        base: the base that it is for; profiles gguf and tunix need it.
+        base: the base that it is for, opened, or what `open_base` opens; profiles gguf and tunix need it.
         base_name: `base_model_name_or_path`; None is the name of the base.
         profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
             engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
@@ -183,12 +183,17 @@ def save_adapter(
         overwrite: whether an adapter already there may be replaced.
 
     Raises:
+        AdapterError: the adapter has other modules than the base, or its factors are no finite numbers.
         OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.
     """
+    described = None if base is None else describe_base(open_base(base), digest="")
+    check_numbers(adapter)
+    if described is not None:
+        fit_to_base(adapter, described)
     return save.save_adapter(
         adapter,
         out,
-        base=None if base is None else describe_base(base, digest=""),
+        base=described,
         base_name=base_name,
         profile=profile,
         dtype=dtype,

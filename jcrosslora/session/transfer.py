@@ -35,8 +35,8 @@ from jcrosslora.utils.files import ensure_free
 
 def transfer(
     adapter: Adapter | str | Path | Any,
-    source: BaseModel | ServedModel | TorchModel | str | Path,
-    target: BaseModel | str | Path,
+    source: BaseModel | ServedModel | TorchModel | str | Path | Any,
+    target: BaseModel | str | Path | Any,
     method: MethodLike = AUTO,
     *,
     prompts: Sequence[Any] | str | Path | None = None,
@@ -78,8 +78,8 @@ def transfer(
 
 
 def align(
-    source: BaseModel | str | Path,
-    target: BaseModel | str | Path,
+    source: BaseModel | str | Path | Any,
+    target: BaseModel | str | Path | Any,
     method: MethodLike = AUTO,
     *,
     depth: Depth = "proportional",

@@ -25,6 +25,7 @@ from jcrosslora.shelf.retrieval import Retrieved, Retriever
 from jcrosslora.shelf.searching import Searching
 from jcrosslora.shelf.weight_probes import ProbeSettings
 from jcrosslora.text.completion import Asked, as_prompts
+from jcrosslora.utils.settings import checked
 
 
 class Shelf:
@@ -33,6 +34,7 @@ class Shelf:
     The adapters stay where they are; the folder holds an index of them, and no weights.
     """
 
+    @checked
     def __init__(self, folder: str | Path, base: Any = None, *, encoder: str | None = None) -> None:
         """Open a shelf; create it if it is missing.
 

@@ -42,12 +42,12 @@ Magnitudes = dict[str, jax.Array]
 
 
 def train_lora(
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Any,
     examples: Sequence[Example] | str | Path,
     settings: TrainingSettings = TrainingSettings(),  # noqa: B008
     *,
-    start: Adapter | str | Path | None = None,
-    checkpoints: Path | None = None,
+    start: Adapter | str | Path | Any | None = None,
+    checkpoints: str | Path | None = None,
     every: int = 20,
     model: Model | None = None,
     tokenizer: Tokenizer | None = None,
@@ -101,7 +101,7 @@ def train_lora(
 
 
 def fit_magnitudes(
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Any,
     examples: Sequence[Example] | str | Path,
     adapter: Adapter,
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
@@ -182,7 +182,7 @@ def train(
     start: Trained,
     gradient_of: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
     *,
-    checkpoints: Path | None = None,
+    checkpoints: str | Path | None = None,
     every: int = 20,
     identity: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
@@ -201,6 +201,7 @@ def train(
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
     state, kept = batches.first_state(start, settings), None
     if checkpoints is not None:
+        checkpoints = Path(checkpoints)
         check_folder(checkpoints)
         # What the numbers of a run depend on.
         run = {**dataclasses.asdict(settings), "base": base.digest(), "examples": batches.digest(encoded)}

@@ -27,6 +27,7 @@ from jcrosslora.utils import cache_entries, version
 from jcrosslora.utils.cache_entries import Damaged, Entry, Loaded, Manifest, file_of
 from jcrosslora.utils.digests import FileDigests
 from jcrosslora.utils.files import parse_size
+from jcrosslora.utils.settings import checked
 from jcrosslora.utils.unfinished import unfinished
 
 _WORK = ".work"
@@ -56,6 +57,7 @@ class Cache:
         digests: remembered digests of the bases' files.
     """
 
+    @checked
     def __init__(self, root: str | Path, *, limit: int | None = None):
         """Use a folder, which is created with the first entry; the default limit is `cache_limit`."""
         self.root = Path(root).expanduser()

@@ -1,22 +1,37 @@
-"""The base of settings dataclasses: an unknown name raises an error that suggests the right one, in Python too."""
+"""Settings and arguments that users give in Python: an unknown name, or a value of another type, is a `UsageError`."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, Self
+import numbers
+import os
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from msgspec import Meta
 
 from jcrosslora.errors import UsageError, suggestion
+
+F = TypeVar("F", bound=Callable[..., Any])
+# What may be given for a type: numpy's numbers, paths of any kind, and paths for text.
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+_GIVEN: dict[Any, Any] = {**_NUMBERS, bool: numbers.Integral | np.bool_, str: str | os.PathLike, Path: os.PathLike}
 
 
 class Settings:
     """Base of dataclasses whose fields are set by users.
 
-    Raises UsageError if a setting is unknown, given twice, or missing.
+    Raises UsageError if a setting is unknown, given twice, or missing, or of another type than its annotation states.
     """
 
     # Type checkers, `inspect` and `help` see the `__init__` of the dataclass.
     if not TYPE_CHECKING:
 
         def __new__(cls, *values: Any, **given: Any) -> Self:
-            """Check the names before `__init__` takes them."""
+            """Check names and types before `__init__` takes them."""
             if values or given:  # pickle and copy give none
                 _check_call(cls, values, given)
             return super().__new__(cls)
@@ -30,7 +45,7 @@ class Settings:
 def _check_call(cls: type[Settings], values: tuple[Any, ...], given: dict[str, Any]) -> None:
     signature = inspect.signature(cls)
     try:
-        signature.bind(*values, **given)
+        bound = signature.bind(*values, **given)
     except TypeError as error:
         known = list(signature.parameters)
         has = f"its settings are {', '.join(known)}" if known else "it has no settings"
@@ -39,3 +54,71 @@ def _check_call(cls: type[Settings], values: tuple[Any, ...], given: dict[str, A
             raise UsageError(msg) from None
         msg = f"{cls.called()}: {error}; {has}"
         raise UsageError(msg) from None
+    _check_types(cls.called(), bound.arguments, _types(cls))
+
+
+def checked(function: F) -> F:
+    """Let a public function refuse, with a UsageError, arguments of other types than its annotations state."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*values: Any, **given: Any) -> Any:
+        try:
+            arguments = signature.bind(*values, **given).arguments
+        except TypeError:  # which the call itself raises
+            arguments = {}
+        _check_types(function.__qualname__.removesuffix(".__init__"), arguments, _types(function))
+        return function(*values, **given)
+
+    return call  # type: ignore[return-value]
+
+
+@cache
+def _types(of: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(of)
+    except NameError:  # an annotation of a user's class that only type checkers can resolve
+        return {}
+
+
+def _check_types(called: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if not _fits(value, kinds.get(name, Any)):
+            msg = f"{called}: {name} is {reprlib.repr(value)}; expected {wanted_type(kinds[name])}"
+            raise UsageError(msg)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of the type of an annotation."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _fits(value, parts[0])
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin in (list, tuple, Sequence, Collection):
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            return False
+        return not isinstance(value, Collection) or all(any(_fits(one, part) for part in parts) for one in value)
+    if isinstance(value, bool) and kind in _NUMBERS:
+        return False
+    try:  # whoever takes a class says what it has to be
+        return kind is Any or origin is type or isinstance(value, _GIVEN.get(kind, origin or kind))
+    except TypeError:  # a protocol, or a type variable
+        return True
+
+
+def wanted_type(kind: Any) -> str:
+    """Name a type in words, for errors."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        described = (one.description for one in parts[1:] if isinstance(one, Meta) and one.description)
+        return next(described, None) or wanted_type(parts[0])
+    if origin is Literal:
+        return ", ".join(map(repr, parts))
+    if origin in (list, tuple, Sequence, Collection):
+        return f"a list of {wanted_type(parts[0])}"
+    if origin in (Union, UnionType):
+        return " or ".join(wanted_type(one) for one in parts if one is not NoneType)
+    return {str: "text", dict: "a table"}.get(kind) or getattr(kind, "__name__", str(kind))

@@ -29,8 +29,8 @@ _WHY = "adapters are composed in the linear modules alone"
 
 
 def compose(
-    base: BaseModel | str | Path,
-    adapters: Sequence[Adapter | str | Path],
+    base: BaseModel | str | Path | Any,
+    adapters: Sequence[Adapter | str | Path | Any],
     how: str | Composition = "mixture",
     *,
     seed: int = 0,
@@ -72,7 +72,7 @@ def compose(
 
 def load_composition(
     folder: str | Path,
-    base: BaseModel | str | Path,
+    base: BaseModel | str | Path | Any,
     *,
     dtype: DTypeLike | None = None,
     model: Model | None = None,
@@ -192,7 +192,7 @@ class Additions:
 
 def add_in_turn(
     base: BaseModel,
-    adapters: Sequence[Adapter | str | Path],
+    adapters: Sequence[Adapter | str | Path | Any],
     examples: Sequence[Sequence[Example] | str | Path],
     settings: TrainingSettings = TrainingSettings(rate=0.05),  # noqa: B008
     *,
