@@ -1,13 +1,13 @@
-"""Train the same examples at several learning rates, and print the loss on examples held back.
+"""Train the same examples by both optimisers at several learning rates, and print the loss on examples held back.
 
     python experiments/rates.py --base BASE --data TRAIN.jsonl --held-back 100 \
         --rate 5e-4 --rate 1e-3 --rate 2e-3 --seeds 3 [--adapter ADAPTER --magnitude-rate 0.05]
 
 The last examples of the file are held back from training. A seed decides the first factors and the order of the
-examples. With `--adapter`, one of this base such as a moved one, the magnitudes of its updates are trained on the same
-examples as well. The loss is the mean over the tokens of the
-right answers, in nats. Seconds are those of a whole training; every one compiles anew. The table on held-back examples
-is for the choice of a rate: test questions are not looked at.
+examples, so both optimisers start at the same factors. With `--adapter`, one of this base such as a moved one, the
+magnitudes of its updates are trained on the same examples as well. The loss is the mean over the tokens of the right
+answers, in nats. Seconds are those of a whole training; every one compiles anew. The table on held-back examples is
+for the choice of a rate: test questions are not looked at.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.training import Example, read_examples
 from jcrosslora.training.batches import Plan, answer_loss, encode
+from jcrosslora.training.checkpoints import Optimizer
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +39,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="JSONL as `jcrosslora train` takes it")
     parser.add_argument("--held-back", type=int, default=100, help="examples at the end of the file")
     parser.add_argument("--limit", type=int, default=None, help="only the first examples of the rest are trained on")
+    parser.add_argument("--optimizer", action="append", choices=get_args(Optimizer), help="both, if none is given")
     parser.add_argument("--rate", type=float, action="append", help=f"{usual.rate:g}, if none is given")
     parser.add_argument("--adapter", help="whose magnitudes are trained")
     parser.add_argument("--magnitude-rate", type=float, action="append", help="0.05, if none is given")
@@ -111,11 +114,19 @@ def _runs(
     arguments: argparse.Namespace, moved: Sequence[jcl.Adapter]
 ) -> Iterator[tuple[str, float, Callable[..., jcl.Adapter]]]:
     """Each way to train with each of its rates."""
-    for rate in arguments.rate or (jcl.TrainingSettings().rate,):
-        yield "factors", rate, jcl.train_lora
+    for optimizer in arguments.optimizer or get_args(Optimizer):
+        for rate in arguments.rate or (jcl.TrainingSettings().rate,):
+            yield optimizer, rate, _factors(optimizer)
     for adapter in moved:
         for rate in arguments.magnitude_rate or (0.05,):
             yield "magnitudes", rate, _magnitudes(adapter)
+
+
+def _factors(optimizer: Optimizer) -> Callable[..., jcl.Adapter]:
+    def train(base, examples, settings, **given):
+        return jcl.train_lora(base, examples, dataclasses.replace(settings, optimizer=optimizer), **given)
+
+    return train
 
 
 def _magnitudes(adapter: jcl.Adapter) -> Callable[..., jcl.Adapter]:

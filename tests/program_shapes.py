@@ -6,7 +6,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings
 from jcrosslora.training import batches as training_batches
 from jcrosslora.training import run as training_run
+from jcrosslora.training.checkpoints import Optimizer
 
 # Sizes that no other test has: JAX remembers what it traced, and these are traced as on an accelerator.
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
@@ -292,9 +293,10 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
 def training_programs(shapes: Shapes) -> Iterator[Program]:
     adapter = shapes.adapter
     yield Program(training_batches.loss_and_gradient, (shapes.base, adapter, shapes.batch(), of(), True))
-    chosen = TrainingSettings()
-    state = jax.eval_shape(partial(training_batches.first_state, settings=chosen), adapter)
-    yield Program(training_batches.update, (chosen, state, adapter))
+    for optimizer in get_args(Optimizer):
+        chosen = TrainingSettings(optimizer=optimizer)
+        state = jax.eval_shape(partial(training_batches.first_state, settings=chosen), adapter)
+        yield Program(training_batches.update, (chosen, state, adapter), label=optimizer)
     own = {role: of(LAYERS) for role in adapter.roles}
     given = shapes.base, adapter, own, shapes.batch(), False
     yield Program(training_run.loss_and_magnitude_gradient, given)

@@ -229,7 +229,6 @@ def test_files_without_examples_are_refused(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay -0.1"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 1 << 32}, "seed 4294967296"),
-        ({"dtype": "float16"}, "dtype 'float16'"),
         ({"modules": ()}, r"modules \(\)"),
         ({"modules": ("q_proj", "lm_head")}, "lm_head"),
         ({"modules": ("q_proj", "q_proj")}, "modules"),
@@ -240,6 +239,13 @@ def test_settings_out_of_range_are_refused(change, came):
     TrainingSettings().check()
     with pytest.raises(UsageError, match=f"training with .*{came}.*: wanted "):
         TrainingSettings(**change).check()
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "sgd"}, {"dtype": "float16"}])
+def test_choices_that_do_not_exist_are_refused(change):
+    [(name, value)] = change.items()
+    with pytest.raises(UsageError, match=f"{name} is '{value}'; expected '"):
+        TrainingSettings(**change)
 
 
 def test_the_rate_rises_then_falls():

@@ -96,8 +96,9 @@ def test_no_step_to_speak_of_leaves_the_update_as_it_was(base, folder):
         assert not found.modules[name].b[:, rank:].any()
 
 
-def test_a_stopped_run_continues_to_the_same_numbers(base, folder, tmp_path, monkeypatch):
-    settings = TrainingSettings(**PLAIN)
+@pytest.mark.parametrize("optimizer", ["adamw", "lora-rite"])
+def test_a_stopped_run_continues_to_the_same_numbers(base, folder, tmp_path, monkeypatch, optimizer):
+    settings = TrainingSettings(**PLAIN | {"optimizer": optimizer})
     undisturbed = jcl.train_lora(base, QUESTIONS, settings, start=folder)
     with monkeypatch.context() as patch:
         stop_behind(patch, 2)

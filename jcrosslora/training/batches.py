@@ -16,6 +16,7 @@ from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, t
 from jcrosslora.evaluate.examples import Example, as_completion
 from jcrosslora.text import Reading, read
 from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.training.lora_rite import lora_rite
 
 # Of all updates, or role -> float32 (L, 1, 1) of each one.
 Scale: TypeAlias = float | jax.Array | dict[str, jax.Array]
@@ -149,13 +150,15 @@ def rate_at(settings: TrainingSettings) -> optax.Schedule:
 
 
 def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
-    """Make AdamW with clipping of the gradient's norm."""
-    adamw = optax.adamw(rate_at(settings), weight_decay=settings.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
+    """Make the optimiser: AdamW after clipping of the gradient's norm, or LoRA-RITE, which clips inside."""
+    rate, decay = rate_at(settings), settings.weight_decay
+    if settings.optimizer == "lora-rite":
+        return lora_rite(rate, clip=settings.clip, weight_decay=decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adamw(rate, weight_decay=decay))
 
 
 def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
-    """Make the state before the first update."""
+    """Make the state before the first update; raise UsageError if the optimiser cannot train these arrays."""
     return TrainState(trained, _optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.utils.settings import Settings
 
 Dtype = Literal["bfloat16", "float32"]
+Optimizer = Literal["adamw", "lora-rite"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class TrainingSettings(Settings):
     adapter to start from."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or LoRA-RITE, whose steps of B A are the same for every factorisation of the update."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of the optimiser."""
     clip: float = 1.0
-    """The norm of the gradient over all factors is clipped to this."""
+    """The gradient's global norm is clipped to this; LoRA-RITE clips the norm of its unmagnified gradient."""
     dtype: Dtype = "bfloat16"
     """Dtype of the base's weights; the factors and their gradients are float32."""
     remat: bool = False
@@ -70,7 +73,6 @@ class TrainingSettings(Settings):
         rules = {name: (value >= 1, "1 or more") for name, value in whole.items()}
         for name, value in (positive | {"clip": self.clip}).items():
             rules[name] = 0 < value < math.inf, "a positive number"
-        rules["dtype"] = self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"
         rules["weight_decay"] = 0 <= self.weight_decay < math.inf, "a number from 0 on"
         rules["seed"] = 0 <= self.seed < 1 << 32, "an integer from 0 to 2^32 - 1"
         rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), f"a tuple of {wanted_roles(modules)}"

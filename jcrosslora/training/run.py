@@ -125,7 +125,8 @@ def fit_magnitudes(
         The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
 
     Raises:
-        UsageError: settings out of range, an adapter without updates of the modules, or as `train_lora`.
+        UsageError: settings out of range, the optimiser "lora-rite" (it trains pairs of factors), an adapter without
+            updates of the modules, or as `train_lora`.
         AdapterError: the adapter does not fit the base.
         CheckpointError: the base or its tokenizer cannot be read.
     """
