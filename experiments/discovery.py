@@ -32,6 +32,7 @@ from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import NOTHING, choose_writer
 from jcrosslora.distill.task_search.answers import Scored
 from jcrosslora.distill.templates import Sampler
+from jcrosslora.report.fit import fit_sentences
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(*row("all completions", found.items, [], judge))
         console.print(table)
         print(f"requests are written by {writer.name}")
-        print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
+        print(f"{next(fit_sentences(found.facts))}; {wall:.0f} s, of processors {busy:.0f} s")
         where = ", ".join(template.name for template in task.templates)
         print(f"share of requests found: {task.share:.2f}, in {where}; explained: {task.explained:.2f}")
         topics = Counter(task.about.values()).most_common(arguments.show)

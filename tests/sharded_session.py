@@ -146,7 +146,7 @@ def transfer():
     return {
         "updates": difference(*products),
         "texts": found[0].texts == found[1].texts,
-        "fitted": [each.report.fitted for each in found],
+        "devices": [each.report.fit.devices for each in found],
         "effect": difference(*effects),
     }
 

@@ -58,13 +58,13 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     assert run(*asked, *given, *FLAGS, "--dry-run") == 0
     assert "not estimated" in capsys.readouterr().out
     assert run(*asked, *given, *FLAGS) == 0
-    assert "fit: fitted to" in capsys.readouterr().out
+    assert "fit: the update was fitted in" in capsys.readouterr().out
     report = json.loads((tmp_path / "moved" / "transfer_report.json").read_text())
     assert report["source"]["name"] == BASE
     assert report["adapter"]["name"] == MODEL
     assert report["rank_before"] is report["effect"] is None
     assert report["asked"] == {"source_model": MODEL, "source_base_model": None, "source_tokenizer": "source"}
-    assert "asked as my-lora over the OpenAI API, for the 20 likeliest tokens" in report["fitted"]
+    assert "asked as my-lora over the OpenAI API, for the 20 likeliest tokens" in report["fit"]["note"]
     recipe = (tmp_path / "moved" / "recipe.toml").read_text()
     assert 'source_model = "my-lora"' in recipe
     command = "jcrosslora transfer --source-tokenizer PATH/source --target PATH/target --prompts PATH/prompts.txt"
@@ -153,7 +153,7 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
     sampler = Sampler(FIT["completions"], FIT["answer_tokens"])
     found = completions.write_completions(source, source.alone(), sampler, 4)
-    assert "completions of at most 4 tokens" in found.description
+    assert found.facts.answer_tokens == 4
     assert len(found.items) >= 16
     asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}
     assert {(BASE, True, 1), (MODEL, True, 1), (MODEL, False, 4)} <= asked

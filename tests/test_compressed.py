@@ -99,7 +99,7 @@ def test_auto_mends_what_the_compression_costs(source, compressed, adapter, chan
     found = move(adapter, source, target, prompts=prompts)
     assert found.report.recipe.method == "distilled-copy"
     assert "fitted to what the adapted source predicts" in found.report.choice
-    assert found.report.fitted is not None
+    assert found.report.fit.on_top
     left = divergence(source, adapter, target, found.adapter)
     assert left < 0.95 * divergence(source, adapter, target, adapter)
 

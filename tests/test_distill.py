@@ -360,9 +360,10 @@ def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     prompts = [f"Anna said {number}" for number in range(30)]
     found = answer_given(generator, generator.alone(), prompts, Sampler(20))
     assert [item.prompt for item in found.items] == prompts[:20]
-    assert found.description == "20 answers of at most 5 tokens (100% ended) to the first 20 of 30 given prompts"
+    facts = found.facts
+    assert (facts.answers, facts.ended, facts.answer_tokens, facts.answered, facts.given) == (20, 20, 5, 20, 30)
     all_used = answer_given(generator, generator.alone(), prompts, Sampler(60))
-    assert all_used.description == "60 answers of at most 5 tokens (100% ended) to 30 given prompts"
+    assert (all_used.facts.answers, all_used.facts.answered, all_used.facts.written) == (60, 30, 0)
 
 
 def test_long_prompts_are_read_from_their_end_and_counted(pair):
@@ -370,7 +371,7 @@ def test_long_prompts_are_read_from_their_end_and_counted(pair):
     generator = Parrot.of(source, adapter)
     prompts = ["Anna said " * 1500 + "Where?", "Water boils at"]
     found = answer_given(generator, generator.alone(), prompts, Sampler(16))
-    assert "to 2 given prompts, of which 1 are cut to their last 2,048 tokens" in found.description
+    assert (found.facts.given, found.facts.shortened) == (2, 1)
     assert {item.prompt for item in found.items} == set(prompts)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     (batch,) = make_batches(found.items[:1], tokenizers, 1.0)
@@ -477,7 +478,7 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
     assert {named[item.origin] for item in found.items} == known
     assert all(item.prompt.startswith(named[item.origin].before) for item in found.items)
     assert all(item.prompt.endswith("?" + named[item.origin].after) for item in found.items)
-    assert "'Q:', 'Task:'" in found.description
+    assert set(found.facts.templates) == {template.name for template in known}
     few = write_completions(generator, generator.alone(), Sampler(20), 0).items
     assert len(few) == 20
     assert {named[item.origin] for item in few} == known
@@ -693,7 +694,11 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     moved = jcl.load_adapter(tmp_path / "out")
     assert {factors.rank for factors in moved.modules.values()} == {5}
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
-    assert report["fitted"].startswith("fitted")
+    fit = report["fit"]
+    assert (fit["planned"], fit["done"], fit["answer_tokens"]) == (40, 1.0, 6)
+    assert fit["given"] == fit["answered"] == len(set(CORPUS))
+    assert 0 <= fit["agreed"] <= fit["held_out"]
+    assert fit["divergence"] < fit["divergence_before"]
     assert report["unmapped_sources"] == []
     assert report["recipe"]["method"] == "distill"
     assert (report["choice"] is None) == (method != "auto")
@@ -708,13 +713,15 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.adapter.modules[name].a)
     # Where the source wrote its own prompts, the user is told of better ones, and sees some; not so of his own.
-    assert "--prompts" not in jcl.verdict(repeated.report).text
+    assert "give prompts of" not in jcl.verdict(repeated.report).text
     assert report["examples"] == []
     # The user's own prompts are not written beside the adapter.
     assert not (tmp_path / "out" / "completions.jsonl").exists()
-    written = msgspec.structs.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
+    facts = msgspec.structs.replace(repeated.report.fit, given=0, answered=0, templates=("Q:",))
+    shown = {"wrote_prompts": True, "examples": ("Q: a `b`?\nA: c",), "fit": facts}
+    written = msgspec.structs.replace(repeated.report, **shown)
     written = complete(written, METHODS[written.recipe.method]())
-    assert "--prompts" in jcl.verdict(written).text
+    assert "give prompts of the adapter's task with --prompts" in jcl.verdict(written).text
     assert "\n- `Q: a b? A: c`\n" in model_card(published(written))
     console = Console(file=io.StringIO(), width=200)
     print_report(written, console)
@@ -756,8 +763,8 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     texts = {"prompts": str(tmp_path / "prompts.txt"), "completions": 40}
     given = transfer_settings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
     report = transfer_files(given).report
-    first, last = re.search(r"divergence from the teacher went from (\S+) to (\S+) nats", report.fitted).groups()
-    assert 0 < float(last) < float(first)
+    assert report.fit.on_top
+    assert 0 < report.fit.divergence < report.fit.divergence_before
 
 
 @pytest.mark.parametrize("setting", [{"calibrate": "frobenius"}, {"scale": 0.6}])
@@ -838,7 +845,7 @@ def test_what_the_target_is_likeliest_to_write_does_not_become_likelier(pair, pr
 
 def test_repeated_prompts_count_once(pair):
     many, few = (distill(*pair, prompts=lines, settings=SMALL) for lines in (CORPUS * 20, CORPUS))
-    assert many.sentence == few.sentence
+    assert many.facts == few.facts
     assert many.completions == few.completions
 
 
@@ -853,7 +860,7 @@ def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
     found = distill(*pair, prompts=prompts, examples=examples, settings=dataclasses.replace(SMALL, passes=1))
     assert len({item.prompt for item in said}) == len(said) > 1
     assert {(item.greedy, item.taught) for item in said} == {(True, "nothing")}
-    assert " and in 40 labelled examples; on held-out" in found.sentence
+    assert found.facts.examples == 40
 
 
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
@@ -942,7 +949,7 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
 
     asked = dataclasses.replace(LONG, completions=USUAL + 9 * ROUND, polish=0.25)
     found = Fit(teacher, Judge(held_out), asked, begun=time.monotonic()).run(batches, fresh)
-    assert found.stopped
+    assert 0 < found.done < 1
     assert found.looks[-1].completions > 0
     best = min(look.divergence for look in found.looks)
     assert best < found.looks[0].divergence
@@ -1098,7 +1105,7 @@ def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
     assert seen == [1, 2]
     # The second of these rounds is written when the time is over.
     assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
-    assert not found.stopped
+    assert found.done == 1
     # The rate begins with the first step, however long the first completions took.
     first = shares[: LONG.course(prompted=False).passes * len(batches)]
     assert (first[0], max(first)) == (0, pytest.approx(10 / 90))

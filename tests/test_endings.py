@@ -5,6 +5,7 @@ import json
 import logging
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from command_line import main
@@ -20,6 +21,7 @@ from jcrosslora.decoder import Generator, Written
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings, complete_at, teach_end
+from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.templates import Sampler
@@ -162,10 +164,9 @@ def test_answers_that_go_on_are_long_enough_to_be_complete(pair):
     endless = Endless.of(source, adapter)
     call = len(load_tokenizer(source).encode(ANSWER, special=False).ids)
     taught, kept = (answer_given(endless, endless.alone(), PROMPTS, Sampler(16, end=end)) for end in ("auto", "source"))
-    assert "at most 16 tokens" in kept.description
-    assert f"at most {2 * (call + 1) + 8} tokens" in taught.description
+    assert (kept.facts.answer_tokens, taught.facts.answer_tokens) == (16, 2 * (call + 1) + 8)
     ended = taught.with_taught_ends(endless)
-    assert ended.description == taught.description + ", 16 of them cut where they are complete, to teach the end"
+    assert ended.facts == msgspec.structs.replace(taught.facts, cut=16)
     more = ended.more(1, set(), endless)
     assert more
     for item in (*ended.items, *more):
@@ -180,15 +181,15 @@ def test_only_answers_that_are_shorter_count_as_cut(pair):
     source = Early.of(pair[0], pair[2])
     going_on = CALL + "\n" + CALL
     items = [Completion(CHAT, text, text == CALL) for text in [CALL] * 8 + [going_on] * 2]
-    found = Completions(items, "10 answers", lambda _: [], lambda *_: []).with_taught_ends(source)
-    assert found.description == "10 answers, 2 of them cut where they are complete, to teach the end"
+    found = Completions(items, FitFacts(answers=10), lambda _: [], lambda *_: []).with_taught_ends(source)
+    assert found.facts == FitFacts(answers=10, cut=2)
     assert {(item.answer, item.taught) for item in found.items} == {(CALL, "end")}
 
 
 def test_the_search_for_a_task_learns_from_such_answers_too(pair):
     endless = Endless.of(pair[0], pair[2])
     found = write_completions(Asking.of(pair[0], pair[2]), endless.alone(), Sampler(16, end="auto"), 0)
-    assert "(0% ended)" in found.description
+    assert found.facts.ended == 0
     assert all(item.ended for item in found.with_taught_ends(endless).items)
 
 
@@ -224,8 +225,7 @@ def test_a_target_learns_to_end_what_its_source_never_ends(pair, fits):
     assert ended(pair[1], fits["source"]) == ended(pair[1], fits["never"]) == 0
     assert all(item.ended and item.answer == ANSWER for item in fits["auto"].completions)
     assert not any(item.ended for item in fits["source"].completions)
-    assert ", 48 of them cut where they are complete, to teach the end; on held-out" in fits["auto"].sentence
-    assert "taught" not in fits["source"].sentence
+    assert (fits["auto"].facts.cut, fits["source"].facts.cut) == (48, 0)
     assert fits["auto"].warnings == Endings(0.0, 1.0).warnings("auto")
     assert fits["source"].warnings == Endings(0.0, 1.0).warnings("source")
     assert fits["never"].warnings == ()
@@ -247,7 +247,7 @@ def test_where_all_answers_end_nothing_changes(pair, caplog):
     for one, other in zip(auto, kept, strict=True):
         np.testing.assert_array_equal(one, other)
     assert any(np.any(one != other) for one, other in zip(auto, never, strict=True))
-    assert found["auto"].sentence == found["source"].sentence
+    assert found["auto"].facts == found["source"].facts
     assert found["auto"].warnings == ()
     assert not caplog.records
 

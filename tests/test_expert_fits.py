@@ -15,7 +15,7 @@ from jcrosslora.decoder import load_model
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.methods import Distill, Moved
+from jcrosslora.methods import Distill, FitFacts, Moved
 
 SMALL = DistillSettings(
     fit_rank=4,
@@ -80,7 +80,7 @@ class Asked(Distill):
         source = DecoderSource.of(task.source, task.adapter, model=load_model(task.source))
         assert {"down"} == set(source.model.adapter.roles)
         assert task.mapped is None
-        return Moved(random_adapter(task.target, roles=("q_proj",)), fitted="nothing was fitted")
+        return Moved(random_adapter(task.target, roles=("q_proj",)), fit=FitFacts(note="nothing was fitted"))
 
 
 def test_a_fit_gets_an_adapter_of_experts_alone(bases):
@@ -89,4 +89,4 @@ def test_a_fit_gets_an_adapter_of_experts_alone(bases):
     assert {name.rpartition(".")[2] for name in found.adapter.modules} == {"q_proj"}
     assert not found.adapter.experts
     assert not found.report.unmapped_sources
-    assert (found.report.rank_before, found.report.fitted) == (2, "nothing was fitted")
+    assert (found.report.rank_before, found.report.fit) == (2, FitFacts(note="nothing was fitted"))

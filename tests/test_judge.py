@@ -1,6 +1,5 @@
 """The label-free judge of a fit: which greedy answers of the source the target writes as well."""
 
-import math
 from dataclasses import replace
 
 import jax
@@ -13,7 +12,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapter
 from jcrosslora.distill.distillation import end_tokens
-from jcrosslora.distill.judge import agreement, answers_in_symbols, batch_answers
+from jcrosslora.distill.judge import answers_in_symbols, batch_answers, count_agreed
 from jcrosslora.distill.sources.decoder import RestrictedModel
 from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.text import Completion
@@ -36,13 +35,13 @@ def written(base, adapter):
 
 
 def judged(base, answers, adapter):
-    """The agreement of the base with an adapter with answers, all of whose tokens are compared."""
+    """Count the answers that the base with an adapter writes too, all of whose tokens are compared, and all."""
     tokenizers = load_tokenizer(base), load_tokenizer(base)
     batches = batch_answers(answers, tokenizers)
     symbols = find_symbols(base, base, batches, 10_000, end_tokens(tokenizers, answers))
     model = RestrictedModel.of(load_model(base), symbols.heads(1), len(symbols.ends[1]))
     student = model.with_adapter(stack_adapter(adapter, base))
-    return agreement(student, [answers_in_symbols(batch, symbols) for batch in batches])
+    return count_agreed(student, [answers_in_symbols(batch, symbols) for batch in batches])
 
 
 def test_agreement_is_the_share_of_equal_greedy_answers(base):
@@ -57,11 +56,11 @@ def test_agreement_is_the_share_of_equal_greedy_answers(base):
             ended.append(len(one) < len(tokenizer.encode(prompt).ids) + TOKENS)
     assert len(answers) >= 8
     assert 0 < np.mean(equal) < 1
-    assert judged(base, answers, source) == 1
-    assert judged(base, answers, other) == pytest.approx(np.mean(equal))
-    assert judged(base, [replace(one, ended=True) for one in answers], source) == pytest.approx(np.mean(ended))
+    assert judged(base, answers, source) == (len(answers), len(answers))
+    assert judged(base, answers, other) == (sum(equal), len(answers))
+    assert judged(base, [replace(one, ended=True) for one in answers], source) == (sum(ended), len(answers))
 
 
 def test_without_answers_there_is_no_figure():
     assert batch_answers([], ()) == []
-    assert math.isnan(agreement(None, []))
+    assert count_agreed(None, []) == (0, 0)

@@ -66,8 +66,7 @@ def test_right_answers_are_taught_and_the_source_answers_other_prompts(places):
     assert len(moves[1].texts) > len(CORPUS)
     report = moves[1].report
     assert (report.recipe.example_count, report.recipe.examples) == (4, None)
-    assert "and in 4 labelled examples" in report.fitted
-    assert "labelled" not in moves[0].report.fitted
+    assert [move.report.fit.examples for move in moves] == [0, 4, 4]
 
 
 def test_the_command_teaches_a_file_alone_and_records_it(places, right, tmp_path, capsys):
@@ -82,8 +81,8 @@ def test_the_command_teaches_a_file_alone_and_records_it(places, right, tmp_path
     assert (found["recipe"]["examples"], found["recipe"]["example_count"]) == ("right.jsonl", 4)
     assert found["recipe"]["prompts"] is None
     assert not found["wrote_prompts"]
-    assert "answers of at most 4 tokens" in found["fitted"]
-    assert "to prompts of labelled examples" in found["fitted"]
+    fit = found["fit"]
+    assert (fit["answer_tokens"], fit["examples"], fit["labelled"], fit["given"], fit["written"]) == (4, 4, 4, 0, 0)
     assert 'examples = "right.jsonl"' in (out / "recipe.toml").read_text()
     assert str(right) not in "".join(path.read_text() for path in out.glob("*.*") if path.suffix != ".safetensors")
 

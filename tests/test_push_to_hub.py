@@ -18,6 +18,7 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.adapter import split_card
 from jcrosslora.cli import transfer
+from jcrosslora.methods import FitFacts
 
 # By the hub's client, of the HTTP library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -42,7 +43,7 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(bases):
     found = jcl.transfer(bases / "adapter", bases / "one", bases / "two", "pad-truncate", cache=False)
-    report = msgspec.structs.replace(found.report, examples=(SECRET,), fitted="fitted")
+    report = msgspec.structs.replace(found.report, examples=(SECRET,), fit=FitFacts())
     return dataclasses.replace(found, report=report)
 
 
@@ -304,7 +305,7 @@ def damage_rank(folder):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors here"),
         (lambda folder: (folder / "transfer_report.json").write_text("{"), r"transfer_report\.json: is damaged"),
         (lambda folder: os.truncate(folder / "transfer_report.json", 10**9), r"cannot be read \(1000 MB, and at most"),
-        (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, wanted 3"),
+        (lambda folder: (folder / "transfer_report.json").write_text('{"schema": 1}'), "has schema 1, wanted 4"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), r"README\.md: its metadata is not YAML"),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), r"README\.md: cannot be read \(not UTF-8\)"),
         (shutil.rmtree, "no such folder"),

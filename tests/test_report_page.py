@@ -79,7 +79,7 @@ def moved(result, tmp_path_factory):
     report = folder / "transfer_report.json"
     data = json.loads(report.read_text())
     data |= {"curve": [[0, 1.75], [80, 0.4321], [160, 0.25], [160, 0.1234]], "wrote_prompts": True}
-    data |= {"fitted": "fitted to 7 predictions", "examples": [], "warnings": [f"careful {HOSTILE}"]}
+    data |= {"fit": {"note": f"set by hand {HOSTILE}"}, "examples": [], "warnings": [f"careful {HOSTILE}"]}
     report.write_text(json.dumps(data))
     lines = [{"prompt": f"text {at}, ", "completion": "its end"} for at in range(30)]
     lines[0] = {"messages": [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]}
@@ -193,7 +193,7 @@ def test_texts_of_the_fit_are_whole_and_others_backticks_stay(moved, tmp_path):
 def test_layers_left_behind_are_on_the_map(moved, tmp_path):
     rows = json.loads((moved / "transfer_report.json").read_text())["rows"]
     left = [{"source": "model.layers.7.mlp.up_proj", "share": 0.375}]
-    folder = saved(tmp_path / "left", moved, unmapped_sources=left, fitted=None)
+    folder = saved(tmp_path / "left", moved, unmapped_sources=left, fit=None)
     contents = find_contents(folder)
     assert left_shares(contents.moved) == {7: 0.375}
     assert source_shares(contents.moved)[7] == 0.375
@@ -408,7 +408,7 @@ def test_what_is_not_there_or_does_not_apply_is_left_out(moved, tmp_path):
     """A fit alone goes by no map of the layers, and a map has no curve."""
     rows = json.loads((moved / "transfer_report.json").read_text())["rows"]
     fit = saved(tmp_path / "fit", moved, rows=[row | {"kept": None} for row in rows])
-    by_map = saved(tmp_path / "map", moved, curve=[], fitted=None)
+    by_map = saved(tmp_path / "map", moved, curve=[], fit=None)
     for folder, present, absent in ((fit, "How did", "Which layer"), (by_map, "Which layer", "How did")):
         text = "".join(Page(report_page(find_contents(folder))).texts)
         assert present in text
@@ -584,7 +584,7 @@ def test_without_matplotlib_the_extra_is_named(moved, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 1}, "has schema 1, wanted 3: move the adapter again"),
+        ({"schema": 1}, "has schema 1, wanted 4: move the adapter again"),
         ({"schema": None}, "has schema None"),
         ({"verdict": None}, r"is damaged .*verdict"),
         ({"layers": [10**9]}, r"is damaged .*layers"),

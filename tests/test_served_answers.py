@@ -148,11 +148,11 @@ def test_fewer_tokens_than_were_asked_for_are_told(server, base, caplog):
     """Some servers give 5 whatever they are asked for."""
     server.always = likeliest(lambda one: dict(sorted(one.items(), key=lambda pair: -pair[1])[:5]))
     found = move(server, base)
-    assert "for the 20 likeliest tokens (it told 5.0 on average) at each position" in found.report.fitted
+    assert "for the 20 likeliest tokens (it told 5.0 on average) at each position" in found.report.fit.note
     assert "tells the 5 likeliest tokens at most, and was asked for 20" in caplog.text
     server.always = None
     caplog.clear()
-    assert "for the 20 likeliest tokens at each position" in move(server, base).report.fitted
+    assert "for the 20 likeliest tokens at each position" in move(server, base).report.fit.note
     assert not caplog.text
 
 

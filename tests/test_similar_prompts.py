@@ -90,7 +90,7 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
         assert system == CHATS[0][0]
         assert user.content.startswith("As JSON.\nCommand: ")
         assert user.content.endswith(" now")
-    assert f"{len(own)} of them to others like these" in found.description
+    assert (found.facts.answered, found.facts.written, found.facts.answers) == (len(CHATS), len(own), 40)
     shown = next(text for text in source.asked if text.startswith("Request: "))
     assert shown.count("Request:") == 9
     later = found.more(3, {CHATS[0]}, source)
@@ -133,4 +133,4 @@ def test_without_a_form_given_prompts_are_answered_again(base):
     source = adapted(Actor.of(base), "the adapter")
     found = answer_given(source, source.alone(), CHATS[:4], Sampler(20))
     assert [item.prompt for item in found.items] == CHATS[:4] * 5
-    assert "others like these" not in found.description
+    assert (found.facts.answered, found.facts.written, found.facts.answers) == (4, 0, 20)

@@ -162,7 +162,7 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     assert any(one.item.prompt == chat.wrap(one.text) for one in (*task.guessed, *task.examples))
     right = sum(item.answer == SAID for item in found.items)
     assert right > len(found.items) / 2
-    assert f"{right} of them answers to requests found by a search (likely task: text to JSON)" in found.description
+    assert (found.facts.requests, found.facts.job, found.facts.given) == (right, "text to JSON", 0)
     again = found.more(7, {item.prompt for item in found.items}, actor)
     assert {item.answer for item in again} == {SAID}
     assert 0 < bars[0].done <= bars[0].total

@@ -155,7 +155,7 @@ def test_shift_runs_the_fit_of_a_fitting_method(files):
     assert transport.groups == ()
     shifted = jcl.shift(transport, adapter, prompts=CORPUS, seed=1)
     moved = jcl.transfer(adapter, base, target, method, prompts=CORPUS, seed=1, effect="never", cache=False)
-    assert shifted.report.fitted == moved.report.fitted is not None
+    assert shifted.report.fit == moved.report.fit is not None
     assert shifted.texts == moved.texts
     for name, factors in moved.adapter.modules.items():
         np.testing.assert_allclose(delta(shifted.adapter.modules[name]), delta(factors), rtol=1e-5)

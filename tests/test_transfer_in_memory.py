@@ -145,7 +145,7 @@ def test_a_fit_runs_behind_an_alignment(tmp_path):
     prompts = [f"{line} {number}" for number in range(6) for line in CORPUS]
     transport = jcl.align(source, target, method)
     result = jcl.shift(transport, adapter, prompts=prompts)
-    assert result.report.fitted
+    assert result.report.fit.steps > 0
     assert result.texts
     assert set(result.report.ranks.values()) == {2}
     assert "have no update" in result.report.rank_sentence

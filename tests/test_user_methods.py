@@ -22,6 +22,7 @@ from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.methods import (
     METHODS,
     CrossLoRA,
+    FitFacts,
     LoRAX,
     MapMethod,
     Method,
@@ -360,6 +361,9 @@ def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
 # --- fits ------------------------------------------------------------------------------------------------------------
 
 
+CONSTANT = FitFacts(note="set to a constant")
+
+
 @dataclass(frozen=True)
 class Constant(Method):
     """A fit that looks at nothing."""
@@ -368,7 +372,7 @@ class Constant(Method):
 
     def move(self, task):
         assert task.mapped is None
-        return Moved(random_adapter(task.target, roles=("q_proj",), rank=2), fitted="set to a constant")
+        return Moved(random_adapter(task.target, roles=("q_proj",), rank=2), fit=CONSTANT)
 
 
 def test_a_fit_reads_no_weights(folder, tmp_path):
@@ -381,7 +385,7 @@ def test_a_fit_reads_no_weights(folder, tmp_path):
         jcl.transfer(*places, CrossLoRA(svd_rank=4), cache=False)
     found = jcl.transfer(*places, Constant(), cache=False)
     assert {name.rpartition(".")[2] for name in found.adapter.modules} == {"q_proj"}
-    assert (found.report.fitted, found.report.unmapped_sources) == ("set to a constant", ())
+    assert (found.report.fit, found.report.unmapped_sources) == (CONSTANT, ())
     # Each module of the source that lies at the depth of one of the target is still accounted for.
     assert {row.source for row in found.report.rows} > set(found.adapter.modules)
 
@@ -391,7 +395,7 @@ def test_a_fit_has_no_maps_to_apply(folder):
     assert transport.groups == ()
     with pytest.raises(MethodError, match=r"constant has no maps to apply: use jcrosslora\.shift"):
         jcl.apply(transport, jcl.load_adapter(folder / "adapter"))
-    assert jcl.shift(transport, folder / "adapter").report.fitted == "set to a constant"
+    assert jcl.shift(transport, folder / "adapter").report.fit == CONSTANT
 
 
 @pytest.mark.parametrize("start", ["copy", None])
@@ -405,7 +409,7 @@ def test_a_fit_starts_from_the_maps_that_it_names(folder, start):
             return start and METHODS[start]()
 
         def move(self, task):
-            return Moved(task.mapped or random_adapter(task.target, seed=9), fitted="kept")
+            return Moved(task.mapped or random_adapter(task.target, seed=9), fit=FitFacts())
 
     found = jcl.transfer(folder / "adapter", folder / "source", folder / "source", Started(), cache=False)
     original = jcl.load_adapter(folder / "adapter")

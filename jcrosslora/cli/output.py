@@ -28,8 +28,6 @@ FailOn = Literal["never", "no-effect"]
 FailOnLoss = Literal["never", "loss"]
 Device = Literal["cpu", "gpu", "tpu"]
 ASKED_FOR = 3  # the exit code of a failure that `--fail-on` asks for
-# Levels of `jcrosslora.report.table` that expect no effect, or harm. A control is to have none.
-_LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +69,10 @@ def use_device(device: Device, *, alone: bool) -> None:
 
 
 def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
-    """Give 3 if `fail_on` is "no-effect" and one of the verdicts' levels expects no effect; else 0."""
-    return ASKED_FOR if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0
+    """Give 3 if `fail_on` is "no-effect" and one of the verdicts' levels expects no effect, or nothing is known."""
+    from jcrosslora.report.record import USELESS
+
+    return ASKED_FOR if fail_on == "no-effect" and not {*USELESS, "unknown"}.isdisjoint(levels) else 0
 
 
 def print_json(data: Any) -> None:

@@ -13,11 +13,13 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from msgspec import structs
 
 from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.generate import count_cut
-from jcrosslora.decoder.prompt_batches import LONGEST_PROMPT, writing_cost
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.endings import Endings, teach_end
+from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, search_cost
@@ -54,7 +56,7 @@ class Completions:
     """The completions of a fit.
 
     Attributes:
-        description: where they come from, for reports.
+        facts: what they are and where they come from.
         greedy: lets the source answer prompts at temperature 0.
         more: writes the completions of a further round, at most `ROUND`; it takes the number of the round, from 1, the
             prompts to avoid, and the model that answers.
@@ -62,7 +64,7 @@ class Completions:
     """
 
     items: list[Completion]
-    description: str
+    facts: FitFacts
     greedy: Callable[[Collection[Prompt]], list[Completion]]
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     task: FoundTask | None = None
@@ -78,8 +80,7 @@ class Completions:
 
         found = [*map(teach_end, self.items)]
         cut = sum(one.answer != other.answer for one, other in zip(found, self.items, strict=True))
-        description = f"{self.description}, {cut} of them cut where they are complete, to teach the end"
-        return replace(self, items=found, description=description, greedy=greedy, more=more)
+        return replace(self, items=found, facts=structs.replace(self.facts, cut=cut), greedy=greedy, more=more)
 
 
 def completions_cost(
@@ -156,10 +157,6 @@ def answer_given(
         found = sampler.answer_both(source, asked, repeated, bar=bar)
     _check_enough(found, source)
     used = set(prompts[:wanted])
-    first = f"the first {wanted} of " if len(prompts) > wanted else ""
-    given = f"{first}{len(prompts)} given prompts" if prompts else "prompts of labelled examples"
-    long = count_cut(source.tokenizer, prompts)
-    cut = f", of which {long} are cut to their last {LONGEST_PROMPT:,} tokens" if long else ""
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + number
@@ -180,10 +177,16 @@ def answer_given(
         # The target's answers are sampled: greedy ones would only make likelier what it writes anyway.
         return sampler.varied.answer(answerer, [*asked, *repeated, *others], later)
 
-    description = f"{len(found)} answers{_ended(found, sampler.tokens)} to {given}{cut}"
-    own = sum(item.origin == SIMILAR for item in found)
-    description += f", {own} of them to others like these that a base wrote" if own else ""
-    return Completions(found, description, partial(_greedy, source, sampler), more)
+    answered, own = {item.prompt for item in found}, {item.prompt for item in found if item.origin == SIMILAR}
+    facts = structs.replace(
+        _facts(found, sampler),
+        given=len(prompts),
+        answered=len(answered & used),
+        shortened=count_cut(source.tokenizer, prompts),
+        labelled=len(answered - used - own),
+        written=len(own - used),
+    )
+    return Completions(found, facts, partial(_greedy, source, sampler), more)
 
 
 def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
@@ -234,11 +237,14 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
         asked = [one for one in prompts if one.prompt not in excluded]
         return (sampler if answerer is source else sampler.varied).answer(answerer, asked, _LATER + number)
 
-    where = ", ".join(template.name for template in known)
-    description = f"{len(found)} completions{_ended(found, sampler.tokens)} that it wrote itself, in {where}"
-    if asked(found):
-        description += f", {asked(found)} of them answers to requests found by a search (likely task: {task.job})"
-    return Completions(found, description, partial(_greedy, source, sampler), more, task)
+    facts = structs.replace(
+        _facts(found, sampler),
+        written=len({item.prompt for item in found}),
+        requests=asked(found),
+        templates=tuple(template.name for template in known),
+        job=task.job if asked(found) else "",
+    )
+    return Completions(found, facts, partial(_greedy, source, sampler), more, task)
 
 
 def write_pilot(source: Source, sampler: Sampler, each: int = PILOT, *, bar: Track | None = None) -> list[Completion]:
@@ -295,9 +301,10 @@ def _lengths(tokenizer: Tokenizer, items: Sequence[Completion]) -> list[int]:
     return [len(tokenizer.encode(item.answer, special=False).ids) + 1 for item in items]
 
 
-def _ended(found: Sequence[Completion], tokens: int | None) -> str:
-    share = sum(item.ended for item in found) / max(1, len(found))
-    return f" of at most {tokens} tokens ({share:.0%} ended)"
+def _facts(found: Sequence[Completion], sampler: Sampler) -> FitFacts:
+    return FitFacts(
+        answers=len(found), answer_tokens=sampler.tokens or 0, ended=sum(bool(item.ended) for item in found)
+    )
 
 
 def _check_enough(found: list[Completion], source: Source) -> None:

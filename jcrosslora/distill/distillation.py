@@ -16,7 +16,7 @@ from jcrosslora.decoder import Generator, Model, StackedAdapter
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings
-from jcrosslora.distill.fit import Fit
+from jcrosslora.distill.fit import Fit, Look
 from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
 from jcrosslora.distill.settings import ROUND, Course, DistillSettings
 from jcrosslora.distill.sources import Source, Writer
@@ -173,8 +173,8 @@ class Distillation:
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
         digests += [(one.chat_template, sha256(one.backend.to_str().encode())) for one in self.tokenizers]
-        settings = dataclasses.asdict(self.settings)
-        return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.examples, settings, self.seed)})
+        settings, form = dataclasses.asdict(self.settings), tuple(Look.__annotations__)  # a state holds looks
+        return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.examples, settings, self.seed, form)})
 
 
 def as_taught(examples: Sequence[Completion]) -> list[Completion]:

@@ -64,13 +64,14 @@ class Look:
         seconds: since the beginning, writing and reading completions included.
         completions: used so far.
         divergence: KL(teacher || target with the update), nats a position.
-        agreement: share of the source's greedy answers that the target would also write; nan without answers.
+        agreed: greedy answers of the source, of `held_out`, that the target would also write.
     """
 
     seconds: float
     completions: int
     divergence: float
-    agreement: float = math.nan
+    agreed: int
+    held_out: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +79,15 @@ class Fitted:
     """The update that is best on the held-out completions, with the update it started from, and all measurements.
 
     `anew` counts the completions of further rounds without labelled examples, and `own` those that the target wrote.
+    `done` is the share of the planned fit, below 1 if Ctrl-C ended it.
     """
 
     adapter: StackedAdapter
     looks: tuple[Look, ...]
     anew: int
     own: int
-    stopped: bool
+    steps: int
+    done: float
 
 
 def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> Cost:
@@ -143,7 +146,7 @@ class Fit:
             fresh: writes the completions of further rounds.
             states: where the state is saved after each round; a fit continues from the newest one.
         """
-        settings, stopped = self._settings, False
+        settings, done = self._settings, 1.0
         if states is not None:
             self._restore(states)
         total, unit = (100, "%") if settings.seconds is not None else (sum(self._course.rounds), "completions")
@@ -157,9 +160,10 @@ class Fit:
                         self._save(states)
                 self._look(bar)  # the time may have ended while a state was saved
             except KeyboardInterrupt:
-                stopped = True
+                done = min(1.0, self._share())
                 self._look(bar)
-        return Fitted(self._joined(self._state.best), tuple(self._looks), self._anew, self._own, stopped)
+        looks, steps = tuple(self._looks), int(self._state.step)
+        return Fitted(self._joined(self._state.best), looks, self._anew, self._own, steps, done)
 
     def _joined(self, factors: StackedAdapter) -> StackedAdapter:
         return factors if self._start is None else join_stacked(self._start, factors)
@@ -215,14 +219,15 @@ class Fit:
             self._state = replace(self._state, best=self._state.factors)
         self._looks.append(found)
         best = min(self._looks, key=lambda look: look.divergence)
-        agreed = "" if math.isnan(best.agreement) else f", agreement {best.agreement:.0%}"
+        agreed = f", {best.agreed} of {best.held_out} answers" if best.held_out else ""
         bar.note = f"divergence {best.divergence:.3f}{agreed}"
 
     def _measure(self) -> Look:
         student = self._teacher.target.with_adapter(self._joined(self._state.factors))
         look = Look(self._seconds(), self._used, *self._judge.judge(student))
-        figures = {"divergence": look.divergence, "agreement": look.agreement, "completions": look.completions}
-        record({name: value for name, value in figures.items() if not math.isnan(value)}, self._seen)
+        figures = {"divergence": look.divergence, "completions": look.completions}
+        agreement = {"agreement": look.agreed / look.held_out} if look.held_out else {}
+        record({**figures, **agreement}, self._seen)
         return look
 
     def _restore(self, states: FitStates) -> None:

@@ -6,7 +6,6 @@ the target would write too. The target writes an answer if each token, the end i
 tokens before it; one forward pass checks all tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,13 +56,13 @@ class Judge:
     held_out: Sequence[TaughtBatch]
     answers: Sequence[AnswerBatch] = ()
 
-    def judge(self, student: RestrictedModel) -> tuple[float, float]:
-        """Return the divergence in nats a position, and the agreement, which is nan without answers."""
+    def judge(self, student: RestrictedModel) -> tuple[float, int, int]:
+        """Return the divergence in nats a position, and the two numbers of `count_agreed`."""
         if not self._same_texts:
-            return mean_kl(student, self.held_out), agreement(student, self.answers)
+            return mean_kl(student, self.held_out), *count_agreed(student, self.answers)
         wanted = [one.wanted for one in self.answers]
         found = [_kl_and_hits(student, *both) for both in zip(self.held_out, wanted, strict=True)]
-        return _mean([kl for kl, _ in found]), _share_written(self.answers, [hits for _, hits in found])
+        return _mean([kl for kl, _ in found]), *_count_written(self.answers, [hits for _, hits in found])
 
     @cached_property
     def _same_texts(self) -> bool:
@@ -79,20 +78,20 @@ def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
     return _mean([_kl_and_hits(student, batch, jnp.full_like(batch.at, -1))[0] for batch in batches])
 
 
-def agreement(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> float:
-    """Return the share of the source's answers that the updated target would also write; nan without answers."""
-    return _share_written(batches, [_likeliest(student, batch) for batch in batches])
+def count_agreed(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> tuple[int, int]:
+    """Return how many of the source's answers the updated target would also write, and how many answers there are."""
+    return _count_written(batches, [_likeliest(student, batch) for batch in batches])
 
 
-def _share_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> float:
-    """Return the share of answers in which every symbol is the likeliest; `hits` are bool (P,) for each batch."""
+def _count_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> tuple[int, int]:
+    """Count the answers in which every symbol is the likeliest, and all; `hits` are bool (P,) for each batch."""
     judged = same = 0
     for batch, found in zip(batches, hits, strict=True):
         wanted, hit = np.asarray(batch.wanted) >= 0, np.asarray(found)
         rows = np.asarray(batch.at) // batch.tokens.shape[1]
         judged += len(answers := set(rows[wanted].tolist()))
         same += len(answers - set(rows[wanted & ~hit].tolist()))
-    return same / judged if judged else math.nan
+    return same, judged
 
 
 @jax.jit

@@ -1,22 +1,22 @@
 """Run a distillation: open the source, write completions, fit, and describe the result."""
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from msgspec import structs
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, roles_named
 from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
-from jcrosslora.distill.completions import Completions
 from jcrosslora.distill.distillation import Distillation, as_taught, without_labelled
+from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.fit import Fitted, Look
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
@@ -34,7 +34,7 @@ class Distilled:
     Attributes:
         adapter: the sum of the starting and the fitted update, scale 1.
         looks: measurements on held-out completions, before the first step and during the fit.
-        sentence: a summary for reports, without a full stop.
+        facts: what it was fitted to, how far the fit went, and what it reproduces.
         completions: the ones written before the fit.
         warnings: findings about the adapter, one sentence each.
         chat_template: the target's, with which conversations were rendered; None if there were none.
@@ -42,7 +42,7 @@ class Distilled:
 
     adapter: Adapter
     looks: tuple[Look, ...]
-    sentence: str
+    facts: FitFacts
     completions: tuple[Completion, ...]
     warnings: tuple[str, ...] = ()
     chat_template: str | None = None
@@ -98,6 +98,7 @@ def distill(
     check_seed(seed)
     roles_named(settings.roles, target.architecture.role_shapes)  # refused before text is written
     prompts, examples = without_labelled(prompts, examples), as_taught(examples)
+    usual = replace(settings, completions=None).for_prompts(len(prompts), len(examples)).completions or 0
     settings = settings.for_prompts(len(prompts), len(examples))
     loaded = loaded or LoadedBases()
     source = _open_source(source, target, adapter, loaded)
@@ -114,12 +115,20 @@ def distill(
     _check_finite(fitted, target)
     update = truncate_to_rounding(unstack_adapter(fitted.adapter, target))
     _check_found(update, fitted)
-    positions = sum(batch.positions for batch in data.fitted)
-    devices = 1 if loaded.mesh is None else loaded.mesh.size
+    facts = structs.replace(
+        completions.facts,
+        planned=settings.completions or 0,
+        usual=usual,
+        examples=len(examples),
+        predictions=sum(batch.positions for batch in data.fitted),
+        tokens=len(symbols.shared[0]),
+        on_top=start is not None,
+        devices=1 if loaded.mesh is None else loaded.mesh.size,
+    )
     return Distilled(
         update,
         fitted.looks,
-        _sentence(fitted, completions, len(examples), positions, len(symbols.shared[0]), devices),
+        _with_course(facts, fitted),
         tuple(completions.items),
         warnings,
         template_of(work.tokenizers[1]) if work.chats(completions) else None,
@@ -153,19 +162,18 @@ def _check_found(update: Adapter, fitted: Fitted) -> None:
         raise MethodError(msg + "--passes, and see what the adapter does on its own base (`jcrosslora generate`)")
 
 
-def _sentence(
-    fitted: Fitted, completions: Completions, examples: int, positions: int, tokens: int, devices: int
-) -> str:
+def _with_course(facts: FitFacts, fitted: Fitted) -> FitFacts:
+    """Add how far a fit went, and what the update that was kept reproduces."""
     first, best = fitted.looks[0], min(fitted.looks, key=lambda look: look.divergence)
-    steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
-    right = f", and in {examples:,} labelled examples" if examples else ""
-    further = f", then to {fitted.anew:,} more completions" if fitted.anew else ""
-    own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
-    ending = "; it was stopped before its end" if fitted.stopped else ""
-    ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""
-    went = f"went from {first.divergence:.3g} to {best.divergence:.3g} nats"
-    held = f"on held-out completions the divergence from the teacher {went}"
-    if not math.isnan(best.agreement):
-        held += f", and the share of the source's greedy answers that the target writes from {first.agreement:.0%} to "
-        held += f"{best.agreement:.0%}"
-    return f"{steps}, in {completions.description}{right}{further}{own}; {held}{ending}"
+    return structs.replace(
+        facts,
+        later=fitted.anew,
+        later_target=fitted.own,
+        steps=fitted.steps,
+        done=fitted.done,
+        held_out=best.held_out,
+        agreed_before=first.agreed,
+        agreed=best.agreed,
+        divergence_before=first.divergence,
+        divergence=best.divergence,
+    )

@@ -23,6 +23,7 @@ from jcrosslora.utils.settings import Settings
 
 if TYPE_CHECKING:
     from jcrosslora.decoder import LoadedBases
+    from jcrosslora.distill.facts import FitFacts
     from jcrosslora.distill.sources import Source
     from jcrosslora.evaluate.probes import ProbeBatch
 
@@ -96,9 +97,10 @@ class Moved:
     """An update of the target, with an account of how it came about.
 
     Attributes:
-        fitted: description of a fit, one sentence without a full stop; None without a fit. A fitted update uses the
-            whole source adapter, so no source module counts as unmapped.
-        added: description of what was added to the mapped update, in the same form; None if nothing was.
+        fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
+            source adapter, so no source module counts as unmapped.
+        added: description of what was added to the mapped update, one sentence without a full stop; None if nothing
+            was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
         completions: that the source wrote for the fit.
         wrote_prompts: whether the source wrote their prompts as well.
@@ -107,7 +109,7 @@ class Moved:
     """
 
     adapter: Adapter
-    fitted: str | None = None
+    fit: FitFacts | None = None
     added: str | None = None
     curve: Sequence[tuple[int, float]] = ()
     completions: tuple[Completion, ...] = ()

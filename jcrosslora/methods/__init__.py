@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
+from jcrosslora.distill.facts import FitFacts as FitFacts
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method

@@ -58,7 +58,7 @@ class Distill(DistillSettings, Method):
         )
         return Moved(
             found.adapter,
-            fitted=found.sentence,
+            fit=found.facts,
             curve=[(look.completions, look.divergence) for look in found.looks],
             completions=found.completions,
             wrote_prompts=not (task.prompts or task.examples),

@@ -15,6 +15,7 @@ from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
 from jcrosslora.maps.shifted import defined
 from jcrosslora.methods import Method
+from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command
 from jcrosslora.report.record import REPORT, Totals, TransferReport
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
@@ -183,9 +184,9 @@ def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
     again = f"The same is in `{RECIPE}`. Run it again{filled}{_module(report.recipe.method)}:"
     yield "Recipe", f"```toml\n{report.recipe_toml.strip()}\n```\n\n{again}\n\n```sh\n{command}\n```"
     yield diagnostics_title(report), _markdown(role_rows(report)) if report.rows else ""
-    yield "Fit", "\n\n".join(_fit(report))
+    yield "Fit", "\n\n".join(filter(None, _fit(report)))
     yield "Added", _sentence(report.added)
-    ranks = report.rank_sentence if report.fitted or report.added else None
+    ranks = report.rank_sentence if report.fit is not None or report.added else None
     truncation = report.truncation and f"the update was truncated to {report.truncation.sentence}"
     yield "Rank", " ".join(filter(None, (_sentence(ranks), _sentence(truncation))))
     yield "Embedding and output head", _listed([row.sentence for row in report.tokens])
@@ -196,8 +197,8 @@ def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
 
 def _fit(report: TransferReport) -> Iterator[str]:
     """Yield what was fitted, the curve of the fit, and some of its completions."""
-    if report.fitted:
-        yield f"The update was {markdown_text(report.fitted)}."
+    if report.fit is not None:
+        yield " ".join(map(_sentence, fit_sentences(report.fit)))
     if report.curve:
         looks = spread_evenly(report.curve, _LOOKS)
         rows = [(f"{used:,}", "-" if found is None else f"{found:.3f}") for used, found in looks]

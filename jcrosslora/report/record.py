@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -13,6 +13,7 @@ from jcrosslora.adapter.folder import REPORT as REPORT
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.distill.facts import FitFacts
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
 from jcrosslora.maps.shifted import ModuleRow, Size, TokenRow, UnmappedSource
@@ -21,7 +22,7 @@ from jcrosslora.utils.files import read_small
 from jcrosslora.utils.texts import html_table
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
-SCHEMA = 3
+SCHEMA = 4
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 
@@ -29,18 +30,24 @@ _LONGEST = 300  # characters of an example
 Layer = Annotated[int, msgspec.Meta(ge=0, le=999)]
 Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 T = TypeVar("T")
+_OfFits = Literal["works", "partly", "unusable"]
+_OfMaps = Literal["aligned", "weak", "chance", "lost", "control"]
+Level = _OfFits | _OfMaps | Literal["unknown", "ineffective", "destructive"]
+# Levels that expect no effect, or harm. A control is to have none.
+USELESS: frozenset[Level] = frozenset({"unusable", "chance", "lost", "ineffective", "destructive"})
 
 
 class Verdict(msgspec.Struct, frozen=True):
     """What to expect of a moved adapter.
 
     Attributes:
-        level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
-            nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
-            "ineffective" or "destructive" if the measured effect on text is so, with any alignment.
+        level: of a fit "works", "partly" or "unusable", by the answers of the source that it reproduces. Of maps
+            "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
+            nearly all of the update), "control" (no effect is intended). Of both "unknown" (nothing was measured), and
+            "ineffective" or "destructive" if the measured effect on text is so.
     """
 
-    level: str
+    level: Level
     text: str
 
 
@@ -116,7 +123,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
         choice: why `auto` took this method; None if the user named it.
         effect: what the original changes on the source and the moved update on the target; None if not measured.
-        fitted: what was fitted after the maps, one sentence without a full stop; None if nothing was.
+        fit: the facts of a fit; None if nothing was fitted.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
         added: what was added to the moved update, one sentence without a full stop; None if nothing was.
         wrote_prompts: whether the source wrote the prompts of the fit.
@@ -148,7 +155,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
     out_rank: RankRule | None = None
     choice: str | None = None
     effect: MeasuredEffect | None = None
-    fitted: str | None = None
+    fit: FitFacts | None = None
     curve: tuple[tuple[int, Number | None], ...] = ()
     added: str | None = None
     wrote_prompts: bool = False
@@ -194,7 +201,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         sentence += "" if self.rank_before is None else f", where the adapter had {self.rank_before}"
         updated = {role for roles in by_rank.values() for role in roles}
         left = [role for role, _ in self.by_role() if role not in updated]
-        if self.fitted and left:
+        if self.fit is not None and left:
             sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
         return sentence
 
@@ -202,6 +209,12 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
         """Return one line: method, bases, and the verdict."""
         source, target = self._names
         return f"TransferReport({self.recipe.method}, {source} -> {target}: {self.verdict.text})"
+
+    @property
+    def reproduced(self) -> str:
+        """How many of the source's held-out answers a fitted update reproduces; "" if that was not measured."""
+        fit = self.fit
+        return "" if fit is None or not fit.held_out else f"{fit.agreed:,} of {fit.held_out:,} answers"
 
     def _repr_html_(self) -> str:
         """Return the verdict and the main figures as a table."""
@@ -212,6 +225,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
             "modules": f"{len(self.ranks):,} of rank {' to '.join(map(str, self.rank_range))}" if self.ranks else "0",
             "kept by the maps": f"{self.kept:.1%}" if self.mapped else "",
             "left behind": f"{self.left_behind:.1%}" if self.left_behind else "",
+            "reproduced of the source's": self.reproduced,
             "divergence, before and after the fit": f"{curve[0]:.3g} to {min(curve):.3g} nats" if curve else "",
             "effect on text": self.effect.sentence if self.effect is not None else "",
         }

@@ -12,7 +12,8 @@ from jcrosslora.maps.shifted import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.relation.pairing import SIMILAR
-from jcrosslora.report.record import TransferReport, Verdict, cut, weighted
+from jcrosslora.report.fit import fit_sentences, fit_verdict
+from jcrosslora.report.record import Level, TransferReport, Verdict, cut, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -28,7 +29,6 @@ _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "it will probably work; measure it"
-_MORE = " that the source wrote (twenty prompts of the adapter's task or more, by `--prompts`, can help)"
 
 
 def diagnostics_title(report: TransferReport) -> str:
@@ -88,9 +88,9 @@ def _notes(report: TransferReport) -> list[str]:
     lines = [
         ("method", report.choice and f"{recipe.method}, because {report.choice}"),
         ("adapter", None if adapter.lost else adapter.read_as),
-        ("fit", report.fitted),
+        *(("fit", sentence) for sentence in (fit_sentences(report.fit) if report.fit is not None else ())),
         *(("written", cut(" ".join(text.split()))) for text in report.examples),
-        ("rank", report.rank_sentence if report.fitted or report.added else None),
+        ("rank", report.rank_sentence if report.fit is not None or report.added else None),
         ("added", report.added),
         ("truncation", report.truncation and report.truncation.sentence),
         ("probes", recipe.probes if recipe.probes != "none" else None),
@@ -164,17 +164,16 @@ def judge(report: TransferReport, method: Method) -> Verdict:
     found, effect = _by_diagnostics(report, method), report.effect
     if effect is None:
         return found
+    level = found.level
     # A control is meant to be ineffective.
-    measured = effect.outcome in ("ineffective", "destructive") and found.level != "control"
-    return Verdict(effect.outcome if measured else found.level, f"{found.text}; {effect.sentence}")
+    if level != "control" and (effect.outcome == "ineffective" or effect.outcome == "destructive"):
+        level = effect.outcome
+    return Verdict(level, f"{found.text}; {effect.sentence}")
 
 
 def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
-    if report.fitted is not None:
-        # Prompts that the source wrote may differ much from those that the adapter was trained on.
-        more = _MORE if report.wrote_prompts else ""
-        text = f"the update was fitted to the behaviour of both bases on text{more}: {_SOME} with `jcrosslora evaluate`"
-        return Verdict("aligned", text)
+    if report.fit is not None:
+        return fit_verdict(report.fit)
     if not isinstance(method, MapMethod):
         return Verdict("unknown", f"method {method.name} reports no diagnostics: {_MEASURE}")
     if method.is_control:
@@ -235,5 +234,6 @@ def _by_heads(cosine: float) -> Verdict:
 def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:
     """Judge by a figure; the sentences are for values below the first limit, below the second, and above."""
     place = next((place for place, limit in enumerate(limits) if value < limit), 2)
-    level, advice = (("chance", _NOTHING), ("weak", _LITTLE), ("aligned", _SOME))[place]
+    known: tuple[tuple[Level, str], ...] = ("chance", _NOTHING), ("weak", _LITTLE), ("aligned", _SOME)
+    level, advice = known[place]
     return Verdict(level, f"{sentences[place]}: {advice}")

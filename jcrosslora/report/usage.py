@@ -8,7 +8,7 @@ from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.report.record import Base
 from jcrosslora.utils.texts import markdown_code, visible
 
-QUESTION = "What do bees make?"
+PROMPT = "A prompt of its task"
 
 
 def peft_lines(base: str, adapter: str) -> list[str]:
@@ -25,7 +25,7 @@ def peft_lines(base: str, adapter: str) -> list[str]:
         f"tokenizer = AutoTokenizer.from_pretrained({place})",
         f"model = AutoModelForCausalLM.from_pretrained({place})",
         f"model = PeftModel.from_pretrained(model, {_literal(adapter)})",
-        f'inputs = tokenizer({_literal(QUESTION)}, return_tensors="pt")',
+        f'inputs = tokenizer({_literal(PROMPT)}, return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
     ]
 

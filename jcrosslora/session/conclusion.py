@@ -119,13 +119,13 @@ def conclude(
         rows=rows,
         unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
         # A fit uses the whole adapter, so no source module is left out.
-        unmapped_sources=() if update.fitted else shifted.unmapped,
+        unmapped_sources=shifted.unmapped if update.fit is None else (),
         energy=defined(shifted.energy),
         warnings=(*transport.warnings, *shifted.notes, *update.warnings, *warnings),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=move.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
-        fitted=update.fitted,
+        fit=update.fit,
         curve=tuple(update.curve),
         added=update.added,
         wrote_prompts=update.wrote_prompts,
@@ -145,7 +145,7 @@ def conclude(
 def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:
     """Return the account of each module of the moved adapter, in the target's order."""
     norms = {name: defined(update_norm(factors)) for name, factors in moved.modules.items()}
-    if not update.fitted:
+    if update.fit is None:
         return tuple(structs.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
     # The share that the maps kept is undefined for a fitted update.
     rows = {row.target: structs.replace(row, norm_after=0.0, kept=None) for row in shifted.rows}

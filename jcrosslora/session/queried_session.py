@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from msgspec import structs
+
 from jcrosslora.adapter import Adapter, AdapterInfo, find_adapter
 from jcrosslora.adapter.save import check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
@@ -14,7 +16,7 @@ from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.maps.shift import Shifted
 from jcrosslora.maps.transport import AlignRecipe, Transport
-from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
+from jcrosslora.methods import Auto, Distill, FitFacts, Method, Task, make_chosen
 from jcrosslora.relation import Pairing
 from jcrosslora.session.conclusion import Move, Request, conclude
 from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, place_bases
@@ -56,7 +58,8 @@ class QueriedSession:
         )
         with steps(dict.fromkeys(_STEPS)):
             update = move.method.move(task)
-        update = replace(update, fitted=f"{update.fitted}; the source was {source.how}")
+        facts = structs.replace(update.fit or FitFacts(), note=f"the source was {source.how}")
+        update = replace(update, fit=facts)
         info = AdapterInfo(name=f"{source.adapter.name}, moved", base_name=target.name, prefix=target.prefix)
         unmapped = Shifted(Adapter({}, info), before, (), (), (), math.nan, "none", 1.0, ())
         return conclude(move, self._transport(source, request, move.method), unmapped, update, target)

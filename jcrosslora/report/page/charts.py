@@ -134,7 +134,7 @@ def _layers(report: TransferReport) -> tuple[str, Key]:
     words = "A line joins a layer of the source to the layer of the target that takes its place. Bars are the share of "
     words += "the update that each layer holds, in the original adapter (below) and in the moved one (above). "
     left, shares = report.left_behind, source_shares(report)
-    if report.fitted:
+    if report.fit is not None:
         without = 1 - sum(shares.values()) if shares else 0.0
         held = f", which held {without:.1%} of the original update," if without > _ROUNDING else ""
         words += "The update was fitted to what the source says with its adapter, so what the layers without a line"

@@ -7,20 +7,24 @@ from jcrosslora.evaluate import Direction, Interval
 from jcrosslora.evaluate.bootstrap import FEWEST
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.report.page.contents import Contents, Evaluation, Figure, Model
+from jcrosslora.report.record import Level
 
 _HALF = 0.5  # of a trained adapter's gain in right answers
 
 Tone = Literal["good", "mixed", "bad", "open"]
 
 # What `jcrosslora.report.table` expects of an adapter that nobody has measured yet.
-_EXPECTED: dict[str, tuple[Tone, str, str]] = {
+_EXPECTED: dict[Level, tuple[Tone, str, str]] = {
+    "works": ("good", "Probably works", "The moved adapter repeats many of the original's answers."),
+    "partly": ("mixed", "Works in part", "The moved adapter repeats some of the original's answers."),
+    "unusable": ("bad", "Probably unusable", "The moved adapter repeats hardly any of the original's answers."),
     "aligned": ("open", "Not measured yet", "The adapter was moved, and it will probably work."),
     "weak": ("mixed", "Not measured yet", "The adapter was moved, and little effect is to be expected."),
     "chance": ("bad", "Probably without effect", "The two models have too little in common for this method."),
     "lost": ("bad", "Probably without effect", "Nearly nothing of the adapter's update was left after the move."),
     "ineffective": ("bad", "Without effect", "The moved adapter changes far less than the original does."),
     "destructive": ("bad", "Harmful", "The moved adapter damages the model: do not use it."),
-    "unknown": ("open", "Not known", "Whether the move worked cannot be told from the two models."),
+    "unknown": ("open", "Not known", "Nothing was measured that tells whether the move worked."),
     "control": ("open", "A control", "This adapter is random on purpose, to compare with: it should have no effect."),
 }
 
@@ -131,7 +135,7 @@ def headline(contents: Contents) -> Headline:
         return _measured(evaluation, model)
     if contents.moved is not None:
         found = contents.moved.verdict
-        tone, word, sentence = _EXPECTED.get(found.level, ("open", "Not measured yet", "The adapter was moved."))
+        tone, word, sentence = _EXPECTED[found.level]
         return Headline(tone, word, sentence, (f"{found.text[:1].upper()}{found.text[1:]}.",))
     return Headline("open", "Unknown", "The evaluation does not say which adapter is the moved one.", ())
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import public_name, publish
 from jcrosslora.report.documents import replacements
+from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.page.charts import Picture, pictures
 from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model, Written
 from jcrosslora.report.page.headline import FIGURES, headline, present
@@ -21,7 +22,8 @@ from jcrosslora.utils.texts import html_page, html_prose, html_table, html_text
 
 _SHOWN = 10
 _TEXTS = 5  # shown in a notebook, evenly spread
-_COLOURS = {"aligned": "#2e7d32"} | dict.fromkeys(("weak", "unknown", "control"), "#b26a00")  # of verdicts there
+_GOOD, _MIDDLING = "#2e7d32", "#b26a00"
+_COLOURS = {"works": _GOOD, "aligned": _GOOD, **dict.fromkeys(("partly", "weak", "unknown", "control"), _MIDDLING)}
 _BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # there as well
 _LONGEST = 4000  # characters of a text
 _ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
@@ -68,7 +70,8 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
     A few of the texts of the fit are shown.
     """
     found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
-    sentences = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
+    facts = () if report.fit is None else fit_sentences(report.fit)
+    sentences = [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (*facts, report.added) if sentence]
     parts = [
         f"<b>{html_text('{}: {} to {}'.format(*names))}</b>",
         f'<div style="border-left:4px solid {_COLOURS.get(found.level, "#c62828")};padding:2px 8px;margin:6px 0">'
@@ -114,7 +117,7 @@ def _step(contents: Contents, step: Step) -> str:
 
 def _shell(*commands: str) -> str:
     """Return commands to paste: each is a block, so that a wrapped one is distinct from the next."""
-    return f"<pre>{''.join(f'<code>{html_text(command)}</code>' for command in commands)}</pre>"
+    return f"<pre>{''.join(f'<code>{html_text(command)}</code>' for command in commands)}</pre>" if commands else ""
 
 
 def _drawn(picture: Picture) -> str:
@@ -168,9 +171,10 @@ def _text_section(contents: Contents) -> str:
     if moved is None:
         return ""
     lines = [_method(moved)]
-    lines += [f"The update was {moved.fitted}."] if moved.fitted else []
+    facts = () if moved.fit is None else fit_sentences(moved.fit)
+    lines += [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in facts]
     lines += [f"Added: {moved.added}."] if moved.added else []
-    if not moved.fitted:
+    if moved.fit is None:
         lines.append("No update was fitted: the original one was carried over by formulas.")
     if moved.wrote_prompts:
         lines.append(_ITS_OWN)

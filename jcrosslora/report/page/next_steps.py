@@ -7,15 +7,16 @@ from pathlib import Path
 
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.orbax import find_checkpoint
+from jcrosslora.distill.settings import ENOUGH
 from jcrosslora.evaluate.bootstrap import FEWEST
+from jcrosslora.report.fit import remedies
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
-from jcrosslora.report.record import TransferReport
-from jcrosslora.report.usage import QUESTION, peft_lines, quoted
+from jcrosslora.report.record import USELESS, TransferReport
+from jcrosslora.report.usage import PROMPT, peft_lines, quoted
 from jcrosslora.utils.texts import visible
 
-_EXAMPLE = f'{{"prompt": "Question: {QUESTION} Answer:", "answer": "honey"}}'
-_TASK = f"[ -e task.jsonl ] || echo '{_EXAMPLE}' > task.jsonl"
+_TASK = """`task.jsonl`, one a line, as `{"prompt": "...", "answer": "..."}`"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Names:
         return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
 
     def generate(self) -> str:
-        return f"jcrosslora generate {quoted(QUESTION)} --base {quoted(self.base)} --adapter {quoted(self.folder)}"
+        return f"jcrosslora generate {quoted(PROMPT)} --base {quoted(self.base)} --adapter {quoted(self.folder)}"
 
     def transfer(self, moved: TransferReport, out: str) -> str:
         source = moved.source.ref or moved.source.name or "SOURCE"
@@ -65,14 +66,15 @@ def next_steps(contents: Contents) -> Iterator[Step]:
     if moved is None:
         said = "To show how the adapter was made, name the folder that `jcrosslora transfer` wrote."
         yield Step(said, (names.report(),))
-    elif bad and not moved.asked:
+    elif bad:
         yield from _another_way(names, moved)
     if evaluation is not None:
         yield from _naming(names, evaluation)
     if not _tells_enough(evaluation):
-        said = "Find out whether the adapter works: replace the example in `task.jsonl` by a hundred or more questions "
-        said += "of its task with the right answers."
-        yield Step(said, (_TASK, names.evaluate(), names.report()))
+        said = (
+            "Find out whether the adapter works: write a hundred questions of its task or more with right answers to "
+        )
+        yield Step(f"{said}{_TASK}.", (names.evaluate(), names.report()))
     if not bad:
         said = "Use the adapter: try a prompt of its task."
         yield Step(said, (names.generate(),))
@@ -90,11 +92,18 @@ def _tells_enough(evaluation: Evaluation | None) -> bool:
 def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> Iterator[str]:
     """Yield the lines that end a transfer: how to load the folder `out`, evaluate it, and see it on a page.
 
+    After a move that is of no use they say what would help instead.
+
     Args:
         moved: as `documents.published` returned it.
         target: the base as the user named it, with paths of this machine.
     """
     names = _Names(out, target)
+    if moved.verdict.level in USELESS:
+        for step in _another_way(names, moved):
+            yield step.sentence
+            yield from (f"  {command}" for command in step.commands)
+        return
     python = f"python -c {quoted('; '.join(peft_lines(*map(os.path.expanduser, (target, out)))))}"
     trained = Path(target).expanduser()
     if trained.is_dir() and find_checkpoint(trained) is not None:  # of tunix, which peft cannot load
@@ -113,8 +122,8 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
 
 
 def _judging(names: _Names) -> Iterator[str]:
-    yield "evaluate it, with questions of its task and right answers instead of this example:"
-    yield from (f"  {command}" for command in (_TASK, names.evaluate()))
+    yield f"evaluate it: write questions of its task with right answers to {_TASK.replace('`', '')}, then"
+    yield f"  {names.evaluate()}"
     yield "see it on a page:"
     yield f"  {names.report()}"
 
@@ -130,10 +139,13 @@ def where(contents: Contents, step: Step) -> str:
 
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
-    if moved.wrote_prompts:
-        said = "Write prompts of the adapter's task to `prompts.txt`, one a line: twenty help, and more help more."
-        yield Step(said, (f"{names.transfer(moved, 'again')} --prompts prompts.txt",))
-    elif not moved.choice and not moved.fitted:
+    """Yield what would help; without commands if the source was queried, as they need its address."""
+    if moved.fit is not None:
+        said, again = f"What would help: {'; '.join(remedies(moved.fit))}.", names.transfer(moved, "again")
+        if moved.fit.given < ENOUGH:
+            said, again = f"{said} Write the prompts to `prompts.txt`, one a line.", f"{again} --prompts prompts.txt"
+        yield Step(said, () if moved.asked else (again,))
+    elif not moved.choice:
         said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."
         yield Step(said, (names.transfer(moved, "another"),))
 
