@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shlex
-import subprocess
 from html import unescape
 from pathlib import Path
 
@@ -425,6 +424,7 @@ def test_the_next_step_comes_first_and_its_commands_work_as_they_are(tmp_path, m
     main(["report", "moved"])
     steps = commands(Path("moved/report.html").read_text())
     capsys.readouterr()
+    Path("task.jsonl").write_text('{"prompt": "Anna lives in", "answer": " Paris"}')  # in the form that the step shows
     for command in steps:
         paste(command, capsys)
     page = Page(Path("moved/report.html").read_text())
@@ -432,7 +432,6 @@ def test_the_next_step_comes_first_and_its_commands_work_as_they_are(tmp_path, m
     step = page.texts[page.texts.index("Next step") : page.texts.index("Does it work?")]
     assert any("Run it in the folder that holds" in text for text in step)
     assert [" ".join(shlex.split(command)[:2]) for command in steps] == [
-        "[ -e",
         "jcrosslora evaluate",
         "jcrosslora report",
         "jcrosslora generate",
@@ -447,10 +446,7 @@ def commands(page):
 
 
 def paste(command, capsys):
-    """Do what a shell does with a command; those of jcrosslora in this process."""
-    if not command.startswith("jcrosslora "):
-        subprocess.run(["bash", "-c", command], check=True)
-        return
+    """Do in this process what a shell does with a command of jcrosslora."""
     command, _, out = command.partition(" > ")
     main(shlex.split(command)[1:])
     printed = capsys.readouterr().out
