@@ -124,7 +124,7 @@ def test_every_output_has_both_numbers(result):
     shown = "the target writes 15 of the source's 20 answers (1 of 20 before the fit)"
     assert shown in console.file.getvalue()
     assert shown in model_card(published(report))
-    assert repr(report).endswith(": works, 15 of 20 answers)")
+    assert "it reproduces 15 of the source's 20 held-out answers" in repr(report)
     assert "15 of 20 answers" in report._repr_html_()
     stored = report.to_json()["fit"]
     assert (stored["agreed"], stored["held_out"], stored["agreed_before"]) == (15, 20, 1)
