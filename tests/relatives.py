@@ -11,7 +11,7 @@ from checkpoint_files import write_safetensors
 from gguf_files import converted, gguf, gguf_name, write_gguf
 
 from jcrosslora.architectures.architecture import Architecture
-from jcrosslora.checkpoint import FAMILIES, BaseModel, ModelConfig, expected_shapes, open_base, read_dims
+from jcrosslora.checkpoint import FAMILIES, BaseModel, check_config, expected_shapes, open_base, read_dims
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 ATTENTION_ROWS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
@@ -94,9 +94,13 @@ def make(family: str = "llama", *, seed: int = 0, **changes) -> Made:
     } | changes
     rng = np.random.default_rng(seed)
     tensors = {}
-    dims = read_dims(ModelConfig(FAMILIES[family], config), Path())
-    for name, shape in expected_shapes(Architecture(FAMILIES[family], config, dims)).items():
-        if len(shape) == 2:
+    model = check_config(config, Path())
+    layout = None if model.family.experts is None else model.family.experts.layouts[-1 if family == "gpt_oss" else 0]
+    architecture = Architecture(model.family, model.values, read_dims(model, Path()))
+    for name, shape in expected_shapes(architecture, layout).items():
+        if len(shape) == 3 and "experts" in name:
+            tensors[name] = rng.normal(size=shape) / 8
+        elif len(shape) == 2:
             sizes = 1 + 2 * np.exp(-np.arange(shape[1]) / 8)
             tensors[name] = rng.normal(size=shape) @ (rng.normal(size=(shape[1], shape[1])) * sizes[:, None]) / 90
         else:

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from adapters_of_all import adapter_of_all
+from full_set import full_except
 from relatives import is_linear, make, noisy, rescaled, role_of, then
+from rescaled_bases import rescale
+from rescaled_cases import CASES
 from tiny_bases import random_adapter
 from whole_passes import scores
 
@@ -12,6 +16,7 @@ from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.relation import choose_method, compare_bases, find_channel_scales
 
 IDS = np.random.default_rng(3).integers(0, 128, 40)
+QUICK = ["llama", "qwen3_moe", "qwen3_next", "olmo2"]
 
 
 def answers(base, adapter=None):
@@ -115,21 +120,95 @@ def test_a_rounded_source_is_compensated_as_without_scales(tmp_path, monkeypatch
     assert choose_method(source, made.write(tmp_path / "target")).method == "compensated-copy"
 
 
-def test_bases_with_experts_are_compared_as_they_are(tmp_path):
-    """Scales of attention, which are found in a dense base, are not: those of experts could not be followed."""
+def of_case(name, change, tmp_path):
+    """Write a base and its changed copy."""
+    family, settings = CASES[name]
+    made = make(family, **settings)
+    return made.write(tmp_path / "plain"), change(made).write(tmp_path / "rescaled")
 
-    def change(made):
-        factors = np.linspace(0.5, 2, made.size("hidden_size"))
-        ways = {"input_layernorm": 1 / factors, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), factors)}
-        return made.change(
-            lambda name, x: (x * ways.get(role_of(name), 1)).astype(np.float32) if "layers" in name else x
-        )
 
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    assert find_channel_scales(*written(tmp_path / "dense", change)) is not None
-    bases = written(tmp_path / "experts", change, "qwen3_moe", **moe)
+def effect_lost(source, target, adapter, moved):
+    """Return by how much the effect of a moved adapter differs from that on the source, over this."""
+    wanted, found = (answers(base, one) - answers(base) for base, one in ((source, adapter), (target, moved)))
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", full_except(CASES, QUICK))
+def test_an_adapter_computes_the_same_on_a_rescaled_base(tmp_path, name, reverse):
+    bases = of_case(name, lambda made: rescale(made, 0.5), tmp_path)
+    np.testing.assert_allclose(answers(bases[1]), answers(bases[0]), atol=1e-3)
+    source, target = bases[::-1] if reverse else bases
+    adapter = adapter_of_all(source)
+    result = jcl.transfer(adapter, source, target, "auto", cache=False)
+    assert result.report.recipe.method == "copy"
+    assert effect_lost(source, target, adapter, result.adapter) < 2e-3
+    assert effect_lost(source, target, adapter, adapter) > 0.3
+    assert "channels rescaled" in (words := compare_bases(source, target).words)
+    assert set(words) <= {"channels rescaled", "rounded"}
+
+
+@pytest.mark.parametrize("name", full_except(CASES, QUICK))
+@pytest.mark.parametrize("signs", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_scales_between_modules_alone_are_followed(tmp_path, name, signs):
+    """Of all that a norm may have, none is: the rows of one module show the scales of the columns of the next."""
+    source, target = of_case(name, lambda made: rescale(made, 0.5, norms=False, signs=signs), tmp_path)
+    adapter = adapter_of_all(source)
+    moved = jcl.transfer(adapter, source, target, "auto", cache=False).adapter
+    assert effect_lost(source, target, adapter, moved) < 2e-3
+    assert effect_lost(source, target, adapter, adapter) > 0.1
+
+
+def updates(adapter):
+    """Return all numbers of dW of an adapter, one after another."""
+    modules = [one.scale * np.asarray(one.b) @ np.asarray(one.a) for one in adapter.modules.values()]
+    return np.concatenate([one.ravel() for one in (*modules, *(each.b @ each.a for each in adapter.experts))])
+
+
+@pytest.mark.parametrize("name", full_except(CASES, QUICK))
+def test_an_update_is_nearly_the_same_where_the_rescaled_base_is_rounded(tmp_path, name):
+    source, exact = of_case(name, lambda made: rescale(made, 0.5), tmp_path)
+    rounded = of_case(name, lambda made: rescale(made, 0.5).quantised("Q4_0"), tmp_path / "rounded")[1]
+    adapter = adapter_of_all(source)
+    found = (jcl.transfer(adapter, source, one, "copy", cache=False).adapter for one in (exact, rounded))
+    wanted, moved = map(updates, found)
+    lost = [np.linalg.norm(one - wanted) / np.linalg.norm(wanted) for one in (moved, updates(adapter))]
+    assert lost[0] < 0.1
+    assert lost[1] > 0.4
+    assert "channels rescaled" in compare_bases(source, rounded).words
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_one_rescaled_layer_of_six_is_found(tmp_path, rounded):
+    made = make(num_hidden_layers=6)
+    changed = rescale(made, 0.5, layers=[3])
+    changed = changed.quantised("Q4_0") if rounded else changed
+    source, target = made.write(tmp_path / "source"), changed.write(tmp_path / "target")
+    scales = find_channel_scales(source, target)
+    assert scales is not None
+    assert {name.split(".")[2] for name in (*scales.rows, *scales.columns)} == {"3"}
+    words = compare_bases(source, target).words
+    assert "channels rescaled" in words
+    assert not {"LoRA-merged", "further trained"} & set(words)
+
+
+def odd_gains(made):
+    """Change the gains of norms as AWQ does, and the weights in no way that belongs to it."""
+    rng = np.random.default_rng(5)
+    gains = lambda name, x: x * np.exp(0.3 * rng.normal(size=x.shape)) if name.endswith("layernorm.weight") else x  # noqa: E731
+    return noisy(0.1, only=is_linear)(made.change(lambda name, x: gains(name, x).astype(np.float32)))
+
+
+def test_gains_that_the_weights_do_not_explain_are_named(tmp_path):
+    bases = written(tmp_path, odd_gains)
     assert find_channel_scales(*bases) is None
-    assert "channels rescaled" not in compare_bases(*bases).words
+    compared, report = compare_bases(*bases), jcl.transfer(random_adapter(bases[0]), *bases, "auto", cache=False).report
+    for text in (*compared.notes, compared.choice.reason, *report.warnings):
+        assert "gains of norms differ as if channels had been rescaled" in text
+    assert compared.choice.method == report.recipe.method == "copy"
+    assert len(report.warnings) == 1
+    trained = written(tmp_path / "trained", noisy(0.1, only=is_linear))
+    assert compare_bases(*trained).choice.method == "interpolated-copy"
 
 
 def test_the_difference_that_is_added_is_that_of_the_rescaled_source(tmp_path):

@@ -16,6 +16,7 @@ from jcrosslora.architectures.blocks import (
     ROLES,
     Block,
     Experts,
+    Link,
     Mlp,
     MlpAndExperts,
     PerLayerInput,
@@ -170,6 +171,22 @@ class Architecture:
         place = LINEARS[role].norm
         place = "attn" if place == "mlp" and self.family.parallel else place
         return self.family.norms.get(place) if place is not None and place in self.stack[layer].names else None
+
+    def links(self, layer: int) -> list[Link]:
+        """Return the links of a layer, those from norms and tensors first, with all readers of a norm in one."""
+        own = self.stack[layer]
+        places = {"mlp": "attn"} if self.family.parallel else {}
+        gains = {place for place, _ in self.norms_of(own)} | own.tensors.keys()
+        readers: dict[str, tuple[str, ...]] = {}
+        others = []
+        for link in (link for block in own.blocks for link in block.links()):
+            writer = places.get(link.writer, link.writer)
+            if writer in gains and link.rows is None:
+                readers[writer] = (*readers.get(writer, ()), *link.readers)
+            elif writer in gains or writer not in STREAM_NORMS:
+                others.append(link)
+        others.sort(key=lambda link: link.writer not in gains)
+        return [*(Link(writer, found) for writer, found in readers.items()), *others]
 
     @property
     def layer_inputs(self) -> int:

@@ -19,7 +19,7 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.shifted import TokenRow
-from jcrosslora.relation import LayerMap, compare_token_names
+from jcrosslora.relation import ChannelScales, LayerMap, compare_token_names, expert_scales
 
 
 def carry_tokens(
@@ -158,7 +158,9 @@ def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tup
             continue
         if selects or layer.layer == number:
             own = [update for update in adapter.experts if update.layer == layer.layer]
-            found += [_carried(update, layer, pair.target, number) for update in own]
+            scales = pair.channels if EvidenceKind.CHANNEL_SCALES in method.requires and own else None
+            rescaled = None if scales is None else _rescaled_experts(pair, scales, layer)
+            found += [_carried(update, layer, pair.target, number, rescaled) for update in own]
             used |= {update.name for update in own}
     left = [update for update in adapter.experts if update.name not in used]
     notes = [f"moved too: {describe_experts(adapter.experts)}, to the same experts of the target."] if found else []
@@ -168,10 +170,26 @@ def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tup
     return tuple(found), tuple(notes)
 
 
-def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: int) -> ExpertUpdate:
+def _rescaled_experts(pair: BasePair, scales: ChannelScales, layer: LayerMap) -> dict[str, tuple[np.ndarray, ...]]:
+    """Return the scales of rows (E, O) and columns (E, I) of both matrices of the target's experts."""
+    assert layer.experts is not None
+    found = [expert_scales(pair, scales, layer.layer, (max(src, 0), tgt)) for tgt, src in enumerate(layer.experts)]
+    return {matrix: tuple(map(np.stack, zip(*(one[matrix] for one in found), strict=True))) for matrix in found[0]}
+
+
+def _carried(
+    update: ExpertUpdate,
+    layer: LayerMap,
+    target: BaseModel,
+    number: int,
+    rescaled: dict[str, tuple[np.ndarray, ...]] | None,
+) -> ExpertUpdate:
     assert layer.experts is not None
     kept, experts = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
     a, b = (np.where(kept, each[experts], np.float32(0)) for each in (update.a, update.b))
+    if rescaled is not None:  # rows that a class interleaves are clamped, and have scales of one
+        rows, columns = rescaled[update.matrix]
+        a, b = a * columns[:, None], b * rows[:, :, None]
     return expert_update(target, number, update.matrix, a, b, update.share)
 
 

@@ -15,8 +15,10 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Evidence, EvidenceKind
 from jcrosslora.maps.method import Method
 from jcrosslora.maps.transport import AlignRecipe, Transport, TransportGroup
+from jcrosslora.relation import has_other_gains
 from jcrosslora.relation.bases import compare_token_names
 from jcrosslora.relation.pairing import SIMILAR, Pair, Pairing
+from jcrosslora.relation.wording import OTHER_GAINS
 
 T = TypeVar("T")
 Shape = tuple[int, int]
@@ -148,6 +150,9 @@ class AlignmentTask:
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
                 "rule that depends on the basis, so the moved update is one of many equally valid ones"
             )
+        follows = EvidenceKind.CHANNEL_SCALES in self.method.requires
+        if follows and has_other_gains(source, target, self.pair.channels):
+            yield f"{OTHER_GAINS}; the update may do something else on the target: check it with `jcrosslora evaluate`"
         names = compare_token_names(source, target) if Carried.TOKENS in self.method.carries else None
         if names is not None and names.contradict:
             yield (

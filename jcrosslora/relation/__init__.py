@@ -4,7 +4,9 @@ from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.relation.base_comparison import compare_bases as compare_bases
 from jcrosslora.relation.bases import compare_token_names as compare_token_names
 from jcrosslora.relation.channels import ChannelScales as ChannelScales
+from jcrosslora.relation.channels import expert_scales as expert_scales
 from jcrosslora.relation.channels import find_channel_scales as find_channel_scales
+from jcrosslora.relation.channels import has_other_gains as has_other_gains
 from jcrosslora.relation.method_selection import Choice as Choice
 from jcrosslora.relation.method_selection import choose_method as choose_method
 from jcrosslora.relation.method_selection import compare_weights as compare_weights

@@ -15,12 +15,13 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.architectures.config import COMMON_KEYS
 from jcrosslora.checkpoint import BaseModel, expert_tensors, open_base
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
+from jcrosslora.relation.channels import has_other_gains
 from jcrosslora.relation.matching import MATRICES
 from jcrosslora.relation.method_selection import Choice, choose_method, equal_files
 from jcrosslora.relation.relation import Relation, TensorComparison, compare_modules, compare_other_tensors, relation_of
-from jcrosslora.relation.structure import Part, count_parts
+from jcrosslora.relation.structure import Part, Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
-from jcrosslora.relation.wording import change_phrases, structure_phrases, unequal_phrase
+from jcrosslora.relation.wording import OTHER_GAINS, change_phrases, structure_phrases, unequal_phrase
 
 # Configuration keys whose values the parts show, or that say how the file is stored.
 _COVERED_KEYS = frozenset(
@@ -91,17 +92,19 @@ def compare_bases(source: BaseModel | str | Path | Any, target: BaseModel | str 
     if names is not None and (names.moved or names.contradict):
         relation = (relation - {Relation.SAME}) | {Relation.OTHER_TOKENIZER}
         sentence += f"; {names.sentence}"
-    notes += _notes(bases, structure.by_embedding)
+    notes += _notes(structure)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
     words = tuple(item for item in Relation if item in relation)
     return BaseComparison(words, sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
-def _notes(bases: Bases, by_embedding: bool) -> Iterator[str]:
-    source, target = bases
+def _notes(structure: Structure) -> Iterator[str]:
+    source, target = structure.bases
     if source.family.name != target.family.name:
         yield f"the families differ: {source.family.name} and {target.family.name}"
-    if not by_embedding:
+    if has_other_gains(source, target, structure.scales):
+        yield OTHER_GAINS
+    if not structure.by_embedding:
         yield "no tokens of the embeddings agree; the residual streams are assumed to be in the same order"
     known = (COMMON_KEYS | source.family.known_keys | target.family.known_keys) - _COVERED_KEYS
     differ = [key for key in sorted(known) if source.config.get(key) != target.config.get(key)]

@@ -162,11 +162,12 @@ def same_form(bases: Bases) -> bool:
     return source == target
 
 
-def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
+def match_experts(bases: Bases, layers: tuple[int, int], *, alike: bool = False) -> np.ndarray:
     """Find the source expert of every target expert of a layer of the source and one of the target.
 
-    Both bases have experts of the `same_form`; the weights are checked by `finite`. Returns int64 (E_tgt,), -1 for an
-    expert without a counterpart.
+    Both bases have experts of the `same_form`; the weights are checked by `finite`. With `alike` it is known that the
+    experts are those of the source, perhaps with other scales, and routers alone are compared. Returns int64 (E_tgt,),
+    -1 for an expert without a counterpart.
     """
     router_src, router_tgt = (
         finite(base, f"the router of layer {layer}", base.experts.tensor(layer, "router"))
@@ -176,6 +177,8 @@ def match_experts(bases: Bases, layers: tuple[int, int]) -> np.ndarray:
     found = match_columns(router_src.T, router_tgt.T)
     if found is None:  # other routers, perhaps of the same experts
         found = np.arange(len(router_tgt)) if len(router_src) == len(router_tgt) else nothing
+    if alike:
+        return found
     cosines = [
         cosine_similarity(*expert_rows(bases, layers, (int(found[expert]), int(expert)), matrix, _ROWS))
         for expert in some_of(np.flatnonzero(found >= 0), _CHECKED)

@@ -9,7 +9,7 @@ from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.quantised import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similarity, module_rows, modules_of
-from jcrosslora.relation.channels import ChannelScales
+from jcrosslora.relation.channels import ChannelScales, has_other_gains
 from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
     Finding,
@@ -43,6 +43,7 @@ _SUITED = {
     Likeness.COPY: COPY_METHOD,
     Likeness.TRAINED_COPY: TRAINED_METHOD,
     Likeness.MERGED_COPY: TRAINED_METHOD,
+    Likeness.OTHER_GAINS: COPY_METHOD,
     Likeness.SPARSE_COPY: FITTED_VARIANT[COPY_METHOD],
     Likeness.COARSE_COPY: FITTED_VARIANT[COPY_METHOD],
     Likeness.COARSE_SOURCE: ROUNDED_METHOD,
@@ -88,18 +89,21 @@ def choose_method(
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
-    clearly trained further. Bases where one is made of the other's parts (pruned, permuted, with repeated layers)
-    get `select`. If the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
-    source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
-    If the source alone is quantised that coarsely, they get `compensated-copy`, if both can be run.
+    clearly trained further and its norms have about the gains of the other's. Bases where one is made of the other's
+    parts (pruned, permuted, with repeated layers) get `select`. If the target is compressed (quantised to about 4 bits
+    or fewer, sparse, or without some of the source's parts), the update is then fitted as well (`distilled-copy`,
+    `distilled-select`), if both bases can be run. If the source alone is quantised that coarsely, they get
+    `compensated-copy`, if both can be run.
     Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
 
     `found` and `compared` are the results of `find_structure` and `compare_modules`, if they are already known. Raises
     CheckpointError if a weight cannot be read, or holds NaN or infinity.
     """
     structure, _ = found or find_structure(source, target)
-    finding = _examine(Bases(source, target), structure, compared)
-    finding = replace(finding, rescaled=structure is not None and structure.scales is not None)
+    finding, scales = _examine(Bases(source, target), structure, compared), structure and structure.scales
+    finding = replace(finding, rescaled=scales is not None)
+    if _SUITED[finding.likeness] == TRAINED_METHOD and has_other_gains(source, target, scales):
+        finding = replace(finding, likeness=Likeness.OTHER_GAINS)
     method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
     choice = Choice(method, choice_reason(phrase, method), phrase)
     obstacle = why_not_run(source, target) if method in _WITHOUT_RUN else None

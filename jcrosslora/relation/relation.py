@@ -14,6 +14,7 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING, LA
 from jcrosslora.checkpoint import ROLES, Module, expert_tensors
 from jcrosslora.checkpoint.base import finite
 from jcrosslora.relation.bases import Both, some_of
+from jcrosslora.relation.channels import expert_scales, name_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
 from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding
@@ -64,6 +65,7 @@ class Likeness(Enum):
     SAME = auto()  # files of equal digests, and tokenizers that agree
     COPY = auto()  # up to rounding
     TRAINED_COPY = auto()
+    OTHER_GAINS = auto()  # further trained, or rescaled in a way that was not found
     MERGED_COPY = auto()  # with a LoRA
     SPARSE_COPY = auto()
     COARSE_COPY = auto()  # the target is rounded to about 4 bits or fewer
@@ -197,13 +199,13 @@ def compare_modules(structure: Structure) -> list[TensorComparison]:
 def compare_other_tensors(structure: Structure) -> list[TensorComparison]:
     """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
 
-    Norms that scales were taken from are left out, as their differences are in the weights behind them.
+    Norms and tensors that scales were taken from are left out, as the weights that read them have their differences.
     """
     tied = all(base.tied for base in structure.bases)
     pieces = {
         "embedding": _compare_table(structure, EMBEDDING),
         "head": None if tied else _compare_table(structure, HEAD),
-        "norms": _compare_vectors(_norms(structure)) if structure.scales is None else None,
+        "norms": _compare_vectors(_norms(structure)),
         "biases": _compare_vectors(_biases(structure)),
         "routers": _compare_vectors(_routers(structure)),
         "mixer tensors": _compare_vectors(_mixer_tensors(structure)),
@@ -218,8 +220,11 @@ def _compare_module(structure: Structure, module: Module, rows: int) -> TensorCo
         return None
     dtypes, factors = (structure.bases.source.modules[name].dtype, module.dtype), structure.factors(module, rows)
     difference = _compare(*sample, dtypes, factors, 0.0 if structure.scales is None else structure.scales.error)
-    rescaled = factors is not None and bool(np.any(factors != 1))
-    return TensorComparison(module.role, module.name, name, difference, rescaled)
+    return TensorComparison(module.role, module.name, name, difference, _rescales(factors))
+
+
+def _rescales(factors: np.ndarray | None) -> bool:
+    return factors is not None and bool(np.any(factors != 1))
 
 
 def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[TensorComparison]:
@@ -259,6 +264,7 @@ def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
             continue
         place = layers[1] % len(experts)
         pair = int(others[place]), int(experts[place])
+        found = None if structure.scales is None else expert_scales(bases, structure.scales, layers[1], pair)
         for matrix in MATRICES:
             src, tgt = expert_rows(bases, layers, pair, matrix, _ROWS)
             every = np.arange(src.shape[1])
@@ -266,7 +272,12 @@ def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
                 f"{matrix} of expert {expert} of layer {layer}" for expert, layer in zip(pair, layers, strict=True)
             )
             dtypes = bases.source.experts.dtype(layers[0], matrix), bases.target.experts.dtype(layers[1], matrix)
-            yield TensorComparison("experts", name_tgt, name_src, _compare((src, every), (tgt, every), dtypes))
+            factors, error = None, 0.0
+            if found is not None and structure.scales is not None:
+                sides = found[matrix] if bases.target.experts.axis(matrix) == 1 else found[matrix][::-1]
+                factors, error = np.outer(some_of(sides[0], _ROWS), sides[1]), structure.scales.error
+            difference = _compare((src, every), (tgt, every), dtypes, factors, error)
+            yield TensorComparison("experts", name_tgt, name_src, difference, _rescales(factors))
         bases.release()
 
 
@@ -320,7 +331,9 @@ def _norms(structure: Structure) -> Iterator[Both]:
         (f"model.layers.{layer.layer}.{norms_src[norm][0]}", f"model.layers.{number}.{norms_tgt[norm][0]}")
         for number, layer in structure.matched()
         for norm in shared
-        if number in target.layers_with(norm) and layer.layer in source.layers_with(norm)
+        if number in target.layers_with(norm)
+        and layer.layer in source.layers_with(norm)
+        and not structure.explains(number, norm)
     ]
     # Compared as stored if both families mean the same: adding the offset of a gain would round differently.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
@@ -344,11 +357,14 @@ def _biases(structure: Structure) -> Iterator[Both]:
 
 
 def _routers(structure: Structure) -> Iterator[Both]:
-    """Yield the tensors of matched experts that are not their matrices."""
+    """Yield the tensors of matched experts that are not their matrices, without routers that were rescaled."""
     bases = structure.bases
     kinds = [{*expert_tensors(base.family.experts)} if base.family.experts else set() for base in bases]
     for layers, experts in structure.matched_experts():
+        rescaled = set() if structure.scales is None else structure.scales.columns.keys()
         for name in sorted((kinds[0] & kinds[1]) - set(MATRICES)):
+            if name_of(layers[1], name) in rescaled:
+                continue
             src, tgt = (
                 finite(base, f"{name} of layer {layer}", base.experts.tensor(layer, name))[own]
                 for base, layer, own in zip(bases, layers, experts, strict=True)
@@ -361,7 +377,7 @@ def _mixer_tensors(structure: Structure) -> Iterator[Both]:
     source, target = (base.architecture.tensors for base in structure.bases)
     for number, layer in structure.matched():
         for name in sorted(source.keys() & target.keys()):
-            if number in structure.bases.target.layers_with(name):
+            if number in structure.bases.target.layers_with(name) and not structure.explains(number, name):
                 src, tgt = structure.bases.tensors(
                     f"model.layers.{layer.layer}.{source[name].path}", f"model.layers.{number}.{target[name].path}"
                 )

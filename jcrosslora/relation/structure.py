@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.relation.bases import Bases, Both, module_rows, some_of
-from jcrosslora.relation.channels import ChannelScales
+from jcrosslora.relation.channels import ChannelScales, name_of
 
 # The index arrays of a structure that hold the rows and the columns of each module.
 _AXES: Mapping[str, tuple[str, str]] = {
@@ -127,6 +127,10 @@ class Structure:
             return None
         ids = some_of(np.arange(module.shape[0]), count)  # bases with scales are alike row by row
         return self.scales.factors(module.name, module.shape, ids)
+
+    def explains(self, layer: int, name: str) -> bool:
+        """Whether the scales of channels are those of a norm, or another tensor, of a layer."""
+        return self.scales is not None and name_of(layer, name) in self.scales.gains
 
     @property
     def in_place(self) -> bool:

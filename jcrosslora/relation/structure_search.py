@@ -47,17 +47,18 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     if stream is None:
         widths = f"{source.dims.hidden} and {target.dims.hidden} wide"
         return None, f"the bases are {widths}, and the columns of their embeddings have nothing in common"
+    scales = find_channel_scales(source, target)
     if others:
         if not np.array_equal(stream, np.arange(target.dims.hidden)):
             return (
                 None,
                 "their residual streams are in different orders, in which layers of such parts are not compared",
             )
-        layers = tuple(_whole_layers(bases))
+        layers = tuple(_whole_layers(bases) if scales is None else _layers_in_order(bases))
         if all(layer is None for layer in layers):
             return None, "no layer of one resembles a layer of the other with the same parts"
-        return Structure(bases, stream, by_embedding, tokens, layers), ""
-    if (scales := find_channel_scales(source, target)) is not None:
+        return Structure(bases, stream, by_embedding, tokens, layers, scales), ""
+    if scales is not None:
         layers = tuple(LayerMap(number, in_place={}, **_in_order(target.dims)) for number in range(target.dims.layers))
         return Structure(bases, stream, by_embedding, tokens, layers, scales), ""
     correlations, layers = _match_layers(bases, stream)
@@ -221,13 +222,17 @@ def _whole_layers(bases: Bases) -> Iterator[LayerMap | None]:
         target.release()
 
 
-def _whole_layer(bases: Bases, layers: tuple[int, int]) -> LayerMap:
+def _layers_in_order(bases: Bases) -> Iterator[LayerMap]:
+    return (_whole_layer(bases, (number, number), alike=True) for number in range(bases.target.dims.layers))
+
+
+def _whole_layer(bases: Bases, layers: tuple[int, int], *, alike: bool = False) -> LayerMap:
     target, layer = bases.target, layers[1]
     shapes = {module.role: module.shape for module in target.modules.values() if module.layer == layer}
     attends, dense = "o_proj" in shapes, "down_proj" in shapes
     sizes = _sizes(target.dims).items()
     index = {name: np.arange(size * (dense if name == "neurons" else attends)) for name, size in sizes}
-    experts = match_experts(bases, layers) if layer in target.layers_with("router") else None
+    experts = match_experts(bases, layers, alike=alike) if layer in target.layers_with("router") else None
     return LayerMap(layers[0], experts=experts, in_place=shapes, **index)
 
 

@@ -12,11 +12,15 @@ from jcrosslora.relation.structure import Part
 
 _SHOWN_NAMES = 3  # tensors named in one sentence
 _COPY, _PARTS = "the two bases are nearly identical{}", "one of the two bases is made of the other's parts{}"
+OTHER_GAINS = (
+    "the gains of norms differ as if channels had been rescaled, and the weights that read them do not show the scales"
+)
 _FOUND = {
     Likeness.SAME: "source and target are one and the same base (equal digests), and nothing has to be moved",
     Likeness.COPY: _COPY,
     Likeness.TRAINED_COPY: f"{_COPY}, but one is the other {Relation.TRAINED}",
     Likeness.MERGED_COPY: f"{_COPY}, but one is the other {Relation.LORA_MERGED}",
+    Likeness.OTHER_GAINS: f"{_COPY}, but {OTHER_GAINS}",
     Likeness.SPARSE_COPY: f"{_COPY}, but numbers of the target were set to zero",
     Likeness.COARSE_COPY: f"{_COPY}, but the target is rounded coarsely",
     Likeness.COARSE_SOURCE: f"{_COPY}, but the source is rounded coarsely",

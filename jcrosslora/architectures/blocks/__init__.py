@@ -8,6 +8,7 @@ from jcrosslora.architectures.blocks.attention import SelfAttention as SelfAtten
 from jcrosslora.architectures.blocks.block import Block as Block
 from jcrosslora.architectures.blocks.block import LayerInputWeights as LayerInputWeights
 from jcrosslora.architectures.blocks.block import Linear as Linear
+from jcrosslora.architectures.blocks.block import Link as Link
 from jcrosslora.architectures.blocks.block import Mlp as Mlp
 from jcrosslora.architectures.blocks.block import Norm as Norm
 from jcrosslora.architectures.blocks.block import Parallel as Parallel

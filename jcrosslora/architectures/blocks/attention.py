@@ -5,9 +5,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.blocks.block import Block, Linear, Norm, Tensor
+from jcrosslora.architectures.blocks.block import Block, Linear, Link, Norm, Tensor
 from jcrosslora.architectures.ops import einsum, rms_norm, soft_cap
 from jcrosslora.architectures.ropes import apply_rope
 from jcrosslora.architectures.run import KeysValues, KVCache, Run, append_layer, last_of_kind
@@ -101,6 +102,14 @@ class SelfAttention(Block):
             for name, size in sizes.items()
             if self.norm not in (None, "unit") and not (name == "k" and self.shares_keys)
         }
+
+    def links(self) -> tuple[Link, ...]:
+        """Add that from values to o_proj, through all query heads of a key-value head."""
+        if self.shares_keys or self.keys_are_values or self.value_norm:
+            return super().links()
+        values = np.arange(self.kv_heads * self.size).reshape(self.kv_heads, self.size)
+        rows = np.repeat(values, self.heads // self.kv_heads, axis=0).reshape(-1)
+        return (*super().links(), Link(f"{self.group}v_proj", (f"{self.group}o_proj",), rows))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the scores of attending to nothing, one a head."""
@@ -204,6 +213,13 @@ class LatentAttention(Block):
     def norms(self) -> dict[str, Norm]:
         of_queries = {} if self.query_rank is None else {"q_a": Norm("q_a", self.query_rank)}
         return of_queries | {"kv_a": Norm("kv_a", self.rank)}
+
+    def links(self) -> tuple[Link, ...]:
+        """Add those from the norms of latents, and from values to o_proj."""
+        of_queries = () if self.query_rank is None else (Link("q_a", ("q_b_proj",)),)
+        values = np.arange(self.heads * (self.plain + self.value)).reshape(self.heads, -1)[:, self.plain :]
+        of_values = Link("kv_b_proj", ("o_proj",), values.reshape(-1))
+        return (*super().links(), *of_queries, Link("kv_a", ("kv_b_proj",)), of_values)
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
         sizes = self.plain + self.rotated, self.value

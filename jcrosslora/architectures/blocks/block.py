@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jcrosslora.architectures.ops import linear, rms_norm, rows_at
@@ -54,6 +55,23 @@ class Tensor(NamedTuple):
     exact: bool = True
 
 
+class Link(NamedTuple):
+    """Features that readers get from a writer with nothing in between but a factor on each feature.
+
+    A scale can move along a link: where it divides the writer's rows, or its gains, and multiplies the columns of the
+    readers, the model computes the same.
+
+    Attributes:
+        writer: place of a norm, name of a tensor, role of a module, or "gate_up" of experts.
+        readers: roles of modules, or "router", "gate_up" and "down" of experts; all have columns for these features.
+        rows: (I,), the writer's row of each column of the readers; None if they are equal.
+    """
+
+    writer: str
+    readers: tuple[str, ...]
+    rows: np.ndarray | None = None
+
+
 class Block:
     """A block of a layer. Subclasses are frozen dataclasses whose fields are sizes and choices, static under jit."""
 
@@ -77,6 +95,12 @@ class Block:
     def tensors(self) -> dict[str, Tensor]:
         """Return name -> tensor, of the other tensors except those of experts."""
         return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
+
+    def links(self) -> tuple[Link, ...]:
+        """Return the links inside this block, and those from norms of the stream in front of it."""
+        norms = {one.role: one.norm for one in self.LINEARS if one.stream == "reads" and one.norm is not None}
+        read = tuple(Link(norms[role], (role,)) for role in self.shapes() if role in norms) if self.LINEARS else ()
+        return (*read, *(link for part in self.parts for link in part.links()))
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -140,6 +164,11 @@ class Mlp(Block):
         inside, group = (self.width, self.hidden), self.group
         gate = {f"{group}gate_proj": inside} if self.gated else {}
         return gate | {f"{group}up_proj": inside, f"{group}down_proj": (self.hidden, self.width)}
+
+    def links(self) -> tuple[Link, ...]:
+        """Add that from up to down; without a gate there is an activation in between."""
+        inner = (Link(f"{self.group}up_proj", (f"{self.group}down_proj",)),) if self.gated else ()
+        return (*super().links(), *inner)
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         gate = run.module(f"{self.group}gate_proj", x) if self.gated else None

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jcrosslora.architectures.blocks.block import Block, Linear, Mlp, Norm, Tensor
+from jcrosslora.architectures.blocks.block import Block, Linear, Link, Mlp, Norm, Tensor
 from jcrosslora.architectures.blocks.grouped import mix, run_experts, sort_by_expert, spread
 from jcrosslora.architectures.ops import linear, rms_norm
 from jcrosslora.architectures.run import MODULE_OUTPUT, KVCache, Run, Update
@@ -107,6 +108,16 @@ class Experts(Block):
             found |= {"expert_in_proj": (self.latent, self.hidden), "expert_out_proj": (self.hidden, self.latent)}
         return found
 
+    def links(self) -> tuple[Link, ...]:
+        """Add those to router and experts, and from up to down; a clamp of up stands in between."""
+        latent = self.latent is not None
+        found = [*super().links(), Link("mlp", ("router",))]
+        found.append(Link("expert_in_proj" if latent else "mlp", ("gate_up",)))
+        found += self._shared_mlp.links() if self.shared else ()
+        if self.gated and self.clamp is None:
+            found.append(Link("gate_up", ("down",), self.width + np.arange(self.width)))
+        return tuple(found)
+
     @property
     def _shared_mlp(self) -> Mlp:
         return Mlp(self.hidden, self.shared, self.gated, "shared_")
@@ -197,6 +208,11 @@ class MlpAndExperts(Block):
     def norms(self) -> dict[str, Norm]:
         """Return the norms after the MLP and around the experts."""
         return {name: Norm(name, self.mlp.hidden) for name in self.GGUF_NORMS} if self.apart else {}
+
+    def links(self) -> tuple[Link, ...]:
+        """Return those of both; where experts are apart, they and the router read norms of their own."""
+        read = {"router": "router_scale", "gate_up": "experts_in"} if self.apart else {}
+        return tuple(link._replace(writer=read.get(link.readers[0], link.writer)) for link in super().links())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the gain of the router's input, and a factor for each expert."""

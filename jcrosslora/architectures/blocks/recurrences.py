@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jcrosslora.architectures.blocks.block import Linear, Tensor
+from jcrosslora.architectures.blocks.block import Linear, Link, Tensor
 from jcrosslora.architectures.blocks.recurrent import (
     Inside,
     RecurrentBlock,
@@ -75,6 +76,10 @@ class DeltaRule(RecurrentBlock):
         numbers = {name: Tensor(f"{_HOLDER}.{name}", (self.heads,)) for name in ("A_log", "dt_bias")}
         norms = {"norm": Tensor(f"{_HOLDER}.{norm}.weight", (self.value_size,))}
         return self.of_convolution(f"{_HOLDER}.conv1d") | numbers | norms
+
+    def links(self) -> tuple[Link, ...]:
+        """Add that from the norm, which all heads share."""
+        return (*super().links(), Link("norm", ("delta_out_proj",), np.arange(self.inner) % self.value_size))
 
     def mix(
         self, inside: Inside, x: jax.Array, state: RecurrentState, valid: jax.Array
@@ -172,6 +177,11 @@ class Mamba2(RecurrentBlock):
         if self.norm is not None:
             found["norm"] = Tensor(f"{holder}.norm.weight", (self.inner,))
         return found
+
+    def links(self) -> tuple[Link, ...]:
+        """Add that from the norm, if there is one and the last module can have an update."""
+        inner = (Link("norm", ("mamba_out_proj",)),) if self.norm is not None and self.open_output else ()
+        return (*super().links(), *inner)
 
     def inside(self, run: Run) -> Inside:
         """Return the modules and tensors of the block in a layer; its last module may be a tensor."""

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from jcrosslora.architectures.blocks.block import Block, Linear, Tensor
+from jcrosslora.architectures.blocks.block import Block, Linear, Link, Tensor
 from jcrosslora.architectures.ops import Row, einsum
 from jcrosslora.architectures.run import KVCache, Run
 
@@ -184,6 +185,10 @@ class ShortConvolution(RecurrentBlock):
 
     def tensors(self) -> dict[str, Tensor]:
         return self.of_convolution("conv.conv")
+
+    def links(self) -> tuple[Link, ...]:
+        """Add that from the gate after the convolution."""
+        return (*super().links(), Link("conv_in_proj", ("conv_out_proj",), self.hidden + np.arange(self.hidden)))
 
     def mix(
         self, inside: Inside, x: jax.Array, state: RecurrentState, valid: jax.Array
