@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from adapters_of_all import adapter_of_all
 from full_set import full_except
-from relatives import is_linear, make, noisy, rescaled, role_of, then
+from relatives import is_linear, make, merged, noisy, rescaled, role_of, then
 from rescaled_bases import rescale
 from rescaled_cases import CASES
 from tiny_bases import random_adapter
@@ -12,6 +12,7 @@ from whole_passes import scores
 
 import jcrosslora as jcl
 from jcrosslora.adapter.difference import module_differences
+from jcrosslora.architectures.blocks import DENSE_ROLES
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.relation import choose_method, compare_bases, find_channel_scales
 
@@ -27,6 +28,19 @@ def answers(base, adapter=None):
 def written(tmp_path, change, family="llama", **dims):
     made = make(family, **dims)
     return made.write(tmp_path / "source"), change(made).write(tmp_path / "target")
+
+
+def of_case(name, change, tmp_path):
+    """Write a base and its changed copy."""
+    family, settings = CASES[name]
+    made = make(family, **settings)
+    return made.write(tmp_path / "plain"), change(made).write(tmp_path / "rescaled")
+
+
+def effect_lost(source, target, adapter, moved):
+    """Return by how much the effect of a moved adapter differs from that on the source, over this."""
+    wanted, found = (answers(base, one) - answers(base) for base, one in ((source, adapter), (target, moved)))
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 def move(bases, method):
@@ -59,6 +73,20 @@ def test_a_copy_computes_what_the_source_does(tmp_path, family, dims, method):
     np.testing.assert_allclose(answers(target, moved), wanted, atol=1e-3)
     unchanged = np.abs(answers(target, adapter) - wanted).max()
     assert unchanged > 0.1 * np.abs(wanted - base).max()  # so the scales matter
+
+
+def gains_trained(made):
+    """Change all gains by a few percent, as training does."""
+    rng = np.random.default_rng(4)
+    return made.change(lambda name, x: np.exp(0.05 * rng.normal(size=x.shape)) * x if "norm" in name else x)
+
+
+@pytest.mark.parametrize("name", full_except(CASES, QUICK))
+@pytest.mark.parametrize("change", [then(noisy(0.1), gains_trained), merged(2, 0.3, roles=DENSE_ROLES)])
+def test_a_trained_base_of_any_family_is_not_taken_for_rescaled(tmp_path, name, change):
+    source, target = of_case(name, change, tmp_path)
+    assert find_channel_scales(source, target) is None
+    assert compare_bases(source, target).choice.method == "interpolated-copy"
 
 
 @pytest.mark.parametrize(
@@ -118,19 +146,6 @@ def test_a_rounded_source_is_compensated_as_without_scales(tmp_path, monkeypatch
     made = make()
     source = rescaled(0.5)(made).quantised("Q4_0").write_gguf(tmp_path / "source.gguf", "Q4_0")
     assert choose_method(source, made.write(tmp_path / "target")).method == "compensated-copy"
-
-
-def of_case(name, change, tmp_path):
-    """Write a base and its changed copy."""
-    family, settings = CASES[name]
-    made = make(family, **settings)
-    return made.write(tmp_path / "plain"), change(made).write(tmp_path / "rescaled")
-
-
-def effect_lost(source, target, adapter, moved):
-    """Return by how much the effect of a moved adapter differs from that on the source, over this."""
-    wanted, found = (answers(base, one) - answers(base) for base, one in ((source, adapter), (target, moved)))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

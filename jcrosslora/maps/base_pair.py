@@ -73,7 +73,8 @@ class BasePair(Bases):
     @cached_property
     def channels(self) -> ChannelScales | None:
         """Return the scales of channels by which the target differs, None if there are none."""
-        return find_channel_scales(self.source, self.target)
+        known = self.structure[0] if "structure" in self.__dict__ else None  # which was found with them
+        return find_channel_scales(self.source, self.target) if known is None else known.scales
 
     @cached_property
     def shared_tokens(self) -> tuple[int, str]:
