@@ -193,6 +193,12 @@ def test_an_update_is_nearly_the_same_where_the_rescaled_base_is_rounded(tmp_pat
     assert "channels rescaled" in compare_bases(source, rounded).words
 
 
+@pytest.mark.parametrize("families", [("llama", "olmo2"), ("olmo2", "llama")])
+def test_families_with_other_norms_have_no_scales(tmp_path, families):
+    bases = [make(family).write(tmp_path / family) for family in families]
+    assert find_channel_scales(*bases) is None
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 def test_one_rescaled_layer_of_six_is_found(tmp_path, rounded):
     made = make(num_hidden_layers=6)

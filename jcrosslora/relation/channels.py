@@ -97,7 +97,7 @@ def find_channel_scales(source: BaseModel, target: BaseModel) -> ChannelScales |
                 ends.follow_gains(link, _ratio(*gains))
             elif link.writer in MATRICES:
                 of_experts |= ends.between(link, np.arange(0)) is not None
-            else:
+            elif link.writer in ROLE_PATHS:  # not a norm that one of two families lacks
                 ends.follow_rows(link)
         bases.release()
     if of_experts or found.gains or found.rows:
