@@ -51,6 +51,23 @@ def test_compiled_with_the_transport_as_an_argument_or_closed_over(transport, ba
     assert_same(dict(jax.jit(lambda item: jcl.apply(transport, item))(modules)), dict(sorted(wanted.items())))
 
 
+def test_equal_transports_share_a_program(bases):
+    modules, traces = random_adapter(bases[0], roles=FEW, scale=0.5).modules, []
+
+    @jax.jit
+    def run(transport, modules):
+        traces.append(transport.method)
+        return jcl.apply(transport, modules)
+
+    again = [jcl.open_base(base.path) for base in bases]
+    found = [jcl.align(*bases, PadTruncate()), jcl.align(*again, PadTruncate()), jcl.align(*bases, HalfCopy(share=0.3))]
+    for transport in found:
+        assert_same(dict(run(transport, modules)), dict(sorted(jcl.apply(transport, modules).items())))
+    assert traces == [PadTruncate(), HalfCopy(share=0.3)]
+    # The bases are not compared, and go with their transport.
+    assert jcl.shift(jax.tree.map(lambda leaf: leaf, found[1]), Adapter(modules)).adapter.modules
+
+
 def test_vectorised_over_stacked_adapters(transport, bases):
     each = [random_adapter(bases[0], roles=FEW, seed=seed).modules for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)

@@ -239,9 +239,9 @@ class BaseModel:
         return EMBEDDING if name == HEAD and self.tied else name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class BaseInfo:
-    """Facts about a base model, without its weights.
+    """Facts about a base model, without its weights. Hashable, so that it can be static under jit.
 
     Attributes:
         name: as written into `base_model_name_or_path`.
@@ -258,8 +258,8 @@ class BaseInfo:
     revision: str | None
     digest: str
     family: str
-    shapes: Mapping[str, tuple[int, int]]
-    fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(hash=False)
+    fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict, hash=False)
     heads: tuple[int, int] | None = None
     has_experts: bool = False
     prefix: str = TEXT

@@ -14,7 +14,7 @@ from jcrosslora.linalg import describe_kernels
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Evidence, EvidenceKind
 from jcrosslora.maps.method import Method
-from jcrosslora.maps.transport import AlignRecipe, Transport, TransportGroup
+from jcrosslora.maps.transport import AlignRecipe, OpenedBases, Transport, TransportGroup
 from jcrosslora.relation import has_other_gains
 from jcrosslora.relation.bases import compare_token_names
 from jcrosslora.relation.pairing import SIMILAR, Pair, Pairing
@@ -115,7 +115,7 @@ class AlignmentTask:
             source=describe_base(self.pair.source),
             target=describe_base(self.pair.target),
             pairing=self.pairing,
-            bases=(self.pair.source, self.pair.target),
+            bases=OpenedBases(self.pair.source, self.pair.target),
             warnings=tuple(self._warnings()),
         )
 

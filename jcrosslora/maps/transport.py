@@ -127,9 +127,19 @@ class TransportGroup:
         return cls(terms, agreement, pairs, tuple(facts["kernels"]))  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedBases:
+    """Both bases as they were opened. All compare equal: a program depends on what `BaseInfo` says of them alone."""
+
+    source: BaseModel = dataclasses.field(compare=False)
+    target: BaseModel = dataclasses.field(compare=False)
+
+
 @flax.struct.dataclass
 class Transport:
     """All maps from one base to another. A pytree: it may be an argument of a function that is compiled.
+
+    Transports of one method between bases of equal digests share a program.
 
     Attributes:
         groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
@@ -142,7 +152,7 @@ class Transport:
     source: BaseInfo = flax.struct.field(pytree_node=False)
     target: BaseInfo = flax.struct.field(pytree_node=False)
     pairing: Pairing = flax.struct.field(pytree_node=False)
-    bases: tuple[BaseModel, BaseModel] | None = flax.struct.field(pytree_node=False, default=None)
+    bases: OpenedBases | None = flax.struct.field(pytree_node=False, default=None)
     warnings: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def __repr__(self) -> str:

@@ -149,7 +149,7 @@ def shift(
         raise MethodError(msg)
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with hosts.together(), enough_memory(out_of_memory_advice(transport.method)):
-        session = PairSession(*transport.bases)
+        session = PairSession(transport.bases.source, transport.bases.target)
         request = Request(adapter, transport.method, chosen, given_probes(prompts, examples))
         return session.finish_aligned(session.check(request, session.load(request)), transport)
 
