@@ -1,6 +1,7 @@
 """A dense target learns from a source with experts, and a target with experts from a dense source."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -90,3 +91,27 @@ def test_a_fit_gets_an_adapter_of_experts_alone(bases):
     assert not found.adapter.experts
     assert not found.report.unmapped_sources
     assert (found.report.rank_before, found.report.fit) == (2, FitFacts(note="nothing was fitted"))
+
+
+@dataclass(frozen=True)
+class WithExperts(Distill):
+    """Updates of experts of the target, in place of a fit."""
+
+    name: ClassVar[str] = "with-experts"
+
+    def move(self, task):
+        modules = random_adapter(task.target, roles=("q_proj",)).modules
+        return Moved(replace(experts_alone(task.target), modules=modules), fit=FitFacts(note="nothing was fitted"))
+
+
+def test_updates_of_experts_that_a_fit_returns_are_written(bases, tmp_path):
+    dense, sparse = bases
+    found = jcl.transfer(random_adapter(dense), dense, sparse, WithExperts(), prompts=CORPUS, effect="never")
+    names = {update.name for update in experts_alone(sparse).experts}
+    assert {update.name for update in found.adapter.experts} == names
+    again = jcl.load_adapter(found.save(tmp_path / "peft", profile="peft"), sparse)
+    assert {update.name for update in again.experts} == names
+    assert names < found.report.ranks.keys()
+    out = found.save(tmp_path / "portable")
+    assert "not written: LoRA of experts" in (out / "README.md").read_text()
+    assert not names & json.loads((out / "transfer_report.json").read_text())["ranks"].keys()

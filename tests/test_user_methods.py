@@ -18,9 +18,11 @@ from user_methods import HalfCopy
 
 import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch
-from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.adapter import Adapter, TokenUpdate
+from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.methods import (
     METHODS,
+    Copy,
     CrossLoRA,
     FitFacts,
     LoRAX,
@@ -388,6 +390,77 @@ def test_a_fit_reads_no_weights(folder, tmp_path):
     assert (found.report.fit, found.report.unmapped_sources) == (CONSTANT, ())
     # Each module of the source that lies at the depth of one of the target is still accounted for.
     assert {row.source for row in found.report.rows} > set(found.adapter.modules)
+
+
+# --- all that a method returns is written ----------------------------------------------------------------------------
+
+
+def token_rows(base, ids=(5, 9)):
+    rows = np.random.default_rng(len(ids)).normal(size=(len(ids), base.dims.hidden)).astype(np.float32)
+    return (TokenUpdate("tied", "tokens", base.dims.vocab, np.array(ids), rows=rows, share=0.1),)
+
+
+@dataclass(frozen=True)
+class WithRows(Method):
+    """A fit of linear modules and of the rows of tokens."""
+
+    name: ClassVar[str] = "with-rows"
+
+    def move(self, task):
+        adapter = random_adapter(task.target, roles=("q_proj",), rank=2)
+        return Moved(dataclasses.replace(adapter, tokens=token_rows(task.target)), fitted="set to a constant")
+
+
+def test_rows_of_tokens_that_a_fit_returns_are_written(folder, tmp_path):
+    target = jcl.open_base(folder / "target")
+    found = jcl.transfer(folder / "adapter", folder / "source", target, WithRows(), cache=False)
+    (update,) = found.adapter.tokens
+    assert update.same_change(token_rows(target)[0])
+    out = found.save(tmp_path / "peft", profile="peft")
+    assert jcl.load_adapter(out, target).tokens[0].same_change(update)
+    said = "trained tokens (trainable_token_indices), model.embed_tokens, lm_head"
+    assert f"{said}: 2 rows, made by the method" in (out / "README.md").read_text()
+    out = found.save(tmp_path / "portable")
+    assert f"not written: {said} (10.0% of" in (out / "README.md").read_text()
+    assert json.loads((out / "transfer_report.json").read_text())["tokens"] == []
+
+
+@dataclass(frozen=True)
+class Bare(Copy):
+    """A copy that returns some of the modules, and nothing else."""
+
+    name: ClassVar[str] = "bare"
+
+    def move(self, task):
+        return Moved(Adapter({name: task.mapped.modules[name] for name in task.mapped.modules if "q_proj" in name}))
+
+
+@pytest.mark.parametrize("calibrate", ["none", "frobenius"])
+def test_what_a_method_does_not_return_is_not_written_and_named(folder, calibrate):
+    source = jcl.open_base(folder / "source")
+    adapter = dataclasses.replace(random_adapter(source, roles=("q_proj", "v_proj")), tokens=token_rows(source))
+    options = {"cache": False, "calibrate": calibrate, "out_rank": 2}
+    copied, bare = (jcl.transfer(adapter, source, source, method, **options) for method in ("copy", Bare()))
+    assert (len(copied.adapter.tokens), copied.report.tokens[0].moved) == (1, 2)
+    assert {name.rpartition(".")[2] for name in bare.adapter.modules} == {"q_proj"}
+    assert (bare.adapter.tokens, bare.report.tokens) == ((), ())
+    assert any(
+        text.startswith("not moved: trained tokens") and "method bare left it out" in text
+        for text in bare.report.warnings
+    )
+    assert all((row.norm_after == 0) == (row.role == "v_proj") for row in bare.report.rows)
+
+
+def test_an_update_that_does_not_fit_the_target_is_refused(folder):
+    @dataclass(frozen=True)
+    class Astray(Constant):
+        name: ClassVar[str] = "astray"
+
+        def move(self, task):
+            return Moved(random_adapter(task.base), fitted="to the wrong base")
+
+    with pytest.raises(AdapterError, match=r"moved has an update of 48 x 48 for model\.layers\.0\.self_attn\.q_proj"):
+        jcl.transfer(folder / "adapter", folder / "source", folder / "target", Astray(), cache=False)
 
 
 def test_a_fit_has_no_maps_to_apply(folder):

@@ -178,7 +178,7 @@ class TokenUpdate:
         rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
         energy: squared Frobenius norm of the change.
         lost: squared Frobenius norm that truncation removed when it was read.
-        share: `energy` and `lost` over the same of the whole adapter that it was read from; 0 after a transfer.
+        share: `energy` and `lost` over the same of the whole adapter that it was read from.
     """
 
     table: str

@@ -97,6 +97,8 @@ class Moved:
     """An update of the target, with an account of how it came about.
 
     Attributes:
+        adapter: all of it is written, and nothing else: rows of tokens and updates of experts that are in `Task.mapped`
+            and not in it are left out. Its `info` is filled in by the transfer.
         fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
             source adapter, so no source module counts as unmapped.
         added: description of what was added to the mapped update, one sentence without a full stop; None if nothing

@@ -54,7 +54,7 @@ def carry_tokens(
         for table in (EMBEDDING, HEAD) if update.table == TIED and not target.tied else (update.table,):
             part = dataclasses.replace(update, table=table)
             carried, changed, count, kept = rows_to.factors(part) if part.rows is None else rows_to.replaced(part)
-            found += [carried] if len(carried.ids) else []
+            found += [dataclasses.replace(carried, share=update.share)] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
         rows.append(TokenRow(update.modules, update.kind, changed, count, update.share, share))
     moved = complete_rows(found, target)

@@ -56,13 +56,13 @@ class UnmappedSource:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A moved change of the embedding or the output head.
+    """A change of the embedding or the output head of the target, which the maps carried or the method made.
 
     Attributes:
         modules: the changed modules; both, if the source ties them.
         kind: the form it was read from, a key of `jcrosslora.adapter.records.CHANGES`.
         rows: the number of rows (tokens) that it changes; the target has `moved` of them.
-        share: ||.||_F^2 of the change over that of the whole adapter.
+        share: ||.||_F^2 of the change over that of the whole adapter; None if the method made it, as for `kept`.
         kept: the share of the change's own ||.||_F^2 in the moved rows.
     """
 
@@ -70,13 +70,15 @@ class TokenRow:
     kind: str
     rows: int
     moved: int
-    share: float
-    kept: float
+    share: float | None = None
+    kept: float | None = None
 
     @property
     def sentence(self) -> str:
         """Return the figures in words, without a full stop."""
         what = describe_change(self.kind, self.modules, self.share)
+        if self.kept is None:
+            return f"{what}: {self.moved:,} rows, made by the method"
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
 
 

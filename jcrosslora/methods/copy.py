@@ -27,7 +27,7 @@ vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -155,7 +155,7 @@ class InterpolatedCopy(Copy):
             task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
         modules, kept = task.shared[key]
         assert task.mapped is not None  # a map method has maps
-        return Moved(_sum(task.target, task.mapped.modules, modules), added=self.sentence(modules, kept))
+        return Moved(_sum(task.target, task.mapped, modules), added=self.sentence(modules, kept))
 
     def sentence(self, modules: Mapping[str, LoRAFactors], kept: float) -> str:
         """Describe what is added, without a full stop."""
@@ -242,9 +242,10 @@ def interpolate_to_source(
     return {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
 
 
-def _sum(target: BaseModel, moved: Mapping[str, LoRAFactors], added: Mapping[str, LoRAFactors]) -> Adapter:
+def _sum(target: BaseModel, mapped: Adapter, added: Mapping[str, LoRAFactors]) -> Adapter:
     # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
-    terms = [fuse(part, target.fused) for part in (moved, added)]
+    terms = [fuse(part, target.fused) for part in (mapped.modules, added)]
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
     parts = split_fused(Adapter(whole), target.fused).modules
-    return Adapter({name: parts[name] for name in target.modules if name in moved or name in added})
+    modules = {name: parts[name] for name in target.modules if name in mapped.modules or name in added}
+    return replace(mapped, modules=modules)

@@ -38,7 +38,7 @@ class Distill(DistillSettings, Method):
     def move(self, task: Task) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.
 
-        The fit starts from the mapped update, if there is one.
+        The fit starts from the mapped update, if there is one, whose other changes stay as they are.
         """
         from jcrosslora.distill.run import distill
 
@@ -57,7 +57,7 @@ class Distill(DistillSettings, Method):
             shared=task.shared,
         )
         return Moved(
-            found.adapter,
+            found.adapter if task.mapped is None else replace(task.mapped, modules=found.adapter.modules),
             fit=found.facts,
             curve=[(look.completions, look.divergence) for look in found.looks],
             completions=found.completions,

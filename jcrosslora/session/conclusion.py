@@ -6,8 +6,8 @@ from typing import Any
 
 from msgspec import structs
 
-from jcrosslora.adapter import Adapter, update_norm
-from jcrosslora.adapter.records import AdapterOrigin
+from jcrosslora.adapter import Adapter, Carried, TokenUpdate, fit_to_base, update_norm
+from jcrosslora.adapter.records import AdapterOrigin, left_out
 from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import truncate_fused
 from jcrosslora.checkpoint import BaseModel
@@ -15,7 +15,7 @@ from jcrosslora.decoder import LoadedBases, fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
 from jcrosslora.evaluate.probes import Probes
-from jcrosslora.maps.shifted import ModuleRow, Shifted, defined
+from jcrosslora.maps.shifted import ModuleRow, Shifted, TokenRow, defined
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import Auto, Method, Moved, Task
 from jcrosslora.relation import why_not_run
@@ -98,12 +98,12 @@ def conclude(
         check: measures the effect; None leaves it unmeasured.
     """
     options = move.request.options
-    moved = replace(shifted.adapter, modules=update.adapter.modules)
+    moved = fit_to_base(replace(update.adapter, info=shifted.adapter.info), transport.target)
     norms = None
     if shifted.calibration == "frobenius":  # what a method added to the mapped update counts as well
-        norms = {name: update_norm(moved.modules[name]) for name in shifted.adapter.modules}
+        norms = {name: update_norm(moved.modules[name]) for name in shifted.adapter.modules if name in moved.modules}
     moved, truncation = truncate_fused(moved, target.fused, options.out_rank, norms)
-    effect, warnings = (None, ()) if check is None else check(moved)
+    effect, more = (None, ()) if check is None else check(moved)
     changed = update.adapter is not shifted.adapter or truncation is not None
     texts = tuple(item.text for item in update.completions)
     rows = _rows(shifted, update, moved, target) if changed else shifted.rows
@@ -121,7 +121,7 @@ def conclude(
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=shifted.unmapped if update.fit is None else (),
         energy=defined(shifted.energy),
-        warnings=(*transport.warnings, *shifted.notes, *update.warnings, *warnings),
+        warnings=(*transport.warnings, *shifted.notes, *_left_by(move.method, shifted, moved), *update.warnings, *more),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=move.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
@@ -133,7 +133,7 @@ def conclude(
         truncation=truncation,
         rank_before=max(_ranks(shifted.original).values(), default=move.rank),
         ranks=_ranks(moved),
-        tokens=shifted.tokens,
+        tokens=_token_rows(shifted, moved),
         asked=dict(move.queried),
     )
     report = complete(report, move.method)
@@ -142,11 +142,31 @@ def conclude(
     return TransferResult(moved, report, transport.target, texts, update.chat_template, kept)
 
 
+def _left_by(method: Method, shifted: Shifted, moved: Adapter) -> tuple[str, ...]:
+    """Say what the maps carried, and the method did not return."""
+    held = Carried.EVERYTHING
+    held &= held if moved.tokens else ~Carried.TOKENS
+    held &= held if moved.experts else ~Carried.EXPERTS
+    return tuple(f"not moved: {text}" for text in left_out(shifted.adapter, held, f"method {method.name} left it out"))
+
+
+def _token_rows(shifted: Shifted, moved: Adapter) -> tuple[TokenRow, ...]:
+    """Return the account of each change of embedding and head: those that the maps carried, then the method's."""
+
+    def accounts(row: TokenRow, update: TokenUpdate) -> bool:
+        return row.kind == update.kind and not set(row.modules).isdisjoint(update.modules)
+
+    # A row of which no token moved has no update.
+    rows = [row for row in shifted.tokens if not row.moved or any(accounts(row, one) for one in moved.tokens)]
+    new = [one for one in moved.tokens if not any(accounts(row, one) for row in rows)]
+    return *rows, *(TokenRow(one.modules, one.kind, len(one.ids), len(one.ids)) for one in new)
+
+
 def _rows(shifted: Shifted, update: Moved, moved: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:
     """Return the account of each module of the moved adapter, in the target's order."""
     norms = {name: defined(update_norm(factors)) for name, factors in moved.modules.items()}
     if update.fit is None:
-        return tuple(structs.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows)
+        return tuple(structs.replace(row, norm_after=norms.get(row.target, 0.0)) for row in shifted.rows)
     # The share that the maps kept is undefined for a fitted update.
     rows = {row.target: structs.replace(row, norm_after=0.0, kept=None) for row in shifted.rows}
     for name, norm in norms.items():

@@ -12,7 +12,7 @@ import msgspec
 from jcrosslora.adapter import Adapter, fit_to_base, save, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
-from jcrosslora.adapter.records import check_numbers, ignored_sentence
+from jcrosslora.adapter.records import check_numbers
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base, open_base
 from jcrosslora.checkpoint.hub import public_name
@@ -151,13 +151,15 @@ class TransferResult:
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""
-        why = save.why_linear_alone(profile)
-        if not self.adapter.tokens or not why:
+        held = save.for_profile(self.adapter, profile)
+        if held is self.adapter:
             return self.adapter, self.report
-        left = [ignored_sentence(row.kind, row.modules, row.share, why) for row in self.report.tokens]
+        left = held.info.ignored[len(self.adapter.info.ignored) :]
         warnings = (*self.report.warnings, *(f"not written: {text}" for text in left))
-        report = msgspec.structs.replace(self.report, tokens=(), warnings=warnings)
-        return replace(self.adapter, tokens=()), report
+        # The ranks are those of what is written.
+        written = {name: rank for name, rank in self.report.ranks.items() if name in held.modules}
+        report = msgspec.structs.replace(self.report, tokens=(), ranks=written, warnings=warnings)
+        return replace(held, info=self.adapter.info), report
 
 
 def save_adapter(
