@@ -1,7 +1,10 @@
 """Transfers from sources that are asked: from files to files, in memory, reports, and what is refused."""
 
+import dataclasses
 import io
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
@@ -18,7 +21,7 @@ from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.task_search import KINDS, search
 from jcrosslora.distill.templates import Sampler, templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
-from jcrosslora.methods import Distill
+from jcrosslora.methods import Distill, Method
 
 FIT = {"completions": 22, "passes": 1, "fit_rank": 2, "answer_tokens": 4, "compared_tokens": 300}
 FLAGS = ["--method", "distill", *(part for key, n in FIT.items() for part in ("--" + key.replace("_", "-"), str(n)))]
@@ -158,6 +161,37 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}
     assert {(BASE, True, 1), (MODEL, True, 1), (MODEL, False, 4)} <= asked
     assert any(model == BASE and not echo for model, echo, _ in asked)  # which writes the requests
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """A fit of one's own, which runs another one."""
+
+    name: ClassVar[str] = "composed"
+    requires: ClassVar[frozenset[jcl.EvidenceKind]] = Distill.requires
+
+    def move(self, task):
+        return Distill(**FIT).move(task)
+
+
+@dataclass(frozen=True)
+class Weighing(Composed):
+    """A fit of one's own that reads weights after all."""
+
+    name: ClassVar[str] = "weighing"
+
+    def move(self, task):
+        return super().move(dataclasses.replace(task, source=task.base))
+
+
+def test_a_fit_of_ones_own_asks_a_source(places, server):
+    folder, source, _ = places
+    served, prompts = jcl.ServedModel(server.url, MODEL, source.path), folder / "prompts.txt"
+    found = jcl.transfer(None, served, folder / "target", Composed(), prompts=prompts)
+    assert found.report.fitted.startswith("fitted to")
+    assert "asked as my-lora" in found.report.fitted
+    with pytest.raises(MethodError, match="reads the weights of the source"):
+        jcl.transfer(None, served, folder / "target", Weighing(), prompts=prompts)
 
 
 def test_what_needs_weights_is_refused(places, server):

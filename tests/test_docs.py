@@ -1,14 +1,15 @@
 """The documentation: every public name is described, every link leads somewhere, the README stays short."""
 
 import ast
-import importlib
 import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from probe_bases import CORPUS, write_move
-from tiny_bases import write_llama
+from tiny_bases import delta, write_llama
+from user_methods import methods_of_the_page
 
 import jcrosslora as jcl
 from jcrosslora.architectures import FAMILIES
@@ -97,23 +98,22 @@ def test_the_methods_of_the_page_on_methods_run_as_written(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     adapter, source, target = write_move(tmp_path)
     Path("prompts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in CORPUS[3:]))
-    text = (ROOT / "docs" / "adding-a-method.md").read_text()
-    *modules, calls = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    names = {"jcl": jcl, "adapter": adapter, "source": source, "target": target}
-    try:
-        for code in modules:
-            name = re.match(r"# (\w+)\.py", code)[1]
-            Path(f"{name}.py").write_text(code)
-            monkeypatch.syspath_prepend(tmp_path)
-            names |= vars(importlib.import_module(name))
-        reports = []
-        for call in calls.splitlines():
-            reports.append(eval(call, names).report)
-        assert [report.recipe.method for report in reports] == ["my_maps:PlainPairs", "my_fit:BestOfTwo"]
-        assert reports[1].fit.steps > 0
-    finally:
-        for name in ("plain-pairs", "best-of-two"):
-            jcl.methods.METHODS.pop(name, None)
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    *_, calls = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    with methods_of_the_page(tmp_path) as names:
+        names |= {"jcl": jcl, "adapter": adapter, "source": source, "target": target}
+        plain, best, started = (eval(call, names) for call in calls.splitlines())
+    assert plain.report.recipe.method == "my_maps:PlainPairs"
+    assert best.report.recipe.method == "my_fit:BestOfTwo"
+    assert best.report.fit.steps > 0
+    # What was fitted on top of the mapped update has the rank of the fit, which the difference to any other has not.
+    mapped = jcl.transfer(adapter, source, target, "pad-truncate").adapter.modules
+    ranks = {
+        name: np.linalg.matrix_rank(delta(started.adapter.modules[name]) - delta(mapped[name]), tol=1e-4)
+        for name in mapped
+    }
+    assert set(ranks.values()) == {2}
+    assert all(np.linalg.matrix_rank(delta(factors), tol=1e-4) > 2 for factors in mapped.values())
 
 
 def test_the_readme_has_at_most_10_kb():

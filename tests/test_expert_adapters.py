@@ -239,6 +239,12 @@ def test_an_adapter_of_experts_alone_moves_to_a_copy_of_its_base(alone, tmp_path
     np.testing.assert_allclose(run_torch(loaded), alone.wanted, **CLOSE)
 
 
+def test_a_rank_for_linear_layers_leaves_an_adapter_of_experts_alone_as_it_is(alone):
+    moved = jcl.transfer(alone.adapter, alone.base, alone.base, "copy", out_rank=2, cache=False, effect="never")
+    np.testing.assert_allclose(run_ours(alone.base, moved.adapter), alone.wanted, **CLOSE)
+    assert (moved.report.truncation, moved.report.out_rank) == (None, 2)
+
+
 def test_an_adapter_of_experts_goes_with_its_experts_and_layers(mixtral):
     places, model = [4, 2, 0, 1, 3], mixtral.load()
     permuted = with_experts(model, places, [0, 1])

@@ -13,6 +13,7 @@ import pytest
 from command_line import main
 from probe_bases import CORPUS, write_move
 from sharded_session import CASES, base_of
+from user_methods import methods_of_the_page
 
 import jcrosslora as jcl
 from jcrosslora.decoder import Sampling, extend, fast_dtype, forward, load_model, prefill, stack_adapter
@@ -170,6 +171,34 @@ def test_a_dry_run_says_where_the_weights_lie(places, tmp_path, monkeypatch, cap
     }
     command(places, tmp_path, "--method", "distill", "--dry-run", "--divide", "never")
     assert f"\ndevices 1 of {there} has all weights: " in capsys.readouterr().out
+
+
+def test_the_weights_of_a_fit_of_ones_own_are_counted_and_divided(places, tmp_path, monkeypatch, capsys):
+    there = jax.local_device_count()
+    held = {count: sum(held_numbers(jcl.open_base(place), count) for place in places[1:]) for count in (1, there)}
+    sizes = {count: fast_dtype().itemsize * numbers for count, numbers in held.items()}
+    monkeypatch.setattr(estimate, "free_of_each", lambda: sizes[1] - 1)
+    with methods_of_the_page(tmp_path):
+        command(places, tmp_path, "--method", "my_fit:BestOfTwo", "--effect", "never", "--dry-run", "--json")
+        found = json.loads(capsys.readouterr().out)
+        monkeypatch.setattr(estimate, "free_of_each", lambda: sizes[there] - 1)
+        with pytest.raises(SystemExit):
+            command(places, tmp_path, "--method", "my_fit:BestOfTwo", "--effect", "never")
+    assert "the weights of the fit take" in capsys.readouterr().err
+    placement = found["placement"]
+    assert (placement["devices"], placement["weights_bytes"], placement["whole_bytes"]) == (
+        *(there, sizes[there]),
+        sizes[1],
+    )
+    assert found["memory_bytes"] == sizes[there] + estimate.PROCESS
+
+
+@pytest.mark.full
+def test_a_fit_of_ones_own_runs_on_the_devices_that_share_its_weights(places, tmp_path):
+    with methods_of_the_page(tmp_path) as names:
+        method = names["BestOfTwo"](completions=16)
+        found = jcl.transfer(*places, method, prompts=CORPUS, divide="always", effect="never", cache=False)
+    assert f"the weights were divided over {jax.local_device_count()} devices" in found.report.fitted
 
 
 @pytest.mark.parametrize("more", [["--dry-run"], []])

@@ -1,19 +1,41 @@
 """Methods in a user's own file: they take part in transfers, batches and the command line like any other."""
 
+import importlib
 import os
+import re
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jcrosslora import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
-from jcrosslora.methods import MapMethod, Moved, PadTruncate, Task
+from jcrosslora.methods import METHODS, MapMethod, Moved, PadTruncate, Task
 from jcrosslora.utils import files
 
 # Called with the task of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
 HOOKS: list[Callable[[Task], object]] = []
+
+
+@contextmanager
+def methods_of_the_page(folder: Path) -> Iterator[dict[str, Any]]:
+    """Import the modules of docs/adding-a-method.md from a folder, and give their names; then forget the methods."""
+    page, before = Path(__file__).parent.parent / "docs" / "adding-a-method.md", dict(METHODS)
+    modules = re.findall(r"^```python\n(# (\w+)\.py\n.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    sys.path.insert(0, str(folder))
+    try:
+        for code, name in modules:
+            (folder / f"{name}.py").write_text(code)
+        yield {key: found for _, name in modules for key, found in vars(importlib.import_module(name)).items()}
+    finally:
+        sys.path.remove(str(folder))
+        for _, name in modules:
+            sys.modules.pop(name, None)
+        for name in METHODS.keys() - before:
+            del METHODS[name]
 
 
 @dataclass(frozen=True)

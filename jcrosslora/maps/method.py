@@ -164,6 +164,11 @@ class Method(Settings):
         del sizes
         return {FINISH: None}
 
+    def memory(self, target: BaseModel, free: int | None) -> int | None:
+        """Return the bytes that `move` takes beside the weights of both bases, which leave `free`; None if unknown."""
+        del target, free
+        return None
+
     @property
     def map_method(self) -> MapMethod | None:
         """The map method that runs before `move`: a map method itself, None if nothing is mapped."""
@@ -182,7 +187,17 @@ class Method(Settings):
     @property
     def fits_update(self) -> bool:
         """Tell whether the whole update is fitted, so that its size follows from the fit."""
-        return not isinstance(self, MapMethod)
+        return True
+
+    @property
+    def holds_bases(self) -> bool:
+        """Tell whether `move` runs both bases by `task.loaded`, which divides their weights over devices."""
+        return self.fits_update and self.runs_bases
+
+    @property
+    def reads_source(self) -> bool:
+        """Tell whether the weights of the source are needed; a source that can only be queried has none."""
+        return self.map_method is not None or bool(self.requires - {EvidenceKind.COMPLETIONS})
 
     @property
     def uses_examples(self) -> bool:
@@ -272,3 +287,8 @@ class MapMethod(Method):
     def map_method(self) -> MapMethod:
         """Return the method itself."""
         return self
+
+    @property
+    def fits_update(self) -> bool:
+        """Return False: the update is mapped."""
+        return False

@@ -6,6 +6,7 @@ or from the rows and columns of the update that a pruned target still has.
 
 from dataclasses import dataclass, replace
 
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distill.settings import UNPROMPTED, DistillSettings
 from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy, Select
@@ -34,6 +35,12 @@ class Distill(DistillSettings, Method):
         fit = replace(fit_cost(first, **given), budget=self.seconds)
         written = completions_cost(count, self.answer_tokens, self.discovery, **given)
         return {"write completions": written, "fit": fit}
+
+    def memory(self, target: BaseModel, free: int | None) -> int:
+        """Count predictions, activations and factors."""
+        from jcrosslora.distill.batches import peak_bytes
+
+        return peak_bytes(target, self, free)
 
     def move(self, task: Task) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.

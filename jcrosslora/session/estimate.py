@@ -14,8 +14,6 @@ from jax.sharding import Mesh
 from jcrosslora.checkpoint import BaseModel, roles_named
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.loading import held_numbers, mesh_of, streamed_numbers
-from jcrosslora.distill.batches import peak_bytes
-from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.effect import effect_cost
 from jcrosslora.evaluate.probes import probes_cost
@@ -101,8 +99,8 @@ class Estimate:
         yield from (("warning", sentence) for sentence in self.warnings)
 
     def size(self, more: int = 0) -> str:
-        """Write the memory with `more` bytes; activations are extra unless the method is a fit."""
-        activations = self.method.runs_bases and not isinstance(self.method, DistillSettings)
+        """Write the memory with `more` bytes; activations are extra unless the method counts them."""
+        activations = self.method.runs_bases and not (self.placement is not None and self.placement.extra)
         devices = 1 if self.placement is None else self.placement.devices
         each = f" on each of {devices} devices" if devices > 1 else ""
         return f"{_gb(self.memory + more)}{each}{', and activations' if activations else ''}"
@@ -123,14 +121,12 @@ def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings
         UsageError, MemoryError: see `place_bases`.
     """
     method, options, bases = task.method, request.options, (task.pair.source, task.pair.target)
-    rank = task.rank if method.truncates else None
+    rank = getattr(method, "fit_rank", task.rank if method.truncates else None)
     memory, placement = _group_memory(task), None
     if task.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
         memory = max(memory, placement.peak)
-    if isinstance(method, DistillSettings):
-        rank = method.fit_rank
-    elif task.runs_bases:
+    if task.runs_bases and not method.holds_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = seconds_of(costs_of(task, request), task.pair, method)
@@ -154,7 +150,7 @@ def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) ->
         found[ALIGN] = evidence_cost(task, texts)
     found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, request.examples))
     if request.options.checks_effect(runs_bases=method.runs_bases):
-        found[EFFECT] = effect_cost(written=isinstance(method, DistillSettings))
+        found[EFFECT] = effect_cost(written=method.uses_examples)
     return found
 
 
@@ -244,7 +240,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         MemoryError: the weights of a fit do not fit into the devices, however they are divided, or those that are
             streamed do not fit into the host's memory.
     """
-    fit_size = fast_dtype().itemsize if isinstance(method, DistillSettings) else 0
+    fit_size = fast_dtype().itemsize if method.holds_bases else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
 
     source = bases[0] if len(bases) > 1 else None
@@ -261,11 +257,11 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
 
     free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
     extra = 0
-    if isinstance(method, DistillSettings):
+    if method.holds_bases:
         # On a CPU the fit keeps less where little is free. Several devices rather share the weights.
         host = free_memory() if jax.default_backend() == "cpu" else None
         left = None if host is None else max(0, host - fitted(1, streams=streams))
-        extra = peak_bytes(bases[-1], method, left)
+        extra = method.memory(bases[-1], left) or 0
     if streams and source is None:
         msg = "divide stream was asked for, and the source is not run here: leave it out"
         raise UsageError(msg)

@@ -14,6 +14,7 @@ from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases
 from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
 from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.maps.method import FINISH, Sizes
 from jcrosslora.maps.shift import Shifted
 from jcrosslora.maps.transport import AlignRecipe, Transport
 from jcrosslora.methods import Auto, Distill, FitFacts, Method, Task, make_chosen
@@ -23,10 +24,9 @@ from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, pla
 from jcrosslora.session.result import TransferResult
 from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
-from jcrosslora.utils.progress import steps
+from jcrosslora.utils.progress import begin, steps
 
 _CHOICE = "the source can only be queried, so an update is fitted to its predictions"
-_STEPS = "write completions", "fit"
 
 QueriedModel = ServedModel | TorchModel
 
@@ -56,7 +56,8 @@ class QueriedSession:
             states=None if self._root is None else self._root / "fits",
             loaded=LoadedBases(mesh=placement.mesh),
         )
-        with steps(dict.fromkeys(_STEPS)):
+        with steps(self._steps(move)):
+            begin(FINISH)
             update = move.method.move(task)
         facts = structs.replace(update.fit or FitFacts(), note=f"the source was {source.how}")
         update = replace(update, fit=facts)
@@ -71,9 +72,14 @@ class QueriedSession:
         if isinstance(self._model, ServedModel):
             opening()
         placed, method = self._placement(move), move.method
-        rank = method.fit_rank if isinstance(method, Distill) else None
-        modules, memory = fitted_modules(method, self._target), placed.peak
-        return Estimate(method, move.reason, modules, rank, dict.fromkeys(_STEPS), memory, placed, request.examples)
+        rank, modules = getattr(method, "fit_rank", None), fitted_modules(method, self._target)
+        seconds = self._steps(move)
+        return Estimate(method, move.reason, modules, rank, seconds, placed.peak, placed, request.examples)
+
+    def _steps(self, move: Move) -> dict[str, float | None]:
+        """Return the steps of the method, of unknown seconds."""
+        request = move.request
+        return dict.fromkeys(move.method.cost(Sizes(self._target, request.texts, 0, 0, request.examples)))
 
     def _opening(self, request: Request) -> Callable[[], QueriedSource]:
         """Return the function that opens the source with its adapter, which may take minutes.
@@ -109,7 +115,7 @@ class QueriedSession:
             raise HostError(msg)
         method, options, profile, target = request.method, request.options, request.profile, self._target
         chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method
-        if not isinstance(chosen, Distill) or chosen.map_method is not None:
+        if chosen.reads_source:
             msg = f"method {chosen.name} needs the weights of the source, which are not read where it is asked: use "
             raise MethodError(msg + "--method distill, or give the weights with --source")
         chosen.check()

@@ -60,7 +60,7 @@ def _seconds(cost: Cost, pair: BasePair, method: Method) -> float:
     if cost.written:
         layers = (pair.source.dims.layers + _head(pair.source)) * cost.written
         total += _CACHED * layers * time_layer(pair.source, _WRITTEN, fast_dtype())
-    if cost.stepped and isinstance(method, DistillSettings):
+    if cost.stepped:
         layers = pair.target.dims.layers * cost.stepped
         total += layers / prod(_READ) * _time_gradient(pair.target, method)
     total += sum(starmap(_time_decomposition, cost.decomposed))
@@ -96,12 +96,13 @@ def time_layer(base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> flo
     return _fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
 
-def _time_gradient(base: BaseModel, fit: DistillSettings) -> float:
-    """Time the pass of such a layer forward and back, for the factors of a fit."""
+def _time_gradient(base: BaseModel, method: Method) -> float:
+    """Time the pass of such a layer forward and back, for the factors of a fit, as many as the method states."""
     # Imported here: methods that look at weights alone need no optimiser.
     from jcrosslora.distill.fit import first_state
 
-    few = _few_layers(base)
+    few, usual = _few_layers(base), DistillSettings()
+    fit = replace(usual, **{name: getattr(method, name, getattr(usual, name)) for name in ("roles", "fit_rank")})
 
     def make() -> Callable[[], Any]:
         model = _made_up_model(few, base, fast_dtype())
