@@ -128,7 +128,7 @@ def test_attention_map_by_head_is_the_published_product(reads):
     fit = METHODS["lorasuite"]().maps(item)
     moved = apply(fit, update if reads else update.T)
     np.testing.assert_allclose(moved if reads else moved.T, want, atol=1e-3)
-    assert float(fit.weight_cosine) == 0.25
+    assert float(fit.head_cosine) == 0.25
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -141,7 +141,7 @@ def test_mlp_map_uses_the_pseudo_inverse_of_the_source_weight(reads, shapes):
     fit = METHODS["lorasuite"]().maps(item)
     moved = apply(fit, update if reads else update.T)
     np.testing.assert_allclose(moved if reads else moved.T, inner.T @ update @ stream, atol=2e-3)
-    assert np.isnan(float(fit.weight_cosine))
+    assert np.isnan(float(fit.head_cosine))
 
 
 # --- a known symmetry ------------------------------------------------------------------------------------------------
@@ -237,7 +237,13 @@ def test_verdict_recognises_related_heads(planted):
     verdict = jcl.verdict(moved.report)
     assert verdict.level == "aligned"
     assert "heads of the two bases are related (cosine of their circuits 1.000)" in verdict.text
-    assert all((row.weight_cosine is None) == (".mlp." in row.target) for row in moved.report.rows)
+    assert all((row.head_cosine is None) == (".mlp." in row.target) for row in moved.report.rows)
+    # The weight cosine is that of the weights, in other coordinates here.
+    source, target = planted[:2]
+    for row in moved.report.rows:
+        one, other = (base.weight(name).ravel() for base, name in ((source, row.source), (target, row.target)))
+        assert row.weight_cosine == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), abs=1e-5)
+        assert row.part_cosine is None
     assert moved.report.recipe.shared_tokens == VOCAB
 
 

@@ -87,6 +87,11 @@ def test_moved_update_equals_the_selection_of_the_adapted_source(tmp_path):
     assert len(moved.adapter.modules) == 2 * len(moved.report.layers)
     verdict = jcl.verdict(moved.report)
     assert (verdict.level, "the same parts" in verdict.text) == ("aligned", True)
+    for row in moved.report.rows:
+        sizes = source.modules[row.source].shape, target.modules[row.target].shape
+        assert row.part_cosine == pytest.approx(1, abs=1e-5)
+        assert (row.weight_cosine is None) == (len(set(sizes)) == 2)
+        assert row.head_cosine is None
     want, base = change(adapted(made, adapter)), change(made)
     for module, factors in moved.adapter.modules.items():
         key = f"{module}.weight"

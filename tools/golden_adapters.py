@@ -61,7 +61,8 @@ def tiny_digests(folder: Path) -> Iterator[tuple[str, str]]:
     adapter = random_adapter(source, scale=0.3)
     for name in jcl.methods.METHODS:
         for pair, target in {"twin": twin, "other": other}.items():
-            yield f"{name}, {pair}", _digest(adapter, source, target, name, FIT, prompts=CORPUS)
+            found = _digest(adapter, source, target, name, FIT, prompts=CORPUS)
+            yield f"{name}, {pair}", found.replace(str(folder), "")  # errors name the bases
 
 
 def real_digests() -> Iterator[tuple[str, str]]:

@@ -100,7 +100,7 @@ def truncate_fused(
     Parts of a fused matrix are written as one update of it: truncated on their own, they would have a rank for each.
     `norms` are ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
     """
-    if rule is None:
+    if rule is None or not adapter.modules:
         return adapter, None
     whole, account = truncate_by_rule(Adapter(fuse(adapter.modules, fused), adapter.info), rule)
     parts = split_fused(whole, fused).modules

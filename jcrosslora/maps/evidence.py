@@ -228,11 +228,12 @@ class Maps:
             bases, relative to vectors with other indices; 1 is chance, NaN is not measured.
         activation_cosine: (), cosine of the source's activations, mapped to the target, with the target's, over inputs
             and outputs; NaN is not measured.
-        weight_cosine: (), replaces the weight cosine of `Agreement` for methods whose maps contain the target's
-            weights, which would make it large for any two bases; None keeps that of `Agreement`.
+        head_cosine: (), cosine of the circuits of matched attention heads; NaN is not measured.
+        part_cosine: (), cosine of the selected rows and columns of W_src with W_tgt; NaN is not measured.
     """
 
     terms: Terms
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
-    weight_cosine: jax.Array | None = None
+    head_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
+    part_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))

@@ -60,7 +60,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
             is chance. Defined for equal O and proper subspaces. For unequal O on the
             residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
             `similarity_in` is the same for the right singular vectors and I.
-        weight_cosine: cosine of W_src, mapped if shapes differ, with W_tgt, unless `Maps` replaces it; `Maps` explains
+        weight_cosine: cosine of W_src with W_tgt, by a method with this measure of the mapped W_src. `Maps` explains
             the others.
     """
 
@@ -78,6 +78,8 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     vector_ratio: float | None = None
     activation_cosine: float | None = None
     weight_cosine: float | None = None
+    head_cosine: float | None = None
+    part_cosine: float | None = None
 
 
 MAP_FIELDS = tuple(field.name for field in dataclasses.fields(LinearMap))
@@ -172,7 +174,7 @@ class Transport:
 def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str, Any]:
     """Measure the agreement of a pair, by the fields of `Agreement`, NaN for None.
 
-    With `by_coordinates` the maps are applied to W_src if the shapes differ.
+    With `by_coordinates` the weight cosine is that of the mapped W_src.
     """
     nan = np.float32(np.nan)
     sides = {"src": evidence.src.svd, "tgt": evidence.tgt.svd}
@@ -189,6 +191,8 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str
         "vector_ratio": maps.vector_ratio,
         "activation_cosine": maps.activation_cosine,
         "weight_cosine": _weight_cosine(evidence, maps, by_coordinates),
+        "head_cosine": maps.head_cosine,
+        "part_cosine": maps.part_cosine,
     }
 
 
@@ -224,12 +228,8 @@ def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Arr
 
 
 def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> Any:
-    if maps.weight_cosine is not None:
-        return maps.weight_cosine
     w_src, w_tgt = evidence.src.weight, evidence.tgt.weight
-    if w_src.shape != w_tgt.shape:
-        if not by_coordinates:
-            return np.float32(np.nan)
-        ((p_out, p_in),) = maps.terms
-        w_src = p_in(p_out(w_src).T).T
-    return cosine(w_src, w_tgt)
+    if by_coordinates:
+        first, *others = (p_in(p_out(w_src).T).T for p_out, p_in in maps.terms)
+        w_src = sum(others, first)
+    return cosine(w_src, w_tgt) if w_src.shape == w_tgt.shape else np.float32(np.nan)

@@ -80,10 +80,9 @@ class Copy(MapMethod):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return the scales of rows and columns by which the source's weight becomes the target's, usually all one."""
-        scales, src = evidence.channel_scales, evidence.src.weight
+        scales = evidence.channel_scales
         p_out, p_in = (select(jnp.arange(len(one)), one, len(one)) for one in (scales.rows, scales.columns))
-        rescaled = scales.rows[:, None] * src * scales.columns
-        return Maps(((p_out, p_in),), weight_cosine=cosine(rescaled, evidence.tgt.weight))
+        return Maps(((p_out, p_in),))
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Select(MapMethod):
         o_src, i_src = evidence.src.weight.shape
         p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
         carried = p_in(p_out(evidence.src.weight).T).T
-        return Maps(((p_out, p_in),), weight_cosine=cosine(carried, evidence.tgt.weight))
+        return Maps(((p_out, p_in),), part_cosine=cosine(carried, evidence.tgt.weight))
 
 
 def _choice(index: jax.Array, size: int) -> LinearMap:

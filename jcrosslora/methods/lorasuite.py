@@ -51,7 +51,7 @@ class LoRASuite(MapMethod):
         else:
             inner, likeness = _by_head(x_src, x_tgt, stream, heads.match), heads.cosine
         pair = (inner, _dense(stream)) if evidence.reads else (_dense(stream), inner)
-        return Maps((pair,), weight_cosine=likeness)
+        return Maps((pair,), head_cosine=likeness)
 
 
 def _through_inverse(x_src: jax.Array, x_tgt: jax.Array, stream: jax.Array) -> LinearMap:

@@ -136,6 +136,8 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
         "vectors": _number(mean("vector_ratio"), 2),
         "activations": _number(mean("activation_cosine"), 3),
         "cosine": _number(mean("weight_cosine"), 3),
+        "heads": _number(mean("head_cosine"), 3),
+        "parts": _number(mean("part_cosine"), 3),
         "norm": f"{before}{after:.3g}",
     }
 
@@ -187,7 +189,7 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
 
 
 def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: bool) -> Verdict:
-    cosine = weighted(rows, "weight_cosine")
+    cosine = weighted(rows, {"head cosine": "head_cosine", "part cosine": "part_cosine"}.get(measure, "weight_cosine"))
     if same and (cosine >= _SAME_COSINE or not rows):
         return Verdict(
             "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
