@@ -32,6 +32,7 @@ from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.sources.served import ServedSource
 from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.methods import Distill
+from jcrosslora.report.fit import fit_sentences
 from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER, compare, demo_questions, shipped
 
 TOKENS = 12  # of a greedy answer
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             looks = found.looks[0].divergence, min(look.divergence for look in found.looks)
             rows.append((name, *looks, time.monotonic() - begun))
             moved[name] = found.adapter
-            console.print(f"{name}: {found.sentence}", soft_wrap=True)
+            console.print(f"{name}: {'; '.join(fit_sentences(found.facts))}", soft_wrap=True)
     for one, other in combinations(said, 2):
         same = [a == b for a, b in zip(said[one], said[other], strict=True)]
         plain, adapted = sum(same[: len(prompts)]), sum(same[len(prompts) :])

@@ -408,7 +408,7 @@ class WithRows(Method):
 
     def move(self, task):
         adapter = random_adapter(task.target, roles=("q_proj",), rank=2)
-        return Moved(dataclasses.replace(adapter, tokens=token_rows(task.target)), fitted="set to a constant")
+        return Moved(dataclasses.replace(adapter, tokens=token_rows(task.target)), fit=CONSTANT)
 
 
 def test_rows_of_tokens_that_a_fit_returns_are_written(folder, tmp_path):
@@ -457,7 +457,7 @@ def test_an_update_that_does_not_fit_the_target_is_refused(folder):
         name: ClassVar[str] = "astray"
 
         def move(self, task):
-            return Moved(random_adapter(task.base), fitted="to the wrong base")
+            return Moved(random_adapter(task.base), fit=FitFacts(note="to the wrong base"))
 
     with pytest.raises(AdapterError, match=r"moved has an update of 48 x 48 for model\.layers\.0\.self_attn\.q_proj"):
         jcl.transfer(folder / "adapter", folder / "source", folder / "target", Astray(), cache=False)

@@ -213,6 +213,11 @@ _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}
 
 
+def setting_types() -> dict[str, Any]:
+    """Return the types of all settings of a transfer and hyper-parameters of methods, by their names in TOML files."""
+    return hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
+
+
 def read_settings(values: Mapping[str, Any], place: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check the settings of a transfer and hyper-parameters of methods in a recipe or a plan, see `read_table`.
 
@@ -221,8 +226,7 @@ def read_settings(values: Mapping[str, Any], place: str, more: Mapping[str, Any]
     if typed := [name for name in _TYPED if name in values]:
         msg = f"{place} sets {typed[0]}, which no file may do: leave it out there, and add {_TYPED[typed[0]]} to the "
         raise UsageError(msg + "command")
-    types = hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
-    return read_table(values, {**(more or {}), **types}, place)
+    return read_table(values, {**(more or {}), **setting_types()}, place)
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
