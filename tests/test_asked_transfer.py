@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import pytest
 from probe_bases import CORPUS, chat_base, write_base
+from safetensors.numpy import load_file
 from source_server import BASE, MODEL, serving
 from test_sources import softened
 from tiny_bases import random_adapter
@@ -18,9 +21,12 @@ from jcrosslora.cli.main import main
 from jcrosslora.distill import completions, templates
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.served import ServedSource
+from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.distill.task_search import KINDS, search
 from jcrosslora.distill.templates import Sampler, templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
+from jcrosslora.evaluate.engine_runs import quiet
+from jcrosslora.evaluate.torch_models import load_base
 from jcrosslora.methods import Distill, Method
 
 FIT = {"completions": 22, "passes": 1, "fit_rank": 2, "answer_tokens": 4, "compared_tokens": 300}
@@ -143,6 +149,103 @@ def test_torch_imports_no_module_that_an_adapter_names(places, tmp_path):
     model = jcl.TorchModel(source.path, device="cpu")
     with pytest.raises(AdapterError, match="names a Python module, 'evil', which is not imported"):
         jcl.transfer(tmp_path / "adapter", model, folder / "target", Distill(**FIT), prompts=CORPUS)
+
+
+def copied(base, folder, **config):
+    """Copy a base of one file, with other settings in its configuration."""
+    shutil.copytree(base.path, folder)
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | config))
+    return folder
+
+
+def test_torch_reads_no_pickle(places, tmp_path):
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
+    folder, source, _ = places
+    alone, named, both = (copied(source, tmp_path / name) for name in ("alone", "named", "both"))
+    tensors = load_file(alone / "model.safetensors")
+    for one, name in ((alone, "pytorch_model.bin"), (named, "part.bin")):
+        (one / "model.safetensors").unlink()
+        torch.save({name: torch.tensor(value) for name, value in tensors.items()}, one / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "part.bin")}
+    (named / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(folder / "adapter", both, dirs_exist_ok=True)
+    for base, why in (
+        (alone, "only pickle files"),
+        (named, r"'part.bin', which is not a \*.safetensors file"),
+        (both, "holds adapter_config.json, an adapter"),
+    ):
+        with pytest.raises(jcl.CheckpointError, match=why):
+            jcl.transfer(folder / "adapter", jcl.TorchModel(base, device="cpu"), folder / "target")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_torch_takes_no_package_for_attention_that_a_configuration_names(places, tmp_path, key):
+    pytest.importorskip("peft")
+    folder, source, _ = places
+    base = copied(source, tmp_path / "base", **{key: "owner/kernel"})
+    written = [
+        TorchSource.open(jcl.TorchModel(one, device="cpu"), folder / "adapter").write(CORPUS, 4, 0.0, jax.random.key(0))
+        for one in (base, source.path)
+    ]
+    assert written[0] == written[1]
+
+
+def test_torch_names_no_package_for_attention_in_a_part_of_the_base(tmp_path):
+    pytest.importorskip("peft")
+    from wrapped_models import save_wrapped
+
+    base = save_wrapped("gemma3", tmp_path)
+    stated = json.loads((base / "config.json").read_text())
+    for part in (stated, stated["text_config"], stated["vision_config"]):
+        part["attn_implementation"] = "owner/kernel"
+    (base / "config.json").write_text(json.dumps(stated))
+    with quiet():
+        config = load_base(base, None).config
+    parts = config, config.text_config, config.vision_config
+    assert all(part._attn_implementation in ("eager", "sdpa") for part in parts)
+
+
+_ENDLESS = r"(\w+\.?)*!"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": _ENDLESS},
+        {"exclude_modules": _ENDLESS},
+        {"modules_to_save": [_ENDLESS]},
+        {"rank_pattern": {_ENDLESS: 2}},
+        {"layers_to_transform": [0], "layers_pattern": _ENDLESS},
+    ],
+    ids=lambda config: [*config][-1],
+)
+def test_a_pattern_without_end_does_not_hang_peft(places, tmp_path, config):
+    pytest.importorskip("peft")
+    folder, source, _ = places
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(AdapterError, match=r"a pattern in adapter_config\.json takes more than"):
+        TorchSource.open(jcl.TorchModel(source.path, device="cpu"), tmp_path / "adapter")
+
+
+def test_a_pattern_of_many_parts_is_matched(places, tmp_path):
+    """As unsloth writes for models of text and images."""
+    pytest.importorskip("peft")
+    folder, source, _ = places
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    projections = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    layers = rf"\bmodel\.layers\.[\d]{{1,}}\.(?:self_attn|attention|mlp)\.(?:(?:{projections}))"
+    pattern = rf"(?:.*?(?:vision|image).*?(?:attn|mlp).*?(?:{projections}).*?)|(?:{layers})"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))
+    one, other = (
+        TorchSource.open(jcl.TorchModel(source.path, device="cpu"), where).write(CORPUS, 4, 0.0, jax.random.key(0))
+        for where in (tmp_path / "adapter", folder / "adapter")
+    )
+    assert one == other
 
 
 @pytest.mark.full

@@ -91,11 +91,13 @@ def hub(tmp_path: Path):
     thread.join()
 
 
-def resolve(cache: Path, endpoint: str, ref: str = "org/model", revision: str = "", **settings: str) -> dict:
+def resolve(
+    cache: Path, endpoint: str, ref: str = "org/model", revision: str = "", script: str = SCRIPT, **settings: str
+) -> dict:
     root = Path(__file__).parents[1]
     environment = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(root), "HOME": str(cache)}
     environment |= {"PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_XET": "1", **settings}
-    command = [sys.executable, "-c", SCRIPT, ref, revision]
+    command = [sys.executable, "-c", script, ref, revision]
     done = subprocess.run(command, env=environment, cwd=cache.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -130,6 +132,28 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(hub, tmp
     write_config(folder, model_type="mamba")
     assert "'mamba' is not supported" in resolve(tmp_path / "cache", endpoint)["error"]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+TORCH = """
+import sys, json
+from pathlib import Path
+import jcrosslora as jcl
+from jcrosslora.adapter.folder import AdapterFiles
+from jcrosslora.distill.sources.opening import load_model
+try:
+    load_model(jcl.TorchModel(sys.argv[1], device="cpu"), AdapterFiles("none", "PEFT", Path("none/weights")))
+except jcl.JCrossLoRAError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def test_a_base_that_torch_runs_is_fetched_without_its_pickles(hub, tmp_path: Path):
+    pytest.importorskip("peft")
+    folder, endpoint = hub
+    write_config(folder, model_type="its-own")
+    assert "transformers cannot load it" in resolve(tmp_path / "cache", endpoint, script=TORCH)["error"]
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*") if path.parent.name == COMMIT}
+    assert fetched == {path.name for path in folder.iterdir() if path.suffix == ".json" or path.name[:6] == "model-"}
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,9 @@ def test_encoders_are_checked_by_name_and_the_extra_is_named(base, monkeypatch):
 
 def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
     class Model:
-        def __init__(self, name, trust_remote_code):
+        def __init__(self, name, trust_remote_code, model_kwargs):
             assert (name, trust_remote_code) == ("x/y", False)
+            assert model_kwargs == {"use_safetensors": True, "attn_implementation": None}
 
         def encode(self, texts, show_progress_bar):
             return np.array([[len(text), 0.0] for text in texts])
@@ -213,7 +214,7 @@ def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
 
 
 def test_sentence_encoders_with_code_of_their_own_are_refused(base, monkeypatch):
-    def model(name, trust_remote_code):
+    def model(name, trust_remote_code, model_kwargs):
         msg = f"{name} references own.Pooling. Please pass the argument `trust_remote_code=True`"
         raise ValueError(msg)
 
@@ -227,7 +228,7 @@ def test_sentence_encoders_with_code_of_their_own_are_refused(base, monkeypatch)
 def test_a_shelf_finds_its_sentence_encoder_where_both_have_moved_to(base, tmp_path, monkeypatch):
     asked = []
 
-    def model(name, trust_remote_code):
+    def model(name, trust_remote_code, model_kwargs):
         asked.append(name)
         return SimpleNamespace(encode=lambda texts, show_progress_bar: np.ones((len(texts), 2)))
 

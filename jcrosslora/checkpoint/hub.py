@@ -15,6 +15,7 @@ import msgspec
 
 from jcrosslora.checkpoint.config import read_config
 from jcrosslora.checkpoint.safetensors import INDEX, SINGLE, read_weight_map, shards_of
+from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import safe_line
 
@@ -69,10 +70,11 @@ def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
         raise CheckpointError(msg)
 
 
-def fetch(hub_id: str, revision: str | None) -> Path:
+def fetch(hub_id: str, revision: str | None, *, any_class: bool = False) -> Path:
     """Fetch the needed files of a hub model into the local cache.
 
-    The revision is a branch, tag or commit; None stands for the default branch.
+    The revision is a branch, tag or commit; None stands for the default branch. `any_class` accepts models that this
+    package does not read, and fetches all their weights.
 
     Returns:
         The snapshot folder in the cache; its name is the resolved commit.
@@ -84,10 +86,11 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         msg = f"{hub_id}: the repository has no config.json (repositories of GGUF files have none): download the GGUF "
         raise CheckpointError(msg + "file and give its path, or choose a safetensors model")
-    config = read_config(folder)  # refuses an unsupported model before its weights are fetched
+    # Refuses an unsupported model before its weights are fetched.
+    names = FileNames() if any_class else read_config(folder).names
     shards = [SINGLE]
     if (folder / INDEX).exists():
-        shards = shards_of(read_weight_map(folder / INDEX), config.names)
+        shards = shards_of(read_weight_map(folder / INDEX), names)
     if all((folder / shard).exists() for shard in shards):
         return folder
     folder = _snapshot(hub_id, folder.name, ["*.json", *shards])

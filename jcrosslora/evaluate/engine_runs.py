@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jcrosslora.adapter.folder import AdapterFiles, Form, check_imports_nothing
+from jcrosslora.adapter.folder import AdapterFiles, Form
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError, UsageError
+from jcrosslora.evaluate.torch_models import load_adapter, load_base
 
 
 class Text(NamedTuple):
@@ -37,14 +38,14 @@ class Engine:
         package: the distribution that it is.
         extra: of this package, which installs it.
         bases: that it loads, for messages.
-        run: from a base's path, V, an adapter's path and texts to the answers of the base, then of both.
+        run: from a base's path, V, an adapter's files and texts to the answers of the base, then of both.
     """
 
     name: str
     package: str
     extra: str
     bases: str
-    run: Callable[[Path, int, Path, Sequence[Text]], Iterator[Answers]]
+    run: Callable[[Path, int, AdapterFiles, Sequence[Text]], Iterator[Answers]]
 
     @property
     def version(self) -> str:
@@ -57,12 +58,12 @@ class Engine:
 
     def answers(self, base: BaseModel, adapter: AdapterFiles, texts: Sequence[Text]) -> list[Answers]:
         """Run a base, alone and with an adapter; a JCrossLoRAError says why the engine cannot load one of them."""
-        check_imports_nothing(adapter)
-        place = adapter.weights if adapter.form == "GGUF" else adapter.weights.parent
         found: list[Answers] = []
         try:
-            for one in self.run(Path(base.path or base.ref), base.dims.vocab, place, texts):
+            for one in self.run(Path(base.path or base.ref), base.dims.vocab, adapter, texts):
                 found.append(one)
+        except JCrossLoRAError:
+            raise
         except Exception as error:  # whatever an engine raises
             kind, what = (AdapterError, adapter.name) if found else (CheckpointError, base.ref)
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -71,28 +72,23 @@ class Engine:
         return found
 
 
-def _run_peft(base: Path, _vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_peft(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     def answers() -> Answers:
         with torch.inference_mode():
             rows = [model(torch.tensor([text.ids.tolist()])).logits[0, text.first :] for text in texts]
             return [torch.log_softmax(one, -1).numpy() for one in rows]
 
-    folder, settings = (base.parent, {"gguf_file": base.name}) if base.is_file() else (base, {})
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, trust_remote_code=False, **settings
-        ).eval()
+        model = load_base(base, torch.float32)
     yield answers()
     with quiet():
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        model = load_adapter(model, adapter)
     yield answers()
 
 
-def _run_mlx(base: Path, _vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_mlx(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
     import mlx.core as mx
     from mlx_lm.utils import load_adapters, load_model
 
@@ -103,13 +99,13 @@ def _run_mlx(base: Path, _vocab: int, adapter: Path, texts: Sequence[Text]) -> I
 
     model = load_model(base)[0]
     yield answers()
-    model = load_adapters(model, str(adapter))
+    model = load_adapters(model, str(adapter.weights.parent))
     yield answers()
 
 
-def _run_llama_cpp(base: Path, vocab: int, adapter: Path, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_llama_cpp(base: Path, vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
     yield _in_llama_cpp(base, vocab, None, texts)
-    yield _in_llama_cpp(base, vocab, adapter, texts)
+    yield _in_llama_cpp(base, vocab, adapter.weights, texts)
 
 
 def _in_llama_cpp(base: Path, vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:

@@ -138,7 +138,9 @@ def _sentence_encoder(model: str) -> Encoder:
         msg = f"{named}: sentence-transformers {__version__} would run the model's code: {instead}"
         raise UsageError(msg)
     try:
-        loaded: Any = SentenceTransformer(model, trust_remote_code=False)
+        # Attention is the default of the class, not a package that the configuration names.
+        safe = {"use_safetensors": True, "attn_implementation": None}
+        loaded: Any = SentenceTransformer(model, trust_remote_code=False, model_kwargs=safe)
     except Exception as error:  # a model's class may raise anything
         reason = f"cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
         if "trust_remote_code" in str(error):  # what the package advises

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, check_imports_nothing, find_adapter, open_weights
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, is_hub_id
-from jcrosslora.checkpoint.hub import fetch_companions
+from jcrosslora.checkpoint.hub import fetch, fetch_companions
 from jcrosslora.checkpoint.opening import read_template
 from jcrosslora.checkpoint.tokenizer import read_tokenizer
 from jcrosslora.checkpoint.tokenizer_gguf import read_metadata
 from jcrosslora.checkpoint.vocabulary import gguf_vocabulary
 from jcrosslora.checkpoint.vocabulary import read_tokenizer as read_vocabulary
 from jcrosslora.distill.sources import TorchModel
-from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.evaluate.engine_runs import quiet
+from jcrosslora.evaluate.torch_models import load_adapter, load_base
 
 _FACTOR = ".lora_"
 _NOT_LOADED = "missing adapter keys"  # PEFT's warning of a file that holds other modules than the model has
@@ -54,12 +55,11 @@ def _found(ref: str | Path, revision: str | None) -> Path:
 
 
 def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
-    """Find an adapter; raise AdapterError if it is not of PEFT, or PEFT would import a module that it names."""
+    """Find an adapter; raise AdapterError if it is not of PEFT."""
     found = find_adapter(ref, revision)
     if found.form != "PEFT":
         msg = f"{ref}: is an adapter of {found.form}, which PEFT does not load: convert it by `jcrosslora export "
         raise AdapterError(msg + "--profile peft`, or leave out --source-backend torch")
-    check_imports_nothing(found)
     return found
 
 
@@ -68,13 +68,15 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
 
     Raises:
         UsageError: torch or PEFT is not installed, or the device is none.
-        CheckpointError: transformers cannot load the base, or only by the base's own code, which is not run.
-        AdapterError: PEFT cannot load the adapter, or parts of it have no place in the base.
+        CheckpointError: the base is not in safetensors or GGUF, or transformers cannot load it, or only by the base's
+            own code, which is not run.
+        AdapterError: PEFT cannot load the adapter, or would run what it names, or parts of it have no place in the
+            base.
     """
     try:
         import torch
-        from peft import PeftModel, get_peft_model_state_dict
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from peft import get_peft_model_state_dict
+        from transformers import GenerationConfig
     except ImportError as error:
         msg = f"--source-backend torch needs torch and peft, and {error.name} is not installed: "
         raise UsageError(msg + "install jcrosslora[torch]") from error
@@ -87,7 +89,9 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with quiet() as heard:
         try:
-            base = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, trust_remote_code=False)
+            base = load_base(_local(source), dtype)
+        except JCrossLoRAError:
+            raise
         except Exception as error:  # whatever a model's own class raises
             if "trust_remote_code" in str(error):  # what transformers advises
                 msg = f"{source.ref}: its class is code in its own files, which is not run: give a base whose class is "
@@ -95,7 +99,9 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
             msg = f"{source.ref}: transformers cannot load it as a causal language model ({_line(error)}): check the "
             raise CheckpointError(msg + "path or hub id, and that your version of transformers knows it") from error
         try:
-            model = PeftModel.from_pretrained(base, str(adapter.weights.parent))
+            model = load_adapter(base, adapter)
+        except JCrossLoRAError:
+            raise
         except Exception as error:
             msg = f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): "
             raise AdapterError(msg + "check that it is of this base") from error
@@ -109,20 +115,18 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     # The model's own settings, such as a top_k, would change what is sampled.
     for one in (model, base):
         vars(one)["generation_config"] = GenerationConfig()
-    return model.eval().to(device), device
+    return model.to(device), device
 
 
-def _place(source: TorchModel) -> dict[str, Any]:
-    ref = source.ref
-    path = Path(ref).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path)}
-    if not is_hub_id(str(ref)):
-        msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
+def _local(source: TorchModel) -> Path:
+    """Return the folder or GGUF file of a base, fetched if it is on the hub."""
+    path = Path(source.ref).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if not is_hub_id(str(source.ref)):
+        msg = f"{source.ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
-    return {"pretrained_model_name_or_path": str(ref), "revision": source.revision}
+    return fetch(str(source.ref), source.revision, any_class=True)
 
 
 def _line(error: BaseException) -> str:
