@@ -21,7 +21,7 @@ from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.merge import Merged, write_merged
 from jcrosslora.adapter.origin import other_base
-from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, left_out
+from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, left_out, why_idle
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_fused
 from jcrosslora.checkpoint import BaseModel, describe_base, open_base
@@ -197,9 +197,10 @@ def export_adapter(settings: ExportSettings) -> Exported:
         exported = Exported(directions, None, (directions.info,), magnitudes)
     else:
         exported = _summed(settings, base)
-    if base is not None:
-        found = (other_base(info, base) for info in exported.sources)
-        exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
+    found = [other_base(info, base) for info in exported.sources] if base is not None else []
+    if exported.magnitudes is None and (exported.split is None or not exported.split.changes_base):
+        found.append(why_idle(exported.adapter))
+    exported = replace(exported, warnings=tuple(sentence for sentence in found if sentence is not None))
     documents, split = _documents(settings.adapter), exported.split
     with ExitStack() as stack:
         if settings.absorb is not None and base and info and split and split.changes_base:

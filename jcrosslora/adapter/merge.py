@@ -21,7 +21,7 @@ from jcrosslora.adapter.experts import stored_updates
 from jcrosslora.adapter.folder import CHAT_TEMPLATE, stated_template
 from jcrosslora.adapter.load import load_adapter
 from jcrosslora.adapter.origin import other_base
-from jcrosslora.adapter.records import Adapter, check_always_active
+from jcrosslora.adapter.records import Adapter, check_always_active, why_idle
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, describe_base, expected_shapes, open_base
 from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
@@ -142,8 +142,8 @@ def write_merged(base: BaseModel, adapter: Adapter, folder: Path, dtype: MergeDt
         notes = (*notes, f"{CHAT_TEMPLATE} is that of the adapter")
     if untied:
         notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
-    if (sentence := other_base(adapter.info, base)) is not None:
-        notes = (f"warning: {sentence}", *notes)
+    doubts = other_base(adapter.info, base), why_idle(adapter)
+    notes = (*(f"warning: {sentence}" for sentence in doubts if sentence is not None), *notes)
     notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
     others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
     others |= {update.name for update in adapter.experts}

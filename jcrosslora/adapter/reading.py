@@ -6,6 +6,7 @@ Changes that are not low-rank updates are measured and described in sentences.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_ex
 from jcrosslora.adapter.orbax import read_checkpoint, stated_alpha
 from jcrosslora.adapter.origin import earlier_of, read_record
 from jcrosslora.adapter.other_changes import read_replaced, read_tokens
-from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence
+from jcrosslora.adapter.records import Adapter, AdapterInfo, ignored_sentence, why_idle
 from jcrosslora.architectures.blocks import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
@@ -66,6 +67,18 @@ def open_adapter(
         earlier=earlier_of(read_record(files, stored.metadata)),
     )
     return _grouped(stored, str(files.config or files.weights), base, rank, origin)
+
+
+def why_idle_files(ref: str | Path, base: BaseModel | None) -> str | None:
+    """Say that the files of an adapter do nothing, see `why_idle`; None also if they cannot be read.
+
+    Files without a tensor of zeros are not read further.
+    """
+    with suppress(JCrossLoRAError):
+        file = open_adapter(ref, base)
+        if any(not np.any(file.stored.array(name)) for name in file.stored.entries):
+            return why_idle(read_adapter(file, replaced=True))
+    return None
 
 
 def open_state_dict(

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors, ReplacedTensors, Static, TokenUpdate, update_norm
 from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 from jcrosslora.utils.texts import html_table
@@ -254,6 +255,20 @@ def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
     known = [update.share for update in updates if update.share is not None]
     share = sum(known) if len(known) == len(updates) else None
     return describe_change("experts", [update.name for update in updates], share)
+
+
+def why_idle(adapter: Adapter) -> str | None:
+    """Say that an adapter does nothing, as its updates are exactly 0; None if it changes, or may change, its base.
+
+    One that holds a change that was not read may change its base.
+    """
+    unread = any(sentence.startswith(tuple(CHANGES.values())) for sentence in adapter.info.ignored)
+    rows = any(len(update.ids) for update in adapter.tokens)  # unchanged ones are left out on reading
+    experts = any(update.energy for update in adapter.experts)
+    if unread or rows or experts or adapter.replaced or any(map(update_norm, adapter.modules.values())):
+        return None
+    why = "does nothing, as all its updates are 0: check that its training went on, and that not every token was masked"
+    return f"{public_name(adapter.info.name)}: {why}"
 
 
 def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:

@@ -144,6 +144,7 @@ class Evaluate(OnDevice):
         """Open the base and its adapters, and warn of adapters that belong to another base."""
         from jcrosslora.adapter import find_adapter, load_adapter
         from jcrosslora.adapter.origin import other_base
+        from jcrosslora.adapter.records import why_idle
 
         base = opened_base(self.base, self.template)
         given = set() if self.alpha is None else {ref for ref in refs if find_adapter(ref).form == "Orbax"}
@@ -151,7 +152,7 @@ class Evaluate(OnDevice):
             msg = f"alpha {self.alpha} was given, and no adapter is a checkpoint of a JAX trainer: leave it out"
             raise UsageError(msg)
         adapters = [load_adapter(ref, base, alpha=self.alpha if ref in given else None) for ref in refs]
-        warn(other_base(one.info, base) for one in adapters)
+        warn(doubt for one in adapters for doubt in (other_base(one.info, base), why_idle(one)))
         return base, adapters
 
     def _judge_draft(self, data: Path, draft: str, console: Console) -> None:

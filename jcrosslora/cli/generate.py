@@ -61,6 +61,7 @@ class Generate(OnDevice):
 
     def run(self, console: Console) -> None:
         from jcrosslora.adapter.origin import other_base
+        from jcrosslora.adapter.records import why_idle
         from jcrosslora.decoder.generate import LONGEST_PROMPT, count_cut
 
         prompts = self._prompts()
@@ -75,7 +76,7 @@ class Generate(OnDevice):
         else:
             composed, weights, chats = self._found(prompts)
             notes = [*_notes(composed, self.compose), *_chosen(prompts, composed.names, weights)]
-        warn(other_base(one.info, composed.base) for one in composed.adapters)
+        warn(doubt for one in composed.adapters for doubt in (other_base(one.info, composed.base), why_idle(one)))
         for note in notes:
             print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]

@@ -18,10 +18,11 @@ import numpy as np
 from jcrosslora.adapter import Adapter, find_adapter, load_adapter
 from jcrosslora.adapter.export import split_for_base
 from jcrosslora.adapter.merge import write_merged
+from jcrosslora.adapter.records import why_idle
 from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.checkpoint.tokenizer import pad_right
 from jcrosslora.decoder import Generator, Model, forward, load_model, logits, stack_adapter
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate.engine_runs import ENGINES, Answers, Text
 
 PROMPTS = (
@@ -83,7 +84,8 @@ def check_run(path: str | Path, base: Any, *, original: Any = None) -> EngineRun
         original: what our decoder runs instead of the same files: the adapter that they were made from.
 
     Raises:
-        JCrossLoRAError: the engine is not installed, or one of us cannot load the adapter or the base.
+        JCrossLoRAError: the engine is not installed, one of us cannot load the adapter or the base, or the adapter
+            does nothing.
     """
     files, base = find_adapter(path), open_base(base)
     engine = ENGINES.get(files.form)
@@ -93,6 +95,8 @@ def check_run(path: str | Path, base: Any, *, original: Any = None) -> EngineRun
     version = engine.version
     whole = max(min(module.shape) for module in base.modules.values())  # a DoRA has a change of full rank
     adapter = load_adapter(path if original is None else original, base, rank=whole, replaced=True)
+    if (idle := why_idle(adapter)) is not None:
+        raise AdapterError(idle)
     texts, plain, ours = _own(base, adapter)
     their_plain, theirs = engine.answers(base, files, texts)
     likeliest = [[np.nan_to_num(row, nan=-np.inf).argmax(-1) for row in rows] for rows in (ours, theirs)]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jcrosslora.adapter import Adapter, Carried, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.adapter.records import describe_change, restrict
+from jcrosslora.adapter.records import describe_change, restrict, why_idle
 from jcrosslora.checkpoint import BaseModel, is_hub_id, open_base
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
@@ -77,6 +77,7 @@ def describe(found: Adapter | BaseModel) -> dict[str, Any]:
         "modules": {name: {"rank": one.rank, "norm": float(update_norm(one))} for name, one in found.modules.items()},
         "token_updates": [describe_change(item.kind, item.modules, item.share) for item in found.tokens],
         "not_moved": list(info.ignored),
+        "does_nothing": why_idle(found) is not None,
     }
 
 
@@ -105,7 +106,7 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
         say(console, f"acts after the tokens: {', '.join(map(str, adapter.info.invocation))}")
     if rows := describe_adapter(adapter):
         print_table(console, rows[0], (row.values() for row in rows))
-    say(console, f"can be moved: {len(adapter.modules)} modules")
+    say(console, why_idle(adapter) or f"can be moved: {len(adapter.modules)} modules")
     if adapter.experts:
         say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
     alone = not (adapter.modules or adapter.experts)

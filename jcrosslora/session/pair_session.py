@@ -9,13 +9,13 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, Carried, fit_to_base, for_profile, load_adapter
 from jcrosslora.adapter.origin import doubts
-from jcrosslora.adapter.records import check_always_active
+from jcrosslora.adapter.records import check_always_active, why_idle
 from jcrosslora.adapter.save import check_holds, check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases, fast_dtype, loaded_within
 from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import ServedModel, TorchModel
-from jcrosslora.errors import MethodError
+from jcrosslora.errors import AdapterError, MethodError
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.evaluate.probes import written_probes
 from jcrosslora.maps.activations import batch_probes
@@ -119,11 +119,13 @@ class PairSession:
         """Check a request, whose adapter is loaded, for every error that later stages could raise.
 
         Raises:
-            AdapterError: the adapter does not fit the source base.
+            AdapterError: the adapter does nothing, or does not fit the source base.
             MethodError: the method would run an adapter that waits for its invocation tokens, or cannot use examples.
             OutputError: the profile cannot hold the adapter, or cannot be written for the target.
             UsageError: the profile is unknown, or the options do not fit the method.
         """
+        if (idle := why_idle(adapter)) is not None:
+            raise AdapterError(idle)
         adapter = fit_to_base(adapter, self._source_info)  # before anything is read of the weights
         self.take_digests()
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)

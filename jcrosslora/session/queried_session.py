@@ -59,6 +59,7 @@ class QueriedSession:
         with steps(self._steps(move)):
             begin(FINISH)
             update = move.method.move(task)
+        source.check_same()
         facts = structs.replace(update.fit or FitFacts(), note=f"the source was {source.how}")
         update = replace(update, fit=facts)
         info = AdapterInfo(name=f"{source.adapter.name}, moved", base_name=target.name, prefix=target.prefix)

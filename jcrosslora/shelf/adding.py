@@ -13,6 +13,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, find_adapter, fit_to_base, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
 from jcrosslora.adapter.origin import read_header, read_record, text_of
+from jcrosslora.adapter.records import why_idle
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
 from jcrosslora.errors import AdapterError, JCrossLoRAError, ShortMemoryError, UsageError
 from jcrosslora.shelf.index import Fresh
@@ -160,7 +161,7 @@ def add_found(
 def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path | None]:
     """Read and check an adapter; return its entry, without samples, and its folder, None for a single .gguf file.
 
-    Raises AdapterError if it is damaged, its record names another base, or it does not fit the base.
+    Raises AdapterError if it is damaged or does nothing, its record names another base, or it does not fit the base.
     """
     files = find_adapter(found.ref)
     record = read_record(files, read_header(files))
@@ -170,6 +171,8 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
         raise AdapterError(msg + f"({info.digest[:19]}...)")
     adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
+    if (idle := why_idle(adapter)) is not None:
+        raise AdapterError(idle)
     fit_to_base(adapter, info)
     entry = ShelfEntry(
         name=found.name,

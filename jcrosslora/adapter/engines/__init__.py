@@ -4,13 +4,14 @@ The rules come from reading the engines' source code; `tables.py` lists the file
 verdict is a prediction, not a test run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jcrosslora.adapter.engines.rules import AdapterFacts
 from jcrosslora.adapter.engines.rules import read_facts as read_facts
 from jcrosslora.adapter.engines.tables import ENGINES
 from jcrosslora.adapter.folder import Form
+from jcrosslora.adapter.reading import why_idle_files
 from jcrosslora.checkpoint import BaseModel
 
 _PROFILES: dict[Form, str] = {"PEFT": "portable", "MLX": "mlx", "GGUF": "gguf", "Orbax": "tunix"}
@@ -35,7 +36,7 @@ class EngineVerdict:
 def check_engines(
     path: str | Path, base_family: str | None = None, base_tied: bool | None = None, *, base: BaseModel | None = None
 ) -> tuple[EngineVerdict, ...]:
-    """Say for each engine whether it reads an adapter. Only the names and shapes of tensors are read.
+    """Say for each engine whether it reads an adapter, by the names and shapes of its tensors, and if it does nothing.
 
     Args:
         path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
@@ -49,7 +50,9 @@ def check_engines(
         AdapterError: not an adapter, or a file of it cannot be read.
     """
     facts = read_facts(path, base_family, base_tied, base)
-    return tuple(_verdict(name, facts) for name in ENGINES)
+    idle = why_idle_files(path, base)
+    found = (_verdict(name, facts) for name in ENGINES)
+    return tuple(replace(one, notes=(*one.notes, idle)) if idle and one.reads else one for one in found)
 
 
 def _verdict(name: str, facts: AdapterFacts) -> EngineVerdict:

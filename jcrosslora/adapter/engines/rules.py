@@ -77,6 +77,8 @@ class AdapterFacts:
     @cached_property
     def fault(self) -> str | None:
         """An error in the numbers of the configuration or in the shapes, for any engine; None if there is none."""
+        if not self.shapes and not self.pickle:
+            return "it holds no tensor, so it does nothing: write it again from its training"
         try:
             if self.form == "PEFT" and self.peft_type == "LORA":
                 check_numbers(self.config, CONFIG)

@@ -148,6 +148,10 @@ class QueriedSource(Source, Protocol):
         """Say how it was queried, the end of a sentence."""
         ...
 
+    def check_same(self) -> None:
+        """Raise SourceError if it is no longer what it was when it was opened."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that query it again, by name; no addresses and no paths of this machine."""
         ...

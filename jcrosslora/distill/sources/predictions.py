@@ -132,11 +132,11 @@ class TokenNames:
         return next((index for index in found if index is not None), None)
 
     def entries(self, log_probs: LogProbs) -> list[Entry]:
-        """Find tokens; raise DamagedError if an id is out of range, or probabilities sum to more than 1."""
+        """Find tokens; raise DamagedError if an id is out of range, or probabilities cannot sum to 1."""
         return [self._entry(one) for one in log_probs.positions()]
 
     def _entry(self, one: Position) -> Entry:
-        _check_mass(one)
+        _check_mass(one, self.size + _SPARE)
         top: dict[int, float] = {}
         unnamed: list[float] = []
         for each in one.top_logprobs:
@@ -170,8 +170,12 @@ class TokenNames:
         return index
 
 
-def _check_mass(one: Position) -> None:
-    """Check that the probabilities in the place of a token sum to 1 at most, with its own, which may be among them."""
+def _check_mass(one: Position, size: int) -> None:
+    """Check that the probabilities in the place of a token sum to 1 at most, with its own, which may be among them.
+
+    They sum to 1 at least if each of the others, of `size` tokens, is as likely as the last that is told. That is known
+    where tokens are told by their ids: of several with one name a server may tell the last.
+    """
     shares: dict[tuple[int | None, str], float] = {}
     for each in (*one.top_logprobs, one):
         if each.value is not None:
@@ -180,3 +184,10 @@ def _check_mass(one: Position) -> None:
     if (mass := sum(shares.values())) > _MOST_MASS:
         msg = f"top_logprobs in the place of {one.token[:20]!r} stand for probabilities that sum to {mass:.4g}"
         raise DamagedError(msg + ", wanted 1 at most")
+    # One that was drawn, or stands in the text, may be told in addition to the likeliest, and bounds no other.
+    others = [each for each in one.top_logprobs if (each.id, each.token) != (one.id, one.token)]
+    known = [each.value for each in others if each.value is not None]
+    most = mass + (size - len(known)) * math.exp(min(known, default=0.0))
+    if most < 1 / _MOST_MASS and all(each.id is not None or each.token.startswith(_BY_ID) for each in others):
+        msg = f"top_logprobs in the place of {one.token[:20]!r} leave probabilities that sum to {most:.4g} at most, "
+        raise DamagedError(msg + "wanted 1: check that the server tells the model's log-probabilities as they are")

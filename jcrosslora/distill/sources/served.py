@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,15 @@ class ServedSource(ServedWriter):
     rank = None  # no server says it
 
     def __init__(
-        self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
+        self,
+        connection: Connection,
+        served: ServedModel,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        answers: Answers,
     ) -> None:
         super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
+        self._answers = answers
         self.ref, self.adapter_name, self.adapter = self.name, served.model, AdapterInfo(name=served.model)
         self._served, self._vocabulary = served, vocabulary
 
@@ -124,12 +131,24 @@ class ServedSource(ServedWriter):
         dialect = find_dialect(client, served)
         kept = Answers(answers, [client.url, served.model, dialect.base_name])
         connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
-        found = cls(connection, served, tokenizer, vocabulary)
-        seen = Fingerprint.take(connection, lambda text: tokenizer.encode(text).ids)
-        found._check_sample(seen, client.url)
-        kept.renew(seen, seen.is_of)
+        found = cls(connection, served, tokenizer, vocabulary, kept)
+        found._check_sample()
+        kept.renew(found._seen, found._seen.is_of)
         connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
         return found
+
+    def check_same(self) -> None:
+        """Raise SourceError if the server predicts otherwise than when it was opened, and drop what it answered."""
+        now = self._sample()
+        if not self._seen.is_of(now):
+            self._answers.renew(now, lambda _: False)
+            msg = (
+                f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: the "
+            )
+            msg += (
+                "server unloaded or changed a model while the adapter was moved, and its answers are dropped: run the "
+            )
+            raise SourceError(msg + "command again, and leave the server as it is")
 
     def vocabulary(self) -> Vocabulary:
         """Return the tokens of the base."""
@@ -191,8 +210,17 @@ class ServedSource(ServedWriter):
         found = self._connection.map(lambda call: self._connection.predict(*call), calls)
         return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
 
-    def _check_sample(self, seen: Fingerprint, url: str) -> None:
+    def _sample(self) -> Fingerprint:
+        return Fingerprint.take(self._connection, lambda text: self.tokenizer.encode(text).ids)
+
+    @cached_property
+    def _seen(self) -> Fingerprint:
+        """What the server predicted when it was opened."""
+        return self._sample()
+
+    def _check_sample(self) -> None:
         """Check that the adapter acts, and say so if the server tells fewer tokens than it is asked for."""
+        seen, url = self._seen, self._served.url
         if not seen.acts:
             msg = f"{url}: {self.adapter_name} predicts the same as {self.name} ({seen.change:.2g} nats apart, and "
             msg += f"answers to one question {seen.noise:.2g}): check that the server loaded the adapter"

@@ -190,6 +190,9 @@ class TorchSource(TorchWriter):
         """Return the tokens of the base."""
         return self._vocabulary
 
+    def check_same(self) -> None:
+        """Do nothing: the model in memory stays as it is."""
+
     def identity(self) -> Any:
         """Return the names of the base and a digest of the adapter."""
         return ["torch", self.ref, self._source.revision, self.adapter.digest]
