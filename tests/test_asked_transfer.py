@@ -91,7 +91,7 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     own = "--source-url", server.url, "--source-tokenizer", source.path
     again = "--target", folder / "target", "--out", tmp_path / "again", "--prompts", folder / "prompts.txt"
     assert run("--recipe", recipe, *own, *again, "--table", "none") == 0
-    assert len(server.requests) - sent < 20  # with which an opened server is checked
+    assert len(server.requests) - sent < 40  # with which a server is checked when it is opened, and at the end
     weights = "adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "moved" / weights).read_bytes()
 

@@ -363,20 +363,31 @@ def test_a_transfer_ends_with_its_verdict_and_with_commands_that_work(tmp_path, 
     pytest.importorskip("matplotlib")  # of the report
     monkeypatch.chdir(tmp_path)
     write_move(tmp_path)
-    command(tmp_path, "it's moved", "--method", "pad-truncate", *quiet)
+    command(tmp_path, "it's moved", "--method", "random", *quiet)
     said = capsys.readouterr().err
-    assert said.startswith("verdict: the coordinates of the two bases are unrelated")
+    assert said.startswith("verdict: this is a random map, a control")
     assert "note: the adapter names target as its base, which is no hub id" in said
-    peft, task, evaluate, report = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    peft, evaluate, report = [line.strip() for line in said.splitlines() if line.startswith("  ")]
     program, flag, code = shlex.split(peft)
     assert (program, flag) == ("python", "-c")
     compile(code, "pasted", "exec")
     assert 'PeftModel.from_pretrained(model, "it\'s moved")' in code
-    subprocess.run(task, shell=True, check=True)
+    Path("task.jsonl").write_text('{"prompt": "Question: What do bees make? Answer:", "answer": "honey"}\n')
     main(shlex.split(evaluate.removesuffix(" > answers.json"))[1:])
     Path("answers.json").write_text(capsys.readouterr().out)
     main(shlex.split(report)[1:])
     assert Path("it's moved/report.html").is_file()
+
+
+def test_a_move_of_no_use_ends_with_what_would_help(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_move(tmp_path)
+    command(tmp_path, "moved", "--method", "pad-truncate", "--table", "none")
+    said = capsys.readouterr().err
+    assert said.startswith("verdict: the coordinates of the two bases are unrelated")
+    assert "Try another method than `pad-truncate`" in said
+    assert "PeftModel" not in said
+    assert "evaluate" not in said
 
 
 def test_a_transfer_to_a_named_target_has_nothing_to_note(files, tmp_path, capsys):
