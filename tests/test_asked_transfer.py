@@ -96,6 +96,29 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "moved" / weights).read_bytes()
 
 
+def test_a_server_that_changes_the_adapter_in_the_middle_ends_the_move(places, server, monkeypatch):
+    folder, source, _ = places
+
+    @dataclass(frozen=True)
+    class Changing(Distill):
+        """A fit after which the server has another adapter."""
+
+        name: ClassVar[str] = "changing"
+
+        def move(self, task):
+            found = super().move(task)
+            monkeypatch.setattr(server, "sees", jax.tree.map(lambda x: 0.5 * x, server.sees))
+            server.predict.cache_clear()
+            return found
+
+    served, prompts = jcl.ServedModel(server.url, MODEL, source.path), folder / "prompts.txt"
+    try:
+        with pytest.raises(SourceError, match="predicts otherwise than at the beginning"):
+            jcl.transfer(None, served, folder / "target", Changing(**FIT), prompts=prompts, cache=False)
+    finally:
+        server.predict.cache_clear()
+
+
 def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr("jcrosslora.distill.run.fast_dtype", lambda: jnp.float32)

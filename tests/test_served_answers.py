@@ -97,6 +97,10 @@ FAULTS = {
     "no numbers": (changed("token_logprobs", ["a"], "logprobs"), r"got `str` - at `\$.choices.*token_logprobs"),
     "one number": (changed("token_logprobs", [None], "logprobs"), r"have \[\d+, 1, \d+\] entries"),
     "certain": (likeliest(lambda one: dict.fromkeys(one, 0.0)), r"probabilities that sum to 2\d, wanted 1 at most"),
+    "doubled": (
+        likeliest(lambda one: {name: 2 * value for name, value in one.items()}),
+        r"sum to 0\.\d+ at most, wanted",
+    ),
     "above 1": (likeliest(lambda one: one | {next(iter(one)): 0.5}), r"Expected `float` <= 0.001"),
     "negative": (likeliest(lambda one: one | {"token_id:-5": -9.0}), r"called 'token_id:-5', wanted token_id: with"),
     "enormous": (likeliest(lambda one: one | {"token_id:99999999999": -9.0}), r"has the id 99999999999, and the token"),
@@ -172,6 +176,22 @@ def test_answers_of_a_slightly_different_adapter_are_dropped(server, base, tmp_p
     server.predict.cache_clear()
     try:
         opened(server, base, tmp_path)
+    finally:
+        server.predict.cache_clear()
+    assert kept
+    assert not any(path.exists() for path in kept)
+
+
+def test_an_adapter_that_the_server_changes_in_the_middle_is_noticed(server, base, tmp_path, monkeypatch):
+    served = opened(server, base, tmp_path)
+    served.check_same()
+    served.write(["Anna"], 3, 0.0, KEY)
+    kept = list(tmp_path.rglob("??/*.json"))
+    monkeypatch.setattr(server, "sees", jax.tree.map(lambda x: 0.5 * x, server.sees))
+    server.predict.cache_clear()
+    try:
+        with pytest.raises(SourceError, match=r"predicts otherwise than at the beginning: .* run the command again"):
+            served.check_same()
     finally:
         server.predict.cache_clear()
     assert kept
