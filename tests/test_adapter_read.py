@@ -183,6 +183,28 @@ def test_other_kinds_and_invalid_values_are_refused_by_name(tmp_path, extra, nam
     assert named in refusal(write_folder(tmp_path / "a", CONFIG | extra))
 
 
+@pytest.mark.parametrize(
+    ("stated", "name"),
+    [
+        ("/home/ann/models/base", "base"),
+        ("/home/ann lee/models/my base/", "my base"),
+        ("~/models/base", "base"),
+        ("./models/of/base", "base"),
+        ("../base", "base"),
+        ("C:\\Users\\ann\\base", "base"),
+        ("C:/Users/ann/base", "base"),
+        ("\\\\server\\base", "base"),
+        ("file:///home/ann/base", "base"),
+        ("/", None),
+        ("org/base", "org/base"),
+        ("base", "base"),
+    ],
+)
+def test_the_base_is_named_by_its_hub_id_or_the_last_part_of_its_path(tmp_path, stated, name):
+    folder = write_folder(tmp_path / "a", CONFIG | {"base_model_name_or_path": stated})
+    assert load_adapter(folder).info.base_name == name
+
+
 def test_missing_rank_is_refused(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "r"}
     assert "r is missing" in refusal(write_folder(tmp_path / "a", config))

@@ -10,7 +10,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from adapter_folders import base_of, delta
+from adapter_folders import CONFIG, base_of, delta, write_folder
 from adapters_of_all import adapter_of_all
 from command_line import main
 from dense_models import VARIANTS, random_model
@@ -335,6 +335,24 @@ def test_an_export_keeps_the_chat_template_of_the_adapter(tmp_path, profile, cou
     refs = (str(tmp_path / "a"),) * count
     jcl.export_adapter(jcl.ExportSettings(refs, str(tmp_path / "o"), profile=profile))
     assert load_adapter(tmp_path / "o").info.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_documents_of_an_adapter_are_exported_without_paths(tmp_path):
+    base = "/home/ann lee/secret/models/base"
+    folder = write_folder(tmp_path / "a", CONFIG | {"base_model_name_or_path": base})
+    card = f"---\nbase_model: {base}  # mine\ntags:\n- base_model:adapter:{base}\n---\n"
+    text = "On [{base}](https://huggingface.co/{base}), of {data} and/or 1/2/3, see https://example.org/a/b/c.\n"
+    (folder / "README.md").write_text(card + text.format(base=base, data="C:\\secret\\d\\data.jsonl"))
+    report = {"adapter": {"name": base, "lost": 0.5}, "recipe_toml": f'source = "{base}"\n', "notes": ["a/b of c"]}
+    (folder / "transfer_report.json").write_text(json.dumps(report))
+    (folder / "completions.jsonl").write_text('{"prompt": "ls /usr/bin/env"}\n')
+    jcl.export_adapter(jcl.ExportSettings((str(folder),), str(tmp_path / "o")))
+    found = {path.name: path.read_bytes().decode(errors="replace") for path in (tmp_path / "o").iterdir()}
+    assert not [name for name, text in found.items() if "secret" in text or "ann lee" in text]
+    assert found["README.md"] == card.replace(base, "base") + text.format(base="base", data="data.jsonl")
+    public = {"adapter": {"name": "base", "lost": 0.5}, "recipe_toml": 'source = "base"\n', "notes": ["a/b of c"]}
+    assert json.loads(found["transfer_report.json"]) == public
+    assert found["completions.jsonl"] == '{"prompt": "ls /usr/bin/env"}\n'
 
 
 def test_a_revision_without_its_base_is_refused(tmp_path):

@@ -145,6 +145,38 @@ def test_the_tokenizer_and_other_files_are_copied_without_weights_and_card(tmp_p
     )
 
 
+def test_configurations_are_copied_without_paths(tmp_path):
+    write_base(tmp_path / "base", merges=8, layers=1)
+    mine = "/home/ann/secret/model"
+    stated = {
+        "tokenizer_config.json": {"name_or_path": "org/model", "special_tokens_map_file": f"{mine}/map.json", "n": 1},
+        "trainer_state.json": {"best_model_checkpoint": "./secret/runs/best", "log_history": [{"loss": 0.5}]},
+        "generation_config.json": {
+            "_name_or_path": "",
+            "of": [{"_name_or_path": mine}],
+            "chat_template": "{{ a }}/{{ b }}/{{ c }}",
+        },
+    }
+    for name, values in stated.items():
+        (tmp_path / "base" / name).write_text(json.dumps(values))
+    tokens = tmp_path / "base" / "tokenizer.json"
+    tokens.write_text(json.dumps(json.loads(tokens.read_text()) | {"token": mine}))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_companions(jcl.open_base(tmp_path / "base"), folder, "keep", as_stored=True)
+    found = {name: json.loads((folder / name).read_text()) for name in stated}
+    assert found == {
+        "tokenizer_config.json": {"name_or_path": "org/model", "special_tokens_map_file": "map.json", "n": 1},
+        "trainer_state.json": {"best_model_checkpoint": "best", "log_history": [{"loss": 0.5}]},
+        "generation_config.json": {
+            "_name_or_path": "",
+            "of": [{"_name_or_path": "model"}],
+            "chat_template": "{{ a }}/{{ b }}/{{ c }}",
+        },
+    }
+    assert (folder / "tokenizer.json").read_bytes() == tokens.read_bytes()
+
+
 def test_a_merge_has_the_chat_template_of_the_adapter(tmp_path):
     base, template = jcl.open_base(write_base(tmp_path / "base", merges=8, layers=1)), "{{ messages[0]['content'] }}"
     (base.path / "chat_template.jinja").write_text("{{ bos_token }}")

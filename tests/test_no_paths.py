@@ -1,4 +1,7 @@
-"""No file that a command writes tells of the folders of the machine: each is searched for a telling name."""
+"""No file that a command writes tells of the folders of a machine: each is searched for a telling name.
+
+The inputs name folders as other programs write them: of this machine, and of the one that they were made on.
+"""
 
 import gzip
 import json
@@ -24,6 +27,32 @@ from jcrosslora.session.demo.run import SOURCE_ADAPTER, TARGET_ADAPTER
 # Of the HTTP library that the client of the hub uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 NAME = "telling-folder-of-ann"
+# The base of each input, as the machine on which it was made wrote it.
+MADE = {
+    "adapter": f"/home/{NAME}/models/base",
+    "other/adapter": f"/home/ann lee/{NAME}/base",
+    "dora": f"file:///home/{NAME}/base",
+    "own": f"C:\\models\\{NAME}\\source",
+    "of-mlx": f"~/{NAME}/models/base",
+    "of-gguf": f"\\\\server\\{NAME}\\base",
+}
+# As peft and transformers write it.
+CARD = """---
+base_model: {base}
+library_name: peft
+license: other
+license_link: file://{folder}/LICENSE
+tags:
+- base_model:adapter:{base}
+- lora
+model-index: []
+---
+
+# adapter
+
+A fine-tuned version of [{base}](https://huggingface.co/{base}), trained on `{folder}/data.jsonl` (see
+https://example.org/a/b and {folder}/log.)
+"""
 WEIGHTS = "adapter_model.safetensors"
 WRITE_NOTHING = {"inspect", "compare", "check", "methods", "generate", "cache list", "cache verify", "cache clear"}
 WRITE_NOTHING |= {"shelf list", "shelf show", "shelf search", "shelf evaluate"}
@@ -32,7 +61,8 @@ PLACES = "--source source --target target"
 # What runs in the telling folder; files by name are made absolute. Behind > stands what the user keeps of stdout.
 LINES = f"""
 train source --data answers.jsonl --out out/trained --steps 2 --rank 2 --template chat.jinja --log tensorboard
-train target --data answers.jsonl --out out/tuned --steps 2 --rank 2
+train target --data answers.jsonl --out out/tuned --steps 2 --rank 2 --checkpoints out/states
+train source --data answers.jsonl --out out/started --steps 2 --start adapter
 transfer adapter {PLACES} --out out/moved --method distill {FIT} --source-template chat.jinja
     --log tensorboard
 transfer out/trained {PLACES} --out out/copied --method pad-truncate --effect always --profile peft --no-cache
@@ -40,19 +70,31 @@ transfer dora {PLACES} --out out/mlx --method cross-lora --svd-rank 4 --profile 
 transfer adapter {PLACES} --out out/gguf --method theseus --prompts prompts.txt --profile gguf
 transfer adapter {PLACES} --out out/recipe --recipe out/copied/recipe.toml --dtype bfloat16
 transfer adapter {PLACES} --out out/pushed --method copy --table none --push-to me/moved
+transfer of-mlx {PLACES} --out out/from-mlx --method copy --profile tunix
+transfer of-gguf {PLACES} --out out/from-gguf --method copy --profile gguf
+transfer other/adapter {PLACES} --out out/moved-again --method copy
 export dora adapter --out out/sum --base source
+export adapter --out out/adapter
+export other/adapter --out out/other --profile peft
 export dora --out out/kept --keep-dora --profile peft
 export dora --out out/lost --out-rank 2 --base source
 export own --out out/own
+export of-mlx --out out/mlx-peft
+export of-gguf --out out/gguf-mlx --base source --profile mlx
 export adapter --out out/adapter-gguf --profile gguf --base source
 export dora --out out/adapter-mlx --profile mlx --base source
 export adapter --out out/adapter-tunix --profile tunix --base source
 merge source adapter --out out/merged
 merge source dora --out out/merged-half --dtype float16
 extract out/merged --base source --out out/extracted --keep norms
+export out/extracted --out out/absorbed --base source --absorb out/base
 batch plan.toml --log tensorboard
 push out/moved me/moved --with-completions
 push out/adapter-gguf me/gguf
+push adapter me/adapter
+push own me/own
+push of-mlx me/mlx
+push out/adapter me/exported
 evaluate --data answers.jsonl --base target --adapter out/moved out/copied --trained out/tuned --show 2 --json
     --html out/answers.html > out/moved/answers.json
 evaluate --data choices.jsonl --base source --adapter adapter dora other/adapter --json > out/figures.json
@@ -60,6 +102,7 @@ report out/moved
 report out/moved --answers out/moved/answers.json --out out/page.svg
 shelf add out/shelf adapter out/trained --base source --prompts prompts.txt
 shelf add out/shelf dora --name third
+shelf add out/shelf other/adapter --name fourth
 shelf remove out/shelf third
 shelf train out/shelf --steps 1
 evaluate --data choices.jsonl --shelf out/shelf --adapter dora other/adapter --json > out/shelf.json
@@ -97,14 +140,21 @@ def home(tmp_path, monkeypatch):
     for seed, (name, merges) in enumerate((("source", 30), ("target", 60))):
         write_base(home / name, merges, bos=True, eos=1, layers=2, seed=seed)
     edit_json(home / "source" / "config.json", _name_or_path=str(home / "source"))
-    write_json(home / "source" / "tokenizer_config.json", {"eos_token": "</s>", "name_or_path": str(home / "source")})
+    tokenizer = {"name_or_path": str(home / "source"), "special_tokens_map_file": f"{MADE['adapter']}/tokens.json"}
+    write_json(home / "source" / "tokenizer_config.json", {"eos_token": "</s>", **tokenizer})
+    write_json(home / "source" / "generation_config.json", {"_from": {"_name_or_path": MADE["other/adapter"]}})
+    write_json(home / "source" / "trainer_state.json", {"best_model_checkpoint": MADE["adapter"], "log_history": []})
     source = jcl.open_base(home / "source")
     for name in ("adapter", "other/adapter"):
         jcl.save_adapter(random_adapter(source, scale=0.3), home / name, base=source)
     write_dora(home / "adapter", home / "dora")
     for name in ("own", "bad"):
         jcl.save_adapter(random_adapter(source, scale=0.3), home / name, base_name="x")
-    edit_json(home / "own" / "adapter_config.json", base_model_name_or_path=f"C:\\models\\{NAME}\\source")
+    jcl.save_adapter(random_adapter(source, scale=0.3), home / "of-mlx", base=source, profile="mlx")
+    mark = "b" * len(MADE["of-gguf"])
+    jcl.save_adapter(random_adapter(source, scale=0.3), home / "of-gguf", base=source, base_name=mark, profile="gguf")
+    for name, base in MADE.items():
+        write_origin(home / name, base, mark)
     (home / "bad" / WEIGHTS).write_bytes(b"damaged")
     (home / "prompts.txt").write_text("\n".join(f"{text} {number}" for number in range(3) for text in CORPUS[3:]))
     (home / "plan.toml").write_text(PLAN)
@@ -115,16 +165,34 @@ def home(tmp_path, monkeypatch):
     return home
 
 
+def write_origin(folder: Path, base: str, mark: str) -> None:
+    """Write into the files of an adapter where it was made: of the GGUF file, a base in the place of `mark`."""
+    (folder / "README.md").write_text(CARD.format(base=base, folder=f"/mnt/{NAME}/runs"))
+    if (weights := folder / "adapter.gguf").exists():
+        stored = weights.read_bytes()
+        assert mark.encode() in stored
+        weights.write_bytes(stored.replace(mark.encode(), base.encode()))
+    elif folder.name == "of-mlx":  # which writes all settings of its training
+        edit_json(folder / "adapter_config.json", model=base, data=f"/mnt/{NAME}/data", adapter_path=f"./runs/{NAME}/a")
+    else:
+        mapped = {"base_model_class": "LlamaForCausalLM", "parent_library": f"/home/{NAME}/src/models.py"}
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=base, auto_mapping=mapped)
+    if folder.parent.name == "other":  # itself moved
+        record = {"recipe": {"method": "copy"}, "source": {"name": base}, "adapter": {"name": base, "base_name": base}}
+        write_json(folder / "transfer_report.json", record | {"recipe_toml": f'source = "{base}"\n'})
+        header = {f"jcrosslora.{name}": json.dumps(part) for name, part in record.items()}
+        save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, header)
+
+
 def write_dora(adapter: Path, out: Path) -> None:
-    """Write an adapter as a DoRA that was trained with peft on a base in the telling folder."""
+    """Write an adapter as a DoRA, as peft does."""
     out.mkdir()
     tensors = load_file(adapter / "adapter_model.safetensors")
     rows = {name: len(b) for name, b in tensors.items() if name.endswith(".lora_B.weight")}
     sizes = {name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(count) for name, count in rows.items()}
     save_file(tensors | {name: one.astype(np.float32) for name, one in sizes.items()}, out / WEIGHTS, {"format": "pt"})
     config = json.loads((adapter / "adapter_config.json").read_text())
-    more = {"use_dora": True, "base_model_name_or_path": str(out.parent / "source"), "exclude_modules": None}
-    write_json(out / "adapter_config.json", config | more)
+    write_json(out / "adapter_config.json", config | {"use_dora": True, "exclude_modules": None})
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -181,7 +249,8 @@ def test_no_file_tells_of_the_folders_of_the_machine(home, demo, hub, capsys):
     composed = jcl.compose(home / "source", [home / "adapter", home / "dora"], "gated")
     composed.save(home / "out" / "composed")
     jcl.compose(home / "source", [home / "adapter", home / "out" / "trained"]).save_adapter(home / "out" / "one")
-    written = [path for path in home.rglob("*") if path.is_file() and path not in before]
+    cache = [path for path in (home.parent / "cache").rglob("*") if "compiled" not in path.parts]
+    written = [path for path in [*home.rglob("*"), *cache] if path.is_file() and path not in before]
     found = [pair for path in written for pair in contents(path)]
     found += [
         (f"hub: {repo_id}/{name}", data) for repo_id, repo in hub.repos.items() for name, data in repo.files.items()

@@ -13,6 +13,7 @@ import pytest
 from command_line import main
 from hub_server import BREAK, TOKEN, Repo, serve_hub
 from huggingface_hub import ModelCardData
+from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
@@ -365,6 +366,47 @@ def test_the_card_of_another_tool_is_mended_and_kept_otherwise(hub, bases, tmp_p
     assert b"/home/me" not in b"".join(hub.repos[ID].files.values())
     jcl.push_to_hub(folder, ID, base_model="google/gemma")
     assert uploaded_card(hub)[0]["base_model"] == "google/gemma"
+
+
+def test_no_path_of_report_recipe_card_or_configuration_is_uploaded(hub, folder):
+    mine = "/home/me/secret/x"
+    report = json.loads((folder / "transfer_report.json").read_text())
+    report["adapter"] |= {"name": mine, "base_name": mine, "ignored": [f"not moved: {mine}/a.safetensors: is damaged"]}
+    (folder / "transfer_report.json").write_text(json.dumps(report))
+    (folder / "recipe.toml").write_text(f'out = "{mine}"\nmethod = "copy"\nprompts = "C:\\\\my data\\\\secret\\\\p"\n')
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"{card}\nTrained on {mine}.jsonl.\n")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": {"parent_library": mine}}))
+    jcl.push_to_hub(folder, ID, with_completions=True)
+    files = hub.repos[ID].files
+    assert [name for name, data in files.items() if b"secret" in data or b"/home/me" in data] == []
+    assert files["recipe.toml"].decode() == 'out = "x"\nmethod = "copy"\nprompts = "p"\n'
+    assert json.loads(files["transfer_report.json"])["adapter"]["ignored"] == ["not moved: a.safetensors: is damaged"]
+    assert json.loads(files["adapter_config.json"]) == config | {"auto_mapping": {"parent_library": "x"}}
+    assert files["README.md"].decode() == f"{card}\nTrained on x.jsonl.\n"
+
+
+@pytest.mark.parametrize("profile", ["portable", "gguf"])
+def test_weights_whose_header_holds_a_path_are_refused_until_they_are_exported(hub, bases, tmp_path, profile):
+    base = jcl.open_base(bases / "one")
+    if profile == "gguf":
+        pytest.importorskip("gguf")
+    mine, mark = "/home/me/secret/models/base", "b" * 27
+    folder = jcl.save_adapter(
+        jcl.load_adapter(bases / "adapter"), tmp_path / "mine", base=base, base_name=mark, profile=profile
+    )
+    weights = folder / ("adapter.gguf" if profile == "gguf" else "adapter_model.safetensors")
+    if profile == "gguf":
+        weights.write_bytes(weights.read_bytes().replace(mark.encode(), mine.encode()))
+    else:
+        save_file(load_file(weights), weights, {"jcrosslora.adapter": json.dumps({"base_name": mine})})
+    with pytest.raises(jcl.AdapterError, match=r"its header holds a path .*: write the adapter again"):
+        jcl.push_to_hub(folder, ID)
+    assert hub.requests == []
+    jcl.export_adapter(jcl.ExportSettings((str(folder),), str(tmp_path / "out"), profile=profile, base=base.ref))
+    jcl.push_to_hub(tmp_path / "out", ID)
+    assert b"secret" not in b"".join(hub.repos[ID].files.values())
 
 
 def test_several_bases_of_a_card_stay_unless_one_is_given(hub, bases, tmp_path):

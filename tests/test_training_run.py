@@ -87,7 +87,7 @@ def test_the_adapter_has_the_scale_inside_b(base):
     factors = jax.tree.map(lambda leaf: leaf + 0.5, first_factors(base, SETTINGS))
     adapter = to_adapter(factors, 2.0, base)
     assert len(adapter.modules) == 14
-    assert adapter.info.base_name == base.name
+    assert adapter.info.base_name == Path(base.name).name
     one = adapter.modules["model.layers.1.mlp.up_proj"]
     np.testing.assert_array_equal(one.b, 2.0 * np.asarray(factors.roles["up_proj"].b[1]))
     np.testing.assert_array_equal(one.a, factors.roles["up_proj"].a[1])
@@ -138,6 +138,14 @@ def states(base, tmp_path_factory):
 def test_states_of_other_settings_are_refused(base, states, change, came):
     with pytest.raises(UsageError, match=f"{states}: checkpoints of another run \\({came}"):
         train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, **change), checkpoints=states)
+
+
+def test_states_do_not_name_their_folder(base, tmp_path):
+    folder = tmp_path / "telling"
+    train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, steps=1), checkpoints=folder, every=1)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert (folder / "1" / "state" / "_METADATA") in files
+    assert not [path for path in files if b"telling" in path.read_bytes()]
 
 
 def test_states_of_other_examples_or_another_base_are_refused(base, states, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from command_line import main
 from probe_bases import write_move
+from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 from transfers import transfer_settings
 
@@ -327,6 +328,38 @@ def test_recipe_pins_the_commit_of_a_hub_adapter(files, tmp_path, monkeypatch):
     recipe = tomllib.loads(json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"])
     assert (recipe["adapter"], recipe["adapter_revision"]) == ("org/tuned", "0123abcd")
     assert jcl.load_adapter(files / "adapter").info.revision is None
+
+
+def test_the_folder_of_the_hubs_cache_is_not_written(files, tmp_path, monkeypatch):
+    snapshot = tmp_path / "secret" / "models--org--tuned" / "snapshots" / "0123abcd"
+    shutil.copytree(files / "adapter", snapshot)
+    weights = snapshot / "adapter_model.safetensors"
+    damaged = {f"base_model.model.model.embed_tokens.lora_embedding_{side}": np.full((2, 2), np.nan) for side in "AB"}
+    save_file(load_file(weights) | damaged, weights)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "secret"))
+    monkeypatch.setattr("jcrosslora.adapter.folder._download", lambda _, name, revision: snapshot / name)
+    transfer_files(settings(files, tmp_path / "out", method="pad-truncate", adapter="org/tuned"))
+    assert "NaN" in (tmp_path / "out" / "README.md").read_text()
+    assert not [path for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("profile", ["portable", "mlx", "gguf"])
+def test_a_path_in_the_files_of_an_adapter_is_not_written(files, tmp_path, profile):
+    if profile == "gguf":
+        pytest.importorskip("gguf")
+    mine = "/home/ann/secret/models/base"
+    folder = shutil.copytree(files / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": mine}))
+    (folder / "README.md").write_text(f"---\nlicense: other\nlicense_link: file://{mine}/LICENSE\n---\n")
+    record = {"recipe": {"method": "copy"}, "source": {"name": mine}, "adapter": {"name": mine, "digest": "sha256:0"}}
+    header = {f"jcrosslora.{name}": json.dumps(part) for name, part in record.items()}
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, header)
+    given = settings(files, tmp_path / "out", method="pad-truncate", adapter=str(folder), profile=profile)
+    report = transfer_files(given).report
+    assert (report.adapter.base_name, report.adapter.earlier[0].adapter) == ("base", "base")
+    assert not [path for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()]
 
 
 def test_flags_override_the_recipe(files, tmp_path):

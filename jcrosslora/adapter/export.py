@@ -16,7 +16,7 @@ import numpy as np
 from jcrosslora.adapter.changes import LoRAFactors, ReplacedTensors
 from jcrosslora.adapter.combining import add_adapters, fit_to_base, fuse, split_fused
 from jcrosslora.adapter.contents import FileDtype
-from jcrosslora.adapter.folder import CARD, REPORT
+from jcrosslora.adapter.folder import CARD, REPORT, public_card
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.load import load_adapter, load_dora
 from jcrosslora.adapter.merge import Merged, write_merged
@@ -25,7 +25,7 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo, Carried, left_out, 
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, save_adapter
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_fused
 from jcrosslora.checkpoint import BaseModel, describe_base, open_base
-from jcrosslora.checkpoint.hub import local_names, publish
+from jcrosslora.checkpoint.hub import local_names, public_json, publish
 from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.text.completion import COMPLETIONS
@@ -268,9 +268,11 @@ def _check_kept(settings: ExportSettings) -> None:
 
 
 def _documents(refs: tuple[str, ...]) -> dict[str, str]:
-    """Read the documents of a single adapter in a local folder."""
+    """Read the documents of a single adapter in a local folder, without paths in its card and report."""
     paths = [Path(refs[0]).expanduser() / name for name in _DOCUMENTS] if len(refs) == 1 else []
-    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+    found = {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+    public = {CARD: public_card, REPORT: public_json}
+    return {name: public[name](text) if name in public else text for name, text in found.items()}
 
 
 def _account(exported: Exported, base: BaseModel | None) -> str:

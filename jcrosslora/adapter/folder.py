@@ -14,7 +14,14 @@ from jcrosslora.adapter.contents import as_adapter_errors, check_names
 from jcrosslora.adapter.gguf import GGUF_WEIGHTS, is_gguf_adapter
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG
 from jcrosslora.adapter.orbax import holds_lora
-from jcrosslora.checkpoint.hub import check_revision, download, is_hub_id, is_on_hub
+from jcrosslora.checkpoint.hub import (
+    check_revision,
+    download,
+    is_hub_id,
+    is_on_hub,
+    public_text,
+    publish,
+)
 from jcrosslora.checkpoint.orbax import find_checkpoint, nearest_file
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.store import errors_of, read_json_object, refuse_not_finite
@@ -184,8 +191,9 @@ def stated_licences(files: AdapterFiles) -> dict[str, Any]:
     with suppress(AdapterError):
         data = split_card(files.read_document(CARD, _LONGEST) or "")[0]
     keys = ("license", "license_name", "license_link")
-    licence, name, link = (value if isinstance(value := data.get(key), str) and value else None for key in keys)
-    if link is not None and "://" not in link:
+    stated = (value if isinstance(value := data.get(key), str) and value else None for key in keys)
+    licence, name, link = (value and public_text(value) for value in stated)
+    if link is not None and not link.startswith(("https://", "http://")):
         where = f"https://huggingface.co/{files.name}/blob/main/{link.removeprefix('./')}"
         link = where if is_on_hub(files.name) else None
     return {"licence": licence, "licence_name": name, "licence_link": link}
@@ -220,6 +228,17 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
         msg = f"README.md: its metadata is a {type(data).__name__}, wanted lines of `name: value`: mend its top"
         raise AdapterError(msg)
     return data or {}, text[found.end() :]
+
+
+def public_card(card: str) -> str:
+    """Return a card of others without paths."""
+    stated: Any = None
+    with suppress(AdapterError):
+        stated = split_card(card)[0].get("base_model")
+    bases = stated if isinstance(stated, list) else [stated]
+    # The path of a base, which may hold spaces, is replaced as it is written; then every other path.
+    paths = {base: public_text(base) for base in bases if isinstance(base, str)}
+    return public_text(publish(card, {path: name for path, name in paths.items() if name != path}))
 
 
 def join_card(data: Mapping[str, Any], body: str) -> str:

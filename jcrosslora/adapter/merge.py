@@ -24,7 +24,14 @@ from jcrosslora.adapter.origin import other_base
 from jcrosslora.adapter.records import Adapter, check_always_active, why_idle
 from jcrosslora.architectures.blocks import EMBEDDING, HEAD
 from jcrosslora.checkpoint import BaseModel, describe_base, expected_shapes, open_base
-from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, local_names, public_name, publish
+from jcrosslora.checkpoint.hub import (
+    COMPANIONS,
+    fetch_companions,
+    is_hub_id,
+    local_names,
+    public_json,
+    publish,
+)
 from jcrosslora.checkpoint.layout import is_loadable
 from jcrosslora.checkpoint.quantised.scaled import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES, INDEX, SINGLE, Piece, ShardedStore, write_pieces
@@ -43,7 +50,7 @@ _REPORT = "merge_report.json"
 _NOT_COPIED = (".*", _CONFIG, INDEX, "*.index.json", "adapter_config.json", _REPORT, "transfer_report.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_PATH_KEYS = ("_name_or_path", "name_or_path")
+_VOCABULARIES = ("tokenizer.json", "vocab.json")  # whose texts are tokens
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards
@@ -360,16 +367,16 @@ def write_companions(
         wanted, unwanted = (any(fnmatch(path.name, kind) for kind in kinds) for kinds in (COMPANIONS, _NOT_COPIED))
         if path.is_file() and wanted and not unwanted:
             shutil.copyfile(path, folder / path.name)
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file() and "name_or_path" in (found := read_json_object(tokenizer)):
-        _write_config(tokenizer, found)
+            if path.suffix == ".json" and path.name not in _VOCABULARIES:
+                text = path.read_text(encoding="utf-8", errors="surrogateescape")
+                if (public := public_json(text)) != text:
+                    (folder / path.name).write_text(public, encoding="utf-8", errors="surrogateescape")
     return ()
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a configuration; the path that transformers loaded it from keeps its last part alone."""
-    names = {key: public_name(value) for key in _PATH_KEYS if isinstance(value := config.get(key), str)}
-    path.write_text(json.dumps({**config, **names}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a configuration without paths, such as that which transformers loaded it from."""
+    path.write_text(public_json(json.dumps(config, indent=2, ensure_ascii=False) + "\n"), encoding="utf-8")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

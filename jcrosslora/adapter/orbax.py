@@ -15,7 +15,7 @@ import numpy as np
 from jcrosslora.adapter.contents import Contents, as_adapter_errors, file_factors
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, factors_in_slots, slot_arrays, slots_of_tunix, trainer_of
 from jcrosslora.checkpoint.in_memory import array_name
-from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, handler, read_entries, restore, writing
+from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, clear_marks, handler, read_entries, restore, writing
 from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.errors import AdapterError
 
@@ -89,8 +89,7 @@ def write_tunix(contents: Contents, folder: Path) -> None:
     managed = {"options": options, "item_handlers": {ITEM: handler()}}
     with writing(), ocp.CheckpointManager(folder.absolute(), **managed) as manager:
         manager.save(0, args=items, custom_metadata=dict(contents.metadata))
-    for mark in folder.rglob("commit_success.txt"):  # names the folder, whose name is a temporary one
-        mark.write_text("Checkpoint commit was successful\n", encoding="utf-8")
+    clear_marks(folder)
     config = {"module_path": _module_path(slots), "rank": rank, "alpha": float(rank)}
     (folder / LORA_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -24,13 +24,19 @@ _ARRAYS = (np.ndarray, jax.Array, jax.ShapeDtypeStruct)
 
 @dataclass(frozen=True)
 class Earlier:
-    """An adapter that another was moved from: its name and digest, the name and digest of its base, and the method."""
+    """An adapter that another was moved from: its name and digest, the name and digest of its base, and the method.
+
+    The names are public ones, see `public_name`.
+    """
 
     adapter: str | None = None
     digest: str | None = None
     base: str | None = None
     base_digest: str | None = None
     method: str | None = None
+
+    def __post_init__(self) -> None:
+        _publish(self, "adapter", "base")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class AdapterOrigin:
 
     Attributes:
         name: the path or hub id that it was read from, or a name given by its maker.
-        base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
+        base_name: public name of the base that its file states, see `public_name`; never trusted, may be None.
         form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
@@ -75,6 +81,15 @@ class AdapterOrigin:
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()
     earlier: tuple[Earlier, ...] = ()
+
+    def __post_init__(self) -> None:
+        _publish(self, "base_name")
+
+
+def _publish(record: Any, *fields: str) -> None:
+    """Replace names in a new record by their public ones, since a record is written to files."""
+    for name in fields:
+        object.__setattr__(record, name, public_name(getattr(record, name)))
 
 
 @dataclass(frozen=True)

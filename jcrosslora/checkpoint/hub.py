@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import os
+import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -24,6 +24,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _PATIENCE = 1.5  # seconds in which a request that cannot be made has failed
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+# A path of two names or more, from the root, a home, a drive or a server. In a text it is whole within quotation marks,
+# else it ends at a space; it is no part of an address, except after two slashes: https://huggingface.co//home/ann/model.
+_ROOT, _SEPARATOR = r"(?:file:/*+|~/|[A-Za-z]:[\\/]++|\\\\++|/)", r"[\\/]++"
+_NAME = r"""[^\s\\/"'`<>()\[\]{}|*?:,;]++"""
+_QUOTED = rf"""(?<=["'`]){_ROOT}[^\n"'`\\/]++{_SEPARATOR}[^\n"'`]++(?=["'`])"""
+_UNQUOTED = rf"(?:(?<![\w/.\\~-])|(?<=[^:/]/)){_ROOT}(?:{_NAME}{_SEPARATOR})+{_NAME}"
+_PATH_IN_TEXT = re.compile(f"{_QUOTED}|{_UNQUOTED}")
+_PATH = re.compile(rf"(?:{_ROOT}|\.\.?/)[^\n\\/]++{_SEPARATOR}.+")
+_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"?+(\s*+:)?', re.DOTALL)
 
 
 def is_hub_id(ref: str) -> bool:
@@ -38,9 +47,10 @@ def is_on_hub(ref: str | None) -> bool:
 
 def public_name(ref: str | None) -> str | None:
     """Return the public name of a base or an adapter: its hub id, or the last part of its path."""
-    if ref is None or is_on_hub(ref):
+    if not ref or is_on_hub(ref):
         return ref
-    return PureWindowsPath(ref).name if "\\" in ref else Path(ref).name or Path(ref).resolve().name or None
+    path = Path(ref.replace("\\", "/"))
+    return path.name or path.resolve().name or None
 
 
 def public_names(refs: Iterable[str]) -> list[str]:
@@ -178,13 +188,41 @@ def cause_of(error: BaseException, limit: int = 200) -> str:
     return f"{type(error).__name__}: {safe_line(error, limit)}".removesuffix(": ")
 
 
+def public_text(text: str) -> str:
+    """Return a text of others with the last part of each path alone; relative paths in a longer text stay."""
+    if _PATH.fullmatch(text):
+        return public_name(text) or ""
+    return _PATH_IN_TEXT.sub(lambda match: public_name(match.group()) or "", text)
+
+
+def public_json(text: str) -> str:
+    """Return a JSON file of others with the `public_name` of each `name_or_path`, and `public_text` of other values."""
+    key = ""
+
+    def replaced(match: re.Match[str]) -> str:
+        nonlocal key
+        if match[1]:
+            key = match.group()
+            return key
+        try:
+            value = json.loads(match.group(), strict=False)
+        except ValueError:  # not JSON
+            return public_text(match.group())
+        public = public_name(value) if 'name_or_path"' in key else public_text(value)
+        return match.group() if public == value else json.dumps(public, ensure_ascii=False)
+
+    return _JSON_TEXT.sub(replaced, text)
+
+
 def local_names(*refs: str | None) -> dict[str, str]:
-    """Return the paths among references with their public names, for `publish`."""
-    found = {}
+    """Return the paths among references, and that of the hub's cache, with their public names, for `publish`."""
+    from huggingface_hub import constants
+
+    found = {constants.HF_HUB_CACHE: "hub"}
     for ref in refs:
         name = public_name(ref)
         # A bare name reveals nothing, and replacing it could change unrelated text.
-        if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):
+        if ref and name and ref != name and ("/" in ref or "\\" in ref or ref.startswith("~")):
             found[ref] = name
             found[str(Path(ref).expanduser().absolute())] = name
     return found

@@ -86,6 +86,12 @@ def checkpoint_arrays(checkpoint: Path) -> Arrays:
     return Arrays({array_name(path): entry for path, entry in entries.items()}, read, files)
 
 
+def clear_marks(folder: Path) -> None:
+    """Remove paths from the files by whose presence alone Orbax knows that a checkpoint is whole."""
+    for mark in folder.rglob("commit_success.txt"):
+        mark.write_text("Checkpoint commit was successful\n", encoding="utf-8")
+
+
 def alone() -> Any:
     """Let this process read or write alone: of several that work together, not all reach this point."""
     import jax

@@ -17,10 +17,20 @@ from jcrosslora.adapter.folder import (
     Form,
     find_adapter,
     join_card,
+    open_weights,
+    public_card,
     read_config,
     split_card,
 )
-from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
+from jcrosslora.adapter.gguf import open_gguf_adapter
+from jcrosslora.checkpoint.hub import (
+    cached_identity,
+    is_hub_id,
+    is_on_hub,
+    public_json,
+    public_name,
+    public_text,
+)
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.report.documents import PAGE, report_text, without_examples
 from jcrosslora.report.recipe import RECIPE
@@ -74,12 +84,14 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     sent: dict[str, Path | bytes] = {files.weights.name: files.weights}
     if files.config is not None:
         sent[CONFIG] = _config_for_hub(files.config, config, key, base_model or (None if is_on_hub(stated) else base))
-    if card is not None and not with_completions:
-        card = without_examples(card)
+    if card is not None:
+        card = public_card(card if with_completions else without_examples(card))
     sent[CARD] = _card_for_hub(card, folder.resolve().name, files.form, base).encode()
     if (folder / REPORT).is_file():
         sent[REPORT] = _report_for_hub(folder / REPORT, with_completions=with_completions)
     sent |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)}
+    if RECIPE in sent:
+        sent[RECIPE] = public_text(_text(folder / RECIPE)).encode()
     if with_completions:  # the page shows some of them
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
@@ -102,6 +114,11 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
     if facts.fault is not None:
         msg = f"{folder}: is not a whole adapter ({facts.fault}): write it again"
         raise AdapterError(msg)
+    gguf = files.form == "GGUF"
+    header = open_gguf_adapter(files.weights).header.metadata if gguf else open_weights(files.weights).metadata
+    if any(isinstance(value, str) and public_text(value) != value for value in header.values()):
+        msg = f"{files.weights}: its header holds a path of the machine that wrote it: write the adapter again with "
+        raise AdapterError(msg + "`jcrosslora export`, which leaves that out")
     return files
 
 
@@ -119,21 +136,22 @@ def _check_links(folder: Path) -> None:
             raise AdapterError(msg)
 
 
-def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> Path | bytes:
-    """Return the configuration without a path of this machine, with another base if one is given."""
+def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> bytes:
+    """Return the configuration without paths, with another base if one is given."""
     stated = config.get(key)
     wanted = base or (public_name(stated) if isinstance(stated, str) else stated)
-    return path if wanted == stated else json.dumps({**config, key: wanted}, indent=2).encode()
+    text = _text(path) if wanted == stated else json.dumps({**config, key: wanted}, indent=2)
+    return public_json(text).encode()
 
 
-def _report_for_hub(path: Path, *, with_completions: bool) -> Path | bytes:
+def _report_for_hub(path: Path, *, with_completions: bool) -> bytes:
     try:
         report = read_report(path)
     except UsageError as error:
         raise AdapterError(str(error)) from error
-    if with_completions or not report.examples:
-        return path
-    return report_text(msgspec.structs.replace(report, examples=())).encode()
+    whole = with_completions or not report.examples
+    text = _text(path) if whole else report_text(msgspec.structs.replace(report, examples=()))
+    return public_json(text).encode()
 
 
 def _goes_along(name: str) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, wanted_roles
-from jcrosslora.checkpoint.orbax import quiet, writing
+from jcrosslora.checkpoint.orbax import clear_marks, quiet, writing
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.utils.settings import Settings
 
@@ -152,6 +152,7 @@ class Checkpoints:
         }
         with self._writing(self._manager.latest_step()):
             self._manager.save(int(state.step), args=args.Composite(**saved))
+            clear_marks(self._folder / str(int(state.step)))
 
     def close(self) -> None:
         """Close the folder."""

@@ -60,7 +60,7 @@ class FileDigests:
         return None
 
     def _keep(self, path: Path, state: list[int], digest: str) -> None:
-        content = {"path": str(path.absolute()), "state": state, "sha256": digest, "check": _check(state, digest)}
+        content = {"state": state, "sha256": digest, "check": _check(state, digest)}
         with suppress(OSError):  # A digest without a record is computed again.
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._record(path), json.dumps(content).encode())
