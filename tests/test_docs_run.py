@@ -130,6 +130,11 @@ def files(tmp_path_factory):
     written = [{"prompt": question.prompt, "answer": question.choices[question.answer]} for question in QUESTIONS]
     for name in ("FILE.jsonl", "right.jsonl"):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in written))
+    _copy(adapter, folder / "PATH/my-adapter")
+    _copy(source, folder / "PATH/source.gguf")
+    _copy(target, folder / "PATH/target")
+    shutil.copy(folder / "prompts.txt", folder / "PATH/prompts.txt")
+    (folder / "recipe.toml").write_text('method = "distill"\nseed = 1\nout = "from-recipe"\n')
     (folder / "plan.toml").write_text(PLAN)
     return folder
 
