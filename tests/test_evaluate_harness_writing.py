@@ -54,6 +54,26 @@ def test_generation_ends_at_eos_and_at_names_of_special_tokens(folder, tmp_path)
     assert JCrossLoRALM(marked, adapter_of(folder)).generate_until(asked, disable_tqdm=True) == [wanted]
 
 
+def test_generation_goes_on_after_a_turn_that_the_files_do_not_state_as_an_end(folder, tmp_path):
+    theirs = torch_lm(folder, adapter_of(folder))
+    written = written_tokens(theirs, theirs.tok_encode(PROMPT), 40)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
+    turn = next(token for token in written[1:] if names[token] in "!#$%&{|}~^@VZXNMF")
+    end = {"id": turn, "content": "<|im_end|>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append(end | {"single_word": False, "lstrip": False, "rstrip": False})
+    tokenizer["model"]["vocab"]["<|im_end|>"] = tokenizer["model"]["vocab"].pop(names[turn])
+    changed = shutil.copytree(folder, tmp_path / "turns")
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40})])
+    (text,) = JCrossLoRALM(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert [text] == torch_lm(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    (changed / "generation_config.json").write_text(json.dumps({"eos_token_id": turn}))
+    (ended,) = JCrossLoRALM(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert [ended] == torch_lm(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert len(ended) < len(text)
+
+
 def test_sampled_texts_follow_the_seed(folder):
     asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40, "do_sample": True, "temperature": 1.0})] * 2)
     lms = [JCrossLoRALM(folder, adapter_of(folder), seed=seed, batch_tokens=1) for seed in (0, 0, 1)]

@@ -57,10 +57,11 @@ class Tokenizer:
 
     Attributes:
         bos: id that the model's own tokenizer puts before a text, None if it puts none.
-        stops: ids of eos and of the tokens that end a turn.
+        stops: ids of the tokens that end a text: the stated ones, and those that end a turn by their names.
         vocab: rows of the base's embedding, above every id.
         ref: names the base in errors.
         backend: a `tokenizers.Tokenizer` without post-processor, truncation and padding.
+        stated: the ids of `stops` that the base's files state.
         eos: id of the token that ends a text, None if there is none.
         bos_name: the name of the token that begins a text, which a chat template may use; "" if there is none.
         chat_template: source of the Jinja template that renders conversations, None if the base has none.
@@ -71,6 +72,7 @@ class Tokenizer:
     vocab: int
     ref: str
     backend: Any = field(repr=False)
+    stated: tuple[int, ...] = ()
     eos: int | None = None
     bos_name: str = ""
     chat_template: str | None = field(default=None, repr=False)
@@ -157,10 +159,22 @@ def read_tokenizer(
     harmony = [backend.token_to_id(token) for token in _HARMONY_ENDS]
     if None not in harmony:
         named = [index for index in named if index != backend.token_to_id("<|end|>")] + harmony
-    found = [*ends, *named, *(eos if isinstance(eos, list) else [eos])]
-    known = [index for index in found if type(index) is int and 0 <= index < rows]
-    template = own_template if chat_template is None else chat_template
-    return Tokenizer(bos, tuple(sorted(set(known))), rows, ref, backend, next(iter(known), None), bos_name, template)
+    configured = eos if isinstance(eos, list) else [eos]
+    stated, known = (
+        [index for index in found if type(index) is int and 0 <= index < rows]
+        for found in ([*ends, *configured], [*ends, *named, *configured])
+    )
+    return Tokenizer(
+        bos,
+        stops=tuple(sorted(set(known))),
+        stated=tuple(sorted(set(stated))),
+        vocab=rows,
+        ref=ref,
+        backend=backend,
+        eos=next(iter(known), None),
+        bos_name=bos_name,
+        chat_template=own_template if chat_template is None else chat_template,
+    )
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

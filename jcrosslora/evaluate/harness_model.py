@@ -1,5 +1,6 @@
 """The model class for lm-evaluation-harness."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -76,7 +77,9 @@ class JCrossLoRALM(TemplateLM):
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
         model = (model or load_model(self.base, self.settings.dtype)).with_adapter(stacked)
         self._models = Models(model, (self.base.name,))
-        self._generator = Generator.of(self.base, self.adapter, model=model, tokenizer=self._text)
+        # The harness's other models end at the ends that the files state, and write on after a turn of a conversation.
+        tokenizer = dataclasses.replace(self._text, stops=self._text.stated)
+        self._generator = Generator.of(self.base, self.adapter, model=model, tokenizer=tokenizer)
 
     @property
     def eot_token_id(self) -> int:
