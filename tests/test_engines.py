@@ -164,6 +164,17 @@ def test_check_asks_the_base_for_its_family_and_tie(tmp_path, capsys):
     assert found == {True: {"PEFT", "vLLM", "SGLang"}, False: {"PEFT", "vLLM", "SGLang", "llama.cpp"}}
 
 
+def test_repeated_layers_have_numbers_that_the_base_has_not(tmp_path):
+    save_tiny("llama", tmp_path / "base", num_hidden_layers=2)
+    settings = {"r": 2, "target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)], "init_lora_weights": False}
+    model = peft.get_peft_model(tiny_model("llama", num_hidden_layers=2), peft.LoraConfig(**settings))
+    model.save_pretrained(tmp_path / "a")
+    fresh = peft.get_peft_model(tiny_model("llama", num_hidden_layers=2), peft.LoraConfig(**settings))
+    assert not peft.load_peft_weights(tmp_path / "a").keys() ^ peft.get_peft_model_state_dict(fresh).keys()
+    found = {one.engine: one for one in check_engines(tmp_path / "a", base=jcl.open_base(tmp_path / "base"))}
+    assert found["PEFT"].reads, found["PEFT"].reasons
+
+
 RUN_LLAMA_CPP = """
 import sys
 from engine_readers import llama_cpp_log_probs

@@ -199,6 +199,7 @@ def test_profile_tunix_holds_the_same_update(name, tmp_path):
     verdicts = {one.engine: one for one in jcl.check_engines(tmp_path / "out", base=base)}
     assert verdicts["tunix"].reads
     assert "--profile portable" in verdicts["vLLM"].reasons[0]
+    assert "--profile gguf" in verdicts["llama.cpp"].reasons[0]
 
 
 def test_only_updated_modules_are_in_the_module_path(tmp_path):

@@ -269,7 +269,12 @@ def _class_names(base: BaseModel, *prefixes: str) -> set[str]:
 
 
 def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
-    """Return the modules that a file names, without those outside the text model and of experts."""
+    """Return the modules that a file names, without those outside the text model and of experts.
+
+    None is judged if the base's layers are repeated before it is loaded, which gives them other numbers.
+    """
+    if facts.config.get("layer_replication"):
+        return []
     named = (key.rpartition(".")[0] for key in facts.shapes)
     if facts.form != "MLX":
         named = (tensor.module for tensor in facts.tensors)

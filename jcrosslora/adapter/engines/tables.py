@@ -345,12 +345,12 @@ _TUNIX_NOTES = (
 )
 
 Rules = tuple[Rule, ...]
-# Engine -> format that it reads -> rules that give a reason against an adapter, and rules that give a note.
+# Engine -> format that it reads, the best one first -> rules that give a reason against an adapter, and a note.
 ENGINES: Mapping[str, Mapping[Form, tuple[Rules, Rules]]] = {
     "PEFT": {"PEFT": (_PEFT_RULES, _PEFT_NOTES)},
     "vLLM": {"PEFT": (_VLLM_RULES, _VLLM_NOTES)},
     "SGLang": {"PEFT": (_SGLANG_RULES, _SGLANG_NOTES)},
-    "llama.cpp": {"PEFT": (_LLAMA_RULES, (_PICKLE, lambda _: _CONVERT, _HEAD, _MIXER)), "GGUF": (_GGUF, (_HEAD,))},
+    "llama.cpp": {"GGUF": (_GGUF, (_HEAD,)), "PEFT": (_LLAMA_RULES, (_PICKLE, lambda _: _CONVERT, _HEAD, _MIXER))},
     "MLX": {"MLX": (_MLX_RULES, (_MIXER,))},
     "Ollama": {"PEFT": (_OLLAMA_RULES, _OLLAMA_NOTES), "GGUF": ((*_GGUF, _ALWAYS_ACTIVE), (lambda _: _OWN_ENGINE,))},
     "tunix": {"Orbax": (_TUNIX_RULES, _TUNIX_NOTES)},
