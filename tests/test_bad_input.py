@@ -510,6 +510,7 @@ def factors(**changes):
         (lambda _: METHODS.Distill(completions=-1), "distill with completions -1 was asked for, wanted 16 or more"),
         (lambda _: METHODS.Distill(roles=("nope",)), "distill with roles"),
         (lambda _: jcl.TrainingSettings(steps="x"), "steps is 'x'; expected int"),
+        (lambda _: jcl.TrainingSettings(modules=(1, 2)), r"modules is \(1, 2\); expected a list of text"),
         (lambda _: jcl.MergeSettings(base="b", adapter="a", out="o", dtype="x"), "dtype is 'x'; expected 'keep'"),
         (lambda _: jcl.ServedModel("http://h", "m", "t", timeout="x"), "timeout is 'x'; expected float"),
         (lambda g: jcl.train_lora(g, [{"prompt": "x"}]), "expected a list of Completion or Question or text or Path"),

@@ -285,7 +285,7 @@ def test_models_without_a_difference_to_extract_are_refused(base, tmp_path, caps
         ({"budget": "many"}, "budget 'many': wanted a number of bytes"),
         ({"budget": "0"}, "budget '0': wanted a number of bytes"),
         ({"rank": 4, "max_rank": 8}, "max_rank 8: wanted 1 or more, not with rank"),
-        ({"keep": ("heads",)}, "keep .*: wanted some of norms, biases, embeddings"),
+        ({"keep": ("heads",)}, "keep is .*; expected a list of 'norms', 'biases', 'embeddings'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, said):

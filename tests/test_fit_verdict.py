@@ -1,5 +1,6 @@
 """The verdict on a fit follows its measurement: levels by the answers that it reproduces, numbers in every output."""
 
+import dataclasses
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from jcrosslora.report.documents import model_card
 from jcrosslora.report.fit import fit_sentences, fit_verdict, interval
 from jcrosslora.report.page import find_contents, headline
 from jcrosslora.report.page.next_steps import first_steps, next_steps
+from jcrosslora.report.record import Verdict
 
 DISTILL = jcl.methods.Distill
 COUNTS = {"answers": 200, "given": 200, "answered": 200, "planned": 200, "usual": 200}
@@ -96,7 +98,23 @@ def test_a_poor_fit_is_told_what_would_help(result, facts, told):
     assert told in lines
     for absent in ("peft", "evaluate", "generate"):
         assert absent not in lines
-    assert ("--prompts prompts.txt" in lines) == (facts.get("given", 200) < 200)
+    assert ("Write prompts of the adapter's task" in lines) == (facts.get("given", 200) < 200)
+
+
+def test_a_move_of_maps_without_effect_is_told_what_would_help(result):
+    """`auto` took a method of the weights alone."""
+    verdict = Verdict("chance", "at chance level")
+    useless = msgspec.structs.replace(result.report, fit=None, choice="it was the only one", verdict=verdict)
+    lines = "\n".join(first_steps(published(useless), "moved", "target", "portable"))
+    assert "What would help: an update that is fitted to answers of the source." in lines
+    assert "--prompts prompts.txt" in lines
+
+
+def test_a_fit_is_run_again_with_the_prompts_that_it_had(result):
+    recipe = dataclasses.replace(result.report.recipe, prompts="mine.txt", examples="right.jsonl")
+    poor = with_facts(result, agreed=0, held_out=20, given=200)
+    lines = "\n".join(first_steps(published(msgspec.structs.replace(poor, recipe=recipe)), "moved", "t", "portable"))
+    assert "--prompts mine.txt --examples right.jsonl" in lines
 
 
 def test_the_numbers_of_a_fit_add_up(result, places):

@@ -154,7 +154,7 @@ def test_configurations_are_copied_without_paths(tmp_path):
         "generation_config.json": {
             "_name_or_path": "",
             "of": [{"_name_or_path": mine}],
-            "chat_template": "{{ a }}/{{ b }}/{{ c }}",
+            "chat_template": "{{ a }}/{{ b }}: the drive at '/mnt/data', /v1/chat/completions",
         },
     }
     for name, values in stated.items():
@@ -171,7 +171,7 @@ def test_configurations_are_copied_without_paths(tmp_path):
         "generation_config.json": {
             "_name_or_path": "",
             "of": [{"_name_or_path": "model"}],
-            "chat_template": "{{ a }}/{{ b }}/{{ c }}",
+            "chat_template": "{{ a }}/{{ b }}: the drive at '/mnt/data', /v1/chat/completions",
         },
     }
     assert (folder / "tokenizer.json").read_bytes() == tokens.read_bytes()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import threading
 import tomllib
 from html import unescape
@@ -39,9 +40,8 @@ def house(tmp_path_factory):
 
 @pytest.fixture
 def here(house, tmp_path, monkeypatch):
-    """The current folder, with links to the files."""
-    for path in house.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    """The current folder, with copies of the files."""
+    shutil.copytree(house, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -157,6 +157,33 @@ def test_files_are_found_beside_the_recipe_and_in_the_current_folder(here, capsy
     capsys.readouterr()
     assert Path("moved", WEIGHTS).exists()  # as older recipes have it: in the current folder
     assert "exists already" in refused(capsys, "transfer", "--recipe", "theirs/r.toml", "--no-cache")
+
+
+def test_a_link_beside_a_recipe_leads_nowhere_else(here, tmp_path_factory, capsys):
+    """An archive may hold a link to a file of its reader, which would be read, and sent to the server that is typed."""
+    secret = tmp_path_factory.mktemp("secret") / "key.txt"
+    secret.write_text("a key\nof mine\n")
+    Path("theirs").mkdir()
+    Path("theirs/notes.txt").symlink_to(secret)
+    Path("theirs/r.toml").write_text(f'{NAMED}prompts = "notes.txt"\n')
+    said = refused(capsys, "transfer", "--recipe", "theirs/r.toml", "--dry-run")
+    assert "names notes.txt, a link that leads out of its folder" in said
+    assert said.endswith(f"add --prompts {secret} to the command\n")
+    main(["transfer", "--recipe", "theirs/r.toml", "--prompts", str(secret), "--dry-run"])
+    Path("theirs/notes.txt").unlink()
+    Path("theirs/r.toml").write_text(f'{NAMED}prompts = "link.txt"\n')
+    Path("theirs/own.txt").write_text("one fox\ntwo dogs\n")
+    Path("theirs/link.txt").symlink_to("own.txt")
+    main(["transfer", "--recipe", "theirs/r.toml", "--dry-run"])
+
+
+def test_a_hub_id_of_a_recipe_is_no_folder_of_its_reader(here, capsys):
+    Path("work").mkdir()
+    Path("mine").rename("work/private")
+    Path("r.toml").write_text(NAMED.replace('"mine"', '"work/private"'))
+    said = refused(capsys, "transfer", "--recipe", "r.toml", "--dry-run")
+    assert "names work/private on the hub, and the current folder has a path of this name" in said
+    main(["transfer", "./work/private", "--recipe", "r.toml", "--dry-run"])
 
 
 def test_a_file_that_is_not_found_is_asked_for_by_its_flag(here, capsys):

@@ -198,6 +198,19 @@ def test_an_adapter_that_the_server_changes_in_the_middle_is_noticed(server, bas
     assert not any(path.exists() for path in kept)
 
 
+def test_a_server_that_has_stopped_leaves_a_doubt_and_loses_no_fit(server, base, tmp_path, monkeypatch):
+    served = opened(server, base, tmp_path)
+
+    def stopped():
+        msg = "does not answer"
+        raise SourceError(msg)
+
+    monkeypatch.setattr(served, "_sample", stopped)
+    assert served.check_same() == (
+        "it is not known whether the source stayed the same while the adapter was moved (does not answer)"
+    )
+
+
 def test_answers_are_kept_through_noise(server, base, tmp_path):
     server.noise = 0.01
     opened(server, base, tmp_path).write(["Anna"], 3, 0.0, KEY)

@@ -1,6 +1,7 @@
 """Training: the loss is what `evaluate` scores, it falls, and a run that was stopped ends with the same numbers."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,17 @@ def states(base, tmp_path_factory):
 def test_states_of_other_settings_are_refused(base, states, change, came):
     with pytest.raises(UsageError, match=f"{states}: checkpoints of another run \\({came}"):
         train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, **change), checkpoints=states)
+
+
+def test_states_from_before_there_were_optimizers_go_on(base, states, undisturbed, tmp_path):
+    folder = shutil.copytree(states, tmp_path / "old")
+    for path in folder.rglob("run/metadata"):
+        run = json.loads(path.read_text())
+        assert run.pop("optimizer") == "adamw"
+        path.write_text(json.dumps(run))
+    assert same(train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder), undisturbed)
+    with pytest.raises(UsageError, match="optimizer was 'adamw' there and is 'lora-rite' here"):
+        train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, optimizer="lora-rite"), checkpoints=folder)
 
 
 def test_states_do_not_name_their_folder(base, tmp_path):

@@ -237,6 +237,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         prefix=adapters[0].info.prefix,
         chat_template=templates.pop() if len(templates) == 1 else None,  # that of all, if they have one
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
+        unread=any(adapter.info.unread for adapter in adapters),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)

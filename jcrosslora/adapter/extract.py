@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -64,7 +64,6 @@ class ExtractSettings(Settings):
             "energy": (self.energy is None or 0 < self.energy <= 1, "a share above 0, up to 1"),
             "budget": (self.budget is None or self._bytes > 0, "a number of bytes such as 20MB"),
             "max_rank": (self.max_rank is None or (self.max_rank >= 1 and self.mixed), "1 or more, not with rank"),
-            "keep": (set(self.keep) <= {*get_args(Kept)}, f"some of {', '.join(get_args(Kept))}"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:

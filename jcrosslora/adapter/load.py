@@ -175,7 +175,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None) -> tuple[Adapter, 
     why = "a DoRA is kept with its linear layers alone"
     ignored = [ignored_sentence(kind, names, None, why) for kind, names in changes.items()]
     file.check_not_empty(found, ignored)
-    info = file.info(ignored=(*file.stored.notes, *ignored))
+    info = file.info(ignored=(*file.stored.notes, *ignored), unread=bool(ignored))
     directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
     return directions, {name: magnitude for name, (_, magnitude) in found.items()}
 

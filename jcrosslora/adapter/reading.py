@@ -185,6 +185,7 @@ def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
     read = [*linear.values(), *(Update(one.factors, one.lost) for one in tokens if one.factors is not None)]
     info = file.info(
         ignored=(*file.stored.notes, *ignored),
+        unread=bool(ignored),
         read_as=_read_as(kind, read),
         lost=_lost(read),
         rank_limit=file.rank,

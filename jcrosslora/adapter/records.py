@@ -101,12 +101,14 @@ class AdapterInfo(AdapterOrigin):
         base_digest: "sha256:..." of the base, which files of this package record.
         prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
         chat_template: Jinja template in its folder, which it was probably trained in.
+        unread: whether it holds changes of its base that this record leaves out; `ignored` names them.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     base_digest: str | None = None
     prefix: str = TEXT
     chat_template: str | None = None
+    unread: bool = False
 
 
 _CHANGES = ("modules", "tokens", "replaced", "experts")
@@ -277,10 +279,9 @@ def why_idle(adapter: Adapter) -> str | None:
 
     One that holds a change that was not read may change its base.
     """
-    unread = any(sentence.startswith(tuple(CHANGES.values())) for sentence in adapter.info.ignored)
     rows = any(len(update.ids) for update in adapter.tokens)  # unchanged ones are left out on reading
     experts = any(update.energy for update in adapter.experts)
-    if unread or rows or experts or adapter.replaced or any(map(update_norm, adapter.modules.values())):
+    if adapter.info.unread or rows or experts or adapter.replaced or any(map(update_norm, adapter.modules.values())):
         return None
     why = "does nothing, as all its updates are 0: check that its training went on, and that not every token was masked"
     return f"{public_name(adapter.info.name)}: {why}"
@@ -306,7 +307,7 @@ def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:
         tokens=adapter.tokens if Carried.TOKENS in carried else (),
         replaced=adapter.replaced if Carried.REPLACED in carried else (),
         experts=adapter.experts if Carried.EXPERTS in carried else (),
-        info=replace(adapter.info, ignored=adapter.info.ignored + left),
+        info=replace(adapter.info, ignored=adapter.info.ignored + left, unread=True),
     )
 
 

@@ -32,6 +32,7 @@ _QUOTED = rf"""(?<=["'`]){_ROOT}[^\n"'`\\/]++{_SEPARATOR}[^\n"'`]++(?=["'`])"""
 _UNQUOTED = rf"(?:(?<![\w/.\\~-])|(?<=[^:/]/)){_ROOT}(?:{_NAME}{_SEPARATOR})+{_NAME}"
 _PATH_IN_TEXT = re.compile(f"{_QUOTED}|{_UNQUOTED}")
 _PATH = re.compile(rf"(?:{_ROOT}|\.\.?/)[^\n\\/]++{_SEPARATOR}.+")
+_TEMPLATES = ('"chat_template"', '"template"')  # keys of a tokenizer's configuration
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"?+(\s*+:)?', re.DOTALL)
 
 
@@ -196,7 +197,10 @@ def public_text(text: str) -> str:
 
 
 def public_json(text: str) -> str:
-    """Return a JSON file of others with the `public_name` of each `name_or_path`, and `public_text` of other values."""
+    """Return a JSON file of others with the `public_name` of each `name_or_path`, and `public_text` of other values.
+
+    A chat template stays as it is: a model reads its text.
+    """
     key = ""
 
     def replaced(match: re.Match[str]) -> str:
@@ -204,6 +208,8 @@ def public_json(text: str) -> str:
         if match[1]:
             key = match.group()
             return key
+        if key.startswith(_TEMPLATES):
+            return match.group()
         try:
             value = json.loads(match.group(), strict=False)
         except ValueError:  # not JSON

@@ -110,13 +110,13 @@ def handler() -> Any:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Raise an OSError for whatever Orbax raises in a block that writes."""
+    """Raise an OSError for what the storage raises in a block that writes: it reports its errors as a ValueError."""
     with quiet():
         try:
             yield
         except OSError:
             raise
-        except Exception as error:
+        except ValueError as error:
             code = _ERRNO.search(str(error))
             reason = os.strerror(int(code[1])) if code else " ".join(str(error).split())[:120]
             traceback.clear_frames(error.__traceback__)  # they hold other writes, which report when they are freed

@@ -37,7 +37,8 @@ class Batch(Long):
     json: bool = False
     """Print the summary, or the estimates, as JSON instead of the table."""
     fail_on: FailOn = "never"
-    """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are still written."""
+    """no-effect: exit with code 3 if a verdict expects no effect, or harm, or nothing was measured;
+    the adapters are still written."""
     log: LogName | None = None
     """Log each job to Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     shard: str = "1/1"

@@ -9,10 +9,10 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 # JAX on a CPU calls LAPACK from its own threads; OpenBLAS's spinning threads only take cores away from them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -99,18 +99,20 @@ def main(args: Sequence[str] | None = None) -> None:
     own_process = args is None
     if own_process:
         _open_streams()
+        sys.stdout = cast("TextIO", _Stdout(sys.stdout))
         _answer_interrupts()
     try:
         try:
             code = _run(arguments, own_process)
         finally:
-            sys.stdout.flush()
+            with suppress(OSError) if isinstance(sys.exc_info()[1], KeyboardInterrupt) else nullcontext():
+                sys.stdout.flush()
     except KeyboardInterrupt as interrupt:  # a command whose work is partly written says so in it
         code = fail(f"interrupted; {str(interrupt) or 'nothing was written'}", INTERRUPTED)
         if own_process:
             _leave(code)
     except OSError as error:
-        if not own_process or error.filename is not None:
+        if error is not getattr(sys.stdout, "failure", None):
             raise
         # Python would complain again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,6 +131,33 @@ def fail(text: str, code: int) -> int:
     with suppress(OSError):  # stderr on a full disk
         sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code
+
+
+class _Stdout:
+    """Standard output that keeps its own error, so that it is told from those of other files and of sockets."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._noting():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._noting():
+            self._stream.flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def _open_streams() -> None:

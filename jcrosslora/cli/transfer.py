@@ -59,7 +59,8 @@ class _Transfer(Long):
     table: Literal["role", "full", "module", "none"] = "role"
     """role: a row for each role, the main figures. full: every figure. module: every figure, a row for each module."""
     fail_on: FailOn = "never"
-    """no-effect: exit with code 3 if the verdict expects no effect, or harm; the adapter is written all the same."""
+    """no-effect: exit with code 3 if the verdict expects no effect, or harm, or nothing was measured;
+    the adapter is written all the same."""
     push_to: str | None = None
     """OWNER/NAME: upload the folder to a private repository of the hub as well, as `jcrosslora push` does."""
     log: LogName | None = None

@@ -29,8 +29,10 @@ class FitStates:
             self._kept = Checkpoints(self._folder, self._run)
             try:
                 return self._kept.restore(like)
-            except (CheckpointError, UsageError) as error:
+            except CheckpointError as error:
                 _LOG.warning("the state of a stopped fit is damaged, so the fit begins again: %s", error)
+            except UsageError as error:
+                _LOG.warning("the state of a stopped fit is of another one, so the fit begins again: %s", error)
             self.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._kept = Checkpoints(self._folder, self._run)

@@ -81,8 +81,10 @@ def _check_patterns(adapter: AdapterFiles, modules: list[str]) -> None:
     try:
         subprocess.run(command, input=texts, text=True, capture_output=True, check=True, timeout=_SECONDS)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        msg = f"{adapter.name}: a pattern in {CONFIG} takes more than {_SECONDS} s to match the names of the base's "
-        raise AdapterError(msg + "modules: write target_modules, and what else has one, as names") from error
+        timed = isinstance(error, subprocess.TimeoutExpired)
+        fault = f"takes more than {_SECONDS} s to match" if timed else f"ends the process ({error}) that matches"
+        msg = f"{adapter.name}: a pattern in {CONFIG} {fault} the names of the base's modules: write target_modules, "
+        raise AdapterError(msg + "and what else has one, as names") from error
 
 
 def _costly(config: Mapping[str, Any]) -> Iterator[str]:

@@ -187,7 +187,7 @@ def _carried(
     assert layer.experts is not None
     kept, experts = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
     a, b = (np.where(kept, each[experts], np.float32(0)) for each in (update.a, update.b))
-    if rescaled is not None:  # rows that a class interleaves are clamped, and have scales of one
+    if rescaled is not None:
         rows, columns = rescaled[update.matrix]
         a, b = a * columns[:, None], b * rows[:, :, None]
     return expert_update(target, number, update.matrix, a, b, update.share)

@@ -68,7 +68,8 @@ MethodLike = str | Method | type[Method] | Auto
 def __dir__() -> list[str]:
     """Return the public names: the methods, and what makes and registers them."""
     made = [method.__name__ for method in METHODS.values() if method.__module__.startswith(__name__)]
-    return sorted([*made, "AUTO", "METHODS", "Auto", "MapMethod", "Method", "register_method"])
+    named = ("AUTO", "METHODS", "Auto", "FitFacts", "MapMethod", "Method", "Moved", "Task", "register_method")
+    return sorted([*made, *named])
 
 
 def register_method(method: type[M]) -> type[M]:

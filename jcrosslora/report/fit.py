@@ -56,7 +56,7 @@ def fit_verdict(facts: FitFacts) -> Verdict:
 
 
 def remedies(facts: FitFacts) -> Iterator[str]:
-    """Yield what would make a fit better, the most useful first, each an imperative; the last one always applies."""
+    """Yield what would make a fit better, the most useful first, each an imperative; nothing if no fact is known."""
     if facts.done < 1:
         yield f"let the fit end (it was stopped after {facts.done:.0%})"
     if facts.planned < facts.usual:

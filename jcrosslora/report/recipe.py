@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.hub import cached_identity, is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.report.record import AGAIN
 from jcrosslora.report.usage import quoted
@@ -56,18 +56,39 @@ def find_files(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_found(settings: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
-    """Raise UsageError if a transfer takes a file from a recipe that is neither beside it nor in the current folder.
+    """Check the files that a transfer takes from a recipe; those that the user named are not checked.
 
     Args:
         settings: of the recipe, from `find_files`.
         given: those of the transfer.
         path: of the recipe.
+
+    Raises:
+        UsageError: a file is neither beside the recipe nor in the current folder, or it is a link that leads out of the
+            recipe's folder; or a hub id is the path of something here, which somebody else's recipe may not choose.
     """
-    taken = {name: value for name, value in _local_files(settings).items() if given.get(name) == value}
-    if missing := {name: value for name, value in taken.items() if not os.path.exists(value)}:
+    taken = {name: value for name in FILES if isinstance(value := settings.get(name), str) and given.get(name) == value}
+    for name, value in taken.items():
+        beside = path.parent / Path(value).name
+        if name in _ON_HUB and is_hub_id(value) and os.path.exists(value) and Path(value) != beside:
+            msg = f"recipe {path} names {value} on the hub, and the current folder has a path of this name: add "
+            raise UsageError(msg + f"{_with_folders({name: value})[0]} for the one here, or run it in another folder")
+        if Path(value) == beside and not beside.resolve().is_relative_to(_home(path)):
+            flag = "" if name == "adapter" else f"{_flag(name)} "
+            msg = (
+                f"recipe {path} names {beside.name}, a link that leads out of its folder: if you mean the file there, "
+            )
+            raise UsageError(msg + f"add {flag}{quoted(str(beside.resolve()))} to the command")
+    if missing := {name: value for name, value in _local_files(taken).items() if not os.path.exists(value)}:
         whose = "its folder" if len(missing) == 1 else "their folders"
         msg = f"recipe {path} names {', '.join(missing.values())} without {whose}: add "
         raise UsageError(msg + " ".join(_with_folders(missing)))
+
+
+def _home(path: Path) -> Path:
+    """Return the folder that the files beside a recipe have to lie in; the hub's cache links within a repository."""
+    folder = path.parent.resolve()
+    return folder.parents[1] if cached_identity(folder) else folder
 
 
 def _local_files(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -108,9 +108,6 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
         msg = f"{folder}: is a checkpoint of Orbax, unknown to the hub: write it with `jcrosslora export` first"
         raise AdapterError(msg)
     facts = read_facts(folder)
-    if not facts.shapes:
-        msg = f"{files.weights}: holds no tensors: write the adapter again"
-        raise AdapterError(msg)
     if facts.fault is not None:
         msg = f"{folder}: is not a whole adapter ({facts.fault}): write it again"
         raise AdapterError(msg)

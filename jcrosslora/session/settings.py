@@ -221,7 +221,7 @@ def setting_types() -> dict[str, Any]:
 def read_settings(values: Mapping[str, Any], place: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check the settings of a transfer and hyper-parameters of methods in a recipe or a plan, see `read_table`.
 
-    `more` are the types of other keys. Raises UsageError, also for a setting that is typed or given in Python alone.
+    `more` are the types of other keys. Raises UsageError, also for a setting that only a command may have.
     """
     if typed := [name for name in _TYPED if name in values]:
         msg = f"{place} sets {typed[0]}, which no file may do: leave it out there, and add {_TYPED[typed[0]]} to the "

@@ -127,8 +127,10 @@ class Checkpoints:
             return like, {}
         args = self._ocp.args
         run = dict(self._read(step, run=args.JsonRestore())["run"])
-        stated = run.pop(_SEAL, None)  # an earlier version wrote none
+        stated = run.pop(_SEAL, None)  # earlier versions wrote none, and had one optimizer
         wanted = json.loads(json.dumps(self._run))
+        if "optimizer" in wanted:
+            run.setdefault("optimizer", TrainingSettings.optimizer)
         for key in [*wanted, *run]:
             if run.get(key) != wanted.get(key):
                 came = f"{key} was {run.get(key)!r} there and is {wanted.get(key)!r} here"

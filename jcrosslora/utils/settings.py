@@ -90,7 +90,7 @@ def _check_types(called: str, given: Mapping[str, Any], kinds: Mapping[str, Any]
 
 def _fits(value: Any, kind: Any) -> bool:
     """Tell whether a value is of the type of an annotation."""
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, parts = get_origin(kind), tuple(part for part in get_args(kind) if part is not ...)
     if origin is Annotated:
         return _fits(value, parts[0])
     if origin in (Union, UnionType):

@@ -148,8 +148,8 @@ class QueriedSource(Source, Protocol):
         """Say how it was queried, the end of a sentence."""
         ...
 
-    def check_same(self) -> None:
-        """Raise SourceError if it is no longer what it was when it was opened."""
+    def check_same(self) -> str | None:
+        """Raise SourceError if it is no longer what it was when it was opened; return a warning if it cannot tell."""
         ...
 
     def settings(self) -> dict[str, Any]:

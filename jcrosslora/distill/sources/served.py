@@ -137,9 +137,19 @@ class ServedSource(ServedWriter):
         connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
         return found
 
-    def check_same(self) -> None:
-        """Raise SourceError if the server predicts otherwise than when it was opened, and drop what it answered."""
-        now = self._sample()
+    def check_same(self) -> str | None:
+        """Check that the server still predicts as it did when it was opened.
+
+        Returns:
+            A warning, one sentence, if the server does not answer any more; else None.
+
+        Raises:
+            SourceError: it predicts otherwise. What it answered is dropped.
+        """
+        try:
+            now = self._sample()
+        except SourceError as error:
+            return f"it is not known whether the source stayed the same while the adapter was moved ({error})"
         if not self._seen.is_of(now):
             self._answers.renew(now, lambda _: False)
             msg = (
@@ -149,6 +159,7 @@ class ServedSource(ServedWriter):
                 "server unloaded or changed a model while the adapter was moved, and its answers are dropped: run the "
             )
             raise SourceError(msg + "command again, and leave the server as it is")
+        return None
 
     def vocabulary(self) -> Vocabulary:
         """Return the tokens of the base."""

@@ -191,7 +191,7 @@ class TorchSource(TorchWriter):
         return self._vocabulary
 
     def check_same(self) -> None:
-        """Do nothing: the model in memory stays as it is."""
+        """Return None: the model in memory stays as it is."""
 
     def identity(self) -> Any:
         """Return the names of the base and a digest of the adapter."""

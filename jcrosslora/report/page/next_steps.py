@@ -140,14 +140,19 @@ def where(contents: Contents, step: Step) -> str:
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     """Yield what would help; without commands if the source was queried, as they need its address."""
-    if moved.fit is not None:
-        said, again = f"What would help: {'; '.join(remedies(moved.fit))}.", names.transfer(moved, "again")
-        if moved.fit.given < ENOUGH:
-            said, again = f"{said} Write the prompts to `prompts.txt`, one a line.", f"{again} --prompts prompts.txt"
-        yield Step(said, () if moved.asked else (again,))
-    elif not moved.choice:
+    helping = [] if moved.fit is None else list(remedies(moved.fit))
+    if moved.fit is None and not moved.choice:
         said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."
         yield Step(said, (names.transfer(moved, "another"),))
+        return
+    said = f"What would help: {'; '.join(helping) or 'an update that is fitted to answers of the source'}."
+    again, prompts = names.transfer(moved, "again"), moved.recipe.prompts
+    if moved.fit is None or moved.fit.given < ENOUGH:
+        said, prompts = f"{said} Write prompts of the adapter's task to `prompts.txt`, one a line.", "prompts.txt"
+    given = {"method": None if moved.choice else moved.recipe.method, "prompts": prompts}
+    given |= {"examples": moved.recipe.examples}
+    again += "".join(f" --{name} {quoted(value)}" for name, value in given.items() if value)
+    yield Step(said, () if moved.asked else (again,))
 
 
 def _naming(names: _Names, evaluation: Evaluation) -> Iterator[Step]:
