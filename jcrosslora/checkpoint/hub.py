@@ -72,6 +72,12 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
     return f"{match[1]}/{match[2]}", parts[-1]
 
 
+def home_of(folder: Path) -> Path:
+    """Return where the files of a folder have to lie if none leads elsewhere: it, or its repository in a hub cache."""
+    home = folder.resolve()
+    return home.parents[1] if cached_identity(folder) else home
+
+
 def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
     """Refuse local files that are not known to be of the wanted revision."""
     identity = cached_identity(path)

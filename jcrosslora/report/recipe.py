@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from jcrosslora.checkpoint.hub import cached_identity, is_hub_id
+from jcrosslora.checkpoint.hub import home_of, is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.report.record import AGAIN
 from jcrosslora.report.usage import quoted
@@ -73,7 +73,7 @@ def check_found(settings: Mapping[str, Any], given: Mapping[str, Any], path: Pat
         if name in _ON_HUB and is_hub_id(value) and os.path.exists(value) and Path(value) != beside:
             msg = f"recipe {path} names {value} on the hub, and the current folder has a path of this name: add "
             raise UsageError(msg + f"{_with_folders({name: value})[0]} for the one here, or run it in another folder")
-        if Path(value) == beside and not beside.resolve().is_relative_to(_home(path)):
+        if Path(value) == beside and not beside.resolve().is_relative_to(home_of(path.parent)):
             flag = "" if name == "adapter" else f"{_flag(name)} "
             msg = (
                 f"recipe {path} names {beside.name}, a link that leads out of its folder: if you mean the file there, "
@@ -83,12 +83,6 @@ def check_found(settings: Mapping[str, Any], given: Mapping[str, Any], path: Pat
         whose = "its folder" if len(missing) == 1 else "their folders"
         msg = f"recipe {path} names {', '.join(missing.values())} without {whose}: add "
         raise UsageError(msg + " ".join(_with_folders(missing)))
-
-
-def _home(path: Path) -> Path:
-    """Return the folder that the files beside a recipe have to lie in; the hub's cache links within a repository."""
-    folder = path.parent.resolve()
-    return folder.parents[1] if cached_identity(folder) else folder
 
 
 def _local_files(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from jcrosslora.adapter.folder import (
 )
 from jcrosslora.adapter.gguf import open_gguf_adapter
 from jcrosslora.checkpoint.hub import (
-    cached_identity,
+    home_of,
     is_hub_id,
     is_on_hub,
     public_json,
@@ -124,11 +124,10 @@ def _check_links(folder: Path) -> None:
 
     The hub's own cache is made of such links. Where they lead, all files are of one repository.
     """
-    home = folder.resolve()
-    own = home.parents[1] if cached_identity(folder) else home
+    home = home_of(folder)
     for path in sorted(folder.iterdir()):
         text = path.name in (CARD, REPORT, COMPLETIONS, PAGE, CONFIG) or _goes_along(path.name)
-        if text and path.is_symlink() and not path.resolve().is_relative_to(own):
+        if text and path.is_symlink() and not path.resolve().is_relative_to(home):
             msg = f"{path}: is a link that leads out of the folder: put a copy of the file there, or remove the link"
             raise AdapterError(msg)
 

@@ -149,8 +149,8 @@ def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     again, prompts = names.transfer(moved, "again"), moved.recipe.prompts
     if moved.fit is None or moved.fit.given < ENOUGH:
         said, prompts = f"{said} Write prompts of the adapter's task to `prompts.txt`, one a line.", "prompts.txt"
-    given = {"method": None if moved.choice else moved.recipe.method, "prompts": prompts}
-    given |= {"examples": moved.recipe.examples}
+    method = None if moved.choice else moved.recipe.method
+    given = {"method": method, "prompts": prompts, "examples": moved.recipe.examples}
     again += "".join(f" --{name} {quoted(value)}" for name, value in given.items() if value)
     yield Step(said, () if moved.asked else (again,))
 
