@@ -68,6 +68,11 @@ class DecoderSettings(BlockSettings):
         )
 
     @property
+    def switches(self) -> tuple[int, ...]:
+        """The largest lengths of a text, in tokens, for which the first of two sets of rotations applies."""
+        return tuple(sorted({rope.switch for rope in self.ropes if rope.switch is not None}))
+
+    @property
     def recurrent(self) -> bool:
         """Whether a layer keeps a state other than keys and values."""
         return any(layer.recurrent for layer in set(self.stack))

@@ -1,5 +1,6 @@
 """Generate text: a model with a tokenizer continues prompts, in batches of few shapes."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -145,13 +146,14 @@ class Generator:
         """Do as `continue_tokens`, by new tokens, temperature and key; rows that ended hold their stop token."""
         max_new_tokens, temperature, key = sampling
         block = max_new_tokens if until is None else _BLOCK
-        state = self.begin(batch, rounded(block * -(-max_new_tokens // block)), pad_left=pad_left)
-        drawn = Sampling(jnp.float32(temperature), key, jnp.int32(block))
+        room = rounded(block * -(-max_new_tokens // block))
+        state = self.begin(batch, room, pad_left=pad_left)
         rows = [np.zeros(0, np.int32) for _ in batch.texts]
-        unfinished = list(range(len(rows)))
-        for start in range(0, max_new_tokens, block):
-            if not unfinished:
-                break
+        unfinished, start = list(range(len(rows))), 0
+        while unfinished and start < max_new_tokens:
+            sizes = (self.before_switch(len(batch.texts[row]) + start) for row in unfinished)
+            size = min((block, *(one for one in sizes if one is not None)))
+            drawn = Sampling(jnp.float32(temperature), key, jnp.int32(size))
             state, *new = self.extend(state, drawn, block)
             written, valid = map(np.asarray, new)
             for row in tuple(unfinished):
@@ -160,9 +162,29 @@ class Generator:
                 rows[row] = found[:max_new_tokens][:end]
                 if end is not None or found[-1] in self.tokenizer.stops:
                     unfinished.remove(row)
+            start += size
+            if any(len(batch.texts[row]) + start - 1 in self.model.settings.switches for row in unfinished):
+                state = self._begin_again(batch, rows, room, state, pad_left=pad_left)
         if not np.asarray(state.finite)[: len(rows)].all():
             raise not_finite(self.name, self.adapter_name)
         return rows
+
+    def before_switch(self, length: int) -> int | None:
+        """Count the tokens to write after a text of `length` tokens before its rotations switch; None if they never do.
+
+        The token that makes the text too long for the first rotations is still drawn with them, as in transformers.
+        """
+        return min((one + 1 - length for one in self.model.settings.switches if length <= one), default=None)
+
+    def _begin_again(
+        self, batch: PromptBatch, rows: Sequence[np.ndarray], room: int, state: State, *, pad_left: bool
+    ) -> State:
+        """Read the texts of a batch with what was written: of one that has switched its rotations, all keys change."""
+        assert batch.beginnings is None  # see `shares_beginnings`
+        texts = [np.concatenate(pair) for pair in zip(batch.texts, rows, strict=True)]
+        shape = batch.shape[0], rounded(max(map(len, texts)))
+        new = self.begin(PromptBatch(batch.places, texts, shape), room, pad_left=pad_left)
+        return dataclasses.replace(new, count=state.count, running=state.running, finite=state.finite)
 
     def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
         """Read the prompts of a batch; `room` is how many tokens the cache has space for after them."""
@@ -182,7 +204,7 @@ class Generator:
         go by the longest prompt of a beginning.
         """
         settings = self.model.settings
-        return not settings.recurrent and all(rope.long_frequencies is None for rope in settings.ropes)
+        return not settings.recurrent and not settings.switches
 
     def extend(self, state: State, sampling: Sampling, count: int) -> tuple[State, jax.Array, jax.Array]:
         """Write up to `count` tokens, see `sampling.extend`."""

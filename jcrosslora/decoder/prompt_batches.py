@@ -121,7 +121,7 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int], rows: int) -> list[
         if width > _WIDE:
             # The narrowest width that the shortest prompt fits in, and the others that fit in it.
             width = _next_width(len(ids[part[0]]))
-            most = min(rows, _READ // width)
+            most = max(1, min(rows, _READ // width))
             part = [place for place in part[:most] if len(ids[place]) <= width]
         found.append(PromptBatch(part, [ids[place] for place in part], (_rows(len(part), most), width)))
         order = order[len(part) :]
@@ -202,7 +202,9 @@ def _rows(count: int, most: int) -> int:
 
 
 def _next_width(tokens: int) -> int:
-    return next(width for width in (_WIDE, *_WIDTHS) if tokens <= width)
+    """Return the narrowest width for so many tokens; a text that was written in part may exceed `LONGEST_PROMPT`."""
+    longer = -(-tokens // _WIDTHS[0]) * _WIDTHS[0]
+    return next((width for width in (_WIDE, *_WIDTHS) if tokens <= width), longer)
 
 
 def _width(tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -49,6 +49,10 @@ class Writer(Protocol):
         """Whether prompts can be read after a beginning that was read once."""
         ...
 
+    def before_switch(self, length: int) -> int | None:
+        """Count the tokens to write after a text of `length` tokens before its rotations switch."""
+        ...
+
     def of_rows(self, places: Sequence[int], rows: int) -> Self:
         """Return the writer of a batch whose rows hold the prompts at these places."""
         ...
@@ -87,19 +91,28 @@ def write_queue(
         AdapterError, CheckpointError: see `Generator.continue_tokens`.
     """
     found = [np.zeros(0, np.int32)] * len(ids) if begun is None else list(begun)
-    turns = []
-    for start in range(0, len(found), len(ids)):
-        places = [place for place in range(start, start + len(ids)) if not _whole(writer, found[place], max_new_tokens)]
-        texts = [np.concatenate([ids[place - start], found[place]]) for place in places]
-        planned = plan_batches(texts, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
-        turns += [dataclasses.replace(turn, places=[places[one] for one in turn.places]) for turn in planned]
-        if bar is not None:
-            bar.update(len(ids) - len(places))
-    for own, *sizes in plan_queues(turns, max_new_tokens):
-        for place, row in _Rows(writer, max_new_tokens, *sizes).write(own, found):
-            found[place] = row
-            if bar is not None:
-                bar.update(1)
+    waiting = [place for place, text in enumerate(found) if not _whole(writer, text, max_new_tokens)]
+    if bar is not None:
+        bar.update(len(found) - len(waiting))
+    while waiting:  # once more for texts whose rotations have switched: all of their keys change
+        turns, limits = [], {}
+        for start in range(0, len(found), len(ids)):
+            places = [place for place in waiting if start <= place < start + len(ids)]
+            texts = [np.concatenate([ids[place - start], found[place]]) for place in places]
+            planned = plan_batches(texts, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
+            turns += [dataclasses.replace(turn, places=[places[one] for one in turn.places]) for turn in planned]
+            for place, text in zip(places, texts, strict=True):
+                more = writer.before_switch(len(text))
+                limits[place] = max_new_tokens if more is None else min(max_new_tokens, len(found[place]) + more)
+        waiting = []
+        for own, *sizes in plan_queues(turns, max_new_tokens):
+            for place, row in _Rows(writer, max_new_tokens, limits, *sizes).write(own, found):
+                found[place] = row
+                if not _whole(writer, row, max_new_tokens):
+                    waiting.append(place)
+                elif bar is not None:
+                    bar.update(1)
+        waiting.sort()
     return found
 
 
@@ -115,15 +128,18 @@ class _Rows:
     tokens than there are slots before it goes to another prompt, which empties it.
     """
 
-    def __init__(self, writer: Writer, max_new_tokens: int, rows: int, slots: int) -> None:
-        self._writer, self._most, self._rows, self._slots = writer, max_new_tokens, rows, slots
+    def __init__(self, writer: Writer, max_new_tokens: int, limits: Mapping[int, int], rows: int, slots: int) -> None:
+        self._writer, self._limits, self._rows, self._slots = writer, limits, rows, slots
         self._room = rounded(max_new_tokens)
         self._places: dict[int, int] = {}  # of prompts, by row
         self._texts: dict[int, np.ndarray] = {}
         self._state: State | None = None
 
     def write(self, turns: Sequence[PromptBatch], begun: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the place of each prompt with its text, as they end; it begins as in `begun`, which is read already."""
+        """Yield the place of each prompt with its text, as they end or reach their limits.
+
+        A text begins as in `begun`, which is read already.
+        """
         waiting, looks = deque(turns), 0
         while waiting or self._places:
             while waiting and len(self._free) >= len(waiting[0].places):
@@ -131,7 +147,7 @@ class _Rows:
             self._extend(self._slots + looks * _STEPS % self._room)
             looks += 1
             for row, text in list(self._texts.items()):
-                if _whole(self._writer, text, self._most):
+                if _whole(self._writer, text, self._limits[self._places[row]]):
                     del self._texts[row]
                     yield self._places.pop(row), text
 
@@ -155,7 +171,7 @@ class _Rows:
         running = jnp.asarray([row in self._places for row in range(self._rows)])
         cache = _each(self._state.cache, lambda one: dataclasses.replace(one, filled=jnp.int32(filled)))
         state = dataclasses.replace(self._state, running=running, cache=cache)
-        most = min(_STEPS, self._most - min(map(len, self._texts.values())))
+        most = min(_STEPS, max(self._limits[self._places[row]] - len(text) for row, text in self._texts.items()))
         sampling = Sampling(jnp.float32(0), jax.random.key(0), jnp.int32(most))
         # Rows without a prompt run as any other.
         writer = self._writer.of_rows([self._places.get(row, 0) for row in range(self._rows)], self._rows)
@@ -165,7 +181,7 @@ class _Rows:
             if not finite[row]:
                 one = self._writer.of_rows([self._places[row]], 1)
                 raise not_finite(one.name, one.adapter_name)
-            self._texts[row] = np.concatenate([text, tokens[row][valid[row]]])[: self._most]
+            self._texts[row] = np.concatenate([text, tokens[row][valid[row]]])[: self._limits[self._places[row]]]
 
 
 @partial(jax.jit, static_argnames=("rows", "slots"))

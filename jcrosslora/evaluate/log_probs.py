@@ -68,7 +68,7 @@ class Models:
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
         """Batch questions; choices that are rotated apart share no tokens."""
         settings = self.model.settings
-        switches = [rope.switch for rope in settings.ropes if rope.switch is not None]
+        switches = settings.switches
         items = [one.unshared() if any(map(one.straddles, switches)) else one for one in items]
         return unpacked(items, positions) if settings.recurrent else packed(items, positions, share=not switches)
 
