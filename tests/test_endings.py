@@ -20,7 +20,7 @@ from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, Written
 from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
-from jcrosslora.distill.endings import Endings, complete_at, teach_end
+from jcrosslora.distill.endings import Endings, complete_at, complete_part, teach_end
 from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -90,6 +90,14 @@ def test_an_answer_whose_end_is_not_clear_is_not_cut(prompt, answer):
     for ended in (True, False):
         item = Completion(prompt, answer, ended)
         assert teach_end(item) == dataclasses.replace(item, taught="end" if ended else "nothing")
+
+
+@pytest.mark.parametrize(("prompt", "answer", "more"), COMPLETE)
+def test_what_an_answer_went_on_with_until_it_was_cut_off_is_not_compared(prompt, answer, more):
+    whole = Completion(prompt, answer + more, ended=False)
+    assert complete_part(whole) == Completion(prompt, answer, ended=False)
+    ended = dataclasses.replace(whole, ended=True)
+    assert complete_part(ended) == ended
 
 
 @given(st.text(alphabet='ab 1.\n{}[]"`:<|>', max_size=60))

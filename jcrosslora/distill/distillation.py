@@ -15,7 +15,7 @@ from jcrosslora.checkpoint import BaseModel, Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Model, StackedAdapter
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
-from jcrosslora.distill.endings import Endings
+from jcrosslora.distill.endings import Endings, complete_part
 from jcrosslora.distill.fit import Fit, Look
 from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
 from jcrosslora.distill.settings import ROUND, Course, DistillSettings
@@ -128,7 +128,8 @@ class Distillation:
         said = [item for item in judging if item.greedy and item.taught != "answer"]
         answered = {item.prompt for item in said}
         said += completions.greedy([prompt for prompt in held_out if prompt not in answered])
-        return Data(self.batches(fitted), self.batches(judging), batch_answers(said, self.tokenizers), held_out)
+        answers = batch_answers([complete_part(item) for item in said], self.tokenizers)
+        return Data(self.batches(fitted), self.batches(judging), answers, held_out)
 
     def batches(self, items: Sequence[Completion]) -> list[DistillationBatch]:
         """Make batches with the weights of the settings."""

@@ -210,3 +210,9 @@ def teach_end(completion: Completion, *, trusted: bool = True) -> Completion:
     if place is not None:
         return replace(completion, answer=completion.answer[:place], ended=True, taught="end")
     return replace(completion, taught="end") if completion.ended and trusted else completion
+
+
+def complete_part(completion: Completion) -> Completion:
+    """Cut an answer that did not end where it is complete, so that what it went on with is not compared."""
+    place = None if completion.ended else complete_at(completion.prompt, completion.answer)
+    return completion if place is None else replace(completion, answer=completion.answer[:place])

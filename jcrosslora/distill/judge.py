@@ -3,7 +3,8 @@
 The divergence is a mean over positions, but an answer is right only if all of its tokens are, so two fits with equal
 divergence may differ in their number of right answers. The agreement is the share of the source's greedy answers that
 the target would write too. The target writes an answer if each token, the end included, is the likeliest after the
-tokens before it; one forward pass checks all tokens.
+tokens before it; one forward pass checks all tokens. An answer that goes on after it is complete, until it is cut off,
+is compared up to where it is complete (`endings.complete_part`).
 """
 
 from collections.abc import Sequence
