@@ -67,6 +67,20 @@ def test_the_loss_is_what_evaluate_scores_and_falls(base, undisturbed):
     np.testing.assert_allclose(loss, by_token[0], rtol=1e-5)
 
 
+def test_a_loss_on_all_tokens_is_that_of_transformers(base):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    read = encode(load_tokenizer(base), QUESTIONS[0], "all")
+    loss, _ = loss_and_gradient(load_model(base), first_factors(base, SETTINGS), Plan([read], 1, 1, 0).batch(0), 2.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    ids = torch.tensor(read.ids[None], dtype=torch.int64)
+    with torch.no_grad():
+        wanted = float(model(ids, labels=ids).loss)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    answers = train_lora(base, QUESTIONS, SETTINGS)
+    whole = train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, loss="all"))
+    assert not same(whole, answers)
+
+
 def test_settings_are_checked_first(base):
     with pytest.raises(UsageError, match="rank 0"):
         train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, rank=0))

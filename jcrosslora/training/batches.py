@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Model, StackedAdapter, StackedFactors, forward, target_log_probs
 from jcrosslora.evaluate.examples import Example, as_completion
 from jcrosslora.text import Reading, read
-from jcrosslora.training.checkpoints import TrainingSettings
+from jcrosslora.training.checkpoints import Loss, TrainingSettings
 from jcrosslora.training.lora_rite import lora_rite
 
 # Of all updates, or role -> float32 (L, 1, 1) of each one.
@@ -26,9 +27,13 @@ _WINDOW = 16  # batches among which examples of similar length are put together
 _LOGITS_AT_ONCE = 128
 
 
-def encode(tokenizer: Tokenizer, example: Example) -> Reading:
-    """Tokenize a prompt and its right answer; errors are those of `jcrosslora.text.read`."""
-    return read(tokenizer, as_completion(example))
+def encode(tokenizer: Tokenizer, example: Example, loss: Loss = "answers") -> Reading:
+    """Tokenize a prompt and its right answer; errors are those of `jcrosslora.text.read`.
+
+    With the loss on all tokens, the answer begins at the second token: nothing predicts the first one.
+    """
+    found = read(tokenizer, as_completion(example))
+    return found if loss == "answers" else replace(found, answer=1)
 
 
 def digest(examples: Sequence[Reading]) -> str:

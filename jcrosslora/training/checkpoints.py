@@ -21,6 +21,7 @@ from jcrosslora.utils.settings import Settings
 
 Dtype = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "lora-rite"]
+Loss = Literal["answers", "all"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class TrainingSettings(Settings):
     """Seed of the first factors and of the order of the examples."""
     optimizer: Optimizer = "adamw"
     """AdamW, or LoRA-RITE, whose steps of B A are the same for every factorisation of the update."""
+    loss: Loss = "answers"
+    """Tokens in the loss: those of answers, or all, prompts and chat template included."""
     weight_decay: float = 0.0
     """Weight decay of the optimiser."""
     clip: float = 1.0

@@ -198,7 +198,7 @@ def train(
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
         raise UsageError(msg)
     tokenizer = tokenizer or load_tokenizer(base)
-    encoded = [batches.encode(tokenizer, one) for one in examples]
+    encoded = [batches.encode(tokenizer, one, settings.loss) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
     state, kept = batches.first_state(start, settings), None
     if checkpoints is not None:
