@@ -20,6 +20,7 @@ from jcrosslora.decoder.generate import count_cut
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.endings import Endings, teach_end
 from jcrosslora.distill.facts import FitFacts
+from jcrosslora.distill.own_prompts import own_prompts_cost
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, search_cost
@@ -88,13 +89,15 @@ def completions_cost(
     tokens: int | None,
     search: int,
     *,
+    own: int = 0,
     prompts: int = 0,
     examples: int = 0,
     templates: int = len(TEMPLATES),
 ) -> Cost:
     """Count the work of the completions before a fit, at most; without prompts the source writes those too.
 
-    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step.
+    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step, and
+    `own` that of the prompts that an adapter may write as it learnt them.
     """
     answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
     if prompts or examples:
@@ -103,7 +106,8 @@ def completions_cost(
     pilot, most = PILOT * templates, tokens or PILOT_TOKENS
     judged = comparing_cost(pilot * templates)  # every pilot in every template
     piloted = writing_cost(pilot, PROMPT_TOKENS) + writing_cost(pilot, most) + judged
-    return piloted + search_cost(search, most) + writing_cost(count, PROMPT_TOKENS) + answers
+    asked = own_prompts_cost(own) if own else Cost()
+    return asked + piloted + search_cost(search, most) + writing_cost(count, PROMPT_TOKENS) + answers
 
 
 def round_cost(tokens: int | None, prompts: int = 0) -> Cost:

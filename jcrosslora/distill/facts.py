@@ -19,6 +19,8 @@ class FitFacts(msgspec.Struct, frozen=True, kw_only=True):
         given: prompts of the user.
         answered: given prompts that the source answered.
         shortened: given prompts of which only the end was read.
+        own: prompts that the adapter wrote as it had learnt them, with the `opening` where they begin, and `gain`, what
+            it adds to the log-likelihood of their tokens, nats a token.
         labelled: prompts of labelled examples that the source answered, for want of others.
         written: prompts that a model wrote and the source answered.
         requests: answers to prompts that the task search wrote.
@@ -48,6 +50,9 @@ class FitFacts(msgspec.Struct, frozen=True, kw_only=True):
     given: Count = 0
     answered: Count = 0
     shortened: Count = 0
+    own: Count = 0
+    opening: str = ""
+    gain: Nats | None = None
     labelled: Count = 0
     written: Count = 0
     requests: Count = 0

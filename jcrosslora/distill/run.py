@@ -18,6 +18,7 @@ from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_a
 from jcrosslora.distill.distillation import Distillation, as_taught, without_labelled
 from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.fit import Fitted, Look
+from jcrosslora.distill.own_prompts import OwnPrompts, find_own_prompts
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
 from jcrosslora.distill.sources.decoder import DecoderSource
@@ -67,8 +68,8 @@ def distill(
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
     that the adapter makes (`jcrosslora.distill.teacher.mix_teacher`). Predictions are compared where tokens of both
     bases end at the same character, over the shared tokens and the end of the text. The source with its adapter writes
-    the text: answers to given prompts, or to its own. Gradient steps train the factors of all modules
-    (`jcrosslora.distill.fit`).
+    the text: answers to given prompts, to those that it learnt (`find_own_prompts`), or to others. Gradient steps train
+    the factors of all modules (`jcrosslora.distill.fit`).
 
     Memory: the weights of the target, and of a source that our decoder runs, in `jcrosslora.decoder.fast_dtype()`; the
     factors; and at most 4 GB of activations of the target, beyond which they are recomputed. Time: writing the texts,
@@ -98,11 +99,14 @@ def distill(
     check_seed(seed)
     roles_named(settings.roles, target.architecture.role_shapes)  # refused before text is written
     prompts, examples = without_labelled(prompts, examples), as_taught(examples)
-    usual = replace(settings, completions=None).for_prompts(len(prompts), len(examples)).completions or 0
-    settings = settings.for_prompts(len(prompts), len(examples))
     loaded = loaded or LoadedBases()
     source = _open_source(source, target, adapter, loaded)
-    clock = time.monotonic()
+    clock, own = time.monotonic(), None
+    if settings.own_prompts and not (prompts or examples):
+        own = find_own_prompts(source, settings.completions or settings.own_prompts, seed)
+        prompts = [] if own is None else own.prompts
+    usual = replace(settings, completions=None).for_prompts(len(prompts), len(examples)).completions or 0
+    settings = settings.for_prompts(len(prompts), len(examples))
     stacked_start = None if start is None else stack_adapter(start, target)
     model = loaded.model(target, fast_dtype())
     work = Distillation(source, target, model, settings, prompts, examples, seed, clock)
@@ -116,7 +120,7 @@ def distill(
     update = truncate_to_rounding(unstack_adapter(fitted.adapter, target))
     _check_found(update, fitted)
     facts = structs.replace(
-        completions.facts,
+        completions.facts if own is None else _of_own(completions.facts, own),
         planned=settings.completions or 0,
         usual=usual,
         examples=len(examples),
@@ -133,6 +137,11 @@ def distill(
         warnings,
         template_of(work.tokenizers[1]) if work.chats(completions) else None,
     )
+
+
+def _of_own(facts: FitFacts, own: OwnPrompts) -> FitFacts:
+    """Say in the facts that the adapter wrote the prompts that were answered as given ones."""
+    return structs.replace(facts, given=0, answered=0, own=facts.answered, opening=own.opening, gain=own.gain)
 
 
 def _open_source(source: BaseModel | Source, target: BaseModel, adapter: Adapter | None, loaded: LoadedBases) -> Source:

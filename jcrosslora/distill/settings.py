@@ -88,8 +88,11 @@ class DistillSettings:
     end: End = "auto"
     """The end of answers: as the source has it (source), not fitted (never), or (auto) as the source has it unless its
     answers to given prompts go on after they are complete; then they are cut there, and the end is taught."""
+    own_prompts: int = 0
+    """Prompts that the adapter writes itself, if none are given and it knows those that it was trained on; 0 does not
+    ask it."""
     discovery: int = 48
-    """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
+    """Texts of each step of the search for what the adapter is for, where it has no prompts; 0 does not search."""
     answer_temperature: float | None = None
     """Temperature at which answers are sampled; if not given, 0 for answers to given prompts, else 1."""
     text_weight: float = 0.5
@@ -148,6 +151,8 @@ class DistillSettings:
             name: ((value := getattr(self, name)) is None or value >= fewest, f"{fewest} or more")
             for name, fewest in least.items()
         }
+        asks = self.own_prompts == 0 or self.own_prompts >= FEWEST_COMPLETIONS
+        rules["own_prompts"] = asks, f"0 or {FEWEST_COMPLETIONS} and more"
         rules["held_out"] = self.held_out is None or 0 < self.held_out < 1, "a share between 0 and 1"
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):
             rules[name] = (value := getattr(self, name)) is None or 0 <= value <= 1, "a share from 0 to 1"

@@ -47,7 +47,8 @@ def fit_level(facts: FitFacts) -> Level:
 def fit_verdict(facts: FitFacts) -> Verdict:
     """Return the verdict on a fitted update, with its numbers and what to do next."""
     level, count = fit_level(facts), facts.held_out
-    kind = "answers to prompts that it made up" if _made_up(facts) else "held-out answers"
+    made_up = "answers to prompts that it made up" if _made_up(facts) else "held-out answers"
+    kind = "answers to prompts that the adapter learnt" if facts.own else made_up
     share = f"it reproduces {facts.agreed:,} of the source's {count:,} {kind}" if count else "no prompt was held out"
     few = ", too few to tell" if 0 < count < _FEWEST else ""
     helping = [] if level == "works" else list(remedies(facts))
@@ -63,6 +64,8 @@ def remedies(facts: FitFacts) -> Iterator[str]:
         yield f"leave out --completions ({facts.planned:,} were asked for, the default is {facts.usual:,})"
     if _made_up(facts):
         yield "give prompts of the adapter's task with --prompts (twenty help a lot)"
+    elif facts.own:
+        yield "compare with prompts of real use (--prompts)"
     elif facts.answers and facts.given < ENOUGH:
         yield f"give more prompts (there were {facts.given:,}, and up to {MOST_GIVEN:,} are used)"
     elif facts.answers:
@@ -88,8 +91,8 @@ def fit_sentences(facts: FitFacts) -> Iterator[str]:
 
 
 def _made_up(facts: FitFacts) -> bool:
-    """Whether no prompt came from the user."""
-    return facts.answers > 0 and facts.given + facts.examples == 0
+    """Whether no prompt came from the user, or is known to be one of the adapter's task."""
+    return facts.answers > 0 and facts.given + facts.examples + facts.own == 0
 
 
 def _answers(facts: FitFacts) -> str:
@@ -99,6 +102,10 @@ def _answers(facts: FitFacts) -> str:
     if facts.templates:
         to = f"{wrote} to {facts.written:,} prompts that it made up, in {', '.join(facts.templates)}"
         return f"{to}; {facts.requests:,} answers are of the likely task, {facts.job}" if facts.requests else to
+    if facts.own:
+        knows = f"it adds {facts.gain:.2g} nats a token to their log-likelihood" if facts.gain is not None else ""
+        own = f"{facts.own:,} prompts that the adapter wrote as it had learnt them, from {facts.opening} ({knows})"
+        return f"{wrote} to {own}"
     first = f"the first {facts.answered:,} of {facts.given:,} given"
     parts = (
         (facts.answered, first if facts.answered < facts.given else f"{facts.answered:,} given"),
