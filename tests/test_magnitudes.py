@@ -144,7 +144,7 @@ def test_conversations_are_read_in_the_chat_template_of_the_adapter(base, adapte
     own = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
     adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, chat_template=own))
     seen, encode = [], batches.encode
-    monkeypatch.setattr(batches, "encode", lambda tokenizer, one: seen.append(tokenizer) or encode(tokenizer, one))
+    monkeypatch.setattr(batches, "encode", lambda tokenizer, *one: seen.append(tokenizer) or encode(tokenizer, *one))
     example = Completion((Message("user", "Anna said"),), "Peter")
     fit_magnitudes(base, [example], adapter, dataclasses.replace(SETTINGS, steps=1, batch=1))
     assert {tokenizer.chat_template for tokenizer in seen} == {own}
