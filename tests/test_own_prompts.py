@@ -147,6 +147,9 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
     prompts = find_own_prompts(asked, 24, seed=0).prompts
     given = distill(asked, target, prompts=prompts, settings=SMALL)
     assert own.completions == given.completions
+    more = dataclasses.replace(SMALL, completions=40)
+    both = distill(asked, target, settings=more), distill(asked, target, prompts=prompts, settings=more)
+    assert both[0].completions == both[1].completions
     facts = own.facts
     assert (facts.own, facts.given, facts.answered, facts.gain) == (24, 0, 0, 2 * KNOWN)
     assert (given.facts.own, given.facts.given) == (0, 24)
