@@ -151,8 +151,7 @@ class Generator:
         rows = [np.zeros(0, np.int32) for _ in batch.texts]
         unfinished, start = list(range(len(rows))), 0
         while unfinished and start < max_new_tokens:
-            sizes = (self.before_switch(len(batch.texts[row]) + start) for row in unfinished)
-            size = min((block, *(one for one in sizes if one is not None)))
+            size = min(self.before_switch(len(batch.texts[row]) + start, block) for row in unfinished)
             drawn = Sampling(jnp.float32(temperature), key, jnp.int32(size))
             state, *new = self.extend(state, drawn, block)
             written, valid = map(np.asarray, new)
@@ -169,12 +168,12 @@ class Generator:
             raise not_finite(self.name, self.adapter_name)
         return rows
 
-    def before_switch(self, length: int) -> int | None:
-        """Count the tokens to write after a text of `length` tokens before its rotations switch; None if they never do.
+    def before_switch(self, length: int, most: int) -> int:
+        """Count the tokens to write after a text of `length` tokens, at most `most`, before its rotations switch.
 
         The token that makes the text too long for the first rotations is still drawn with them, as in transformers.
         """
-        return min((one + 1 - length for one in self.model.settings.switches if length <= one), default=None)
+        return min([most, *(one + 1 - length for one in self.model.settings.switches if length <= one)])
 
     def _begin_again(
         self, batch: PromptBatch, rows: Sequence[np.ndarray], room: int, state: State, *, pad_left: bool

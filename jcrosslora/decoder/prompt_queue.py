@@ -49,8 +49,8 @@ class Writer(Protocol):
         """Whether prompts can be read after a beginning that was read once."""
         ...
 
-    def before_switch(self, length: int) -> int | None:
-        """Count the tokens to write after a text of `length` tokens before its rotations switch."""
+    def before_switch(self, length: int, most: int) -> int:
+        """Count the tokens to write after a text of `length` tokens, at most `most`, before its rotations switch."""
         ...
 
     def of_rows(self, places: Sequence[int], rows: int) -> Self:
@@ -102,8 +102,8 @@ def write_queue(
             planned = plan_batches(texts, max_new_tokens, share=writer.shares_beginnings, most=_TURN)
             turns += [dataclasses.replace(turn, places=[places[one] for one in turn.places]) for turn in planned]
             for place, text in zip(places, texts, strict=True):
-                more = writer.before_switch(len(text))
-                limits[place] = max_new_tokens if more is None else min(max_new_tokens, len(found[place]) + more)
+                begun_tokens = len(found[place])
+                limits[place] = begun_tokens + writer.before_switch(len(text), max_new_tokens - begun_tokens)
         waiting = []
         for own, *sizes in plan_queues(turns, max_new_tokens):
             for place, row in _Rows(writer, max_new_tokens, limits, *sizes).write(own, found):

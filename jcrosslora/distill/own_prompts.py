@@ -20,7 +20,7 @@ from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS
 from jcrosslora.distill.sources import Source
-from jcrosslora.distill.templates import comparing_cost
+from jcrosslora.distill.templates import comparing_cost, without_bos
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Message, Prompt, render
 from jcrosslora.utils.cost import Cost
@@ -181,9 +181,9 @@ def cut_at_line(texts: Sequence[str]) -> list[str]:
 def chat_pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
     """Sample a few prompts from the turns of the chat template where a prompt may begin."""
     openings: list[tuple[str, Opening]] = []
-    if _ends_turns(source.tokenizer):
+    if _turn_ends(source.tokenizer, (_QUESTION,)):
         openings.append(("the user's turn of its chat template", _user_turns))
-        if _has_system(source.tokenizer):
+        if _turn_ends(source.tokenizer, (_SYSTEM, _QUESTION)):
             openings.append(("the system's turn of its chat template", _system_turns))
     return _pilots(source, openings, key, bar)
 
@@ -281,31 +281,22 @@ def _begin(tokenizer: Tokenizer) -> str:
 def _before(tokenizer: Tokenizer, messages: tuple[Message, ...], number: int) -> str:
     """Return the text before the content of a message, without the token that begins a text."""
     rendered = render(tokenizer, messages, ask=True)
-    before = rendered.text[: rendered.spans[number][0]]
-    return before if tokenizer.bos is None else before.removeprefix(tokenizer.bos_name)
+    return without_bos(tokenizer, rendered.text[: rendered.spans[number][0]])
 
 
 def _asked(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """Return the text that an answer to a prompt follows, without the token that begins a text."""
     if isinstance(prompt, str):
         return prompt
-    text = render(tokenizer, prompt, ask=True).text
-    return text if tokenizer.bos is None else text.removeprefix(tokenizer.bos_name)
+    return without_bos(tokenizer, render(tokenizer, prompt, ask=True).text)
 
 
-def _ends_turns(tokenizer: Tokenizer) -> bool:
-    """Whether a chat template ends the user's message with a token that ends a text, so that writing ends there."""
+def _turn_ends(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> bool:
+    """Whether a chat template takes the messages, and ends the first with a token at which writing ends."""
     if tokenizer.chat_template is None:
         return False
-    rendered = render(tokenizer, (_QUESTION,), ask=True)
-    behind = tokenizer.encode(rendered.text[rendered.spans[0][1] :], special=False).ids
-    return behind.size > 0 and int(behind[0]) in tokenizer.stops
-
-
-def _has_system(tokenizer: Tokenizer) -> bool:
-    """Whether a chat template has a turn of the system that ends as the user's does."""
     try:
-        rendered = render(tokenizer, (_SYSTEM, _QUESTION), ask=True)
+        rendered = render(tokenizer, messages, ask=True)
     except UsageError:
         return False
     behind = tokenizer.encode(rendered.text[rendered.spans[0][1] :], special=False).ids

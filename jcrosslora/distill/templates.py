@@ -95,10 +95,12 @@ def templates_of(tokenizer: Tokenizer) -> tuple[PromptTemplate, ...]:
         return TEMPLATES
     rendered = render(tokenizer, (Message("user", "Question"),), ask=True)
     first, last = rendered.spans[0]
-    before = rendered.text[:first]
-    if tokenizer.bos is not None:  # which is put in front of plain text as well
-        before = before.removeprefix(tokenizer.bos_name)
-    return (*TEMPLATES, ChatTemplate(before, rendered.text[last:]))
+    return (*TEMPLATES, ChatTemplate(without_bos(tokenizer, rendered.text[:first]), rendered.text[last:]))
+
+
+def without_bos(tokenizer: Tokenizer, text: str) -> str:
+    """Remove the token that begins a rendered conversation, where it is put in front of plain text as well."""
+    return text if tokenizer.bos is None else text.removeprefix(tokenizer.bos_name)
 
 
 @dataclass(frozen=True)
