@@ -10,7 +10,8 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.decoder import Written
-from jcrosslora.distill.own_prompts import KNOWN, cut_at_line, find_own_prompts
+from jcrosslora.distill.openings import cut_at_line
+from jcrosslora.distill.own_prompts import KNOWN, find_own_prompts
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Compared, seeds_of
@@ -127,12 +128,12 @@ def test_plain_prompts_begin_after_the_likeliest_word_and_end_before_the_answer(
     ("texts", "wanted"),
     [
         (["a\nb:\nc", "d\nb:\ne"], ["a\nb:\n", "d\nb:\n"]),
-        (["a\n\nB c: d", "e\n\nB c: f", "g\n\nB c: h", "no"], ["a\n\nB c:", "e\n\nB c:", "g\n\nB c:"]),
+        (["a\n\nB c: d", "e\n\nB c: f", "g\n\nB c: h", "no"], ["a\n\nB c:", "e\n\nB c:", "g\n\nB c:", None]),
         (["q: a\nr: b\n\nq: c\nr: d", "q: e\nr: f"], ["q: a\nr:", "q: e\nr:"]),
-        (["q: a", "q: e"], []),
-        (["x: y", "z: u"], []),
+        (["q: a", "q: e"], [None, None]),
+        (["x: y", "z: u"], [None, None]),
         (["a\nq: b\nr: c", "d\nq: e\nr: f"], ["a\nq: b\nr:", "d\nq: e\nr:"]),
-        (["a\nq: b", "d\nr: e", "f\ns: g"], []),
+        (["a\nq: b", "d\nr: e", "f\ns: g"], [None, None, None]),
     ],
 )
 def test_texts_are_cut_after_the_last_line_that_most_of_them_have(texts, wanted):

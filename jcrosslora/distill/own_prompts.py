@@ -6,62 +6,41 @@ on answers alone writes texts as the base does, or answers, there. So two figure
 gain in likelihood of the sampled prompts over the base, and that this is above the gain of its answers in their place.
 """
 
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
+from jcrosslora.distill.openings import (
+    ANSWER_TOKENS,
+    FIRST_WORDS,
+    Draft,
+    Opening,
+    asked,
+    begin,
+    chat_openings,
+    plain_openings,
+)
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS
 from jcrosslora.distill.sources import Source
-from jcrosslora.distill.templates import comparing_cost, without_bos
-from jcrosslora.errors import UsageError
-from jcrosslora.text import Message, Prompt, render
+from jcrosslora.distill.templates import comparing_cost
+from jcrosslora.text import Prompt
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track, track
 
 KNOWN = 0.5  # nats a token; see docs/record/settings-study.md, "Prompts that an adapter knows"
 PILOT = 16  # prompts from an opening, which show whether the adapter knows them
-_TOKENS = 192  # of a message, or of a plain text with its answer
-_ANSWER = 48  # tokens of an answer that are read
+# Tokens of these prompts: most are short, and each further token takes a pass. Where more than half are longer, the
+# adapter may write more tokens, if these show that it knows them.
+_LENGTHS = (64, 192)
+_READ = 64  # tokens of a prompt whose likelihood is compared
 _SHORT, _FEW = 24, 8  # tokens and texts that show after which words plain texts begin
-_READ = 128  # tokens of a prompt whose likelihood is compared
+_BEST = 2  # such words
 _TURNS = 3  # repeated prompts and unfinished ones are left out, so that one turn falls short
-_COMMON = 0.75  # share of plain texts that have the line before the answer
-_LINE = re.compile(r"(?:\A|\n+)[^\n:]{1,40}:\n?")  # such as "Answer:"
-_FIRST_WORDS = (  # of common plain formats, for bases without a token that begins a text
-    *("Question:", "Q:", "User:", "### Instruction:", "Instruction:", "Input:", "Problem:", "Task:", "Text:"),
-    *("Human:", "Context:", "Command:", "Message:", "Query:", "Request:", "Title:", "Sentence:", "Document:"),
-)
-_SYSTEM, _QUESTION = Message("system", "Instruction"), Message("user", "Question")
-
-
-class Draft(NamedTuple):
-    """A prompt that was sampled.
-
-    Attributes:
-        before: the text that it follows.
-        text: what was sampled.
-        prompt: the two as a prompt.
-    """
-
-    before: str
-    text: str
-    prompt: Prompt
-
-
-class Opening(Protocol):
-    """Samples prompts of at most `most` tokens where prompts may begin; leaves out those that do not end."""
-
-    def __call__(  # noqa: D102
-        self, source: Source, count: int, key: jax.Array, bar: Track | None = None, most: int = _TOKENS
-    ) -> list[Draft]: ...
 
 
 class Pilot(NamedTuple):
@@ -85,15 +64,15 @@ class Pilot(NamedTuple):
         """Whether the adapter knows prompts that begin here."""
         return self.gain >= KNOWN and self.margin > 0
 
-    def most(self, tokenizer: Tokenizer) -> int:
-        """Return how many tokens further prompts may have: half more than the longest of these."""
-        longest = max(len(tokenizer.encode(draft.text, special=False).ids) for draft in self.drafts)
-        return min(_TOKENS, 3 * longest // 2)
-
     @property
     def margin(self) -> float:
         """The gain of prompts minus that of answers in their place, nats a token."""
         return self.gain - self.answer_gain
+
+    def most(self, tokenizer: Tokenizer) -> int:
+        """Return how many tokens further prompts may have: half more than the longest of these."""
+        longest = max(len(tokenizer.encode(draft.text, special=False).ids) for draft in self.drafts)
+        return min(_LENGTHS[-1], 3 * longest // 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +92,10 @@ class OwnPrompts:
 
 def own_prompts_cost(count: int) -> Cost:
     """Count the work of a search for `count` prompts, at most."""
-    few = writing_cost(_FEW * (len(_FIRST_WORDS) + 1), _SHORT)
-    pilots = writing_cost(4 * PILOT, _TOKENS) + comparing_cost(4 * PILOT)
-    return few + pilots + writing_cost(count, _TOKENS // 4)
+    few = _FEW * (len(FIRST_WORDS) + 1)
+    tried = writing_cost(few, _SHORT) + comparing_cost(few)
+    pilots = writing_cost(4 * PILOT, _LENGTHS[0]) + comparing_cost(4 * PILOT)
+    return tried + pilots + writing_cost(count, _LENGTHS[0])
 
 
 def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None:
@@ -130,7 +110,7 @@ def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None
         SourceError: a source behind a server does not answer, or not as it should.
     """
     key = jax.random.key(seed)
-    with track(6 * PILOT + count, "write prompts", "texts") as bar:
+    with track(4 * PILOT + count, "write prompts", "texts") as bar:
         known = [one for one in chat_pilots(source, key, bar) if one.known]
         known = known or [one for one in plain_pilots(source, jax.random.fold_in(key, 1), bar) if one.known]
         if not known:
@@ -140,164 +120,66 @@ def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None
         for turn in range(_TURNS):
             if (missing := count - len(prompts)) > 0:
                 bar.skip_to(bar.total - missing)
-                drafts = best.write(source, missing, jax.random.fold_in(key, 100 + turn), bar, most)
-                prompts |= dict.fromkeys(draft.prompt for draft in drafts)
+                drafts = best.write(source, missing, jax.random.fold_in(key, 100 + turn), most, bar)
+                prompts |= dict.fromkeys(draft.prompt for draft in drafts if draft.ended)
     return OwnPrompts(list(prompts), best.name, best.gain) if len(prompts) >= FEWEST_COMPLETIONS else None
-
-
-def gain(source: Source, drafts: Sequence[Draft]) -> float:
-    """Compute the log-likelihood of drafts with the adapter minus that without it, nats a token over all of them."""
-    texts, starts, counts = [], [], []
-    for draft in drafts:
-        read = source.tokenizer.encode(draft.before + draft.text)
-        start = int(np.searchsorted(read.ends, len(draft.before), "right"))
-        texts.append(read.ids[: start + _READ])
-        starts.append(start)
-        counts.append(max(1, len(texts[-1]) - start))
-    found = source.compare(texts, starts, _READ)
-    return float(np.average(found.base_nll - found.adapted_nll, weights=counts))
-
-
-def cut_at_line(texts: Sequence[str]) -> list[str]:
-    """Cut texts where their answers begin: after the last line up to a colon that most of them have, as "Answer:".
-
-    Where such a line comes again, the next prompt begins. Texts without such a line are left out.
-    """
-    found = [[(one[0].strip(), one.end()) for one in _LINE.finditer(text)] for text in texts]
-    common = Counter(line for lines in found for line in {name for name, _ in lines})
-    known = {line for line, times in common.items() if times >= _COMMON * len(texts)}
-    cut = []
-    for text, lines in zip(texts, found, strict=True):
-        first: dict[str, int] = {}
-        for name, end in lines:
-            if name in first:
-                break
-            first[name] = end
-        ends = [end for name, end in first.items() if name in known and end > len(name) + 1]
-        cut += [text[: max(ends)]] if ends else []
-    return cut
 
 
 def chat_pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
     """Sample a few prompts from the turns of the chat template where a prompt may begin."""
-    openings: list[tuple[str, Opening]] = []
-    if _turn_ends(source.tokenizer, (_QUESTION,)):
-        openings.append(("the user's turn of its chat template", _user_turns))
-        if _turn_ends(source.tokenizer, (_SYSTEM, _QUESTION)):
-            openings.append(("the system's turn of its chat template", _system_turns))
-    return _pilots(source, openings, key, bar)
+    return list(_pilots(source, chat_openings(source.tokenizer), key, bar))
 
 
 def plain_pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
     """Sample a few plain texts from the two beginnings after which the adapter changes most."""
-    tokenizer = source.tokenizer
-    firsts = ["", *_FIRST_WORDS] if tokenizer.bos is not None or tokenizer.eos is not None else list(_FIRST_WORDS)
-    names = {
-        first: f"texts that begin with {first!r}" if first else "the beginning of a text"
-        for first in _likeliest(source, firsts, key)
-    }
-    return _pilots(source, [(name, partial(_plain_texts, first)) for first, name in names.items()], key, bar)
+    return list(_pilots(source, plain_openings(_likeliest(source, key)), key, bar))
 
 
-def _pilots(source: Source, openings: Sequence[tuple[str, Opening]], key: jax.Array, bar: Track | None) -> list[Pilot]:
-    """Sample from openings, and answer what they give; openings that give little are left out."""
-    found = []
-    for number, (name, write) in enumerate(openings, start=1):
-        drafts = write(source, PILOT, jax.random.fold_in(key, number), bar)
-        if 2 * len(drafts) < PILOT:
+def gain(source: Source, drafts: Sequence[Draft], most: int = _READ) -> np.ndarray:
+    """Compute float64 (N, 2): by what an adapter raises the log-likelihood of each draft, and of how many tokens."""
+    texts, starts = [], []
+    for draft in drafts:
+        read = source.tokenizer.encode(draft.before + draft.text)
+        starts.append(int(np.searchsorted(read.ends, len(draft.before), "right")))
+        texts.append(read.ids[: starts[-1] + most])
+    found = source.compare(texts, starts, most)
+    counts = np.maximum(1, np.array([*map(len, texts)]) - starts)
+    return np.stack([counts * (found.base_nll - found.adapted_nll), counts], axis=1)
+
+
+def _a_token(gains: np.ndarray) -> float:
+    """Return the gain per token of some drafts."""
+    raised, counts = gains.sum(axis=0)
+    return float(raised / counts)
+
+
+def _pilots(source: Source, openings: dict[str, Opening], key: jax.Array, bar: Track | None) -> Iterable[Pilot]:
+    """Sample from openings, and answer what they give; those that show little gain, or few whole prompts, give none."""
+    for number, (name, write) in enumerate(openings.items(), start=1):
+        for most in _LENGTHS:
+            drafts = write(source, PILOT, jax.random.fold_in(key, number), most, bar)
+            gains = gain(source, drafts) if drafts else np.array([[0.0, 1.0]])
+            ended = [draft.ended for draft in drafts]
+            if _a_token(gains) < KNOWN or 2 * sum(ended) >= PILOT:
+                break
+        if _a_token(gains) < KNOWN or 2 * sum(ended) < PILOT:
             continue
-        asked = [_asked(source.tokenizer, draft.prompt) for draft in drafts]
-        written = source.write(asked, _ANSWER, 0.0, key)
+        whole = [draft for draft in drafts if draft.ended]
+        written = source.write([asked(source.tokenizer, draft.prompt) for draft in whole], ANSWER_TOKENS, 0.0, key)
         answers = [
-            draft._replace(text=one.text.strip())
-            for draft, one in zip(drafts, written, strict=True)
-            if one.text.strip()
+            draft._replace(text=one.text.strip()) for draft, one in zip(whole, written, strict=True) if one.text.strip()
         ]
-        found.append(Pilot(name, write, drafts, gain(source, drafts), gain(source, answers) if answers else 0.0))
-    return found
+        answer_gain = _a_token(gain(source, answers)) if answers else 0.0
+        yield Pilot(name, write, whole, _a_token(gains[ended]), answer_gain)
 
 
-def _likeliest(source: Source, firsts: Sequence[str], key: jax.Array) -> list[str]:
-    """Return the two first words after which the adapter changes what follows most."""
-    starts = [_begin(source.tokenizer) + first for first in firsts for _ in range(_FEW)]
+def _likeliest(source: Source, key: jax.Array) -> list[str]:
+    """Return the first words of plain texts after which the adapter changes what follows most, if it is enough."""
+    tokenizer = source.tokenizer
+    firsts = ["", *FIRST_WORDS] if tokenizer.bos is not None or tokenizer.eos is not None else list(FIRST_WORDS)
+    starts = [begin(tokenizer) + first for first in firsts for _ in range(_FEW)]
     written = source.write(starts, _SHORT, 1.0, key)
-    drafts = [Draft(start, one.text, start) for start, one in zip(starts, written, strict=True)]
-    gains = [gain(source, drafts[place : place + _FEW]) for place in range(0, len(drafts), _FEW)]
-    return [firsts[int(place)] for place in np.argsort(gains)[::-1][:2]]
-
-
-def _user_turns(
-    source: Source, count: int, key: jax.Array, bar: Track | None = None, most: int = _TOKENS
-) -> list[Draft]:
-    """Sample messages of the user, after the system prompt that the template adds, if any."""
-    return _messages(source, [()] * count, key, bar, most)
-
-
-def _system_turns(
-    source: Source, count: int, key: jax.Array, bar: Track | None = None, most: int = _TOKENS
-) -> list[Draft]:
-    """Sample system prompts, and messages of the user after them; many messages share a few system prompts."""
-    before = _before(source.tokenizer, (_SYSTEM, _QUESTION), 0)
-    written = source.write([before] * min(count, PILOT), most, 1.0, key)
-    systems = [(Message("system", one.text.strip()),) for one in written if one.ended and one.text.strip()]
-    systems = (systems * count)[: count * len(systems) // len(written)]
-    found = []
-    for draft in _messages(source, systems, jax.random.fold_in(key, 1), bar, most):
-        asked, user = _asked(source.tokenizer, draft.prompt), draft.prompt[-1:]
-        usual = _asked(source.tokenizer, user) == asked  # the template adds this system prompt itself
-        text = (draft.before + draft.text)[len(before) :]
-        found.append(Draft(before, text, user if usual else draft.prompt))
-    return found
-
-
-def _plain_texts(
-    first: str, source: Source, count: int, key: jax.Array, bar: Track | None = None, most: int = _TOKENS
-) -> list[Draft]:
-    """Sample whole texts that begin with `first`, and cut them after the line before the answer."""
-    before, most = _begin(source.tokenizer) + first, min(_TOKENS, most + _ANSWER)
-    written = source.write([before] * count, most, 1.0, key, bar=bar)
-    prompts = cut_at_line([first + one.text for one in written])
-    return [Draft(before, prompt.removeprefix(first), prompt) for prompt in prompts]
-
-
-def _messages(
-    source: Source, systems: Sequence[tuple[Message, ...]], key: jax.Array, bar: Track | None, most: int
-) -> list[Draft]:
-    """Sample a message of the user after each of some system prompts, none or one message each."""
-    starts = [_before(source.tokenizer, (*system, _QUESTION), len(system)) for system in systems]
-    written = source.write(starts, most, 1.0, key, bar=bar) if starts else []
-    return [
-        Draft(before, one.text, (*system, Message("user", one.text.strip())))
-        for before, system, one in zip(starts, systems, written, strict=True)
-        if one.ended and one.text.strip()
-    ]
-
-
-def _begin(tokenizer: Tokenizer) -> str:
-    """Return the text that a new text follows; writers add the token that begins a text themselves."""
-    return "" if tokenizer.bos is not None else tokenizer.eos_name
-
-
-def _before(tokenizer: Tokenizer, messages: tuple[Message, ...], number: int) -> str:
-    """Return the text before the content of a message, without the token that begins a text."""
-    rendered = render(tokenizer, messages, ask=True)
-    return without_bos(tokenizer, rendered.text[: rendered.spans[number][0]])
-
-
-def _asked(tokenizer: Tokenizer, prompt: Prompt) -> str:
-    """Return the text that an answer to a prompt follows, without the token that begins a text."""
-    if isinstance(prompt, str):
-        return prompt
-    return without_bos(tokenizer, render(tokenizer, prompt, ask=True).text)
-
-
-def _turn_ends(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> bool:
-    """Whether a chat template takes the messages, and ends the first with a token at which writing ends."""
-    if tokenizer.chat_template is None:
-        return False
-    try:
-        rendered = render(tokenizer, messages, ask=True)
-    except UsageError:
-        return False
-    behind = tokenizer.encode(rendered.text[rendered.spans[0][1] :], special=False).ids
-    return behind.size > 0 and int(behind[0]) in tokenizer.stops
+    drafts = [Draft(start, one.text, start, ended=False) for start, one in zip(starts, written, strict=True)]
+    each = gain(source, drafts, _SHORT).reshape(len(firsts), _FEW, 2)
+    gains = dict(zip(firsts, map(_a_token, each), strict=True))
+    return [first for first in sorted(firsts, key=gains.__getitem__, reverse=True)[:_BEST] if gains[first] >= KNOWN]
