@@ -2,7 +2,8 @@
 
     python experiments/own_prompts.py --base BASE ADAPTER [ADAPTER ...] [--show 3]
 
-The gains are those of the sampled prompts and of the adapter's answers in their place. It knows its prompts where the
+The gains are those of the sampled prompts and of the adapter's answers in their place; places where the first samples
+gain less than `KNOWN`, or where few are whole prompts, have no row. It knows its prompts where the
 first is at least `jcrosslora.distill.own_prompts.KNOWN` and above the second. Adapters of both kinds are made by
 `jcrosslora train --loss all` and `--loss answers`.
 """
@@ -38,7 +39,9 @@ def main(given: Sequence[str] | None = None) -> None:
         tokenizer = tokenizer_of(base, adapter.info.chat_template)
         begun = time.monotonic()
         source, key = DecoderSource.of(base, adapter, model=model, tokenizer=tokenizer), jax.random.key(arguments.seed)
-        found = [*chat_pilots(source, key), *plain_pilots(source, jax.random.fold_in(key, 1))]
+        found = chat_pilots(source, key)
+        if not any(one.known for one in found):  # as `find_own_prompts` does
+            found += plain_pilots(source, jax.random.fold_in(key, 1))
         seconds = f"{time.monotonic() - begun:.0f}"
         for one in sorted(found, key=lambda one: -one.margin):
             figures = (f"{one.gain:.2f}", f"{one.answer_gain:.2f}", "yes" if one.known else "no")
