@@ -80,6 +80,34 @@ def test_an_adapter_that_writes_few_different_prompts_knows_none(chat, monkeypat
     assert find_own_prompts(Knowing.of(chat, random_adapter(chat)), 40, seed=0) is None
 
 
+class Long(Knowing):
+    """Writes prompts that have more than 64 tokens: with fewer they have no end."""
+
+    form: ClassVar[str] = "Where is the dog of Anna {}" + ", of Ben" * 40 + "?"
+
+    def write(self, prompts, most, temperature, key, *, bar=None):
+        found = super().write(prompts, most, temperature, key, bar=bar)
+        return [dataclasses.replace(one, ended=most > 64) for one in found]
+
+
+def test_prompts_that_the_first_samples_do_not_end_are_written_longer(chat):
+    found = find_own_prompts(Long.of(chat, random_adapter(chat)), 40, seed=0)
+    assert (len(found.prompts), found.opening) == (40, "the user's turn of its chat template")
+
+
+class Endless(Knowing):
+    """Never ends a prompt."""
+
+    def write(self, prompts, most, temperature, key, *, bar=None):
+        return [
+            dataclasses.replace(one, ended=False) for one in super().write(prompts, most, temperature, key, bar=bar)
+        ]
+
+
+def test_prompts_that_never_end_are_not_used(chat):
+    assert find_own_prompts(Endless.of(chat, random_adapter(chat)), 40, seed=0) is None
+
+
 class WithSystem(Knowing):
     """Has learnt a system prompt as well, and prompts are likelier after it."""
 

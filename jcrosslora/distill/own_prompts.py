@@ -156,21 +156,28 @@ def _a_token(gains: np.ndarray) -> float:
 def _pilots(source: Source, openings: dict[str, Opening], key: jax.Array, bar: Track | None) -> Iterable[Pilot]:
     """Sample from openings, and answer what they give; those that show little gain, or few whole prompts, give none."""
     for number, (name, write) in enumerate(openings.items(), start=1):
-        for most in _LENGTHS:
-            drafts = write(source, PILOT, jax.random.fold_in(key, number), most, bar)
-            gains = gain(source, drafts) if drafts else np.array([[0.0, 1.0]])
-            ended = [draft.ended for draft in drafts]
-            if _a_token(gains) < KNOWN or 2 * sum(ended) >= PILOT:
-                break
-        if _a_token(gains) < KNOWN or 2 * sum(ended) < PILOT:
+        found = _sample(source, write, jax.random.fold_in(key, number), bar)
+        if found is None:
             continue
-        whole = [draft for draft in drafts if draft.ended]
+        whole, own_gain = found
         written = source.write([asked(source.tokenizer, draft.prompt) for draft in whole], ANSWER_TOKENS, 0.0, key)
         answers = [
             draft._replace(text=one.text.strip()) for draft, one in zip(whole, written, strict=True) if one.text.strip()
         ]
         answer_gain = _a_token(gain(source, answers)) if answers else 0.0
-        yield Pilot(name, write, whole, _a_token(gains[ended]), answer_gain)
+        yield Pilot(name, write, whole, own_gain, answer_gain)
+
+
+def _sample(source: Source, write: Opening, key: jax.Array, bar: Track | None) -> tuple[list[Draft], float] | None:
+    """Sample prompts from an opening; return the whole ones and their gain, None if they are few or gain little."""
+    for most in _LENGTHS:
+        drafts = write(source, PILOT, key, most, bar)
+        if not drafts or _a_token(gains := gain(source, drafts)) < KNOWN:
+            return None
+        ended = [draft.ended for draft in drafts]
+        if 2 * sum(ended) >= PILOT:
+            return [draft for draft in drafts if draft.ended], _a_token(gains[ended])
+    return None
 
 
 def _likeliest(source: Source, key: jax.Array) -> list[str]:
