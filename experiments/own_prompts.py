@@ -2,10 +2,10 @@
 
     python experiments/own_prompts.py --base BASE ADAPTER [ADAPTER ...] [--show 3]
 
-The gains are those of the sampled prompts and of the adapter's answers in their place; places where the first samples
-gain less than `KNOWN`, or where few are whole prompts, have no row. It knows its prompts where the
-first is at least `jcrosslora.distill.own_prompts.KNOWN` and above the second. Adapters of both kinds are made by
-`jcrosslora train --loss all` and `--loss answers`.
+The gains are those of the sampled prompts and of the adapter's answers in their place. It knows its prompts where the
+first is at least `jcrosslora.distill.own_prompts.KNOWN` and above the second. Places where the first samples gain less
+than `KNOWN`, or where few are whole prompts, have no row. Adapters of both kinds are made by `jcrosslora train --loss
+all` and `--loss answers`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.decoder import fast_dtype, load_model
-from jcrosslora.distill.own_prompts import chat_pilots, plain_pilots
+from jcrosslora.distill.own_prompts import pilots
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.text.reading import tokenizer_of
 
@@ -39,9 +39,7 @@ def main(given: Sequence[str] | None = None) -> None:
         tokenizer = tokenizer_of(base, adapter.info.chat_template)
         begun = time.monotonic()
         source, key = DecoderSource.of(base, adapter, model=model, tokenizer=tokenizer), jax.random.key(arguments.seed)
-        found = chat_pilots(source, key)
-        if not any(one.known for one in found):  # as `find_own_prompts` does
-            found += plain_pilots(source, jax.random.fold_in(key, 1))
+        found = pilots(source, key)
         seconds = f"{time.monotonic() - begun:.0f}"
         for one in sorted(found, key=lambda one: -one.margin):
             figures = (f"{one.gain:.2f}", f"{one.answer_gain:.2f}", "yes" if one.known else "no")

@@ -131,6 +131,23 @@ def test_a_system_prompt_is_written_where_the_adapter_learnt_one(chat):
     assert all(prompt[1].content.startswith("Where is the dog of Anna ") for prompt in found.prompts)
 
 
+class WithLongSystem(WithSystem):
+    """Has learnt a system prompt that does not end within 64 tokens."""
+
+    def write(self, prompts, most, temperature, key, *, bar=None):
+        found = super().write(prompts, most, temperature, key, bar=bar)
+        text = "Answer in one word." + " Be kind." * 40
+        return [
+            dataclasses.replace(written, text=text, ended=most > 64) if str(one).endswith("system: ") else written
+            for one, written in zip(prompts, found, strict=True)
+        ]
+
+
+def test_a_system_prompt_that_the_first_samples_do_not_end_is_written_longer(chat):
+    found = find_own_prompts(WithLongSystem.of(chat, random_adapter(chat)), 20, seed=0)
+    assert found.opening == "the system's turn of its chat template"
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")

@@ -10,7 +10,7 @@ import jax
 
 from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.distill.sources import Source
-from jcrosslora.distill.templates import without_bos
+from jcrosslora.distill.templates import TEMPLATES, without_bos
 from jcrosslora.errors import UsageError
 from jcrosslora.text import Message, Prompt, render
 from jcrosslora.utils.progress import Track
@@ -20,8 +20,8 @@ _SYSTEMS = 16  # system prompts, which many messages share
 _COMMON = 0.75  # share of plain texts that have the line before the answer
 _LINE = re.compile(r"(?:\A|\n+)[^\n:]{1,40}:\n?")  # such as "Answer:"
 FIRST_WORDS = (  # of common plain formats, for bases without a token that begins a text
-    *("Question:", "Q:", "User:", "### Instruction:", "Instruction:", "Input:", "Problem:", "Task:", "Text:"),
-    *("Human:", "Context:", "Command:", "Message:", "Query:", "Request:", "Title:", "Sentence:", "Document:"),
+    *(template.before.strip() for template in TEMPLATES),
+    *("Text:", "Human:", "Context:", "Command:", "Message:", "Query:", "Request:", "Title:", "Sentence:", "Document:"),
 )
 _SYSTEM, _QUESTION = Message("system", "Instruction"), Message("user", "Question")
 

@@ -111,8 +111,7 @@ def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None
     """
     key = jax.random.key(seed)
     with track(4 * PILOT + count, "write prompts", "texts") as bar:
-        known = [one for one in chat_pilots(source, key, bar) if one.known]
-        known = known or [one for one in plain_pilots(source, jax.random.fold_in(key, 1), bar) if one.known]
+        known = [one for one in pilots(source, key, bar) if one.known]
         if not known:
             return None
         best = max(known, key=lambda one: one.margin)
@@ -125,14 +124,16 @@ def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None
     return OwnPrompts(list(prompts), best.name, best.gain) if len(prompts) >= FEWEST_COMPLETIONS else None
 
 
-def chat_pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
-    """Sample a few prompts from the turns of the chat template where a prompt may begin."""
-    return list(_pilots(source, chat_openings(source.tokenizer), key, bar))
+def pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
+    """Sample a few prompts where prompts may begin, of plain texts only if the adapter knows no conversations.
 
-
-def plain_pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pilot]:
-    """Sample a few plain texts from the two beginnings after which the adapter changes most."""
-    return list(_pilots(source, plain_openings(_likeliest(source, key)), key, bar))
+    Plain texts begin with the words after which the adapter changes most.
+    """
+    found = list(_pilots(source, chat_openings(source.tokenizer), key, bar))
+    if not any(one.known for one in found):
+        key = jax.random.fold_in(key, 1)
+        found += _pilots(source, plain_openings(_likeliest(source, key)), key, bar)
+    return found
 
 
 def gain(source: Source, drafts: Sequence[Draft], most: int = _READ) -> np.ndarray:
@@ -172,7 +173,9 @@ def _sample(source: Source, write: Opening, key: jax.Array, bar: Track | None) -
     """Sample prompts from an opening; return the whole ones and their gain, None if they are few or gain little."""
     for most in _LENGTHS:
         drafts = write(source, PILOT, key, most, bar)
-        if not drafts or _a_token(gains := gain(source, drafts)) < KNOWN:
+        if not drafts:  # a longer system prompt
+            continue
+        if _a_token(gains := gain(source, drafts)) < KNOWN:
             return None
         ended = [draft.ended for draft in drafts]
         if 2 * sum(ended) >= PILOT:
