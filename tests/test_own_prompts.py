@@ -200,7 +200,8 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
     assert (facts.own, facts.given, facts.answered, facts.gain) == (24, 0, 0, 2 * KNOWN)
     assert (given.facts.own, given.facts.given) == (0, 24)
     (said, *_) = fit_sentences(facts)
-    assert "to 24 prompts that the adapter wrote as it had learnt them, from texts that begin with 'Command:'" in said
+    assert "to 24 prompts, which the adapter wrote itself, from texts that begin with 'Command:'" in said
+    assert f"it knows them: gain {2 * KNOWN:.2g} nats a token" in said
     assert "answers to prompts that the adapter learnt" in fit_verdict(facts).text
     with pytest.raises(MethodError, match="16 are wanted"):  # of the templates
         distill(asked, target, settings=dataclasses.replace(SMALL, own_prompts=0, completions=24))

@@ -89,15 +89,16 @@ def completions_cost(
     tokens: int | None,
     search: int,
     *,
-    own: int = 0,
+    own: bool = False,
     prompts: int = 0,
     examples: int = 0,
     templates: int = len(TEMPLATES),
 ) -> Cost:
     """Count the work of the completions before a fit, at most; without prompts the source writes those too.
 
-    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step, and
-    `own` that of the prompts that an adapter may write as it learnt them.
+    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step. If
+    `own`, the adapter is asked for its own prompts first. The search, which follows if it knows none, takes longer than
+    writing these.
     """
     answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
     if prompts or examples:
@@ -106,7 +107,7 @@ def completions_cost(
     pilot, most = PILOT * templates, tokens or PILOT_TOKENS
     judged = comparing_cost(pilot * templates)  # every pilot in every template
     piloted = writing_cost(pilot, PROMPT_TOKENS) + writing_cost(pilot, most) + judged
-    asked = own_prompts_cost(own) if own else Cost()
+    asked = own_prompts_cost() if own else Cost()
     return asked + piloted + search_cost(search, most) + writing_cost(count, PROMPT_TOKENS) + answers
 
 

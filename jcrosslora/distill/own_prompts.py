@@ -90,12 +90,12 @@ class OwnPrompts:
     gain: float
 
 
-def own_prompts_cost(count: int) -> Cost:
-    """Count the work of a search for `count` prompts, at most."""
+def own_prompts_cost() -> Cost:
+    """Count the work of finding out whether an adapter knows its prompts, at most."""
     few = _FEW * (len(FIRST_WORDS) + 1)
     tried = writing_cost(few, _SHORT) + comparing_cost(few)
     pilots = writing_cost(4 * PILOT, _LENGTHS[0]) + comparing_cost(4 * PILOT)
-    return tried + pilots + writing_cost(count, _LENGTHS[0])
+    return tried + pilots
 
 
 def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None:

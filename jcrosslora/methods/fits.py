@@ -33,7 +33,8 @@ class Distill(DistillSettings, Method):
         first = replace(asked, completions=count) if self.budget is not None else asked
         given = {"prompts": sizes.prompts, "examples": sizes.examples}
         fit = replace(fit_cost(first, **given), budget=self.seconds)
-        written = completions_cost(count, self.answer_tokens, self.discovery, own=self.own_prompts, **given)
+        own = self.own_prompts > 0
+        written = completions_cost(count, self.answer_tokens, self.discovery, own=own, **given)
         return {"write completions": written, "fit": fit}
 
     def memory(self, target: BaseModel, free: int | None) -> int:

@@ -65,7 +65,7 @@ def remedies(facts: FitFacts) -> Iterator[str]:
     if _made_up(facts):
         yield "give prompts of the adapter's task with --prompts (twenty help a lot)"
     elif facts.own:
-        yield "compare with prompts of real use (--prompts)"
+        yield "see whether the prompts that it wrote are those of its job; if not, give others with --prompts"
     elif facts.answers and facts.given < ENOUGH:
         yield f"give more prompts (there were {facts.given:,}, and up to {MOST_GIVEN:,} are used)"
     elif facts.answers:
@@ -103,9 +103,8 @@ def _answers(facts: FitFacts) -> str:
         to = f"{wrote} to {facts.written:,} prompts that it made up, in {', '.join(facts.templates)}"
         return f"{to}; {facts.requests:,} answers are of the likely task, {facts.job}" if facts.requests else to
     if facts.own:
-        knows = f"it adds {facts.gain:.2g} nats a token to their log-likelihood" if facts.gain is not None else ""
-        own = f"{facts.own:,} prompts that the adapter wrote as it had learnt them, from {facts.opening} ({knows})"
-        return f"{wrote} to {own}"
+        own = f"{wrote} to {facts.own:,} prompts, which the adapter wrote itself, from {facts.opening}"
+        return own if facts.gain is None else f"{own}; it knows them: gain {facts.gain:.2g} nats a token"
     first = f"the first {facts.answered:,} of {facts.given:,} given"
     parts = (
         (facts.answered, first if facts.answered < facts.given else f"{facts.answered:,} given"),
