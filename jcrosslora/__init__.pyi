@@ -23,9 +23,7 @@ from jcrosslora.errors import AdapterError as AdapterError
 from jcrosslora.errors import BatchError as BatchError
 from jcrosslora.errors import CacheError as CacheError
 from jcrosslora.errors import CheckpointError as CheckpointError
-from jcrosslora.errors import HostError as HostError
 from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
-from jcrosslora.errors import LostHostError as LostHostError
 from jcrosslora.errors import MethodError as MethodError
 from jcrosslora.errors import OutputError as OutputError
 from jcrosslora.errors import PairingError as PairingError

@@ -67,14 +67,6 @@ class BatchError(JCrossLoRAError):
     """Some jobs of a batch failed; the others are done."""
 
 
-class HostError(JCrossLoRAError):
-    """Another of the processes that work together failed, and with it the work of all."""
-
-
-class LostHostError(HostError):
-    """Another of the processes that work together ended, or cannot be reached any more."""
-
-
 def not_finite(
     base: str, adapter: str | None = None, *, values: str = "predictions", sound: bool = False
 ) -> CheckpointError | AdapterError:

@@ -201,7 +201,7 @@ def test_the_flags_of_a_transfer_stand_in_groups_and_the_methods_are_listed(caps
     first, expert = printed.split(" expert options ")
     for group in ("method", "output"):
         assert f" {group} options " in first
-    for group in ("hub", "cluster"):
+    for group in ("hub", "source"):
         assert f" {group} options " in expert
     assert "--scale" not in first
     assert "--scale" in expert

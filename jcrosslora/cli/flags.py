@@ -47,7 +47,7 @@ _METAVARS = {
         **dict.fromkeys(("start", "trained"), "ADAPTER"),
         "push_to": "OWNER/NAME",
     },
-    **{"coordinator": "HOST:PORT", "ray": "HOST:PORT", "source_base_model": "NAME", "source_model": "NAME"},
+    **{"ray": "HOST:PORT", "source_base_model": "NAME", "source_model": "NAME"},
 }
 
 

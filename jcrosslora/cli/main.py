@@ -224,7 +224,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
 def _call(command: Command, name: str, arguments: list[str], own_process: bool) -> int:
     from jcrosslora.cli.flags import apply_common, parse
-    from jcrosslora.errors import JCrossLoRAError, LostHostError
+    from jcrosslora.errors import JCrossLoRAError
     from jcrosslora.utils.cost import enough_memory
     from jcrosslora.utils.progress import show_progress
     from jcrosslora.utils.terminal import SafeConsole
@@ -248,7 +248,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
             if (device := getattr(parsed, "device", None)) is not None:
                 from jcrosslora.cli.output import use_device
 
-                use_device(device, alone=getattr(parsed, "coordinator", None) is None)
+                use_device(device)
             if own_process and command.computes:
                 from jcrosslora.utils.cache import keep_compiled
 
@@ -257,11 +257,9 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
             console.quiet = written is not None and not getattr(parsed, "dry_run", False)
             with show_progress(not quiet):
                 code = parsed.run(console) or OK
-            if written and not any(getattr(parsed, name, False) for name in ("json", "dry_run", "process")):
+            if written and not any(getattr(parsed, name, False) for name in ("json", "dry_run")):
                 print(written())
             return code
-    except LostHostError as error:
-        _leave(fail(str(error), USER_ERROR))
     except JCrossLoRAError as error:
         if verbose:
             traceback.print_exception(error)
@@ -269,12 +267,10 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process at once: an ordinary end could wait for XLA's threads, or for other processes."""
+    """End the process at once: an ordinary end could wait for XLA's threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line has been printed; a second Ctrl-C changes nothing
     sys.stdout.flush()
     sys.stderr.flush()
-    if "jcrosslora.utils.hosts" in sys.modules:
-        sys.modules["jcrosslora.utils.hosts"].leave(code)
     os._exit(code)
 
 

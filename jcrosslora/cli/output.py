@@ -49,21 +49,17 @@ class Long(OnDevice):
         return str(self.out)  # type: ignore[attr-defined]
 
 
-def use_device(device: Device, *, alone: bool) -> None:
+def use_device(device: Device) -> None:
     """Have JAX compute on devices of a kind.
 
-    Args:
-        alone: whether this is the only process; several connect before they look at devices.
-
-    Raises:
-        UsageError: JAX finds no device of this kind.
+    Raises UsageError if JAX finds no device of this kind.
     """
     import jax
 
     if device == "cpu":
         jax.config.update("jax_platforms", device)
         os.environ["JAX_PLATFORMS"] = device  # for workers
-    elif alone and (found := jax.default_backend()) != device:
+    elif (found := jax.default_backend()) != device:
         msg = f"--device {device}: JAX finds only {found}: install JAX for it, such as jax[cuda12], and see that "
         raise UsageError(msg + "JAX_PLATFORMS does not leave it out")
 

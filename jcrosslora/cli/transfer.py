@@ -20,7 +20,6 @@ from jcrosslora.report.hub import Pushed, Repository, push_to_hub
 from jcrosslora.report.recipe import SERVED, check_found, find_files
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, read_settings, read_toml
 from jcrosslora.utils.logs import LogName, find_log, log_to
-from jcrosslora.utils.progress import show_progress, shows_progress
 from jcrosslora.utils.terminal import SafeConsole
 
 
@@ -39,7 +38,6 @@ class _Transfer(Long):
             *("source_top_logprobs", "source_requests"),
         ),
         "hub": ("adapter_revision", "source_revision", "target_revision"),
-        "cluster": ("coordinator", "processes", "process"),
     }
     SHORT: ClassVar[tuple[str, ...]] = (
         *GROUPS[""],
@@ -65,12 +63,6 @@ class _Transfer(Long):
     """OWNER/NAME: upload the folder to a private repository of the hub as well, as `jcrosslora push` does."""
     log: LogName | None = None
     """Log the fit to Weights & Biases, Trackio or TensorBoard; each needs its extra."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, for a transfer by several processes; auto asks the cluster."""
-    processes: int | None = None
-    """Number of processes."""
-    process: int | None = None
-    """The number of this process, from 0; process 0 writes."""
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -102,26 +94,20 @@ class _Transfer(Long):
         if self.push_to is not None and self.settings().profile == "tunix":
             msg = "the hub does not know Orbax checkpoints: leave --push-to out, or choose another profile than tunix"
             raise UsageError(msg)
-        if self.push_to is not None and not self.process:
+        if self.push_to is not None:
             Repository.of(self.push_to, private=True, token=None).look()  # refused before hours of work
         if self.log is not None:
             find_log(self.log)
         if self.dry_run:
             return self._estimate(console)
-        from jcrosslora.utils import hosts
-
-        hosts.join(self.coordinator, self.processes, self.process)
         from jcrosslora.report import print_report, published
         from jcrosslora.report.page.next_steps import first_steps
         from jcrosslora.session.transfer import transfer_files
 
         settings = self.settings()
-        log = self.log if hosts.is_first() else None
         run = Path(settings.out).resolve().name
-        with log_to(log, run, settings.published()), show_progress(shows_progress() and hosts.is_first()):
+        with log_to(self.log, run, settings.published()):
             report = transfer_files(settings).report
-        if not hosts.is_first():
-            return 0
         shown, end = published(report), console
         if self.json or self.table == "none":
             end = SafeConsole(stderr=True)

@@ -23,7 +23,6 @@ from jcrosslora.maps.providers import describe, providers_of
 from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair
-from jcrosslora.utils import hosts
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.progress import track
 
@@ -50,15 +49,13 @@ def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
     def collected() -> list[AddEvidence]:
         return [provider.collect(task) for provider in providers]
 
-    found = _one_ahead(cache.find, chunks) if cache is not None and hosts.is_first() else itertools.repeat(None)
+    found = itertools.repeat(None) if cache is None else _one_ahead(cache.find, chunks)
     background = store.in_background() if store is not None else nullcontext()
     with background, track(len(task.modules), ALIGN, "modules") as bar:
-        for (pairs, group), stacks in _one_ahead(partial(_with_weights, task), _chosen(chunks, found)):
-            if stacks is None:
-                group = _sent(pairs, group)
-            else:
-                own = _align(task, tuple(hosts.own_part(pairs)), stacks, collected())
-                group = _gathered(pairs, own)
+        chosen = zip(chunks, found, strict=False)
+        for (pairs, group), stacks in _one_ahead(partial(_with_weights, task), chosen):
+            if group is None:
+                group = _align(task, pairs, stacks, collected())
                 if cache is not None:
                     cache.keep(group)
             stacks = None  # while the next but one are read
@@ -106,30 +103,22 @@ def _one_ahead(call: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
             yield ahead.popleft().result()
 
 
-def _chosen(
-    chunks: Iterable[tuple[Pair, ...]], found: Iterable[TransportGroup | None]
-) -> Iterator[tuple[_Chunk, Sequence[Pair]]]:
-    """Yield each chunk with the pairs of it that this process aligns: none if the first process has its group."""
-    for pairs, group in zip(chunks, found, strict=False):
-        is_kept = hosts.exchange("kept", group is not None)[0]
-        yield (pairs, group), () if is_kept else hosts.own_part(pairs)
-
-
-def _with_weights(task: AlignmentTask, chosen: tuple[_Chunk, Sequence[Pair]]) -> tuple[_Chunk, _Stacks | None]:
-    """Read the weights of the pairs to align, and put them on the devices."""
+def _with_weights(task: AlignmentTask, chunk: _Chunk) -> tuple[_Chunk, _Stacks | None]:
+    """Read the weights of pairs without a group, and put them on the devices."""
     load = load_on_host if _on_host(task.method.map_method) else load_stack
-    chunk, pairs = chosen
-    if not pairs:
+    pairs, group = chunk
+    if group is not None:
         return chunk, None
     src = load(task.pair.source, [pair.source for pair in pairs])
     return chunk, (src, load(task.pair.target, [pair.target for pair in pairs]))
 
 
 def _align(
-    task: AlignmentTask, pairs: tuple[Pair, ...], stacks: _Stacks, evidence_adders: Sequence[AddEvidence]
+    task: AlignmentTask, pairs: tuple[Pair, ...], stacks: _Stacks | None, evidence_adders: Sequence[AddEvidence]
 ) -> TransportGroup:
     method = task.method.map_method
     assert method is not None
+    assert stacks is not None
     src, tgt = task.shapes(pairs[0])
     stack, stream = ModuleStack(pairs, len(stacks[0])), LINEARS[pairs[0].role].stream
     evidence = Evidence(
@@ -191,23 +180,3 @@ def _maps_of(method: MapMethod, evidence: Evidence, vocabulary: Vocabulary | Non
     evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
     maps = method.maps(evidence)
     return maps, measure(evidence, maps, by_coordinates=method.measure == "weight cosine")
-
-
-def _gathered(pairs: tuple[Pair, ...], own: TransportGroup) -> TransportGroup:
-    """Return the group of all pairs, from the parts that the processes have aligned."""
-    if hosts.count() == 1:
-        return own
-    arrays = {name: np.asarray(array) for name, array in own.arrays().items()}
-    sides = (own.kernels[: len(own.pairs)], own.kernels[len(own.pairs) :]) if own.kernels else ()
-    arrays, kernels = hosts.gather(f"maps of {pairs[0].target}", arrays, sides, len(pairs))
-    return TransportGroup.of(pairs, arrays, own.facts() | {"kernels": [name for side in kernels for name in side]})
-
-
-def _sent(pairs: tuple[Pair, ...], kept: TransportGroup | None) -> TransportGroup:
-    """Return the group that the first process has found in its cache."""
-    if hosts.count() == 1:
-        assert kept is not None
-        return kept
-    facts, own = ({}, {}) if kept is None else (kept.facts(), kept.arrays())
-    arrays = hosts.send({name: np.asarray(array) for name, array in own.items()})
-    return TransportGroup.of(pairs, arrays, hosts.from_first("facts", lambda: facts))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 
 from jcrosslora.architectures.blocks import LINEARS
-from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.base_pair import BasePair
@@ -14,8 +14,6 @@ from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.relation.pairing import SIMILAR, Depth, pair_modules
-from jcrosslora.utils import hosts
-from jcrosslora.utils.digests import digest_of
 
 _DEFAULT_DEPTH = "proportional"
 
@@ -46,35 +44,6 @@ def plan_alignment(
     for provider in providers_of(method.requires):
         provider.check(task)
     return task
-
-
-def check_hosts(task: AlignmentTask) -> None:
-    """Check that several processes can align together, and that all have the same input.
-
-    Raises MethodError if the bases have to run on text, and HostError if the processes were given different input.
-    """
-    if hosts.count() == 1:
-        return
-    if task.runs_bases:
-        what = f"method {task.method.name}" if task.method.runs_bases else f"the depth map {SIMILAR}"
-        msg = (
-            f"{what} runs the bases on text, which several processes do not do together; name a method that looks "
-            "at weights alone, such as cross-lora, or use one process"
-        )
-        raise MethodError(msg)
-    bases = task.pair
-    stated = [
-        [name, module.shape, module.tensor, module.rows] for base in bases for name, module in base.modules.items()
-    ]
-    stated += [[file.stat().st_size for base in bases for file in base.store.files]]
-    settings = task.method.cache_key(), task.rank, task.depth, task.seed
-    found = hosts.exchange("work", digest_of(settings, stated, task.modules))
-    if len(set(found)) > 1:
-        msg = "the processes were not given the same bases, adapter and settings; start all of them alike"
-        raise HostError(msg)
-    digests = hosts.shared(None if task.pair.store is None else task.pair.store.digests)
-    for base in bases:
-        base.digest(digests)
 
 
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:

@@ -24,7 +24,7 @@ from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import USED_BY_MOVE, EvidenceKind
 from jcrosslora.maps.method import FINISH
 from jcrosslora.maps.other_changes import with_invocation
-from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
+from jcrosslora.maps.plan import plan_alignment, with_text
 from jcrosslora.maps.shift import Shifted, Shifter, add_to_all
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.maps.transport import Transport, TransportGroup
@@ -36,7 +36,6 @@ from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_base
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.timing import seconds_of
-from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import free_memory
 from jcrosslora.utils.progress import Steps, begin, say, shows_progress, steps
@@ -153,18 +152,16 @@ class PairSession:
 
     def take_digests(self) -> None:
         """Take the digests of both bases that the cache of any process remembers, so that files are not read again."""
-        digests = hosts.shared(None if self.pair.store is None else self.pair.store.digests)
-        for base in self.pair if digests is not None else ():
-            base.digest(digests)
+        if (store := self.pair.store) is not None:
+            for base in self.pair:
+                base.digest(store.digests)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
         """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""
         method.check()
         # An adapter of experts alone has no modules to align, but a fit may update all of the target's.
         depth, sources = parse_depth(options.depth), sources or None
-        task = plan_alignment(self.pair, method, depth=depth, seed=options.seed, sources=sources)
-        check_hosts(task)
-        return task
+        return plan_alignment(self.pair, method, depth=depth, seed=options.seed, sources=sources)
 
     def collect_text(self, task: AlignmentTask, request: Request) -> AlignmentTask:
         """Return the task with the text that it needs: the user's, or text that the source writes."""
@@ -295,11 +292,6 @@ def out_of_memory_advice(method: Method | Auto, source: Any = None) -> str:
     if isinstance(method, Method) and not method.runs_bases:
         return ""
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
-
-
-def effect_on_first_host(options: TransferOptions) -> TransferOptions:
-    """Return the options for this process: if several work together, only the first checks the effect."""
-    return options if hosts.is_first() else replace(options, effect="never")
 
 
 def _why_no_fit(adapter: Adapter, options: TransferOptions, *, fits_on_copy: bool) -> str | None:

@@ -13,7 +13,7 @@ from jcrosslora.adapter.save import check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
 from jcrosslora.decoder import LoadedBases
 from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
-from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.maps.method import FINISH, Sizes
 from jcrosslora.maps.shift import Shifted
 from jcrosslora.maps.transport import AlignRecipe, Transport
@@ -22,7 +22,6 @@ from jcrosslora.relation import Pairing
 from jcrosslora.session.conclusion import Move, Request, conclude
 from jcrosslora.session.estimate import Estimate, Placement, fitted_modules, place_bases
 from jcrosslora.session.result import TransferResult
-from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.progress import begin, steps
 
@@ -111,11 +110,7 @@ class QueriedSession:
         Raises:
             MethodError: the method needs the source's weights.
             UsageError: an option needs the source or its adapter, or is out of range.
-            HostError: several processes work together, of which only one could ask.
         """
-        if hosts.count() > 1:
-            msg = f"{hosts.count()} processes work together, and only one may query a source: start one"
-            raise HostError(msg)
         method, options, profile, target = request.method, request.options, request.profile, self._target
         chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method
         if chosen.reads_source:

@@ -13,7 +13,7 @@ from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evaluate.examples import as_completion, parse_examples, read_examples, read_prompts
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.align import align_groups
-from jcrosslora.maps.plan import check_hosts, plan_alignment, with_text
+from jcrosslora.maps.plan import plan_alignment, with_text
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
@@ -21,15 +21,14 @@ from jcrosslora.relation.pairing import Depth
 from jcrosslora.report.documents import with_settings
 from jcrosslora.session.conclusion import Request
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.pair_session import PairSession, effect_on_first_host, out_of_memory_advice
+from jcrosslora.session.pair_session import PairSession, out_of_memory_advice
 from jcrosslora.session.queried_session import QueriedModel, QueriedSession
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions, TransferSettings, make_options
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
-from jcrosslora.utils import hosts
 from jcrosslora.utils.cache import Cache, open_cache
-from jcrosslora.utils.cost import enough_memory
+from jcrosslora.utils.cost import check_devices, enough_memory
 from jcrosslora.utils.files import ensure_free
 
 
@@ -71,9 +70,9 @@ def transfer(
         JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
     wanted, chosen = make_method(method), make_options(options)
-    with hosts.together(), enough_memory(out_of_memory_advice(wanted, source)):
+    with enough_memory(out_of_memory_advice(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        request = Request(adapter, wanted, effect_on_first_host(chosen), given_probes(prompts, examples), alpha=alpha)
+        request = Request(adapter, wanted, chosen, given_probes(prompts, examples), alpha=alpha)
         return session.transfer(request)
 
 
@@ -90,9 +89,6 @@ def align(
 ) -> Transport:
     """Find the maps that carry adapters of `source` over to `target`, as a transport on the default devices.
 
-    Where `jax.distributed` has been initialised, all processes have to call this alike: each reads and decomposes its
-    part of the modules, and all of them get the whole transport.
-
     Args:
         source: the base that adapters come from, opened, or what `open_base` opens.
         target: the base that they go to, given in the same way.
@@ -106,20 +102,17 @@ def align(
             everything and keeps nothing. The numbers are the same.
 
     Raises:
-        MethodError: the method is unknown, or cannot be used on these bases or by several processes together.
+        MethodError: the method is unknown, or cannot be used on these bases.
         PairingError: the modules cannot be paired as asked.
         UsageError: a setting of the method, or a seed, that is out of range.
         CheckpointError: weights that cannot be read or are not finite.
-        HostError: another process of the same alignment failed.
     """
-    with hosts.together():
-        session = PairSession(open_base(source), open_base(target), store=cache)
-        wanted, _ = session.resolve(Request(None, make_method(method), TransferOptions()))
-        task = plan_alignment(session.pair, wanted, depth=depth, seed=seed, sources=sources)
-        check_hosts(task)
-        task = with_text(task, probes)
-        groups = tuple(align_groups(task))
-        return task.transport(groups, [kernel for group in groups for kernel in group.kernels])
+    check_devices()
+    session = PairSession(open_base(source), open_base(target), store=cache)
+    wanted, _ = session.resolve(Request(None, make_method(method), TransferOptions()))
+    task = with_text(plan_alignment(session.pair, wanted, depth=depth, seed=seed, sources=sources), probes)
+    groups = tuple(align_groups(task))
+    return task.transport(groups, [kernel for group in groups for kernel in group.kernels])
 
 
 def shift(
@@ -148,7 +141,7 @@ def shift(
         msg = "the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again"
         raise MethodError(msg)
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
-    with hosts.together(), enough_memory(out_of_memory_advice(transport.method)):
+    with enough_memory(out_of_memory_advice(transport.method)):
         session = PairSession(transport.bases.source, transport.bases.target)
         request = Request(adapter, transport.method, chosen, given_probes(prompts, examples))
         return session.finish_aligned(session.check(request, session.load(request)), transport)
@@ -157,21 +150,16 @@ def shift(
 def transfer_files(settings: TransferSettings) -> TransferResult:
     """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
 
-    If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
-    only the first checks the effect, if requested, and writes the result to `settings.out`.
-
     Raises:
         JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
     """
-    with hosts.together(), enough_memory(_memory_advice(settings)):
-        if hosts.is_first():
-            ensure_free(Path(settings.out), settings.overwrite)
+    with enough_memory(_memory_advice(settings)):
+        ensure_free(Path(settings.out), settings.overwrite)
         parse_depth(settings.depth)  # refused before anything is read
         if settings.adapter:  # a server has its own
             find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
         result = session_of(settings).transfer(request_of(settings, text_of(settings)))
-        if hosts.is_first():
-            save_as(result, settings)
+        save_as(result, settings)
     return result
 
 
@@ -272,8 +260,8 @@ def text_of(settings: TransferSettings) -> Probes | None:
 def request_of(settings: TransferSettings, text: Probes | None) -> Request:
     """Return the request of a transfer from files, with the text that its settings name."""
     reading = settings.adapter_revision, settings.adapter_rank, settings.alpha
-    method, options = make_method(settings.method), effect_on_first_host(settings)
-    return Request(settings.adapter, method, options, text, settings.profile, *reading)
+    method = make_method(settings.method)
+    return Request(settings.adapter, method, settings, text, settings.profile, *reading)
 
 
 def _memory_advice(settings: TransferSettings) -> str:

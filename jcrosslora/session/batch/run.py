@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.errors import JCrossLoRAError, UsageError
+from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.maps.align import ALIGN, align_groups
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method, make_method
@@ -19,8 +19,7 @@ from jcrosslora.session.conclusion import Request
 from jcrosslora.session.pair_session import PairSession, out_of_memory_advice
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import request_of, save_as, session_of, text_of
-from jcrosslora.utils import hosts
-from jcrosslora.utils.cost import enough_memory
+from jcrosslora.utils.cost import check_devices, enough_memory
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
 from jcrosslora.utils.progress import Track, say, shows_progress, track
@@ -47,13 +46,10 @@ def run_batch(
         `batch_summary.i-of-n.json`), even if the run is interrupted.
 
     Raises:
-        UsageError: the shard does not exist, the process is part of a `jax.distributed` run, or the package of the log
-            is not installed.
+        UsageError: the shard does not exist, or the package of the log is not installed.
         OutputError: the summary cannot be written.
     """
-    if hosts.count() > 1:
-        msg = "a batch cannot run in several connected processes; start each alone, with another shard i/n"
-        raise UsageError(msg)
+    check_devices()
     if log is not None:
         find_log(log)
     units = share_of(units_of(plan.jobs), *shard)
