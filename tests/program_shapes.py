@@ -36,8 +36,8 @@ from jcrosslora.evaluate import effect, engine_check, log_probs
 from jcrosslora.linalg import svd as choose
 from jcrosslora.linalg import svd_float64 as refine
 from jcrosslora.linalg.svd import AXIS
-from jcrosslora.maps import activations, align, heads, layer_similarity
-from jcrosslora.maps.evidence import Activations, ChannelPair, HeadMatch, Selection, Side, Vocabulary
+from jcrosslora.maps import activations, align
+from jcrosslora.maps.evidence import Activations, ChannelPair, Selection, Side, Vocabulary
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.training import Batch, TrainingSettings
@@ -234,9 +234,8 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
         *((grams[i], grams[i + 1]) for i in (0, 2)),
     )
     cross = of(src_in, tgt_in)
-    words = Vocabulary(cross, of(src_in, src_in), of(tgt_in, tgt_in), 9, of(src_in), of(tgt_in), cross)
+    words = Vocabulary(cross, of(src_in, src_in), of(tgt_in, tgt_in), 9)
     seen = EvidenceKind.ACTIVATIONS in wanted or EvidenceKind.ACTIVATION_GRAMS in wanted
-    heads = EvidenceKind.EMBEDDING_MAP in wanted
     return Evidence(
         side(*src),
         side(*tgt),
@@ -245,7 +244,6 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
         a_key(LAYERS) if EvidenceKind.RANDOM_KEY in wanted else None,
         reads=True,
         rank=rank,
-        heads=HeadMatch(of(LAYERS, 1, 1), of(LAYERS)) if heads else None,
         selection=Selection(whole(LAYERS, rows_tgt), whole(LAYERS, tgt_in))
         if EvidenceKind.SELECTION in wanted
         else None,
@@ -258,17 +256,11 @@ def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evid
 
 def evidence_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(weight_stacks._widen, (of(LAYERS, 21, 23, dtype=jnp.bfloat16),))
-    sides = [heads.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
-    yield Program(heads.circuit_cosines, (*sides, of(21, 23)))
     roles, given = tuple(shapes.base.params.weights), ((shapes.tokens, shapes.mask), (shapes.at, told(PLACES)))
     yield Program(activations._rows, (shapes.base, roles, *given))
     rows = jax.eval_shape(lambda model, *given: activations._rows(model, roles, *given), shapes.base, *given)
     totals = jax.eval_shape(partial(activations.zero_moments, grams=True), rows, rows)
     yield Program(activations.add_rows, (totals, rows, rows, whole(LAYERS)))
-    names = ("tokens", "mask", "at")
-    batch = {f"{name}_{side}": one for side in ("src", "tgt") for name, one in zip(names, shapes.read, strict=True)}
-    both = shapes.base, shapes.base
-    yield Program(layer_similarity._batch_sums, (both, batch | {"valid": told(PLACES)}))
 
 
 def fit_programs(shapes: Shapes) -> Iterator[Program]:

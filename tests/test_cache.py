@@ -96,12 +96,12 @@ def assert_same(one, two):
 @pytest.mark.parametrize(
     ("method", "target"),
     full_except(
-        [("cross-lora", "target"), ("lorasuite", "target"), ("prolora", "twin"), ("random", "target")],
+        [("cross-lora", "target"), ("prolora", "twin"), ("random", "target")],
         [("cross-lora", "target")],
     ),
 )
 def test_output_is_the_same_without_cache_with_cold_and_with_warm_cache(files, root, tmp_path, method, target):
-    where = {"method": method, "target": target} | ({} if method == "lorasuite" else {"svd_rank": 12})
+    where = {"method": method, "target": target, "svd_rank": 12}
     none = move(files, tmp_path, cache=False, **where)
     assert not root.exists()
     cold = move(files, tmp_path, **where)

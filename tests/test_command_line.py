@@ -216,7 +216,7 @@ def test_completion_knows_commands_flags_and_methods(shell, tmp_path):
         main(["--tyro-write-completion", shell, str(tmp_path / "script")])
     assert not found.value.code
     script = (tmp_path / "script").read_text()
-    for text in ("transfer", "prompts", "scaled-procrustes", "no-effect", "verify"):
+    for text in ("transfer", "prompts", "cross-lora", "no-effect", "verify"):
         assert text in script
 
 

@@ -8,7 +8,6 @@ from tiny_bases import random_adapter
 from tiny_tokenizers import byte_level, write_tokenizer
 
 import jcrosslora as jcl
-from jcrosslora.errors import MethodError
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,3 @@ def test_vectors_inside_the_attention_are_not_compared_by_tokens(pair):
     ratios = {row.role: row.vector_ratio for row in found.report.rows}
     assert {role for role, ratio in ratios.items() if ratio is None} == {"q_b_proj", "kv_b_proj"}
     assert all(np.isfinite(factors.b).all() for factors in found.adapter.modules.values())
-
-
-def test_a_map_of_the_stream_alone_refuses_modules_inside_the_attention(pair):
-    with pytest.raises(MethodError, match=r"which .*b_proj neither reads nor writes: use cross-lora"):
-        jcl.transfer(random_adapter(pair[0], rank=2), *pair, "lorasuite", effect="never")

@@ -117,7 +117,7 @@ def test_every_command_reports_short_memory(house, monkeypatch, capsys):
 
 
 def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
-    given = move_in(tmp_path, "scaled-procrustes", TEXTS)
+    given = move_in(tmp_path, "theseus", TEXTS)
     monkeypatch.setattr(loading, "load_model", fill_device)
     report = transfer_files(given).report
     assert report.effect is None

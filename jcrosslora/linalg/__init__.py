@@ -8,7 +8,6 @@ from jcrosslora.linalg.host import stack_rows as stack_rows
 from jcrosslora.linalg.low_rank import LinearMap as LinearMap
 from jcrosslora.linalg.low_rank import complement as complement
 from jcrosslora.linalg.low_rank import cosine as cosine
-from jcrosslora.linalg.low_rank import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.low_rank import dot as dot
 from jcrosslora.linalg.low_rank import low_rank as low_rank
 from jcrosslora.linalg.low_rank import namespace as namespace

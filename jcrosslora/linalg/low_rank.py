@@ -9,10 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Share of the median size. A smaller dimension is dead or almost unused: divided by its own size, its few small values
-# would weigh as much as a whole other dimension, and a map that divides by it would be unbounded.
-FLOOR = 1e-2
-
 
 def namespace(x: jax.Array | np.ndarray) -> Any:
     """Return numpy for an array on the host, for which nothing is compiled, else jax.numpy."""
@@ -128,15 +124,3 @@ def psd_power(matrix: jax.Array, power: float) -> tuple[jax.Array, jax.Array]:
     noise = jnp.finfo(values.dtype).eps * values.shape[0] * values[-1]
     values = jnp.maximum(values, jnp.where(noise > 0, noise, 1))
     return dot(vectors * values**power, vectors.T), values
-
-
-def dimension_sizes(squares: jax.Array) -> jax.Array:
-    """Return the root of each dimension's sum of squares (M,), at least `FLOOR` times the median.
-
-    If more than half of the sizes are zero, the mean replaces the median; if all are, the sizes are ones.
-    """
-    chex.assert_rank(squares, 1)
-    sizes = jnp.sqrt(squares)
-    middle = jnp.median(sizes)
-    middle = jnp.where(middle > 0, middle, jnp.mean(sizes))
-    return jnp.where(middle > 0, jnp.maximum(sizes, FLOOR * middle), 1)

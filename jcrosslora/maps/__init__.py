@@ -4,7 +4,6 @@ from jcrosslora.maps.evidence import Activations as Activations
 from jcrosslora.maps.evidence import ChannelPair as ChannelPair
 from jcrosslora.maps.evidence import Evidence as Evidence
 from jcrosslora.maps.evidence import EvidenceKind as EvidenceKind
-from jcrosslora.maps.evidence import HeadMatch as HeadMatch
 from jcrosslora.maps.evidence import Maps as Maps
 from jcrosslora.maps.evidence import Selection as Selection
 from jcrosslora.maps.evidence import Side as Side

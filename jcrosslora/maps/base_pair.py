@@ -21,9 +21,8 @@ from jcrosslora.relation.bases import Bases
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import digest_of, numerics_key
 
-_KEYED = frozenset({"k_proj", "v_proj"})
 _KIND = "vocabulary"  # of the entries of the cache
-_FIELDS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
+_FIELDS = ("cross", "gram_src", "gram_tgt")
 _TOKENS_AT_ONCE = 4096
 
 
@@ -47,11 +46,6 @@ class BasePair(Bases):
         """Return the digests of the weights of both bases; files are read unless the cache remembers their digests."""
         assert self.store is not None
         return tuple(weights_key(base, self.store.digests) for base in self)
-
-    def head_counts(self, role: str) -> tuple[int, int]:
-        """Return the numbers of heads of the target and of the source in attention modules of a role."""
-        source, target = self.source.dims, self.target.dims
-        return (target.kv_heads, source.kv_heads) if role in _KEYED else (target.heads, source.heads)
 
     def key(self, *parts: object, tokenizers: bool) -> str:
         """Digest everything that an entry of the cache depends on.
@@ -131,8 +125,6 @@ class BasePair(Bases):
             gram_src=gram_src - mean_src[:, None] * mean_src,
             gram_tgt=gram_tgt - mean_tgt[:, None] * mean_tgt,
             count=count,
-            mean_src=centres[0] + mean_src,
-            mean_tgt=centres[1] + mean_tgt,
         )
 
 

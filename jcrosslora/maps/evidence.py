@@ -23,7 +23,6 @@ class EvidenceKind(StrEnum):
 
     SINGULAR_VECTORS = "truncated SVDs of both bases"
     SHARED_VOCABULARY = "shared vocabulary (optional)"
-    EMBEDDING_MAP = "shared vocabulary, weights of all attention modules"
     ACTIVATIONS = "activations of both bases on the same text"
     ACTIVATION_GRAMS = "second moments of these activations"
     CHANNEL_SCALES = "scales of channels"
@@ -48,17 +47,12 @@ class Vocabulary:
     Attributes:
         cross: (H_src, H_tgt), E_src' E_tgt / V.
         gram_src: (H_src, H_src), E_src' E_src / V; `gram_tgt` is that of the target.
-        mean_src: (H_src,), the mean row that was subtracted, and `mean_tgt` (H_tgt,); None if no method asks for it.
-        stream: (H_src, H_tgt), least squares map of the embeddings; None unless required.
     """
 
     cross: jax.Array
     gram_src: jax.Array
     gram_tgt: jax.Array
     count: int = flax.struct.field(pytree_node=False)
-    mean_src: jax.Array | None = None
-    mean_tgt: jax.Array | None = None
-    stream: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -98,19 +92,6 @@ class Activations:
 
 
 @flax.struct.dataclass
-class HeadMatch:
-    """Which heads of the two modules go together, N of each side (key heads for k and v).
-
-    Attributes:
-        match: (N_tgt, N_src), the weight of each source head in each target head.
-        cosine: (), mean cosine of the circuits of the query heads that were matched.
-    """
-
-    match: jax.Array
-    cosine: jax.Array
-
-
-@flax.struct.dataclass
 class Selection:
     """Which rows, outputs (O_tgt,), and columns, inputs (I_tgt,), of the source module the target has; -1 for none."""
 
@@ -137,7 +118,6 @@ class Evidence:
         reads: static; whether the module reads the residual stream (q, k, v, gate, up). Otherwise it writes it (o,
             down), with the stream on the side of its outputs, or it is inside latent attention.
         rank: static; R, the inner width of low-rank maps.
-        heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
         method: static; name of the method that reads it, for errors.
 
     A method reads the evidence that it requires through the properties, which are never None.
@@ -150,7 +130,6 @@ class Evidence:
     key: jax.Array | None
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
-    heads: HeadMatch | None = None
     selection: Selection | None = None
     channels: ChannelPair | None = None
     method: str = flax.struct.field(pytree_node=False, default="")
@@ -175,12 +154,6 @@ class Evidence:
         """Second moments of each base's inputs, and of its outputs; see `Activations`."""
         grams, kind = self.activation_moments, EvidenceKind.ACTIVATION_GRAMS
         return self._asked_for(grams.input_grams, kind), self._asked_for(grams.output_grams, kind)
-
-    @property
-    def embedding_map(self) -> jax.Array:
-        """Least squares map (H_src, H_tgt) of the embeddings of shared tokens."""
-        stream = None if self.vocabulary is None else self.vocabulary.stream
-        return self._asked_for(stream, EvidenceKind.EMBEDDING_MAP)
 
     @property
     def random_key(self) -> jax.Array:
@@ -228,12 +201,10 @@ class Maps:
             bases, relative to vectors with other indices; 1 is chance, NaN is not measured.
         activation_cosine: (), cosine of the source's activations, mapped to the target, with the target's, over inputs
             and outputs; NaN is not measured.
-        head_cosine: (), cosine of the circuits of matched attention heads; NaN is not measured.
         part_cosine: (), cosine of the selected rows and columns of W_src with W_tgt; NaN is not measured.
     """
 
     terms: Terms
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
-    head_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     part_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from jcrosslora.distill.sources import Source
     from jcrosslora.evaluate.probes import ProbeBatch
 
-Measure = Literal[
-    "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
-]
+Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "part cosine", "none"]
 # The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
 DEFAULT_SVD_RANK = 320
 FINISH = "finish"  # the step of a method that does not name itself on the display

@@ -3,17 +3,15 @@
 import dataclasses
 from collections.abc import Collection
 
-from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.layer_similarity import layer_similarity, ordered_layers
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.task import AlignmentTask
-from jcrosslora.relation.pairing import SIMILAR, Depth, pair_modules
+from jcrosslora.relation.pairing import Depth, pair_modules
 
 _DEFAULT_DEPTH = "proportional"
 
@@ -35,8 +33,7 @@ def plan_alignment(
     """
     if EvidenceKind.SELECTION in method.requires:
         depth = _selected_layers(pair, depth)
-    # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
-    pairing = pair_modules(pair.source.modules, pair.target.modules, _DEFAULT_DEPTH if depth == SIMILAR else depth)
+    pairing = pair_modules(pair.source.modules, pair.target.modules, depth)
     stated = depth if isinstance(depth, str) else _shown(depth)
     task = AlignmentTask(pair, method, stated, seed, None if sources is None else frozenset(sources), pairing)
     _check_modules(task)
@@ -47,33 +44,15 @@ def plan_alignment(
 
 
 def with_text(task: AlignmentTask, probes: Probes | None) -> AlignmentTask:
-    """Return the task with its text, and with the layers paired by it.
+    """Return the task with its text.
 
     `probes` is the text that both bases are run on; None lets the source write it if the maps need any. Raises
     UsageError if no text has a position that matches, and CheckpointError if a base or its tokenizer cannot be read.
     """
     if not task.reads_probes:
         return dataclasses.replace(task, probes=probes)
-    pair = task.pair
-    probes, batches = batch_probes(pair, probes, seed=task.seed)
-    task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
-    if task.depth != SIMILAR:
-        return task
-    pairing = pair_modules(pair.source.modules, pair.target.modules, _similar_layers(task, probes))
-    return dataclasses.replace(task, pairing=dataclasses.replace(pairing, depth_map=SIMILAR))
-
-
-def _similar_layers(task: AlignmentTask, probes: Probes) -> tuple[int | None, ...]:
-    """Return for each target layer the source layer that is alike on the texts, from the cache if it is there."""
-    pair = task.pair
-    key = "" if pair.store is None else pair.key(probes.digest(), tokenizers=True)
-    facts = None if pair.store is None else pair.store.facts("depth", key)
-    if facts is not None:
-        return tuple(facts["layers"])
-    layers = ordered_layers(layer_similarity(pair, task.batches))
-    if pair.store is not None:
-        pair.store.save("depth", key, f"layers that are alike, {pair.names}", {}, {"layers": list(layers)})
-    return layers
+    probes, batches = batch_probes(task.pair, probes, seed=task.seed)
+    return dataclasses.replace(task, probes=probes, batches=tuple(batches))
 
 
 def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
@@ -102,11 +81,6 @@ def _check_modules(task: AlignmentTask) -> None:
     method = task.method.map_method
     if method is not None and method.equal_modules:
         _check_same_modules(task)
-    by_stream = method is not None and EvidenceKind.EMBEDDING_MAP in method.requires
-    for pair in task.modules if by_stream else ():
-        if LINEARS[pair.role].stream == "inside":
-            msg = f"method {task.method.name} maps the residual stream, which {pair.source} neither reads nor writes: "
-            raise MethodError(msg + "use cross-lora, or distill")
     for pair in task.modules if method is not None and method.equal_shapes else ():
         src, tgt = task.shapes(pair)
         if src != tgt:

@@ -22,8 +22,7 @@ from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
 from jcrosslora.maps.evidence import ChannelPair, Evidence, EvidenceKind, Selection
-from jcrosslora.maps.heads import check_shared_tokens, collect_embedding_map
-from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
+from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack
 from jcrosslora.relation import ChannelScales
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
@@ -45,8 +44,7 @@ class Provider:
         collect: collects what all modules share, and returns a function that adds the evidence of a stack of modules.
         reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
         check: refuses a task that cannot be done, before anything is computed.
-        cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence;
-            None if it is not known.
+        cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence.
         cache_key: what the evidence depends on in addition to bases, rank and modules, as a JSON value; None if maps
             made from it are computed as fast as they are read from a cache.
     """
@@ -54,7 +52,7 @@ class Provider:
     collect: Callable[[AlignmentTask], AddEvidence]
     reads_tokenizers: bool = False
     check: Callable[[AlignmentTask], None] = lambda _: None
-    cost: Callable[[AlignmentTask, int], Cost | None] = lambda *_: Cost()
+    cost: Callable[[AlignmentTask, int], Cost] = lambda *_: Cost()
     cache_key: Callable[[AlignmentTask], Any] | None = None
 
 
@@ -64,11 +62,9 @@ def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
     return [provider for kind, provider in PROVIDERS.items() if kind in wanted]
 
 
-def evidence_cost(task: AlignmentTask, texts: int) -> Cost | None:
-    """Count the evidence of a task with a number of probe texts; None if a kind of it is not counted."""
-    costs = [provider.cost(task, texts) for provider in providers_of(task.kinds)]
-    known = [cost for cost in costs if cost is not None]
-    return sum(known, Cost()) if len(known) == len(costs) else None
+def evidence_cost(task: AlignmentTask, texts: int) -> Cost:
+    """Count the evidence of a task with a number of probe texts."""
+    return sum((provider.cost(task, texts) for provider in providers_of(task.kinds)), Cost())
 
 
 def collect_singular_vectors(task: AlignmentTask) -> AddEvidence:
@@ -225,13 +221,6 @@ PROVIDERS: dict[EvidenceKind, Provider] = {
         collect_singular_vectors, cost=singular_vectors_cost, cache_key=lambda task: task.single_vectors
     ),
     EvidenceKind.SHARED_VOCABULARY: Provider(_collect_vocabulary, reads_tokenizers=True),
-    EvidenceKind.EMBEDDING_MAP: Provider(
-        collect_embedding_map,
-        reads_tokenizers=True,
-        check=check_shared_tokens,
-        cost=lambda *_: None,  # reading embeddings, matching heads and inverting weights are not counted
-        cache_key=lambda task: pairs_as_json(task.modules),  # the heads of a layer are matched together
-    ),
     EvidenceKind.ACTIVATIONS: Provider(
         collect_activations, reads_tokenizers=True, cost=activations_cost, cache_key=activations_key
     ),

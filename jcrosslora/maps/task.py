@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.architectures.blocks import BY_HEAD, LINEARS
+from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.checkpoint.weight_stacks import bounded_groups
 from jcrosslora.errors import PairingError
@@ -17,7 +17,7 @@ from jcrosslora.maps.method import Method
 from jcrosslora.maps.transport import AlignRecipe, OpenedBases, Transport, TransportGroup
 from jcrosslora.relation import has_other_gains
 from jcrosslora.relation.bases import compare_token_names
-from jcrosslora.relation.pairing import SIMILAR, Pair, Pairing
+from jcrosslora.relation.pairing import Pair, Pairing
 from jcrosslora.relation.wording import OTHER_GAINS
 
 T = TypeVar("T")
@@ -32,8 +32,7 @@ class AlignmentTask:
         method: of the transfer; its `map_method` chooses the maps, and there are none without one.
         depth: the requested depth map, as reports state it.
         sources: the source modules that adapters have; None is all.
-        pairing: which module feeds which, over all modules of the target. With the depth map "similar" it
-            follows from the shapes alone until both bases have run.
+        pairing: which module feeds which, over all modules of the target.
         rank: R, the truncation rank; a module uses at most its short side.
         probes: text that both bases are run on; None if there is none yet.
         batches: the same text as both bases read it.
@@ -76,14 +75,9 @@ class AlignmentTask:
         return self.method.map_method is not None and self.method.map_method.single_vectors
 
     @property
-    def runs_bases(self) -> bool:
-        """Whether both bases have to run on text, for the method or for the depth map."""
-        return self.method.runs_bases or self.depth == SIMILAR
-
-    @property
     def reads_probes(self) -> bool:
-        """Whether the maps or the depth map are made from probe texts."""
-        return EvidenceKind.ACTIVATIONS in self.method.requires or self.depth == SIMILAR
+        """Whether the maps are made from probe texts."""
+        return EvidenceKind.ACTIVATIONS in self.method.requires
 
     def shapes(self, pair: Pair) -> tuple[Shape, Shape]:
         """Return the shapes (O, I) of the source's and the target's module of a pair."""
@@ -91,11 +85,9 @@ class AlignmentTask:
 
     def chunks(self) -> Iterator[tuple[Pair, ...]]:
         """Yield the pairs that are aligned together: of equal shapes, and of a bounded size."""
-        by_heads = EvidenceKind.EMBEDDING_MAP in self.method.requires
 
         def key(pair: Pair) -> tuple[object, ...]:
-            heads = self.pair.head_counts(pair.role) if by_heads and pair.role in BY_HEAD else None
-            return *self.shapes(pair), LINEARS[pair.role].stream, heads
+            return *self.shapes(pair), LINEARS[pair.role].stream
 
         def size(pair: Pair) -> int:
             return sum(4 * rows * columns for rows, columns in self.shapes(pair))
@@ -123,8 +115,8 @@ class AlignmentTask:
         """Return the settings with their outcomes filled in."""
         requires = self.method.requires
         anchors = EvidenceKind.SHARED_VOCABULARY in requires
-        tokens = self.pair.shared_tokens[0] if anchors or EvidenceKind.EMBEDDING_MAP in requires else 0
-        probes = self.probes if self.runs_bases else None
+        tokens = self.pair.shared_tokens[0] if anchors else 0
+        probes = self.probes if self.method.runs_bases else None
         return AlignRecipe(
             method=self.method.spec(),
             settings=self.method.settings() | ({"svd_rank": self.rank} if self.method.truncates else {}),

@@ -78,7 +78,6 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     vector_ratio: float | None = None
     activation_cosine: float | None = None
     weight_cosine: float | None = None
-    head_cosine: float | None = None
     part_cosine: float | None = None
 
 
@@ -191,7 +190,6 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> dict[str
         "vector_ratio": maps.vector_ratio,
         "activation_cosine": maps.activation_cosine,
         "weight_cosine": _weight_cosine(evidence, maps, by_coordinates),
-        "head_cosine": maps.head_cosine,
         "part_cosine": maps.part_cosine,
     }
 

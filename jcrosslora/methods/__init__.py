@@ -29,8 +29,6 @@ from jcrosslora.methods.cross_lora import Random as Random
 from jcrosslora.methods.fits import Distill as Distill
 from jcrosslora.methods.fits import DistilledCopy as DistilledCopy
 from jcrosslora.methods.fits import DistilledSelect as DistilledSelect
-from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite
-from jcrosslora.methods.theseus import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.theseus import Theseus as Theseus
 
 AUTO = "auto"
@@ -39,7 +37,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(CrossLoRA, LoRAX, ProLoRA, Copy, InterpolatedCopy, CompensatedCopy, DistilledCopy, Select, DistilledSelect),
-        *(PadTruncate, Theseus, ScaledProcrustes, Distill, LoRASuite, Random),
+        *(PadTruncate, Theseus, Distill, Random),
     )
 }
 

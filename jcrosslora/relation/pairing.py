@@ -7,10 +7,7 @@ from jcrosslora.checkpoint.layout import Module
 from jcrosslora.errors import PairingError
 
 Depth = str | Sequence[int | None]
-# Depth maps that follow from the numbers of layers.
 DEPTH_MAPS = ("proportional", "by-name")
-# Depth map that needs both bases to run on text, see `jcrosslora.maps.layer_similarity`.
-SIMILAR = "similar"
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Pairing:
     """The pairs of two bases, and the unpaired modules of both.
 
     Attributes:
-        depth_map: how the layers were mapped: "proportional", "by-name", "similar" or "explicit".
+        depth_map: how the layers were mapped: "proportional", "by-name" or "explicit".
         layers: for each target layer the source layer whose updates it receives, or None.
         pairs: in the order of the target's modules.
         unmapped_targets: target modules without a source module.
@@ -45,8 +42,7 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     Args:
         depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
             Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
-            same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is
-            refused: `jcrosslora.maps.layer_similarity` turns it into a sequence by running both bases.
+            same relative depth; a sequence gives the source layer of every target layer, None for none.
 
     Raises:
         PairingError: the map is unknown, has the wrong length or a layer that the source lacks, or pairs nothing.
@@ -72,12 +68,12 @@ def parse_depth(text: str) -> Depth:
 
     Raises PairingError if the text is neither a name nor a list.
     """
-    if text in (*DEPTH_MAPS, SIMILAR):
+    if text in DEPTH_MAPS:
         return text
     try:
         return [None if item.strip() in {"-", "none"} else int(item) for item in text.split(",")]
     except ValueError:
-        names = " nor ".join((*DEPTH_MAPS, SIMILAR))
+        names = " nor ".join(DEPTH_MAPS)
         msg = f"depth map {text!r} is neither {names} nor a list of source layers like 0,1,3,-,5"
         raise PairingError(msg) from None
 
@@ -87,9 +83,6 @@ def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | No
         return tuple(i if i < layers_src else None for i in range(layers_tgt))
     if depth == "proportional":
         return tuple((2 * i + 1) * layers_src // (2 * layers_tgt) for i in range(layers_tgt))
-    if depth == SIMILAR:
-        msg = f"depth map {depth!r} is found by running both bases; give it to `align` or `transfer`"
-        raise PairingError(msg)
     if isinstance(depth, str):
         msg = f"depth map {depth!r} is unknown; use one of {', '.join(DEPTH_MAPS)} or a list of source layers"
         raise PairingError(msg)

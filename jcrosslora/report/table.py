@@ -11,7 +11,6 @@ from rich.table import Table
 from jcrosslora.maps.shifted import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
-from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.report.fit import fit_sentences, fit_verdict
 from jcrosslora.report.record import Level, TransferReport, Verdict, cut, weighted
 from jcrosslora.utils.terminal import say
@@ -71,7 +70,7 @@ def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Co
     # The recipe states the hyper-parameters that differ from the defaults.
     stated = [name for name in re.findall(r"(?m)^(\w+) = ", report.recipe_toml) if name in recipe.settings]
     settings = "".join(f", {name} {recipe.settings[name]}" for name in stated)
-    depth = recipe.depth if recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
+    depth = recipe.depth if recipe.depth in DEPTH_MAPS else "explicit"
     table = Table(title=f"{recipe.method}{settings}, depth {depth}", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
@@ -136,7 +135,6 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
         "vectors": _number(mean("vector_ratio"), 2),
         "activations": _number(mean("activation_cosine"), 3),
         "cosine": _number(mean("weight_cosine"), 3),
-        "heads": _number(mean("head_cosine"), 3),
         "parts": _number(mean("part_cosine"), 3),
         "norm": f"{before}{after:.3g}",
     }
@@ -189,15 +187,13 @@ def _by_diagnostics(report: TransferReport, method: Method) -> Verdict:
 
 
 def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: bool) -> Verdict:
-    cosine = weighted(rows, {"head cosine": "head_cosine", "part cosine": "part_cosine"}.get(measure, "weight_cosine"))
+    cosine = weighted(rows, "part_cosine" if measure == "part cosine" else "weight_cosine")
     if same and (cosine >= _SAME_COSINE or not rows):
         return Verdict(
             "aligned", "source and target are one and the same base (equal digests): nothing had to be moved"
         )
     if not rows:  # experts or single tokens alone
         return Verdict("unknown", f"alignment cannot be measured (no linear layer was moved): {_MEASURE}")
-    if measure == "head cosine":
-        return _by_heads(cosine)
     if measure == "part cosine" and cosine >= _SAME_COSINE:
         return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
     if cosine >= _SAME_COSINE:
@@ -223,14 +219,6 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str, same: b
 def _by_ratio(ratio: float) -> Verdict:
     chance, weak = f"alignment is at chance level ({ratio:.2f}x)", f"alignment is weak ({ratio:.2f}x chance)"
     return _by_limits(ratio, _RATIOS, (chance, weak, f"the bases are aligned ({ratio:.1f}x chance)"))
-
-
-def _by_heads(cosine: float) -> Verdict:
-    if math.isnan(cosine):
-        return Verdict("unknown", f"alignment cannot be measured (no attention module was moved): {_NOTHING}")
-    relations, figure = ("unrelated", "distant relatives", "related"), f"cosine of their circuits {cosine:.3f}"
-    sentences = [f"the attention heads of the two bases are {one} ({figure})" for one in relations]
-    return _by_limits(cosine, _COSINES, sentences)
 
 
 def _by_limits(value: float, limits: tuple[float, float], sentences: Sequence[str]) -> Verdict:

@@ -19,19 +19,18 @@ from jcrosslora.evaluate.effect import effect_cost
 from jcrosslora.evaluate.probes import probes_cost
 from jcrosslora.maps.align import ALIGN
 from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.layer_similarity import similarity_cost
 from jcrosslora.maps.method import Sizes
 from jcrosslora.maps.providers import evidence_cost
 from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method
-from jcrosslora.relation.pairing import SIMILAR, Pair
+from jcrosslora.relation.pairing import Pair
 from jcrosslora.session.conclusion import EFFECT, Request
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.session.timing import seconds_of
 from jcrosslora.utils.cost import Cost, check_host, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
-_SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
+_SHARED = ("write", ALIGN, "interpolate")  # made once for all adapters
 # Bytes of a process that runs bases on a CPU: tokenizers, compiled programs, freed memory that it holds back; and of
 # states and logits in a check. Moves from 1.5B to 0.5B parameters took up to 1.6 and 2.1 GB more than is counted.
 PROCESS, _COMPARED = 1_600_000_000, 500_000_000
@@ -123,10 +122,10 @@ def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings
     method, options, bases = task.method, request.options, (task.pair.source, task.pair.target)
     rank = getattr(method, "fit_rank", task.rank if method.truncates else None)
     memory, placement = _group_memory(task), None
-    if task.runs_bases or options.effect == "always":
+    if method.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
         memory = max(memory, placement.peak)
-    if task.runs_bases and not method.holds_bases:
+    if method.runs_bases and not method.holds_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = seconds_of(costs_of(task, request), task.pair, method)
@@ -144,8 +143,6 @@ def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) ->
     found: dict[str, Cost | None] = {}
     if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in method.requires):
         found["write"] = probes_cost(texts)
-    if task.depth == SIMILAR and not aligned:
-        found["compare layers"] = similarity_cost(texts)
     if not (aligned or method.map_method is None):
         found[ALIGN] = evidence_cost(task, texts)
     found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, request.examples))

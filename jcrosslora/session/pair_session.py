@@ -165,7 +165,7 @@ class PairSession:
 
     def collect_text(self, task: AlignmentTask, request: Request) -> AlignmentTask:
         """Return the task with the text that it needs: the user's, or text that the source writes."""
-        if not task.runs_bases:
+        if not task.method.runs_bases:
             return task
         probes, seed, reads = request.probes, request.options.seed, EvidenceKind.PROBE_TEXTS in task.method.requires
         # Completions are generated later, with the adapter.
@@ -243,7 +243,7 @@ class PairSession:
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))
-        runs_bases = request.options.effect == "always" or (task.method if aligned else task).runs_bases
+        runs_bases = request.options.effect == "always" or task.method.runs_bases
         found = costs_of(task, request, aligned=aligned)
         seconds = seconds_of(found, task.pair, task.method) if timed and runs_bases else dict.fromkeys(found)
         return steps(seconds) if found else nullcontext(Steps(None, {}))
