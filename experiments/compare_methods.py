@@ -62,12 +62,10 @@ def check(arguments: argparse.Namespace) -> None:
     for name in arguments.method:
         find_method(name)
     if len(set(arguments.method)) < len(arguments.method):
-        msg = f"--method {' '.join(arguments.method)}: one is given twice; give each once"
-        raise jcl.UsageError(msg)
+        raise jcl.UsageError(f"--method {' '.join(arguments.method)}: one is given twice; give each once")
     for name, value in (("seeds", arguments.seeds), ("limit", arguments.limit)):
         if value is not None and value < 1:
-            msg = f"--{name} {value} is out of range; it must be at least 1"
-            raise jcl.UsageError(msg)
+            raise jcl.UsageError(f"--{name} {value} is out of range; it must be at least 1")
 
 
 def run(arguments: argparse.Namespace) -> None:

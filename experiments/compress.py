@@ -142,8 +142,7 @@ def write(source: Path, out: Path, how: str, texts: Path | None) -> float:
     """Write a compressed copy of a GGUF file; return the relative error of its layers' matrices."""
     reader, compress = gguf.GGUFReader(source), compressor(how)
     if how.startswith("awq") and texts is None:
-        msg = f"{how} needs --texts, a file of prompts on which inputs are measured"
-        raise ValueError(msg)
+        raise ValueError(f"{how} needs --texts, a file of prompts on which inputs are measured")
     scales = awq_scales(source, texts, compress) if how.startswith("awq") and texts is not None else {}
     writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
     copy_metadata(reader, writer)

@@ -70,8 +70,7 @@ def read_parquet(path: str) -> list[dict[str, Any]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
-        msg = "reading parquet files needs the pyarrow package: pip install pyarrow"
-        raise jcl.UsageError(msg) from error
+        raise jcl.UsageError("reading parquet files needs the pyarrow package: pip install pyarrow") from error
     return parquet.read_table(path).to_pylist()
 
 

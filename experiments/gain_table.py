@@ -46,8 +46,7 @@ def tables(lines: Iterable[GainLine]) -> str:
     by_task: dict[str, dict[tuple[str, str], dict[Label, Seeds]]] = {}
     for line in lines:
         if line.split != "test":
-            msg = f"a line of {line.task} is of {line.split} items: the tables are of test items alone"
-            raise jcl.UsageError(msg)
+            raise jcl.UsageError(f"a line of {line.task} is of {line.split} items: the tables are of test items alone")
         pair = by_task.setdefault(line.task, {}).setdefault((line.source, line.target), {})
         pair.setdefault((line.row, line.prompts), {})[line.seed] = line
     parts = []

@@ -43,8 +43,7 @@ _SCORES = ("json", "exact", "chrf")
 def page(lines: Sequence[ResultLine]) -> str:
     """Return the page as Markdown."""
     if any(line.split != "test" for line in lines):
-        msg = f"the page is of test examples alone; take lines of other splits out of {FOLDER}"
-        raise jcl.UsageError(msg)
+        raise jcl.UsageError(f"the page is of test examples alone; take lines of other splits out of {FOLDER}")
     ranked = sorted(lines, key=lambda line: (line.task, -_lift(line), line.seed))
     rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_row, ranked)]
     return _HEAD + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

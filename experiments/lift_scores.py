@@ -138,8 +138,7 @@ def read_arrays(path: Path, made: str) -> Arrays:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        msg = f"{path}: cannot be read ({error}): remove it, and it will be made again"
-        raise jcl.UsageError(msg) from error
+        raise jcl.UsageError(f"{path}: cannot be read ({error}): remove it, and it will be made again") from error
     return arrays if str(arrays.pop("made", "")) == made else {}
 
 

@@ -53,8 +53,7 @@ class Task:
         rest = self.train[self.first + prompts :]
         if not rest:
             used = f"{self.first} examples and {prompts} prompts use up its {len(self.train)} train questions"
-            msg = f"{self.name}: {used}: lower --first or --prompts"
-            raise jcl.UsageError(msg)
+            raise jcl.UsageError(f"{self.name}: {used}: lower --first or --prompts")
         return rest
 
     def prompts(self, count: int) -> list[str]:
@@ -109,8 +108,7 @@ def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
         UsageError: a file cannot be read, or `first` is below 1.
     """
     if first < 1:
-        msg = f"first {first} is out of range; it must be at least 1"
-        raise jcl.UsageError(msg)
+        raise jcl.UsageError(f"first {first} is out of range; it must be at least 1")
     name, questions = train.stem.removesuffix("_train"), [read_task(train), read_task(test)]
     if written:
         name = f"{name}_written"
@@ -151,8 +149,7 @@ def _value(key: str, value: str, place: str) -> Any:
     own = ("adapter", "source", "target", "out", "method", "seed", "prompts", "overwrite")
     types = {name: kind for name, kind in setting_types().items() if name not in own}
     if key not in types or not value:
-        msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}"
-        raise jcl.UsageError(msg)
+        raise jcl.UsageError(f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}")
     try:
         found = json.loads(value)
     except ValueError:

@@ -60,8 +60,7 @@ def split(arguments: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     for name in ("held_back", "seeds", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            msg = f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1"
-            raise jcl.UsageError(msg)
+            raise jcl.UsageError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1")
     examples = read_examples(arguments.data)
     if len(examples) <= arguments.held_back:
         msg = f"{arguments.data} has {len(examples)} examples: wanted more than the {arguments.held_back} held back"

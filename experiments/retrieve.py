@@ -38,8 +38,7 @@ def add(shelf: Shelf, name: str, train: str, adapters: list[str], work: Path) ->
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     found = shelf.add(adapters, prompts=file)
     if found.refused:
-        msg = f"{found.refused[0].place}: {found.refused[0].reason}"
-        raise SystemExit(msg)
+        raise SystemExit(f"{found.refused[0].place}: {found.refused[0].reason}")
     return [*found.added, *found.kept]
 
 

@@ -22,8 +22,7 @@ def __getattr__(name: str) -> _Any:
     elif name == "__all__":  # what `from jcrosslora import *` asks for
         return [name for name in __dir__() if name != "__version__"]
     elif name not in _HOMES:
-        msg = f"module 'jcrosslora' has no attribute {name!r}"
-        raise AttributeError(msg)
+        raise AttributeError(f"module 'jcrosslora' has no attribute {name!r}")
     elif _HOMES[name] == __name__:
         return _import_module(f"{__name__}.{name}")
     else:

@@ -16,9 +16,6 @@ from jcrosslora.architectures import LAYER_EMBEDDING
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError
-from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.heads import match_heads
-from jcrosslora.relation import pair_modules
 from jcrosslora.session.timing import time_layer
 
 peft = pytest.importorskip("peft")
@@ -113,21 +110,6 @@ def test_updates_of_what_makes_the_inputs_of_layers_are_listed_as_left_behind(ba
     adapted(tmp_path / "alone", [PLE.rpartition(".")[2]])
     with pytest.raises(AdapterError, match=f"{PLE}.*nothing can be moved"):
         jcl.load_adapter(tmp_path / "alone", base)
-
-
-def test_heads_are_matched_where_all_layers_of_a_role_have_keys(base):
-    pairing = pair_modules(base.modules, base.modules)
-    found = match_heads(BasePair(base, base), pairing.pairs, jnp.eye(base.dims.hidden))
-    roles = {base.modules[name].role for name in found}
-    assert roles == {"q_proj", "k_proj", "v_proj"}
-    np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj"].match, np.eye(4))
-
-
-def test_queries_with_gates_are_matched_by_head():
-    base = jcl.open_base(random_model(*HYBRIDS["qwen3_5"]))
-    pairs = pair_modules(base.modules, base.modules).pairs
-    found = match_heads(BasePair(base, base), pairs, jnp.eye(base.dims.hidden))
-    assert {base.modules[name].role for name in found} == {"qg_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_the_time_of_a_layer_is_measured(base):

@@ -24,7 +24,6 @@ from jcrosslora.distill import DistillSettings
 from jcrosslora.distill.run import distill
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import score
-from jcrosslora.maps import heads
 from jcrosslora.training import TrainingSettings, first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -257,13 +256,6 @@ def test_a_resolved_configuration_resolves_to_itself(name):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     once = FAMILIES[family].resolve(FAMILIES[family].defaults | sizes | {"vocab_size": 64} | settings)
     assert FAMILIES[family].resolve(once) == once
-
-
-def test_the_heads_of_gated_attention_are_matched_by_their_queries():
-    base = jcl.open_base(random_model(*HYBRIDS["qwen3_5-bias"]))
-    found = heads._attention(base, 0)
-    whole = base.weight("model.layers.0.self_attn.q_proj").reshape(4, 32, 32)
-    np.testing.assert_array_equal(found.q, whole[:, :16].reshape(64, 32))
 
 
 def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):

@@ -73,8 +73,7 @@ class Watch:
 
 
 def too_long(*_: Any) -> None:
-    msg = f"more than {SECONDS} seconds of processor time"
-    raise TimeoutError(msg)
+    raise TimeoutError(f"more than {SECONDS} seconds of processor time")
 
 
 def outcome(reader: Any, folder: Path, watch: Watch) -> str:

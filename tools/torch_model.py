@@ -24,8 +24,7 @@ def torch_model(base: BaseModel, dtype: torch.dtype = torch.float32) -> transfor
     result = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if set(result.missing_keys) - tied or result.unexpected_keys:
-        msg = f"weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}")
     model.tie_weights()
     return model.eval()
 

@@ -146,8 +146,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     modules alone. An AdapterError names the first difference.
     """
     if not adapters:
-        msg = "no adapters to stack; give at least one"
-        raise AdapterError(msg)
+        raise AdapterError("no adapters to stack; give at least one")
     for adapter in adapters:
         _check_alike(adapters[0], adapter)
     infos = tuple(adapter.info for adapter in adapters)
@@ -169,8 +168,7 @@ def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors] | Any) -> list
     whole = as_adapter(stacked)
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(whole)}
     if len(counts) != 1 or any(item.a.ndim != 3 for item in whole.modules.values()):
-        msg = f"{whole.info.name}: not a stack of adapters; make one with stack_adapters"
-        raise AdapterError(msg)
+        raise AdapterError(f"{whole.info.name}: not a stack of adapters; make one with stack_adapters")
     count = counts.pop()
     infos = whole.info.stacked or (whole.info,) * count
     parts = [jax.tree.map(lambda leaf, index=index: leaf[index], whole) for index in range(count)]
@@ -194,8 +192,7 @@ def _check_alike(first: Adapter, other: Adapter) -> None:
     names = f"{first.info.name} and {other.info.name}"
     changed = [update.table for update in other.tokens] + [name for own in other.replaced for name in own.tensors]
     if changed := [*changed, *(update.name for update in other.experts)]:
-        msg = f"{other.info.name} changes {changed[0]}; only updates of linear modules can be stacked"
-        raise AdapterError(msg)
+        raise AdapterError(f"{other.info.name} changes {changed[0]}; only updates of linear modules can be stacked")
     if alone := first.modules.keys() ^ other.modules.keys():
         msg = f"module {min(alone)!r} has an update in one of {names} only; stack adapters of the same modules"
         raise AdapterError(msg)
@@ -205,8 +202,7 @@ def _check_alike(first: Adapter, other: Adapter) -> None:
             msg = f"module {name!r} has shape {one.shape} and rank {one.rank} in {first.info.name}, {two.shape} and "
             raise AdapterError(msg + f"{two.rank} in {other.info.name}; stack adapters of one base and equal ranks")
     if first.info.invocation != other.info.invocation:
-        msg = f"{names} have different invocation tokens (aLoRA); stack adapters of the same ones"
-        raise AdapterError(msg)
+        raise AdapterError(f"{names} have different invocation tokens (aLoRA); stack adapters of the same ones")
 
 
 def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
@@ -218,8 +214,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     tokens, or shapes differ.
     """
     if not adapters:
-        msg = "no adapters to add: give at least one"
-        raise AdapterError(msg)
+        raise AdapterError("no adapters to add: give at least one")
     if len(adapters) == 1:
         return adapters[0]
     for adapter in adapters:
@@ -251,8 +246,7 @@ def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
         return terms[0]
     if len({factors.shape for factors in terms}) > 1:
         shapes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted({each.shape for each in terms}))
-        msg = f"module {name!r} has updates of {shapes}; give adapters of one base"
-        raise AdapterError(msg)
+        raise AdapterError(f"module {name!r} has updates of {shapes}; give adapters of one base")
     a = np.concatenate([np.asarray(factors.a).astype(np.float32) for factors in terms])
     b = [np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale) for factors in terms]
     return LoRAFactors(a=a, b=np.concatenate(b, axis=1))

@@ -155,8 +155,7 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
         raise AdapterError(msg)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        msg = f"{where}: peft_type is {peft_type!r}, a name such as 'LORA' was wanted: correct the file"
-        raise AdapterError(msg)
+        raise AdapterError(f"{where}: peft_type is {peft_type!r}, a name such as 'LORA' was wanted: correct the file")
     if peft_type.upper() not in types:
         msg = f"{where}: an adapter of type {peft_type!r} is not supported: {why_refused(peft_type.upper())}"
         raise AdapterError(msg)
@@ -167,8 +166,7 @@ def check_lora(config: Config, where: str) -> None:
     for name, variant in VARIANTS.items():
         if variant.refusal is not None and variant.applies(config):
             why, cure = variant.refusal
-            msg = f"{where}: {name} is not supported: {why}; {cure}"
-            raise AdapterError(msg)
+            raise AdapterError(f"{where}: {name} is not supported: {why}; {cure}")
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in _PLAIN_INITS and not is_variant(config, PISSA) and not is_variant(config, OLORA):
         msg = f"{where}: init_lora_weights {init!r} is not known: it may have changed the base weights; use a plain "
@@ -224,8 +222,7 @@ def check_targets(config: Config, where: str) -> None:
 def check_value(config: Config, where: str, key: str, valid: Callable[[Any], bool], wanted: str) -> None:
     """Refuse a configuration whose value for `key` is missing or invalid; `wanted` describes a valid one."""
     if not valid(config.get(key)):
-        msg = f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file"
-        raise AdapterError(msg)
+        raise AdapterError(f"{where}: {key} is {shown(config, key)}, {wanted} was wanted: correct the file")
 
 
 def is_rank(value: Any) -> bool:

@@ -72,8 +72,7 @@ def stored_in_memory(
     arrays = {key: as_numpy(value) for key, value in tensors.items()}
     for key, array in arrays.items():
         if array.dtype not in _DTYPE_NAMES:
-            msg = f"{name}: tensor {key!r} has dtype {array.dtype}; give arrays of numbers"
-            raise AdapterError(msg)
+            raise AdapterError(f"{name}: tensor {key!r} has dtype {array.dtype}; give arrays of numbers")
     entries = {key: Entry(_DTYPE_NAMES[array.dtype], array.shape, 0) for key, array in arrays.items()}
     return Stored(Path(name), config, entries, arrays.__getitem__, lambda: _digest(arrays), config, notes)
 

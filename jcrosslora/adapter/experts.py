@@ -170,6 +170,5 @@ def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, par
         ranks = slice(rank * index, rank * index + len(a))
         each_a[expert, ranks], each_b[expert, _rows(experts, rows, index, names), ranks] = a, b
     if layer not in base.layers_with("router"):
-        msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
-        raise AdapterError(msg)
+        raise AdapterError(f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none")
     return expert_update(base, layer, matrix, each_a, each_b)

@@ -186,8 +186,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     if settings.absorb is not None:
         _check_absorbing(settings, settings.absorb)
     if settings.base is None and settings.base_revision is not None:
-        msg = f"base_revision {settings.base_revision} was given without a base: give the base with --base"
-        raise UsageError(msg)
+        raise UsageError(f"base_revision {settings.base_revision} was given without a base: give the base with --base")
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
     info = None if base is None else describe_base(base, digest="")
     known = (None, None) if info is None else (info.family, info.heads)

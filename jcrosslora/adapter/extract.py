@@ -67,8 +67,7 @@ class ExtractSettings(Settings):
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
-                msg = f"extraction with {name} {getattr(self, name)!r}: wanted {wanted}"
-                raise UsageError(msg)
+                raise UsageError(f"extraction with {name} {getattr(self, name)!r}: wanted {wanted}")
 
     @property
     def mixed(self) -> bool:

@@ -146,8 +146,7 @@ def _local_files(folder: Path) -> AdapterFiles:
     form = form_of(read_config(folder / CONFIG))
     files = AdapterFiles(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG, folder)
     if not files.weights.is_file():
-        msg = f"{folder}: {_missing_weights(folder, form)}"
-        raise AdapterError(msg)
+        raise AdapterError(f"{folder}: {_missing_weights(folder, form)}")
     return files
 
 

@@ -92,8 +92,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
     """
     path, metadata = adapter.file.path, adapter.header.metadata
     if metadata.get(TYPE) != "lora":
-        msg = f"{path}: {TYPE} is {shown(metadata, TYPE)}, 'lora' was wanted: use a LoRA adapter"
-        raise AdapterError(msg)
+        raise AdapterError(f"{path}: {TYPE} is {shown(metadata, TYPE)}, 'lora' was wanted: use a LoRA adapter")
     if not isinstance(adapter.arch, str) or adapter.arch not in ARCHITECTURES:
         msg = f"{path}: GGUF architecture {str(adapter.arch)[:60]!r} is not supported; supported: "
         raise AdapterError(msg + ", ".join(ARCHITECTURES))
@@ -172,8 +171,7 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     metadata, path = adapter.header.metadata, adapter.file.path
     alpha = metadata.get(ALPHA, 0.0)
     if alpha != 0 and not is_alpha(alpha):
-        msg = f"{path}: {ALPHA} is {shown(metadata, ALPHA)}, a number was wanted: correct the file"
-        raise AdapterError(msg)
+        raise AdapterError(f"{path}: {ALPHA} is {shown(metadata, ALPHA)}, a number was wanted: correct the file")
     ends = ".lora_A.weight", ".lora_embedding_A"
     factors = {name: entry.shape for name, entry in entries.items() if name.endswith(ends) and entry.shape}
     ranks = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]: max(shape[0], 1) for name, shape in factors.items()}
@@ -246,15 +244,13 @@ def check_gguf(
     try:
         gguf = importlib.import_module("gguf")
     except ModuleNotFoundError as error:
-        msg = "profile gguf needs the gguf package: pip install 'jcrosslora[gguf]'"
-        raise OutputError(msg) from error
+        raise OutputError("profile gguf needs the gguf package: pip install 'jcrosslora[gguf]'") from error
     if family is None or heads is None:
         msg = "profile gguf needs the base model, whose heads decide the order of rows: name it with --base (base=...)"
         raise OutputError(msg)
     arch = architecture(family, has_experts)
     if arch is None:
-        msg = f"profile gguf has no architecture for the family {family!r}: use another profile"
-        raise OutputError(msg)
+        raise OutputError(f"profile gguf has no architecture for the family {family!r}: use another profile")
     return gguf, arch, heads
 
 

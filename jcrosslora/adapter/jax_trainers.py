@@ -268,8 +268,7 @@ def to_nnx(adapter: Adapter, model: Any, *, alpha: float) -> None:
 
 def _check_modules(adapter: Adapter, held: set[str]) -> None:
     if not held:
-        msg = "the model has no LoRA of qwix: apply qwix.apply_lora_to_model to it first"
-        raise AdapterError(msg)
+        raise AdapterError("the model has no LoRA of qwix: apply qwix.apply_lora_to_model to it first")
     if differ := sorted(adapter.modules.keys() ^ held):
         who = "adapter" if differ[0] in adapter.modules else "model"
         msg = f"{differ[0]} has LoRA in the {who} alone ({len(differ)} of such modules): give the LoraProvider a "

@@ -71,17 +71,14 @@ def load_adapter(
         UsageError: a rank below 1, or a `config` or `alpha` for something that has one.
     """
     if rank is not None and rank < 1:
-        msg = f"adapter rank {rank} is out of range; it must be at least 1"
-        raise UsageError(msg)
+        raise UsageError(f"adapter rank {rank} is out of range; it must be at least 1")
     trained = isinstance(ref, Mapping) and trainer_of(named_arrays(ref)) is not None
     if alpha is not None and not trained and not isinstance(ref, str | Path):
-        msg = f"alpha was given for a {type(ref).__name__} without LoRA of a JAX trainer; leave it out"
-        raise UsageError(msg)
+        raise UsageError(f"alpha was given for a {type(ref).__name__} without LoRA of a JAX trainer; leave it out")
     if isinstance(ref, Mapping) and config is not None:
         return read_adapter(open_state_dict(ref, config, base, name="state dict", rank=rank))
     if config is not None:
-        msg = f"config was given for a {type(ref).__name__}; it is only used with a state dict of PEFT"
-        raise UsageError(msg)
+        raise UsageError(f"config was given for a {type(ref).__name__}; it is only used with a state dict of PEFT")
     if isinstance(ref, Adapter):
         return check_numbers(ref)
     if hasattr(ref, "peft_config"):
@@ -138,8 +135,7 @@ def _factors(module: str, parts: Mapping[str, Any]) -> LoRAFactors:
     try:
         return LoRAFactors(a=a, b=b, scale=float(scale))
     except (TypeError, ValueError) as error:
-        msg = f"module {module!r} has scale {reprlib.repr(scale)}; expected a number"
-        raise AdapterError(msg) from error
+        raise AdapterError(f"module {module!r} has scale {reprlib.repr(scale)}; expected a number") from error
 
 
 def _value(leaf: Any) -> Any:

@@ -72,15 +72,13 @@ def _read_update(
     else:
         update = _of_tensors(file, base, change, tensors)
     if any(set(update.modules) & set(other.modules) for other in found):
-        msg = f"{update.table} is changed in another way as well"
-        raise AdapterError(msg)
+        raise AdapterError(f"{update.table} is changed in another way as well")
     return update
 
 
 def _head(file: AdapterFile, base: BaseModel, head: Update) -> TokenUpdate:
     if base.tied and (is_variant(file.config, PISSA) or is_variant(file.config, OLORA)):
-        msg = "it starts from factors of the matrix that the head shares with the embedding"
-        raise AdapterError(msg)
+        raise AdapterError("it starts from factors of the matrix that the head shares with the embedding")
     return _low_rank(HEAD, "head", base, head, file.rank)
 
 
@@ -88,22 +86,18 @@ def _of_tensors(file: AdapterFile, base: BaseModel, change: str, tensors: Sequen
     module = tensors[0].module
     name = text_module_name(module)
     if name == base.family.own_embedding:
-        msg = f"{name} is the embedding of {base.family.name}, whose changes are not read under this name"
-        raise AdapterError(msg)
+        raise AdapterError(f"{name} is the embedding of {base.family.name}, whose changes are not read under this name")
     table = _TABLES.get(name)
     if table is None or (change == "embedding" and table != EMBEDDING):
-        msg = f"{module} is neither the embedding nor the output head"
-        raise AdapterError(msg)
+        raise AdapterError(f"{module} is neither the embedding nor the output head")
     if change == "embedding":
         if file.kind is not PLAIN:
-            msg = f"{file.kind.name} of an embedding is not read"
-            raise AdapterError(msg)
+            raise AdapterError(f"{file.kind.name} of an embedding is not read")
         # The head of a tied base reads the embedding with its LoRA in mlx_lm, and without it in peft.
         table = TIED if base.tied and file.origin.form == "MLX" else table
         return _low_rank(table, change, base, Update(read_embedding_factors(file, tensors)), file.rank)
     if len(tensors) != 1:
-        msg = f"{module} has {len(tensors)} tensors, one was wanted"
-        raise AdapterError(msg)
+        raise AdapterError(f"{module} has {len(tensors)} tensors, one was wanted")
     rows = file.read(tensors[0].key)
     if change == "tokens":
         return _single_rows(file, base, table, rows)
@@ -127,8 +121,7 @@ def _single_rows(file: AdapterFile, base: BaseModel, table: str, rows: np.ndarra
         or not all(type(index) is int and 0 <= index < base.dims.vocab for index in ids)
         or len(set(ids)) != len(ids)
     ):
-        msg = f"trainable_token_indices does not name {len(rows)} tokens of the base"
-        raise AdapterError(msg)
+        raise AdapterError(f"trainable_token_indices does not name {len(rows)} tokens of the base")
     _check_shape(table, base, (base.dims.vocab, rows.shape[1]))
     if table == EMBEDDING and base.tied and _listed(listed, HEAD) in (None, ids):
         table = TIED
@@ -235,25 +228,21 @@ def _read_change(
     array = file.read(tensor.key, axes=len(shapes[name]))
     if array.shape != shapes[name]:
         came, wanted = (" x ".join(map(str, shape)) for shape in (array.shape, shapes[name]))
-        msg = f"{name} is {came}, in the base {base.name} it is {wanted}"
-        raise AdapterError(msg)
+        raise AdapterError(f"{name} is {came}, in the base {base.name} it is {wanted}")
     if tensor.kind == "lora_bias":
         if file.kind is not PLAIN:
-            msg = f"a bias of the LoRA is not read of a {file.kind.name}"
-            raise AdapterError(msg)
+            raise AdapterError(f"a bias of the LoRA is not read of a {file.kind.name}")
         # Added to the base's bias, in float32.
         change = file_scale(file.config, tensor.module) * array.astype(np.float64)
         array = (np.asarray(base.tensor(name)).astype(np.float64) + change).astype(np.float32)
     if name in taken:
-        msg = f"{name} is changed in another way as well"
-        raise AdapterError(msg)
+        raise AdapterError(f"{name} is changed in another way as well")
     return name, array
 
 
 def _given_base(file: AdapterFile) -> BaseModel:
     if file.base is None:
-        msg = "the base that it was trained on was not given"
-        raise AdapterError(msg)
+        raise AdapterError("the base that it was trained on was not given")
     return file.base
 
 

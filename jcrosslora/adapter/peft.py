@@ -126,8 +126,7 @@ def adapter_from_peft(
     active = getattr(model, "active_adapter", None)
     name = adapter_name or (active if isinstance(active, str) else next(iter(configs), ""))
     if name not in configs:
-        msg = f"the model has no adapter {name!r}; it has {', '.join(configs) or 'none'}"
-        raise AdapterError(msg)
+        raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(configs) or 'none'}")
     # As peft writes it: enumerations become strings and sets become lists.
     stated = json.dumps(configs[name].to_dict(), default=lambda it: sorted(it) if isinstance(it, Set) else str(it))
     config = json.loads(stated)
@@ -161,8 +160,7 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
 
     live = model if isinstance(model, PeftModel) else None
     if live is not None and adapter_name in live.peft_config:
-        msg = f"the model has an adapter {adapter_name!r} already; choose another adapter_name"
-        raise AdapterError(msg)
+        raise AdapterError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
     wrapped: Any = model if live is None else live.get_base_model()
     names = {text_module_name(name): name for name, _ in wrapped.named_modules()}
     merged = fuse(adapter.modules, fused or {})

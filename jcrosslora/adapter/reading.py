@@ -53,8 +53,7 @@ def open_adapter(
     files = folder.find_adapter(ref, revision)
     identity = cached_identity(files.weights.parent)
     if alpha is not None and files.form != "Orbax":
-        msg = f"{ref}: alpha was given for an adapter of {files.form}, which holds its own: leave it out"
-        raise UsageError(msg)
+        raise UsageError(f"{ref}: alpha was given for an adapter of {files.form}, which holds its own: leave it out")
     stored = _stored(files, base, alpha)
     origin = AdapterInfo(
         name=files.name,

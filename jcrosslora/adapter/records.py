@@ -314,5 +314,4 @@ def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:
 def check_always_active(adapter: Adapter, why: str, error: type[JCrossLoRAError] = AdapterError) -> None:
     """Refuse an adapter that acts only after its invocation tokens, with a message that ends in `why`."""
     if adapter.info.invocation is not None:
-        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), {why}"
-        raise error(msg)
+        raise error(f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), {why}")

@@ -82,8 +82,7 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         dora: whether a DoRA is written with its magnitudes.
     """
     if profile not in FORMATS:
-        msg = f"profile {profile!r} is unknown; use one of {', '.join(FORMATS)}"
-        raise UsageError(msg)
+        raise UsageError(f"profile {profile!r} is unknown; use one of {', '.join(FORMATS)}")
     if dora and not FORMATS[profile].magnitudes:
         able = " or ".join(name for name, form in FORMATS.items() if form.magnitudes)
         msg = f"profile {profile} does not hold the magnitudes of a DoRA; use {able}, or write a fit of a lower rank "
@@ -188,13 +187,11 @@ def _check_magnitudes(modules: Mapping[str, LoRAFactors], magnitudes: Mapping[st
 
 def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:
     if dtype not in get_args(FileDtype):
-        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
-        raise UsageError(msg)
+        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}")
     for name in documents:
         if Path(name).name != name or name in _WRITTEN:
             msg = f"document {name!r} cannot be written; give a plain file name other than {', '.join(_WRITTEN)}"
             raise UsageError(msg)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key == "format":
-            msg = f"metadata {key!r} cannot be written; give text for a key other than 'format'"
-            raise UsageError(msg)
+            raise UsageError(f"metadata {key!r} cannot be written; give text for a key other than 'format'")

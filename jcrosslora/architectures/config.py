@@ -81,8 +81,7 @@ def number_keys(record: Any) -> Iterator[str]:
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
     """Raise an error that names a configuration key, its value and the wanted values."""
-    msg = f"config key {key!r} is {repr(value)[:60]}, wanted {wanted}"
-    raise CheckpointError(msg)
+    raise CheckpointError(f"config key {key!r} is {repr(value)[:60]}, wanted {wanted}")
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
@@ -97,8 +96,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lim
 def check_multiple(key: str, value: int, other_key: str, other: int) -> None:
     """Check that groups of heads are of one size."""
     if value % other:
-        msg = f"{key} {value} is not a multiple of {other_key} {other}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{key} {value} is not a multiple of {other_key} {other}")
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -148,8 +146,7 @@ def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int
         refuse("layer_types", stated, f"a list of {layers} kinds")
     unknown = [kind for kind in stated if not isinstance(kind, str) or kind not in names]
     if unknown:
-        msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}")
     return [names[kind] for kind in stated]
 
 

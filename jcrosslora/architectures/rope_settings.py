@@ -93,8 +93,7 @@ def _kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict[str, Any
 def _separate_kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict[str, Any]]:
     rules, stated = family.positions, _dict(config.get("rope_parameters") or {})
     if set(stated) - {FULL, SLIDING}:
-        msg = f"rope_parameters has {sorted(stated)}, wanted {FULL} and {SLIDING}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"rope_parameters has {sorted(stated)}, wanted {FULL} and {SLIDING}")
     kinds = {kind: dict(_dict(stated.get(kind) or {})) for kind in (FULL, SLIDING)}
     kinds[FULL].update(_dict(config.get("rope_scaling") or {}))
     kinds[FULL].setdefault("rope_theta", config.get("rope_theta") or rules.theta)
@@ -105,8 +104,7 @@ def _separate_kinds(config: Mapping[str, Any], family: Family) -> dict[str, dict
 
 def _dict(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        msg = f"rope settings {value!r} are not a JSON object"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"rope settings {value!r} are not a JSON object")
     return value
 
 
@@ -117,8 +115,7 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
     if isinstance(kind, str):
         kind = family.positions.aliases.get(kind, kind)
     if not isinstance(kind, str) or kind not in rules:
-        msg = f"rope type {kind!r} is not supported; supported: {', '.join(rules)}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"rope type {kind!r} is not supported; supported: {', '.join(rules)}")
     rule, keys = rules[kind]
     known = keys | _COMMON | ({_GROWTH, ORIGINAL, LONGEST} if family.positions.grows else set())
     unknown = sorted(set(settings) - known)
@@ -142,20 +139,17 @@ def _growth(settings: Mapping[str, Any], keys: tuple[str, str]) -> Growth:
     numbers = isinstance(beta, int | float) and not isinstance(beta, bool) and isinstance(length, int)
     if numbers and 0 <= beta < 1e3 and 0 < length < 1 << 31:
         return Growth(float(beta), length)
-    msg = f"{keys[0]} {beta!r} and {keys[1]} {length!r} are missing or no positive numbers"
-    raise CheckpointError(msg)
+    raise CheckpointError(f"{keys[0]} {beta!r} and {keys[1]} {length!r} are missing or no positive numbers")
 
 
 def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family, whole: int) -> int:
     usual = family.positions.share
     share = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or usual or 1.0
     if usual is None and share != 1.0:
-        msg = f"partial_rotary_factor {share!r} is not supported for {family.name}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"partial_rotary_factor {share!r} is not supported for {family.name}")
     size = int(whole * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
     if size < 2 or size % 2:
-        msg = f"partial_rotary_factor {share!r} of {whole} features gives no positive even size"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"partial_rotary_factor {share!r} of {whole} features gives no positive even size")
     return size
 
 
@@ -171,6 +165,5 @@ def _resolve(rule: Callable[..., Rope], settings: Mapping[str, Any], size: int, 
     with np.errstate(over="ignore"):
         finite = np.all(np.isfinite(np.asarray(factors, np.float32)))
     if not finite:
-        msg = f"rope type {kind!r}: the settings give frequencies or an amplitude that are not finite"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"rope type {kind!r}: the settings give frequencies or an amplitude that are not finite")
     return rope

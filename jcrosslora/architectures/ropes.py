@@ -120,8 +120,7 @@ def proportional(size: int, settings: Settings) -> Rope:
     """Divide all frequencies by `factor`, and rotate only the first share of the pairs of the whole size."""
     share = settings.get("partial_rotary_factor", 1.0)
     if isinstance(share, bool) or not 0 <= share <= 1:
-        msg = f"partial_rotary_factor is {share!r}, wanted a number from 0 to 1"
-        raise ValueError(msg)
+        raise ValueError(f"partial_rotary_factor is {share!r}, wanted a number from 0 to 1")
     frequencies = _plain(size, settings["rope_theta"]) / settings.get("factor", 1.0)
     frequencies[int(share * size // 2) :] = 0.0
     return Rope(_floats(frequencies))
@@ -165,8 +164,7 @@ def scaled_longrope(size: int, settings: Settings) -> Rope:
     """Do as `longrope`, with an amplitude that is stated for short and for long sequences, and must be the same."""
     short, long = settings["short_mscale"], settings["long_mscale"]
     if short != long:
-        msg = f"short_mscale is {short!r} and long_mscale {long!r}; supported are equal ones"
-        raise ValueError(msg)
+        raise ValueError(f"short_mscale is {short!r} and long_mscale {long!r}; supported are equal ones")
     return longrope(size, {**settings, "factor": 1.0, "attention_factor": _positive(short, "short_mscale")})
 
 
@@ -206,13 +204,11 @@ def _mscale(factor: float, weight: float | None) -> float:
 def _divisors(given: list[float], count: int) -> np.ndarray:
     divisors = np.asarray(given, np.float64)
     if divisors.shape != (count,):
-        msg = f"a list has {divisors.size} factors, wanted {count}"
-        raise ValueError(msg)
+        raise ValueError(f"a list has {divisors.size} factors, wanted {count}")
     return divisors
 
 
 def _positive(value: Any, name: str) -> float:
     if not isinstance(value, int | float) or value <= 0:
-        msg = f"{name} is {value!r}, wanted a positive number"
-        raise ValueError(msg)
+        raise ValueError(f"{name} is {value!r}, wanted a positive number")
     return value

@@ -112,8 +112,7 @@ def read_settings(model: Architecture, ref: str) -> DecoderSettings:
     try:
         return _settings(model)
     except CheckpointError as error:
-        msg = f"{ref}: {error}"
-        raise CheckpointError(msg) from error
+        raise CheckpointError(f"{ref}: {error}") from error
 
 
 def _settings(model: Architecture) -> DecoderSettings:
@@ -160,8 +159,7 @@ def _activation(config: Mapping[str, Any], family: Family) -> str:
     # Others than its own would not read the tensors that the family has for it.
     own = {family.activation: family.activation} if family.activation_tensors else _ACTIVATIONS
     if name not in own:
-        msg = f"{key} {name!r} is not supported; supported: {', '.join(own)}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{key} {name!r} is not supported; supported: {', '.join(own)}")
     return own[name]
 
 
@@ -184,8 +182,7 @@ def _layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tupl
         return _implied_kinds(config, family, layers)
     # transformers ignores the list for these families and uses sliding_window alone.
     if not (family.windows and family.windows.listed) and tuple(stated) != _implied_kinds(config, family, layers):
-        msg = f"layer_types of a {family.name} model contradict its sliding_window"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"layer_types of a {family.name} model contradict its sliding_window")
     return tuple(stated)
 
 
@@ -194,8 +191,7 @@ def _layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: Fa
     window = _window(config, family)
     if window is None and SLIDING in kinds:
         key = (family.windows or Windows()).size_key
-        msg = f"layer {kinds.index(SLIDING)} has a window, but no {key} is set or in use"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"layer {kinds.index(SLIDING)} has a window, but no {key} is set or in use")
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 

@@ -231,8 +231,7 @@ class BaseModel:
 
     def _module(self, name: str) -> Module:
         if name not in self.modules:
-            msg = f"{self.ref}: has no module {name!r}"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"{self.ref}: has no module {name!r}")
         return self.modules[name]
 
     def _stored_name(self, name: str) -> str:

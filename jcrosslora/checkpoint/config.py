@@ -54,8 +54,7 @@ def read_config(folder: Path) -> ModelConfig:
                 config["quantization_config"] = {"quant_method": method, **read_json_object(folder / name)}
         return check_config(config, path)
     if (folder / "adapter_config.json").exists():
-        msg = f"{folder}: is an adapter (adapter_config.json), where a base model was wanted"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{folder}: is an adapter (adapter_config.json), where a base model was wanted")
     msg = f"{folder}: has no config.json: give the folder of a base model, a .gguf file or a hub id"
     if packed := sorted(folder.glob("*.gguf")):
         msg = f"{folder}: has no config.json but a GGUF file: give the path {packed[0]}"
@@ -81,15 +80,13 @@ def _checked(config: Mapping[str, Any]) -> ModelConfig:
         like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
         why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
         supported = ", ".join([*FAMILIES, *WRAPPERS])
-        msg = f"model_type {model_type!r} is not supported{why}; supported: {supported}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"model_type {model_type!r} is not supported{why}; supported: {supported}")
     family = FAMILIES[model_type]
     if (named := config.get("architectures")) and (
         not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)
     ):
         wanted = family.architectures[0]
-        msg = f"architectures {named!r} is not supported for {family.name}; supported: {wanted}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"architectures {named!r} is not supported for {family.name}; supported: {wanted}")
     _check_keys(family, config)
     refuse_not_finite(config, but=_UNBOUNDED)
     check_quantization(config)
@@ -104,13 +101,11 @@ def _check_keys(family: Family, config: Mapping[str, Any]) -> None:
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:
                 wanted = " or ".join(map(repr, family.fixed[key]))
-                msg = f"config key {key!r}={short} is not supported for {family.name}: wanted {wanted}"
-                raise CheckpointError(msg)
+                raise CheckpointError(f"config key {key!r}={short} is not supported for {family.name}: wanted {wanted}")
         elif key not in known and not is_empty(value):
             refuse_unknown(key, short, family.name)
         if key in ("hidden_act", "hidden_activation") and not isinstance(value, str | None):
-            msg = f"config key {key!r}={short} is not the name of an activation"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"config key {key!r}={short} is not the name of an activation")
 
 
 def read_dims(model: ModelConfig, where: Path | str) -> Dims:

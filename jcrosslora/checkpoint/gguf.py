@@ -63,8 +63,7 @@ def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
         importlib.import_module("gguf.quants")
         gguf = importlib.import_module("gguf")
     except ModuleNotFoundError as error:
-        msg = f"{path}: reading GGUF needs the gguf package: pip install 'jcrosslora[gguf]'"
-        raise CheckpointError(msg) from error
+        raise CheckpointError(f"{path}: reading GGUF needs the gguf package: pip install 'jcrosslora[gguf]'") from error
     file = MappedFile(path)
     header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     for kind in {info.kind for info in header.tensors.values()}:  # refuse what cannot be dequantised, by zeros

@@ -122,8 +122,7 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
         folder = path.parent if path.name == "tokenizer.json" else path
         if (folder / "tokenizer.json").is_file():
             return folder
-        msg = f"{ref}: {path} is neither a tokenizer.json nor a folder that holds one"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{ref}: {path} is neither a tokenizer.json nor a folder that holds one")
     if not hasattr(tokenizer, "backend_tokenizer") and not hasattr(tokenizer, "to_str"):
         msg = f"{ref}: tokenizer is of type {type(tokenizer).__name__}, wanted a folder, a tokenizer.json, a fast "
         raise CheckpointError(msg + "tokenizer of transformers, or a tokenizers.Tokenizer")
@@ -150,13 +149,11 @@ class MemoryStore(TensorStore):
         self._arrays, self._ref = dict(arrays), ref
         for name, array in arrays.items():
             if (wrong := _defect(name, array)) is not None:
-                msg = f"{ref}: {wrong}"
-                raise CheckpointError(msg)
+                raise CheckpointError(f"{ref}: {wrong}")
 
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
-            msg = f"{self._ref}: the weights have no tensor {name!r}"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"{self._ref}: the weights have no tensor {name!r}")
         return self._arrays[name]
 
     def names(self) -> list[str]:

@@ -85,15 +85,13 @@ def read_template(path: Path) -> str:
         msg = f"{path}: is no chat template that can be read ({reason}): give a file of Jinja source"
         raise UsageError(msg) from error
     if not text.strip():
-        msg = f"{path}: holds no chat template: give a file of Jinja source"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: holds no chat template: give a file of Jinja source")
     return text
 
 
 def _refuse(ref: str | Path, wanted: str, **arguments: Any) -> None:
     if given := [argument for argument, value in arguments.items() if value is not None]:
-        msg = f"{ref}: {' and '.join(given)} can be given with {wanted} only: leave it out"
-        raise UsageError(msg)
+        raise UsageError(f"{ref}: {' and '.join(given)} can be given with {wanted} only: leave it out")
 
 
 def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseModel:
@@ -117,8 +115,7 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
     if isinstance(ref, str) and hub.is_hub_id(ref):
         folder = hub.fetch(ref, revision)
         return _open_folder(folder, ref, name, (ref, folder.name))
-    msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
-    raise CheckpointError(msg)
+    raise CheckpointError(f"{ref}: no such folder or file, and not a hub id of the form org/name")
 
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:

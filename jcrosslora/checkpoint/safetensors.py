@@ -124,10 +124,8 @@ class ShardedStore(TensorStore):
             msg = f"{wanted}, only pickle files (pytorch_model*.bin), which can run code when loaded: convert them "
             raise CheckpointError(msg + "with transformers' save_pretrained")
         if (found := next(self.folder.glob("*.gguf"), None)) is not None:
-            msg = f"{wanted}: to read the GGUF file, give its path ({found})"
-            raise CheckpointError(msg)
-        msg = f"{wanted}: give the folder of a base model saved as safetensors"
-        raise CheckpointError(msg)
+            raise CheckpointError(f"{wanted}: to read the GGUF file, give its path ({found})")
+        raise CheckpointError(f"{wanted}: give the folder of a base model saved as safetensors")
 
     def _shard(self, name: str) -> SafetensorsFile:
         if name not in self._shards:
@@ -136,8 +134,7 @@ class ShardedStore(TensorStore):
 
     def _located(self, name: str) -> list[tuple[SafetensorsFile, str]]:
         if name not in self._places:
-            msg = f"{self.folder}: the checkpoint has no tensor {name!r}"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {name!r}")
         found = [(self._shard(shard), stored) for shard, stored in self._places[name]]
         for opened, stored in found:
             if stored not in opened.entries:
@@ -168,8 +165,7 @@ class ShardedStore(TensorStore):
             if own == stored:
                 return slice(first, first + entry.shape[0]) if entry.shape else slice(None)
             first += entry.shape[0]
-        msg = f"{self.folder}: {stored!r} is no part of {name!r}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{self.folder}: {stored!r} is no part of {name!r}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         shapes = [entry.shape for entry in self._entries(name)]
@@ -194,8 +190,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Read the map from tensor name to shard file in an index; refuse an entry outside the folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        msg = f"{index}: has no 'weight_map' with tensors: download the index again"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{index}: has no 'weight_map' with tensors: download the index again")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors")
         if not plain or any(mark in shard for mark in ("/", "\\", ":", "\0")):
@@ -232,8 +227,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse an object that names a key twice, because readers differ in which value they take."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        msg = "a name occurs twice"
-        raise ValueError(msg)
+        raise ValueError("a name occurs twice")
     return found
 
 

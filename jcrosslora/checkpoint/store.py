@@ -126,8 +126,7 @@ class MappedFile:
 
     def refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Raise a `CheckpointError` that says what is wrong with the file."""
-        msg = f"{self.path}: {what}"
-        raise CheckpointError(msg) from cause
+        raise CheckpointError(f"{self.path}: {what}") from cause
 
     def check_extent(self, name: str, stop: int) -> None:
         """Refuse a tensor that ends after the end of the file."""
@@ -174,8 +173,7 @@ def errors_of(where: Path | str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        msg = f"{where}: {error}"
-        raise CheckpointError(msg) from None
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -186,8 +184,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
         raise CheckpointError(msg) from error
     except (ValueError, RecursionError) as error:
-        msg = f"{path}: not valid JSON: download the file again"
-        raise CheckpointError(msg) from error
+        raise CheckpointError(f"{path}: not valid JSON: download the file again") from error
     if not isinstance(value, dict):
         msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
         raise CheckpointError(msg)

@@ -46,8 +46,7 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
     tokens, types = (_listed(metadata, key, str if key == "tokens" else int, path) for key in ("tokens", "token_type"))
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         counts = f"{len(tokens)} tokens, {len(set(tokens))} different, with {len(types)} types"
-        msg = f"{path}: has {counts}: convert it again"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{path}: has {counts}: convert it again")
     backend = _byte_level(metadata, tokens, path) if model == "gpt2" else _sentencepiece(metadata, tokens, types, path)
     # Phi-3's markers take the space behind them along, which the file does not say.
     _add_tokens(backend, tokens, types, strip=model == "llama" and metadata.get("general.architecture") == "phi3")
@@ -70,8 +69,7 @@ def eos_of(metadata: Mapping[str, Any]) -> list[Any]:
 def _listed(metadata: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
     values = metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        msg = f"{path}: tokenizer.ggml.{key} is no list of {kind.__name__}: convert the model again"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{path}: tokenizer.ggml.{key} is no list of {kind.__name__}: convert the model again")
     return values
 
 
@@ -120,8 +118,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if len(scores) != len(tokens) or type(unknown) is not int or not 0 <= unknown < len(tokens):
         counts = f"{len(scores)} scores for {len(tokens)} tokens, and {unknown!r} as the unknown one"
-        msg = f"{path}: has {counts}: convert the model again"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{path}: has {counts}: convert the model again")
     normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == NORMAL}
     # The longest run of line ends that is a token, with all shorter ones.
     lines = next(count for count in range(len(vocab) + 1) if "\n" * (count + 1) not in vocab) if listed else 0

@@ -227,8 +227,7 @@ class ParameterStore(TensorStore):
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            msg = f"{self._where}: the model has no parameter for {name!r}"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"{self._where}: the model has no parameter for {name!r}")
         return self._sources[name]
 
     def _kind(self, parameter: str) -> Any:
@@ -279,8 +278,7 @@ def _spread(tiles: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if tiles.ndim != len(shape) or any(
         not count or size % count for size, count in zip(shape, tiles.shape, strict=True)
     ):
-        msg = f"shape {list(tiles.shape)} for {list(shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"shape {list(tiles.shape)} for {list(shape)}")
     tiles = tiles.astype(np.float32)
     for axis, size in enumerate(shape):
         if tiles.shape[axis] not in (1, size):

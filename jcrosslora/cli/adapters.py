@@ -58,8 +58,7 @@ class Train(Long, TrainingSettings):
         if self.log is not None:
             find_log(self.log)
         if self.limit is not None and self.limit < 1:
-            msg = f"limit {self.limit} is out of range; it must be at least 1"
-            raise UsageError(msg)
+            raise UsageError(f"limit {self.limit} is out of range; it must be at least 1")
         settings = settings_of(self, TrainingSettings)
         base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
         tokenizer, start = load_tokenizer(base), None
@@ -212,8 +211,7 @@ class Push:
             try:
                 pushed = push_to_hub(self.folder, self.repo_id, private=not self.public, **settings)
             except KeyboardInterrupt:
-                msg = f"{self.repo_id} may exist already, and the same command goes on"
-                raise KeyboardInterrupt(msg) from None
+                raise KeyboardInterrupt(f"{self.repo_id} may exist already, and the same command goes on") from None
             if self.json:
                 print_json(asdict(pushed))
             else:

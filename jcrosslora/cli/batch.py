@@ -67,8 +67,7 @@ class Batch(Long):
             msg = f"log {self.log!r} is of this process, and --ray has others do the work: leave one of them out"
             raise UsageError(msg)
         if self.ray is None and (self.ray_cpus is not None or self.ray_gpus is not None):
-            msg = "--ray-cpus and --ray-gpus are for a cluster: name it with --ray, or leave them out"
-            raise UsageError(msg)
+            raise UsageError("--ray-cpus and --ray-gpus are for a cluster: name it with --ray, or leave them out")
         if self.dry_run:
             if self.json:
                 print_json([one.record() for one in estimate_batch(plan, shard=shard)])
@@ -82,8 +81,7 @@ class Batch(Long):
             else:
                 summary = run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
         except KeyboardInterrupt:
-            msg = "finished jobs stay, and the same command goes on from there"
-            raise KeyboardInterrupt(msg) from None
+            raise KeyboardInterrupt("finished jobs stay, and the same command goes on from there") from None
         if self.json:
             sys.stdout.write(summary.to_json())
         else:
@@ -107,6 +105,5 @@ def _levels(summary: "Summary") -> Iterator[str]:
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
-        msg = f"shard {text!r} is not of the form i/n, such as 1/4"
-        raise UsageError(msg)
+        raise UsageError(f"shard {text!r} is not of the form i/n, such as 1/4")
     return int(index), int(count)

@@ -186,14 +186,11 @@ class Evaluate(OnDevice):
             group = next((each for each in ("data", "tasks", "draft") if one.name in self.GROUPS[each]), None)
             if group and one.name not in allowed and getattr(self, one.name) != one.default:
                 more = ", or give a --draft" if (mode, group) == ("data", "draft") else ""
-                msg = f"--{one.name.replace('_', '-')} is not for --{mode}: leave it out{more}"
-                raise UsageError(msg)
+                raise UsageError(f"--{one.name.replace('_', '-')} is not for --{mode}: leave it out{more}")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            msg = f"num-fewshot {self.num_fewshot} is out of range; it must be at least 0"
-            raise UsageError(msg)
+            raise UsageError(f"num-fewshot {self.num_fewshot} is out of range; it must be at least 0")
         if self.limit is not None and self.limit < 1:
-            msg = f"limit {self.limit} is out of range; it must be at least 1"
-            raise UsageError(msg)
+            raise UsageError(f"limit {self.limit} is out of range; it must be at least 1")
 
     def _check_data(self, data: Path, *, written: bool) -> None:
         """Refuse what cannot be done with a file of examples."""
@@ -302,5 +299,4 @@ class Report:
         for form, endings in _ENDINGS.items():
             if self.out.suffix.lower() in endings:
                 return form
-        msg = f"{self.out}: does not say what to write: give a file that ends in .html, .svg, .pdf or .png"
-        raise UsageError(msg)
+        raise UsageError(f"{self.out}: does not say what to write: give a file that ends in .html, .svg, .pdf or .png")

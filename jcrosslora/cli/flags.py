@@ -67,8 +67,7 @@ def apply_common(arguments: list[str]) -> tuple[list[str], bool]:
         logging.basicConfig(level=logging.INFO)
     if token is not None:
         if not token or token.startswith("-"):
-            msg = "--token is given without a token: give one of the hub, such as --token hf_..."
-            raise UsageError(msg)
+            raise UsageError("--token is given without a token: give one of the hub, such as --token hf_...")
         os.environ["HF_TOKEN"] = token
     return kept + behind, "--quiet" in own
 
@@ -120,8 +119,7 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
             )
     except SystemExit as end:
         if end.code:
-            msg = f"{_reason(printed.getvalue())}; {prog} --help lists the options"
-            raise UsageError(msg) from None
+            raise UsageError(f"{_reason(printed.getvalue())}; {prog} --help lists the options") from None
         print(f"{', '.join(COMMON)}: of every command, see `jcrosslora --help`")
         if short:
             print(f"{prog} {_HELP_ALL} lists all {len(fields(command))} options")  # type: ignore[arg-type]
@@ -143,12 +141,10 @@ def _check_flags(command: type, given: Sequence[str], defaults: Mapping[str, Any
     for text in given:
         flag = text.partition("=")[0].replace("_", "-")
         if flag in alone:
-            msg = f"{flag} is not an option: give its value alone, as in '{prog} {alone[flag]}'"
-            raise UsageError(msg)
+            raise UsageError(f"{flag} is not an option: give its value alone, as in '{prog} {alone[flag]}'")
         if re.match("--?[a-zA-Z]", flag) and flag not in known and flag.lower() not in ("-inf", "-nan"):
             near = suggestion(flag, known).replace("'", "")
-            msg = f"{flag} is unknown{near}; {prog} --help lists the options"
-            raise UsageError(msg)
+            raise UsageError(f"{flag} is unknown{near}; {prog} --help lists the options")
 
 
 def _reason(box: str) -> str:
@@ -278,8 +274,7 @@ def find_action(name: str, given: str, actions: Mapping[str, type]) -> type:
     """Return the action of a command by its name, "" if none was given; raise UsageError if no action has it."""
     if given not in actions:
         said = f"{name} {given!r} is unknown{suggestion(given, actions)}" if given else f"{name} needs an action"
-        msg = f"{said}; use one of {', '.join(actions)}"
-        raise UsageError(msg)
+        raise UsageError(f"{said}; use one of {', '.join(actions)}")
     return actions[given]
 
 

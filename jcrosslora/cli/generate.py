@@ -106,8 +106,7 @@ class Generate(OnDevice):
 
         if bool(self.prompt) == (self.prompts is not None):
             came = f"both texts and the file {self.prompts} were" if self.prompt else "no prompt was"
-            msg = f"{came} given: give texts, or a file with --prompts"
-            raise UsageError(msg)
+            raise UsageError(f"{came} given: give texts, or a file with --prompts")
         if self.prompts is None:
             return self.prompt
         if self.prompts != STDIN:
@@ -175,8 +174,7 @@ def _numbers(row: str) -> list[float]:
     try:
         return [float(part) for part in row.split(",")]
     except ValueError:
-        msg = f"weights {row!r}: wanted a number for each adapter, such as 1,0,0.5"
-        raise UsageError(msg) from None
+        raise UsageError(f"weights {row!r}: wanted a number for each adapter, such as 1,0,0.5") from None
 
 
 def _notes(composed: "Composed", how: str) -> list[str]:

@@ -117,8 +117,7 @@ class Check:
         from jcrosslora.evaluate.engine_check import check_run
 
         if self.base is None:
-            msg = "--run needs the base that the engine loads: name it with --base"
-            raise UsageError(msg)
+            raise UsageError("--run needs the base that the engine loads: name it with --base")
         found = check_run(self.path, self.base, original=self.original)
         if self.json:
             print_json(found.to_json())

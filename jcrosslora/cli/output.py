@@ -110,8 +110,7 @@ def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
         msg = f"{path}: is no name of {what}, and may be that of another file: give one that ends in {endings[0]}"
         raise OutputError(msg)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
-        raise OutputError(msg)
+        raise OutputError(f"{path}: cannot be written: wanted a file in a folder that exists and can be written to")
     return path
 
 
@@ -125,8 +124,7 @@ def opened_base(base: str | None, template: Path | None) -> "BaseModel":
 def given_base(base: str | None) -> str:
     """Raise UsageError if no base is named."""
     if base is None:
-        msg = "no base was given: give one with --base, or a shelf, which knows its own, with --shelf"
-        raise UsageError(msg)
+        raise UsageError("no base was given: give one with --base, or a shelf, which knows its own, with --shelf")
     return base
 
 
@@ -135,8 +133,7 @@ def opened_shelf(folder: Path, base: str | None, template: Path | None) -> "Shel
     from jcrosslora.shelf import Shelf
 
     if base is None and template is not None:
-        msg = f"the template {template} was given and no base: give the shelf's base with --base"
-        raise UsageError(msg)
+        raise UsageError(f"the template {template} was given and no base: give the shelf's base with --base")
     return Shelf(folder, None if base is None else opened_base(base, template))
 
 

@@ -64,8 +64,7 @@ class Add(_OnShelf):
         try:
             found = shelf.add(self.adapters, name=self.name, prompts=self.prompts, lift=self.lift)
         except KeyboardInterrupt:
-            msg = "what was added stays, and the same command goes on from there"
-            raise KeyboardInterrupt(msg) from None
+            raise KeyboardInterrupt("what was added stays, and the same command goes on from there") from None
         for name in found.added:
             say(console, f"added: {name} ({_facts(shelf.entry(name))})")
         for name in found.kept:
@@ -76,8 +75,7 @@ class Add(_OnShelf):
         # Of what lies below a folder the damaged are left out; what was named is an error.
         named = {str(Path(ref).expanduser()) for ref in self.adapters if is_adapter(Path(ref).expanduser())}
         if bad := [one for one in found.refused if one.place in named or one.place in self.adapters]:
-            msg = f"{bad[0].place}: not added: {bad[0].reason}"
-            raise AdapterError(msg)
+            raise AdapterError(f"{bad[0].place}: not added: {bad[0].reason}")
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ class _Transfer(Long):
             try:
                 find_method(named)  # a user's own, whose hyper-parameters are known once it is registered
             except MethodError as error:
-                msg = f"recipe {path}: {error}"
-                raise MethodError(msg) from error
+                raise MethodError(f"recipe {path}: {error}") from error
         found = find_files(read_settings(settings, f"recipe {path}"), Path(path))
         if "--overwrite" in arguments:
             found.pop("out", None)  # what is replaced is typed as well

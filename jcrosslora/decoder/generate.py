@@ -243,8 +243,7 @@ class Generator:
         """
         ids = cut_ids(self.tokenizer, prompts)
         if not all(map(len, ids)):
-            msg = f"{self.name}: a prompt has no token, and the base has none to begin with: give a text"
-            raise UsageError(msg)
+            raise UsageError(f"{self.name}: a prompt has no token, and the base has none to begin with: give a text")
         rows = self.write_tokens(ids, max_new_tokens, temperature, key, bar=bar)
         return [as_written(self.tokenizer, *pair) for pair in zip(ids, rows, strict=True)]
 

@@ -74,11 +74,9 @@ def load_model(
     check_devices()
     kind = jnp.dtype(dtype)
     if kind not in (_F32, _BF16):
-        msg = f"dtype is {kind.name}, wanted float32 or bfloat16"
-        raise UsageError(msg)
+        raise UsageError(f"dtype is {kind.name}, wanted float32 or bfloat16")
     if packed and kind == _F32:
-        msg = "float32 weights cannot be packed; use bfloat16, or packed=False"
-        raise UsageError(msg)
+        raise UsageError("float32 weights cannot be packed; use bfloat16, or packed=False")
     if packed is None:
         packed = kind == _BF16
     settings, family, stacks = settings_of(base), base.family, _Stacks(base, mesh, streamed=streamed)

@@ -156,8 +156,7 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
         AdapterError: there is no adapter, or one does not fit the base (see `stack_adapter`).
     """
     if not adapters:
-        msg = "there are no adapters to stack; give at least one"
-        raise AdapterError(msg)
+        raise AdapterError("there are no adapters to stack; give at least one")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_stacked(adapters, base))
 
 

@@ -119,8 +119,7 @@ def make_batches(
     matched = (_match(item, tokenizers, weights) for item in completions)
     pairs = [pair for pair in matched if len(pair.weight)]
     if not pairs:
-        msg = "no completion has a token that ends where one of the other base ends: give other prompts"
-        raise UsageError(msg)
+        raise UsageError("no completion has a token that ends where one of the other base ends: give other prompts")
     groups, found = _groups(pairs), []
     for width in sorted(groups):
         alike, rows = groups[width], row_shape(width)[0]

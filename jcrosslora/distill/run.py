@@ -159,8 +159,7 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
     if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"
-        msg = f"{target.ref}: gives predictions that are not finite: {what}"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{target.ref}: gives predictions that are not finite: {what}")
 
 
 def _check_found(update: Adapter, fitted: Fitted) -> None:

@@ -168,8 +168,7 @@ def find_symbols(
     """
     ids, reason = shared_ids(source, target)
     if ids is None:
-        msg = f"predictions cannot be compared: {reason}; use another method"
-        raise MethodError(msg)
+        raise MethodError(f"predictions cannot be compared: {reason}; use another method")
     order = np.argsort(ids[0])
     ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
     kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))

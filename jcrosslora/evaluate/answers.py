@@ -82,8 +82,7 @@ def installed(figure: str) -> bool:
 
 
 def _refuse(name: str) -> Any:
-    msg = f"{name} is not JSON"
-    raise ValueError(msg)
+    raise ValueError(f"{name} is not JSON")
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -178,8 +177,7 @@ class Answers(Evaluated):
             UsageError: an unknown figure, or one whose library is not installed.
         """
         if figure not in ANSWER_FIGURES:
-            msg = f"figure {figure!r} is not known; known: {', '.join(ANSWER_FIGURES)}"
-            raise UsageError(msg)
+            raise UsageError(f"figure {figure!r} is not known; known: {', '.join(ANSWER_FIGURES)}")
         if figure not in self._computed:
             self._computed[figure] = self._compute(figure)
         return self._computed[figure]
@@ -238,11 +236,9 @@ def answer(
     completions = tuple(map(as_completion, found))
     adapters = [load_adapter(one, base) for one in adapters]
     if not completions or batch_tokens < 1:
-        msg = f"{len(completions)} examples in batches of {batch_tokens} tokens: wanted 1 or more of both"
-        raise UsageError(msg)
+        raise UsageError(f"{len(completions)} examples in batches of {batch_tokens} tokens: wanted 1 or more of both")
     if max_new_tokens is not None and max_new_tokens < 1:
-        msg = f"answers of {max_new_tokens} tokens: wanted 1 or more"
-        raise UsageError(msg)
+        raise UsageError(f"answers of {max_new_tokens} tokens: wanted 1 or more")
     tokenizer = tokenizer or load_tokenizer(base)
     items = [_tokens(base, tokenizer, one, number) for number, one in enumerate(completions, 1)]
     room = max_new_tokens or _room(tokenizer, completions)
@@ -312,8 +308,7 @@ class _Writer(Generator):
 def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, number: int) -> Tokens:
     """Tokenize a prompt and its right answer, as a question with one choice."""
     if not completion.answer.strip():
-        msg = f"example {number} has no answer: give the right one to compare with"
-        raise UsageError(msg)
+        raise UsageError(f"example {number} has no answer: give the right one to compare with")
     found = read(tokenizer, completion)
     longest = base.config.get("max_position_embeddings")
     whole = "with its answer", len(found.ids), longest

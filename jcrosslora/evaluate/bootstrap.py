@@ -85,8 +85,7 @@ class Evaluated(ABC):
         values = self.values(figure)
         for place in (moved, trained):
             if not 1 <= place < len(values):
-                msg = f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1"
-                raise UsageError(msg)
+                raise UsageError(f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1")
         base, own, oracle = (values if figure in LOWER_IS_BETTER else -values)[[0, moved, trained]]
         return lift_recovered(base, own, oracle, draws=draws, seed=seed)
 
@@ -102,8 +101,7 @@ def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -
     values = np.asarray(values, np.float64)
     if draws < 1 or values.ndim != 2 or values.shape[1] < 1 or not np.isfinite(values).all():
         came = f"bootstrap of values {list(values.shape)} with {draws} draws"
-        msg = f"{came}: wanted finite values (models, questions) and 1 draw or more"
-        raise UsageError(msg)
+        raise UsageError(f"{came}: wanted finite values (models, questions) and 1 draw or more")
     count = values.shape[1]
     rng, share = np.random.default_rng(seed), np.full(count, 1 / count)
     size = max(1, _NUMBERS_AT_ONCE // count)
@@ -145,10 +143,9 @@ def lift_recovered(
     """
     shapes = [np.shape(each) for each in (base, moved, trained)]
     if len(set(shapes)) != 1 or len(shapes[0]) != 1:
-        msg = (
+        raise UsageError(
             f"lift of figures {', '.join(str(list(shape)) for shape in shapes)}: wanted the same questions (n,) in each"
         )
-        raise UsageError(msg)
     gains = np.stack([np.subtract(base, moved), np.subtract(base, trained)]).astype(np.float64)
     means = bootstrap_means(gains, draws=draws, seed=seed)
     trained_gain = _interval(float(gains[1].mean()), means[1])

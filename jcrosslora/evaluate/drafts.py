@@ -162,8 +162,7 @@ def _check_vocabularies(target: BaseModel, draft: BaseModel) -> None:
     """Refuse different tokenizers: drafted tokens are handed over as ids. Embedding rows without a token may differ."""
     for base in (target, draft):
         if base.vocabulary().tokens is None:
-            msg = f"{base.ref}: its vocabulary cannot be compared: {base.vocabulary().reason}"
-            raise CheckpointError(msg)
+            raise CheckpointError(f"{base.ref}: its vocabulary cannot be compared: {base.vocabulary().reason}")
     names, own = target.vocabulary().names, draft.vocabulary().names
     if differ := sorted(index for index in names.keys() | own.keys() if names.get(index) != own.get(index)):
         shown = [one.get(differ[0], b"").decode(errors="replace") for one in (own, names)]

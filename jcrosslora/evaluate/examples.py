@@ -58,8 +58,7 @@ def read_examples(path: str | Path) -> list[Example]:
     if "prompt" in first:
         return [_prompted(_object(line), ascii(line[:60])[1:], f"{path}:{number}") for number, line in lines]
     if lines and "question" not in first:
-        msg = f"{path}:{lines[0][0]}: is {ascii(lines[0][1][:60])[1:]}, wanted {_KINDS} on each line"
-        raise UsageError(msg)
+        raise UsageError(f"{path}:{lines[0][0]}: is {ascii(lines[0][1][:60])[1:]}, wanted {_KINDS} on each line")
     return list(read_task(path))
 
 
@@ -89,8 +88,7 @@ def read_task(path: str | Path) -> list[Question]:
     """
     found = [_question(line, f"{path}:{number}") for number, line in _read_lines(Path(path))]
     if not found:
-        msg = f"{path}: holds no question: {_QUESTION} on each line"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: holds no question: {_QUESTION} on each line")
     return found
 
 
@@ -138,8 +136,7 @@ def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
         found = [line.removesuffix("\r") for line in lines]
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
-        msg = f"{name}: holds no text, at least one line was wanted: write one text a line"
-        raise UsageError(msg)
+        raise UsageError(f"{name}: holds no text, at least one line was wanted: write one text a line")
     return prompts
 
 
@@ -176,24 +173,21 @@ def _refusal(place: str, came: str) -> UsageError:
 def _conversation(entry: dict[str, Any], place: str) -> Completion:
     prompt, answer = split_answer(parse_messages(entry.get("messages"), place))
     if not prompt or answer is None:
-        msg = f"{place}: its messages do not end with an answer of the assistant after another message"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: its messages do not end with an answer of the assistant after another message")
     return Completion(prompt, answer, references=_references(entry, place))
 
 
 def _prompted(entry: Mapping[str, Any], shown: str, place: str) -> Completion:
     prompt, answer = map(entry.get, ("prompt", "answer"))
     if not is_text(prompt) or not is_text(answer):
-        msg = f'{place}: is {shown}, wanted {{"prompt": text, "answer": text}} with texts not blank'
-        raise UsageError(msg)
+        raise UsageError(f'{place}: is {shown}, wanted {{"prompt": text, "answer": text}} with texts not blank')
     return Completion(prompt, f" {answer}", references=_references(entry, place))
 
 
 def _references(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:
     found = entry.get("references", [])
     if not isinstance(found, list) or not all(map(is_text, found)):
-        msg = f"{place}: references is {ascii(found)[:60]}, wanted a list of texts that are not blank"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: references is {ascii(found)[:60]}, wanted a list of texts that are not blank")
     return tuple(found)
 
 
@@ -208,8 +202,7 @@ def _bytes(path: Path, wanted: str) -> bytes:
     try:
         return read_file(path)
     except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): {wanted}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}): {wanted}") from error
 
 
 def _read(path: Path) -> str:
@@ -219,8 +212,7 @@ def _read(path: Path) -> str:
         msg = f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8 with one text a line"
         raise UsageError(msg) from error
     if "\0" in text:
-        msg = f"{path}: is a binary file, UTF-8 text was wanted: name a file with one text a line"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: is a binary file, UTF-8 text was wanted: name a file with one text a line")
     return text
 
 
@@ -238,8 +230,7 @@ def _prompt_of(line: str, place: str) -> Prompt:
         msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line, '
         raise UsageError(msg + '{"prompt": "..."} or {"messages": [...]}')
     if not _is_utf8(text):
-        msg = f"{place}: the text has half of a surrogate pair: write whole characters"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: the text has half of a surrogate pair: write whole characters")
     return text
 
 

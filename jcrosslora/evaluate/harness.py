@@ -41,8 +41,7 @@ def __getattr__(name: str) -> Any:
     # Imported late, so that the command line can say in one line that lm_eval is missing.
     if name == "JCrossLoRALM":
         return importlib.import_module("jcrosslora.evaluate.harness_model").JCrossLoRALM
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:

@@ -114,8 +114,7 @@ class JCrossLoRALM(TemplateLM):
         """
         for context, continuation in (request.args for request in requests):
             if not continuation:
-                msg = f"the continuation of {context[-60:]!r} is empty: give text to score"
-                raise UsageError(msg)
+                raise UsageError(f"the continuation of {context[-60:]!r} is empty: give text to score")
         quiet = disable_tqdm or not self.settings.bars  # the harness has a bar of its own
         return super().loglikelihood(list(requests), disable_tqdm=quiet)
 
@@ -191,8 +190,7 @@ class JCrossLoRALM(TemplateLM):
     def _fitted(self, text: str, context: list[int], scored: list[int]) -> Pair:
         if not 1 <= len(scored) <= self.max_length:
             count = f"{len(scored)} tokens behind its context"
-            msg = f"continuation {text[:60]!r}: has {count}, wanted 1 to {self.max_length}, the max_length"
-            raise UsageError(msg)
+            raise UsageError(f"continuation {text[:60]!r}: has {count}, wanted 1 to {self.max_length}, the max_length")
         return context[-(self.max_length + 1 - len(scored)) :], scored
 
     def _judge(self, pairs: Sequence[Pair], quiet: bool) -> list[tuple[float, bool]]:

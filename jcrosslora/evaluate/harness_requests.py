@@ -57,8 +57,7 @@ class ModelSettings(Settings):
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
-            msg = f"dtype {self.dtype!r} was asked for, wanted {' or '.join(_DTYPES)}"
-            raise UsageError(msg)
+            raise UsageError(f"dtype {self.dtype!r} was asked for, wanted {' or '.join(_DTYPES)}")
         positive("batch_tokens", self.batch_tokens)
         check_seed(positive("seed", self.seed, least=0))
 
@@ -197,8 +196,7 @@ def _temperature(given: Mapping[str, Any]) -> float:
 
 
 def _refuse(name: str, came: Any, wanted: str) -> NoReturn:
-    msg = f"generation setting {name} is {came!r}: wanted {wanted}"
-    raise UsageError(msg)
+    raise UsageError(f"generation setting {name} is {came!r}: wanted {wanted}")
 
 
 def positive(name: str, value: Any, *, least: int = 1) -> int:
@@ -208,8 +206,7 @@ def positive(name: str, value: Any, *, least: int = 1) -> int:
         UsageError: it is not a whole number, or below `least`.
     """
     if type(value) is not int or value < least:
-        msg = f"{name} is {value!r}: wanted a whole number from {least} on"
-        raise UsageError(msg)
+        raise UsageError(f"{name} is {value!r}: wanted a whole number from {least} on")
     return value
 
 
@@ -236,8 +233,7 @@ def end_token(base: BaseModel, tokenizer: Tokenizer) -> int:
     for index in [*(stated if isinstance(stated, list) else [stated]), *tokenizer.stops]:
         if _is_token(index, base):
             return index
-    msg = f"{base.ref}: neither its configuration nor its tokenizer names bos or eos: give prefix_token_id"
-    raise UsageError(msg)
+    raise UsageError(f"{base.ref}: neither its configuration nor its tokenizer names bos or eos: give prefix_token_id")
 
 
 def _is_token(index: Any, base: BaseModel) -> TypeGuard[int]:

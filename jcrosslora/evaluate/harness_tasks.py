@@ -60,8 +60,7 @@ class Tasks:
             msg = f"include-path {include_path}: is no folder: give the one that holds the YAML files of your tasks"
             raise UsageError(msg)
         if not names:
-            msg = "no task was named: give names of lm_eval's tasks, such as arc_easy,hellaswag"
-            raise UsageError(msg)
+            raise UsageError("no task was named: give names of lm_eval's tasks, such as arc_easy,hellaswag")
         self.names, self._folder = list(dict.fromkeys(names)), include_path
         if include_path is None:
             _check_names(self.names)
@@ -150,8 +149,7 @@ def _task_files() -> bytes:
     """
     found = importlib.util.find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
-        msg = "--tasks needs the lm_eval package, which is not installed: pip install 'jcrosslora[eval]'"
-        raise UsageError(msg)
+        raise UsageError("--tasks needs the lm_eval package, which is not installed: pip install 'jcrosslora[eval]'")
     texts = []
     for folder, _, names in os.walk(Path(found.submodule_search_locations[0]) / "tasks"):
         texts += [Path(folder, name).read_bytes() for name in names if "yaml" in name or "." not in name]

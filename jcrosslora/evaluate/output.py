@@ -211,10 +211,9 @@ def place_of(names: Sequence[str], trained: str) -> int:
         UsageError: no adapter has this name.
     """
     if trained not in names[1:]:
-        msg = (
+        raise UsageError(
             f"trained adapter {trained!r} is not among those evaluated: wanted one of {', '.join(names[1:]) or 'none'}"
         )
-        raise UsageError(msg)
     return names.index(trained, 1)
 
 

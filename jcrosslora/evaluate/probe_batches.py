@@ -92,8 +92,7 @@ def probe_batches(
         CheckpointError: see `Tokenizer.encode`.
     """
     if min(length, batch, 1 if positions is None else positions) < 1:
-        msg = f"probe batches of {length=}, {batch=}, {positions=} were asked for: each must be at least 1"
-        raise UsageError(msg)
+        raise UsageError(f"probe batches of {length=}, {batch=}, {positions=} were asked for: each must be at least 1")
     if width is not None and width < length:
         msg = f"probe batches of {width=} were asked for with texts of {length=}: the width must be at least that"
         raise UsageError(msg)

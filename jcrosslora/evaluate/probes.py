@@ -122,8 +122,7 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         if min(self.count, self.length) < 1:
-            msg = f"{self.count} texts of {self.length} tokens were asked for: each must be at least 1"
-            raise UsageError(msg)
+            raise UsageError(f"{self.count} texts of {self.length} tokens were asked for: each must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             msg = f"temperature {self.temperature} was asked for, wanted a finite number from 0 on, such as 1"
             raise UsageError(msg)
@@ -181,8 +180,7 @@ def write_texts(
         CheckpointError: the tokenizer or the weights cannot be read, or the predictions are not finite.
     """
     if batch < 1:
-        msg = f"texts in batches of {batch} were asked for: wanted 1 or more"
-        raise UsageError(msg)
+        raise UsageError(f"texts in batches of {batch} were asked for: wanted 1 or more")
     count, length, temperature = settings.count, settings.length, settings.temperature
     generator = Generator.of(base, adapter, model=model)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
@@ -200,8 +198,7 @@ def write_texts(
             if len(texts) >= count:
                 return texts[:count]
     tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"
-    msg = f"{base.ref}: {tried}, {count} were wanted: change the temperature, or give texts of your own"
-    raise MethodError(msg)
+    raise MethodError(f"{base.ref}: {tried}, {count} were wanted: change the temperature, or give texts of your own")
 
 
 def probes_cost(count: int) -> Cost:
@@ -260,8 +257,7 @@ def check_seed(seed: int) -> None:
         UsageError: it is not from 0 to 2^32 - 1.
     """
     if not 0 <= seed < 1 << 32:
-        msg = f"seed {seed} was asked for, wanted 0 to {(1 << 32) - 1}"
-        raise UsageError(msg)
+        raise UsageError(f"seed {seed} was asked for, wanted 0 to {(1 << 32) - 1}")
 
 
 def _candidates(tokens: Mapping[bytes, int]) -> list[int]:

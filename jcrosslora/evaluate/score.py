@@ -75,8 +75,7 @@ class Scores(Evaluated):
             UsageError: an unknown figure.
         """
         if figure not in FIGURES:
-            msg = f"figure {figure!r} is not known; known: {', '.join(FIGURES)}"
-            raise UsageError(msg)
+            raise UsageError(f"figure {figure!r} is not known; known: {', '.join(FIGURES)}")
         exists = self.characters > 0
         per_char = self.log_probs / np.where(exists, self.characters, 1)
         if figure in ("nll_per_char", "nll_pooled"):
@@ -146,8 +145,7 @@ def score(
     questions = read_task(questions) if isinstance(questions, str | Path) else questions
     adapters = [load_adapter(one, base) for one in adapters]
     if not questions or batch_tokens < 1:
-        msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
-        raise UsageError(msg)
+        raise UsageError(f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both")
     items = read_questions(base, questions, tokenizer)
     models = Models.of(base, adapters, model, dtype)
     log_probs, tokens = log_prob_sums(models, items, batch_tokens, unit="questions")

@@ -194,8 +194,7 @@ def _row(stack: jax.Array, row: int) -> jax.Array:
         first, stop, _ = shard.index[0].indices(stack.shape[0])
         if first <= row < stop:
             return cast("jax.Array", shard.data)[row - first]
-    msg = f"row {row} of the stack is not on this host"
-    raise AssertionError(msg)
+    raise AssertionError(f"row {row} of the stack is not on this host")
 
 
 def spread(stack: np.ndarray) -> jax.Array:

@@ -44,11 +44,10 @@ def carry_tokens(
     rows = []
     for update in adapter.tokens:
         if (update.size, update.width) != (source.dims.vocab, source.dims.hidden):
-            msg = (
+            raise AdapterError(
                 f"adapter {adapter.info.name} changes {update.table} of {update.size} x {update.width}, but the base "
                 f"{source.name} has {source.dims.vocab} x {source.dims.hidden}; give the base it was trained on"
             )
-            raise AdapterError(msg)
         changed, count, kept = 0, 0, 0.0
         # The change of a tied matrix becomes one for embedding and one for head if the target has two matrices.
         for table in (EMBEDDING, HEAD) if update.table == TIED and not target.tied else (update.table,):

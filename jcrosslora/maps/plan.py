@@ -63,8 +63,7 @@ def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
     """
     structure, reason = pair.structure
     if structure is None:
-        msg = f"method select needs a base that is made of the other's parts: {reason}; use another method"
-        raise MethodError(msg)
+        raise MethodError(f"method select needs a base that is made of the other's parts: {reason}; use another method")
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
     if depth != _DEFAULT_DEPTH and (isinstance(depth, str) or tuple(depth) != layers):
         msg = f"method select finds the layers by their weights, here {_shown(layers)}; leave the depth map out"
@@ -84,11 +83,10 @@ def _check_modules(task: AlignmentTask) -> None:
     for pair in task.modules if method is not None and method.equal_shapes else ():
         src, tgt = task.shapes(pair)
         if src != tgt:
-            msg = (
+            raise MethodError(
                 f"method {task.method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
                 f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
             )
-            raise MethodError(msg)
 
 
 def _check_same_modules(task: AlignmentTask) -> None:

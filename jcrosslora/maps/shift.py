@@ -235,11 +235,9 @@ def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedF
 
 def _check_settings(method: Method, calibrate: str | None, scale: float) -> None:
     if calibrate not in (None, "none", "frobenius"):
-        msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
-        raise UsageError(msg)
+        raise UsageError(f"calibration {calibrate!r} is unknown; use none or frobenius")
     if not math.isfinite(scale) or scale == 0:
-        msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
-        raise UsageError(msg)
+        raise UsageError(f"scale {scale:g} is out of range; it must be a finite number other than 0")
     given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
     if given is not None and method.fits_update:
         msg = f"{given} has no part in method {method.name}, which fits the size of the update as well; "

@@ -88,8 +88,7 @@ def register_method(method: type[M]) -> type[M]:
         raise MethodError(msg)
     other = METHODS.get(method.name)
     if method.name == AUTO or (other is not None and other.spec() != method.spec()):
-        msg = f"another method is called {method.name!r}; choose another name"
-        raise MethodError(msg)
+        raise MethodError(f"another method is called {method.name!r}; choose another name")
     if method.move is Method.move or (issubclass(method, MapMethod) and method.maps is MapMethod.maps):
         msg = f"method {method.name} does not say how it moves an update; inherit from jcrosslora.MapMethod and write "
         raise MethodError(msg + "`maps`, or from jcrosslora.Method and write `move`")
@@ -131,8 +130,7 @@ def find_method(name: str) -> type[Method]:
     if name not in METHODS:
         names = (AUTO, *METHODS)
         listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
-        msg = f"method {name!r} is unknown{suggestion(name, names)}; {listed}"
-        raise MethodError(msg)
+        raise MethodError(f"method {name!r} is unknown{suggestion(name, names)}; {listed}")
     return METHODS[name]
 
 
@@ -154,8 +152,7 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
     if isinstance(method, str):
         method = find_method(method)
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
-        msg = f"method {method!r} is neither a name nor a method; see jcrosslora.methods"
-        raise MethodError(msg)
+        raise MethodError(f"method {method!r} is neither a name nor a method; see jcrosslora.methods")
     made = method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
     made.check()  # before anything slow
     return made

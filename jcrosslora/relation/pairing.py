@@ -53,8 +53,7 @@ def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], dep
     found = [(module, names.get((layers[module.layer], module.role))) for module in target.values()]
     pairs = tuple(Pair(module.name, name, module.role) for module, name in found if name is not None)
     if not pairs:
-        msg = f"depth map {depth!r} pairs no module of the two bases; name at least one source layer"
-        raise PairingError(msg)
+        raise PairingError(f"depth map {depth!r} pairs no module of the two bases; name at least one source layer")
     return Pairing(
         depth if isinstance(depth, str) else "explicit",
         layers,

@@ -188,8 +188,7 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
         if is_hub_id(repo_id):
             return
-    msg = f"{repo_id!r} is not the name of a repository: give one such as owner/name"
-    raise UsageError(msg)
+    raise UsageError(f"{repo_id!r} is not the name of a repository: give one such as owner/name")
 
 
 @contextmanager
@@ -222,8 +221,7 @@ def _refusals(repo_id: str) -> Iterator[None]:
     # The client raises its errors, those of its HTTP library and of the compiled library that uploads, and wraps some
     # of them in RuntimeError.
     except Exception as error:
-        msg = f"{repo_id}: {_account(error, repo_id)}"
-        raise OutputError(msg) from error
+        raise OutputError(f"{repo_id}: {_account(error, repo_id)}") from error
 
 
 def _status_of(error: BaseException) -> int | None:

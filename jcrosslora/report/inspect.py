@@ -27,8 +27,7 @@ def open_any(
     """
     path, refused = Path(ref), None
     if not path.exists() and not is_hub_id(ref):
-        msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{ref}: no such folder or file, and not a hub id of the form org/name")
     if not path.exists() or is_adapter(path):
         try:
             opened = None if base is None else open_base(base)
@@ -44,8 +43,7 @@ def open_any(
     except CheckpointError as error:
         if refused is None or str(refused) == str(error):  # as without a network
             raise
-        msg = f"{ref} is neither an adapter ({refused}) nor a base model ({error})"
-        raise CheckpointError(msg) from None
+        raise CheckpointError(f"{ref} is neither an adapter ({refused}) nor a base model ({error})") from None
     if base is not None:
         msg = f"{ref} is a base model, but --base {base} was given, which applies to adapters only: leave it out"
         raise UsageError(msg)

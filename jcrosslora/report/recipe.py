@@ -31,8 +31,7 @@ def repeat_command(recipe_toml: str) -> tuple[str, str]:
     try:
         settings = tomllib.loads("\n".join(lines))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        msg = f"the recipe in the report is not TOML ({error}): {AGAIN}"
-        raise UsageError(msg) from None
+        raise UsageError(f"the recipe in the report is not TOML ({error}): {AGAIN}") from None
     files, served = _local_files(settings), SERVED in settings
     blanks = ["the folder of each file in place of PATH"] * bool(files)
     blanks += ["the address of the server in place of URL"] * served

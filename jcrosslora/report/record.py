@@ -265,10 +265,8 @@ def read_report(path: Path) -> TransferReport:
         if schema == SCHEMA:
             return msgspec.convert(found, TransferReport)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{path}: is damaged ({error}): {AGAIN}"
-        raise UsageError(msg) from error
-    msg = f"{path}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}"
-    raise UsageError(msg)
+        raise UsageError(f"{path}: is damaged ({error}): {AGAIN}") from error
+    raise UsageError(f"{path}: has schema {ascii(schema)[:20]}, wanted {SCHEMA}: {AGAIN}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -276,8 +274,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return read_small(path)
     except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
-        raise UsageError(msg) from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}): give a folder or file that can be") from error
 
 
 def taken(kind: type[T], given: Any) -> T:

@@ -70,8 +70,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     """
     folder = Path(folder).expanduser()
     if base_model is not None and not is_hub_id(base_model):
-        msg = f"base model {base_model!r} is not a hub id: give one such as owner/name, or leave it out"
-        raise UsageError(msg)
+        raise UsageError(f"base model {base_model!r} is not a hub id: give one such as owner/name, or leave it out")
     files = _whole_adapter(folder)
     _check_links(folder)
     config = {} if files.config is None else read_config(files.config)
@@ -101,16 +100,14 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
 def _whole_adapter(folder: Path) -> AdapterFiles:
     """Find the files of an adapter and check names, shapes and sizes of its tensors."""
     if not folder.is_dir():
-        msg = f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer"
-        raise AdapterError(msg)
+        raise AdapterError(f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer")
     files = find_adapter(folder)
     if files.form == "Orbax":
         msg = f"{folder}: is a checkpoint of Orbax, unknown to the hub: write it with `jcrosslora export` first"
         raise AdapterError(msg)
     facts = read_facts(folder)
     if facts.fault is not None:
-        msg = f"{folder}: is not a whole adapter ({facts.fault}): write it again"
-        raise AdapterError(msg)
+        raise AdapterError(f"{folder}: is not a whole adapter ({facts.fault}): write it again")
     gguf = files.form == "GGUF"
     header = open_gguf_adapter(files.weights).header.metadata if gguf else open_weights(files.weights).metadata
     if any(isinstance(value, str) and public_text(value) != value for value in header.values()):

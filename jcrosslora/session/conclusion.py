@@ -207,8 +207,7 @@ def measure_effect(
     begin(EFFECT)
     # A method that runs the bases has already shown that they can be run.
     if not runs_bases and (obstacle := why_not_run(source, task.target)) is not None:
-        msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"the effect cannot be measured: {obstacle}; leave out --effect always")
     try:
         with enough_memory("leave out the check with --effect never"):
             if written:

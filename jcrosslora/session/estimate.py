@@ -260,8 +260,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         left = None if host is None else max(0, host - fitted(1, streams=streams))
         extra = method.memory(bases[-1], left) or 0
     if streams and source is None:
-        msg = "divide stream was asked for, and the source is not run here: leave it out"
-        raise UsageError(msg)
+        raise UsageError("divide stream was asked for, and the source is not run here: leave it out")
     divide = "auto" if streams else options.divide
     placement = choose_placement(partial(largest, streams=streams), extra, there, free, divide)
     if free is not None and placement.weights > free and divide == "auto" and source is not None:

@@ -97,8 +97,7 @@ class QueriedSession:
 
             return partial(ServedSource.open, model, None if self._root is None else self._root / "answers")
         if not isinstance(adapter, str | Path):
-            msg = "a source on torch needs an adapter in files: give a folder of PEFT or a hub id"
-            raise UsageError(msg)
+            raise UsageError("a source on torch needs an adapter in files: give a folder of PEFT or a hub id")
         find_adapter(adapter, request.revision)
         from jcrosslora.distill.sources.torch import TorchSource
 

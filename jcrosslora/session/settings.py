@@ -30,7 +30,7 @@ class TransferOptions(Settings):
     """Options of a transfer other than method and files. Keywords of `jcrosslora.transfer`."""
 
     depth: str = "proportional"
-    """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
+    """Which source layer feeds which target layer: proportional, by-name, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
     """Norm of each moved update: unchanged after the maps (none), or rescaled to the norm on the source (frobenius); by
     default the method decides."""
@@ -63,13 +63,11 @@ def make_options(given: Mapping[str, Any]) -> TransferOptions:
         if methods := setting_fields().get(name):
             usual = METHODS[Distill.name if Distill.name in methods else next(iter(methods))]
             example = f"methods.{usual.__name__}({name}={given[name]!r})"
-            msg = f"{name} is not an option of a transfer but a setting of methods: give method={example}"
-            raise UsageError(msg)
+            raise UsageError(f"{name} is not an option of a transfer but a setting of methods: give method={example}")
         if name not in known:
-            msg = (
+            raise UsageError(
                 f"a transfer has no option {name!r}{suggestion(name, [*known, *_ARGUMENTS])}; it has {', '.join(known)}"
             )
-            raise UsageError(msg)
     return TransferOptions(**given)
 
 
@@ -166,8 +164,7 @@ class TransferSettings(TransferOptions):
             return
         for name in ("source_model", "source_tokenizer"):
             if getattr(self, name) is None:
-                msg = f"a source behind a server needs {name}: give it with --{name.replace('_', '-')}"
-                raise UsageError(msg)
+                raise UsageError(f"a source behind a server needs {name}: give it with --{name.replace('_', '-')}")
         for name, value in (("adapter", self.adapter), ("source", self.source)):
             if value:
                 msg = f"{name} {value[:200]} was given with --source-url, and the server has both source and adapter: "
@@ -237,11 +234,9 @@ def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
     try:
         return tomllib.loads(read_small_text(path))
     except OSError as error:
-        msg = f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file"
-        raise UsageError(msg) from None
+        raise UsageError(f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{what} {path} is not TOML ({error}); write lines such as {example}"
-        raise UsageError(msg) from None
+        raise UsageError(f"{what} {path} is not TOML ({error}); write lines such as {example}") from None
 
 
 def read_table(
@@ -259,14 +254,11 @@ def read_table(
     for key, value in values.items():
         if key not in kinds:
             known = ", ".join(kinds) or "none"
-            msg = f"{place} has an unknown key {key!r}{suggestion(key, kinds)}; it may have {known}"
-            raise UsageError(msg)
+            raise UsageError(f"{place} has an unknown key {key!r}{suggestion(key, kinds)}; it may have {known}")
         try:
             found[key] = convert(value, kinds[key])
         except ValidationError:
-            msg = f"{place} sets {key} to {value!r}; it must be {wanted_type(kinds[key])}"
-            raise UsageError(msg) from None
+            raise UsageError(f"{place} sets {key} to {value!r}; it must be {wanted_type(kinds[key])}") from None
     if missing := [key for key in required if key not in values]:
-        msg = f"{place} has no {missing[0]}; give it {wanted_type(kinds[missing[0]])}"
-        raise UsageError(msg)
+        raise UsageError(f"{place} has no {missing[0]}; give it {wanted_type(kinds[missing[0]])}")
     return found

@@ -138,8 +138,7 @@ def shift(
         UsageError: options out of range, or that do not fit the method.
     """
     if transport.bases is None:
-        msg = "the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again"
-        raise MethodError(msg)
+        raise MethodError("the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again")
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with enough_memory(out_of_memory_advice(transport.method)):
         session = PairSession(transport.bases.source, transport.bases.target)
@@ -228,8 +227,7 @@ def given_probes(
     in_file = isinstance(examples, str | Path)
     known = [as_completion(one) for one in (read_examples(examples) if in_file else parse_examples(examples))]
     if not known:
-        msg = "examples is empty: give at least one prompt with its right answer, or leave it out"
-        raise UsageError(msg)
+        raise UsageError("examples is empty: give at least one prompt with its right answer, or leave it out")
     if prompts is None:
         found = Probes.given([one.prompt for one in known], "of the examples")
     else:

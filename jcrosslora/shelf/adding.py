@@ -94,12 +94,10 @@ class Reader:
             ("path", place, "rename the folder"),
         ):
             if not text or not text.isprintable():  # JSON or a terminal cannot show it
-                msg = f"the {what} {text!a} is empty, or has characters that cannot be shown: {advice}"
-                raise AdapterError(msg)
+                raise AdapterError(f"the {what} {text!a} is empty, or has characters that cannot be shown: {advice}")
         old = known.get(found.name)
         if old is not None and old.place != place and is_there(self.folder, old.place):
-            msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
-            raise UsageError(msg)
+            raise UsageError(f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name")
         entry, folder = read_entry(found, self.base, self.info, place)
         samples, source = self.samples if self.samples is not None else written_samples(folder)
         given = old is not None and old.samples and old.samples_from != WRITTEN  # by the user, at an earlier time

@@ -132,11 +132,9 @@ def _sentence_encoder(model: str) -> Encoder:
     try:
         from sentence_transformers import SentenceTransformer, __version__
     except ImportError as error:
-        msg = f"{named} needs {error.name}, which is not installed: {instead}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{named} needs {error.name}, which is not installed: {instead}") from error
     if int(__version__.partition(".")[0]) < _SAFE_MAJOR:
-        msg = f"{named}: sentence-transformers {__version__} would run the model's code: {instead}"
-        raise UsageError(msg)
+        raise UsageError(f"{named}: sentence-transformers {__version__} would run the model's code: {instead}")
     try:
         # Attention is the default of the class, not a package that the configuration names.
         safe = {"use_safetensors": True, "attn_implementation": None}
@@ -145,8 +143,7 @@ def _sentence_encoder(model: str) -> Encoder:
         reason = f"cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
         if "trust_remote_code" in str(error):  # what the package advises
             reason = "needs code in the model's files, which is not run: choose another"
-        msg = f"{named}: {reason}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{named}: {reason}") from error
 
     def encode(prompts: Sequence[Prompt]) -> np.ndarray:
         texts = [prompt_text(prompt) for prompt in prompts]

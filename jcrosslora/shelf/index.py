@@ -78,8 +78,7 @@ class Index:
                 path.name not in (SEGMENTS, HEAD) and not path.name.startswith(f".{HEAD}.") for path in folder.iterdir()
             )
             if others and not (folder / HEAD).exists():
-                msg = f"{folder}: holds files but no {HEAD}: give a new folder for the shelf"
-                raise OutputError(msg)
+                raise OutputError(f"{folder}: holds files but no {HEAD}: give a new folder for the shelf")
             (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
             with locked(folder / SEGMENTS):
                 if not (folder / HEAD).exists():

@@ -53,8 +53,7 @@ def accuracy(found: Retrieved, wanted: Sequence[Collection[str]]) -> Accuracy:
         UsageError: another number of prompts, no prompt with an adapter, or a name that is not on the shelf.
     """
     if unknown := {name for names in wanted for name in names} - set(found.names):
-        msg = f"the shelf has no adapter {min(unknown)!r}; `jcrosslora shelf list` names all"
-        raise UsageError(msg)
+        raise UsageError(f"the shelf has no adapter {min(unknown)!r}; `jcrosslora shelf list` names all")
     if len(wanted) != len(found.scores) or not any(wanted):
         msg = f"{len(wanted)} labels, {sum(map(bool, wanted))} with an adapter, for {len(found.scores)} prompts: "
         raise UsageError(msg + "wanted one for each, and an adapter for some")

@@ -75,8 +75,7 @@ class Retrieved:
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
     if count < 1:
-        msg = f"{count} adapters were asked for; wanted 1 or more"
-        raise UsageError(msg)
+        raise UsageError(f"{count} adapters were asked for; wanted 1 or more")
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 

@@ -42,11 +42,9 @@ class Searching:
             "weights": self._by_weights,
         }
         if by not in makers:
-            msg = f"--by {by!r} is unknown{suggestion(by, makers)}; use one of {', '.join(makers)}"
-            raise UsageError(msg)
+            raise UsageError(f"--by {by!r} is unknown{suggestion(by, makers)}; use one of {', '.join(makers)}")
         if not self.index.entries:
-            msg = f"{self.index.folder}: holds no adapter; add some with `jcrosslora shelf add`"
-            raise UsageError(msg)
+            raise UsageError(f"{self.index.folder}: holds no adapter; add some with `jcrosslora shelf add`")
         if by != "weights" and not any(entry.samples for entry in self.index.entries):
             msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --prompts FILE`"
             raise UsageError(msg)
@@ -79,8 +77,7 @@ class Searching:
         path = self.index.folder / _WEIGHTS_FILE
         keep_arrays(path, _index_key(self.index.head), found.arrays())
         if find_arrays(path, _index_key(self.index.head)) is None:
-            msg = f"{path}: cannot be written: make the folder writable, or free space"
-            raise OutputError(msg)
+            raise OutputError(f"{path}: cannot be written: make the folder writable, or free space")
         return losses
 
     def _by_text(self) -> Retriever:
@@ -94,8 +91,7 @@ class Searching:
         trained = None if arrays is None else WeightVectors.of_arrays(arrays)
         if trained is None:
             came = f"{path}: is damaged, and" if path.exists() else f"{folder}:"
-            msg = f"{came} has no trained weight probes: train them with `jcrosslora shelf train {folder}`"
-            raise UsageError(msg)
+            raise UsageError(f"{came} has no trained weight probes: train them with `jcrosslora shelf train {folder}`")
         # Adapters that were added later get their vectors from the same encoder.
         found = trained.with_vectors(entries, lambda number: self._weights_of(number, entries[number].rank))
         if found is not trained:

@@ -140,8 +140,7 @@ class Shelf:
         found = load_adapter(place, self.base)
         same = config_digest(find_adapter(place)) == entry.config_digest
         if found.info.digest != entry.digest or not same or largest_rank(found) != entry.rank:
-            msg = f"{place}: has changed since it was put on the shelf: add it again"
-            raise UsageError(msg)
+            raise UsageError(f"{place}: has changed since it was put on the shelf: add it again")
         return found
 
     def remove(self, names: str | Sequence[str]) -> None:
@@ -185,8 +184,7 @@ class Shelf:
             msg = f"a name or a lift was given for {len(found)} adapters: give it with one adapter at a time"
             raise UsageError(msg)
         if lift is not None and not math.isfinite(lift):
-            msg = f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8"
-            raise UsageError(msg)
+            raise UsageError(f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8")
         found = [Found(name, one.ref) for one in found] if name is not None else found
         given = None if prompts is None else records.given_samples(prompts)
         info = describe_base(self.base, digest=self.info.digest)
@@ -216,8 +214,7 @@ class Shelf:
             CheckpointError: the base cannot be read.
         """
         if not (several := as_prompts(prompts)):
-            msg = f"{self.folder}: no prompt was given; give one or more"
-            raise UsageError(msg)
+            raise UsageError(f"{self.folder}: no prompt was given; give one or more")
         found = self.retriever(by)
         return Retrieved(self.names, found.scores(several), found.thresholds)
 

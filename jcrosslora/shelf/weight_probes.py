@@ -139,8 +139,7 @@ class ProbeSettings:
         """Raise UsageError if a setting is out of range."""
         if self.steps < 1 or self.batch < 2 or not 0 < self.rate < float("inf"):
             came = f"steps {self.steps}, batch {self.batch}, rate {self.rate}"
-            msg = f"{came}: wanted 1 step or more, 2 adapters or more in a batch, and a rate above 0"
-            raise UsageError(msg)
+            raise UsageError(f"{came}: wanted 1 step or more, 2 adapters or more in a batch, and a rate above 0")
 
 
 def contrastive_loss(parameters: Mapping[str, jax.Array], weights: Weights, texts: jax.Array) -> jax.Array:

@@ -71,15 +71,13 @@ def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
     is not such a list, or a content is empty.
     """
     if not isinstance(value, list) or not value:
-        msg = f"{place}: messages is {ascii(value)[:60]}, {_WANTED}"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: messages is {ascii(value)[:60]}, {_WANTED}")
     found = []
     for entry in value:
         fields = entry if isinstance(entry, dict) else {}
         role, content = fields.get("role"), _content(fields.get("content"))
         if not isinstance(role, str) or role not in get_args(Role) or not is_text(content):
-            msg = f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank"
-            raise UsageError(msg)
+            raise UsageError(f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank")
         found.append(Message(cast("Role", role), content))
     return tuple(found)
 
@@ -95,8 +93,7 @@ def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
     """Read the value of "messages" as `parse_messages` does, without the assistant's answer at the end."""
     prompt, _ = split_answer(parse_messages(value, place))
     if not prompt:
-        msg = f"{place}: has only an answer, wanted a message of the user before it"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: has only an answer, wanted a message of the user before it")
     return prompt
 
 

@@ -68,8 +68,7 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
         content, end = _places(asked, found.ends)
     own = np.flatnonzero(found.ends > begin)
     if not own.size:
-        msg = f"{tokenizer.ref}: the answer {answer[:40]!r} has no separate token: give a longer one"
-        raise UsageError(msg)
+        raise UsageError(f"{tokenizer.ref}: the answer {answer[:40]!r} has no separate token: give a longer one")
     first = int(own[0])
     while first > 1 and found.ends[first - 1] < 0:  # a token that ends inside the answer's first character
         first -= 1

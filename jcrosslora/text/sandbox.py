@@ -58,8 +58,7 @@ _LOCK = threading.Lock()  # there is one budget
 def run_template(source: str, messages: Sequence[dict[str, Any]], **names: Any) -> str:
     """Render a chat template, which may raise anything; a `TemplateError` if it does more work than it needs."""
     if len(source) > _SOURCE:
-        msg = f"it has {len(source):,} characters, wanted at most {_SOURCE:,}"
-        raise TemplateError(msg)
+        raise TemplateError(f"it has {len(source):,} characters, wanted at most {_SOURCE:,}")
     said = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
     with _LOCK:
         LEFT.work = _WORK
@@ -77,14 +76,12 @@ class _Counting(NodeTransformer):
         runs = isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
         self.depth += runs
         if self.depth > _LOOPS:
-            msg = f"it nests loops and macros more than {_LOOPS} times"
-            raise TemplateError(msg)
+            raise TemplateError(f"it nests loops and macros more than {_LOOPS} times")
         super().generic_visit(node, *args, **kwargs)
         self.depth -= runs
         match node:
             case nodes.Block() | nodes.EvalContextModifier():
-                msg = f"it has a {type(node).__name__}, which chat templates do not"
-                raise TemplateError(msg)
+                raise TemplateError(f"it has a {type(node).__name__}, which chat templates do not")
             case nodes.NSRef(attr=name) if name.startswith("_"):
                 raise _private(name)
             case nodes.Compare(expr=left, ops=pairs) if not _trivial(left, pairs):
@@ -144,8 +141,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             msg = f"it computes {type(left).__name__} {operator} {type(right).__name__}, wanted numbers"
             raise TemplateRuntimeError(msg)
         elif operator == "**" and isinstance(right, int) and abs(right) > _POWER:
-            msg = f"an exponent is {right}, wanted at most {_POWER}"
-            raise TemplateRuntimeError(msg)
+            raise TemplateRuntimeError(f"an exponent is {right}, wanted at most {_POWER}")
         return checked_number(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -161,8 +157,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
             known = any(isinstance(owner, kind) and name in names for kind, names in _METHODS.items())
             if not known and not any(called is one for one in self.globals.values()):
-                msg = f"it calls {name or type(called).__name__}, which chat templates do not"
-                raise TemplateRuntimeError(msg)
+                raise TemplateRuntimeError(f"it calls {name or type(called).__name__}, which chat templates do not")
             for value in args:
                 weigh(value)
             if known and isinstance(owner, str):

@@ -50,8 +50,7 @@ class _Left:
         """Do some of it, or refuse."""
         self.work -= work
         if self.work < 0:
-            msg = "it does more work than a conversation needs"
-            raise TemplateRuntimeError(msg)
+            raise TemplateRuntimeError("it does more work than a conversation needs")
 
 
 LEFT = _Left()
@@ -117,8 +116,7 @@ def growth(*values: Any) -> int:
 def checked_number(value: Any) -> Any:
     """Refuse a whole number that takes long to compute with."""
     if isinstance(value, int) and value.bit_length() > _BITS:
-        msg = f"it computes a whole number of {value.bit_length()} bits, wanted at most {_BITS}"
-        raise TemplateRuntimeError(msg)
+        raise TemplateRuntimeError(f"it computes a whole number of {value.bit_length()} bits, wanted at most {_BITS}")
     return value
 
 

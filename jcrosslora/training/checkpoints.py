@@ -81,8 +81,7 @@ class TrainingSettings(Settings):
         rules["modules"] = listed and set(modules or ROLES) <= set(ROLES), f"a tuple of {wanted_roles(modules)}"
         for name, (holds, wanted) in rules.items():
             if not holds:
-                msg = f"training with {name} {getattr(self, name)!r}: wanted {wanted}"
-                raise UsageError(msg)
+                raise UsageError(f"training with {name} {getattr(self, name)!r}: wanted {wanted}")
 
 
 _KEPT = 2
@@ -196,8 +195,7 @@ class Checkpoints:
             for part in self._folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(part, ignore_errors=True)
             advice = "choose another folder, or free space" if step is None else f"free space: {self._kept(step)}"
-            msg = f"{self._folder}: cannot be written ({error.strerror or error}): {advice}"
-            raise OutputError(msg) from error
+            raise OutputError(f"{self._folder}: cannot be written ({error.strerror or error}): {advice}") from error
 
     def _kept(self, step: int) -> str:
         return f"step {step} is kept in {self._folder.name}, and the same command goes on from there"
@@ -214,8 +212,7 @@ def check_folder(folder: Path) -> None:
     found = [name for name in names if name.endswith(".safetensors")] or ([] if states else steps)
     if found or (folder.exists() and not folder.is_dir()):
         what = f"holds {min(found)!r}, which is no state of a training" if found else "is a file"
-        msg = f"{folder}: {what}: give a new folder for checkpoints"
-        raise UsageError(msg)
+        raise UsageError(f"{folder}: {what}: give a new folder for checkpoints")
 
 
 def _digest(state: Any, notes: Mapping[str, Any]) -> str:

@@ -118,8 +118,7 @@ def lora_rite(
 
 def _check_adapter(params: Any) -> None:
     if not isinstance(params, StackedAdapter):
-        msg = f"lora-rite: expected the factors of a LoRA, got {type(params).__name__}; use adamw"
-        raise UsageError(msg)
+        raise UsageError(f"lora-rite: expected the factors of a LoRA, got {type(params).__name__}; use adamw")
 
 
 def _zeros(factors: StackedFactors) -> tuple[Moments, Moments]:

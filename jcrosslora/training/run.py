@@ -195,8 +195,7 @@ def train(
     adds what else determines the numbers, and overrides settings of the same names. Errors are those of `train_lora`.
     """
     if not examples or every < 1:
-        msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
-        raise UsageError(msg)
+        raise UsageError(f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both")
     tokenizer = tokenizer or load_tokenizer(base)
     encoded = [batches.encode(tokenizer, one, settings.loss) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)

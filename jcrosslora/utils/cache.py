@@ -274,8 +274,7 @@ def cache_folder(kind: str) -> Path:
     """
     root = cache_root()
     if root is None:
-        msg = "no cache folder: the user has no home folder; set JCROSSLORA_CACHE to a folder"
-        raise UsageError(msg)
+        raise UsageError("no cache folder: the user has no home folder; set JCROSSLORA_CACHE to a folder")
     return root / kind
 
 

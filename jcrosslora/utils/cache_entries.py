@@ -109,8 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
         with (folder / MANIFEST).open("rb") as file:
             content = file.read(_MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        msg = "its manifest is missing"
-        raise Damaged(msg) from None
+        raise Damaged("its manifest is missing") from None
     try:
         record = json.loads(content)
         intact = content == _encode({name: value for name, value in record.items() if name != "sha256"})
@@ -120,14 +119,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact, arrays, files, fields = False, {}, {}, {}
     if not intact:
-        msg = "its manifest was changed after writing"
-        raise Damaged(msg)
+        raise Damaged("its manifest was changed after writing")
     if (fields["kind"], fields["key"]) != (folder.parent.name, folder.name):
-        msg = "its manifest belongs to another entry"
-        raise Damaged(msg)
+        raise Damaged("its manifest belongs to another entry")
     if fields["format"] != _FORMAT:
-        msg = "it was written by another version"
-        raise Damaged(msg)
+        raise Damaged("it was written by another version")
     return Manifest(arrays=arrays, files=files, **fields)
 
 
@@ -155,8 +151,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     for path in sorted(found.keys() | manifest.files.keys()):
         if found.get(path) != manifest.files.get(path):
             state = "missing" if path not in found else "unexpected" if path not in manifest.files else "damaged"
-            msg = f"its file {path} is {state}"
-            raise Damaged(msg)
+            raise Damaged(f"its file {path} is {state}")
 
 
 def _measure(path: Path) -> tuple[int, str]:
@@ -200,6 +195,5 @@ def read_arrays(folder: Path, shapes: Shapes) -> dict[str, np.ndarray]:
         with (folder / file_of(name)).open("rb") as file:
             read = file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         if read != array.nbytes:
-            msg = f"array {name} has {read} bytes instead of {array.nbytes}"
-            raise ValueError(msg)
+            raise ValueError(f"array {name} has {read} bytes instead of {array.nbytes}")
     return arrays

@@ -112,8 +112,7 @@ def check_host(needed: int, of: str) -> None:
     """Raise MemoryError if the host has fewer free bytes than needed, and that is known; `of` says for what."""
     free = _free_of_host()
     if free is not None and needed > free:
-        msg = f"{of} take {needed / 1e9:.2f} GB of the host's memory, where {free / 1e9:.2f} GB are free"
-        raise MemoryError(msg)
+        raise MemoryError(f"{of} take {needed / 1e9:.2f} GB of the host's memory, where {free / 1e9:.2f} GB are free")
 
 
 def _short(said: str, advice: str) -> ShortMemoryError:

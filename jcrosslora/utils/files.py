@@ -34,8 +34,7 @@ def output_path(out: str | Path) -> Path:
     try:
         return Path(out).expanduser()
     except RuntimeError as error:
-        msg = f"{out}: no such home folder: choose another output"
-        raise OutputError(msg) from error
+        raise OutputError(f"{out}: no such home folder: choose another output") from error
 
 
 def ensure_free(out: str | Path, overwrite: bool) -> None:
@@ -46,18 +45,15 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
     """
     out = output_path(out)
     if out.name in ("", ".."):
-        msg = f"{out}: an output needs a name: give a folder to make, or to replace"
-        raise OutputError(msg)
+        raise OutputError(f"{out}: an output needs a name: give a folder to make, or to replace")
     remove_unfinished(out.parent, {out.name})
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
     parent = next(one for one in out.parents if os.path.lexists(one) or one == one.parent)
     if not parent.is_dir():
-        msg = f"{out}: {parent} is a file, a folder was wanted: choose another output"
-        raise OutputError(msg)
+        raise OutputError(f"{out}: {parent} is a file, a folder was wanted: choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
-        msg = f"{out}: {parent} cannot be written to: choose another output, or change its permissions"
-        raise OutputError(msg)
+        raise OutputError(f"{out}: {parent} cannot be written to: choose another output, or change its permissions")
 
 
 @contextmanager
@@ -123,8 +119,7 @@ def write_output(path: Path, content: bytes, advice: str) -> None:
     try:
         write_whole(path, content)
     except OSError as error:
-        msg = f"{path}: cannot be written ({error.strerror or error}): {advice}"
-        raise OutputError(msg) from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from error
 
 
 def regular_size(path: Path) -> int:
@@ -159,13 +154,11 @@ def read_small_text(path: Path, most: int = SMALL) -> str:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "a symbolic link" if out.is_symlink() else "a file"
-        msg = f"{out}: {kind} exists there, wanted a new folder: choose another output"
-        raise OutputError(msg)
+        raise OutputError(f"{out}: {kind} exists there, wanted a new folder: choose another output")
     try:
         names = os.listdir(out)
     except OSError as error:
-        msg = f"{out}: cannot be read ({error.strerror}): choose another output"
-        raise OutputError(msg) from error
+        raise OutputError(f"{out}: cannot be read ({error.strerror}): choose another output") from error
     if not overwrite:
         msg = f"{out}: exists already: choose another output, or replace it with --overwrite (overwrite=True)"
         raise OutputError(msg)
@@ -174,8 +167,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         msg = f"{out}: not replaced, because it holds no {marks}: choose another output, or remove it yourself"
         raise OutputError(msg)
     if folders := [name for name in names if (out / name).is_dir()]:
-        msg = f"{out}: not replaced, because it holds folders ({folders[0]}): choose another output"
-        raise OutputError(msg)
+        raise OutputError(f"{out}: not replaced, because it holds folders ({folders[0]}): choose another output")
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:

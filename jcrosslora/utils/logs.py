@@ -50,8 +50,7 @@ def find_log(name: str) -> Callable[[str, Settings], Log]:
     """
     known = get_args(LogName)
     if name not in known:
-        msg = f"log {name!r} is unknown{suggestion(name, known)}; use one of {', '.join(known)}"
-        raise UsageError(msg)
+        raise UsageError(f"log {name!r} is unknown{suggestion(name, known)}; use one of {', '.join(known)}")
     package, begin = _LOGS[name]
     try:
         import_module(package)

@@ -50,10 +50,8 @@ def _check_call(cls: type[Settings], values: tuple[Any, ...], given: dict[str, A
         known = list(signature.parameters)
         has = f"its settings are {', '.join(known)}" if known else "it has no settings"
         if name := next((name for name in given if name not in known), None):
-            msg = f"{cls.called()} has no setting {name}{suggestion(name, known)}; {has}"
-            raise UsageError(msg) from None
-        msg = f"{cls.called()}: {error}; {has}"
-        raise UsageError(msg) from None
+            raise UsageError(f"{cls.called()} has no setting {name}{suggestion(name, known)}; {has}") from None
+        raise UsageError(f"{cls.called()}: {error}; {has}") from None
     _check_types(cls.called(), bound.arguments, _types(cls))
 
 
@@ -84,8 +82,7 @@ def _types(of: Any) -> dict[str, Any]:
 def _check_types(called: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if not _fits(value, kinds.get(name, Any)):
-            msg = f"{called}: {name} is {reprlib.repr(value)}; expected {wanted_type(kinds[name])}"
-            raise UsageError(msg)
+            raise UsageError(f"{called}: {name} is {reprlib.repr(value)}; expected {wanted_type(kinds[name])}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

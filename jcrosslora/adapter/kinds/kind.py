@@ -157,8 +157,7 @@ class AdapterFile:
         for module, value in found:
             name = text_module_name(module)
             if name in named:
-                msg = f"{self.path}: module {name!r} occurs under two spellings: remove one of them"
-                raise AdapterError(msg)
+                raise AdapterError(f"{self.path}: module {name!r} occurs under two spellings: remove one of them")
             named[name] = value
         return named
 

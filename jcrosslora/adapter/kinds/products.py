@@ -82,8 +82,7 @@ def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> 
     keys = {tensor.key[-1]: tensor.key for tensor in tensors}
     a, b = (file.read(keys[side]) for side in "AB")
     if a.shape[0] != b.shape[1]:
-        msg = f"its factors have ranks {a.shape[0]} and {b.shape[1]}"
-        raise AdapterError(msg)
+        raise AdapterError(f"its factors have ranks {a.shape[0]} and {b.shape[1]}")
     scale = file_scale(file.config, tensors[0].module, a.shape[0])
     return LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
 

@@ -254,8 +254,7 @@ def _is_target(config: Mapping[str, Any], name: str) -> bool:
 def _pattern(text: str) -> re.Pattern[str]:
     """Compile a pattern of the configuration, or raise an re.error if it could take very long to match."""
     if not is_matchable(text):
-        msg = f"{text[:60]!r} is not a regular expression, or has too many ways to match"
-        raise re.error(msg)
+        raise re.error(f"{text[:60]!r} is not a regular expression, or has too many ways to match")
     return re.compile(text)
 
 

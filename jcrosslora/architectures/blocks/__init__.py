@@ -85,8 +85,7 @@ def roles_named(given: Collection[str] | None, present: Collection[str]) -> list
     paths = {ROLE_PATHS[name] for name in given or () if ROLE_PATHS[name].endswith(f".{name}")}
     found = [role for role in present if given is None or role in given or ROLE_PATHS[role] in paths]
     if not found:
-        msg = f"modules {', '.join(given or ())}: there are none of these, only {', '.join(present)}"
-        raise UsageError(msg)
+        raise UsageError(f"modules {', '.join(given or ())}: there are none of these, only {', '.join(present)}")
     return found
 
 

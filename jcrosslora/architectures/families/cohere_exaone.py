@@ -110,8 +110,7 @@ def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -
         raise CheckpointError(msg + "use the safetensors of the model")
     scale = stated.get("expert_weights_scale")
     if scale not in (None, 0.0, 1.0):
-        msg = f"expert_weights_scale is {str(scale)[:60]}, which {COHERE2_MOE.name} does not have"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"expert_weights_scale is {str(scale)[:60]}, which {COHERE2_MOE.name} does not have")
     return {
         "intermediate_size": size(stated, "expert_feed_forward_length", dense),
         "prefix_dense_intermediate_size": dense,

@@ -120,8 +120,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     full = [layer for layer in range(layers) if not sliding[layer]]
     shared = stated.get(_SHARED_LAYERS, 0)
     if type(shared) is not int or not 0 <= shared < layers:
-        msg = f"{_SHARED_LAYERS} is {str(shared)[:60]}, wanted fewer than {layers} layers"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{_SHARED_LAYERS} is {str(shared)[:60]}, wanted fewer than {layers} layers")
     counts, widths = (_of_layers(stated, key, layers) for key in (_KV, _WIDTH))
     first = layers - shared
     wide = widths[-1] != widths[0]

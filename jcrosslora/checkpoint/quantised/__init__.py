@@ -38,11 +38,10 @@ def check_quantization(config: Mapping[str, Any]) -> None:
     if claiming and reason is None:
         return
     known = ", ".join(form.name for form in FORMATS)
-    msg = (
+    raise CheckpointError(
         f"weights quantised with {str(settings.get('quant_method'))[:60]!r} are not supported"
         f"{f' where {reason}' if reason else ''} (supported: {known}): use the unquantised checkpoint, or one in GGUF"
     )
-    raise CheckpointError(msg)
 
 
 _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
@@ -60,11 +59,10 @@ def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> Te
     if settings:
         formats = [form for form in FORMATS if form.claims(settings)]
     elif (packed := next((name for name in names if name.endswith((GPTQ.holder, AWQ.holder))), None)) is not None:
-        msg = (
+        raise CheckpointError(
             f"{where}: tensor {packed!r} is packed as GPTQ and AWQ do, but config.json has no quantization_config: "
             "copy that of the model's page, or the content of quantize_config.json, into it"
         )
-        raise CheckpointError(msg)
     else:
         formats = [form for form in FORMATS if form.marks and any(name.endswith(form.marks) for name in names)]
     return QuantisedStore(store, formats, settings, where) if formats else store

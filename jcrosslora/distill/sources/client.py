@@ -63,8 +63,7 @@ class Client:
         self._requests = served.requests
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
         if not (self._key or "").isascii() or not (self._key or "").isprintable():
-            msg = f"the key in {' or '.join(KEYS)} holds characters that no header can hold: set it again"
-            raise UsageError(msg)
+            raise UsageError(f"the key in {' or '.join(KEYS)} holds characters that no header can hold: set it again")
         self._stopped = threading.Event()
         self._wait = wait or self._stopped.wait
         # No proxy stands in front of the machine itself, whatever the environment says.
@@ -94,8 +93,7 @@ class Client:
 
         def one(item: T) -> R:
             if self._stopped.is_set():
-                msg = "the request was given up"
-                raise SourceError(msg)
+                raise SourceError("the request was given up")
             return function(item)
 
         pool = ThreadPoolExecutor(min(self._requests, max(1, len(items))), thread_name_prefix="source")
@@ -218,8 +216,7 @@ class _Timely(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left = self._end - time.monotonic()
         if left <= 0:
-            msg = f"no whole answer in {self._seconds:.3g} seconds"
-            raise TimeoutError(msg)
+            raise TimeoutError(f"no whole answer in {self._seconds:.3g} seconds")
         self._sock.settimeout(left)
         return self._raw.readinto(buffer)
 

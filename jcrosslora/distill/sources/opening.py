@@ -84,8 +84,7 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        msg = f"torch has no device {device!r} ({_line(error)}): give another, such as cpu"
-        raise UsageError(msg) from error
+        raise UsageError(f"torch has no device {device!r} ({_line(error)}): give another, such as cpu") from error
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with quiet() as heard:
         try:
@@ -124,8 +123,7 @@ def _local(source: TorchModel) -> Path:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if not is_hub_id(str(source.ref)):
-        msg = f"{source.ref}: no such folder or file, and not a hub id of the form org/name"
-        raise CheckpointError(msg)
+        raise CheckpointError(f"{source.ref}: no such folder or file, and not a hub id of the form org/name")
     return fetch(str(source.ref), source.revision, any_class=True)
 
 

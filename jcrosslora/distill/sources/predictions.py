@@ -155,8 +155,7 @@ class TokenNames:
             return self._checked(one.id)
         if one.token.startswith(_BY_ID):
             if re.fullmatch("[0-9]{1,19}", number := one.token.removeprefix(_BY_ID)) is None:
-                msg = f"a token is called {one.token[:40]!r}, wanted {_BY_ID} with a number"
-                raise DamagedError(msg)
+                raise DamagedError(f"a token is called {one.token[:40]!r}, wanted {_BY_ID} with a number")
             return self._checked(int(number))
         if one.bytes:
             return self._ids.get(bytes(one.bytes))

@@ -63,8 +63,7 @@ class LogProbs(msgspec.Struct, frozen=True):
             return self.content
         sizes = [len(self.tokens or ()), len(self.token_logprobs), len(self.top_logprobs)]
         if len(set(sizes)) > 1:
-            msg = f"tokens, token_logprobs and top_logprobs have {sizes} entries, wanted as many of each"
-            raise DamagedError(msg)
+            raise DamagedError(f"tokens, token_logprobs and top_logprobs have {sizes} entries, wanted as many of each")
         rows = zip(self.tokens or (), self.token_logprobs, self.top_logprobs, strict=True)
         return [
             Position(token, value, top_logprobs=[Likely(*pair) for pair in (top or {}).items()])

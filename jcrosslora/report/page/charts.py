@@ -103,8 +103,7 @@ def report_sheet(contents: Contents, form: theme.Format) -> bytes:
     """
     found = list(pictures(contents))
     if not found:
-        msg = f"{contents.name}: has nothing to draw: write the page as html"
-        raise UsageError(msg)
+        raise UsageError(f"{contents.name}: has nothing to draw: write the page as html")
     verdict = headline(contents)
     lines = [visible(contents.name), f"{verdict.word}: {verdict.sentence}", *map(visible, verdict.reasons)]
     text = [part for line in lines for part in textwrap.wrap(line, _LETTERS)]

@@ -130,8 +130,7 @@ class Evaluation:
             if name is None or name in parts:
                 came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
                 known = f"wanted one of {', '.join(names) or 'none: only the base was evaluated'}"
-                msg = f"{part} adapter {said!r} {came}{suggestion(said, names)}: {known}"
-                raise UsageError(msg)
+                raise UsageError(f"{part} adapter {said!r} {came}{suggestion(said, names)}: {known}")
             parts[name] = part
         if "trained" not in parts.values() and self.trained in names and self.trained not in parts:
             parts[self.trained] = "trained"
@@ -171,8 +170,7 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
         UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no adapter.
     """
     if not folder.is_dir():
-        msg = f"{folder}: is no folder: give one that `jcrosslora transfer` wrote"
-        raise UsageError(msg)
+        raise UsageError(f"{folder}: is no folder: give one that `jcrosslora transfer` wrote")
     report = folder / REPORT
     moved = _checked(read_report(report), str(report)) if report.exists() else None
     path = answers or _only_evaluation(folder)
@@ -185,8 +183,7 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
     if evaluation is not None:
         evaluation = evaluation.with_parts(roles, name)
     elif roles != Roles():
-        msg = f"{folder}: no adapter was evaluated, so none has a role: give --answers as well"
-        raise UsageError(msg)
+        raise UsageError(f"{folder}: no adapter was evaluated, so none has a role: give --answers as well")
     return Contents(name, moved, evaluation, _texts(folder / COMPLETIONS) if moved is not None else ())
 
 
@@ -213,16 +210,14 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
         count = found.questions or found.examples
         models = tuple(_model(place, entry, count) for place, entry in enumerate(found.models))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{place}: is no evaluation, or a damaged one ({error}): {_ADVICE}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{place}: is no evaluation, or a damaged one ({error}): {_ADVICE}") from error
     names = [model.name for model in models]
     if not models or not count > 0 or len(set(names)) < len(names):
         msg = f"{place}: has {count} examples and the models {', '.join(names) or 'none'}, "
         msg += f"wanted 1 or more of both and names that differ: {_ADVICE}"
         raise UsageError(msg)
     if any(len(one.written) != len(models) for one in found.answers):
-        msg = f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}"
-        raise UsageError(msg)
+        raise UsageError(f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}")
     return Evaluation(
         models,
         count,
@@ -251,8 +246,7 @@ def _check_unique(said: str, names: Sequence[str], part: Part) -> None:
 def _model(place: int, entry: Mapping[str, str | Figure], count: int) -> Model:
     name = entry.get("name")
     if not isinstance(name, str):
-        msg = "a model has no name"
-        raise msgspec.ValidationError(msg)
+        raise msgspec.ValidationError("a model has no name")
     figures = {key: value for key, value in entry.items() if isinstance(value, Figure)}
     return Model(public_name(name) or name, "other" if place else "base", figures, count)
 

@@ -139,8 +139,7 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
-        raise OutputError(msg) from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror}): make it writable, or free space") from error
 
 
 def base_fingerprint(base: BaseModel) -> str:

@@ -95,8 +95,7 @@ def read_plan(path: str | Path) -> BatchPlan:
                 first, second = jobs[job.name].settings.adapter, job.settings.adapter
                 advice = f", of {first} and {second}; rename one of the two, or name a link to it"
                 advice = "; give one of the moves a label" if first == second else advice
-                msg = f"{place}, move {number}: {job.name} is made by two jobs{advice}"
-                raise UsageError(msg)
+                raise UsageError(f"{place}, move {number}: {job.name} is made by two jobs{advice}")
             jobs[job.name] = job
     return BatchPlan(out, tuple(jobs.values()))
 
@@ -128,8 +127,7 @@ def _jobs(
         settings[key] = str(folder / _expanded(settings[key], f"{place}, {key}"))
     source, label = move["from"], move.get("label", "")
     if missing := [name for name in (source, *targets) if name not in bases]:
-        msg = f"{place} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}"
-        raise UsageError(msg)
+        raise UsageError(f"{place} names the base {missing[0]!r}; the plan has {', '.join(bases) or 'none'}")
     chosen = _chosen(_names(move.get("adapters", "*")), adapters.get(source, []), source, place)
     for target, method, adapter in itertools.product(targets, methods, chosen):
         name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
@@ -143,8 +141,7 @@ def _known_settings(method: str, place: str) -> set[str]:
     try:
         own = setting_fields() if method == AUTO else [field.name for field in fields(find_method(method))]
     except MethodError as error:
-        msg = f"{place}: {error}"
-        raise MethodError(msg) from error
+        raise MethodError(f"{place}: {error}") from error
     return {*OWN_FIELDS, *own}
 
 
@@ -179,8 +176,7 @@ def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
         paths = map(folder.joinpath, glob(str(_expanded(ref, place)), root_dir=folder, recursive=True))
         matches = sorted(str(path) for path in paths if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
-            msg = f"{place}: no adapter matches {ref}; note that paths are relative to the plan"
-            raise UsageError(msg)
+            raise UsageError(f"{place}: no adapter matches {ref}; note that paths are relative to the plan")
         found += matches
     return list(dict.fromkeys(found))
 
@@ -195,8 +191,7 @@ def _expanded(path: str, place: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        msg = f"{place} is {path}, but there is no such home folder; write another path"
-        raise UsageError(msg) from error
+        raise UsageError(f"{place} is {path}, but there is no such home folder; write another path") from error
 
 
 def _names(value: str | list[str]) -> list[str]:
@@ -231,8 +226,7 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     Raises UsageError if the shard does not exist.
     """
     if not 1 <= index <= count:
-        msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
-        raise UsageError(msg)
+        raise UsageError(f"shard {index}/{count} does not exist; write i/n with i from 1 to n")
     parts, loads, mine = cut(units, count), [0] * count, set[int]()
     for place in sorted(range(len(parts)), key=lambda place: -len(parts[place])):
         shard = loads.index(min(loads))

@@ -103,8 +103,7 @@ def _division(
 ) -> tuple[dict[str, float], int]:
     """Return the resources of a unit, and how many units can run at a time."""
     if any(number is not None and not number >= 0 for number in (cpus, gpus)):
-        msg = f"a unit cannot take {cpus} CPUs and {gpus} GPUs; give numbers from 0 on, or none for all"
-        raise UsageError(msg)
+        raise UsageError(f"a unit cannot take {cpus} CPUs and {gpus} GPUs; give numbers from 0 on, or none for all")
     if gpus is None:
         gpus = min((machine["GPU"] for machine in machines if machine.get("GPU")), default=0)
     able = [machine for machine in machines if machine.get("CPU") and machine.get("GPU", 0) >= gpus]
@@ -125,19 +124,17 @@ def _cluster(address: str) -> Iterator[Any]:
         import ray
         import ray.exceptions
     except ImportError as error:
-        msg = "Ray is not installed: pip install 'jcrosslora[ray]'"
-        raise UsageError(msg) from error
+        raise UsageError("Ray is not installed: pip install 'jcrosslora[ray]'") from error
     ours = not ray.is_initialized()
     if ours:
         try:
             _reach(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError) as error:
-            msg = (
+            raise UsageError(
                 f"no Ray cluster can be reached at {address} ({error}); start one by `ray start --head`, give its "
                 f"HOST:PORT, or use {LOCAL}"
-            )
-            raise UsageError(msg) from error
+            ) from error
     try:
         yield ray
     finally:

