@@ -50,7 +50,6 @@ QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (*QKV, "o_proj")
 # "qg_proj" holds the rows of queries and of their gates in turn, head by head.
 GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
-BY_HEAD = (*ATTENTION, "qg_proj")  # whose rows or columns are divided among heads
 MLP = ("gate_proj", "up_proj", "down_proj")
 UNGATED_MLP = ("up_proj", "down_proj")
 DENSE_ROLES = (*ATTENTION, *MLP)
