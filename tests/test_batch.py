@@ -33,7 +33,7 @@ from jcrosslora.methods import CrossLoRA, Distill
 from jcrosslora.session.batch import print_estimates, read_plan, run_batch
 from jcrosslora.session.batch.outcomes import stamp_of
 from jcrosslora.session.batch.plan import Job, share_of, units_of
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.session import Session
 
 PLAN = """
 out = "moved"
@@ -325,7 +325,7 @@ def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_pa
     monkeypatch.setattr(cache_keys, "_TICK_NS", -1)  # files of this moment are as good as old ones
     assert run_batch(plan).count("done") == 2
     with monkeypatch.context() as patch:
-        patch.setattr(PairSession, "load", lambda *_, **__: pytest.fail("an adapter is read"))
+        patch.setattr(Session, "load", lambda *_, **__: pytest.fail("an adapter is read"))
         assert run_batch(plan).count("kept") == 2
     weights = tmp_path / "adapters" / "a2" / "adapter_model.safetensors"
     whole = weights.read_bytes()

@@ -14,8 +14,8 @@ from jcrosslora.adapter import TokenUpdate
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.methods import Auto
-from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.job import Job
+from jcrosslora.session.session import Session
 from jcrosslora.session.settings import TransferOptions
 
 HIDDEN = 48
@@ -141,6 +141,6 @@ def test_changes_of_the_embedding_are_copied_with_the_reason(source, rounded, ad
     """The fit would compare predictions without them."""
     rows = TokenUpdate("embed_tokens", "full", 288, np.array([1]), rows=np.ones((1, HIDDEN), np.float32))
     changed = dataclasses.replace(adapter, tokens=(rows,))
-    method, reason = PairSession(source, rounded).resolve(Request(changed, Auto(), TransferOptions()), changed)
+    method, reason = Session(source, rounded).resolve(Job(changed, Auto(), TransferOptions()), changed)
     assert method.name == "copy"
     assert "changes of the embedding and the output head" in reason

@@ -77,11 +77,11 @@ class Asked(Distill):
 
     name: ClassVar[str] = "asked"
 
-    def move(self, task):
-        source = DecoderSource.of(task.source, task.adapter, model=load_model(task.source))
+    def move(self, plan):
+        source = DecoderSource.of(plan.source, plan.adapter, model=load_model(plan.source))
         assert {"down"} == set(source.model.adapter.roles)
-        assert task.mapped is None
-        return Moved(random_adapter(task.target, roles=("q_proj",)), fit=FitFacts(note="nothing was fitted"))
+        assert plan.mapped is None
+        return Moved(random_adapter(plan.target, roles=("q_proj",)), fit=FitFacts(note="nothing was fitted"))
 
 
 def test_a_fit_gets_an_adapter_of_experts_alone(bases):
@@ -99,9 +99,9 @@ class WithExperts(Distill):
 
     name: ClassVar[str] = "with-experts"
 
-    def move(self, task):
-        modules = random_adapter(task.target, roles=("q_proj",)).modules
-        return Moved(replace(experts_alone(task.target), modules=modules), fit=FitFacts(note="nothing was fitted"))
+    def move(self, plan):
+        modules = random_adapter(plan.target, roles=("q_proj",)).modules
+        return Moved(replace(experts_alone(plan.target), modules=modules), fit=FitFacts(note="nothing was fitted"))
 
 
 def test_updates_of_experts_that_a_fit_returns_are_written(bases, tmp_path):

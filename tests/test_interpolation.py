@@ -18,8 +18,8 @@ from jcrosslora import read_plan, run_batch
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import InterpolatedCopy
 from jcrosslora.methods.copy import ENERGY, interpolate_to_source
-from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.job import Job
+from jcrosslora.session.session import Session
 from jcrosslora.session.settings import TransferOptions
 
 RANK = 3
@@ -265,13 +265,14 @@ def test_batch_by_interpolated_copy_equals_single_transfers(bases, tmp_path, cap
 
 def test_difference_is_decomposed_once_for_all_adapters(bases):
     source, (target, store) = bases[0], recorded(bases[1])
-    session, read = PairSession(source, target), []
+    session, read = Session(source, target), []
     for seed, share in enumerate((0.75, 0.75, 0.5)):
         transport = jcl.align(source, target, InterpolatedCopy(interpolation=share))
         adapter = random_adapter(source, seed=seed)
-        move = session.check(Request(adapter, transport.method, TransferOptions()), adapter)
+        job = Job(adapter, transport.method, TransferOptions())
+        plan = session.plan(job, adapter, transport)
         store.read.clear()
-        session.finish_aligned(move, transport)
+        session.finish(session.ready(plan, job), job)
         read.append(bool(store.read))
     assert read == [True, False, True]
 

@@ -37,8 +37,8 @@ class Fitted(PadTruncate):
 
     own: bool = True
 
-    def move(self, task):
-        return Moved(task.mapped, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
+    def move(self, plan):
+        return Moved(plan.mapped.adapter, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -18,14 +18,15 @@ from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora import read_plan, run_batch, transfer_files
-from jcrosslora.checkpoint import describe_base, load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.maps.other_changes import translate, with_invocation
-from jcrosslora.maps.shift import Shifter
+from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.shift import checked_adapter
 from jcrosslora.methods import PadTruncate
-from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.job import Job
+from jcrosslora.session.session import Session
 from jcrosslora.session.settings import TransferOptions
 
 pytestmark = [
@@ -147,7 +148,7 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     (source, read), (target, also_read) = recorded(source), recorded(target)
     adapter, options = jcl.load_adapter(where["adapter"], source), TransferOptions(out_rank=4)
     with pytest.raises(OutputError, match=said):
-        PairSession(source, target).transfer(Request(adapter, PadTruncate(), options, profile="mlx"))
+        Session(source, target).transfer(Job(adapter, PadTruncate(), options, profile="mlx"))
     assert not read.read + also_read.read
     exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile="mlx", out_rank=4)
     with pytest.raises(OutputError, match="aLoRA"):
@@ -208,7 +209,7 @@ def test_an_alora_is_never_treated_as_always_active(tokenized):
     folder, source, target, _ = tokenized
     adapter = jcl.load_adapter(folder / "adapter")
     with pytest.raises(AdapterError, match="with_invocation"):
-        Shifter(adapter, describe_base(source), PadTruncate())
+        checked_adapter(Plan(PadTruncate(), target, adapter))
     moved = jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).adapter
     assert moved.info.invocation == with_invocation(adapter, source, target).info.invocation_target
     assert moved.info.kind == "aLoRA"

@@ -11,6 +11,7 @@ from command_line import main
 from probe_bases import CORPUS, QUESTIONS, write_move
 
 import jcrosslora as jcl
+from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.distill import settings as settings_module
 from jcrosslora.distill.batches import make_batches
@@ -18,11 +19,11 @@ from jcrosslora.distill.distillation import examples_of_round
 from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
-from jcrosslora.maps.method import Sizes
+from jcrosslora.maps.plan import Plan
 from jcrosslora.methods import Auto, Distill
 from jcrosslora.session.batch.plan import read_plan, units_of
-from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.job import Job
+from jcrosslora.session.session import Session
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.text import Completion
@@ -91,8 +92,8 @@ def test_methods_that_fit_to_no_answers_are_refused_and_auto_takes_one_that_does
     adapter, source, target = places
     with pytest.raises(jcl.MethodError, match=r"cross-lora cannot use labelled examples.* distill, or leave out --ex"):
         jcl.transfer(adapter, source, target, "cross-lora", examples=right, cache=False)
-    session = PairSession(jcl.open_base(source), jcl.open_base(source))
-    request, options = partial(Request, None, Auto()), TransferOptions()
+    session = Session(jcl.open_base(source), jcl.open_base(source))
+    request, options = partial(Job, None, Auto()), TransferOptions()
     assert session.resolve(request(options))[0].name == "copy"
     assert session.resolve(request(options, given_probes(None, right)))[0].name == "distilled-copy"
 
@@ -204,7 +205,9 @@ def test_with_enough_prompts_no_others_are_made_up(prompts, examples, completion
 
 
 def test_an_estimate_of_examples_alone_has_no_search_and_the_passes_of_prompts(places):
-    costs = [Distill().cost(Sizes(jcl.open_base(places[2]), *counts)) for counts in ((0, 0, 8, 0), (0, 0, 8, 60))]
+    labelled = [{"prompt": f"Question {number}?", "answer": "yes"} for number in range(60)]
+    plan = Plan(Distill(), jcl.open_base(places[2]), Adapter({}))
+    costs = [Distill().cost(one) for one in (plan, dataclasses.replace(plan, given=given_probes(None, labelled)))]
     alone, labelled = ({name: cost.texts for name, cost in found.items()} for found in costs)
     assert labelled["write completions"] < alone["write completions"]
     steps = [found["fit"].stepped for found in costs]

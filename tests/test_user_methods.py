@@ -372,9 +372,9 @@ class Constant(Method):
 
     name: ClassVar[str] = "constant"
 
-    def move(self, task):
-        assert task.mapped is None
-        return Moved(random_adapter(task.target, roles=("q_proj",), rank=2), fit=CONSTANT)
+    def move(self, plan):
+        assert plan.mapped is None
+        return Moved(random_adapter(plan.target, roles=("q_proj",), rank=2), fit=CONSTANT)
 
 
 def test_a_fit_reads_no_weights(folder, tmp_path):
@@ -388,8 +388,7 @@ def test_a_fit_reads_no_weights(folder, tmp_path):
     found = jcl.transfer(*places, Constant(), cache=False)
     assert {name.rpartition(".")[2] for name in found.adapter.modules} == {"q_proj"}
     assert (found.report.fit, found.report.unmapped_sources) == (CONSTANT, ())
-    # Each module of the source that lies at the depth of one of the target is still accounted for.
-    assert {row.source for row in found.report.rows} > set(found.adapter.modules)
+    assert {row.target for row in found.report.rows} == set(found.adapter.modules)
 
 
 # --- all that a method returns is written ----------------------------------------------------------------------------
@@ -406,9 +405,9 @@ class WithRows(Method):
 
     name: ClassVar[str] = "with-rows"
 
-    def move(self, task):
-        adapter = random_adapter(task.target, roles=("q_proj",), rank=2)
-        return Moved(dataclasses.replace(adapter, tokens=token_rows(task.target)), fit=CONSTANT)
+    def move(self, plan):
+        adapter = random_adapter(plan.target, roles=("q_proj",), rank=2)
+        return Moved(dataclasses.replace(adapter, tokens=token_rows(plan.target)), fit=CONSTANT)
 
 
 def test_rows_of_tokens_that_a_fit_returns_are_written(folder, tmp_path):
@@ -431,8 +430,12 @@ class Bare(Copy):
 
     name: ClassVar[str] = "bare"
 
-    def move(self, task):
-        return Moved(Adapter({name: task.mapped.modules[name] for name in task.mapped.modules if "q_proj" in name}))
+    def move(self, plan):
+        return Moved(
+            Adapter(
+                {name: plan.mapped.adapter.modules[name] for name in plan.mapped.adapter.modules if "q_proj" in name}
+            )
+        )
 
 
 @pytest.mark.parametrize("calibrate", ["none", "frobenius"])
@@ -456,8 +459,8 @@ def test_an_update_that_does_not_fit_the_target_is_refused(folder):
     class Astray(Constant):
         name: ClassVar[str] = "astray"
 
-        def move(self, task):
-            return Moved(random_adapter(task.base), fit=FitFacts(note="to the wrong base"))
+        def move(self, plan):
+            return Moved(random_adapter(plan.pair.source), fit=FitFacts(note="to the wrong base"))
 
     with pytest.raises(AdapterError, match=r"moved has an update of 48 x 48 for model\.layers\.0\.self_attn\.q_proj"):
         jcl.transfer(folder / "adapter", folder / "source", folder / "target", Astray(), cache=False)
@@ -481,8 +484,8 @@ def test_a_fit_starts_from_the_maps_that_it_names(folder, start):
         def map_method(self):
             return start and METHODS[start]()
 
-        def move(self, task):
-            return Moved(task.mapped or random_adapter(task.target, seed=9), fit=FitFacts())
+        def move(self, plan):
+            return Moved(plan.mapped.adapter if plan.mapped else random_adapter(plan.target, seed=9), fit=FitFacts())
 
     found = jcl.transfer(folder / "adapter", folder / "source", folder / "source", Started(), cache=False)
     original = jcl.load_adapter(folder / "adapter")

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from jcrosslora import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
-from jcrosslora.methods import METHODS, MapMethod, Moved, PadTruncate, Task
+from jcrosslora.methods import METHODS, MapMethod, Moved, PadTruncate, Plan
 from jcrosslora.utils import files
 
-# Called with the task of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
-HOOKS: list[Callable[[Task], object]] = []
+# Called with the plan of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
+HOOKS: list[Callable[[Plan], object]] = []
 
 
 @contextmanager
@@ -61,11 +61,11 @@ class Hooked(HalfCopy):
 
     name: ClassVar[str] = "hooked"
 
-    def move(self, task: Task) -> Moved:
+    def move(self, plan: Plan) -> Moved:
         """Call all hooks."""
         for hook in HOOKS:
-            hook(task)
-        return super().move(task)
+            hook(plan)
+        return super().move(plan)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Killed(HalfCopy):
 
     name: ClassVar[str] = "killed"
 
-    def move(self, task: Task) -> Moved:
+    def move(self, plan: Plan) -> Moved:
         """Leave a mark in the cache's folder, which all workers share, and have the process killed."""
         mark = Path(os.environ["JCROSSLORA_CACHE"]) / "killed"
-        if Path(task.adapter.info.name).name == "a1" and not mark.exists():
+        if Path(plan.adapter.info.name).name == "a1" and not mark.exists():
             mark.touch()
             files._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        return super().move(task)
+        return super().move(plan)
 
 
 @dataclass(frozen=True)

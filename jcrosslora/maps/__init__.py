@@ -12,5 +12,4 @@ from jcrosslora.maps.method import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
 from jcrosslora.maps.method import MapMethod as MapMethod
 from jcrosslora.maps.method import Method as Method
 from jcrosslora.maps.method import Moved as Moved
-from jcrosslora.maps.method import Sizes as Sizes
-from jcrosslora.maps.method import Task as Task
+from jcrosslora.maps.plan import Plan as Plan

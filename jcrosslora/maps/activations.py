@@ -25,7 +25,7 @@ from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch, Probes, count_p
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind
-from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
+from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan, pairs_as_json
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
@@ -58,14 +58,14 @@ def batch_probes(pair: BasePair, probes: Probes | None, *, seed: int = 0) -> tup
     return dataclasses.replace(probes, positions=count_positions(batches)), batches
 
 
-def collect_activations(task: AlignmentTask) -> AddEvidence:
+def collect_activations(plan: Plan) -> AddEvidence:
     """Run both bases over the probe texts, and sum the moments of the activations."""
-    roles = {pair.role for pair in task.modules}
-    grams = EvidenceKind.ACTIVATION_GRAMS in task.kinds
-    moments = cross_moments(task.pair, task.batches, task.pairing.layers, roles, grams=grams)
+    roles = {pair.role for pair in plan.modules}
+    grams = EvidenceKind.ACTIVATION_GRAMS in plan.kinds
+    moments = cross_moments(plan.pair, plan.batches, plan.layers, roles, grams=grams)
 
     def of_module(pair: Pair) -> Activations:
-        module = task.pair.target.modules[pair.target]
+        module = plan.pair.target.modules[pair.target]
         site, role, layer = INPUT_SITES[module.role], module.role, module.layer
         sums = {name: one and one[site if name.startswith("input") else role] for name, one in vars(moments).items()}
         return jax.tree.map(lambda x: x[layer], Activations(**sums))
@@ -77,21 +77,21 @@ def collect_activations(task: AlignmentTask) -> AddEvidence:
     return add
 
 
-def activations_cost(task: AlignmentTask, texts: int) -> Cost:
+def activations_cost(plan: Plan, texts: int) -> Cost:
     """Count the passes of both bases, the products, and the SVDs of each pair's moments (and of each side's grams)."""
-    tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in task.kinds
+    tokens, grams = texts * PROBE_TOKENS, EvidenceKind.ACTIVATION_GRAMS in plan.kinds
     products = _MOMENTS + (_GRAMS if grams else 0)
     svd = 0.0
-    for src, tgt in map(task.shapes, task.modules):
+    for src, tgt in map(plan.shapes, plan.modules):
         svd += sum(one * two * min(one, two) for one, two in zip(src, tgt, strict=True))
         svd += _EIGEN * sum(side**3 for side in (*src, *tgt)) if grams else 0
     return Cost(source=tokens, target=(1 + products) * tokens, svd=svd, precise=True)
 
 
-def activations_key(task: AlignmentTask) -> Any:
+def activations_key(plan: Plan) -> Any:
     """Return the texts and all modules: one program sums for all modules, so each can change the last digits."""
-    texts = None if task.probes is None else task.probes.digest()
-    return texts, EvidenceKind.ACTIVATION_GRAMS in task.kinds, pairs_as_json(task.modules)
+    texts = None if plan.probes is None else plan.probes.digest()
+    return texts, EvidenceKind.ACTIVATION_GRAMS in plan.kinds, pairs_as_json(plan.modules)
 
 
 def cross_moments(

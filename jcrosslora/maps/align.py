@@ -19,8 +19,8 @@ from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
 from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Side, Vocabulary
 from jcrosslora.maps.method import MapMethod
+from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan, pairs_as_json
 from jcrosslora.maps.providers import describe, providers_of
-from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack, pairs_as_json
 from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.digests import digest_of
@@ -34,28 +34,28 @@ _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
 _Stacks = tuple[Any, Any]  # arrays of numpy if `_on_host`
 
 
-def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
+def align_groups(plan: Plan) -> Iterator[TransportGroup]:
     """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
 
-    The task has its text if it needs any (see `with_text`).
+    The plan has its text if it needs any (see `with_text`).
     """
-    providers = providers_of(task.kinds)
-    chunks, store = list(task.chunks()), task.pair.store
+    providers = providers_of(plan.kinds)
+    chunks, store = list(plan.chunks()), plan.pair.store
     if not chunks:
         return
-    cache = TransportCache(task) if store is not None and any(one.cache_key for one in providers) else None
+    cache = TransportCache(plan) if store is not None and any(one.cache_key for one in providers) else None
 
     @lru_cache  # when the first group is met that is not kept
     def collected() -> list[AddEvidence]:
-        return [provider.collect(task) for provider in providers]
+        return [provider.collect(plan) for provider in providers]
 
     found = itertools.repeat(None) if cache is None else _one_ahead(cache.find, chunks)
     background = store.in_background() if store is not None else nullcontext()
-    with background, track(len(task.modules), ALIGN, "modules") as bar:
+    with background, track(len(plan.modules), ALIGN, "modules") as bar:
         chosen = zip(chunks, found, strict=False)
-        for (pairs, group), stacks in _one_ahead(partial(_with_weights, task), chosen):
+        for (pairs, group), stacks in _one_ahead(partial(_with_weights, plan), chosen):
             if group is None:
-                group = _align(task, pairs, stacks, collected())
+                group = _align(plan, pairs, stacks, collected())
                 if cache is not None:
                     cache.keep(group)
             stacks = None  # while the next but one are read
@@ -66,16 +66,16 @@ def align_groups(task: AlignmentTask) -> Iterator[TransportGroup]:
 class TransportCache:
     """Finds and keeps the groups of a transport in the cache: one entry each, to limit memory to a group."""
 
-    def __init__(self, task: AlignmentTask) -> None:
+    def __init__(self, plan: Plan) -> None:
         """Derive the key from the method's fields and the evidence providers."""
-        providers, method = providers_of(task.kinds), task.method.map_method
-        assert task.pair.store is not None
+        providers, method = providers_of(plan.kinds), plan.method.map_method
+        assert plan.pair.store is not None
         assert method is not None
-        facts = [None if one.cache_key is None else one.cache_key(task) for one in providers]
-        parts = method.cache_key(), sorted(task.kinds), task.rank, facts
-        self._store = task.pair.store
-        self._key = task.pair.key(*parts, tokenizers=any(one.reads_tokenizers for one in providers))
-        self._what = f"{method.name}, rank {task.rank}, {task.pair.names}"
+        facts = [None if one.cache_key is None else one.cache_key(plan) for one in providers]
+        parts = method.cache_key(), sorted(plan.kinds), plan.rank, facts
+        self._store = plan.pair.store
+        self._key = plan.pair.key(*parts, tokenizers=any(one.reads_tokenizers for one in providers))
+        self._what = f"{method.name}, rank {plan.rank}, {plan.pair.names}"
 
     def find(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
         """Return the group of these pairs; None if it is not cached."""
@@ -103,31 +103,31 @@ def _one_ahead(call: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
             yield ahead.popleft().result()
 
 
-def _with_weights(task: AlignmentTask, chunk: _Chunk) -> tuple[_Chunk, _Stacks | None]:
+def _with_weights(plan: Plan, chunk: _Chunk) -> tuple[_Chunk, _Stacks | None]:
     """Read the weights of pairs without a group, and put them on the devices."""
-    load = load_on_host if _on_host(task.method.map_method) else load_stack
+    load = load_on_host if _on_host(plan.method.map_method) else load_stack
     pairs, group = chunk
     if group is not None:
         return chunk, None
-    src = load(task.pair.source, [pair.source for pair in pairs])
-    return chunk, (src, load(task.pair.target, [pair.target for pair in pairs]))
+    src = load(plan.pair.source, [pair.source for pair in pairs])
+    return chunk, (src, load(plan.pair.target, [pair.target for pair in pairs]))
 
 
 def _align(
-    task: AlignmentTask, pairs: tuple[Pair, ...], stacks: _Stacks | None, evidence_adders: Sequence[AddEvidence]
+    plan: Plan, pairs: tuple[Pair, ...], stacks: _Stacks | None, evidence_adders: Sequence[AddEvidence]
 ) -> TransportGroup:
-    method = task.method.map_method
+    method = plan.method.map_method
     assert method is not None
     assert stacks is not None
-    src, tgt = task.shapes(pairs[0])
+    src, tgt = plan.shapes(pairs[0])
     stack, stream = ModuleStack(pairs, len(stacks[0])), LINEARS[pairs[0].role].stream
     evidence = Evidence(
-        *map(partial(_side, stack), task.pair, stack.names, stacks),
+        *map(partial(_side, stack), plan.pair, stack.names, stacks),
         vocabulary=None,
         activations=None,
         key=None,
         reads=stream == "reads",
-        rank=min(task.rank, *src, *tgt),
+        rank=min(plan.rank, *src, *tgt),
         method=method.name,
     )
     for add in evidence_adders:

@@ -1,4 +1,4 @@
-"""The contract of transfer methods: their inputs, their results, and their two base classes.
+"""The contract of transfer methods: their result, and their two base classes.
 
 A method either fits an update to what the adapter does, or computes maps that are applied to the adapter's update.
 """
@@ -9,23 +9,22 @@ import hashlib
 import inspect
 import marshal
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jcrosslora.adapter import Adapter, Carried
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import MethodError
 from jcrosslora.maps.evidence import RUNNING, Evidence, EvidenceKind, Maps
-from jcrosslora.text import Completion, Prompt
+from jcrosslora.maps.shifted import ModuleRow, TokenRow, UnmappedSource
+from jcrosslora.text import Completion
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import begin
 from jcrosslora.utils.settings import Settings
 
 if TYPE_CHECKING:
-    from jcrosslora.decoder import LoadedBases
     from jcrosslora.distill.facts import FitFacts
-    from jcrosslora.distill.sources import Source
-    from jcrosslora.evaluate.probes import ProbeBatch
+    from jcrosslora.maps.plan import Plan
 
 Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "part cosine", "none"]
 # The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
@@ -35,68 +34,18 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """One adapter that is to be moved between two bases.
-
-    Attributes:
-        source: the base that the adapter was trained on; or a source that can only be queried, with its adapter.
-        adapter: the original adapter, with fused matrices split; empty if the source can only be queried.
-        mapped: the adapter after the maps of the method's `map_method`; None if nothing is mapped.
-        prompts: the user's texts or conversations; empty if the source writes its own.
-        examples: the user's prompts with right answers.
-        batches: probe texts, tokenised for both bases, for methods that require probe texts.
-        rank: the truncation rank of the alignment; 0 without one.
-        shared: results that hold for all adapters of the pair; a method may add its own.
-        states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
-        loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
-    """
-
-    source: BaseModel | Source
-    target: BaseModel
-    adapter: Adapter
-    mapped: Adapter | None = None
-    prompts: Sequence[Prompt] = ()
-    examples: Sequence[Completion] = ()
-    batches: Sequence[ProbeBatch] = ()
-    rank: int = 0
-    shared: dict[Any, Any] = field(default_factory=dict)
-    seed: int = 0
-    states: Path | None = None
-    loaded: LoadedBases | None = None
-
-    @property
-    def base(self) -> BaseModel:
-        """Return the source, whose weights the method reads; raise MethodError if the source can only be queried."""
-        if not isinstance(self.source, BaseModel):
-            msg = f"this method reads the weights of the source, and {self.source.name} can only be queried: use "
-            raise MethodError(msg + "--method distill, or give the weights with --source")
-        return self.source
-
-
-@dataclass(frozen=True, eq=False)
-class Sizes:
-    """The facts of a task before any adapter is moved.
-
-    Attributes:
-        prompts: how many the user gave, as `examples` with their right answers.
-        probes: how many probe texts are read.
-        rank: the truncation rank of the alignment; 0 without one.
-    """
-
-    target: BaseModel
-    prompts: int
-    probes: int
-    rank: int
-    examples: int = 0
-
-
-@dataclass(frozen=True, eq=False)
 class Moved:
     """An update of the target, with an account of how it came about.
 
+    A method that changes what the maps made returns `dataclasses.replace(plan.mapped, adapter=...)`, which keeps the
+    account of the maps.
+
     Attributes:
-        adapter: all of it is written, and nothing else: rows of tokens and updates of experts that are in `Task.mapped`
-            and not in it are left out. Its `info` is filled in by the transfer.
+        adapter: all of it is written, and nothing else. Its `info` is filled in by the transfer.
+        rows: the account of each module that the maps moved.
+        tokens: that of each change of the embedding and the output head.
+        unmapped: the source modules that feed no target module.
+        kernels: which kernels decomposed the matrices of both bases.
         fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
             source adapter, so no source module counts as unmapped.
         added: description of what was added to the mapped update, one sentence without a full stop; None if nothing
@@ -109,6 +58,10 @@ class Moved:
     """
 
     adapter: Adapter
+    rows: tuple[ModuleRow, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    unmapped: tuple[UnmappedSource, ...] = ()
+    kernels: tuple[str, ...] = ()
     fit: FitFacts | None = None
     added: str | None = None
     curve: Sequence[tuple[int, float]] = ()
@@ -146,7 +99,7 @@ class Method(Settings):
         """Return what errors call it."""
         return f"method {cls.name}"
 
-    def move(self, task: Task) -> Moved:
+    def move(self, plan: Plan) -> Moved:
         """Return the update of the target."""
         raise NotImplementedError
 
@@ -157,9 +110,9 @@ class Method(Settings):
     def check(self) -> None:
         """Raise `UsageError` for hyper-parameters out of range, before anything is computed."""
 
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
-        """Count what `move` takes, by the names of its steps on the display; None if it is not known."""
-        del sizes
+    def cost(self, plan: Plan) -> dict[str, Cost | None]:
+        """Count what `move` takes after the maps, by its steps on the display; None if it is not known."""
+        del plan
         return {FINISH: None}
 
     def memory(self, target: BaseModel, free: int | None) -> int | None:
@@ -169,7 +122,7 @@ class Method(Settings):
 
     @property
     def map_method(self) -> MapMethod | None:
-        """The map method that runs before `move`: a map method itself, None if nothing is mapped."""
+        """The map method that makes `plan.mapped`: a map method itself, None if nothing is mapped."""
         return None
 
     @property
@@ -189,7 +142,7 @@ class Method(Settings):
 
     @property
     def holds_bases(self) -> bool:
-        """Tell whether `move` runs both bases by `task.loaded`, which divides their weights over devices."""
+        """Tell whether `move` runs both bases by `plan.loaded`, which divides their weights over devices."""
         return self.fits_update and self.runs_bases
 
     @property
@@ -272,14 +225,21 @@ class MapMethod(Method):
         """Choose the maps of one pair of modules. Pure, traceable and unbatched."""
         raise NotImplementedError
 
-    def move(self, task: Task) -> Moved:
-        """Return the mapped update unchanged. A method that adds something to it overrides this."""
-        assert task.mapped is not None  # a map method has maps
-        return Moved(task.mapped)
+    def move(self, plan: Plan) -> Moved:
+        """Align the modules, shift the adapter, and return the mapped update; a method may override this to add to it.
 
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        Raises:
+            PairingError: no update of the adapter is moved.
+            CheckpointError: weights cannot be read or are not finite.
+        """
+        moved = plan.mapped
+        assert moved is not None  # a map method has maps
+        begin(FINISH)
+        return moved
+
+    def cost(self, plan: Plan) -> dict[str, Cost | None]:
         """Count nothing for an update that stays unchanged."""
-        return {} if type(self).move is MapMethod.move else super().cost(sizes)
+        return {} if type(self).move is MapMethod.move else super().cost(plan)
 
     @property
     def map_method(self) -> MapMethod:

@@ -22,7 +22,7 @@ from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
 from jcrosslora.maps.evidence import ChannelPair, Evidence, EvidenceKind, Selection
-from jcrosslora.maps.task import AddEvidence, AlignmentTask, ModuleStack
+from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan
 from jcrosslora.relation import ChannelScales
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
@@ -43,17 +43,17 @@ class Provider:
     Attributes:
         collect: collects what all modules share, and returns a function that adds the evidence of a stack of modules.
         reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
-        check: refuses a task that cannot be done, before anything is computed.
+        check: refuses a plan that cannot be done, before anything is computed.
         cost: counts what takes time with a number of probe texts, including the maps that are made from the evidence.
         cache_key: what the evidence depends on in addition to bases, rank and modules, as a JSON value; None if maps
             made from it are computed as fast as they are read from a cache.
     """
 
-    collect: Callable[[AlignmentTask], AddEvidence]
+    collect: Callable[[Plan], AddEvidence]
     reads_tokenizers: bool = False
-    check: Callable[[AlignmentTask], None] = lambda _: None
-    cost: Callable[[AlignmentTask, int], Cost] = lambda *_: Cost()
-    cache_key: Callable[[AlignmentTask], Any] | None = None
+    check: Callable[[Plan], None] = lambda _: None
+    cost: Callable[[Plan, int], Cost] = lambda *_: Cost()
+    cache_key: Callable[[Plan], Any] | None = None
 
 
 def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
@@ -62,14 +62,14 @@ def providers_of(kinds: Iterable[EvidenceKind]) -> list[Provider]:
     return [provider for kind, provider in PROVIDERS.items() if kind in wanted]
 
 
-def evidence_cost(task: AlignmentTask, texts: int) -> Cost:
-    """Count the evidence of a task with a number of probe texts."""
-    return sum((provider.cost(task, texts) for provider in providers_of(task.kinds)), Cost())
+def evidence_cost(plan: Plan, texts: int) -> Cost:
+    """Count the evidence of a plan with a number of probe texts."""
+    return sum((provider.cost(plan, texts) for provider in providers_of(plan.kinds)), Cost())
 
 
-def collect_singular_vectors(task: AlignmentTask) -> AddEvidence:
+def collect_singular_vectors(plan: Plan) -> AddEvidence:
     """Return a function that decomposes a stack, or reads what the cache has."""
-    pair, vectors = task.pair, task.single_vectors
+    pair, vectors = plan.pair, plan.single_vectors
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
         sides = []
@@ -86,11 +86,11 @@ def collect_singular_vectors(task: AlignmentTask) -> AddEvidence:
     return add
 
 
-def singular_vectors_cost(task: AlignmentTask, texts: int) -> Cost:
+def singular_vectors_cost(plan: Plan, texts: int) -> Cost:
     """Count a decomposition of each matrix."""
     del texts
-    sides = [shape for pair in task.modules for shape in task.shapes(pair)]
-    return Cost(decomposed=tuple((shape, min(task.rank, *shape), task.single_vectors) for shape in sides))
+    sides = [shape for pair in plan.modules for shape in plan.shapes(pair)]
+    return Cost(decomposed=tuple((shape, min(plan.rank, *shape), plan.single_vectors) for shape in sides))
 
 
 class FactorCache:
@@ -160,21 +160,21 @@ def _rows(names: Sequence[str], arrays: Mapping[str, np.ndarray], kernels: Seque
     return {name: ({field: arrays[field][row] for field in _FIELDS}, kernels[row]) for row, name in enumerate(names)}
 
 
-def _collect_vocabulary(task: AlignmentTask) -> AddEvidence:
+def _collect_vocabulary(plan: Plan) -> AddEvidence:
     """Collect the moments of the shared vocabulary once for the pair; None if the bases share none.
 
     Methods that use the vocabulary for the signs of singular vectors work without it.
     """
-    vocabulary = task.pair.vocabulary[0] if task.pair.shared_tokens[0] else None
+    vocabulary = plan.pair.vocabulary[0] if plan.pair.shared_tokens[0] else None
     return lambda evidence, _: dataclasses.replace(evidence, vocabulary=vocabulary)
 
 
-def _collect_keys(task: AlignmentTask) -> AddEvidence:
+def _collect_keys(plan: Plan) -> AddEvidence:
     """Derive each PRNG key from the seed and the name of the target module alone, not from the other modules."""
-    numbers = np.array([zlib.crc32(pair.target.encode()) for pair in task.modules], np.uint32)
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(task.seed)))(numbers)
+    numbers = np.array([zlib.crc32(pair.target.encode()) for pair in plan.modules], np.uint32)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(plan.seed)))(numbers)
     data = np.asarray(jax.random.key_data(keys))
-    by_target = {pair.target: row for pair, row in zip(task.modules, data, strict=True)}
+    by_target = {pair.target: row for pair, row in zip(plan.modules, data, strict=True)}
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
         rows = stack.filled([by_target[pair.target] for pair in stack.pairs])
@@ -183,9 +183,9 @@ def _collect_keys(task: AlignmentTask) -> AddEvidence:
     return add
 
 
-def _collect_selection(task: AlignmentTask) -> AddEvidence:
+def _collect_selection(plan: Plan) -> AddEvidence:
     """Read which rows and columns of the source each target module consists of from the structure of the pair."""
-    structure, target = task.pair.structure[0], task.pair.target
+    structure, target = plan.pair.structure[0], plan.pair.target
     assert structure is not None  # checked when the alignment was planned
 
     def stacked(stack: ModuleStack, rows: list[np.ndarray | None]) -> jax.Array:
@@ -202,12 +202,12 @@ def _collect_selection(task: AlignmentTask) -> AddEvidence:
     return add
 
 
-def _collect_channels(task: AlignmentTask) -> AddEvidence:
+def _collect_channels(plan: Plan) -> AddEvidence:
     """Read the scales of rows and columns; modules that are fed by another layer have ones."""
-    scales = task.pair.channels or ChannelScales({}, {})
+    scales = plan.pair.channels or ChannelScales({}, {})
 
     def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
-        named = [(pair.target if pair.source == pair.target else "", task.shapes(pair)[1]) for pair in stack.pairs]
+        named = [(pair.target if pair.source == pair.target else "", plan.shapes(pair)[1]) for pair in stack.pairs]
         rows, columns = zip(*stack.filled([scales.of(*one) for one in named]), strict=True)
         return dataclasses.replace(
             evidence, channels=ChannelPair(*(jnp.asarray(np.stack(side)) for side in (rows, columns)))
@@ -218,7 +218,7 @@ def _collect_channels(task: AlignmentTask) -> AddEvidence:
 
 PROVIDERS: dict[EvidenceKind, Provider] = {
     EvidenceKind.SINGULAR_VECTORS: Provider(
-        collect_singular_vectors, cost=singular_vectors_cost, cache_key=lambda task: task.single_vectors
+        collect_singular_vectors, cost=singular_vectors_cost, cache_key=lambda plan: plan.single_vectors
     ),
     EvidenceKind.SHARED_VOCABULARY: Provider(_collect_vocabulary, reads_tokenizers=True),
     EvidenceKind.ACTIVATIONS: Provider(
@@ -228,7 +228,7 @@ PROVIDERS: dict[EvidenceKind, Provider] = {
     EvidenceKind.CHANNEL_SCALES: Provider(_collect_channels),
     EvidenceKind.RANDOM_KEY: Provider(
         _collect_keys,
-        check=lambda task: check_seed(task.seed),  # JAX would truncate a larger one to its lower 32 bits
-        cache_key=lambda task: task.seed,
+        check=lambda plan: check_seed(plan.seed),  # JAX would truncate a larger one to its lower 32 bits
+        cache_key=lambda plan: plan.seed,
     ),
 }

@@ -10,17 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, Carried, LoRAFactors, fit_to_base, update_norm
-from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.records import as_adapter, restrict
-from jcrosslora.checkpoint import BaseInfo
+from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fit_to_base, update_norm
+from jcrosslora.adapter.records import as_adapter, left_out, restrict
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
 from jcrosslora.linalg import map_on_host, namespace, product_energy
-from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import Terms
-from jcrosslora.maps.method import Method
+from jcrosslora.maps.method import Method, Moved
 from jcrosslora.maps.other_changes import carry_experts, carry_tokens
-from jcrosslora.maps.shifted import Calibration, ModuleRow, Shifted, UnmappedSource, defined
+from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.shifted import ModuleRow, UnmappedSource, defined
 from jcrosslora.maps.transport import Transport, TransportGroup
 from jcrosslora.relation.pairing import Pair
 
@@ -85,138 +83,123 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | A
     return {name: moved[name] for name in transport.target.shapes if name in moved}
 
 
-class Shifter:
-    """Moves one adapter, group by group, so that the groups of a transport need not all be in memory.
+def checked_adapter(plan: Plan) -> Adapter:
+    """Return the part of an adapter that a plan moves, with fused matrices split.
 
-    `adapter` is the adapter to move, with fused matrices split.
+    Raises:
+        AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
+        UsageError: a scale that is zero or not finite, or a setting that the method has no use for.
     """
+    adapter, method = plan.adapter, plan.method
+    _check_settings(method, plan.calibrate, plan.scale)
+    name = adapter.info.name
+    if adapter.info.invocation is not None and adapter.info.invocation_target is None:
+        msg = f"adapter {name} acts only after tokens of its base; write them in the target's first, by "
+        raise AdapterError(msg + "jcrosslora.maps.other_changes.with_invocation(adapter, source, target)")
+    why = f"method {method.name} does not keep the coordinates of the residual stream"
+    adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
+    adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
+    if plan.scale != 1:
+        adapter = restrict(adapter, Carried.LINEAR, f"scale {plan.scale:g} is of linear layers alone")
+    if not (adapter.modules or adapter.experts):
+        left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
+        msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): use "
+        raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its base")
+    return adapter
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        source: BaseInfo,
-        method: Method,
-        *,
-        calibrate: Calibration | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        """Check that the adapter fits the base, and the settings the method.
 
-        Args:
-            source: the base that the adapter belongs to.
-            method: of the transfer; without maps its adapter is only checked.
-            calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
-                maps make of it; None is the method's own choice (the random control alone restores the norm).
-            scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
+def map_together(plans: Sequence[Plan], alignment: Plan) -> list[Moved]:
+    """Align the modules group by group, and move the adapters of all plans through each group before it is dropped.
 
-        Raises:
-            AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
-            UsageError: an unknown calibration, or a scale that is zero or not finite.
-        """
-        _check_settings(method, calibrate, scale)
-        name = adapter.info.name
-        if adapter.info.invocation is not None and adapter.info.invocation_target is None:
-            msg = f"adapter {name} acts only after tokens of its base; write them in the target's first, by "
-            raise AdapterError(msg + "jcrosslora.maps.other_changes.with_invocation(adapter, source, target)")
-        why = f"method {method.name} does not keep the coordinates of the residual stream"
-        adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
-        adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
-        if scale != 1:
-            adapter = restrict(adapter, Carried.LINEAR, f"scale {scale:g} is of linear layers alone")
-        if not (adapter.modules or adapter.experts):
-            left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
-            msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): use "
-            raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its base")
-        self.adapter = fit_to_base(adapter, source)
-        self._method, self._scale = method, scale
-        is_control = method.map_method is not None and method.map_method.is_control
-        self.keep_norm = is_control if calibrate is None else calibrate == "frobenius"
-        self._rows: list[ModuleRow] = []
-        self._modules: dict[str, LoRAFactors] = {}
+    `alignment` is the plan of an alignment that all plans share, with its text.
 
-    def finish(self, transport: Transport, pair: BasePair) -> Shifted:
-        """Put the modules in the target's order and close the account; the transport may have dropped its groups.
+    Raises:
+        PairingError: no update of an adapter was moved.
+        CheckpointError: weights cannot be read or are not finite.
+    """
+    from jcrosslora.maps.align import align_groups
 
-        Raises PairingError if no update of the adapter was moved.
-        """
-        adapter, method = self.adapter, self._method
+    kernels, found = list[str](), [_Mapping(plan) for plan in plans]
+    for group in align_groups(alignment) if alignment.groups is None else alignment.groups:
+        _add_to_all(found, group)
+        kernels += group.kernels
+    return [one.finish(tuple(kernels)) for one in found]
+
+
+class _Mapping:
+    """Collects the mapped modules of one adapter, group by group."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.adapter, self.plan = plan.adapter, plan
+        self.rows: list[ModuleRow] = []
+        self.modules: dict[str, LoRAFactors] = {}
+
+    def finish(self, kernels: tuple[str, ...]) -> Moved:
+        """Put the modules in the target's order, move experts and tokens, and close the account."""
+        plan, adapter = self.plan, self.adapter
+        method, pair = plan.method, plan.pair
         experts, notes = (), ()
         if adapter.experts and not method.fits_update:
             experts, notes = carry_experts(adapter, pair, method)
-        energies = {name: update_norm(item) ** 2 for name, item in adapter.modules.items()}
-        if method.map_method is None:
-            self._rows = [
-                ModuleRow.unmapped(pair.target, pair.role, pair.source, energies[pair.source])
-                for pair in transport.pairing.pairs
-                if pair.source in energies
-            ]
-        elif not (self._modules or experts or (method.fits_update and adapter.experts)):
+        if not (self.modules or experts or (method.fits_update and adapter.experts)):
             msg = f"none of the {len(adapter.modules)} modules of {adapter.info.name} is carried over"
             raise PairingError("; ".join([msg, *notes, "choose another depth map or method"]))
         tokens, token_rows, reason = (), (), ""
         if adapter.tokens:
             tokens, token_rows, reason = carry_tokens(adapter, pair, method)
-        remaining = restrict(adapter, ~Carried.TOKENS, reason) if reason else adapter
-        info = AdapterInfo(
-            name=f"{adapter.info.name}, moved",
-            base_name=transport.target.name,
-            prefix=transport.target.prefix,
-            kind=adapter.info.kind if adapter.info.invocation else "LoRA",
-            invocation=adapter.info.invocation_target,
-        )
-        order = {name: index for index, name in enumerate(transport.target.shapes)}
-        modules = {name: self._modules[name] for name in order if name in self._modules}
-        used, total = {row.source for row in self._rows}, sum(energies.values())
-        return Shifted(
-            adapter=Adapter(modules=modules, info=info, tokens=tokens, experts=experts),
-            original=adapter,
-            rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
+        left = left_out(adapter, ~Carried.TOKENS, reason) if reason else ()
+        order = {name: index for index, name in enumerate(plan.target.modules)}
+        modules = {name: self.modules[name] for name in order if name in self.modules}
+        energies = {name: update_norm(item) ** 2 for name, item in adapter.modules.items()}
+        used, total = {row.source for row in self.rows}, sum(energies.values())
+        return Moved(
+            Adapter(modules=modules, tokens=tokens, experts=experts),
+            rows=tuple(sorted(self.rows, key=lambda row: order[row.target])),
             tokens=token_rows,
             unmapped=tuple(
                 UnmappedSource(name, energy / (total or 1.0)) for name, energy in energies.items() if name not in used
             ),
-            energy=total,
-            calibration="frobenius" if self.keep_norm else "none",
-            scale=self._scale,
-            notes=(*_notes(remaining, transport), *notes),
+            kernels=kernels,
+            warnings=(*(f"not moved: {sentence}" for sentence in left), *notes),
         )
 
     def take(self, pair: Pair, agreement: Mapping[str, Any], moved: ShiftedFactors) -> None:
         """Keep the moved factors of a pair, as numpy arrays."""
-        b = moved.b if self._scale == 1 else moved.b * np.float32(self._scale)
-        self._modules[pair.target] = LoRAFactors(a=moved.a, b=b)
+        scale = self.plan.scale
+        b = moved.b if scale == 1 else moved.b * np.float32(scale)
+        self.modules[pair.target] = LoRAFactors(a=moved.a, b=b)
         before = float(moved.before)
         figures = {
             **agreement,
             "energy": before,
             "kept": float(moved.mapped) / before if before > 0 else 1.0,
             "norm_before": float(np.sqrt(moved.before)),
-            "norm_after": float(np.sqrt(moved.after)) * abs(self._scale),
+            "norm_after": float(np.sqrt(moved.after)) * abs(scale),
         }
         known: dict[str, Any] = {name: defined(value) for name, value in figures.items()}
-        self._rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
+        self.rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
 
 
-def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
+def _add_to_all(mappings: Sequence[_Mapping], group: TransportGroup) -> None:
     """Move the updates of several adapters for the pairs of a group, on the host.
 
     The products are thin and of many shapes: numpy is done with them before XLA has compiled a program for them.
     """
     terms, agreement = jax.tree.map(np.asarray, (group.terms, group.agreement))
 
-    def move(row: int) -> list[tuple[Shifter, ShiftedFactors]]:
+    def move(row: int) -> list[tuple[_Mapping, ShiftedFactors]]:
         maps, found = jax.tree.map(lambda x: x[row], terms), []
-        for shifter in shifters:
-            if (item := shifter.adapter.modules.get(group.pairs[row].source)) is not None:
+        for one in mappings:
+            if (item := one.adapter.modules.get(group.pairs[row].source)) is not None:
                 a, b = (np.asarray(factor, np.float32) for factor in (item.a, item.b))
                 scaled = b * np.float32(item.scale)
-                found.append((shifter, _shift_factors(maps, a, scaled, keep_norm=shifter.keep_norm)))
+                found.append((one, _shift_factors(maps, a, scaled, keep_norm=one.plan.keeps_norm)))
         return found
 
     for row, found in enumerate(map_on_host(move, range(len(group.pairs)))):
         figures = {key: x[row].item() for key, x in agreement.items()}
-        for shifter, moved in found:
-            shifter.take(group.pairs[row], figures, moved)
+        for one, moved in found:
+            one.take(group.pairs[row], figures, moved)
 
 
 def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedFactors:
@@ -242,13 +225,3 @@ def _check_settings(method: Method, calibrate: str | None, scale: float) -> None
     if given is not None and method.fits_update:
         msg = f"{given} has no part in method {method.name}, which fits the size of the update as well; "
         raise UsageError(msg + "leave it out, or use another method")
-
-
-def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
-    lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
-    if lossy and transport.source.digest == transport.target.digest:
-        again = ", as does what `jcrosslora export --keep-dora` writes" if adapter.info.kind == DORA.name else ""
-        lossy += (
-            f"both bases have the same weights: the adapter's own file works on the target, and loses nothing{again}.",
-        )
-    return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)

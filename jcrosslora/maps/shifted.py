@@ -1,4 +1,4 @@
-"""A moved adapter, with figures of what the maps kept of it."""
+"""The account of a moved adapter: what the maps kept of each module, and of changes of embedding and head."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.records import describe_change
-from jcrosslora.maps.transport import Agreement
 
 Calibration = Literal["none", "frobenius"]
 # What is read from a report is bounded: a damaged number must not become a picture that cannot be drawn.
@@ -19,6 +17,41 @@ Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 def defined(value: float) -> float | None:
     """Return a figure as rows and reports have it: None in place of NaN."""
     return None if math.isnan(value) else value
+
+
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """Diagnostics of one pair of modules; None if a figure is undefined or not required.
+
+    An alignment computes them as scalar arrays by these names, with NaN for None.
+
+    Attributes:
+        rank: R, the truncation rank of this pair.
+        energy_src: share of ||W_src||_F^2 in its top R singular pairs. This and the next have a twin for the target.
+        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary. The condition is s_1 / s_R.
+        error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
+        similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
+            is chance. Defined for equal O and proper subspaces. For unequal O on the
+            residual stream's side it is measured through the shared vocabulary, see `jcrosslora.maps.transport`.
+            `similarity_in` is the same for the right singular vectors and I.
+        weight_cosine: cosine of W_src with W_tgt, by a method with this measure of the mapped W_src. `Maps` explains
+            the others.
+    """
+
+    rank: int = 0
+    energy_src: float | None = None
+    energy_tgt: float | None = None
+    gap_src: float | None = None
+    gap_tgt: float | None = None
+    condition_src: float | None = None
+    condition_tgt: float | None = None
+    error_src: float | None = None
+    error_tgt: float | None = None
+    similarity_out: float | None = None
+    similarity_in: float | None = None
+    vector_ratio: float | None = None
+    activation_cosine: float | None = None
+    weight_cosine: float | None = None
+    part_cosine: float | None = None
 
 
 class ModuleRow(Agreement, frozen=True):
@@ -41,9 +74,9 @@ class ModuleRow(Agreement, frozen=True):
     norm_after: Size | None = 0.0
 
     @classmethod
-    def unmapped(cls, target: str, role: str, source: str = "", energy: float = 0.0) -> "ModuleRow":
-        """Account for a module that no map leads to; `source` lies at its depth, and is "" where none does."""
-        return cls(target, source, role, energy, norm_before=math.sqrt(energy) if source else None)
+    def fitted(cls, target: str, role: str) -> "ModuleRow":
+        """Account for a module that a fit updates, and no map leads to."""
+        return cls(target, "", role, 0.0)
 
 
 @dataclass(frozen=True)
@@ -80,27 +113,3 @@ class TokenRow:
         if self.kept is None:
             return f"{what}: {self.moved:,} rows, made by the method"
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
-
-
-@dataclass(frozen=True, eq=False)
-class Shifted:
-    """An adapter after the maps, with figures of what they kept.
-
-    Attributes:
-        adapter: of the target, float32; without modules if the method has no maps.
-        original: the adapter before, with fused matrices split.
-        rows: one for each moved module, in the target's order.
-        energy: ||.||_F^2 of the whole update before.
-        scale: what every moved update was multiplied by.
-        notes: what the user has to know, one sentence each.
-    """
-
-    adapter: Adapter
-    original: Adapter
-    rows: tuple[ModuleRow, ...]
-    tokens: tuple[TokenRow, ...]
-    unmapped: tuple[UnmappedSource, ...]
-    energy: float
-    calibration: Calibration
-    scale: float
-    notes: tuple[str, ...]

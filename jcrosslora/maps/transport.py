@@ -7,13 +7,13 @@ from typing import Any, Self
 
 import flax.struct
 import jax
-import msgspec
 import numpy as np
 
 from jcrosslora.checkpoint import BaseInfo, BaseModel
 from jcrosslora.linalg import LinearMap, cosine, dot, namespace, place
 from jcrosslora.maps.evidence import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.method import Method
+from jcrosslora.maps.shifted import Agreement
 from jcrosslora.relation.pairing import Pair, Pairing
 
 
@@ -44,41 +44,6 @@ class AlignRecipe:
     example_count: int = 0
     probe_count: int | None = None
     svd: str = "not needed"
-
-
-class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """Diagnostics of one pair of modules; None if a figure is undefined or not required.
-
-    An alignment computes them as scalar arrays by these names, with NaN for None.
-
-    Attributes:
-        rank: R, the truncation rank of this pair.
-        energy_src: share of ||W_src||_F^2 in its top R singular pairs. This and the next have a twin for the target.
-        gap_src: (s_R - s_{R+1}) / s_R: a small gap makes the subspace itself arbitrary. The condition is s_1 / s_R.
-        error_src: estimated error (radians) of the singular vectors or subspaces that the method uses.
-        similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
-            is chance. Defined for equal O and proper subspaces. For unequal O on the
-            residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
-            `similarity_in` is the same for the right singular vectors and I.
-        weight_cosine: cosine of W_src with W_tgt, by a method with this measure of the mapped W_src. `Maps` explains
-            the others.
-    """
-
-    rank: int = 0
-    energy_src: float | None = None
-    energy_tgt: float | None = None
-    gap_src: float | None = None
-    gap_tgt: float | None = None
-    condition_src: float | None = None
-    condition_tgt: float | None = None
-    error_src: float | None = None
-    error_tgt: float | None = None
-    similarity_out: float | None = None
-    similarity_in: float | None = None
-    vector_ratio: float | None = None
-    activation_cosine: float | None = None
-    weight_cosine: float | None = None
-    part_cosine: float | None = None
 
 
 MAP_FIELDS = tuple(field.name for field in dataclasses.fields(LinearMap))
@@ -144,6 +109,7 @@ class Transport:
 
     Attributes:
         groups: one for each combination of shapes (large ones are split to bound memory); all else is static.
+        pairing: which module feeds which; None for a method that fits an update from zero.
         bases: both bases as they were opened, for what follows the maps; None if they are gone.
     """
 
@@ -152,7 +118,7 @@ class Transport:
     recipe: AlignRecipe = flax.struct.field(pytree_node=False)
     source: BaseInfo = flax.struct.field(pytree_node=False)
     target: BaseInfo = flax.struct.field(pytree_node=False)
-    pairing: Pairing = flax.struct.field(pytree_node=False)
+    pairing: Pairing | None = flax.struct.field(pytree_node=False)
     bases: OpenedBases | None = flax.struct.field(pytree_node=False, default=None)
     warnings: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 

@@ -16,7 +16,7 @@ from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.maps import MapMethod as MapMethod
 from jcrosslora.maps import Method as Method
 from jcrosslora.maps import Moved as Moved
-from jcrosslora.maps import Task as Task
+from jcrosslora.maps import Plan as Plan
 from jcrosslora.methods.copy import CompensatedCopy as CompensatedCopy
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.copy import InterpolatedCopy as InterpolatedCopy
@@ -66,7 +66,7 @@ MethodLike = str | Method | type[Method] | Auto
 def __dir__() -> list[str]:
     """Return the public names: the methods, and what makes and registers them."""
     made = [method.__name__ for method in METHODS.values() if method.__module__.startswith(__name__)]
-    named = ("AUTO", "METHODS", "Auto", "FitFacts", "MapMethod", "Method", "Moved", "Task", "register_method")
+    named = ("AUTO", "METHODS", "Auto", "FitFacts", "MapMethod", "Method", "Moved", "Plan", "register_method")
     return sorted([*made, *named])
 
 

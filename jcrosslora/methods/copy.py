@@ -21,7 +21,7 @@ Of all updates of rank R, U U' E is nearest to E on these inputs (Eckart and You
 Where a quantiser changed the scales of channels, W_src, dW and X are those of the rescaled source, see
 `relation.channels`.
 
-Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
+Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated plan
 vectors (arXiv 2212.04089); low-rank reconstruction of quantisation errors, LQER (arXiv 2402.02446) and QERA (arXiv
 2410.06040), which repair a quantised base. Combining them with a copied adapter is this package's own.
 """
@@ -40,7 +40,7 @@ from jcrosslora.adapter.difference import module_differences
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import LinearMap, cosine, select
-from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Sizes, Task
+from jcrosslora.maps import Evidence, EvidenceKind, MapMethod, Maps, Moved, Plan
 from jcrosslora.relation import find_channel_scales
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
@@ -141,20 +141,22 @@ class InterpolatedCopy(Copy):
             msg = f"interpolation {self.interpolation:g} is out of range; it must be from 0 (a copy) to 1 (the weights "
             raise UsageError(msg + "of the source)")
 
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+    def cost(self, plan: Plan) -> dict[str, Cost | None]:
         """Count a decomposition of each of the target's modules."""
-        shapes = [module.shape for module in sizes.target.modules.values()]
-        return {"interpolate": Cost(decomposed=tuple((shape, min(sizes.rank, *shape), False) for shape in shapes))}
+        shapes = [module.shape for module in plan.target.modules.values()]
+        return {"interpolate": Cost(decomposed=tuple((shape, min(plan.rank, *shape), False) for shape in shapes))}
 
-    def move(self, task: Task) -> Moved:
+    def move(self, plan: Plan) -> Moved:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""
-        key = self, *task.batches
-        if key not in task.shared:
-            share, inputs = self.interpolation, self.inputs(task)
-            task.shared[key] = interpolate_to_source(task.base, task.target, share, rank=task.rank, inputs=inputs)
-        modules, kept = task.shared[key]
-        assert task.mapped is not None  # a map method has maps
-        return Moved(_sum(task.target, task.mapped, modules), added=self.sentence(modules, kept))
+        moved, key = super().move(plan), (self, *plan.batches)
+        if key not in plan.shared:
+            share, inputs = self.interpolation, self.inputs(plan)
+            plan.shared[key] = interpolate_to_source(
+                plan.pair.source, plan.target, share, rank=plan.rank, inputs=inputs
+            )
+        modules, kept = plan.shared[key]
+        added = _sum(plan.target, moved.adapter, modules)
+        return replace(moved, adapter=added, added=self.sentence(modules, kept))
 
     def sentence(self, modules: Mapping[str, LoRAFactors], kept: float) -> str:
         """Describe what is added, without a full stop."""
@@ -170,9 +172,9 @@ class InterpolatedCopy(Copy):
             f"{self.held.format(share)}"
         )
 
-    def inputs(self, task: Task) -> Callable[[str], jax.Array] | None:
+    def inputs(self, plan: Plan) -> Callable[[str], jax.Array] | None:
         """Return what gives the inputs (N, I) of a module, by which its difference is truncated; None for none."""
-        del task
+        del plan
         return None
 
 
@@ -192,17 +194,17 @@ class CompensatedCopy(InterpolatedCopy):
     svd_rank: int = 32
     """Rank that is added to each module."""
 
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+    def cost(self, plan: Plan) -> dict[str, Cost | None]:
         """Count the source's pass over the texts, and the decompositions."""
         from jcrosslora.maps.activations import inputs_cost
 
-        return {"collect inputs": inputs_cost(sizes.probes), **super().cost(sizes)}
+        return {"collect inputs": inputs_cost(plan.text_count), **super().cost(plan)}
 
-    def inputs(self, task: Task) -> Callable[[str], jax.Array]:
+    def inputs(self, plan: Plan) -> Callable[[str], jax.Array]:
         """Run the source over the texts."""
         from jcrosslora.maps.activations import input_rows
 
-        return input_rows(task.base, task.batches)
+        return input_rows(plan.pair.source, plan.batches)
 
 
 def interpolate_to_source(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distill.settings import UNPROMPTED, DistillSettings
-from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Sizes, Task
+from jcrosslora.maps import EvidenceKind, MapMethod, Method, Moved, Plan
 from jcrosslora.methods.copy import Copy, Select
 from jcrosslora.utils.cost import Cost
 
@@ -23,15 +23,16 @@ class Distill(DistillSettings, Method):
     reference = "this package"
     requires = frozenset({EvidenceKind.COMPLETIONS})
 
-    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+    def cost(self, plan: Plan) -> dict[str, Cost | None]:
         """Count the written completions and the fit; with a budget, the fit to the first completions."""
         from jcrosslora.distill.completions import completions_cost
         from jcrosslora.distill.fit import fit_cost
 
-        asked = self.for_prompts(sizes.prompts, sizes.examples)
-        count = asked.course(prompted=sizes.prompts + sizes.examples > 0).first
+        prompts, examples = len(set(plan.prompts)), len(plan.examples)
+        asked = self.for_prompts(prompts, examples)
+        count = asked.course(prompted=prompts + examples > 0).first
         first = replace(asked, completions=count) if self.budget is not None else asked
-        given = {"prompts": sizes.prompts, "examples": sizes.examples}
+        given = {"prompts": prompts, "examples": examples}
         fit = replace(fit_cost(first, **given), budget=self.seconds)
         own = self.own_prompts > 0
         written = completions_cost(count, self.answer_tokens, self.discovery, own=own, **given)
@@ -43,35 +44,37 @@ class Distill(DistillSettings, Method):
 
         return peak_bytes(target, self, free)
 
-    def move(self, task: Task) -> Moved:
+    def move(self, plan: Plan) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.
 
         The fit starts from the mapped update, if there is one, whose other changes stay as they are.
         """
         from jcrosslora.distill.run import distill
 
-        start = task.mapped if task.mapped is not None and task.mapped.modules else None
+        mapped = plan.mapped
         found = distill(
-            task.source,
-            task.target,
-            task.adapter,
-            start,
-            prompts=task.prompts,
-            examples=task.examples,
+            plan.source,
+            plan.target,
+            plan.adapter,
+            mapped.adapter if mapped is not None and mapped.adapter.modules else None,
+            prompts=plan.prompts,
+            examples=plan.examples,
             settings=self,
-            seed=task.seed,
-            states=task.states,
-            loaded=task.loaded,
-            shared=task.shared,
+            seed=plan.seed,
+            states=plan.states,
+            loaded=plan.loaded,
+            shared=plan.shared,
         )
-        return Moved(
-            found.adapter if task.mapped is None else replace(task.mapped, modules=found.adapter.modules),
+        start = Moved(found.adapter) if mapped is None else mapped
+        return replace(
+            start,
+            adapter=replace(start.adapter, modules=found.adapter.modules),
             fit=found.facts,
             curve=[(look.completions, look.divergence) for look in found.looks],
             completions=found.completions,
-            wrote_prompts=not (task.prompts or task.examples),
+            wrote_prompts=not (plan.prompts or plan.examples),
             chat_template=found.chat_template,
-            warnings=found.warnings,
+            warnings=(*start.warnings, *found.warnings),
         )
 
 

@@ -19,12 +19,11 @@ from jcrosslora.evaluate.effect import effect_cost
 from jcrosslora.evaluate.probes import probes_cost
 from jcrosslora.maps.align import ALIGN
 from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.method import Sizes
+from jcrosslora.maps.plan import Plan
 from jcrosslora.maps.providers import evidence_cost
-from jcrosslora.maps.task import AlignmentTask
 from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import Pair
-from jcrosslora.session.conclusion import EFFECT, Request
+from jcrosslora.session.conclusion import EFFECT
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.session.timing import seconds_of
 from jcrosslora.utils.cost import Cost, check_host, free_memory
@@ -112,41 +111,44 @@ class Estimate:
         return over + duration(self.seconds(adapters))
 
 
-def estimate(task: AlignmentTask, request: Request, reason: str | None, warnings: tuple[str, ...]) -> Estimate:
+def estimate(plan: Plan, options: TransferOptions) -> Estimate:
     """Estimate a transfer from the sizes of its bases; no weight is read.
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
         UsageError, MemoryError: see `place_bases`.
     """
-    method, options, bases = task.method, request.options, (task.pair.source, task.pair.target)
-    rank = getattr(method, "fit_rank", task.rank if method.truncates else None)
-    memory, placement = _group_memory(task), None
+    method, costs = plan.method, costs_of(plan, options)
+    rank = getattr(method, "fit_rank", plan.rank if method.truncates else None)
+    modules = len(plan.modules) if method.map_method is not None else fitted_modules(method, plan.target)
+    examples = len(plan.examples)
+    if plan.bases is None:  # how fast a queried source answers is not known
+        placement = place_bases([plan.target], method, replace(options, effect="never"))
+        steps = dict.fromkeys(costs)
+        return Estimate(method, plan.reason, modules, rank, steps, placement.peak, placement, examples, plan.doubts)
+    memory, placement, bases = _group_memory(plan), None, (plan.pair.source, plan.target)
     if method.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
         memory = max(memory, placement.peak)
     if method.runs_bases and not method.holds_bases:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
-    steps = seconds_of(costs_of(task, request), task.pair, method)
-    modules = len(task.modules) if method.map_method is not None else fitted_modules(method, task.pair.target)
-    return Estimate(method, reason, modules, rank, steps, memory, placement, request.examples, warnings)
+    steps = seconds_of(costs, plan.pair, method)
+    return Estimate(method, plan.reason, modules, rank, steps, memory, placement, examples, plan.doubts)
 
 
-def costs_of(task: AlignmentTask, request: Request, *, aligned: bool = False) -> dict[str, Cost | None]:
-    """Return the cost of each step of a transfer, by its displayed name, in order; None if it is unknown.
-
-    With `aligned` the maps are there already.
-    """
-    method, prompts = task.method, request.texts
-    texts = prompts or request.options.probe_count
-    found: dict[str, Cost | None] = {}
-    if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in method.requires):
-        found["write"] = probes_cost(texts)
-    if not (aligned or method.map_method is None):
-        found[ALIGN] = evidence_cost(task, texts)
-    found |= method.cost(Sizes(task.pair.target, prompts, texts, task.rank, request.examples))
-    if request.options.checks_effect(runs_bases=method.runs_bases):
+def costs_of(plan: Plan, options: TransferOptions) -> dict[str, Cost | None]:
+    """Return the cost of each step of a transfer, by its displayed name, in order; None if it is unknown."""
+    method, found = plan.method, dict[str, Cost | None]()
+    if plan.bases is None:
+        return method.cost(plan)
+    aligns = method.map_method is not None and plan.groups is None
+    if not plan.prompts and ((plan.reads_probes and aligns) or EvidenceKind.PROBE_TEXTS in method.requires):
+        found["write"] = probes_cost(plan.text_count)
+    if aligns:
+        found[ALIGN] = evidence_cost(plan, plan.text_count)
+    found |= method.cost(plan)
+    if options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = effect_cost(written=method.uses_examples)
     return found
 
@@ -157,16 +159,16 @@ def fitted_modules(method: Method, target: BaseModel) -> int:
     return sum(counts[role] for role in roles_named(getattr(method, "roles", None), counts))
 
 
-def _group_memory(task: AlignmentTask) -> int:
+def _group_memory(plan: Plan) -> int:
     """Give the bytes of the largest group: weights as float32, and both factors as decomposed and as maps."""
 
     def held(pairs: Sequence[Pair]) -> int:
-        first, source, target = pairs[0], task.pair.source, task.pair.target
+        first, source, target = pairs[0], plan.pair.source, plan.pair.target
         sides = source.modules[first.source].shape, target.modules[first.target].shape
-        rank = min(task.rank, *sides[0], *sides[1])
+        rank = min(plan.rank, *sides[0], *sides[1])
         return len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides)
 
-    return max(map(held, task.chunks()), default=0)
+    return max(map(held, plan.chunks()), default=0)
 
 
 @dataclass(frozen=True)

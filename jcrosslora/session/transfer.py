@@ -13,17 +13,16 @@ from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evaluate.examples import as_completion, parse_examples, read_examples, read_prompts
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.align import align_groups
-from jcrosslora.maps.plan import plan_alignment, with_text
+from jcrosslora.maps.planning import plan_between, with_text
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
 from jcrosslora.relation.pairing import Depth
 from jcrosslora.report.documents import with_settings
-from jcrosslora.session.conclusion import Request
 from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.pair_session import PairSession, out_of_memory_advice
-from jcrosslora.session.queried_session import QueriedModel, QueriedSession
+from jcrosslora.session.job import Job
 from jcrosslora.session.result import TransferResult
+from jcrosslora.session.session import QueriedModel, Session, out_of_memory_advice
 from jcrosslora.session.settings import TransferOptions, TransferSettings, make_options
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
@@ -72,8 +71,8 @@ def transfer(
     wanted, chosen = make_method(method), make_options(options)
     with enough_memory(out_of_memory_advice(wanted, source)):
         session = open_session(source, target, open_cache() if cache else None)
-        request = Request(adapter, wanted, chosen, given_probes(prompts, examples), alpha=alpha)
-        return session.transfer(request)
+        job = Job(adapter, wanted, chosen, given_probes(prompts, examples), alpha=alpha)
+        return session.transfer(job)
 
 
 def align(
@@ -108,11 +107,12 @@ def align(
         CheckpointError: weights that cannot be read or are not finite.
     """
     check_devices()
-    session = PairSession(open_base(source), open_base(target), store=cache)
-    wanted, _ = session.resolve(Request(None, make_method(method), TransferOptions()))
-    task = with_text(plan_alignment(session.pair, wanted, depth=depth, seed=seed, sources=sources), probes)
-    groups = tuple(align_groups(task))
-    return task.transport(groups, [kernel for group in groups for kernel in group.kernels])
+    session = Session(open_base(source), open_base(target), store=cache)
+    assert session.pair is not None  # both are bases
+    wanted, _ = session.resolve(Job(None, make_method(method), TransferOptions()))
+    plan = plan_between(session.pair, wanted, depth=depth, seed=seed, sources=sources)
+    plan = with_text(replace(plan, given=probes))
+    return plan.transport(tuple(align_groups(plan)))
 
 
 def shift(
@@ -141,9 +141,9 @@ def shift(
         raise MethodError("the transport has lost its bases, which shift needs; use jcrosslora.apply, or align again")
     chosen = make_options({"effect": "never", "seed": transport.recipe.seed} | options)
     with enough_memory(out_of_memory_advice(transport.method)):
-        session = PairSession(transport.bases.source, transport.bases.target)
-        request = Request(adapter, transport.method, chosen, given_probes(prompts, examples))
-        return session.finish_aligned(session.check(request, session.load(request)), transport)
+        session = Session(transport.bases.source, transport.bases.target)
+        job = Job(adapter, transport.method, chosen, given_probes(prompts, examples))
+        return session.finish_aligned(job, transport)
 
 
 def transfer_files(settings: TransferSettings) -> TransferResult:
@@ -157,7 +157,7 @@ def transfer_files(settings: TransferSettings) -> TransferResult:
         parse_depth(settings.depth)  # refused before anything is read
         if settings.adapter:  # a server has its own
             find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
-        result = session_of(settings).transfer(request_of(settings, text_of(settings)))
+        result = session_of(settings).transfer(job_of(settings, text_of(settings)))
         save_as(result, settings)
     return result
 
@@ -179,7 +179,7 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
     """
     session = session_of(settings, store=False)
     with enough_memory(_memory_advice(settings)):
-        return session.estimate(replace(request_of(settings, text_of(settings)), adapter=adapter))
+        return session.estimate(replace(job_of(settings, text_of(settings)), adapter=adapter))
 
 
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
@@ -190,7 +190,7 @@ def save_as(result: TransferResult, settings: TransferSettings) -> None:
     shown.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)
 
 
-def session_of(settings: TransferSettings, *, store: bool = True) -> PairSession | QueriedSession:
+def session_of(settings: TransferSettings, *, store: bool = True) -> Session:
     """Open both bases of a transfer, and the cache if the settings and `store` have it take part."""
     revision, template = settings.source_revision, settings.source_template
     source = _queried_model(settings) or open_base(settings.source, revision=revision, chat_template=template)
@@ -205,14 +205,14 @@ def session_of(settings: TransferSettings, *, store: bool = True) -> PairSession
 
 def open_session(
     source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
-) -> PairSession | QueriedSession:
+) -> Session:
     """Open what moves adapters of a base, or of a source that can only be queried, to a target."""
-    if not isinstance(source, ServedModel | TorchModel):
-        return PairSession(open_base(source), open_base(target), store=store)
     opened = open_base(target)
-    if store is not None:
-        opened.digest(store.digests)
-    return QueriedSession(source, opened, store=store)
+    if isinstance(source, ServedModel | TorchModel):
+        if store is not None:
+            opened.digest(store.digests)
+        return Session(source, opened, store=store)
+    return Session(open_base(source), opened, store=store)
 
 
 def given_probes(
@@ -255,11 +255,11 @@ def text_of(settings: TransferSettings) -> Probes | None:
     return given_probes(settings.prompts, settings.examples)
 
 
-def request_of(settings: TransferSettings, text: Probes | None) -> Request:
-    """Return the request of a transfer from files, with the text that its settings name."""
+def job_of(settings: TransferSettings, text: Probes | None) -> Job:
+    """Return the job of a transfer from files, with the text that its settings name."""
     reading = settings.adapter_revision, settings.adapter_rank, settings.alpha
     method = make_method(settings.method)
-    return Request(settings.adapter, method, settings, text, settings.profile, *reading)
+    return Job(settings.adapter, method, settings, text, settings.profile, *reading)
 
 
 def _memory_advice(settings: TransferSettings) -> str:

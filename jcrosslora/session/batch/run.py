@@ -10,15 +10,15 @@ from pathlib import Path
 from jcrosslora.adapter import Adapter
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.maps.align import ALIGN, align_groups
-from jcrosslora.maps.task import AlignmentTask
-from jcrosslora.methods import Method, make_method
+from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.planning import with_text
+from jcrosslora.methods import make_method
 from jcrosslora.session.batch import outcomes
 from jcrosslora.session.batch.outcomes import CompletionLog, Outcome, Status, Summary
 from jcrosslora.session.batch.plan import CHUNK_BYTES, BatchPlan, Job, Unit, share_of, units_of
-from jcrosslora.session.conclusion import Request
-from jcrosslora.session.pair_session import PairSession, out_of_memory_advice
 from jcrosslora.session.result import TransferResult
-from jcrosslora.session.transfer import request_of, save_as, session_of, text_of
+from jcrosslora.session.session import out_of_memory_advice
+from jcrosslora.session.transfer import job_of, save_as, session_of, text_of
 from jcrosslora.utils.cost import check_devices, enough_memory
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.logs import LogName, find_log, log_to
@@ -85,12 +85,13 @@ class _Checked:
     """A checked job whose factors need not be in memory.
 
     Attributes:
-        stamp: the same without reading the adapter, see `stamp_of`.
+        plan: without the adapter.
+        stamp: the fingerprint without reading the adapter, see `stamp_of`.
         size: bytes of its factors as float32.
     """
 
     job: Job
-    method: Method
+    plan: Plan
     fingerprint: str
     stamp: str | None
     sources: tuple[str, ...]
@@ -130,8 +131,8 @@ class _Run:
         """Run a job and write its result; list it as failed if it fails."""
         settings = item.job.settings
         try:
-            with enough_memory(out_of_memory_advice(item.method)):
-                with log_to(self.figures, item.job.name, replace(settings, method=item.method).published()):
+            with enough_memory(out_of_memory_advice(item.plan.method)):
+                with log_to(self.figures, item.job.name, replace(settings, method=item.plan.method).published()):
                     result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
                     return
@@ -156,10 +157,8 @@ class _UnitRun:
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit = run, unit
-        session = session_of(unit[0].settings)
-        assert isinstance(session, PairSession)  # a plan has no sources that can only be queried
-        self._session = session
-        self._request = request_of(unit[0].settings, text_of(unit[0].settings))  # of the first job
+        self._session = session_of(unit[0].settings)
+        self._first = job_of(unit[0].settings, text_of(unit[0].settings))  # all jobs have the same text
         self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
@@ -167,7 +166,8 @@ class _UnitRun:
         """Run all unfinished jobs of the unit."""
         self._session.take_digests()
         pair = self._session.pair
-        texts = "" if self._request.probes is None else self._request.probes.digest()
+        assert pair is not None  # a batch has no sources that can only be queried
+        texts = "" if self._first.probes is None else self._first.probes.digest()
         shared = outcomes.base_fingerprint(pair.source), outcomes.base_fingerprint(pair.target), texts
         stamps = [(job, outcomes.stamp_of(job, *shared)) for job in self._unit]
         if all(self._run.log.has(job, "stamp", stamp) for job, stamp in stamps):
@@ -176,85 +176,68 @@ class _UnitRun:
             return
         checked = [item for item in (self._check(job, shared, stamp) for job, stamp in stamps) if item is not None]
         self._close_kept(checked)  # before other jobs can fail
-        for method in dict.fromkeys(item.method for item in checked):
-            items = [item for item in checked if item.method == method]
-            if all(map(self._run.is_done, items)):
-                continue
-            fitting, task = self._planned(items)
-            if task is not None:
-                self._move(fitting, task)
+        for method in dict.fromkeys(item.plan.method for item in checked):
+            items = [item for item in checked if item.plan.method == method]
+            if not all(map(self._run.is_done, items)):
+                self._move(items)
         self._close_kept(checked)  # jobs that another run finished meanwhile
 
     def _check(self, job: Job, shared: tuple[str, str, str], stamp: str | None) -> _Checked | None:
         """Check the adapter and the output of a job before anything is computed."""
         try:
             adapter = self._load(job)
-            move = self._session.check(self._request_of(job), adapter)
+            plan = self._plan(job, adapter)
             fingerprint = outcomes.fingerprint_of(job, adapter.info, *shared)
             if not self._run.log.has(job, "fingerprint", fingerprint):
                 ensure_free(job.settings.out, self._run.overwrite)
         except JCrossLoRAError as error:
             self._run.close(job, "failed", str(error))
             return None
-        for sentence in move.doubts if shows_progress() else ():
+        for sentence in plan.doubts if shows_progress() else ():
             say(f"warning: {job.name}: {sentence}")
-        factors = move.shifter.adapter
+        factors = plan.adapter
         size = sum(4 * item.rank * sum(item.shape) for item in factors.modules.values())
         size += sum(4 * update.numbers for update in factors.tokens)
         self._room -= size
         if self._room >= 0 or not self._read:
             self._read[job.name] = adapter
-        return _Checked(job, move.method, fingerprint, stamp, tuple(factors.modules), size)
+        return _Checked(job, replace(plan, adapter=Adapter({})), fingerprint, stamp, tuple(factors.modules), size)
 
-    def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
-        """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""
-        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
-        plan = partial(self._session.plan, items[0].method, self._request.options)
-        try:
-            return items, plan({name for kind in kinds for name in kind})
-        except JCrossLoRAError:
-            if len(kinds) == 1:
-                raise
-        reasons: dict[tuple[str, ...], str] = {}
-        for kind in kinds:
-            try:
-                plan(kind)
-            except JCrossLoRAError as error:
-                reasons[kind] = str(error)
-        for item in items:
-            if item.sources in reasons and not self._run.is_done(item):
-                self._run.close(item.job, "failed", reasons[item.sources])
-        fitting = [item for item in items if item.sources not in reasons]
-        return fitting, plan({name for item in fitting for name in item.sources}) if fitting else None
-
-    def _move(self, items: Sequence[_Checked], task: AlignmentTask) -> None:
-        # Finished jobs keep their place in their chunk: the same program on the same arrays gives the same bytes.
+    def _move(self, items: Sequence[_Checked]) -> None:
+        """Move adapters through one alignment, in chunks."""
+        # Finished jobs keep their position in their chunk: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
-        if items[0].method.runs_bases and sum(not self._run.is_done(item) for item in items) > 1:
-            self._session.keep_bases(items[0].method, self._request.options)
+        session, options = self._session, self._first.options
+        if items[0].plan.method.runs_bases and sum(not self._run.is_done(item) for item in items) > 1:
+            session.keep_bases(items[0].plan.method, options)
         needed = {item.job.name for chunk in chunks for item in chunk}
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
-        with self._session.steps(task, self._request, timed=False) as steps:
-            task = self._session.collect_text(task, self._request)
-            groups = None
-            if self._session.pair.store is None and len(chunks) > 1:
+        alignment = replace(items[0].plan, sources=frozenset(name for item in items for name in item.sources) or None)
+        with session.steps(alignment, options, timed=False) as steps:
+            alignment = with_text(session.ready(alignment, self._first))
+            if alignment.store is None and len(chunks) > 1:
                 # Without a cache the groups stay in memory for all chunks.
-                groups = tuple(align_groups(task))
+                alignment = replace(alignment, groups=tuple(align_groups(alignment)))
             for chunk in chunks:
-                moves = [self._session.check(self._request_of(one.job), self._load(one.job)) for one in chunk]
+                found = [self._plan(one.job, self._load(one.job)) for one in chunk]
+                text = {"probes": alignment.probes, "batches": alignment.batches}
+                plans = [replace(session.ready(plan, self._first), **text) for plan in found]
                 steps.begin_again(ALIGN)
-                transport = self._session.align_and_shift(moves, task, groups)
-                for item, move in zip(chunk, moves, strict=True):
+                session.map_together(plans, alignment)
+                for item, plan in zip(chunk, plans, strict=True):
                     steps.begin_again(ALIGN)  # every adapter is moved by itself
                     if not self._run.is_done(item):
-                        self._run.attempt(item, partial(self._session.finish, move, task, transport))
+                        job = job_of(item.job.settings, self._first.probes)
+                        self._run.attempt(item, partial(session.finish, plan, job))
 
-    def _request_of(self, job: Job) -> Request:
-        return request_of(job.settings, self._request.probes)  # all jobs have the same text
+    def _plan(self, job: Job, adapter: Adapter) -> Plan:
+        return self._session.plan(job_of(job.settings, self._first.probes), adapter)
 
     def _load(self, job: Job) -> Adapter:
         """Return the adapter of a job, from memory or read again."""
-        return self._read.pop(job.name, None) or self._session.load(self._request_of(job))
+        adapter = self._read.pop(job.name, None) or self._session.load(job_of(job.settings, self._first.probes))
+        assert adapter is not None  # both bases are read
+        return adapter
 
     def _close_kept(self, items: Sequence[_Checked]) -> None:
         for item in items:

@@ -1,0 +1,127 @@
+"""Plan a transfer between two bases: check that it is possible, and get the text that it needs."""
+
+import dataclasses
+from collections.abc import Collection
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.evaluate.probes import written_probes
+from jcrosslora.maps.activations import batch_probes
+from jcrosslora.maps.base_pair import BasePair
+from jcrosslora.maps.evidence import EvidenceKind
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
+from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.providers import providers_of
+from jcrosslora.relation.pairing import Depth, pair_modules
+
+_DEFAULT_DEPTH = "proportional"
+
+
+def plan_between(
+    pair: BasePair,
+    method: Method,
+    *,
+    depth: Depth = _DEFAULT_DEPTH,
+    seed: int = 0,
+    sources: Collection[str] | None = None,
+) -> Plan:
+    """Check whether a method can move updates between two bases, and compute nothing else.
+
+    `sources` are the source modules that an adapter has, whose pairs alone are aligned; None is all. `pair_modules`
+    explains `depth`. The plan has no adapter yet.
+
+    Raises:
+        MethodError: the method cannot be used on these bases.
+        PairingError: the modules cannot be paired as asked.
+        UsageError: the truncation rank is out of range, or the seed of a method that draws is not 0 to 2^32 - 1.
+    """
+    stated = depth if isinstance(depth, str) else _shown(depth)
+    plan = Plan(method, pair.target, Adapter({}), pair, depth=stated, seed=seed)
+    if method.map_method is None:
+        return plan
+    if EvidenceKind.SELECTION in method.requires:
+        depth = _selected_layers(pair, depth)
+        plan = dataclasses.replace(plan, depth=_shown(depth))
+    pairing = pair_modules(pair.source.modules, pair.target.modules, depth)
+    plan = dataclasses.replace(plan, pairing=pairing, sources=None if sources is None else frozenset(sources))
+    _check_modules(plan)
+    plan = dataclasses.replace(plan, rank=_checked_rank(plan))
+    for provider in providers_of(method.requires):
+        provider.check(plan)
+    return plan
+
+
+def with_text(plan: Plan) -> Plan:
+    """Return the plan with the text that the method runs both bases on: the user's, or texts that the source writes.
+
+    Completions are written later, with the adapter.
+
+    Raises:
+        UsageError: no text has a position that matches.
+        CheckpointError: a base or its tokenizer cannot be read.
+    """
+    method, probes = plan.method, plan.given
+    if not method.runs_bases:
+        return plan
+    aligns = EvidenceKind.ACTIVATIONS in method.requires and plan.groups is None
+    if not (aligns or EvidenceKind.PROBE_TEXTS in method.requires):
+        return dataclasses.replace(plan, probes=probes)
+    if probes is None and plan.probe_count:
+        probes = written_probes(plan.pair.source, plan.probe_count, seed=plan.seed)
+    probes, batches = batch_probes(plan.pair, probes, seed=plan.seed)
+    return dataclasses.replace(plan, probes=probes, batches=tuple(batches))
+
+
+def _selected_layers(pair: BasePair, depth: Depth) -> tuple[int | None, ...]:
+    """Return the source layer of every target layer from the structure that two bases share.
+
+    Raises MethodError if neither base consists of parts of the other, and UsageError if another depth map than this one
+    or the default was requested.
+    """
+    structure, reason = pair.structure
+    if structure is None:
+        raise MethodError(f"method select needs a base that is made of the other's parts: {reason}; use another method")
+    layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
+    if depth != _DEFAULT_DEPTH and (isinstance(depth, str) or tuple(depth) != layers):
+        msg = f"method select finds the layers by their weights, here {_shown(layers)}; leave the depth map out"
+        raise UsageError(msg)
+    return layers
+
+
+def _shown(layers: Depth) -> str:
+    return ",".join("-" if layer is None else str(layer) for layer in layers)
+
+
+def _check_modules(plan: Plan) -> None:
+    """Raise MethodError if the method is not defined for a pair of modules."""
+    method = plan.method.map_method
+    if method is not None and method.equal_modules:
+        _check_same_modules(plan)
+    for pair in plan.modules if method is not None and method.equal_shapes else ():
+        src, tgt = plan.shapes(pair)
+        if src != tgt:
+            raise MethodError(
+                f"method {plan.method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
+                f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
+            )
+
+
+def _check_same_modules(plan: Plan) -> None:
+    src, tgt = ({name: one.shape for name, one in base.modules.items()} for base in plan.pair)
+    if src != tgt:
+        odd = next(name for name in {**tgt, **src} if src.get(name) != tgt.get(name))
+        msg = f"method {plan.method.name} adds a difference of weights, and {plan.pair.source.name} and "
+        msg += f"{plan.pair.target.name} differ in {odd}: it needs bases with the same modules; use another method"
+        raise MethodError(msg)
+
+
+def _checked_rank(plan: Plan) -> int:
+    """Return the truncation rank: the method's own, or its default if the modules are smaller; 0 without maps."""
+    widest = max((min(*src, *tgt) for src, tgt in map(plan.shapes, plan.modules)), default=0)
+    rank = getattr(plan.method, "svd_rank", DEFAULT_SVD_RANK)
+    if widest == 0 or rank == getattr(type(plan.method), "svd_rank", DEFAULT_SVD_RANK):
+        return min(rank, widest)
+    if not 1 <= rank <= widest:
+        msg = f"svd_rank {rank} is out of range; these bases allow 1 to {widest}, their widest modules' short side"
+        raise UsageError(msg)
+    return rank
