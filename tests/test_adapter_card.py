@@ -7,7 +7,7 @@ import pytest
 
 import jcrosslora as jcl
 from jcrosslora.adapter.records import AdapterOrigin
-from jcrosslora.maps.shifted import ModuleRow, UnmappedSource
+from jcrosslora.maps.moved import ModuleRow, UnmappedSource
 from jcrosslora.maps.transport import AlignRecipe
 from jcrosslora.report import Base, Verdict, complete, model_card
 

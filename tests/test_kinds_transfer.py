@@ -21,8 +21,8 @@ from jcrosslora import read_plan, run_batch, transfer_files
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
+from jcrosslora.maps.method import Plan
 from jcrosslora.maps.other_changes import translate, with_invocation
-from jcrosslora.maps.plan import Plan
 from jcrosslora.maps.shift import checked_adapter
 from jcrosslora.methods import PadTruncate
 from jcrosslora.session.job import Job

@@ -19,7 +19,7 @@ from jcrosslora.distill.distillation import examples_of_round
 from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.evaluate import score
 from jcrosslora.evaluate.examples import as_completion
-from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.method import Plan
 from jcrosslora.methods import Auto, Distill
 from jcrosslora.session.batch.plan import read_plan, units_of
 from jcrosslora.session.job import Job

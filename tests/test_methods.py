@@ -13,7 +13,7 @@ from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
 from jcrosslora.maps import Activations, ChannelPair, Selection, Side, Vocabulary
-from jcrosslora.maps.transport import measure
+from jcrosslora.maps.groups import measure
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method
 
 RANK = 5

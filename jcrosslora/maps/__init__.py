@@ -11,5 +11,5 @@ from jcrosslora.maps.evidence import Vocabulary as Vocabulary
 from jcrosslora.maps.method import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
 from jcrosslora.maps.method import MapMethod as MapMethod
 from jcrosslora.maps.method import Method as Method
-from jcrosslora.maps.method import Moved as Moved
-from jcrosslora.maps.plan import Plan as Plan
+from jcrosslora.maps.method import Plan as Plan
+from jcrosslora.maps.moved import Moved as Moved

@@ -24,8 +24,8 @@ from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Model
 from jcrosslora.evaluate.probes import PROBE_TOKENS, ProbeBatch, Probes, count_positions, probe_batches, written_probes
 from jcrosslora.linalg import dot
 from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.evidence import Activations, Evidence, EvidenceKind
-from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan, pairs_as_json
+from jcrosslora.maps.evidence import Activations, AddEvidence, Evidence, EvidenceKind, ModuleStack, pairs_as_json
+from jcrosslora.maps.method import Plan
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each

@@ -17,11 +17,19 @@ from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
-from jcrosslora.maps.evidence import Evidence, EvidenceKind, Maps, Side, Vocabulary
-from jcrosslora.maps.method import MapMethod
-from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan, pairs_as_json
+from jcrosslora.maps.evidence import (
+    AddEvidence,
+    Evidence,
+    EvidenceKind,
+    Maps,
+    ModuleStack,
+    Side,
+    Vocabulary,
+    pairs_as_json,
+)
+from jcrosslora.maps.groups import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
+from jcrosslora.maps.method import MapMethod, Plan
 from jcrosslora.maps.providers import describe, providers_of
-from jcrosslora.maps.transport import AGREEMENT_FIELDS, MAP_FIELDS, TransportGroup, measure
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.digests import digest_of
 from jcrosslora.utils.progress import track

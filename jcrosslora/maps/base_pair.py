@@ -16,8 +16,8 @@ from jcrosslora.checkpoint.tokenizer import tokenizer_key
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import dot
 from jcrosslora.maps.evidence import Vocabulary
-from jcrosslora.relation import ChannelScales, Structure, find_channel_scales, find_structure
-from jcrosslora.relation.bases import Bases
+from jcrosslora.relation import ChannelScales, Structure, find_channel_scales, find_structure, has_other_gains
+from jcrosslora.relation.bases import Bases, TokenNames, compare_token_names
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.digests import digest_of, numerics_key
 
@@ -69,6 +69,16 @@ class BasePair(Bases):
         """Return the scales of channels by which the target differs, None if there are none."""
         known = self.structure[0] if "structure" in self.__dict__ else None  # which was found with them
         return find_channel_scales(self.source, self.target) if known is None else known.scales
+
+    @cached_property
+    def has_other_gains(self) -> bool:
+        """Whether the norms of the two bases differ by more than the scales of channels."""
+        return has_other_gains(self.source, self.target, self.channels)
+
+    @cached_property
+    def token_names(self) -> TokenNames | None:
+        """Whether tokens of equal ids have equal names; None if that cannot be told."""
+        return compare_token_names(self.source, self.target)
 
     @cached_property
     def shared_tokens(self) -> tuple[int, str]:

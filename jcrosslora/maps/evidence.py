@@ -4,6 +4,8 @@ All shapes are those of one pair of modules; the alignment adds the leading axis
 and in features of a module, H is the width of the residual stream, R the truncation rank; src and tgt are the bases.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ import numpy as np
 
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import LinearMap, TruncatedSVD, dot
+from jcrosslora.relation.pairing import Pair
 
 T = TypeVar("T")
 
@@ -208,3 +211,35 @@ class Maps:
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
     part_cosine: jax.Array = flax.struct.field(default_factory=lambda: np.float32(np.nan))
+
+
+def pairs_as_json(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
+    """Return pairs of modules as JSON values, for cache keys."""
+    return [(pair.target, pair.source, pair.role) for pair in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleStack:
+    """L pairs of modules of equal shapes, whose weights are stacked.
+
+    Attributes:
+        size: L', which is L rounded up to a multiple of the device count; the surplus repeats the last module.
+        kernels: the kernel that decomposed each matrix, the source's first; filled by the provider of singular vectors.
+    """
+
+    pairs: tuple[Pair, ...]
+    size: int
+    kernels: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """Return the names of the source's and of the target's modules."""
+        return [pair.source for pair in self.pairs], [pair.target for pair in self.pairs]
+
+    def filled(self, rows: list[T]) -> list[T]:
+        """Extend L rows to L' by repeating the last one."""
+        return rows + rows[-1:] * (self.size - len(rows))
+
+
+AddEvidence = Callable[[Evidence, ModuleStack], Evidence]
+"""Adds one kind of evidence for a stack of modules."""

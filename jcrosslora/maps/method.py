@@ -1,4 +1,4 @@
-"""The contract of transfer methods: their result, and their two base classes.
+"""The contract of transfer methods: the plan that they get, and their two base classes.
 
 A method either fits an update to what the adapter does, or computes maps that are applied to the adapter's update.
 """
@@ -8,67 +8,198 @@ from __future__ import annotations
 import hashlib
 import inspect
 import marshal
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jcrosslora.adapter import Adapter, Carried
+from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.weight_stacks import bounded_groups
+from jcrosslora.errors import MethodError, PairingError
+from jcrosslora.evaluate.probes import ProbeBatch, Probes
+from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import RUNNING, Evidence, EvidenceKind, Maps
-from jcrosslora.maps.shifted import ModuleRow, TokenRow, UnmappedSource
-from jcrosslora.text import Completion
+from jcrosslora.maps.groups import TransportGroup
+from jcrosslora.maps.moved import Calibration, Moved
+from jcrosslora.relation.pairing import Pair, Pairing
+from jcrosslora.text import Completion, Prompt
+from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import begin
 from jcrosslora.utils.settings import Settings
 
 if TYPE_CHECKING:
-    from jcrosslora.distill.facts import FitFacts
-    from jcrosslora.maps.plan import Plan
+    from jcrosslora.decoder import LoadedBases
+    from jcrosslora.distill.sources import QueriedSource
 
 Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "part cosine", "none"]
 # The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
 DEFAULT_SVD_RANK = 320
 FINISH = "finish"  # the step of a method that does not name itself on the display
 _PACKAGE = Path(__file__).parent.parent
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
-    """An update of the target, with an account of how it came about.
-
-    A method that changes what the maps made returns `dataclasses.replace(plan.mapped, adapter=...)`, which keeps the
-    account of the maps.
+class Plan:
+    """A checked move of an adapter, of which nothing is computed yet.
 
     Attributes:
-        adapter: all of it is written, and nothing else. Its `info` is filled in by the transfer.
-        rows: the account of each module that the maps moved.
-        tokens: that of each change of the embedding and the output head.
-        unmapped: the source modules that feed no target module.
-        kernels: which kernels decomposed the matrices of both bases.
-        fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
-            source adapter, so no source module counts as unmapped.
-        added: description of what was added to the mapped update, one sentence without a full stop; None if nothing
-            was.
-        curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
-        completions: that the source wrote for the fit.
-        wrote_prompts: whether the source wrote their prompts as well.
-        chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
-        warnings: what the user has to know, one sentence each.
+        bases: the source and the target with the facts that stages share; None if the source can only be queried.
+        adapter: the source adapter, with fused matrices split, without the changes that do not move. It is empty if the
+            source can only be queried, and for the alignment that several adapters share.
+        queried: a source that can only be queried, with its adapter; None if the bases are read.
+        depth: the requested depth map, as reports state it.
+        sources: the source modules that adapters have; None is all.
+        pairing: which module feeds which, over all modules of the target; None if nothing is mapped.
+        rank: R, the truncation rank; a module uses at most its short side.
+        calibrate: "frobenius" restores the norm of each update after the maps; None leaves it to the method.
+        scale: factor of each mapped update.
+        given: the user's text; None if there is none.
+        probes: the text that both bases are run on; None if there is none yet.
+        batches: the same text as both bases read it.
+        probe_count: how many texts the source writes if some are needed and none are given.
+        groups: the maps, if they are made already.
+        reason: why `auto` chose the method; None if the user named it.
+        doubts: what speaks against the source as the base of the adapter, one sentence each.
+        shared: results that hold for all adapters of the pair; a method may add some.
+        states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
+        loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
+        apply_maps: aligns the modules and shifts the adapter, see `jcrosslora.maps.shift`; None if nothing is mapped.
     """
 
+    method: Method
+    target: BaseModel
     adapter: Adapter
-    rows: tuple[ModuleRow, ...] = ()
-    tokens: tuple[TokenRow, ...] = ()
-    unmapped: tuple[UnmappedSource, ...] = ()
-    kernels: tuple[str, ...] = ()
-    fit: FitFacts | None = None
-    added: str | None = None
-    curve: Sequence[tuple[int, float]] = ()
-    completions: tuple[Completion, ...] = ()
-    wrote_prompts: bool = False
-    chat_template: str | None = None
-    warnings: tuple[str, ...] = ()
+    bases: BasePair | None = None
+    queried: QueriedSource | None = None
+    depth: str = ""
+    seed: int = 0
+    sources: frozenset[str] | None = None
+    pairing: Pairing | None = None
+    rank: int = 0
+    calibrate: Calibration | None = None
+    scale: float = 1.0
+    given: Probes | None = None
+    probes: Probes | None = None
+    batches: tuple[ProbeBatch, ...] = ()
+    probe_count: int = 0
+    groups: tuple[TransportGroup, ...] | None = None
+    reason: str | None = None
+    doubts: tuple[str, ...] = ()
+    shared: dict[Any, Any] = field(default_factory=dict)
+    states: Path | None = None
+    loaded: LoadedBases | None = None
+    apply_maps: Callable[[Plan], Moved] | None = None
+
+    @property
+    def pair(self) -> BasePair:
+        """Both bases; raise MethodError if the source can only be queried."""
+        if self.bases is None:
+            msg = f"method {self.method.name} needs the weights of the source, which can only be queried: use "
+            raise MethodError(msg + "--method distill, or give the weights with --source")
+        return self.bases
+
+    @property
+    def store(self) -> Cache | None:
+        """The cache; None if none is used."""
+        return None if self.bases is None else self.bases.store
+
+    @property
+    def source(self) -> BaseModel | QueriedSource:
+        """The source: a base whose weights can be read, or a source that can only be queried."""
+        return self.pair.source if self.queried is None else self.queried
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The user's texts or conversations; empty if the source writes its own."""
+        return () if self.given is None else self.given.prompts or self.given.texts
+
+    @property
+    def examples(self) -> Sequence[Completion]:
+        """The user's prompts with right answers."""
+        return () if self.given is None else self.given.examples
+
+    @property
+    def text_count(self) -> int:
+        """How many texts both bases are run on, if they are."""
+        return (0 if self.given is None else len(set(self.given.texts))) or self.probe_count
+
+    @property
+    def mapped(self) -> Moved | None:
+        """The adapter after the maps of the method's `map_method`, which are applied once; None without maps.
+
+        Raises:
+            PairingError: no update of the adapter is moved.
+            CheckpointError: weights cannot be read or are not finite.
+        """
+        if self.apply_maps is not None and "_mapped" not in vars(self):
+            self.keep(self.apply_maps(self))
+        return vars(self).get("_mapped")
+
+    def keep(self, moved: Moved) -> None:
+        """Take an adapter after the maps that were applied together with others."""
+        vars(self)["_mapped"] = moved
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether each update gets the norm that it had on the source after the maps, as that of a control does."""
+        if self.calibrate is None:
+            return self.method.map_method is not None and self.method.map_method.is_control
+        return self.calibrate == "frobenius"
+
+    @property
+    def modules(self) -> tuple[Pair, ...]:
+        """The pairs that the wanted source modules feed, for which maps are made; none for a method without maps.
+
+        Raises PairingError if the source modules feed none.
+        """
+        if self.method.map_method is None or self.pairing is None:
+            return ()
+        if self.sources is None:
+            return self.pairing.pairs
+        pairs = tuple(pair for pair in self.pairing.pairs if pair.source in self.sources)
+        if not pairs:
+            msg = f"none of the adapter's {len(self.sources)} modules feeds a module of the target under depth map "
+            raise PairingError(msg + f"{self.pairing.depth_map!r}; choose another with --depth")
+        return pairs
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        """For each target layer the source layer that feeds it."""
+        return (None,) * self.target.dims.layers if self.pairing is None else self.pairing.layers
+
+    @property
+    def kinds(self) -> frozenset[EvidenceKind]:
+        """The kinds of evidence that the maps need."""
+        return frozenset() if self.method.map_method is None else self.method.map_method.requires
+
+    @property
+    def single_vectors(self) -> bool:
+        """Whether single singular vectors matter, or only the subspace that they span."""
+        return self.method.map_method is not None and self.method.map_method.single_vectors
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether the maps are made from probe texts."""
+        return EvidenceKind.ACTIVATIONS in self.method.requires
+
+    def shapes(self, pair: Pair) -> tuple[Shape, Shape]:
+        """Return the shapes (O, I) of the source's and the target's module of a pair."""
+        return self.pair.source.modules[pair.source].shape, self.pair.target.modules[pair.target].shape
+
+    def chunks(self) -> Iterator[tuple[Pair, ...]]:
+        """Yield the pairs that are aligned together: of equal shapes, and of a bounded size."""
+
+        def key(pair: Pair) -> tuple[object, ...]:
+            return *self.shapes(pair), LINEARS[pair.role].stream
+
+        def size(pair: Pair) -> int:
+            return sum(4 * rows * columns for rows, columns in self.shapes(pair))
+
+        yield from map(tuple, bounded_groups(self.modules, key, size))
 
 
 @dataclass(frozen=True)

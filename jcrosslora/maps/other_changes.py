@@ -18,7 +18,7 @@ from jcrosslora.errors import AdapterError
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import Method
-from jcrosslora.maps.shifted import TokenRow
+from jcrosslora.maps.moved import TokenRow
 from jcrosslora.relation import ChannelScales, LayerMap, compare_token_names, expert_scales
 
 

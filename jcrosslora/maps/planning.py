@@ -9,9 +9,9 @@ from jcrosslora.evaluate.probes import written_probes
 from jcrosslora.maps.activations import batch_probes
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method
-from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method, Plan
 from jcrosslora.maps.providers import providers_of
+from jcrosslora.maps.shift import map_adapter
 from jcrosslora.relation.pairing import Depth, pair_modules
 
 _DEFAULT_DEPTH = "proportional"
@@ -43,7 +43,9 @@ def plan_between(
         depth = _selected_layers(pair, depth)
         plan = dataclasses.replace(plan, depth=_shown(depth))
     pairing = pair_modules(pair.source.modules, pair.target.modules, depth)
-    plan = dataclasses.replace(plan, pairing=pairing, sources=None if sources is None else frozenset(sources))
+    plan = dataclasses.replace(
+        plan, apply_maps=map_adapter, pairing=pairing, sources=None if sources is None else frozenset(sources)
+    )
     _check_modules(plan)
     plan = dataclasses.replace(plan, rank=_checked_rank(plan))
     for provider in providers_of(method.requires):

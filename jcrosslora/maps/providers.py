@@ -21,8 +21,8 @@ from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.evaluate.probes import check_seed
 from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
-from jcrosslora.maps.evidence import ChannelPair, Evidence, EvidenceKind, Selection
-from jcrosslora.maps.plan import AddEvidence, ModuleStack, Plan
+from jcrosslora.maps.evidence import AddEvidence, ChannelPair, Evidence, EvidenceKind, ModuleStack, Selection
+from jcrosslora.maps.method import Plan
 from jcrosslora.relation import ChannelScales
 from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost

@@ -14,12 +14,13 @@ from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fit_to_base, updat
 from jcrosslora.adapter.records import as_adapter, left_out, restrict
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
 from jcrosslora.linalg import map_on_host, namespace, product_energy
+from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.evidence import Terms
-from jcrosslora.maps.method import Method, Moved
+from jcrosslora.maps.groups import TransportGroup
+from jcrosslora.maps.method import Method, Plan
+from jcrosslora.maps.moved import ModuleRow, Moved, UnmappedSource, defined
 from jcrosslora.maps.other_changes import carry_experts, carry_tokens
-from jcrosslora.maps.plan import Plan
-from jcrosslora.maps.shifted import ModuleRow, UnmappedSource, defined
-from jcrosslora.maps.transport import Transport, TransportGroup
+from jcrosslora.maps.transport import Transport
 from jcrosslora.relation.pairing import Pair
 
 
@@ -108,6 +109,11 @@ def checked_adapter(plan: Plan) -> Adapter:
     return adapter
 
 
+def map_adapter(plan: Plan) -> Moved:
+    """Return the adapter of a plan after the maps of its method, as `map_together` does."""
+    return map_together([plan], plan)[0]
+
+
 def map_together(plans: Sequence[Plan], alignment: Plan) -> list[Moved]:
     """Align the modules group by group, and move the adapters of all plans through each group before it is dropped.
 
@@ -117,8 +123,6 @@ def map_together(plans: Sequence[Plan], alignment: Plan) -> list[Moved]:
         PairingError: no update of an adapter was moved.
         CheckpointError: weights cannot be read or are not finite.
     """
-    from jcrosslora.maps.align import align_groups
-
     kernels, found = list[str](), [_Mapping(plan) for plan in plans]
     for group in align_groups(alignment) if alignment.groups is None else alignment.groups:
         _add_to_all(found, group)

@@ -13,7 +13,7 @@ from jcrosslora.adapter.folder import CARD
 from jcrosslora.adapter.origin import other_model
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
-from jcrosslora.maps.shifted import defined
+from jcrosslora.maps.moved import defined
 from jcrosslora.methods import Method
 from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.distill.facts import FitFacts
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Effect
-from jcrosslora.maps.shifted import ModuleRow, Size, TokenRow, UnmappedSource
+from jcrosslora.maps.moved import ModuleRow, Size, TokenRow, UnmappedSource
 from jcrosslora.maps.transport import AlignRecipe
 from jcrosslora.utils.files import read_small
 from jcrosslora.utils.texts import html_table

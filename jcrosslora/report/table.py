@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.maps.shifted import ModuleRow
+from jcrosslora.maps.moved import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.report.fit import fit_sentences, fit_verdict

@@ -14,8 +14,9 @@ from jcrosslora.checkpoint import BaseModel, describe_base
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
-from jcrosslora.maps.plan import Plan
-from jcrosslora.maps.shifted import ModuleRow, TokenRow, defined
+from jcrosslora.maps.method import Plan
+from jcrosslora.maps.moved import ModuleRow, TokenRow, defined
+from jcrosslora.maps.record import recipe_of, source_info, warnings_of
 from jcrosslora.methods import Moved
 from jcrosslora.relation import why_not_run
 from jcrosslora.report import MeasuredEffect, TransferReport, complete, record
@@ -37,7 +38,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
     """Bring an update to the ranks of its format, check its effect, and report on it."""
     options, target, source = job.options, plan.target, plan.adapter
     # A method may return an update of its own, without the account of the maps that it began with.
-    account = vars(plan).get("mapped") or Moved(Adapter({}))
+    account = plan.mapped or Moved(Adapter({}))
     described = describe_base(target)
     adapter = fit_to_base(replace(moved.adapter, info=_info(plan)), described)
     norms = None
@@ -54,8 +55,8 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
     energies = [update_norm(factors) ** 2 for factors in source.modules.values()]
     report = TransferReport(
         version=version(),
-        recipe=plan.recipe(moved.kernels or account.kernels),
-        source=record.taken(record.Base, plan.source_info),
+        recipe=recipe_of(plan, moved.kernels or account.kernels),
+        source=record.taken(record.Base, source_info(plan)),
         target=record.taken(record.Base, described),
         adapter=record.taken(AdapterOrigin, source.info),
         calibration="frobenius" if plan.keeps_norm else "none",
@@ -68,7 +69,9 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=(moved.unmapped or account.unmapped) if moved.fit is None else (),
         energy=sum(energies) if plan.queried is None else None,
-        warnings=tuple(dict.fromkeys((*plan.warnings(), *_notes(plan, account, moved, adapter), *plan.doubts, *found))),
+        warnings=tuple(
+            dict.fromkeys((*warnings_of(plan), *_notes(plan, account, moved, adapter), *plan.doubts, *found))
+        ),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=plan.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
@@ -107,7 +110,7 @@ def _notes(plan: Plan, account: Moved, moved: Moved, adapter: Adapter) -> Iterat
     info = plan.adapter.info
     if info.lost:
         yield f"the adapter is {info.read_as}."
-        if plan.queried is None and plan.source_info.digest == describe_base(plan.target).digest:
+        if plan.queried is None and source_info(plan).digest == describe_base(plan.target).digest:
             again = ", as does what `jcrosslora export --keep-dora` writes" if info.kind == DORA.name else ""
             which = "the adapter's own file works on the target, and loses nothing"
             yield f"both bases have the same weights: {which}{again}."

@@ -19,7 +19,7 @@ from jcrosslora.evaluate.effect import effect_cost
 from jcrosslora.evaluate.probes import probes_cost
 from jcrosslora.maps.align import ALIGN
 from jcrosslora.maps.evidence import EvidenceKind
-from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.method import Plan
 from jcrosslora.maps.providers import evidence_cost
 from jcrosslora.methods import Method
 from jcrosslora.relation.pairing import Pair

@@ -19,11 +19,10 @@ from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
 from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.method import FINISH
+from jcrosslora.maps.method import FINISH, Plan
 from jcrosslora.maps.other_changes import with_invocation
-from jcrosslora.maps.plan import Plan
 from jcrosslora.maps.planning import plan_between, with_text
-from jcrosslora.maps.shift import checked_adapter, map_together
+from jcrosslora.maps.shift import checked_adapter, map_adapter, map_together
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import METHODS, Auto, Distill, FitFacts, Method, make_chosen
 from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
@@ -162,6 +161,7 @@ class Session:
         else:
             recipe = transport.recipe
             plan = replace(plan, groups=transport.groups, pairing=transport.pairing, depth=recipe.depth)
+            plan = replace(plan, apply_maps=None if method.map_method is None else map_adapter)
             plan = self._complete(replace(plan, rank=recipe.settings.get("svd_rank", 0)), job, reason)
         return replace(plan, adapter=adapter, doubts=found)
 
@@ -215,7 +215,7 @@ class Session:
         """Move the adapters of several plans through one alignment, before each is finished."""
         if plans[0].method.map_method is not None:
             for plan, moved in zip(plans, map_together(plans, alignment), strict=True):
-                vars(plan)["mapped"] = moved  # which is computed when it is read first
+                plan.keep(moved)
 
     def finish(self, plan: Plan, job: Job) -> TransferResult:
         """Let the method move the adapter; truncate it, check the effect, and report."""

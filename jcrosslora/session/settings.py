@@ -13,7 +13,7 @@ from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import is_hub_id, local_names, public_name
 from jcrosslora.errors import UsageError, suggestion
-from jcrosslora.maps.shifted import Calibration
+from jcrosslora.maps.moved import Calibration
 from jcrosslora.methods import AUTO, METHODS, Auto, Distill, MethodLike, hyper_types, make_method, setting_fields
 from jcrosslora.report.recipe import FILES
 from jcrosslora.utils.files import read_small_text

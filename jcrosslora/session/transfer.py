@@ -14,6 +14,7 @@ from jcrosslora.evaluate.examples import as_completion, parse_examples, read_exa
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.planning import plan_between, with_text
+from jcrosslora.maps.record import transport_of
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.relation import parse_depth
@@ -112,7 +113,7 @@ def align(
     wanted, _ = session.resolve(Job(None, make_method(method), TransferOptions()))
     plan = plan_between(session.pair, wanted, depth=depth, seed=seed, sources=sources)
     plan = with_text(replace(plan, given=probes))
-    return plan.transport(tuple(align_groups(plan)))
+    return transport_of(plan, tuple(align_groups(plan)))
 
 
 def shift(

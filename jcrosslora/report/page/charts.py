@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from jcrosslora.errors import UsageError
-from jcrosslora.maps.shifted import ModuleRow
+from jcrosslora.maps.moved import ModuleRow
 from jcrosslora.report.page import theme
 from jcrosslora.report.page.contents import LAYER, Contents, Evaluation
 from jcrosslora.report.page.headline import FIGURES, headline, main_figures

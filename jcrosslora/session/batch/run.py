@@ -10,7 +10,7 @@ from pathlib import Path
 from jcrosslora.adapter import Adapter
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.maps.align import ALIGN, align_groups
-from jcrosslora.maps.plan import Plan
+from jcrosslora.maps.method import Plan
 from jcrosslora.maps.planning import with_text
 from jcrosslora.methods import make_method
 from jcrosslora.session.batch import outcomes

@@ -1,12 +1,20 @@
-"""The account of a moved adapter: what the maps kept of each module, and of changes of embedding and head."""
+"""A moved adapter, with the account of what the maps kept of each module, and of changes of embedding and head."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
+from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.records import describe_change
+from jcrosslora.text import Completion
+
+if TYPE_CHECKING:
+    from jcrosslora.distill.facts import FitFacts
 
 Calibration = Literal["none", "frobenius"]
 # What is read from a report is bounded: a damaged number must not become a picture that cannot be drawn.
@@ -74,7 +82,7 @@ class ModuleRow(Agreement, frozen=True):
     norm_after: Size | None = 0.0
 
     @classmethod
-    def fitted(cls, target: str, role: str) -> "ModuleRow":
+    def fitted(cls, target: str, role: str) -> ModuleRow:
         """Account for a module that a fit updates, and no map leads to."""
         return cls(target, "", role, 0.0)
 
@@ -113,3 +121,41 @@ class TokenRow:
         if self.kept is None:
             return f"{what}: {self.moved:,} rows, made by the method"
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """An update of the target, with an account of how it came about.
+
+    A method that changes what the maps made returns `dataclasses.replace(plan.mapped, adapter=...)`, which keeps
+    the account of the maps.
+
+    Attributes:
+        adapter: all of it is written, and nothing else. Its `info` is filled in by the transfer.
+        rows: the account of each module that the maps moved.
+        tokens: that of each change of the embedding and the output head.
+        unmapped: the source modules that feed no target module.
+        kernels: which kernels decomposed the matrices of both bases.
+        fit: the facts of a fit, `FitFacts()` if none are known; None without a fit. A fitted update uses the whole
+            source adapter, so no source module counts as unmapped.
+        added: description of what was added to the mapped update, one sentence without a full stop; None if nothing
+            was.
+        curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
+        completions: that the source wrote for the fit.
+        wrote_prompts: whether the source wrote their prompts as well.
+        chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
+        warnings: what the user has to know, one sentence each.
+    """
+
+    adapter: Adapter
+    rows: tuple[ModuleRow, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    unmapped: tuple[UnmappedSource, ...] = ()
+    kernels: tuple[str, ...] = ()
+    fit: FitFacts | None = None
+    added: str | None = None
+    curve: Sequence[tuple[int, float]] = ()
+    completions: tuple[Completion, ...] = ()
+    wrote_prompts: bool = False
+    chat_template: str | None = None
+    warnings: tuple[str, ...] = ()
