@@ -307,7 +307,7 @@ class Weighing(Composed):
     name: ClassVar[str] = "weighing"
 
     def move(self, task):
-        return super().move(dataclasses.replace(task, source=task.base))
+        return super().move(dataclasses.replace(task, target=task.pair.source))
 
 
 def test_a_fit_of_ones_own_asks_a_source(places, server):
@@ -316,7 +316,7 @@ def test_a_fit_of_ones_own_asks_a_source(places, server):
     found = jcl.transfer(None, served, folder / "target", Composed(), prompts=prompts)
     assert found.report.fit.steps > 0
     assert "asked as my-lora" in found.report.fit.note
-    with pytest.raises(MethodError, match="reads the weights of the source"):
+    with pytest.raises(MethodError, match="method weighing needs the weights of the source"):
         jcl.transfer(None, served, folder / "target", Weighing(), prompts=prompts)
 
 

@@ -129,9 +129,12 @@ class Session:
         if adapter is None:
             method, reason = self.resolve(job)
             method.check()
-            _check_queried(method, options)
+            plan = Plan(method, target, Adapter({}))
+            if method.reads_source:
+                _ = plan.pair  # raises
+            _check_queried(options)
             check()
-            return self._complete(Plan(method, target, Adapter({})), job, reason)
+            return self._complete(plan, job, reason)
         assert self.pair is not None
         if (idle := why_idle(adapter)) is not None:
             raise AdapterError(idle)
@@ -301,11 +304,8 @@ def out_of_memory_advice(method: Method | Auto, source: Any = None) -> str:
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
 
 
-def _check_queried(method: Method, options: TransferOptions) -> None:
-    """Refuse what needs the weights of the source, or its adapter, where the source can only be queried."""
-    if method.reads_source:
-        msg = f"method {method.name} needs the weights of the source, which are not read where it is asked: use "
-        raise MethodError(msg + "--method distill, or give the weights with --source")
+def _check_queried(options: TransferOptions) -> None:
+    """Refuse options that need the adapter's weights, where the source can only be queried."""
     unfit = {"scale": options.scale != 1, "calibrate": options.calibrate not in (None, "none")}
     unfit["effect"] = options.effect == "always"
     for name in (name for name, given in unfit.items() if given):
