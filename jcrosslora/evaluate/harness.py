@@ -283,7 +283,7 @@ register_model("jcrosslora")(JCrossLoRALM)
 
 
 def _batches(keys: Mapping[int, Hashable], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group indices of equal keys into batches of `batch_tokens` positions at most, or of one index."""
+    """Group the indices of equal keys into batches of `batch_tokens` positions at most, or of one index."""
     by_key: dict[Hashable, list[int]] = {}
     for index, key in keys.items():
         by_key.setdefault(key, []).append(index)
@@ -318,7 +318,7 @@ class Tasks:
         for name in names:
             if not (found := self._manager.match_tasks([name])):
                 msg = f"task {name!r} is unknown to lm_eval{suggestion(name, self._manager.all_tasks)}: `lm_eval ls "
-                raise UsageError(msg + "tasks` lists all; name a folder with task files of your own by --include-path")
+                raise UsageError(msg + "tasks` lists all; give the folder of your own task files with --include-path")
             self._names += [one for one in found if one not in self._names]
 
     def judge(self, base: BaseModel, adapters: Sequence[Adapter], **settings: Any) -> list[dict[str, Any]]:
@@ -348,7 +348,7 @@ class Tasks:
 
 
 def _figures(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the figures of all models, task by task; that of a group of tasks has neither examples nor shots."""
+    """Yield the figures of all models, task by task; the mean of a group of tasks may have no examples and shots."""
     for task, metrics in found[0]["results"].items():
         examples = found[0].get("n-samples", {}).get(task, {}).get("effective")
         about = {"examples": examples, "shots": found[0].get("n-shot", {}).get(task)}
