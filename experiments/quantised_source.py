@@ -28,11 +28,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from result_lines import commit
 from rich.console import Console
-from scripts import as_command
+from scripts import as_command, score_answers
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors
@@ -40,8 +39,6 @@ from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import INPUT_SITES, fast_dtype, load_model, stack_adapter
-from jcrosslora.evaluate.harness_requests import judge
-from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.evaluate.probes import Probes
 from jcrosslora.maps.activations import batch_probes, cross_moments
 from jcrosslora.maps.base_pair import BasePair
@@ -53,7 +50,6 @@ from jcrosslora.training.batches import as_completion, encode
 
 PROMPTS, TEXTS = 200, 48  # for the fit; whose inputs are looked at
 PENALTY = 1e-3  # of the regressions on inputs
-POSITIONS = 1024  # tokens of a batch that is scored
 
 
 def parse() -> argparse.Namespace:
@@ -73,17 +69,15 @@ class Judge:
     """The NLL of right answers, summed for each example, and whether each would be written."""
 
     def __init__(self, base: BaseModel, examples: list[Completion], rank: int) -> None:
-        found = [encode(load_tokenizer(base), one) for one in examples]
+        self._items = [encode(load_tokenizer(base), one) for one in examples]
         self._base, self._model, self._rank = base, load_model(base, fast_dtype()), rank
-        self._pairs = [(one.ids[: one.answer].tolist(), one.ids[one.answer :].tolist()) for one in found]
-        self.tokens = np.array([one.answer_tokens for one in found])
+        self.tokens = np.array([one.answer_tokens for one in self._items])
 
     def __call__(self, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
         """Judge the base with an adapter."""
         padded = {name: self._padded(adapter.modules.get(name), *one.shape) for name, one in self._base.modules.items()}
-        stacked = jax.tree.map(lambda leaf: leaf[None], stack_adapter(Adapter(padded), self._base))
-        sums, right = zip(*judge(Models(self._model.with_adapter(stacked), ("",)), self._pairs, POSITIONS), strict=True)
-        return -np.array(sums), np.array(right)
+        sums, right = score_answers(self._model, stack_adapter(Adapter(padded), self._base), self._items)
+        return -sums, right
 
     def _padded(self, factors: LoRAFactors | None, outputs: int, inputs: int) -> LoRAFactors:
         """Pad factors to one rank with zeros: every rank would be compiled for itself."""

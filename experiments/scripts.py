@@ -11,9 +11,10 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.decoder import Model, StackedAdapter
-from jcrosslora.evaluate.harness_requests import judge
-from jcrosslora.evaluate.log_probs import Models
+from jcrosslora.evaluate.log_probs import Models, scored_tokens
+from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text import Reading
+from jcrosslora.utils.progress import track
 
 _POSITIONS = 1024  # tokens of a batch that is scored
 
@@ -40,6 +41,10 @@ def score_answers(model: Model, update: StackedAdapter, items: Sequence[Reading]
         float (N,) log-probabilities in nats, and bool (N,), whether each token, the end included, is the likeliest.
     """
     models = Models(model.with_adapter(jax.tree.map(lambda leaf: leaf[None], update)), ("the update",))
-    pairs = [(one.ids[: one.answer].tolist(), one.ids[one.answer :].tolist()) for one in items]
-    sums, written = zip(*judge(models, pairs, _POSITIONS), strict=True)
-    return np.array(sums), np.array(written)
+    tokens = [Tokens(one.ids[: one.answer - 1], (one.ids[one.answer - 1 :],), (1,)) for one in items]
+    sums, written = np.zeros(len(items)), np.ones(len(items), bool)
+    with track(len(items), "score", "answers") as bar:
+        for found in scored_tokens(models, tokens, _POSITIONS, bar):
+            np.add.at(sums, found.places[:, 0], found.log_probs[0].astype(np.float64))
+            np.logical_and.at(written, found.places[:, 0], found.likeliest[0] == found.wanted)
+    return sums, written

@@ -70,8 +70,8 @@ def name_of(function: Any) -> str:
 def compiled_functions() -> set[str]:
     """The names of all functions of the package that are compiled where they are defined."""
     for module in pkgutil.walk_packages(jcl.__path__, "jcrosslora."):
-        # The command line runs when it is imported; the harness's model needs a package that may be missing.
-        needs_more = module.name.endswith("harness_model")
+        # The command line runs when it is imported; lm_eval's model needs a package that may be missing.
+        needs_more = module.name == "jcrosslora.evaluate.harness"
         if not module.name.endswith("__main__") and not module.name.startswith(ELSEWHERE) and not needs_more:
             importlib.import_module(module.name)
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "jcrosslora"]

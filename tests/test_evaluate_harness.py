@@ -1,9 +1,13 @@
-"""The model class for lm-evaluation-harness against the harness's own torch model, and against our scorer."""
+"""The model for lm_eval against lm_eval's own torch model and against our scorer, and `evaluate --tasks`."""
 
 import dataclasses
-import functools
+import importlib
 import json
+import runpy
+import shutil
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,15 +23,16 @@ from harness_models import (
     write_tiny,
     written_tokens,
 )
+from probe_bases import write_base
 from real_models import real_model
 
 from jcrosslora.adapter import TokenUpdate, save_adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.evaluate import read_task, score
-from jcrosslora.evaluate.harness import JCrossLoRALM
-from jcrosslora.evaluate.harness_tasks import Tasks
+from jcrosslora.evaluate.harness import Generation, JCrossLoRALM, read_generation
 
+MODULE = "jcrosslora.evaluate.harness"
 SAME = {"atol": 1e-4, "rtol": 1e-5}
 LENGTH = 16
 PAIRS = [
@@ -85,8 +90,8 @@ def test_log_likelihoods_are_those_of_the_harness(both):
     # The harness's model has no tokens for a context of spaces alone; they are the continuation's in ours.
     spaces = ours.loglikelihood(requests("loglikelihood", [(" ", "the sun"), ("", " the sun")]), disable_tqdm=True)
     assert spaces[0] == pytest.approx(spaces[1])
-    assert (ours.prefix_token_id, ours.eot_token_id, ours.max_gen_toks) == (1, 2, 256)
-    assert (theirs.prefix_token_id, theirs.eot_token_id, theirs.max_gen_toks) == (1, 2, 256)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id) == (1, 2)
+    assert Generation().length == theirs.max_gen_toks
 
 
 def test_a_continuation_is_greedy_when_every_token_is_the_likeliest(both):
@@ -214,60 +219,58 @@ def test_the_command_judges_base_and_adapters_by_tasks_as_the_harness_does(folde
     ]
 
 
-MINE = ["--include-path", "."]
-
-
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("tasks", "folder_of_tasks", "said"),
     [
-        (
-            [*MINE, "--tasks", "tiny_question"],
-            "task 'tiny_question' is unknown to lm_eval (did you mean 'tiny_questions'?)",
-        ),
-        ([*MINE, "--tasks", "tiny_questions"], "task 'tiny_questions' cannot be loaded (FileNotFoundError"),
-        (["--tasks", ","], "no task was named"),
-        (["--tasks", "tiny_questions", "--include-path", "nowhere"], "include-path nowhere: is no folder"),
-        (["--tasks", "task.jsonl"], "task.jsonl is a file: give it with --data"),
+        ("tiny_question", ".", "task 'tiny_question' is unknown to lm_eval (did you mean 'tiny_questions'?)"),
+        ("tiny_questions", ".", "task 'tiny_questions' cannot be loaded (FileNotFoundError"),
+        (",", ".", "task '' is unknown to lm_eval"),
+        ("tiny_questions", "nowhere", "include-path nowhere: expected the folder of your task files"),
     ],
 )
-def test_tasks_that_cannot_be_run_are_one_line(folder, tmp_path, capsys, monkeypatch, flags, said):
+def test_tasks_that_cannot_be_run_are_one_line(folder, tmp_path, capsys, monkeypatch, tasks, folder_of_tasks, said):
     # lm_eval's own tasks take 10 s to list.
-    of_all = functools.partial(write_tasks(tmp_path, QUESTIONS).__class__, include_path=str(tmp_path))
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: of_all(include_defaults=False))
-    monkeypatch.setattr("jcrosslora.evaluate.harness_tasks.reaches_hub", lambda: True)
+    monkeypatch.setattr(f"{MODULE}.TaskManager", lambda **given: TaskManager(**given | {"include_defaults": False}))
+    monkeypatch.setattr(f"{MODULE}.reaches_hub", lambda: True)
     monkeypatch.chdir(tmp_path)
-    if "FileNotFound" in said:
-        (tmp_path / "task.jsonl").unlink()
+    write_tasks(tmp_path, QUESTIONS)
+    (tmp_path / "task.jsonl").unlink()
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "--base", str(folder), *flags])
+        main(["evaluate", "--base", str(folder), "--tasks", tasks, "--include-path", folder_of_tasks])
     error = capsys.readouterr().err
     assert (stopped.value.code, error.count("\n")) == (2, 1)
     assert said in error
 
 
-def test_a_misspelt_task_is_refused_before_lm_eval_lists_its_tasks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "--base", str(tmp_path / "not opened"), "--tasks", "arc_*,hellaswagg"])
-    assert stopped.value.code == 2
-    assert "task 'hellaswagg' is unknown to lm_eval (did you mean 'hellaswag'?)" in capsys.readouterr().err
-
-
-@pytest.mark.full
-def test_every_task_that_lm_eval_lists_is_taken():
-    assert len(Tasks(TaskManager().all_tasks).names) > 1000
-
-
 def test_requests_that_cannot_be_scored_are_refused(both):
     ours, _ = both
-    with pytest.raises(UsageError, match="is empty"):
-        ours.loglikelihood(requests("loglikelihood", [("", "")]), disable_tqdm=True)
-    with pytest.raises(UsageError, match="wanted 1 to 16"):
+    with pytest.raises(UsageError, match="has 0 tokens; expected 1 to 16"):
+        ours.loglikelihood(requests("loglikelihood", [(PROMPT, "")]), disable_tqdm=True)
+    with pytest.raises(UsageError, match="expected 1 to 16"):
         ours.loglikelihood(requests("loglikelihood", [(PROMPT, " the moon" * 40)]), disable_tqdm=True)
-    with pytest.raises(UsageError, match="the model reads 16"):
+    with pytest.raises(UsageError, match="expected less than the max_length, 16"):
         ours.generate_until(requests("generate_until", [(PROMPT, {"max_gen_toks": 16})]), disable_tqdm=True)
+
+
+def test_chat_templates_are_refused(both, tmp_path):
+    manager = write_tasks(tmp_path, QUESTIONS)
     with pytest.raises(UsageError, match="chat templates"):
-        ours.apply_chat_template([{"role": "user", "content": "the sun"}])
+        evaluated(both[0], manager, ["tiny_questions"], apply_chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"sead": 1}, "has no setting sead"),
+        ({"seed": 1 << 32}, "seed 4294967296"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"prefix_token_id": 330}, "prefix_token_id is 330; expected 0 to 329"),
+    ],
+)
+def test_settings_of_the_model_are_checked(folder, settings, said):
+    with pytest.raises(UsageError, match=said):
+        JCrossLoRALM(folder, **settings)
 
 
 def test_changes_of_the_embedding_are_logged_as_not_scored(folder, caplog):
@@ -279,12 +282,178 @@ def test_changes_of_the_embedding_are_logged_as_not_scored(folder, caplog):
 
 def test_weights_that_are_not_finite_are_named(folder, tmp_path):
     adapter = adapter_of(folder)
-    next(iter(adapter.modules.values())).b[:] = np.nan
+    next(iter(adapter.modules.values())).b[:] = 3e38
     asked = requests("loglikelihood", PAIRS[:1])
     with pytest.raises(AdapterError, match="not finite"):
         JCrossLoRALM(folder, adapter, batch_tokens=1).loglikelihood(asked, disable_tqdm=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         JCrossLoRALM(tmp_path / "none")
+
+
+def test_generation_ends_at_stop_strings_as_in_the_harness(folder):
+    ours, theirs = JCrossLoRALM(folder, adapter_of(folder)), torch_lm(folder, adapter_of(folder))
+    length = {"max_gen_toks": 40, "do_sample": False}
+    (text,) = theirs.generate_until(requests("generate_until", [(PROMPT, length)]), disable_tqdm=True)
+    readable = [text[start : start + size] for size in (1, 2) for start in range(0, len(text) - 1, 3)]
+    stops = [[stop] for stop in dict.fromkeys(readable) if "\ufffd" not in stop]
+    assert len(stops) > 5
+    asked = [(PROMPT, length | {"until": until}) for until in [*stops, [], stops[3] + stops[0], ["nowhere"]]]
+    asked += [("the star", {"max_gen_toks": 40, "until": stops[0]}), ("", {"max_gen_toks": 40, "until": stops[1]})]
+    # The harness's model cannot write without a prompt: it gets the bos that ours puts there.
+    given = [(context or "<s>", options) for context, options in asked]
+    found = ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert found == theirs.generate_until(requests("generate_until", given), disable_tqdm=True)
+    assert len(set(map(len, found))) > 5
+
+
+def test_generation_ends_at_eos_and_at_names_of_special_tokens(folder, tmp_path):
+    theirs = torch_lm(folder, adapter_of(folder))
+    written = written_tokens(theirs, theirs.tok_encode(PROMPT), 40)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
+    place = next(place for place, token in enumerate(written) if place and names[token] in "!#$%&{|}~^@VZXNMF")
+    wanted = theirs.tokenizer.decode(written[:place])
+    changed = shutil.copytree(folder, tmp_path / "eos")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"eos_token_id": written[place]}))
+    asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40})])
+    assert JCrossLoRALM(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True) == [wanted]
+    # The same token as a special one, which the text would not show.
+    name = names[written[place]]
+    special = {"id": written[place], "content": name, "special": True, "normalized": False}
+    sides = {"single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"].append(special | sides)
+    marked = shutil.copytree(folder, tmp_path / "special")
+    (marked / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40, "until": [name]})])
+    assert JCrossLoRALM(marked, adapter_of(folder)).generate_until(asked, disable_tqdm=True) == [wanted]
+
+
+def test_generation_goes_on_after_a_turn_that_the_files_do_not_state_as_an_end(folder, tmp_path):
+    theirs = torch_lm(folder, adapter_of(folder))
+    written = written_tokens(theirs, theirs.tok_encode(PROMPT), 40)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
+    turn = next(token for token in written[1:] if names[token] in "!#$%&{|}~^@VZXNMF")
+    end = {"id": turn, "content": "<|im_end|>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append(end | {"single_word": False, "lstrip": False, "rstrip": False})
+    tokenizer["model"]["vocab"]["<|im_end|>"] = tokenizer["model"]["vocab"].pop(names[turn])
+    changed = shutil.copytree(folder, tmp_path / "turns")
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40})])
+    (text,) = JCrossLoRALM(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert [text] == torch_lm(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    (changed / "generation_config.json").write_text(json.dumps({"eos_token_id": turn}))
+    (ended,) = JCrossLoRALM(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert [ended] == torch_lm(changed, adapter_of(folder)).generate_until(asked, disable_tqdm=True)
+    assert len(ended) < len(text)
+
+
+def test_sampled_texts_follow_the_seed(folder):
+    asked = requests("generate_until", [(PROMPT, {"max_gen_toks": 40, "do_sample": True, "temperature": 1.0})] * 2)
+    lms = [JCrossLoRALM(folder, adapter_of(folder), seed=seed, batch_tokens=1) for seed in (0, 0, 1)]
+    one, again, other = (lm.generate_until(asked, disable_tqdm=True) for lm in lms)
+    assert one == again
+    assert len({*one, *other}) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, Generation((), 256, 0.0)),
+        ({"until": "\n", "max_gen_toks": 5}, Generation(("\n",), 5, 0.0)),
+        ({"until": ["a", "", "b"], "max_new_tokens": 7, "max_tokens": 9}, Generation(("a", "b"), 7, 0.0)),
+        ({"until": None, "max_gen_toks": None, "max_tokens": 9}, Generation((), 9, 0.0)),
+        ({"do_sample": False, "temperature": 0.7}, Generation((), 256, 0.0)),
+        ({"do_sample": True, "temperature": 1}, Generation((), 256, 1.0)),
+        ({"temperature": 0.5}, Generation((), 256, 0.5)),
+        ({"do_sample": False, "top_p": 0.9, "top_k": 50, "num_beams": 1}, Generation()),
+        ({"temperature": 0.5, "top_p": 1.0, "top_k": 0}, Generation((), 256, 0.5)),
+    ],
+)
+def test_settings_are_read_as_the_harness_reads_them(given, wanted):
+    assert read_generation(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"max_gen_toks": 0}, "{'max_gen_toks': 0}: expected 1 token or more"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "hot"}, "could not convert string to float: 'hot'"),
+        ({"do_sample": True}, "above 0 with do_sample"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": 0.9}, "top_p is 0.9"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 50}, "top_k is 50"),
+        ({"num_beams": 4}, "num_beams is 4"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2"),
+    ],
+)
+def test_settings_that_are_not_supported_are_named(given, named):
+    with pytest.raises(UsageError, match="generation setting") as caught:
+        read_generation(given)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "neither --data nor --tasks was given"),
+        (["--data", "a.jsonl", "--tasks", "arc_easy"], "both --data and --tasks were given"),
+        (["--tasks", "arc_easy", "--show", "3"], "--show is not for --tasks"),
+        (["--data", "a.jsonl", "--num-fewshot", "3"], "--num-fewshot is not for --data"),
+        (["--tasks", "arc_easy", "--num-fewshot", "-1"], "num-fewshot -1 is out of range"),
+        (["--tasks", "arc_easy", "--limit", "0"], "limit 0 is out of range"),
+        (["--task", "arc_easy"], "--task is unknown (did you mean --data?)"),
+        (["--tasks", "arc_easy"], "no base was given"),
+    ],
+)
+def test_a_file_and_names_of_tasks_are_alternatives(flags, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *flags])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert said in error
+
+
+@pytest.fixture
+def without_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, MODULE)
+
+
+def test_without_lm_eval_the_extra_is_named(without_lm_eval, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"pip install 'jcrosslora\[eval\]'"):
+        importlib.import_module(MODULE)
+    write_base(tmp_path / "base", 60)
+    flags = ["--base", str(tmp_path / "base"), "--tasks", "arc_easy"]
+    for run in (lambda: runpy.run_module(MODULE, run_name="__main__"), lambda: main(["evaluate", *flags])):
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        error = capsys.readouterr().err
+        assert (stopped.value.code, error.count("\n")) == (2, 1)
+        assert error.startswith("jcrosslora: ")
+        assert "pip install 'jcrosslora[eval]'" in error
+
+
+def test_the_package_does_not_import_lm_eval():
+    lines = (
+        "import jcrosslora.cli.evaluate, jcrosslora.evaluate, sys; print({'lm_eval', 'datasets'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.slow  # lm_eval lists its tasks
+def test_the_command_of_lm_eval_has_our_model(folder, tmp_path):
+    write_tasks(tmp_path, QUESTIONS)
+    command = [sys.executable, "-m", MODULE, "run", "--model", "jcrosslora", "--tasks", "tiny_questions"]
+    command += ["--include_path", str(tmp_path), "--limit", "1", "--model_args"]
+    found = subprocess.run([*command, f"base={folder}"], capture_output=True, text=True, check=True)
+    assert "|tiny_questions|" in found.stdout
+    refused = subprocess.run([*command, f"base={tmp_path / 'none'}"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("jcrosslora: ")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`jcrosslora evaluate` and `report`: score a base with and without adapters, and write a page on a moved one."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from jcrosslora.cli.output import (
     opened_base,
     opened_shelf,
     print_json,
+    print_tasks,
     say,
     warn,
     writable_file,
@@ -125,20 +127,20 @@ class Evaluate(OnDevice):
 
     def _run_tasks(self, console: Console) -> None:
         """Judge base and adapters by tasks of lm_eval."""
-        from jcrosslora.evaluate.harness_tasks import Tasks, figures_json, print_figures
-
         given_base(self.base)
-        tasks = Tasks([name for name in (self.tasks or "").split(",") if name], self.include_path)
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of lm_eval would run through our line
+        from jcrosslora.evaluate.harness import Tasks
+
+        tasks = Tasks((self.tasks or "").strip(",").split(","), self.include_path)
         base, adapters = self._opened([ref for group in self.adapter for ref in group])
-        tasks.load()
         figures = tasks.judge(base, adapters, limit=self.limit, num_fewshot=self.num_fewshot)
-        names, notes = [base.name, *(adapter.info.name for adapter in adapters)], _notes(adapters)
+        notes = _notes(adapters)
         if self.json:
-            print_json({"tasks": figures_json(figures, names), "not_scored": notes, "digest": _digest(base)})
+            print_json({"tasks": figures, "not_scored": notes, "digest": _digest(base)})
             return
         for note in notes:
             say(console, f"not scored: {note}")
-        print_figures(figures, names, console)
+        print_tasks(figures, console)
 
     def _opened(self, refs: Sequence[str]) -> "tuple[BaseModel, list[Adapter]]":
         """Open the base and its adapters, and warn of adapters that belong to another base."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
+from rich.table import Table
 
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import output_path
@@ -150,6 +151,23 @@ def print_drafts(found: "Acceptance", notes: Sequence[str], console: Console, *,
     say(console, f"{said}{found.cost:.2f} of the parameters, 95% intervals")
     columns = "draft", "acceptance rate", "acceptance length", "minus alone", "estimated speed-up"
     print_table(console, columns, (map(_figure_text, vars(one).values()) for one in figures))
+
+
+def print_tasks(figures: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print a row for each figure of lm_eval and a column for each model: "base", then the names of the adapters."""
+    models = figures[0]["models"] if figures else []
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("task", "n", "shots", "metric", "base", *(one["name"] for one in models[1:])):
+        table.add_column(title, justify="left" if title in ("task", "metric") else "right", overflow="fold")
+    for one in figures:
+        counts = ["" if one[name] is None else f"{one[name]:,}" for name in ("examples", "shots")]
+        table.add_row(one["task"], *counts, one["metric"], *map(_value_text, one["models"]))
+    console.print(table, highlight=False, markup=False)
+    console.print("value ± standard error, as lm_eval gives them", highlight=False)
+
+
+def _value_text(model: Mapping[str, Any]) -> str:
+    return f"{model['value']:.3f}" + ("" if model["stderr"] is None else f" ± {model['stderr']:.3f}")
 
 
 def _figure_text(value: "Interval | float | str") -> str:
