@@ -33,10 +33,9 @@ from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
-from jcrosslora.distill.sources.client import Client
-from jcrosslora.distill.sources.connection import Connection
+from jcrosslora.distill.sources.client import Answers, Client
+from jcrosslora.distill.sources.connection import Connection, find_dialect
 from jcrosslora.distill.sources.predictions import TokenNames, divergence
-from jcrosslora.distill.sources.replies import Answers, find_dialect
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""Send JSON requests to a server, several at a time, and retry those that may succeed later.
+"""Send JSON requests to a server, several at a time, retry those that may succeed later, and keep answers on disk.
 
 The API key is sent in one header and used nowhere else.
 """
@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import ssl
 import threading
 import time
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -22,7 +24,10 @@ import msgspec
 
 from jcrosslora.distill.sources import ServedModel
 from jcrosslora.errors import SourceError, UsageError
+from jcrosslora.utils.digests import digest_of
+from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.progress import Track
+from jcrosslora.utils.unfinished import remove_unchanged
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,7 +38,9 @@ _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT, _MOST_ASKED_WAIT = 6, 0.5, 20.0, 120.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Bytes of an answer: a list of models has 1 MB, a text up to 4,096 positions with 256 bytes for each likely token.
 _FEWEST_BYTES, _BYTES = 16 << 20, 4096 * 256
-_HEADERS = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+_SAMPLE = "sample"
+_JSON = "application/json"
+_HEADERS = {"Content-Type": _JSON, "Accept": _JSON, "Accept-Encoding": "identity", "User-Agent": "jcrosslora"}
 
 
 class DamagedError(SourceError):
@@ -68,8 +75,7 @@ class Client:
         try:
             self._root = httpx.URL(f"{self.url}/")
             self._http = httpx.AsyncClient(
-                headers={**_HEADERS, "User-Agent": "jcrosslora"},
-                auth=self._authorize if self._key else None,
+                headers=_HEADERS | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
                 # The certificates of this machine; and one connection for each request, so that none is left open.
                 verify=ssl.create_default_context(),
                 limits=httpx.Limits(max_keepalive_connections=0),
@@ -81,36 +87,14 @@ class Client:
             msg = f"{self.url}: cannot be reached ({error}): check the address, and the proxies in the environment"
             raise UsageError(msg) from None
 
-    def get(self, path: str, kind: type[T]) -> T:
-        """Fetch JSON of a type from an address below the server's, or, with a leading /, from its root; see `post`."""
-        return self._ask(path, None, lambda content: read_reply(content, kind))
+    def ask(self, path: str, read: Callable[[bytes], R], body: Mapping[str, Any] | None = None) -> R:
+        """Request a path below the server's address, or with a leading / below its root, until the answer is valid.
 
-    def post(self, path: str, body: Mapping[str, Any], kind: type[T], check: Callable[[T], R]) -> R:
-        """Send a request to a path below the server's address, retry until the answer is valid, and return its content.
-
-        `check` extracts the content; if it raises `DamagedError`, the request is sent again. Raises RefusedError if the
-        server rejects the request, and SourceError if the server cannot be reached, rejects the key, or gave no whole
-        answer in several attempts.
+        `read` takes the content; if it raises DamagedError, the request is sent again. Raises RefusedError if the
+        server rejects the request, and SourceError if it cannot be reached, rejects the key, or gave no whole answer in
+        several attempts.
         """
-        return self._ask(path, json.dumps(body).encode(), lambda content: check(read_reply(content, kind)))
-
-    def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
-        """Call a function that queries the server on every item, several at a time; the first error stops all."""
-        with ThreadPoolExecutor(self._requests, thread_name_prefix="source") as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    if bar is not None:
-                        bar.update(1)
-            except BaseException:
-                self._stopped.set()  # also wakes those that wait for another attempt
-                pool.shutdown(cancel_futures=True)
-                self._stopped.clear()
-                raise
-        return [future.result() for future in futures]
-
-    def _ask(self, path: str, data: bytes | None, read: Callable[[bytes], R]) -> R:
+        data = None if body is None else json.dumps(body).encode()
         reason, advice, asked_wait = "", "", 0.0
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -139,6 +123,22 @@ class Client:
         msg = f"{self.url}: gave no answer in {_ATTEMPTS} attempts ({reason}): {advice}, and run the same command again"
         raise SourceError(msg + " to go on")
 
+    def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
+        """Call a function that queries the server on every item, several at a time; the first error stops all."""
+        with ThreadPoolExecutor(self._requests, thread_name_prefix="source") as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    if bar is not None:
+                        bar.update(1)
+            except BaseException:
+                self._stopped.set()  # also wakes those that wait for another attempt
+                pool.shutdown(cancel_futures=True)
+                self._stopped.clear()
+                raise
+        return [future.result() for future in futures]
+
     async def _once(self, path: str, data: bytes | None) -> tuple[httpx.Response, bytes]:
         """Return an answer with its content; raise TimeoutError unless all of it comes in time."""
         method, url, content = "GET" if data is None else "POST", self._root.join(path), bytearray()
@@ -149,10 +149,6 @@ class Client:
                     msg = f"{url}: answers with more than {self._most >> 20} MB, more than what was asked "
                     raise SourceError(msg + "for can have: check what runs behind this address")
         return answer, bytes(content)
-
-    def _authorize(self, request: httpx.Request) -> httpx.Request:
-        request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
 
     def _final(self, status: int, reason: str) -> SourceError:
         if status in (401, 403):
@@ -166,6 +162,37 @@ class Client:
     def _scrubbed(self, text: str) -> str:
         """Return a text in one line of at most 300 characters, without the key."""
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:300]
+
+
+class Answers:
+    """A cache of the answers of one model on one server, off without a folder. Disk errors are ignored."""
+
+    def __init__(self, parent: Path | None, identity: Any) -> None:
+        """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None."""
+        self._folder = None if parent is None else parent / digest_of(identity)[:24]
+        if parent is not None and self._folder is not None:
+            remove_unchanged(parent, self._folder)
+
+    def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
+        """Drop all answers if an earlier sample, answers to fixed requests, is not of the model of this one."""
+        kept = self.find(_SAMPLE, type(sample))
+        if self._folder is not None and (kept is None or not is_of(kept)):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self.keep(_SAMPLE, sample)
+
+    def find(self, key: str, kind: type[T]) -> T | None:
+        """Return the answer under a key, if there is one of this type."""
+        with suppress(OSError, DamagedError):
+            return None if self._folder is None else read_reply((self._folder / f"{key}.json").read_bytes(), kind)
+        return None
+
+    def keep(self, key: str, answer: Any) -> None:
+        """Keep an answer under a key, which is the name of a file, or of one in a folder."""
+        if self._folder is not None:
+            with suppress(OSError):
+                path = self._folder / f"{key}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, msgspec.json.encode(answer))
 
 
 @cache

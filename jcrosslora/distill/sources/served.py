@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
@@ -19,17 +20,24 @@ from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written, cut_ids
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, ServedModel, answer_places, seeds_of
-from jcrosslora.distill.sources.client import Client
-from jcrosslora.distill.sources.connection import TEXTS, Connection, Fingerprint
+from jcrosslora.distill.sources.client import Answers, Client
+from jcrosslora.distill.sources.connection import Connection, Fields, find_dialect
 from jcrosslora.distill.sources.opening import open_tokenizer
-from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
-from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
+from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens, divergence, spread
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.text import Prompt
 from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.progress import Track
 
 _LOG = logging.getLogger(__name__)
+_TEXTS = (
+    "Question: Which of the two is larger, the sun or the moon?\nAnswer:",
+    "The old man walked down to the harbour, where the boats lay in the morning light, and",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total +=",
+    "Translate into French: Good morning, how are you?\nFrench:",
+)
+_PLACES = 5  # the last of each text
+_LEAST, _TIMES = 3e-4, 10.0  # nats; of the noise that was measured, since what runs at a time changes it
 
 
 class ServedWriter:
@@ -107,11 +115,11 @@ class ServedSource(ServedWriter):
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
         answers: Answers,
+        seen: Sample,
     ) -> None:
         super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
-        self._answers = answers
         self.ref, self.adapter_name, self.adapter = self.name, served.model, AdapterInfo(name=served.model)
-        self._served, self._vocabulary = served, vocabulary
+        self._served, self._vocabulary, self._answers, self._seen = served, vocabulary, answers, seen
 
     @classmethod
     def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
@@ -131,11 +139,16 @@ class ServedSource(ServedWriter):
         dialect = find_dialect(client, served)
         kept = Answers(answers, [client.url, served.model, dialect.base_name])
         connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
-        found = cls(connection, served, tokenizer, vocabulary, kept)
-        found._check_sample()
-        kept.renew(found._seen, found._seen.is_of)
-        connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
-        return found
+        seen = Sample.take(connection, tokenizer)
+        if (change := _apart(seen.adapted, seen.plain)) <= seen.noise:
+            msg = f"{client.url}: {served.model} predicts the same as {dialect.base_name} ({change:.2g} nats apart, of "
+            raise SourceError(msg + f"which noise explains {seen.noise:.2g}): check that the server loaded the adapter")
+        if (most := max(connection.told)) < connection.asked:
+            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
+            _LOG.warning(msg, client.url, most, connection.asked)
+        kept.renew(seen, seen.is_of)
+        connection.check_tokenizer(dialect.base, tokenizer.encode(_TEXTS[0]).ids, tokenizer.decode)
+        return cls(connection, served, tokenizer, vocabulary, kept, seen)
 
     def check_same(self) -> str | None:
         """Check that the server still predicts as it did when it was opened.
@@ -152,13 +165,9 @@ class ServedSource(ServedWriter):
             return f"it is not known whether the source stayed the same while the adapter was moved ({error})"
         if not self._seen.is_of(now):
             self._answers.renew(now, lambda _: False)
-            msg = (
-                f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: the "
-            )
-            msg += (
-                "server unloaded or changed a model while the adapter was moved, and its answers are dropped: run the "
-            )
-            raise SourceError(msg + "command again, and leave the server as it is")
+            msg = f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: "
+            msg += "the server unloaded or changed a model while the adapter was moved, and its answers are dropped: "
+            raise SourceError(msg + "run the command again, and leave the server as it is")
         return None
 
     def vocabulary(self) -> Vocabulary:
@@ -174,9 +183,8 @@ class ServedSource(ServedWriter):
     @property
     def how(self) -> str:
         """Say how it was queried, the end of a sentence."""
-        told, asked = self._connection.told, self._connection.asked
-        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
-        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
+        mean = float(np.mean(self._connection.told))
+        fewer = f" (it told {mean:.1f} on average)" if mean < self._connection.asked else ""
         most = f"{self._served.top_logprobs} likeliest tokens{fewer}"
         return f"asked as {self.adapter_name} over the OpenAI API, for the {most} at each position, and as {self.name}"
 
@@ -221,24 +229,42 @@ class ServedSource(ServedWriter):
         found = self._connection.map(lambda call: self._connection.predict(*call), calls)
         return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
 
-    def _sample(self) -> Fingerprint:
-        return Fingerprint.take(self._connection, lambda text: self.tokenizer.encode(text).ids)
+    def _sample(self) -> Sample:
+        return Sample.take(self._connection, self.tokenizer)
 
-    @cached_property
-    def _seen(self) -> Fingerprint:
-        """What the server predicted when it was opened."""
-        return self._sample()
 
-    def _check_sample(self) -> None:
-        """Check that the adapter acts, and say so if the server tells fewer tokens than it is asked for."""
-        seen, url = self._seen, self._served.url
-        if not seen.acts:
-            msg = f"{url}: {self.adapter_name} predicts the same as {self.name} ({seen.change:.2g} nats apart, and "
-            msg += f"answers to one question {seen.noise:.2g}): check that the server loaded the adapter"
-            raise SourceError(msg)
-        if (most := max(self._connection.told)) < self._connection.asked:
-            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
-            _LOG.warning(msg, url, most, self._connection.asked)
+class Sample(msgspec.Struct, frozen=True):
+    """Predictions at fixed places, without and with the adapter, and the nats by which noise may change them."""
+
+    plain: list[Entry]
+    adapted: list[Entry]
+    noise: float
+
+    @classmethod
+    def take(cls, connection: Connection, tokenizer: Tokenizer) -> Sample:
+        """Ask for both models twice."""
+        ids = [tokenizer.encode(text).ids for text in _TEXTS]
+        sides = (connection.dialect.base, connection.dialect.adapted)
+        calls = [(side, row) for _ in range(2) for side in sides for row in ids]
+
+        def read(call: tuple[Fields, np.ndarray]) -> list[Entry]:
+            side, row = call
+            return connection.read(side, row, range(max(0, len(row) - _PLACES), len(row)), keep=False)
+
+        found, size = connection.map(read, calls), len(ids)
+        plain, adapted, *again = ([*chain(*found[start : start + size])] for start in range(0, len(found), size))
+        noise = (_apart(plain, again[0]) + _apart(adapted, again[1])) / 2
+        return cls(plain, adapted, max(_LEAST, _TIMES * noise))
+
+    def is_of(self, other: Sample) -> bool:
+        """Whether another run saw the same base and adapter, up to the noise."""
+        pairs = (self.plain, other.plain), (self.adapted, other.adapted)
+        return all(len(a) == len(b) and _apart(a, b) <= self.noise for a, b in pairs)
+
+
+def _apart(ones: Sequence[Entry], others: Sequence[Entry]) -> float:
+    pairs = zip(ones, others, strict=True)
+    return float(np.mean([divergence(one.known(own=False), other.known(own=False)) for one, other in pairs]))
 
 
 class ServedReader:
