@@ -34,8 +34,9 @@ from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_token
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
 from jcrosslora.distill.sources.client import Answers, Client
-from jcrosslora.distill.sources.connection import Connection, find_dialect
+from jcrosslora.distill.sources.connection import Connection
 from jcrosslora.distill.sources.predictions import TokenNames, divergence
+from jcrosslora.distill.sources.replies import find_dialect
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"

@@ -1,141 +1,32 @@
-"""Query a completion server by token ids: generate text, and predict the next token at given positions.
+"""Query a completion server by token ids: generate text, and predict the next token at given positions."""
 
-vLLM and SGLang serve an adapter as a separate model, whose `parent` is the base, and return the predictions at all
-positions of a given text (`echo` with `logprobs`). llama.cpp serves one model, whose adapter a request switches on or
-off (`lora`); it ignores `echo`, so each prefix is a separate request for the next token.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
 
+from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder.generate import UNFINISHED
-from jcrosslora.distill.sources import ServedModel
 from jcrosslora.distill.sources.client import Answers, Client, DamagedError, RefusedError, read_reply
-from jcrosslora.distill.sources.predictions import Entry, Index, LogProbs, TokenNames, TopTokens
-from jcrosslora.errors import SourceError, suggestion
+from jcrosslora.distill.sources.predictions import Entry, LogProbs, TokenNames, TopTokens, divergence
+from jcrosslora.distill.sources.replies import FIELDS, Completion, Dialect, Fields
+from jcrosslora.errors import SourceError
 from jcrosslora.utils.digests import digest_of
 
 T = TypeVar("T")
-Kind = Literal["vllm", "sglang", "llamacpp", "other"]
-Fields = Mapping[str, Any]
-# Distributions as the model makes them: servers fill in what the model's own files or they themselves prefer.
-_NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# What a kind of server is sent in each request, and in those that read.
-_FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
-    "vllm": (_NEUTRAL, {"return_tokens_as_token_ids": True, "ignore_eos": True}),
-    "sglang": (_NEUTRAL, {"ignore_eos": True}),
-    # Its prompt cache ignores adapters: with concurrent requests the base got cached states of the adapter.
-    "llamacpp": ({"samplers": ["temperature"], "cache_prompt": False}, {}),
-    "other": ({"top_p": 1.0}, {}),
-}
 _PREFIXES = 32  # in one request to llama.cpp
 _WRITTEN = 4  # tokens that are written to check the tokenizer
 _FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """The answer to one prompt."""
-
-    text: str
-    index: Index = 0
-    finish_reason: str | None = None
-    logprobs: LogProbs | None = None
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """The answer to a request with one prompt or several."""
-
-    choices: list[Choice]
-
-    def of(self, prompts: int) -> list[Choice]:
-        """Return the answers in the order of the prompts; raise DamagedError if there is not one for each."""
-        found = sorted(self.choices, key=lambda choice: choice.index)
-        if [choice.index for choice in found] != list(range(prompts)):
-            msg = f"choices have the indices {[choice.index for choice in found][:40]}, wanted 0 to {prompts - 1}"
-            raise DamagedError(msg)
-        return found
-
-
-class Card(msgspec.Struct, frozen=True):
-    """A model of a server. vLLM and SGLang tell its base as the parent."""
-
-    id: str | None = None
-    aliases: list[str] | None = None
-    owned_by: str | None = None
-    parent: str | None = None
-
-
-class Cards(msgspec.Struct, frozen=True):
-    """The models of a server."""
-
-    data: list[Card] | None = None
-
-
-class LoadedAdapter(msgspec.Struct, frozen=True):
-    """An adapter that llama.cpp loaded."""
-
-    id: Index
-    path: str = ""
-
-
-class Dialect(NamedTuple):
-    """A kind of server: its name of the base, and the fields of requests for the base with its adapter and alone."""
-
-    kind: Kind
-    base_name: str
-    adapted: Fields
-    base: Fields
-
-
-def find_dialect(client: Client, served: ServedModel) -> Dialect:
-    """Ask a server what it is, and find the base and the adapter on it.
-
-    Raises SourceError if it does not answer, does not have the models, or does not say which of them is the base.
-    """
-    lists: Any = Cards | list[Card]  # Together.ai has the second
-    try:
-        listed = client.ask("models", lambda content: read_reply(content, lists))
-    except RefusedError:  # the list is no part of the standard that every server has
-        listed = []
-    cards = listed if isinstance(listed, list) else (listed.data or [])
-    owners = {(card.owned_by or "").lower() for card in cards}
-    kind: Kind = next((one for one in get_args(Kind) if one in owners), "other")
-    known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
-    for name in (served.model, served.base_model or served.model):
-        # SGLang takes base:adapter as well.
-        if known and name not in known and not (kind == "sglang" and name.partition(":")[0] in known):
-            msg = f"{client.url}: has no model {name!r}{suggestion(name, known)}: its models are "
-            raise SourceError(msg + ", ".join(known[:20]))
-    if kind == "llamacpp" and served.base_model in (None, served.model):
-        return _switched(client, served)
-    parent = next((card.parent for card in cards if card.id == served.model), None)
-    base = served.base_model or (parent if parent in known else None)
-    if base is None or base == served.model:
-        msg = f"{client.url}: does not say which model is the base of {served.model}: give its name on the server with "
-        raise SourceError(msg + "--source-base-model; what the adapter changes is measured against it")
-    return Dialect(kind, base, {"model": served.model}, {"model": base})
-
-
-def _switched(client: Client, served: ServedModel) -> Dialect:
-    """Find the adapter that llama.cpp loaded: the one that is called as the model, or the only one."""
-    adapters = client.ask("/lora-adapters", lambda content: read_reply(content, list[LoadedAdapter]))
-    paths = [PurePath(one.path) for one in adapters]
-    named = [served.model in (str(path), path.name, path.stem, path.parent.name) for path in paths]
-    chosen = [one for one, fits in zip(adapters, named, strict=True) if fits] or adapters
-    if len(chosen) != 1:
-        had = ", ".join(path.name for path in paths) or "none"
-        msg = f"{client.url}: one adapter was wanted, and the server has {had}: start it with --lora adapter.gguf"
-        raise SourceError(msg)
-
-    def scaled(scale: float) -> dict[str, Any]:
-        scales = [{"id": one.id, "scale": scale if one is chosen[0] else 0.0} for one in adapters]
-        return {"model": served.model, "lora": scales}
-
-    return Dialect("llamacpp", f"{served.model} without its adapter", scaled(1.0), scaled(0.0))
+TEXTS = (
+    "Question: Which of the two is larger, the sun or the moon?\nAnswer:",
+    "The old man walked down to the harbour, where the boats lay in the morning light, and",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total +=",
+    "Translate into French: Good morning, how are you?\nFrench:",
+)
+_PLACES = 5  # the last of each text
+_LEAST, _TIMES = 3e-4, 10.0  # nats; of the noise that was measured, since what runs at a time changes it
 
 
 class Connection:
@@ -145,11 +36,11 @@ class Connection:
         self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
     ) -> None:
         """Use a server; `top` is the number of likeliest tokens that it is asked for."""
-        self.dialect, self.map = dialect, client.map
+        self.dialect, self.answers, self.map = dialect, answers, client.map
         self.asked = min(top, names.size)
         self.told: list[int] = []  # how many likeliest tokens it told at each place so far
-        self._client, self._names, self._top, self._answers = client, names, top, answers
-        always, reading = _FIELDS[dialect.kind]
+        self._client, self._names, self._top = client, names, top
+        always, reading = FIELDS[dialect.kind]
         ends = {"stop_token_ids": list(stops)} if dialect.kind in ("vllm", "sglang") else {}
         self._writing, self._reading = always | ends, always | reading
         # llama.cpp tells nothing where it draws the first part of a character, so it is made to draw a whole one; what
@@ -255,12 +146,43 @@ class Connection:
     ) -> T:
         digest = digest_of(kind, body)
         key = f"{digest[:2]}/{digest[2:24]}"
-        found = self._answers.find(key, form) if keep else None
+        found = self.answers.find(key, form) if keep else None
         if found is None:
             found = self._complete(body, check)
             if keep:
-                self._answers.keep(key, found)
+                self.answers.keep(key, found)
         return found
 
     def _complete(self, body: dict[str, Any], check: Callable[[Completion], T]) -> T:
         return self._client.ask("completions", lambda content: check(read_reply(content, Completion)), body)
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """Predictions at fixed places, without and with the adapter, and the nats by which noise may change them."""
+
+    plain: list[Entry]
+    adapted: list[Entry]
+    noise: float
+
+    @classmethod
+    def take(cls, connection: Connection, tokenizer: Tokenizer) -> Self:
+        """Ask for both models twice."""
+        ids = [tokenizer.encode(text).ids for text in TEXTS]
+        sides = (connection.dialect.base, connection.dialect.adapted)
+        texts = [(row, range(max(0, len(row) - _PLACES), len(row))) for row in ids]
+        calls = [(side, *text) for _ in range(2) for side in sides for text in texts]
+        found, size = connection.map(lambda call: connection.read(*call, keep=False), calls), len(ids)
+        plain, adapted, *again = ([*chain(*found[start : start + size])] for start in range(0, len(found), size))
+        noise = (apart(plain, again[0]) + apart(adapted, again[1])) / 2
+        return cls(plain, adapted, max(_LEAST, _TIMES * noise))
+
+    def is_of(self, other: Self) -> bool:
+        """Whether another run saw the same base and adapter, up to the noise."""
+        pairs = (self.plain, other.plain), (self.adapted, other.adapted)
+        return all(len(a) == len(b) and apart(a, b) <= self.noise for a, b in pairs)
+
+
+def apart(ones: Sequence[Entry], others: Sequence[Entry]) -> float:
+    """Return the mean divergence between predictions, in nats."""
+    pairs = zip(ones, others, strict=True)
+    return float(np.mean([divergence(one.known(own=False), other.known(own=False)) for one, other in pairs]))

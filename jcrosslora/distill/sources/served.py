@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
@@ -21,23 +19,16 @@ from jcrosslora.decoder.generate import UNFINISHED, as_written, cut_ids
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, ServedModel, answer_places, seeds_of
 from jcrosslora.distill.sources.client import Answers, Client
-from jcrosslora.distill.sources.connection import Connection, Fields, find_dialect
+from jcrosslora.distill.sources.connection import TEXTS, Connection, Sample, apart
 from jcrosslora.distill.sources.opening import open_tokenizer
-from jcrosslora.distill.sources.predictions import Entry, TokenNames, TopTokens, divergence, spread
+from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
+from jcrosslora.distill.sources.replies import Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.text import Prompt
 from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.progress import Track
 
 _LOG = logging.getLogger(__name__)
-_TEXTS = (
-    "Question: Which of the two is larger, the sun or the moon?\nAnswer:",
-    "The old man walked down to the harbour, where the boats lay in the morning light, and",
-    "def mean(values):\n    total = 0\n    for value in values:\n        total +=",
-    "Translate into French: Good morning, how are you?\nFrench:",
-)
-_PLACES = 5  # the last of each text
-_LEAST, _TIMES = 3e-4, 10.0  # nats; of the noise that was measured, since what runs at a time changes it
 
 
 class ServedWriter:
@@ -59,11 +50,8 @@ class ServedWriter:
         """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
         ids = cut_ids(self.tokenizer, prompts)
         seeds = (seeds_of(key, len(ids)) >> 1).tolist()  # 31 bits, which every server takes
-
-        def one(place: int) -> Written:
-            return self._answer(ids[place], max_new_tokens, temperature, seeds[place])
-
-        return self._connection.map(one, range(len(ids)), bar)
+        calls = [(row, max_new_tokens, temperature, seed) for row, seed in zip(ids, seeds, strict=True)]
+        return self._connection.map(lambda call: self._answer(*call), calls, bar)
 
     def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
         text, ended = self._connection.write(self._side, ids, tokens, temperature, seed)
@@ -101,35 +89,23 @@ class AmplifiedWriter(ServedWriter):
 
 
 class ServedSource(ServedWriter):
-    """A base with its adapter on a server, under its names of both.
-
-    It knows the probabilities of the likeliest tokens only.
-    """
+    """A base with its adapter on a server, which tells the probabilities of the likeliest tokens only."""
 
     rank = None  # no server says it
 
     def __init__(
-        self,
-        connection: Connection,
-        served: ServedModel,
-        tokenizer: Tokenizer,
-        vocabulary: Vocabulary,
-        answers: Answers,
-        seen: Sample,
+        self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
     ) -> None:
         super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
         self.ref, self.adapter_name, self.adapter = self.name, served.model, AdapterInfo(name=served.model)
-        self._served, self._vocabulary, self._answers, self._seen = served, vocabulary, answers, seen
+        self._served, self._vocabulary, self._seen = served, vocabulary, self._sample()
 
     @classmethod
     def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
-        """Reach a server, and check that the adapter acts on it.
+        """Reach a server, and check that the adapter acts on it; a folder keeps its answers for a run that goes on.
 
-        The folder `answers` keeps all answers of servers, from which a stopped run goes on; None keeps none.
-
-        Raises:
-            SourceError: it does not answer, lacks the models, or predicts the same with the adapter and without.
-            CheckpointError: the tokenizer cannot be read.
+        Raises SourceError if it does not answer, lacks the models, or predicts the same with the adapter and without,
+        and CheckpointError if the tokenizer cannot be read.
         """
         tokenizer, vocabulary = open_tokenizer(served.tokenizer, chat_template=served.chat_template)
         if vocabulary.tokens is None:
@@ -139,32 +115,29 @@ class ServedSource(ServedWriter):
         dialect = find_dialect(client, served)
         kept = Answers(answers, [client.url, served.model, dialect.base_name])
         connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
-        seen = Sample.take(connection, tokenizer)
-        if (change := _apart(seen.adapted, seen.plain)) <= seen.noise:
+        found = cls(connection, served, tokenizer, vocabulary)
+        seen = found._seen
+        if (change := apart(seen.adapted, seen.plain)) <= seen.noise:
             msg = f"{client.url}: {served.model} predicts the same as {dialect.base_name} ({change:.2g} nats apart, of "
             raise SourceError(msg + f"which noise explains {seen.noise:.2g}): check that the server loaded the adapter")
         if (most := max(connection.told)) < connection.asked:
             msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
             _LOG.warning(msg, client.url, most, connection.asked)
         kept.renew(seen, seen.is_of)
-        connection.check_tokenizer(dialect.base, tokenizer.encode(_TEXTS[0]).ids, tokenizer.decode)
-        return cls(connection, served, tokenizer, vocabulary, kept, seen)
+        connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
+        return found
 
     def check_same(self) -> str | None:
-        """Check that the server still predicts as it did when it was opened.
+        """Return a warning if the server does not answer any more.
 
-        Returns:
-            A warning, one sentence, if the server does not answer any more; else None.
-
-        Raises:
-            SourceError: it predicts otherwise. What it answered is dropped.
+        Raises SourceError if it predicts otherwise than when it was opened, and drops what it answered.
         """
         try:
             now = self._sample()
         except SourceError as error:
             return f"it is not known whether the source stayed the same while the adapter was moved ({error})"
         if not self._seen.is_of(now):
-            self._answers.renew(now, lambda _: False)
+            self._connection.answers.renew(now, lambda _: False)
             msg = f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: "
             msg += "the server unloaded or changed a model while the adapter was moved, and its answers are dropped: "
             raise SourceError(msg + "run the command again, and leave the server as it is")
@@ -233,40 +206,6 @@ class ServedSource(ServedWriter):
         return Sample.take(self._connection, self.tokenizer)
 
 
-class Sample(msgspec.Struct, frozen=True):
-    """Predictions at fixed places, without and with the adapter, and the nats by which noise may change them."""
-
-    plain: list[Entry]
-    adapted: list[Entry]
-    noise: float
-
-    @classmethod
-    def take(cls, connection: Connection, tokenizer: Tokenizer) -> Sample:
-        """Ask for both models twice."""
-        ids = [tokenizer.encode(text).ids for text in _TEXTS]
-        sides = (connection.dialect.base, connection.dialect.adapted)
-        calls = [(side, row) for _ in range(2) for side in sides for row in ids]
-
-        def read(call: tuple[Fields, np.ndarray]) -> list[Entry]:
-            side, row = call
-            return connection.read(side, row, range(max(0, len(row) - _PLACES), len(row)), keep=False)
-
-        found, size = connection.map(read, calls), len(ids)
-        plain, adapted, *again = ([*chain(*found[start : start + size])] for start in range(0, len(found), size))
-        noise = (_apart(plain, again[0]) + _apart(adapted, again[1])) / 2
-        return cls(plain, adapted, max(_LEAST, _TIMES * noise))
-
-    def is_of(self, other: Sample) -> bool:
-        """Whether another run saw the same base and adapter, up to the noise."""
-        pairs = (self.plain, other.plain), (self.adapted, other.adapted)
-        return all(len(a) == len(b) and _apart(a, b) <= self.noise for a, b in pairs)
-
-
-def _apart(ones: Sequence[Entry], others: Sequence[Entry]) -> float:
-    pairs = zip(ones, others, strict=True)
-    return float(np.mean([divergence(one.known(own=False), other.known(own=False)) for one, other in pairs]))
-
-
 class ServedReader:
     """Predictions of a server on chosen columns."""
 
@@ -287,14 +226,11 @@ class ServedReader:
         rows = [(row, asked[asked // width == row] % width) for row in np.unique(asked // width).tolist()]
         texts = [(batch.tokens_src[row][batch.mask_src[row]], places) for row, places in rows]
         found = self._source._predict(texts, base=base)
-        plain, adapted = (
-            {
-                row * width + place: top
-                for (row, places), both in zip(rows, found, strict=True)
-                for place, top in zip(places.tolist(), both[side], strict=True)
-            }
-            for side in (0, 1)
-        )
+        plain: dict[int, TopTokens] = {}
+        adapted: dict[int, TopTokens] = {}
+        for (row, places), both in zip(rows, found, strict=True):
+            for known, tops in zip((plain, adapted), both, strict=True):
+                known.update(zip((row * width + places).tolist(), tops, strict=True))
         read = self._filled(adapted, batch.at_src, own)
         return (self._filled(plain, batch.at_src, own) if base else read), read
 
