@@ -118,8 +118,8 @@ class ServedSource(ServedWriter):
         found = cls(connection, served, tokenizer, vocabulary)
         seen = found._seen
         if (change := apart(seen.adapted, seen.plain)) <= seen.noise:
-            msg = f"{client.url}: {served.model} predicts the same as {dialect.base_name} ({change:.2g} nats apart, of "
-            raise SourceError(msg + f"which noise explains {seen.noise:.2g}): check that the server loaded the adapter")
+            msg = f"{client.url}: {served.model} predicts the same as {dialect.base_name} ({change:.2g} nats apart, "
+            raise SourceError(msg + f"and noise up to {seen.noise:.2g}): check that the server loaded the adapter")
         if (most := max(connection.told)) < connection.asked:
             msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
             _LOG.warning(msg, client.url, most, connection.asked)
