@@ -7,14 +7,14 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from random import Random
 from struct import calcsize, pack
 from typing import Any
-from urllib.request import Request
 
+import httpx
 import numpy as np
 from adapter_folders import Q, V, adapter_of, base_of, matrix, write_folder
 from adapter_folders import tensors as lora_tensors
@@ -33,10 +33,10 @@ from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
-from jcrosslora.distill.sources.client import Client
+from jcrosslora.distill.sources.client import Answers, Client
 from jcrosslora.distill.sources.connection import Connection
 from jcrosslora.distill.sources.predictions import TokenNames, divergence
-from jcrosslora.distill.sources.replies import Answers, find_dialect
+from jcrosslora.distill.sources.replies import find_dialect
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"
@@ -250,21 +250,16 @@ def damaged_reply(rng: Random) -> Files:
     return {**files, name: mutated_json(rng, json.loads(files[name]))}
 
 
-class Stored:
-    """Stands for a connection to a server: its answers are files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fetch(self, request: Request) -> bytes:
-        return (self.folder / f"{request.full_url.rpartition('/')[2]}.json").read_bytes()
+def stored_reply(folder: Path, request: httpx.Request) -> httpx.Response:
+    name = request.url.path.rpartition("/")[2]
+    return httpx.Response(200, content=(folder / f"{name}.json").read_bytes())
 
 
 def read_replies(folder: Path) -> None:
     """Ask for the models, read a text of three tokens, write behind it, and check the tokenizer."""
     served = ServedModel("http://host/v1", "lora", folder)
     client = Client(served, wait=lambda seconds: None)
-    client._transport = Stored(folder)
+    client._http = httpx.AsyncClient(transport=httpx.MockTransport(partial(stored_reply, folder)))
     dialect = find_dialect(client, served)
     names = TokenNames(Vocabulary({b"a": 0, b"b": 1, b"ab": 2, b"c": 3}))
     connection = Connection(client, dialect, names, (1,), 3, Answers(None, None))

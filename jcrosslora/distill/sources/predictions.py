@@ -7,7 +7,7 @@ probability of the last of the k.
 import math
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,12 @@ import numpy as np
 
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder.generate import UNFINISHED
-from jcrosslora.distill.sources.replies import DamagedError, Index, Likely, LogProb, LogProbs, Position
+from jcrosslora.distill.sources.client import DamagedError
 
+LogProb = Annotated[float, msgspec.Meta(le=1e-3)]  # rounding makes log-probabilities of sure tokens positive
+Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+_NOTHING = -9000.0  # vLLM writes -9999 for minus infinity, llama.cpp the lowest float
 _LEAST = 1e-9  # of the rest of the mass, which rounding may make negative
 _BY_ID = "token_id:"  # how vLLM names tokens where it is asked for ids
 _SPARE = 4096  # rows of an embedding behind the tokens of its tokenizer; DeepSeek's 2,385 are the most seen
@@ -102,6 +106,48 @@ def spread(known: jax.Array, rest: jax.Array, bound: jax.Array, own: jax.Array) 
     return jax.nn.log_softmax(filled, axis=-1)
 
 
+class Likely(msgspec.Struct, frozen=True):
+    """A token with its log-probability; llama.cpp adds its id, chats its bytes."""
+
+    token: str
+    logprob: LogProb | None
+    id: Index | None = None
+    bytes: list[_Byte] | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The log-probability; None where there is none, or where it says minus infinity."""
+        return None if self.logprob is None or self.logprob < _NOTHING else min(self.logprob, 0.0)
+
+
+class Position(Likely, frozen=True, kw_only=True):
+    """A token of a text, and the likeliest ones in its place."""
+
+    top_logprobs: list[Likely]
+
+
+class LogProbs(msgspec.Struct, frozen=True):
+    """The `logprobs` of a choice: `content`, as chats and llama.cpp have it, or three lists, as completions have it."""
+
+    content: list[Position] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[LogProb | None] = []
+    top_logprobs: list[dict[str, LogProb | None] | None] = []
+
+    def positions(self) -> list[Position]:
+        """Return the tokens of a text in either form; raise DamagedError if the lists have different lengths."""
+        if self.content is not None:
+            return self.content
+        sizes = [len(self.tokens or ()), len(self.token_logprobs), len(self.top_logprobs)]
+        if len(set(sizes)) > 1:
+            raise DamagedError(f"tokens, token_logprobs and top_logprobs have {sizes} entries, wanted as many of each")
+        rows = zip(self.tokens or (), self.token_logprobs, self.top_logprobs, strict=True)
+        return [
+            Position(token, value, top_logprobs=[Likely(*pair) for pair in (top or {}).items()])
+            for token, value, top in rows
+        ]
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A token of an answer.
 
@@ -116,6 +162,11 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     log_prob: LogProb | None
     top: dict[Index, LogProb]
     unnamed: LogProb | None = None
+
+    def known(self, *, own: bool = True) -> TopTokens:
+        """Return the likeliest tokens, with the one of the answer itself unless `own` is False."""
+        told = None if not own or self.token is None or self.log_prob is None else (self.token, self.log_prob)
+        return TopTokens.of(self.top, -math.inf if self.unnamed is None else self.unnamed, told)
 
 
 class TokenNames:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import UNFINISHED, as_written, cut_ids
 from jcrosslora.distill.batches import DistillationBatch
 from jcrosslora.distill.sources import Compared, ServedModel, answer_places, seeds_of
-from jcrosslora.distill.sources.client import Client
-from jcrosslora.distill.sources.connection import TEXTS, Connection, Fingerprint
+from jcrosslora.distill.sources.client import Answers, Client
+from jcrosslora.distill.sources.connection import TEXTS, Connection, Sample, apart
 from jcrosslora.distill.sources.opening import open_tokenizer
 from jcrosslora.distill.sources.predictions import TokenNames, TopTokens, divergence, spread
-from jcrosslora.distill.sources.replies import Answers, Fields, find_dialect
+from jcrosslora.distill.sources.replies import Fields, find_dialect
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.text import Prompt
 from jcrosslora.utils.digests import sha256
@@ -51,11 +50,8 @@ class ServedWriter:
         """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
         ids = cut_ids(self.tokenizer, prompts)
         seeds = (seeds_of(key, len(ids)) >> 1).tolist()  # 31 bits, which every server takes
-
-        def one(place: int) -> Written:
-            return self._answer(ids[place], max_new_tokens, temperature, seeds[place])
-
-        return self._connection.map(one, range(len(ids)), bar)
+        calls = [(row, max_new_tokens, temperature, seed) for row, seed in zip(ids, seeds, strict=True)]
+        return self._connection.map(lambda call: self._answer(*call), calls, bar)
 
     def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
         text, ended = self._connection.write(self._side, ids, tokens, temperature, seed)
@@ -93,35 +89,23 @@ class AmplifiedWriter(ServedWriter):
 
 
 class ServedSource(ServedWriter):
-    """A base with its adapter on a server, under its names of both.
-
-    It knows the probabilities of the likeliest tokens only.
-    """
+    """A base with its adapter on a server, which tells the probabilities of the likeliest tokens only."""
 
     rank = None  # no server says it
 
     def __init__(
-        self,
-        connection: Connection,
-        served: ServedModel,
-        tokenizer: Tokenizer,
-        vocabulary: Vocabulary,
-        answers: Answers,
+        self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
     ) -> None:
         super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
-        self._answers = answers
         self.ref, self.adapter_name, self.adapter = self.name, served.model, AdapterInfo(name=served.model)
-        self._served, self._vocabulary = served, vocabulary
+        self._served, self._vocabulary, self._seen = served, vocabulary, self._sample()
 
     @classmethod
     def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
-        """Reach a server, and check that the adapter acts on it.
+        """Reach a server, and check that the adapter acts on it; a folder keeps its answers for a run that goes on.
 
-        The folder `answers` keeps all answers of servers, from which a stopped run goes on; None keeps none.
-
-        Raises:
-            SourceError: it does not answer, lacks the models, or predicts the same with the adapter and without.
-            CheckpointError: the tokenizer cannot be read.
+        Raises SourceError if it does not answer, lacks the models, or predicts the same with the adapter and without,
+        and CheckpointError if the tokenizer cannot be read.
         """
         tokenizer, vocabulary = open_tokenizer(served.tokenizer, chat_template=served.chat_template)
         if vocabulary.tokens is None:
@@ -131,34 +115,32 @@ class ServedSource(ServedWriter):
         dialect = find_dialect(client, served)
         kept = Answers(answers, [client.url, served.model, dialect.base_name])
         connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
-        found = cls(connection, served, tokenizer, vocabulary, kept)
-        found._check_sample()
-        kept.renew(found._seen, found._seen.is_of)
+        found = cls(connection, served, tokenizer, vocabulary)
+        seen = found._seen
+        if (change := apart(seen.adapted, seen.plain)) <= seen.noise:
+            msg = f"{client.url}: {served.model} predicts the same as {dialect.base_name} ({change:.2g} nats apart, "
+            raise SourceError(msg + f"and noise up to {seen.noise:.2g}): check that the server loaded the adapter")
+        if (most := max(connection.told)) < connection.asked:
+            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
+            _LOG.warning(msg, client.url, most, connection.asked)
+        kept.renew(seen, seen.is_of)
         connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
         return found
 
     def check_same(self) -> str | None:
-        """Check that the server still predicts as it did when it was opened.
+        """Return a warning if the server does not answer any more.
 
-        Returns:
-            A warning, one sentence, if the server does not answer any more; else None.
-
-        Raises:
-            SourceError: it predicts otherwise. What it answered is dropped.
+        Raises SourceError if it predicts otherwise than when it was opened, and drops what it answered.
         """
         try:
             now = self._sample()
         except SourceError as error:
             return f"it is not known whether the source stayed the same while the adapter was moved ({error})"
         if not self._seen.is_of(now):
-            self._answers.renew(now, lambda _: False)
-            msg = (
-                f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: the "
-            )
-            msg += (
-                "server unloaded or changed a model while the adapter was moved, and its answers are dropped: run the "
-            )
-            raise SourceError(msg + "command again, and leave the server as it is")
+            self._connection.answers.renew(now, lambda _: False)
+            msg = f"{self._served.url}: {self.adapter_name} or {self.name} predicts otherwise than at the beginning: "
+            msg += "the server unloaded or changed a model while the adapter was moved, and its answers are dropped: "
+            raise SourceError(msg + "run the command again, and leave the server as it is")
         return None
 
     def vocabulary(self) -> Vocabulary:
@@ -174,9 +156,8 @@ class ServedSource(ServedWriter):
     @property
     def how(self) -> str:
         """Say how it was queried, the end of a sentence."""
-        told, asked = self._connection.told, self._connection.asked
-        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
-        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
+        mean = float(np.mean(self._connection.told))
+        fewer = f" (it told {mean:.1f} on average)" if mean < self._connection.asked else ""
         most = f"{self._served.top_logprobs} likeliest tokens{fewer}"
         return f"asked as {self.adapter_name} over the OpenAI API, for the {most} at each position, and as {self.name}"
 
@@ -221,24 +202,8 @@ class ServedSource(ServedWriter):
         found = self._connection.map(lambda call: self._connection.predict(*call), calls)
         return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
 
-    def _sample(self) -> Fingerprint:
-        return Fingerprint.take(self._connection, lambda text: self.tokenizer.encode(text).ids)
-
-    @cached_property
-    def _seen(self) -> Fingerprint:
-        """What the server predicted when it was opened."""
-        return self._sample()
-
-    def _check_sample(self) -> None:
-        """Check that the adapter acts, and say so if the server tells fewer tokens than it is asked for."""
-        seen, url = self._seen, self._served.url
-        if not seen.acts:
-            msg = f"{url}: {self.adapter_name} predicts the same as {self.name} ({seen.change:.2g} nats apart, and "
-            msg += f"answers to one question {seen.noise:.2g}): check that the server loaded the adapter"
-            raise SourceError(msg)
-        if (most := max(self._connection.told)) < self._connection.asked:
-            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
-            _LOG.warning(msg, url, most, self._connection.asked)
+    def _sample(self) -> Sample:
+        return Sample.take(self._connection, self.tokenizer)
 
 
 class ServedReader:
@@ -261,14 +226,11 @@ class ServedReader:
         rows = [(row, asked[asked // width == row] % width) for row in np.unique(asked // width).tolist()]
         texts = [(batch.tokens_src[row][batch.mask_src[row]], places) for row, places in rows]
         found = self._source._predict(texts, base=base)
-        plain, adapted = (
-            {
-                row * width + place: top
-                for (row, places), both in zip(rows, found, strict=True)
-                for place, top in zip(places.tolist(), both[side], strict=True)
-            }
-            for side in (0, 1)
-        )
+        plain: dict[int, TopTokens] = {}
+        adapted: dict[int, TopTokens] = {}
+        for (row, places), both in zip(rows, found, strict=True):
+            for known, tops in zip((plain, adapted), both, strict=True):
+                known.update(zip((row * width + places).tolist(), tops, strict=True))
         read = self._filled(adapted, batch.at_src, own)
         return (self._filled(plain, batch.at_src, own) if base else read), read
 
