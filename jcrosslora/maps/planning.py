@@ -12,6 +12,7 @@ from jcrosslora.maps.evidence import EvidenceKind
 from jcrosslora.maps.method import DEFAULT_SVD_RANK, Method, Plan
 from jcrosslora.maps.providers import providers_of
 from jcrosslora.maps.shift import map_adapter
+from jcrosslora.maps.transport import Transport
 from jcrosslora.relation.pairing import Depth, pair_modules
 
 _DEFAULT_DEPTH = "proportional"
@@ -51,6 +52,22 @@ def plan_between(
     for provider in providers_of(method.requires):
         provider.check(plan)
     return plan
+
+
+def plan_through(pair: BasePair, method: Method, transport: Transport) -> Plan:
+    """Plan transfers through maps that are made already. The plan has no adapter yet."""
+    recipe = transport.recipe
+    return Plan(
+        method,
+        pair.target,
+        Adapter({}),
+        pair,
+        depth=recipe.depth,
+        pairing=transport.pairing,
+        rank=recipe.settings.get("svd_rank", 0),
+        groups=transport.groups,
+        apply_maps=None if method.map_method is None else map_adapter,
+    )
 
 
 def with_text(plan: Plan) -> Plan:

@@ -21,8 +21,8 @@ from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.maps.base_pair import BasePair
 from jcrosslora.maps.method import FINISH, Plan
 from jcrosslora.maps.other_changes import with_invocation
-from jcrosslora.maps.planning import plan_between, with_text
-from jcrosslora.maps.shift import checked_adapter, map_adapter, map_together
+from jcrosslora.maps.planning import plan_between, plan_through, with_text
+from jcrosslora.maps.shift import checked_adapter, map_together
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import METHODS, Auto, Distill, FitFacts, Method, make_chosen
 from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
@@ -124,25 +124,32 @@ class Session:
             PairingError: the modules cannot be paired as asked.
             UsageError: the profile is unknown, or the options do not fit the method.
         """
-        options, profile, target = job.options, job.profile, self._target
-        check = partial(check_profile, profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         if adapter is None:
-            method, reason = self.resolve(job)
-            method.check()
-            plan = Plan(method, target, Adapter({}))
-            if method.reads_source:
-                _ = plan.pair  # raises
-            _check_queried(options)
-            check()
-            return self._complete(plan, job, reason)
+            return self._plan_queried(job)
         assert self.pair is not None
+        adapter, method, reason = self._checked(job, adapter)
+        # Maps may come from the cache, and then no weights are read.
+        found = doubts(adapter, self.pair.source, weights=method.runs_bases)
+        if reason is None and self.pair.source.store.files and self.pair.source.store.files == self._target.store.files:
+            found += ("source and target are one and the same base: nothing has to be moved",)
+        if transport is None:
+            # An adapter of experts alone has no modules to align, but a fit may update all of the target's.
+            plan = self._between(job, method, reason, sources=adapter.modules.keys() or None)
+        else:
+            plan = self._complete(plan_through(self.pair, method, transport), job, reason)
+        return replace(plan, adapter=adapter, doubts=found)
+
+    def _checked(self, job: Job, adapter: Adapter) -> tuple[Adapter, Method, str | None]:
+        """Return the part of an adapter that moves, the method, and why `auto` chose it; for errors see `plan`."""
+        assert self.pair is not None
+        options, profile, target = job.options, job.profile, self._target
         if (idle := why_idle(adapter)) is not None:
             raise AdapterError(idle)
         adapter = fit_to_base(adapter, self._source_info)  # before anything is read of the weights
         self.take_digests()
         adapter = with_invocation(adapter, self.pair.source, target)
         method, reason = self.resolve(job, adapter)
-        check()
+        check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
         if method.fits_update:
             why = f"and method {method.name} runs the source with it: name another method, such as cross-lora"
@@ -153,20 +160,23 @@ class Session:
             adapter = for_profile(adapter, profile)
         method.check()
         plan = Plan(method, target, adapter, self.pair, calibrate=options.calibrate, scale=options.scale)
-        adapter = checked_adapter(plan)
-        # Maps may come from the cache, and then no weights are read.
-        found = doubts(adapter, self.pair.source, weights=method.runs_bases)
-        if reason is None and self.pair.source.store.files and self.pair.source.store.files == target.store.files:
-            found += ("source and target are one and the same base: nothing has to be moved",)
-        if transport is None:
-            # An adapter of experts alone has no modules to align, but a fit may update all of the target's.
-            plan = self._between(job, method, reason, sources=adapter.modules.keys() or None)
-        else:
-            recipe = transport.recipe
-            plan = replace(plan, groups=transport.groups, pairing=transport.pairing, depth=recipe.depth)
-            plan = replace(plan, apply_maps=None if method.map_method is None else map_adapter)
-            plan = self._complete(replace(plan, rank=recipe.settings.get("svd_rank", 0)), job, reason)
-        return replace(plan, adapter=adapter, doubts=found)
+        return checked_adapter(plan), method, reason
+
+    def _plan_queried(self, job: Job) -> Plan:
+        """Plan a transfer from a source that can only be queried; for errors see `plan`."""
+        options, target = job.options, self._target
+        method, reason = self.resolve(job)
+        method.check()
+        plan = Plan(method, target, Adapter({}))
+        if method.reads_source:
+            plan.pair  # noqa: B018 - it raises MethodError
+        unfit = {"scale": options.scale != 1, "calibrate": options.calibrate not in (None, "none")}
+        unfit["effect"] = options.effect == "always"
+        for name in (name for name, given in unfit.items() if given):
+            msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
+            raise UsageError(msg + "is asked and not read: leave it out")
+        check_profile(job.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
+        return self._complete(plan, job, reason)
 
     def _between(self, job: Job, method: Method, reason: str | None, sources: Collection[str] | None) -> Plan:
         """Plan the alignment of some source modules, or of all (None)."""
@@ -302,15 +312,6 @@ def out_of_memory_advice(method: Method | Auto, source: Any = None) -> str:
     if isinstance(method, Method) and not method.runs_bases:
         return ""
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
-
-
-def _check_queried(options: TransferOptions) -> None:
-    """Refuse options that need the adapter's weights, where the source can only be queried."""
-    unfit = {"scale": options.scale != 1, "calibrate": options.calibrate not in (None, "none")}
-    unfit["effect"] = options.effect == "always"
-    for name in (name for name, given in unfit.items() if given):
-        msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
-        raise UsageError(msg + "is asked and not read: leave it out")
 
 
 def _why_no_fit(adapter: Adapter, options: TransferOptions, *, fits_on_copy: bool) -> str | None:
