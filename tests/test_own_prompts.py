@@ -207,6 +207,11 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
         distill(asked, target, settings=dataclasses.replace(SMALL, own_prompts=0, completions=24))
 
 
+def test_an_adapter_is_asked_unless_nothing_is_searched_for():
+    assert (DistillSettings().asked, DistillSettings(discovery=0).asked) == (200, 0)
+    assert (DistillSettings(own_prompts=0).asked, DistillSettings(own_prompts=30, discovery=0).asked) == (0, 30)
+
+
 @pytest.mark.parametrize("count", [-1, 1, 15])
 def test_fewer_own_prompts_than_a_fit_takes_are_refused(count):
     with pytest.raises(UsageError, match=f"own_prompts {count} was asked for, wanted 0 or 16 and more"):

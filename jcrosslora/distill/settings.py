@@ -88,9 +88,9 @@ class DistillSettings:
     end: End = "auto"
     """The end of answers: as the source has it (source), not fitted (never), or (auto) as the source has it unless its
     answers to given prompts go on after they are complete; then they are cut there, and the end is taught."""
-    own_prompts: int = 0
+    own_prompts: int | None = None
     """Prompts that the adapter writes itself, if none are given and it knows those that it was trained on; 0 does not
-    ask it."""
+    ask it. By default 200, and 0 without a search."""
     discovery: int = 48
     """Texts of each step of the search for what the adapter is for, where it has no prompts; 0 does not search."""
     answer_temperature: float | None = None
@@ -138,6 +138,11 @@ class DistillSettings:
         return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds, repeats)
 
     @property
+    def asked(self) -> int:
+        """How many prompts the adapter is asked to write, where none are given."""
+        return (ENOUGH if self.discovery else 0) if self.own_prompts is None else self.own_prompts
+
+    @property
     def seconds(self) -> float | None:
         """The budget in seconds, such as 90s, 20min or 1.5h; None without one, and for any other text or no time."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", (self.budget or "").strip())
@@ -151,7 +156,7 @@ class DistillSettings:
             name: ((value := getattr(self, name)) is None or value >= fewest, f"{fewest} or more")
             for name, fewest in least.items()
         }
-        asks = self.own_prompts == 0 or self.own_prompts >= FEWEST_COMPLETIONS
+        asks = self.asked == 0 or self.asked >= FEWEST_COMPLETIONS
         rules["own_prompts"] = asks, f"0 or {FEWEST_COMPLETIONS} and more"
         rules["held_out"] = self.held_out is None or 0 < self.held_out < 1, "a share between 0 and 1"
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):

@@ -112,7 +112,8 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
 
     Raises JCrossLoRAError if the method cannot be used.
     """
-    settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS, "discovery": _SEARCHED}
+    # The loss of the demo's adapter was on answers alone, so that it knows no prompts.
+    settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS, "discovery": _SEARCHED, "own_prompts": 0}
     chosen = make_method(Auto(**settings))
     if method != AUTO:
         chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
