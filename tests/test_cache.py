@@ -183,13 +183,13 @@ def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path):
 
 
 @pytest.mark.full
-def test_activation_maps_and_depth_map_are_cached_per_texts(tmp_path, cache):
+def test_activation_maps_are_cached_per_texts(tmp_path, cache):
     folders = [
         write_base(tmp_path / "source", 60, seed=0, layers=3),
         write_base(tmp_path / "target", 20, bos=True, seed=1, hidden=56, head_dim=14, layers=2),
     ]
     (source, target), _ = opened(*folders)
-    settings = {"method": "theseus", "depth": "similar", "sources": [n for n in source.modules if "q_proj" in n]}
+    settings = {"method": "theseus", "sources": [n for n in source.modules if "q_proj" in n]}
     probes = Probes(tuple(CORPUS), "given")
     plain = jcl.align(source, target, probes=probes, **settings)
     assert_same(plain, jcl.align(source, target, probes=probes, cache=cache, **settings))

@@ -135,9 +135,14 @@ class Plan:
             PairingError: no update of the adapter is moved.
             CheckpointError: weights cannot be read or are not finite.
         """
-        if self.apply_maps is not None and "_mapped" not in vars(self):
+        if self.apply_maps is not None and not self.is_mapped:
             self.keep(self.apply_maps(self))
         return vars(self).get("_mapped")
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether no maps are left to apply."""
+        return self.apply_maps is None or "_mapped" in vars(self)
 
     def keep(self, moved: Moved) -> None:
         """Take an adapter after the maps that were applied together with others."""

@@ -232,7 +232,7 @@ class Session:
 
     def finish(self, plan: Plan, job: Job) -> TransferResult:
         """Let the method move the adapter; truncate it, check the effect, and report."""
-        if plan.method.map_method is None:
+        if plan.is_mapped:
             begin(FINISH)
         moved = plan.method.move(plan)
         if plan.queried is not None:
