@@ -208,8 +208,11 @@ def test_a_fit_takes_own_prompts_as_given_ones(pair):
 
 
 def test_an_adapter_is_asked_unless_nothing_is_searched_for():
-    assert (DistillSettings().asked, DistillSettings(discovery=0).asked) == (200, 0)
-    assert (DistillSettings(own_prompts=0).asked, DistillSettings(own_prompts=30, discovery=0).asked) == (0, 30)
+    assert (DistillSettings().own_prompt_count, DistillSettings(discovery=0).own_prompt_count) == (200, 0)
+    assert (
+        DistillSettings(own_prompts=0).own_prompt_count,
+        DistillSettings(own_prompts=30, discovery=0).own_prompt_count,
+    ) == (0, 30)
 
 
 @pytest.mark.parametrize("count", [-1, 1, 15])

@@ -102,8 +102,8 @@ def distill(
     loaded = loaded or LoadedBases()
     source = _open_source(source, target, adapter, loaded)
     clock, own = time.monotonic(), None
-    if settings.asked and not (prompts or examples):
-        own = find_own_prompts(source, settings.asked, seed)
+    if settings.own_prompt_count and not (prompts or examples):
+        own = find_own_prompts(source, settings.own_prompt_count, seed)
         prompts = [] if own is None else own.prompts
     usual = replace(settings, completions=None).for_prompts(len(prompts), len(examples)).completions or 0
     settings = settings.for_prompts(len(prompts), len(examples))

@@ -138,7 +138,7 @@ class DistillSettings:
         return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds, repeats)
 
     @property
-    def asked(self) -> int:
+    def own_prompt_count(self) -> int:
         """How many prompts the adapter is asked to write, where none are given."""
         return (ENOUGH if self.discovery else 0) if self.own_prompts is None else self.own_prompts
 
@@ -156,7 +156,7 @@ class DistillSettings:
             name: ((value := getattr(self, name)) is None or value >= fewest, f"{fewest} or more")
             for name, fewest in least.items()
         }
-        asks = self.asked == 0 or self.asked >= FEWEST_COMPLETIONS
+        asks = self.own_prompt_count == 0 or self.own_prompt_count >= FEWEST_COMPLETIONS
         rules["own_prompts"] = asks, f"0 or {FEWEST_COMPLETIONS} and more"
         rules["held_out"] = self.held_out is None or 0 < self.held_out < 1, "a share between 0 and 1"
         for name in ("teacher_weight", "sure_weight", "polish", "text_weight"):

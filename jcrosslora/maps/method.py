@@ -25,7 +25,6 @@ from jcrosslora.maps.groups import TransportGroup
 from jcrosslora.maps.moved import Calibration, Moved
 from jcrosslora.relation.pairing import Pair, Pairing
 from jcrosslora.text import Completion, Prompt
-from jcrosslora.utils.cache import Cache
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import begin
 from jcrosslora.utils.settings import Settings
@@ -98,14 +97,8 @@ class Plan:
     def pair(self) -> BasePair:
         """Both bases; raise MethodError if the source can only be queried."""
         if self.bases is None:
-            msg = f"method {self.method.name} needs the weights of the source, which can only be queried: use "
-            raise MethodError(msg + "--method distill, or give the weights with --source")
+            raise no_weights(self.method)
         return self.bases
-
-    @property
-    def store(self) -> Cache | None:
-        """The cache; None if none is used."""
-        return None if self.bases is None else self.bases.store
 
     @property
     def source(self) -> BaseModel | QueriedSource:
@@ -187,9 +180,10 @@ class Plan:
         return self.method.map_method is not None and self.method.map_method.single_vectors
 
     @property
-    def reads_probes(self) -> bool:
-        """Whether the maps are made from probe texts."""
-        return EvidenceKind.ACTIVATIONS in self.method.requires
+    def needs_text(self) -> bool:
+        """Whether both bases are run on text, for maps that are not made yet or in the method's `move`."""
+        aligns = EvidenceKind.ACTIVATIONS in self.method.requires and self.groups is None
+        return aligns or EvidenceKind.PROBE_TEXTS in self.method.requires
 
     def shapes(self, pair: Pair) -> tuple[Shape, Shape]:
         """Return the shapes (O, I) of the source's and the target's module of a pair."""
@@ -205,6 +199,12 @@ class Plan:
             return sum(4 * rows * columns for rows, columns in self.shapes(pair))
 
         yield from map(tuple, bounded_groups(self.modules, key, size))
+
+
+def no_weights(method: Method) -> MethodError:
+    """Make the error of a method that needs weights, of a source that can only be queried."""
+    msg = f"method {method.name} needs the weights of the source, which can only be queried: use --method distill, or "
+    return MethodError(msg + "give the weights with --source")
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ def with_text(plan: Plan) -> Plan:
     method, probes = plan.method, plan.given
     if not method.runs_bases:
         return plan
-    aligns = EvidenceKind.ACTIVATIONS in method.requires and plan.groups is None
-    if not (aligns or EvidenceKind.PROBE_TEXTS in method.requires):
+    if not plan.needs_text:
         return dataclasses.replace(plan, probes=probes)
     if probes is None and plan.probe_count:
         probes = written_probes(plan.pair.source, plan.probe_count, seed=plan.seed)

@@ -34,7 +34,7 @@ class Distill(DistillSettings, Method):
         first = replace(asked, completions=count) if self.budget is not None else asked
         given = {"prompts": prompts, "examples": examples}
         fit = replace(fit_cost(first, **given), budget=self.seconds)
-        own = self.asked > 0
+        own = self.own_prompt_count > 0
         written = completions_cost(count, self.answer_tokens, self.discovery, own=own, **given)
         return {"write completions": written, "fit": fit}
 

@@ -39,7 +39,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
     options, target, source = job.options, plan.target, plan.adapter
     # A method may return an update of its own, without the account of the maps that it began with.
     account = plan.mapped or Moved(Adapter({}))
-    described = describe_base(target)
+    before, described = source_info(plan), describe_base(target)
     adapter = fit_to_base(replace(moved.adapter, info=_info(plan)), described)
     norms = None
     if plan.keeps_norm:  # what a method added to the mapped update counts as well
@@ -48,6 +48,9 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         }
     adapter, truncation = truncate_fused(adapter, target.fused, options.out_rank, norms)
     effect, found = _effect(plan, moved, adapter, options)
+    same = plan.queried is None and before.digest == described.digest
+    notes = *_losses(plan.adapter.info, same_weights=same), *account.warnings, *_left_out(plan, account, adapter)
+    notes = *notes, *moved.warnings
     rows = moved.rows or account.rows
     if moved.adapter is not account.adapter or truncation is not None:
         rows = _rows(rows, moved, adapter, target)
@@ -56,7 +59,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
     report = TransferReport(
         version=version(),
         recipe=recipe_of(plan, moved.kernels or account.kernels),
-        source=record.taken(record.Base, source_info(plan)),
+        source=record.taken(record.Base, before),
         target=record.taken(record.Base, described),
         adapter=record.taken(AdapterOrigin, source.info),
         calibration="frobenius" if plan.keeps_norm else "none",
@@ -69,9 +72,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=(moved.unmapped or account.unmapped) if moved.fit is None else (),
         energy=sum(energies) if plan.queried is None else None,
-        warnings=tuple(
-            dict.fromkeys((*warnings_of(plan), *_notes(plan, account, moved, adapter), *plan.doubts, *found))
-        ),
+        warnings=tuple(dict.fromkeys((*warnings_of(plan), *notes, *plan.doubts, *found))),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=plan.reason,
         effect=None if effect is None else MeasuredEffect.of(effect),
@@ -105,23 +106,24 @@ def _info(plan: Plan) -> AdapterInfo:
     )
 
 
-def _notes(plan: Plan, account: Moved, moved: Moved, adapter: Adapter) -> Iterator[str]:
-    """Yield what was lost on the way, and what the method has to say."""
-    info = plan.adapter.info
+def _losses(info: AdapterInfo, *, same_weights: bool) -> Iterator[str]:
+    """Yield what of an adapter was not read exactly, and what does not move."""
     if info.lost:
         yield f"the adapter is {info.read_as}."
-        if plan.queried is None and source_info(plan).digest == describe_base(plan.target).digest:
+        if same_weights:
             again = ", as does what `jcrosslora export --keep-dora` writes" if info.kind == DORA.name else ""
             which = "the adapter's own file works on the target, and loses nothing"
             yield f"both bases have the same weights: {which}{again}."
     yield from (f"not moved: {sentence}" for sentence in info.ignored)
-    yield from account.warnings
+
+
+def _left_out(plan: Plan, account: Moved, adapter: Adapter) -> Iterator[str]:
+    """Yield what the maps carried, and the method did not return."""
     held = Carried.EVERYTHING
     held &= held if adapter.tokens else ~Carried.TOKENS
     held &= held if adapter.experts else ~Carried.EXPERTS
     left = left_out(account.adapter, held, f"method {plan.method.name} left it out")
     yield from (f"not moved: {text}" for text in left)
-    yield from moved.warnings
 
 
 def _token_rows(rows: tuple[TokenRow, ...], moved: Adapter) -> tuple[TokenRow, ...]:

@@ -142,10 +142,9 @@ def costs_of(plan: Plan, options: TransferOptions) -> dict[str, Cost | None]:
     method, found = plan.method, dict[str, Cost | None]()
     if plan.bases is None:
         return method.cost(plan)
-    aligns = method.map_method is not None and plan.groups is None
-    if not plan.prompts and ((plan.reads_probes and aligns) or EvidenceKind.PROBE_TEXTS in method.requires):
+    if not plan.prompts and plan.needs_text:
         found["write"] = probes_cost(plan.text_count)
-    if aligns:
+    if method.map_method is not None and plan.groups is None:
         found[ALIGN] = evidence_cost(plan, plan.text_count)
     found |= method.cost(plan)
     if options.checks_effect(runs_bases=method.runs_bases):

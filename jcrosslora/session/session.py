@@ -19,7 +19,7 @@ from jcrosslora.decoder.loading import held_numbers
 from jcrosslora.distill.sources import QueriedSource, ServedModel, TorchModel
 from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.maps.base_pair import BasePair
-from jcrosslora.maps.method import FINISH, Plan
+from jcrosslora.maps.method import FINISH, Plan, no_weights
 from jcrosslora.maps.other_changes import with_invocation
 from jcrosslora.maps.planning import plan_between, plan_through, with_text
 from jcrosslora.maps.shift import checked_adapter, map_together
@@ -62,10 +62,7 @@ class Session:
         plan = self.plan(job, self.load(job))
         for sentence in plan.doubts if shows_progress() else ():
             say(f"warning: {sentence}")
-        # After everything has been checked: opening a source and writing texts take minutes.
-        plan = self.ready(plan, job)
-        with self.steps(plan, job.options):
-            return self.finish(with_text(plan), job)
+        return self._run(plan, job)
 
     def estimate(self, job: Job) -> Estimate:
         """Estimate the transfer of an adapter, or of one that has all modules of the source (None). Asks a server."""
@@ -167,16 +164,15 @@ class Session:
         options, target = job.options, self._target
         method, reason = self.resolve(job)
         method.check()
-        plan = Plan(method, target, Adapter({}))
         if method.reads_source:
-            plan.pair  # noqa: B018 - it raises MethodError
+            raise no_weights(method)
         unfit = {"scale": options.scale != 1, "calibrate": options.calibrate not in (None, "none")}
         unfit["effect"] = options.effect == "always"
         for name in (name for name, given in unfit.items() if given):
             msg = f"{name} {getattr(options, name)} was asked for, which needs the adapter's weights, and the source "
             raise UsageError(msg + "is asked and not read: leave it out")
         check_profile(job.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
-        return self._complete(plan, job, reason)
+        return self._complete(Plan(method, target, Adapter({})), job, reason)
 
     def _between(self, job: Job, method: Method, reason: str | None, sources: Collection[str] | None) -> Plan:
         """Plan the alignment of some source modules, or of all (None)."""
@@ -244,7 +240,11 @@ class Session:
 
     def finish_aligned(self, job: Job, transport: Transport) -> TransferResult:
         """Move an adapter through maps that are there already."""
-        plan = self.ready(self.plan(job, self.load(job), transport), job)
+        return self._run(self.plan(job, self.load(job), transport), job)
+
+    def _run(self, plan: Plan, job: Job) -> TransferResult:
+        """Run a checked plan. To open a source and to write texts take minutes."""
+        plan = self.ready(plan, job)
         with self.steps(plan, job.options):
             return self.finish(with_text(plan), job)
 

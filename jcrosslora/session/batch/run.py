@@ -214,8 +214,8 @@ class _UnitRun:
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
         alignment = replace(items[0].plan, sources=frozenset(name for item in items for name in item.sources) or None)
         with session.steps(alignment, options, timed=False) as steps:
-            alignment = with_text(session.ready(alignment, self._first))
-            if alignment.store is None and len(chunks) > 1:
+            alignment = with_text(alignment)
+            if alignment.pair.store is None and len(chunks) > 1:
                 # Without a cache the groups stay in memory for all chunks.
                 alignment = replace(alignment, groups=tuple(align_groups(alignment)))
             for chunk in chunks:
