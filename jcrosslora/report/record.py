@@ -198,12 +198,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
             roles += [role] if (role := name.rpartition(".")[2]) not in roles else []
         parts = [f"{rank} in {', '.join(roles)}" for rank, roles in sorted(by_rank.items(), reverse=True)]
         sentence = f"the moved update has rank {'; '.join(parts)}"
-        sentence += "" if self.rank_before is None else f", where the adapter had {self.rank_before}"
-        updated = {role for roles in by_rank.values() for role in roles}
-        left = [role for role, _ in self.by_role() if role not in updated]
-        if self.fit is not None and left:
-            sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
-        return sentence
+        return sentence + ("" if self.rank_before is None else f", where the adapter had {self.rank_before}")
 
     def __repr__(self) -> str:
         """Return one line: method, bases, and the verdict."""
