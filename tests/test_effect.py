@@ -23,7 +23,8 @@ from jcrosslora.evaluate import effect as effect_module
 from jcrosslora.evaluate.effect import adapter_texts
 from jcrosslora.evaluate.probes import match_positions
 from jcrosslora.methods import PadTruncate, Random
-from jcrosslora.report import REPORT, MeasuredEffect, complete, documents, model_card, print_report, published
+from jcrosslora.report import REPORT, complete, documents, model_card, print_report, published
+from jcrosslora.report.record import effect_rows
 from jcrosslora.utils.spread import spread_evenly
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
@@ -85,7 +86,7 @@ def test_effect_equals_that_of_every_text_run_alone(pair):
         _, nll, adapted, count_written = by_brute_force(pair, WRITTEN, side)
         assert kl.mean() > 0.01
         wanted = (kl.mean(), kl.std(ddof=1), nll.mean(), adapted.mean())
-        np.testing.assert_allclose(dataclasses.astuple(change), wanted, rtol=2e-3)
+        np.testing.assert_allclose(msgspec.structs.astuple(change), wanted, rtol=2e-3)
         assert effect.positions == count.sum() + count_written.sum()
     growth = adapted - nll
     assert effect.excess == pytest.approx(growth.mean(), abs=2e-3)
@@ -95,7 +96,8 @@ def test_effect_equals_that_of_every_text_run_alone(pair):
 
 def test_without_written_texts_growth_is_relative_to_the_source(pair):
     effect = check_effect(*pair, TEXTS)
-    assert effect.excess == pytest.approx(effect.target.growth - effect.source.growth, abs=1e-4)
+    growth_src, growth_tgt = (change.nll_adapted - change.nll for change in (effect.source, effect.target))
+    assert effect.excess == pytest.approx(growth_tgt - growth_src, abs=1e-4)
     assert not effect.written
 
 
@@ -124,10 +126,10 @@ def test_update_with_infinite_predictions_is_destructive_and_valid_json(pair):
     original, (target, moved) = pair
     effect = check_effect(original, (target, scaled(moved, 1e30)), TEXTS)
     assert effect.outcome == "destructive"
-    data = json.loads(json.dumps(effect.to_json(), allow_nan=False))
+    data = json.loads(msgspec.json.encode(effect))
     assert data["target"]["kl"] is None
     assert data["outcome"] == "destructive"
-    assert "nan" not in effect.sentence + str(MeasuredEffect.of(effect).rows())
+    assert "nan" not in effect.sentence + str(effect_rows(effect))
 
 
 def test_non_finite_original_is_refused(pair):
@@ -191,7 +193,8 @@ def change(kl, growth=0.0):
 
 
 def made(share, excess, error=0.01):
-    return Effect(change(0.2), change(0.2 * share, excess), excess, error, texts=12, positions=700, written=True)
+    changes = change(0.2), change(0.2 * share, excess)
+    return Effect.of(changes, (excess, error), texts=12, positions=700, written=True)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_report_without_an_effect_does_not_mention_it(report):
 
 @pytest.mark.parametrize(("share", "level"), [(0.01, "ineffective"), (9, "destructive"), (1, None)])
 def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
-    effect = MeasuredEffect.of(made(share, 0))
+    effect = made(share, 0)
     full = complete(msgspec.structs.replace(report, effect=effect, choice="the bases differ"), PadTruncate())
     found = jcl.verdict(full)
     assert found.level == (level or jcl.verdict(report).level)
@@ -259,5 +262,5 @@ def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
 
 def test_random_control_keeps_its_verdict(pair, report):
     recipe = dataclasses.replace(report.recipe, method="random")
-    full = msgspec.structs.replace(report, recipe=recipe, effect=MeasuredEffect.of(made(0.01, 0)))
+    full = msgspec.structs.replace(report, recipe=recipe, effect=made(0.01, 0))
     assert jcl.verdict(complete(full, Random())).level == "control"

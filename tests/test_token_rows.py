@@ -468,7 +468,7 @@ def test_the_sum_of_adapters_has_what_one_of_them_has(tmp_path, bases):
 def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, monkeypatch, capsys):
     make_adapter("tied", "tokens", tmp_path / "adapter")
     change = Change(0.2, 0.1, 4.0, 4.0)
-    effect = Effect(change, change, 0.0, 0.01, texts=12, positions=700, written=True)
+    effect = Effect.of((change, change), (0.0, 0.01), texts=12, positions=700, written=True)
     monkeypatch.setattr("jcrosslora.session.conclusion._measured", lambda *_: effect)
     monkeypatch.setattr("jcrosslora.session.conclusion.why_not_run", lambda *_: None)
     moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")

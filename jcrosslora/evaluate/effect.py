@@ -1,13 +1,16 @@
 """Compare the effect of the moved adapter on the target with the original's effect on the source, on the same text."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from jcrosslora.adapter import Adapter
@@ -39,102 +42,111 @@ _BATCH = 6
 _AT_ONCE = 256  # states that the head gets in one call
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """The change that an adapter makes in the predictions of one base: nats a position, means over texts.
+
+    A figure that is not finite is None.
 
     Attributes:
         kl: KL(base || base with adapter) of the next token, over the whole vocabulary.
-        kl_spread: standard deviation over texts of their mean; NaN for a single text.
+        kl_spread: standard deviation over texts of their mean; None for a single text.
         nll: negative log-likelihood (NLL) of the text under the base.
         nll_adapted: NLL of the text under the base with the adapter.
     """
 
-    kl: float
-    kl_spread: float
-    nll: float
-    nll_adapted: float
+    kl: float | None
+    kl_spread: float | None
+    nll: float | None
+    nll_adapted: float | None
 
     @classmethod
-    def of(cls, kl: np.ndarray, nll: np.ndarray, nll_adapted: np.ndarray) -> "Change":
+    def of(cls, kl: np.ndarray, nll: np.ndarray, nll_adapted: np.ndarray) -> Change:
         """Average over texts: the divergence of each, (texts,), and its NLL without and with the adapter, (texts',)."""
-        return cls(float(np.mean(kl)), _deviation(kl), float(np.mean(nll)), float(np.mean(nll_adapted)))
-
-    @property
-    def finite(self) -> bool:
-        """Whether the predictions with the adapter are finite."""
-        return math.isfinite(self.kl) and math.isfinite(self.nll_adapted)
-
-    @property
-    def growth(self) -> float:
-        """Growth of the NLL by the adapter; negative if the text becomes more likely."""
-        return self.nll_adapted - self.nll
+        return cls(*map(_finite, (np.mean(kl), _deviation(kl), np.mean(nll), np.mean(nll_adapted))))
 
 
-@dataclass(frozen=True)
-class Effect:
+class Effect(msgspec.Struct, frozen=True, kw_only=True):
     """The effect of a moved adapter, at positions where tokens of both bases end, in the same texts.
 
     Attributes:
         source: change by the original adapter on the source.
-        target: change by the moved adapter on the target; not finite if its predictions are not.
+        target: change by the moved adapter on the target.
         excess: growth of the text's NLL on the target beyond what it should be, nats a position, mean over texts. For
             text that the source wrote with its adapter it is the target's growth, which should be negative; for other
-            text the target's growth less the source's.
-        excess_error: its standard error over texts; NaN for a single text.
+            text the target's growth less the source's. None if it is not finite.
+        excess_error: its standard error over texts; None for a single text.
         texts: number of texts, those for likelihoods included.
         positions: number of positions in them.
         written: whether the likelihoods are of text that the source wrote with its adapter.
+        share: the target's divergence over the source's; None if the source's is only rounding.
+        outcome: "destructive": the target's predictions are no longer finite, its divergence is far above the source's,
+            or the text becomes clearly less likely: `excess` is above 1.7 times the source's divergence and above two
+            standard errors. "ineffective": the target's divergence is a small share of the source's. "unmeasured": the
+            original adapter changes nothing on these texts. "plausible": none of these.
+        sentence: the outcome with its figures, without a full stop.
     """
 
     source: Change
     target: Change
-    excess: float
-    excess_error: float
+    excess: float | None
+    excess_error: float | None
     texts: int
     positions: int
     written: bool
+    share: float | None
+    outcome: Outcome
+    sentence: str
 
-    @property
-    def share(self) -> float:
-        """The target's divergence over the source's; NaN if the source's is only rounding."""
-        return self.target.kl / self.source.kl if self.source.kl > _ROUNDING else math.nan
+    @classmethod
+    def of(
+        cls, changes: tuple[Change, Change], excess: tuple[float, float], *, texts: int, positions: int, written: bool
+    ) -> Effect:
+        """Judge an effect by the changes of source and target, and by the excess with its standard error."""
+        share, outcome = _judge(*changes, *excess)
+        return cls(
+            source=changes[0],
+            target=changes[1],
+            excess=_finite(excess[0]),
+            excess_error=_finite(excess[1]),
+            texts=texts,
+            positions=positions,
+            written=written,
+            share=share,
+            outcome=outcome,
+            sentence=_sentence(*changes, outcome),
+        )
 
-    @property
-    def outcome(self) -> Outcome:
-        """Judge the effect.
 
-        "destructive": the target's predictions are no longer finite, its divergence is far above the source's, or the
-        text becomes clearly less likely: `excess` is above 1.7 times the source's divergence and above two standard
-        errors. "ineffective": the target's divergence is a small share of the source's. "unmeasured": the original
-        adapter changes nothing on these texts. "plausible": none of these.
-        """
-        if not self.target.finite:
-            return "destructive"
-        if math.isnan(self.share):
-            return "unmeasured"
-        if self.share > DESTRUCTIVE or self.excess > max(LOSS * self.source.kl, _ERRORS * self.excess_error):
-            return "destructive"
-        return "ineffective" if self.share < INEFFECTIVE else "plausible"
+def _judge(source: Change, target: Change, excess: float, excess_error: float) -> tuple[float | None, Outcome]:
+    """Return the share of the divergences and the outcome, see `Effect`."""
+    share = None
+    if source.kl is not None and source.kl > _ROUNDING and target.kl is not None:
+        share = target.kl / source.kl
+    if target.kl is None or target.nll_adapted is None:
+        return share, "destructive"
+    if share is None or source.kl is None:
+        return share, "unmeasured"
+    # The error of a single text is NaN, and its growth is judged by the bound alone.
+    bound = max(LOSS * source.kl, 0.0 if math.isnan(excess_error) else _ERRORS * excess_error)
+    if share > DESTRUCTIVE or excess > bound:
+        return share, "destructive"
+    return share, "ineffective" if share < INEFFECTIVE else "plausible"
 
-    @property
-    def sentence(self) -> str:
-        """The outcome with its figures, without a full stop."""
-        if not self.target.finite:
-            return "the moved update is destructive: with it the target's predictions are not finite numbers"
-        kl = f"KL {self.target.kl:.2g} nats a position against {self.source.kl:.2g} on the source"
-        growth = f"log-likelihood of the text {-self.target.growth:+.2g} against {-self.source.growth:+.2g}"
-        return {
-            "ineffective": f"the moved update is ineffective ({kl}): it changes far less than the original does",
-            "destructive": f"the moved update is destructive ({kl}; {growth}): do not use it at this strength",
-            "plausible": f"the moved update changes the target's predictions by a plausible amount ({kl}; {growth})",
-            "unmeasured": f"the effect cannot be judged: the original update changes nothing on these texts ({kl})",
-        }[self.outcome]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data with the outcome and its sentence; figures that are not finite become null."""
-        data = asdict(self) | {"share": self.share, "outcome": self.outcome, "sentence": self.sentence}
-        return _finite(data)
+def _sentence(source: Change, target: Change, outcome: Outcome) -> str:
+    """Write the outcome with its figures, without a full stop."""
+    figures = source.kl, source.nll, source.nll_adapted, target.kl, target.nll, target.nll_adapted
+    kl_src, nll_src, adapted_src, kl, nll, adapted = (math.nan if one is None else one for one in figures)
+    if math.isnan(kl) or math.isnan(adapted):
+        return "the moved update is destructive: with it the target's predictions are not finite numbers"
+    size = f"KL {kl:.2g} nats a position against {kl_src:.2g} on the source"
+    growth = f"log-likelihood of the text {nll - adapted:+.2g} against {nll_src - adapted_src:+.2g}"
+    return {
+        "ineffective": f"the moved update is ineffective ({size}): it changes far less than the original does",
+        "destructive": f"the moved update is destructive ({size}; {growth}): do not use it at this strength",
+        "plausible": f"the moved update changes the target's predictions by a plausible amount ({size}; {growth})",
+        "unmeasured": f"the effect cannot be judged: the original update changes nothing on these texts ({size})",
+    }[outcome]
 
 
 def check_effect(
@@ -183,11 +195,9 @@ def check_effect(
     growth_src, growth_tgt = (side[-1].nll_adapted - side[-1].nll for side in (src, tgt))
     excess = growth_tgt if kinds[1] else growth_tgt - growth_src
     change_src, change_tgt = (Change.of(side[0].kl, side[-1].nll, side[-1].nll_adapted) for side in (src, tgt))
-    return Effect(
-        source=change_src,
-        target=change_tgt,
-        excess=float(np.mean(excess)),
-        excess_error=_deviation(excess) / math.sqrt(len(excess)),
+    return Effect.of(
+        (change_src, change_tgt),
+        (float(np.mean(excess)), _deviation(excess) / math.sqrt(len(excess))),
         texts=sum(len(one.kl) for one in src),
         positions=sum(one.positions for one in src),
         written=bool(kinds[1]),
@@ -198,10 +208,8 @@ def _deviation(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+def _finite(value: float | np.floating) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, eq=False)

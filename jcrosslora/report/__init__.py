@@ -6,7 +6,6 @@ from jcrosslora.report.documents import model_card as model_card
 from jcrosslora.report.documents import published as published
 from jcrosslora.report.record import REPORT as REPORT
 from jcrosslora.report.record import Base as Base
-from jcrosslora.report.record import MeasuredEffect as MeasuredEffect
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.record import Verdict as Verdict
 from jcrosslora.report.record import cut as cut

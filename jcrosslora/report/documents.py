@@ -17,7 +17,7 @@ from jcrosslora.maps.moved import defined
 from jcrosslora.methods import Method
 from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command
-from jcrosslora.report.record import REPORT, Totals, TransferReport
+from jcrosslora.report.record import REPORT, Totals, TransferReport, effect_rows
 from jcrosslora.report.table import diagnostics_title, judge, role_rows
 from jcrosslora.report.usage import usage
 from jcrosslora.utils.spread import spread_evenly
@@ -190,7 +190,7 @@ def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
     truncation = report.truncation and f"the update was truncated to {report.truncation.sentence}"
     yield "Rank", " ".join(filter(None, (_sentence(ranks), _sentence(truncation))))
     yield "Embedding and output head", _listed([row.sentence for row in report.tokens])
-    yield "Effect on text", "" if report.effect is None else f"{_EFFECT}\n\n{_markdown(report.effect.rows())}"
+    yield "Effect on text", "" if report.effect is None else f"{_EFFECT}\n\n{_markdown(effect_rows(report.effect))}"
     yield "Not moved", _left(report)
     yield "Warnings", _listed(report.warnings)
 

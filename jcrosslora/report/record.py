@@ -62,47 +62,6 @@ class Base(msgspec.Struct, frozen=True):
     has_experts: bool = False
 
 
-class BaseChange(msgspec.Struct, frozen=True):
-    """The change that an adapter makes on one base; the fields are those of `evaluate.Change`."""
-
-    kl: float | None = None
-    kl_spread: float | None = None
-    nll: float | None = None
-    nll_adapted: float | None = None
-
-
-class MeasuredEffect(msgspec.Struct, frozen=True, kw_only=True):
-    """The effect of a moved adapter with its outcome; the fields are those of `evaluate.Effect`."""
-
-    source: BaseChange = BaseChange()
-    target: BaseChange = BaseChange()
-    excess: float | None = None
-    excess_error: float | None = None
-    texts: int = 0
-    positions: int = 0
-    written: bool = False
-    share: float | None = None
-    outcome: str
-    sentence: str
-
-    @classmethod
-    def of(cls, effect: Effect) -> MeasuredEffect:
-        """Take the figures of a measured effect."""
-        return msgspec.convert(effect.to_json(), cls)
-
-    def rows(self) -> list[dict[str, str]]:
-        """Format a row for each base, for tables."""
-        return [
-            {
-                "base": name,
-                "KL (nats a position)": f"{_figure(one.kl)} ± {_figure(one.kl_spread)}",
-                "NLL without": _figure(one.nll),
-                "NLL with the adapter": _figure(one.nll_adapted),
-            }
-            for name, one in (("source", self.source), ("target", self.target))
-        ]
-
-
 class Totals(msgspec.Struct, frozen=True):
     """The shares of the whole update's energy that the maps kept, and that unmapped modules left behind."""
 
@@ -154,7 +113,7 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     out_rank: RankRule | None = None
     choice: str | None = None
-    effect: MeasuredEffect | None = None
+    effect: Effect | None = None
     fit: FitFacts | None = None
     curve: tuple[tuple[int, Number | None], ...] = ()
     added: str | None = None
@@ -292,6 +251,19 @@ def weighted(rows: Sequence[ModuleRow], field: str) -> float:
 def cut(text: str, most: int = _LONGEST) -> str:
     """Cut a text to a number of characters, and say so."""
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def effect_rows(effect: Effect) -> list[dict[str, str]]:
+    """Format a row for each base, for tables."""
+    return [
+        {
+            "base": name,
+            "KL (nats a position)": f"{_figure(one.kl)} ± {_figure(one.kl_spread)}",
+            "NLL without": _figure(one.nll),
+            "NLL with the adapter": _figure(one.nll_adapted),
+        }
+        for name, one in (("source", effect.source), ("target", effect.target))
+    ]
 
 
 def _figure(value: float | None) -> str:

@@ -12,7 +12,7 @@ from jcrosslora.maps.moved import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.report.fit import fit_sentences, fit_verdict
-from jcrosslora.report.record import Level, TransferReport, Verdict, cut, weighted
+from jcrosslora.report.record import Level, TransferReport, Verdict, cut, effect_rows, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -83,6 +83,7 @@ def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Co
 
 def _notes(report: TransferReport) -> list[str]:
     recipe, adapter, left = report.recipe, report.adapter, report.unmapped_sources
+    effects = [] if report.effect is None else effect_rows(report.effect)
     signs = f"fixed by the embeddings of {recipe.shared_tokens:,} shared tokens"
     lines = [
         ("method", report.choice and f"{recipe.method}, because {report.choice}"),
@@ -98,7 +99,7 @@ def _notes(report: TransferReport) -> list[str]:
         ("not moved", left and _left(report)),
         *(("moved", row.sentence) for row in report.tokens),
         ("without an update", report.unmapped_targets and f"{len(report.unmapped_targets)} target modules"),
-        *(("effect", ", ".join(map(" ".join, row.items()))) for row in (report.effect.rows() if report.effect else ())),
+        *(("effect", ", ".join(map(" ".join, row.items()))) for row in effects),
         *(("warning", sentence) for sentence in report.warnings),
     ]
     return [f"{name}: {text}" for name, text in lines if text]

@@ -19,7 +19,7 @@ from jcrosslora.maps.moved import ModuleRow, TokenRow, defined
 from jcrosslora.maps.record import recipe_of, source_info, warnings_of
 from jcrosslora.methods import Moved
 from jcrosslora.relation import why_not_run
-from jcrosslora.report import MeasuredEffect, TransferReport, complete, record
+from jcrosslora.report import TransferReport, complete, record
 from jcrosslora.session.job import Job
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
@@ -75,7 +75,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         warnings=tuple(dict.fromkeys((*warnings_of(plan), *notes, *plan.doubts, *found))),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=plan.reason,
-        effect=None if effect is None else MeasuredEffect.of(effect),
+        effect=effect,
         fit=moved.fit,
         curve=tuple(moved.curve),
         added=moved.added,

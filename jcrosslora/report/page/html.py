@@ -15,7 +15,7 @@ from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
 from jcrosslora.report.recipe import RECIPE, repeat_command
-from jcrosslora.report.record import Base, TransferReport, cut
+from jcrosslora.report.record import Base, TransferReport, cut, effect_rows
 from jcrosslora.report.table import diagnostics_title, role_rows
 from jcrosslora.utils.spread import spread_evenly
 from jcrosslora.utils.texts import html_page, html_prose, html_table, html_text
@@ -78,7 +78,7 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
         f"<b>{html_text(found.level)}</b>: {html_prose(found.text)}</div>",
         *(f"<div>{html_prose(sentence)}</div>" for sentence in (_method(report), *sentences)),
         html_table(role_rows(report, full=False), diagnostics_title(report)),
-        html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
+        html_table(effect_rows(report.effect), "Effect on text") if report.effect is not None else "",
         _details("Warnings", map(html_prose, report.warnings)),
         _details("Text that it was made on", [html_text(cut(text, _LONGEST)) for text in spread_evenly(texts, _TEXTS)]),
     ]
