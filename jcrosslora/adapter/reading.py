@@ -75,7 +75,8 @@ def why_idle_files(ref: str | Path, base: BaseModel | None) -> str | None:
     """
     with suppress(JCrossLoRAError):
         file = open_adapter(ref, base)
-        if any(not np.any(file.stored.array(name)) for name in file.stored.entries):
+        # Compared with zero: `np.any` of a float warns about a signalling NaN, as damaged files have them.
+        if any(not np.any(file.stored.array(name) != 0) for name in file.stored.entries):
             return why_idle(read_adapter(file, replaced=True))
     return None
 
