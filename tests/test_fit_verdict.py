@@ -1,9 +1,9 @@
 """The verdict on a fit follows its measurement: levels by the answers that it reproduces, numbers in every output."""
 
-import dataclasses
 import io
 import json
 import math
+import shlex
 
 import msgspec
 import pytest
@@ -99,6 +99,8 @@ def test_a_poor_fit_is_told_what_would_help(result, facts, told):
     for absent in ("peft", "evaluate", "generate"):
         assert absent not in lines
     assert ("Write prompts of the adapter's task" in lines) == (facts.get("given", 200) < 200)
+    assert "--recipe moved/recipe.toml" in lines
+    assert ("--completions 300" in lines) == ("planned" in facts)
 
 
 def test_a_move_of_maps_without_effect_is_told_what_would_help(result):
@@ -110,11 +112,22 @@ def test_a_move_of_maps_without_effect_is_told_what_would_help(result):
     assert "--prompts prompts.txt" in lines
 
 
-def test_a_fit_is_run_again_with_the_prompts_that_it_had(result):
-    recipe = dataclasses.replace(result.report.recipe, prompts="mine.txt", examples="right.jsonl")
-    poor = with_facts(result, agreed=0, held_out=20, given=200)
-    lines = "\n".join(first_steps(published(msgspec.structs.replace(poor, recipe=recipe)), "moved", "t", "portable"))
-    assert "--prompts mine.txt --examples right.jsonl" in lines
+def test_a_poor_fit_is_run_again_by_the_command_that_is_shown(result, places, tmp_path, capsys):
+    """It keeps the settings of the first move, and takes more prompts."""
+    assert result.report.verdict.level == "unusable"
+    folder = result.save(tmp_path / "moved")
+    lines = list(first_steps(published(result.report), str(folder), str(places["target"]), "portable"))
+    command = next(line for line in lines if line.lstrip().startswith("jcrosslora transfer"))
+    (tmp_path / "prompts.txt").write_text(places["prompts"].read_text(encoding="utf-8"))
+    words = shlex.split(command)[1:]
+    named = {"--source": places["source"], "--out": tmp_path / "again", "--prompts": tmp_path / "prompts.txt"}
+    for flag, place in named.items():
+        words[words.index(flag) + 1] = str(place)
+    words[1] = str(places["adapter"])
+    main([*words, "--dry-run", "--json"])
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["method"] == result.report.recipe.method
+    assert planned["rank"] == result.report.recipe.settings["fit_rank"]
 
 
 def test_the_numbers_of_a_fit_add_up(result, places):

@@ -12,6 +12,7 @@ from jcrosslora.evaluate.bootstrap import FEWEST
 from jcrosslora.report.fit import remedies
 from jcrosslora.report.page.contents import Contents, Evaluation
 from jcrosslora.report.page.headline import headline
+from jcrosslora.report.recipe import RECIPE
 from jcrosslora.report.record import USELESS, TransferReport
 from jcrosslora.report.usage import PROMPT, peft_lines, quoted
 from jcrosslora.utils.texts import visible
@@ -140,18 +141,22 @@ def where(contents: Contents, step: Step) -> str:
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     """Yield what would help; without commands if the source was queried, as they need its address."""
-    helping = [] if moved.fit is None else list(remedies(moved.fit))
-    if moved.fit is None and not moved.choice:
+    fit = moved.fit
+    if fit is None and not moved.choice:
         said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."
         yield Step(said, (names.transfer(moved, "another"),))
         return
+    helping = [] if fit is None else list(remedies(fit))
     said = f"What would help: {'; '.join(helping) or 'an update that is fitted to answers of the source'}."
-    again, prompts = names.transfer(moved, "again"), moved.recipe.prompts
-    if moved.fit is None or moved.fit.given < ENOUGH:
-        said, prompts = f"{said} Write prompts of the adapter's task to `prompts.txt`, one a line.", "prompts.txt"
-    method = None if moved.choice else moved.recipe.method
-    given = {"method": method, "prompts": prompts, "examples": moved.recipe.examples}
-    again += "".join(f" --{name} {quoted(value)}" for name, value in given.items() if value)
+    given = dict[str, str]()
+    if fit is not None:  # the recipe has the settings of the fit
+        given["recipe"] = str(Path(names.folder) / RECIPE)
+        if fit.planned < fit.usual:
+            given["completions"] = str(fit.usual)
+    if fit is None or fit.given < ENOUGH:
+        said = f"{said} Write prompts of the adapter's task to `prompts.txt`, one a line."
+        given["prompts"] = "prompts.txt"
+    again = names.transfer(moved, "again") + "".join(f" --{name} {quoted(value)}" for name, value in given.items())
     yield Step(said, () if moved.asked else (again,))
 
 
