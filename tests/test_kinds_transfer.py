@@ -209,7 +209,7 @@ def test_an_alora_is_never_treated_as_always_active(tokenized):
     folder, source, target, _ = tokenized
     adapter = jcl.load_adapter(folder / "adapter")
     with pytest.raises(AdapterError, match="with_invocation"):
-        checked_adapter(Plan(PadTruncate(), target, adapter))
+        checked_adapter(Plan(PadTruncate(), target, adapter), "portable")
     moved = jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).adapter
     assert moved.info.invocation == with_invocation(adapter, source, target).info.invocation_target
     assert moved.info.kind == "aLoRA"

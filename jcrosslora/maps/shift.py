@@ -1,7 +1,7 @@
 """LoRA-Shift (arXiv 2508.05232, section 3): apply the maps to adapters, in the same way for all methods."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fit_to_base, update_norm
 from jcrosslora.adapter.records import as_adapter, left_out, restrict
+from jcrosslora.adapter.save import FORMATS, why_linear_alone
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
 from jcrosslora.linalg import map_on_host, namespace, product_energy
 from jcrosslora.maps.align import align_groups
@@ -84,8 +85,8 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors] | A
     return {name: moved[name] for name in transport.target.shapes if name in moved}
 
 
-def checked_adapter(plan: Plan) -> Adapter:
-    """Return the part of an adapter that a plan moves, with fused matrices split.
+def checked_adapter(plan: Plan, profile: str) -> Adapter:
+    """Return the part of an adapter that the method, the profile of the output and the scale carry.
 
     Raises:
         AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
@@ -97,16 +98,25 @@ def checked_adapter(plan: Plan) -> Adapter:
     if adapter.info.invocation is not None and adapter.info.invocation_target is None:
         msg = f"adapter {name} acts only after tokens of its base; write them in the target's first, by "
         raise AdapterError(msg + "jcrosslora.maps.other_changes.with_invocation(adapter, source, target)")
-    why = f"method {method.name} does not keep the coordinates of the residual stream"
-    adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
-    adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
-    if plan.scale != 1:
-        adapter = restrict(adapter, Carried.LINEAR, f"scale {plan.scale:g} is of linear layers alone")
+    for carried, why in _limits(plan, profile):
+        adapter = restrict(adapter, carried, why)
     if not (adapter.modules or adapter.experts):
         left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
         msg = f"adapter {name} has no update of a linear layer, and nothing else of it is moved ({left}): use "
         raise AdapterError(msg + "method distill, or copy or select, in profile peft, for a copy of its base")
     return adapter
+
+
+def _limits(plan: Plan, profile: str) -> Iterator[tuple[Carried, str]]:
+    """Yield what is carried at most, with the reason why the rest is not."""
+    method = plan.method
+    if Carried.TOKENS in method.carries:
+        yield FORMATS[profile].carries, why_linear_alone(profile)
+    why = f"method {method.name} does not keep the coordinates of the residual stream"
+    yield method.carries | ~Carried.TOKENS, why
+    yield method.carries, f"method {method.name} does not move them"
+    if plan.scale != 1:
+        yield Carried.LINEAR, f"scale {plan.scale:g} is of linear layers alone"
 
 
 def map_adapter(plan: Plan) -> Moved:

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import structs
 
-from jcrosslora.adapter import Adapter, Carried, find_adapter, fit_to_base, for_profile, load_adapter
+from jcrosslora.adapter import Adapter, find_adapter, fit_to_base, load_adapter
 from jcrosslora.adapter.origin import doubts
 from jcrosslora.adapter.records import check_always_active, why_idle
 from jcrosslora.adapter.save import check_holds, check_profile
@@ -153,11 +153,9 @@ class Session:
             check_always_active(adapter, why, MethodError)
         if options.effect == "always":
             check_always_active(adapter, "so its effect cannot be measured: leave out --effect always", MethodError)
-        if Carried.TOKENS in method.carries:
-            adapter = for_profile(adapter, profile)
         method.check()
         plan = Plan(method, target, adapter, self.pair, calibrate=options.calibrate, scale=options.scale)
-        return checked_adapter(plan), method, reason
+        return checked_adapter(plan, profile), method, reason
 
     def _plan_queried(self, job: Job) -> Plan:
         """Plan a transfer from a source that can only be queried; for errors see `plan`."""
