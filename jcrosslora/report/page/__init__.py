@@ -1,9 +1,6 @@
 """The report page: one file with the verdict, answers before and after, pictures, and how the adapter was made."""
 
-from jcrosslora.report.page.charts import left_shares as left_shares
 from jcrosslora.report.page.charts import report_sheet as report_sheet
-from jcrosslora.report.page.charts import source_shares as source_shares
-from jcrosslora.report.page.charts import target_shares as target_shares
 from jcrosslora.report.page.contents import Roles as Roles
 from jcrosslora.report.page.contents import contents_of as contents_of
 from jcrosslora.report.page.contents import find_contents as find_contents

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,12 +13,11 @@ from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.evaluate import Answers, Interval, Scores, answers_json, scores_json
 from jcrosslora.evaluate.bootstrap import Direction, word_of
-from jcrosslora.report.record import AGAIN, REPORT, TransferReport, read_bytes, read_report
+from jcrosslora.report.record import REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text import COMPLETIONS
 from jcrosslora.utils.spread import from_start
 
 _SHOWN = 10
-LAYER = re.compile(r"model\.layers\.(\d{1,3})\.")
 _ADVICE = "give the output of `jcrosslora evaluate --json`"
 Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
 # A damaged number must not become a picture that cannot be drawn.
@@ -172,7 +170,7 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
     if not folder.is_dir():
         raise UsageError(f"{folder}: is no folder: give one that `jcrosslora transfer` wrote")
     report = folder / REPORT
-    moved = _checked(read_report(report), str(report)) if report.exists() else None
+    moved = read_report(report) if report.exists() else None
     path = answers or _only_evaluation(folder)
     evaluation = None if path is None else parse_evaluation(read_bytes(path), str(path))
     if moved is None and evaluation is None:
@@ -200,7 +198,7 @@ def contents_of(report: TransferReport, answers: Answers | Scores | None, roles:
         written = isinstance(answers, Answers)
         data = answers_json(answers, show=_SHOWN, trained=trained) if written else scores_json(answers, trained=trained)
         evaluation = parse_evaluation(json.dumps(data).encode(), "the answers").with_parts(roles, own)
-    return Contents("moved", _checked(report, REPORT), evaluation)
+    return Contents("moved", report, evaluation)
 
 
 def parse_evaluation(content: bytes, place: str) -> Evaluation:
@@ -249,16 +247,6 @@ def _model(place: int, entry: Mapping[str, str | Figure], count: int) -> Model:
         raise msgspec.ValidationError("a model has no name")
     figures = {key: value for key, value in entry.items() if isinstance(value, Figure)}
     return Model(public_name(name) or name, "other" if place else "base", figures, count)
-
-
-def _checked(report: TransferReport, place: str) -> TransferReport:
-    """Return a report, or raise UsageError if a module is in no layer, as in a damaged one."""
-    names = [row.target for row in report.rows] + [row.source for row in report.rows if row.source]
-    for name in (*names, *(one.source for one in report.unmapped_sources)):
-        if LAYER.match(name) is None:
-            msg = f"{place}: is damaged (module {ascii(name)[:60]}, wanted model.layers.N and so on): {AGAIN}"
-            raise UsageError(msg)
-    return report
 
 
 def _only_evaluation(folder: Path) -> Path | None:

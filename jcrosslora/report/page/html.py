@@ -55,7 +55,6 @@ def report_page(contents: Contents) -> str:
         drawn.get("bars", ""),
         "" if evaluation is None else answers_section(evaluation),
         _grid(_text_section(contents), drawn.get("curve", "")),
-        _grid(drawn.get("layers", ""), drawn.get("heat", "")),
         _warnings_section(contents),
         "" if evaluation is None else _figures_section(evaluation),
         "" if moved is None else _recipe_section(moved),
@@ -106,7 +105,11 @@ def _introduction(contents: Contents) -> str:
 def _verdict(contents: Contents) -> str:
     found = headline(contents)
     sentence = f"<p><b>{found.word}.</b> {html_prose(found.sentence)}</p>"
-    return f'<div class="verdict {found.tone}">{sentence}{_list(found.reasons)}</div>'
+    reasons = list(found.reasons)
+    if contents.moved is not None and contents.moved.left_behind:
+        held = f"{contents.moved.left_behind:.1%} of the original update"
+        reasons.append(f"Modules without a counterpart in the target held {held}, which was left behind.")
+    return f'<div class="verdict {found.tone}">{sentence}{_list(reasons)}</div>'
 
 
 def _step(contents: Contents, step: Step) -> str:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 # Each colour stands for a variable of `data/report.css`, which has a value for light and one for dark. On a sheet,
 # which is always light, the colour itself is drawn.
 INK, MUTED, LINE = "#1d2430", "#5b6573", "#c9ced6"
-BASE, MOVED, TRAINED, OTHER, LEFT = "#8a93a1", "#2f62c9", "#2f8a57", "#b9a3c9", "#cf7a16"
-_NAMES = "ink", "muted", "line", "base", "moved", "trained", "other", "left"
-_VARIABLES = dict(zip((INK, MUTED, LINE, BASE, MOVED, TRAINED, OTHER, LEFT), _NAMES, strict=True))
+BASE, MOVED, TRAINED, OTHER = "#8a93a1", "#2f62c9", "#2f8a57", "#b9a3c9"
+_NAMES = "ink", "muted", "line", "base", "moved", "trained", "other"
+_VARIABLES = dict(zip((INK, MUTED, LINE, BASE, MOVED, TRAINED, OTHER), _NAMES, strict=True))
 _SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 11,
@@ -104,11 +104,3 @@ def settle(figure: Figure) -> None:
 def numbered(count: int) -> range:
     """Choose which of `count` ticks of an axis are numbered, eight at most."""
     return range(0, count, next((step for step in _STEPS if count <= 8 * step), count))
-
-
-def round_steps(largest: float, count: int) -> list[float]:
-    """Choose round numbers in equal steps, `count` at most, from 0 to at least `largest`, which may be 0."""
-    from matplotlib.ticker import MaxNLocator
-
-    ticks = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(0, largest or 1.0)
-    return [float(tick) for tick in ticks]
