@@ -57,7 +57,7 @@ def update_norm(factors: LoRAFactors) -> float:
 
 @dataclass(frozen=True)
 class Static:
-    """The parts of a pytree node that are not leaves: what decides the computation, and figures, not compared."""
+    """The static parts of a pytree node: `structure` decides the computation, `account` is not compared."""
 
     structure: Any
     account: Any = field(compare=False)
@@ -71,8 +71,8 @@ class Static:
 def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """Register a dataclass as a pytree.
 
-    `arrays` are the fields that are leaves, or pytrees of them. `account` are those that are not part of the structure;
-    inside a transformed function they have their defaults. The others are the structure; its arrays are int64 (n,).
+    `arrays` names the fields that are leaves or pytrees. `account` names fields outside the structure; inside a
+    transformed function they have their defaults. All others are the structure; its arrays are int64 (n,).
     """
 
     def register(cls: type[T]) -> type[T]:
@@ -105,12 +105,12 @@ def _restored(value: Any) -> Any:
 @_register(arrays=("tensors",), account=("share",))
 @dataclass(frozen=True, eq=False)
 class ReplacedTensors:
-    """New tensors of an adapter's own base, which do not move to another one: trained biases, norms, whole layers.
+    """Tensors that replace those of the adapter's base, and fit no other base: trained biases, norms, whole layers.
 
     Attributes:
         kind: the tensors that they were read from: "full", "bias" or "lora_bias" of `records.CHANGES`.
-        tensors: a dict from the base's name of each tensor to its new values, of the base's shape. The leaves.
-        share: of the whole adapter's squared Frobenius norm that the change has; None if it is not known.
+        tensors: maps the base's tensor names to new values of the same shape. The leaves.
+        share: its share of the whole adapter's squared Frobenius norm; None if unknown.
     """
 
     kind: str
@@ -129,12 +129,12 @@ class ExpertUpdate:
     """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer.
 
     Attributes:
-        name: of the parameter in the class of its base, e.g. "model.layers.0.mlp.experts.gate_up_proj".
+        name: the parameter's name in the base's class, e.g. "model.layers.0.mlp.experts.gate_up_proj".
         matrix: "gate_up", whose rows are in the order of the class, or "down".
         a: float32 (E, K, I).
         b: float32 (E, O, K), with the scale.
-        stores_transposes: whether files of peft hold the factors of its transpose, see `ExpertRules.stores_transposes`.
-        share: of the whole adapter's squared Frobenius norm.
+        stores_transposes: whether peft's files hold the factors of its transpose, see `ExpertRules.stores_transposes`.
+        share: its share of the whole adapter's squared Frobenius norm.
     """
 
     name: str
@@ -154,7 +154,7 @@ class ExpertUpdate:
 
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# Both, if the base has one matrix for the two and the adapter one change.
+# Both, if the base ties the two and the adapter has one change for them.
 TIED = "tied"
 MODULES: Mapping[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens",),
@@ -174,11 +174,11 @@ class TokenUpdate:
         kind: the tensors that it was read from, a key of `records.CHANGES`.
         size: V.
         ids: int64 (n,), ascending. Static: gradients reject indices, and arithmetic over leaves would change them.
-        factors: of the change of the rows: a (K, D), b (n, K).
+        factors: low-rank change of the rows: a (K, D), b (n, K).
         rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
         energy: squared Frobenius norm of the change.
         lost: squared Frobenius norm that truncation removed when it was read.
-        share: `energy` and `lost` over the same of the whole adapter that it was read from.
+        share: its share of `energy` plus `lost` in the whole adapter that it was read from.
     """
 
     table: str
@@ -232,7 +232,7 @@ class TokenUpdate:
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
     def same_change(self, other: "TokenUpdate") -> bool:
-        """Whether both change the same rows in the same way, whichever table they belong to."""
+        """Return whether both change the same rows in the same way, whichever table they belong to."""
         mine, yours = jax.tree.leaves(self), jax.tree.leaves(other)
         scales = (None if one.factors is None else one.factors.scale for one in (self, other))
         same_form = len(set(scales)) == 1 and np.array_equal(self.ids, other.ids)
@@ -242,7 +242,7 @@ class TokenUpdate:
 def low_rank_rows(
     table: str, kind: str, size: int, ids: np.ndarray, factors: LoRAFactors, lost: float = 0.0
 ) -> TokenUpdate:
-    """Change rows of tokens `ids` (m,) by factors a (K, D), b (m, K), without the rows that they leave unchanged."""
+    """Make a low-rank change of the rows `ids` (m,) from factors a (K, D), b (m, K); unchanged rows are dropped."""
     b = np.asarray(factors.b)
     changes = b.any(axis=1)
     factors = replace(factors, b=b[changes])
@@ -250,7 +250,7 @@ def low_rank_rows(
 
 
 def changed_rows(table: str, kind: str, base: BaseModel, ids: np.ndarray, rows: np.ndarray) -> TokenUpdate:
-    """Replace rows of a base, without the rows that stay the same after rounding to the dtype of the new ones.
+    """Make a change that replaces rows of a base; rows equal to the base's in the new rows' dtype are dropped.
 
     `ids` is int64 (m,), ascending; `rows` is (m, D), of any float dtype.
     """
@@ -266,11 +266,11 @@ def changed_rows(table: str, kind: str, base: BaseModel, ids: np.ndarray, rows: 
 
 
 def complete_rows(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[TokenUpdate, ...]:
-    """Bring changes, at most one of each matrix of the base, into the form in which PEFT stores them.
+    """Convert changes, at most one per matrix of the base, to the form in which PEFT stores them.
 
-    Two equal changes become one if the base has one matrix for embedding and head. All rows are given if most of them
-    are replaced; and if only rows of the embedding are replaced and the base ties the head to it, because peft also
-    applies single rows of a tied embedding to the head.
+    Two equal changes become one if the base ties embedding and head. New rows are completed to the whole matrix if most
+    of them change, or if they are for the embedding alone in a tied base, because peft also applies single rows of a
+    tied embedding to the head.
     """
     if base.tied and len(updates) == 2 and updates[0].same_change(updates[1]):
         first = min(updates, key=lambda update: update.table != EMBEDDING)

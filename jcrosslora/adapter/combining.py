@@ -24,9 +24,9 @@ Placed = Sequence[tuple[LoRAFactors, int, int]]
 
 
 def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
-    """Give each logical module its own update: its rows of B, and the A that the parts share.
+    """Give each logical module its own update: its rows of B, and the shared A.
 
-    Raises AdapterError if a fused update has another number of rows than the layout, or a part has its own update too.
+    Raises AdapterError if a fused update's rows do not match the layout, or a part also has its own update.
     """
     modules: dict[str, LoRAFactors] = {}
     for name, factors in adapter.modules.items():
@@ -39,11 +39,11 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
 
 
 def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFactors]:
-    """Merge the updates of logical modules into those of the fused modules that hold them, exactly.
+    """Merge the updates of logical modules exactly into one update per fused module.
 
-    dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'. If
-    all parts have the same A (a split of a fused update) the rank stays. A missing part gets zero rows. Raises
-    AdapterError if the shapes of a part do not fit its rows, or the parts read inputs of different widths.
+    The A's are stacked and the B's block-diagonal, so ranks add up; if all parts have the same A (split from a fused
+    update), the rank stays. A missing part gets zero rows. Raises AdapterError if the shapes of a part do not fit its
+    rows, or the parts read inputs of different widths.
     """
     owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
     merged: dict[str, LoRAFactors] = {}
@@ -81,7 +81,7 @@ def _fuse(name: str, modules: Mapping[str, LoRAFactors], parts: Sequence[tuple[s
 
 def _bake(factors: LoRAFactors) -> LoRAFactors:
     b = np.asarray(factors.b)
-    # The product with the scale would be rounded in 8 or 11 bits of mantissa.
+    # In bfloat16 or float16 the product with the scale would be rounded to 8 or 11 bits of mantissa.
     wide = np.float64 if b.dtype == np.float64 else np.float32
     return LoRAFactors(a=factors.a, b=b.astype(wide) * wide(factors.scale))
 
@@ -111,10 +111,10 @@ def _common_dtype(arrays: Sequence) -> np.dtype:
 
 
 def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adapter:
-    """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
+    """Check an adapter's module names and shapes against a base, and split fused modules.
 
-    With `every` false the adapter may have modules that the base does not have. Raises AdapterError for a stack of
-    adapters, and for a module that the base does not have, or of another shape.
+    With `every` false, modules that the base lacks are allowed. Raises AdapterError for a stack of adapters, an unknown
+    module, or a module of another shape.
     """
     if any(factors.a.ndim != 2 for factors in adapter.modules.values()):
         msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with jax.vmap(jcrosslora.apply, "
@@ -142,8 +142,8 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
     Scales that differ are folded into b, in float32. Arrays of different dtypes are promoted.
 
-    The adapters, at least one, must have the same modules, shapes, ranks and invocation tokens, and updates of linear
-    modules alone. An AdapterError names the first difference.
+    The adapters, at least one, must have the same modules, shapes, ranks and invocation tokens, and update only linear
+    modules. An AdapterError names the first difference.
     """
     if not adapters:
         raise AdapterError("no adapters to stack; give at least one")
@@ -161,9 +161,9 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors] | Any) -> list[Adapter]:
-    """Split a stack into its adapters, with the provenance that each one had.
+    """Split a stack into its adapters, each with its provenance.
 
-    It is from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of one.
+    The stack comes from `stack_adapters`, or from a vmapped function such as `jcrosslora.apply`.
     """
     whole = as_adapter(stacked)
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(whole)}
@@ -208,7 +208,7 @@ def _check_alike(first: Adapter, other: Adapter) -> None:
 def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Add adapters: the update of each module is the sum of their updates.
 
-    The rank of a module is the sum of its ranks; a module of one adapter only keeps its factors. Changes of embedding
+    The ranks of a module add up; a module in only one adapter keeps its factors. Changes of embedding
     and head are kept if only one adapter has any; else they are listed in `info.ignored`, as are replaced tensors. A
     single adapter is returned unchanged. Raises AdapterError if none was given, one is active only after certain
     tokens, or shapes differ.
@@ -230,7 +230,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         config={"target_parameters": sorted(named)} if named else {},
         base_name=adapters[0].info.base_name,
         prefix=adapters[0].info.prefix,
-        chat_template=templates.pop() if len(templates) == 1 else None,  # that of all, if they have one
+        chat_template=templates.pop() if len(templates) == 1 else None,  # if all have the same one
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
         unread=any(adapter.info.unread for adapter in adapters),
     )

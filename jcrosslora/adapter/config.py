@@ -40,7 +40,7 @@ _SAVE_CONVERTED = (
 
 
 class Variant(NamedTuple):
-    """A variant of LoRA beyond dW = s B A on an unchanged base; if it is refused, why, and what the user can do."""
+    """A variant of LoRA beyond dW = s B A on an unchanged base; `refusal`: why it is refused, and what to do."""
 
     applies: Callable[[Config], bool]
     refusal: tuple[str, str] | None = None
@@ -64,7 +64,7 @@ _ROUTERS = (".gate.weight", ".router.weight")
 
 
 def _of_parameters(config: Config) -> bool:
-    """Whether it is more than a LoRA of linear modules, which may be targeted by their weights."""
+    """Return whether `target_parameters` names anything but weights of linear modules, such as experts or routers."""
     return any(not name.endswith(".weight") or name.endswith(_ROUTERS) for name in _parameters(config))
 
 
@@ -105,7 +105,7 @@ VARIANTS: Mapping[str, Variant] = {
     BEAM: Variant(_set("use_beamlora")),
 }
 
-# Tensors that identify a refused kind with any configuration.
+# Tensors that identify a refused kind whatever the configuration says.
 REFUSED_TENSORS: Mapping[str, str] = {"kasa": f"KaSA: it truncates the base weights; {_RETRAIN}"}
 
 # Initialisations of peft 0.21 that do not change the base weights.
@@ -116,7 +116,7 @@ _ROTATES = "it rotates weight matrices, a change of full rank"
 _ROUTES = "it routes between several adapters"
 _FORM = "its update is not stored as two factors"
 
-# peft type -> why its update cannot be read, and what the user can do; what peft 0.21 converts was tried.
+# peft type -> why its update cannot be read, and what to do instead; conversions were tried with peft 0.21.
 _REFUSED_TYPES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), (_TOKENS, _RETRAIN)),
     **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT"), (_TOKENS, _RETRAIN)),
@@ -139,7 +139,7 @@ KNOWN_TYPES = frozenset({*_REFUSED_TYPES, "ADALORA", "LOHA", "LOKR", "LORA", "UN
 
 
 def is_variant(config: Config, variant: str) -> bool:
-    """Whether a configuration of type LORA is of a variant, a key of `VARIANTS`."""
+    """Return whether a configuration of type LORA is of a variant, a key of `VARIANTS`."""
     return VARIANTS[variant].applies(config)
 
 
@@ -226,12 +226,12 @@ def check_value(config: Config, where: str, key: str, valid: Callable[[Any], boo
 
 
 def is_rank(value: Any) -> bool:
-    """Whether a JSON value can be a rank: a whole number of 1 or more."""
+    """Return whether a JSON value can be a rank: a whole number of 1 or more."""
     return is_alpha(value) and value == int(value) and value >= 1
 
 
 def is_alpha(value: Any) -> bool:
-    """Whether a JSON value can be a lora_alpha: a finite number other than 0, which would make the update zero."""
+    """Return whether a JSON value can be a lora_alpha: finite and not 0, as 0 would make the update zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e30 and not math.isnan(value) and value != 0

@@ -26,7 +26,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 FileDtype = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BASE = "jcrosslora.target"  # of the header of a weights file: name, revision and digest of the base, as JSON
+BASE = "jcrosslora.target"  # header key of a weights file: name, revision and digest of the base, as JSON
 _NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched against; real ones have less than 150
 
 
@@ -35,9 +35,9 @@ class Stored:
     """An adapter as PEFT would have stored it; its tensors are read on demand.
 
     Attributes:
-        path: of the weights file; for tensors in memory a name for messages.
+        path: of the weights file; for tensors in memory, a name for messages.
         entries: dtype and shape of each tensor.
-        array: returns the tensor of a name; raises CheckpointError if it cannot be read.
+        array: returns a tensor by name; raises CheckpointError if it cannot be read.
         sha256: returns the hex digest of the contents.
         stated: the configuration in the files, in their own format.
         notes: settings that are not read, one sentence each.
@@ -55,7 +55,7 @@ class Stored:
 
     @property
     def base_digest(self) -> str | None:
-        """The digest of the base that the header names, as files of this package do; None if it names none."""
+        """The base's digest in the header, which files of this package have; None if there is none."""
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(self.metadata[BASE])["digest"]
             return found if isinstance(found, str) and found else None
@@ -65,7 +65,7 @@ class Stored:
 def stored_in_memory(
     name: str, tensors: Mapping[str, Any], config: Mapping[str, Any], notes: tuple[str, ...] = ()
 ) -> Stored:
-    """Take tensors in memory, such as a state dict of PEFT: numpy, JAX or torch arrays by PEFT's names.
+    """Wrap tensors in memory, such as a PEFT state dict: numpy, JAX or torch arrays by PEFT's names.
 
     Raises AdapterError if a value is not an array of a known dtype.
     """
@@ -119,8 +119,8 @@ def file_factors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the two matrices of a module as a file stores them, with scale 1: b @ a is the update.
 
-    The scale is folded into b. In float16 a power of two, which is exact, is moved between a and b until their largest
-    entries are of one size, so that neither overflows while the other has room.
+    The scale is folded into b. In float16 a power of two, which is exact, is moved between a and b so that their
+    largest entries are about equal, and neither overflows while the other has room.
 
     They are a (rank, I) and b (O, rank), C-contiguous, padded with zeros up to `rank`, which changes no product. An
     OutputError names the module if shapes do not fit together, or values are not finite or do not fit the dtype.
@@ -150,7 +150,7 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
-    """Cast floats of any size to the dtype of a file, which they must fit; `name` is the module, for messages."""
+    """Cast floats to the dtype of a file; an OutputError names the module if they are not finite or do not fit."""
     if not np.isfinite(matrix).all():
         msg = f"module {name!r} holds NaN or infinite values: nothing was written; check where they come from"
         raise OutputError(msg)
@@ -165,14 +165,14 @@ def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
 
 
 def exact_dtype(arrays: Sequence[np.ndarray], dtype: FileDtype) -> FileDtype:
-    """Return the dtype of a file if it holds the arrays exactly, else float32."""
+    """Return `dtype` if it holds the arrays exactly, else float32."""
     with np.errstate(over="ignore", under="ignore"):
         exact = all((array.astype(_DTYPES[dtype]).astype(array.dtype) == array).all() for array in arrays)
     return dtype if exact else "float32"
 
 
 def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """Serialise tensors, with the same bytes for the same content: safetensors' order of metadata varies."""
+    """Serialise tensors deterministically; safetensors itself varies the order of metadata."""
     data = safetensors.numpy.save(tensors, metadata)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
@@ -185,11 +185,11 @@ class Contents:
     """An adapter to write.
 
     Attributes:
-        adapter: its modules by the names under which the base stores them (fused ones merged), in natural order.
+        adapter: has modules as the base stores them (fused ones merged), in natural order.
         base: the model that it is for, if it is known.
-        prefix: of the names that the base's class gives to modules, see `class_module_name`.
-        by_weight: the modules that peft adapts if their weights are named, see `names.by_weight`.
-        exclude: modules of the base that have the ending of one of the others, but no update.
+        prefix: the prefix of module names in the base's class, see `class_module_name`.
+        by_weight: the modules that peft adapts only if their weights are named, see `names.by_weight`.
+        exclude: modules of the base without an update that share the ending of an updated one.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
     """
 

@@ -17,7 +17,7 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import decompose, dot, spread
 
 Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
-_BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row a token
+_BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row per token
 _ROWS = 4096  # compared at a time
 _ROUNDING = 2.0**-20  # of sums of squares in float32
 
@@ -26,7 +26,7 @@ _ROUNDING = 2.0**-20  # of sums of squares in float32
 class Leading:
     """The leading singular triplets of a difference D (O, I) above float32 rounding.
 
-    On inputs X (N, I) they are those of D X'.
+    With inputs X (N, I) they are the triplets of D X'.
 
     Attributes:
         factors: B A = U U' D, which is U diag(s) V' without inputs, with sizes split evenly between the two; of rank R.
@@ -50,7 +50,7 @@ class Leading:
         return min(int(np.searchsorted(held, share * self.energy)) + 1, len(held))
 
     def cut(self, rank: int) -> "Leading":
-        """Keep at most `rank` triplets; the others take no memory any more."""
+        """Keep at most `rank` triplets, and free the memory of the others."""
         if rank >= len(self.s):
             return self
         factors = LoRAFactors(a=np.array(self.factors.a[:rank]), b=np.array(self.factors.b[:, :rank]))
@@ -70,9 +70,9 @@ def module_differences(
 
     Args:
         shapes: of the modules, logical or fused, that both have.
-        limit: the largest rank that is wanted of a shape.
-        inputs: gives X (N, I) of a module of the first, on which the difference acts; None decomposes the weights.
-        scales: gives the scales of rows (O,) and columns (I,) of a module that bring W_first, and X with it, to the
+        limit: returns the largest rank for a shape.
+        inputs: returns the inputs X (N, I) of a module in the first, to decompose D X'; None decomposes D.
+        scales: returns the scales of a module's rows (O,) and columns (I,) that map W_first, and X with it, to the
             channels of the second, see `relation.channels`.
 
     Raises:
@@ -143,7 +143,7 @@ def rest_of(finetune: BaseModel, base: BaseModel) -> dict[Rest, dict[str, float]
 
 
 def _layout(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors but embedding, head and experts; of one row a token the shape of a row."""
+    """Return the shapes of all tensors but embedding, head and experts; for tables by token, the shape of a row."""
     experts = {name for layer in base.layers_with("router") for name in base.experts.names(layer)}
     shapes = {name: shape for name, shape in base.tensor_shapes().items() if name not in {EMBEDDING, HEAD, *experts}}
     return {name: shape[1:] if name in _BY_TOKEN else shape for name, shape in shapes.items()}
@@ -171,7 +171,7 @@ def _energy(finetune: BaseModel, base: BaseModel, name: str) -> float:
 
 
 def _of_experts(finetune: BaseModel, base: BaseModel, layer: int) -> float:
-    """Sum up a layer's router and experts, in whatever layouts the two store them."""
+    """Compute ||dT||_F^2 of a layer's router and experts, in whatever layouts the two models store them."""
     names = expert_tensors(base.experts.rules)
     pairs = (zip(*(one.experts.tensor(layer, name) for one in (finetune, base)), strict=True) for name in names)
     total = sum(_squared(*pair) for each in pairs for pair in each)

@@ -1,7 +1,7 @@
 """LoRA of expert weights in the two layouts of peft: one parameter for all experts, or one module per expert.
 
-With `target_parameters` peft stacks the factors of all experts in one tensor; the layout is that of `ParamWrapper` in
-peft 0.21.
+With `target_parameters` peft stacks the factors of all experts in one tensor, in the layout of `ParamWrapper` (peft
+0.21).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
     """Read the updates of experts from the factors of modules for which `is_of_experts` holds.
 
-    They come by layer, with "" or the reason why there are none.
+    Returns them in order of layers, and "" or the reason why there are none.
     """
     base = file.base
     if not tensors or base is None:
@@ -76,9 +76,9 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
 
 
 def stored_updates(update: ExpertUpdate, experts: StoredExperts) -> dict[str, ExpertUpdate | LoRAFactors]:
-    """Return the update of a matrix by the names of the base's tensors: of all experts in one, or of each on its own.
+    """Return the update of a matrix by the base's tensor names: one for all experts, or one per expert.
 
-    That of all experts has the axes of the tensor, which may hold the transposes.
+    An update for all experts has the axes of the tensor, which may hold the transposes.
     """
     rules, paths, prefix = experts.rules, experts.paths, f"model.layers.{update.layer}."
     a, b = np.asarray(update.a), np.asarray(update.b)
@@ -127,7 +127,7 @@ def expert_update(
 
 
 def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
-    """Take the factors (E K, I) and (O, K E) of a parameter apart."""
+    """Split the factors (E K, I) and (O, K E) of a parameter by expert."""
     experts = base.experts.rules
     count, layer = base.experts.shape("down")[0], int(module.split(".")[2])
     shapes = {matrix: base.experts.shape(matrix)[1:] for matrix in ("gate_up", "down")}
@@ -153,7 +153,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
 
 
 def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, parts: _Singles) -> ExpertUpdate:
-    """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
+    """Join the factors of single experts; gate and up are side by side along the rank, each with its own rows."""
     experts = base.experts.rules
     count, rows, columns = base.experts.shape(matrix)
     names = ("down",) if matrix == "down" else single_parts(experts)

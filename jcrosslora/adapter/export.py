@@ -36,7 +36,7 @@ from jcrosslora.utils.settings import Settings
 # Documents of a transferred adapter, which stay true when it is written in another form.
 _DOCUMENTS = (CARD, REPORT, COMPLETIONS)
 _EXACT = 2.0**-20  # of ||W||_F: float32 rounds W itself by up to 2^-24
-_MORE = 8  # columns of the sketch of a change beyond the rank
+_MORE = 8  # extra columns of a change's sketch beyond the rank
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Split:
     """An adapter in two parts.
 
     Attributes:
-        kept: its updates of linear modules, and of experts that are not stored as classes load them.
+        kept: its updates of linear modules, and of experts if the base does not store them as transformers loads them.
         absorbed: the rest, for the base.
-        as_lora: names of the base's tensors that the adapter replaces, and that `kept` has as LoRA.
+        as_lora: names of the base's tensors that the adapter replaces and `kept` holds as LoRA.
     """
 
     kept: Adapter
@@ -90,7 +90,7 @@ class Split:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What goes where, one sentence each; what stays where it was is left out."""
+        """What moves where, one sentence each; what stays in place is left out."""
         made = (f"in the adapter: {', '.join(self.as_lora)}, as LoRA",) if self.as_lora else ()
         return (*(f"in the base: {part}" for part in left_out(self.absorbed, Carried.LINEAR, "")), *made)
 
@@ -101,7 +101,7 @@ class Split:
 
 
 def split_for_base(adapter: Adapter, base: BaseModel) -> Split:
-    """Split an adapter of a base."""
+    """Split an adapter into updates that stay in it and changes to merge into its base."""
     rank = max((factors.rank for factors in adapter.modules.values()), default=0)
     weights = {module.tensor for module in base.modules.values()} if rank else set()
     found: dict[str, LoRAFactors] = {}
@@ -128,9 +128,9 @@ def split_for_base(adapter: Adapter, base: BaseModel) -> Split:
 
 
 def _low_rank(base: BaseModel, name: str, new: np.ndarray, rank: int) -> LoRAFactors | None:
-    """Return factors of the change of a weight; None if it has a higher rank.
+    """Return factors of the change of a weight; None if its rank is higher than `rank`.
 
-    A sketch of the change D by random columns spans its columns if its rank is no higher than their number.
+    The product of the change D and random columns spans D's columns if D's rank is at most their number.
     """
     change = new.astype(np.float64) - np.asarray(base.tensor(name)).astype(np.float64)
     random = np.random.default_rng(0).normal(size=(change.shape[1], min(rank + _MORE, *change.shape)))
@@ -151,7 +151,7 @@ class Exported:
         adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept.
-        warnings: signs that an adapter belongs to another base than the given one, one sentence each.
+        warnings: signs that an adapter belongs to another base or does nothing, one sentence each.
         split: what was merged into a copy of the base, and what stayed in the adapter.
         merged: that copy as written; None if nothing had to be merged.
     """
@@ -246,7 +246,7 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
 
 
 def _check_absorbing(settings: ExportSettings, folder: str) -> None:
-    """Refuse a base's folder that is not apart from the adapter's, and settings that read no other changes."""
+    """Refuse `--absorb` without a base or with `--keep-dora`, and a folder in use or nested with that of `--out`."""
     ensure_free(folder, settings.overwrite)
     if settings.base is None or settings.keep_dora:
         msg = f"--absorb {folder} needs the base, whose weights it changes, and reads no DoRA in its stored form: name "

@@ -71,7 +71,7 @@ class ExtractSettings(Settings):
 
     @property
     def mixed(self) -> bool:
-        """Whether each module has a rank of its own."""
+        """Whether each module gets its own rank."""
         return self.energy is not None or self.budget is not None
 
     @property
@@ -87,10 +87,10 @@ class ExtractSettings(Settings):
         return most if self.budget is None else min(most, self._bytes // self._cost(shape))
 
     def choose(self, found: Mapping[str, Leading], name: str, new: Leading) -> dict[str, Leading]:
-        """Add a module's difference to those of others, all cut to their ranks.
+        """Add a module's difference to the others, and truncate all to their ranks.
 
-        Of all triplets a budget takes those with the most energy for their bytes. What does not fit among some modules
-        fits among more of them even less, so it is dropped at once, and memory stays at the budget.
+        A budget keeps the triplets with the most energy per byte. A triplet that does not fit now will not fit with
+        more modules either, so it is dropped at once, and memory stays within the budget.
         """
         if self.budget is None:
             return {**found, name: new if self.energy is None else new.cut(new.lowest_rank(self.energy))}
@@ -117,14 +117,14 @@ def extract(finetune: Any, base: Any, settings: ExtractSettings = ExtractSetting
     """Extract a LoRA of `base` from a model that was trained from it, by the truncated SVD of each weight's difference.
 
     Args:
-        finetune: the trained model, opened, or what `open_base` opens, as is `base`.
+        finetune: the trained model, like `base` a `BaseModel` or what `open_base` takes.
 
     Returns:
-        The adapter, in float32; `info.read_as` and `info.ignored` say what of the difference it does not hold.
+        The adapter, in float32; `info.read_as` and `info.ignored` say which part of the difference it lacks.
 
     Raises:
-        CheckpointError: a model cannot be read, or the two have other tensors or shapes.
-        AdapterError: the two have the same weights in all linear modules, or the budget holds not one rank.
+        CheckpointError: a model cannot be read, or the two differ in their tensors or shapes.
+        AdapterError: the two have the same weights in all linear modules, or the budget is too small for one rank.
     """
     return extract_with_figures(open_base(finetune), open_base(base), settings).adapter
 
@@ -153,9 +153,9 @@ class Extracted:
     """What was extracted, and how much of the difference of the two models it holds.
 
     Attributes:
-        modules: of each linear module whose weights differ, as the base stores it, what is kept.
-        rest: of tensors outside linear modules that differ, by kind and name, ||dT||_F^2.
-        notes: what else there is to know, one sentence each.
+        modules: what is kept of each linear module whose weights differ, as the base stores it.
+        rest: ||dT||_F^2 of each tensor outside linear modules that differs, by kind and name.
+        notes: further remarks, one sentence each.
     """
 
     finetune: BaseModel
@@ -174,10 +174,10 @@ class Extracted:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The figures of each kind of module, the last those of all.
+        """The figures of each kind of module; the last row is for all modules.
 
-        `share` is that of all modules' energy (the squared Frobenius norm of D); `kept` the share of its own energy
-        that the ranks hold; `error` is ||D - B A||_F / ||D||_F.
+        `share` is the kind's share of all modules' energy (the squared Frobenius norm of D); `kept` the share of its
+        energy that the ranks hold; `error` is ||D - B A||_F / ||D||_F.
         """
         kinds: dict[str, list[Leading]] = defaultdict(list)
         for name, one in self.modules.items():
@@ -239,9 +239,9 @@ class Extracted:
         yield from (replace(one, share=unit * one.energy) for one in changes.complete_rows(found, self.base))
 
     def save(self, out: Path, overwrite: bool = False) -> Path:
-        """Write the adapter as a PEFT folder; what it was extracted from goes to the header of its weights, as JSON.
+        """Write the adapter as a PEFT folder, with its origin and figures as JSON in the header of the weights file.
 
-        Where modules have ranks of their own, or more than LoRA is kept, it is profile peft, else portable. Raises
+        The profile is peft if each module gets its own rank or more than LoRA is kept, else portable. Raises
         OutputError if the folder exists already, or cannot be written.
         """
         models, paths = {"finetune": self.finetune, "base": self.base}, []
@@ -261,7 +261,7 @@ class Extracted:
 
 
 def _rounding(finetune: BaseModel, base: BaseModel) -> str | None:
-    """Say that the two are stored in different number formats, whose rounding is part of the difference."""
+    """Return a remark if the two are stored in different number formats: their rounding is part of the difference."""
     formats = [", ".join(sorted({module.dtype for module in one.modules.values()})) for one in (finetune, base)]
     if formats[0] == formats[1]:
         return None
@@ -269,7 +269,7 @@ def _rounding(finetune: BaseModel, base: BaseModel) -> str | None:
 
 
 def _own_template(finetune: BaseModel, base: BaseModel) -> str | None:
-    """Return the chat template of a fine-tune whose base has another, or none."""
+    """Return the fine-tune's chat template if it differs from the base's, else None."""
     with suppress(CheckpointError):  # a model without a tokenizer
         template = load_tokenizer(finetune).chat_template
         return None if template == load_tokenizer(base).chat_template else template

@@ -46,10 +46,10 @@ class AdapterFiles:
 
     Attributes:
         name: the path or hub id that was given.
-        weights: their file; of Orbax the folder of a checkpoint.
-        config: `adapter_config.json`, or of Orbax `lora_config.json`; None if the weights file holds the configuration,
-            or there is none.
-        folder: of the adapter, with its documents; None for a single .gguf file, whose neighbours are not its own.
+        weights: the weights file; for Orbax the folder of a checkpoint.
+        config: `adapter_config.json`, or for Orbax `lora_config.json`; None if the weights file holds the
+            configuration, or there is none.
+        folder: of the adapter, with its documents; None for a single .gguf file, whose folder may hold unrelated files.
     """
 
     name: str
@@ -59,7 +59,7 @@ class AdapterFiles:
     folder: Path | None = None
 
     def read_document(self, name: str, limit: int | None = None) -> str | None:
-        """Read a text file in the adapter's folder, at most its first bytes; None if it cannot be read."""
+        """Read a text file in the adapter's folder, at most `limit` bytes of it; None if it cannot be read."""
         with suppress(OSError):
             if self.folder is not None:
                 return read_small(self.folder / name)[:limit].decode("utf-8", errors="replace")
@@ -94,7 +94,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
+    """Return whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
     if path.is_dir():
         checkpoint = find_checkpoint(path)
         named = any((path / name).exists() for name in (CONFIG, GGUF_WEIGHTS))
@@ -127,7 +127,7 @@ def open_weights(path: Path) -> SafetensorsFile:
 
 
 def form_of(config: Mapping[str, Any]) -> Form:
-    """Return the format by an `adapter_config.json`: only MLX has no `peft_type`."""
+    """Return the format of an `adapter_config.json`: only MLX has no `peft_type`."""
     mlx = "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config)
     return "MLX" if mlx else "PEFT"
 
@@ -183,7 +183,7 @@ _LONGEST = 1 << 16  # bytes of a card that are read
 def stated_licences(files: AdapterFiles) -> dict[str, Any]:
     """Return the licence that an adapter's card states, by the fields of `AdapterInfo`; None if it states none.
 
-    An address within the adapter's folder becomes one of the hub, or is left out: the file does not move along.
+    A link into the adapter's folder becomes a hub link or is left out, because the file does not move along.
     """
     data: dict[str, Any] = {}
     # A damaged card is no reason to refuse the adapter.
@@ -230,7 +230,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def public_card(card: str) -> str:
-    """Return a card of others without paths."""
+    """Return a model card without local paths."""
     stated: Any = None
     with suppress(AdapterError):
         stated = split_card(card)[0].get("base_model")

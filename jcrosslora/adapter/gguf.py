@@ -57,7 +57,7 @@ class GGUFAdapter:
 
 
 def open_gguf_adapter(path: Path) -> GGUFAdapter:
-    """Read the header of an adapter of llama.cpp, which is no model."""
+    """Read the header of a llama.cpp adapter; raises an AdapterError if the file is a model or cannot be read."""
     with as_adapter_errors():
         gguf, file, header = open_header(path)
     kind = header.metadata.get("general.type", "model")
@@ -69,7 +69,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
 
 
 def is_gguf_adapter(path: Path) -> bool:
-    """Whether a file is an adapter of llama.cpp and not a model; False if it cannot be read."""
+    """Return whether a file is an adapter of llama.cpp and not a model; False if it cannot be read."""
     with suppress(AdapterError):
         return open_gguf_adapter(path) is not None
     return False
@@ -85,10 +85,10 @@ def parse_gguf_name(name: str) -> TensorName:
 
 
 def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
-    """Translate an adapter into the form of PEFT: the rows of q and k get the order of Hugging Face.
+    """Translate an adapter to PEFT's layout, with the rows of q and k in Hugging Face's order.
 
-    For architectures such as "llama" the heads of the base that it was trained on decide the order of rows if the file
-    does not state them, as only files of this package do.
+    For architectures such as "llama" that order depends on the number of heads: the file's if it states them (only
+    files of this package do), else the base's.
     """
     path, metadata = adapter.file.path, adapter.header.metadata
     if metadata.get(TYPE) != "lora":
@@ -143,7 +143,7 @@ def _read(adapter: GGUFAdapter, heads: tuple[Any, Any] | None, names: Mapping[st
 
 
 def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
-    """Query and key heads if rows are reordered, by the base or the file; None if neither states them."""
+    """Return (query heads, key heads) from the file or the base; None if unknown or rows are not reordered."""
     if not permutes_heads(adapter.arch):
         return None
     stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
@@ -240,7 +240,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
 def check_gguf(
     family: str | None, heads: tuple[int, int] | None, has_experts: bool = False
 ) -> tuple[ModuleType, str, tuple[int, int]]:
-    """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for."""
+    """Return the gguf package, the architecture and the heads; raises an OutputError for an unsupported base."""
     try:
         gguf = importlib.import_module("gguf")
     except ModuleNotFoundError as error:
@@ -255,7 +255,7 @@ def check_gguf(
 
 
 def _permuted(module: str, b: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
-    """Reorder the rows of b as GGUF stores those of the module; see `unpermuted_rows`."""
+    """Reorder the rows of b as GGUF stores the module's; see `unpermuted_rows`."""
     if ending(module) not in _HEADS:
         return b
     count = heads[_HEADS[ending(module)][0]]

@@ -64,7 +64,7 @@ _WRAPPER = re.compile(r"\._LoRAEinsum_\d+|_LoRAEinsum_")
 
 
 def trainer_of(names: Iterable[str]) -> Trainer | None:
-    """Tell by the names of arrays, keys joined by dots, whose LoRA is among them; None if none is."""
+    """Return the trainer whose LoRA is among the arrays of these names (keys joined by dots); None if there is none."""
     names = tuple(names)
     return next((one for one in TRAINERS if any(map(one.factor.fullmatch, names))), None)
 
@@ -75,14 +75,14 @@ def as_state_dict(
     """Translate the LoRA of a trainer into a state dict of PEFT and its configuration.
 
     Args:
-        arrays: by their keys, joined by dots; those that are no factors are left out. Of google-deepmind/gemma, LoRA of
-            other parts that is zero is left out too: that of a vision tower after a training on text.
+        arrays: by their keys, joined by dots; arrays that are no factors are ignored. For google-deepmind/gemma, zero
+            LoRA of unknown parts is ignored too, such as that of a vision tower after training on text.
         stated: the `alpha`, and perhaps the `rank`, that it was trained with.
         where: names the source of the arrays in messages.
         base: the model that it was trained on, which MaxText needs.
 
     Raises:
-        AdapterError: no LoRA, one of a parameter that is not known, shapes that do not fit, or no alpha.
+        AdapterError: no LoRA, an unknown parameter, shapes that do not fit, or a missing or superfluous alpha.
     """
     trainer = trainer_of(arrays)
     if trainer is None:
@@ -127,7 +127,7 @@ def _pairs(trainer: Trainer, arrays: Mapping[str, Any], where: str) -> dict[str,
 
 
 def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
-    """Return the modules, as Hugging Face names them, whose matrices a parameter holds; AdapterError if not known."""
+    """Return the modules (Hugging Face names) whose matrices a parameter holds; AdapterError if it is unknown."""
     if held := _held(trainer, parameter):
         return held
     msg = f"{where}: the LoRA of {parameter} is not known; what is read are layers.N. and {', '.join(trainer.layout)}: "
@@ -135,7 +135,7 @@ def modules_of(trainer: Trainer, parameter: str, where: str) -> tuple[str, ...]:
 
 
 def _held(trainer: Trainer, parameter: str) -> tuple[str, ...]:
-    """Return the modules whose matrices a parameter holds, none if it is not known."""
+    """Return the modules whose matrices a parameter holds; empty if it is unknown."""
     if parameter == HEAD_MATRIX:
         return (_HEAD,)
     match = _LAYER.fullmatch(_WRAPPER.sub("", parameter))
@@ -159,12 +159,12 @@ def _alpha(stated: Mapping[str, Any], ranks: set[int], where: str) -> float:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a model of a trainer keeps the update of a parameter.
+    """The layout of a parameter's update in a trainer's model.
 
     Attributes:
-        modules: the modules, as Hugging Face names them, whose matrices the parameter holds.
-        inputs: axes of a in front of the rank.
-        outputs: axes of b behind the rank.
+        modules: the modules (Hugging Face names) whose matrices the parameter holds.
+        inputs: axes of a before the rank.
+        outputs: axes of b after the rank.
     """
 
     modules: tuple[str, ...]
@@ -185,9 +185,9 @@ def check_tunix(family: str | None, heads: tuple[int, int] | None) -> tuple[Layo
 
 
 def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
-    """Return the parameters of tunix's class for a base that hold these modules, by their keys, joined by dots.
+    """Return the parameters of the base's tunix class that hold these modules, by their keys, joined by dots.
 
-    Raises OutputError if tunix has no class for the family, or its class no parameter for a module.
+    Raises OutputError if tunix has no class for the family, or the class has no parameter for a module.
     """
     layout, (queries, keys) = check_tunix(base.family, base.heads)
     parameters = {module: name for name, held in layout.items() for module in held}
@@ -213,9 +213,9 @@ def slots_of_tunix(modules: Iterable[str], base: BaseInfo) -> dict[str, Slot]:
 
 
 def factors_in_slots(modules: Mapping[str, LoRAFactors], slots: Mapping[str, Slot]) -> dict[str, LoRAFactors]:
-    """Merge the updates of matrices that one parameter holds; see `fuse`, which may add up ranks.
+    """Merge the updates of all matrices in each parameter; ranks may add up, see `fuse`.
 
-    Returns b (all rows, K) and a (K, all columns) by the name of the parameter.
+    Returns factors b (all rows, K) and a (K, columns) by parameter name.
     """
     layout = {}
     for name, slot in slots.items():
@@ -225,21 +225,21 @@ def factors_in_slots(modules: Mapping[str, LoRAFactors], slots: Mapping[str, Slo
 
 
 def slot_arrays(a: np.ndarray, b: np.ndarray, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
-    """Shape a (K, I) and b (O, K) as a parameter has them, (in..., K) and (K, out...)."""
+    """Reshape a (K, I) and b (O, K) to a parameter's layout, (in..., K) and (K, out...)."""
     rank = len(a)
     return np.ascontiguousarray(a.T).reshape(*slot.inputs, rank), np.ascontiguousarray(b.T).reshape(rank, *slot.outputs)
 
 
 def to_nnx(adapter: Adapter, model: Any, *, alpha: float) -> None:
-    """Set the LoRA of a live `nnx` model to an adapter of its base, in place.
+    """Load an adapter into the LoRA parameters of a live `nnx` model of its base, in place.
 
-    The arrays keep their shapes, dtypes and shardings; ranks below that of the model are padded with zeros, which is
-    exact. Keys and values in one parameter share their a: if an adapter has two, the ranks add up.
+    The arrays keep their shapes, dtypes and shardings; lower ranks are padded with zeros, which is exact. Keys and
+    values in one parameter share one a; if the adapter has two, their ranks add up.
 
     Args:
-        adapter: with an update for every module that has LoRA in the model, and no others.
-        model: to which `qwix.apply_lora_to_model` was applied.
-        alpha: of its LoraProvider, which the model does not tell; the scale is divided out of b.
+        adapter: updates exactly the modules that have LoRA in the model.
+        model: a model with LoRA from `qwix.apply_lora_to_model`.
+        alpha: of its LoraProvider, which the model does not store; the scale is divided out of b.
 
     Raises:
         AdapterError: the modules differ, a shape differs, or a rank is above that of the model. The model is unchanged.

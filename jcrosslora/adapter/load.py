@@ -61,8 +61,8 @@ def load_adapter(
             base. Otherwise `info.ignored` lists them. The adapter may then have no update of a linear layer.
 
     Returns:
-        The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the
-        base spells them (`model.layers.0.self_attn.q_proj`). The keys of the file decide which modules there are, not
+        The adapter, with factors a (K, I) and b (O, K), in their stored dtype for plain LoRA, and modules named as in
+        the base (`model.layers.0.self_attn.q_proj`). The keys of the file decide which modules there are, not
         `target_modules`. `info.ignored` lists what does not move, including changes of embedding and head if there is
         no base.
 
@@ -94,7 +94,7 @@ def load_adapter(
 
 
 def to_pytree(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """Return {module: {"a": (K, I), "b": (O, K), "scale": float}}, all of them leaves, without any other changes."""
+    """Return {module: {"a": (K, I), "b": (O, K), "scale": float}}, all leaves; other changes are left out."""
     return {name: {"a": item.a, "b": item.b, "scale": item.scale} for name, item in adapter.modules.items()}
 
 

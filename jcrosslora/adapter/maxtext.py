@@ -24,7 +24,7 @@ _SCALED = {
     **dict.fromkeys(("llama", "mistral", "gemma", "gemma2"), True),
     **dict.fromkeys(("qwen2", "qwen3", "gemma3_text"), False),
 }
-_PAIRS = "gemma2"  # whose layers stand for two, one with a window and one without
+_PAIRS = "gemma2"  # each MaxText layer is two layers, one with a sliding window and one without
 _BLOCKS, _PERIOD = "gemma3_text", 6  # whose scanned layers are numbered within the period of its windows
 _PARAMETERS = {
     **{f"self_attention.{role}": f"attn.{role[0]}_proj.w" for role in ("query", "key", "value")},
@@ -39,27 +39,27 @@ _LAYER = re.compile(
 
 
 def is_maxtext(names: Iterable[str]) -> bool:
-    """Whether the names of arrays, keys joined by dots, are those of a model of MaxText."""
+    """Return whether the names of arrays, keys joined by dots, are from a MaxText model."""
     return any(map(_DECODER.match, names))
 
 
 def as_tunix(
     pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], base: BaseModel | None, stated: Mapping[str, Any], where: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Take the layers apart, and undo the scale and the order of queries and keys.
+    """Split stacked layers, and undo MaxText's scaling of queries and its feature order of queries and keys.
 
     Args:
         pairs: a and b of each parameter, by its keys, joined by dots.
         base: the model that it was trained on.
-        stated: perhaps the `rope_type` of the training; else the base tells it.
+        stated: may hold the `rope_type` of the training; else the base's is used.
         where: names the source of the arrays in messages.
 
     Returns:
         a (I, K) and b (K, O) of each matrix, by tunix's name of the parameter. b of scaled queries is float32.
 
     Raises:
-        AdapterError: no base, one that MaxText has no known model of, a parameter that is not known, or shapes that
-            do not fit the base.
+        AdapterError: no base, an unsupported base or RoPE type, an unknown parameter, or shapes that do not fit the
+            base.
     """
     if base is None:
         msg = f"{where}: LoRA of MaxText is read by the heads, layers and positions of its base: give the base that it "
@@ -92,7 +92,7 @@ def as_tunix(
 
 
 def _layers(match: re.Match[str], base: BaseModel) -> Sequence[int]:
-    """Return the layers of the base that a parameter holds, none if MaxText has no such parameter for its family."""
+    """Return the layers of the base that a parameter holds; empty if MaxText has no such parameter for its family."""
     count, family = base.dims.layers, base.family.name
     whole = count - count % _PERIOD
     if (family == _PAIRS) != (match["pair"] is not None) or (family != _BLOCKS and (match["block"] or match["rest"])):
@@ -128,7 +128,7 @@ def _matrix(
 
 
 def _rotates_neighbours(base: BaseModel, stated: Mapping[str, Any], where: str) -> bool:
-    """Whether MaxText rotates neighbouring features: of its models of Llama that with the positions of Llama 3.1."""
+    """Return whether MaxText rotates neighbouring features, as it does only for Llama with Llama 3.1's RoPE."""
     rope = base.config.get("rope_parameters") or base.config.get("rope_scaling") or {}
     kind = stated.get("rope_type", rope.get("rope_type", rope.get("type", "default")))
     if kind not in ("default", "linear", "llama3", "llama3.1"):

@@ -50,14 +50,14 @@ _REPORT = "merge_report.json"
 _NOT_COPIED = (".*", _CONFIG, INDEX, "*.index.json", "adapter_config.json", _REPORT, "transfer_report.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_VOCABULARIES = ("tokenizer.json", "vocab.json")  # whose texts are tokens
+_VOCABULARIES = ("tokenizer.json", "vocab.json")  # their strings are tokens
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards
 _BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 
-# Factors that are added to a range of rows, a change of single rows, a tensor that replaces all of them, or factors for
-# the matrices of all experts as they are stored.
+# Factors added to a range of rows, a change of single rows, a tensor that replaces all rows, or factors for all experts
+# in their stored layout.
 Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray | ExpertUpdate]
 
 
@@ -101,9 +101,9 @@ class Merged:
 def merge(settings: MergeSettings) -> Merged:
     """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
 
-    A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
-    GGUF or quantised weights are written dequantised, with the configuration and, for GGUF, the tokenizer that the file
-    describes.
+    A folder keeps its shards and their names; with dtype "keep", tensors that the adapter does not change are copied
+    bit for bit. GGUF or quantised weights are written dequantised, with the configuration and, for GGUF, the tokenizer
+    that the file describes.
 
     Raises:
         JCrossLoRAError: an error in the input, the settings or the output folder. Nothing is written.
@@ -169,7 +169,7 @@ def _write_template(adapter: Adapter, folder: Path) -> bool:
 
 
 def _is_plain_folder(base: BaseModel) -> bool:
-    """Whether the base's files can keep their layout: GGUF and quantised files cannot."""
+    """Return whether the base's files can keep their layout: GGUF and quantised files cannot."""
     store = base.store
     return isinstance(store, ShardedStore) and not any(store.dtype(name) in FP8_DTYPES for name in store.names())
 
@@ -177,7 +177,7 @@ def _is_plain_folder(base: BaseModel) -> bool:
 def _stored_plan(
     base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, *, untied: bool
 ) -> dict[str, list[Piece]]:
-    """Plan the base's own files, with tensors outside the text model too, and a head if the base is untied."""
+    """Plan a file for each of the base's files, with all its tensors, and with a separate head if `untied`."""
     store = base.store
     assert isinstance(store, ShardedStore)
     files: dict[str, list[Piece]] = {}
@@ -206,7 +206,7 @@ def _stored_plan(
 def _read_plan(
     base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, *, untied: bool
 ) -> dict[str, list[Piece]]:
-    """Plan the dequantised tensors of the family, in files of limited size."""
+    """Plan files of limited size for the dequantised tensors of the text model."""
     groups: list[list[Piece]] = [[]]
     config = {**base.config, "tie_word_embeddings": base.tied and not untied}
     for name, shape in expected_shapes(replace(base.architecture, config=config), base.expert_layout).items():
@@ -248,7 +248,7 @@ def _report(base: BaseModel, adapter: Adapter, dtype: MergeDtype, merged: Merged
 
 
 def _updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
-    """Group the updates of an adapter, with fused modules split, by the name of the base's tensor that they change."""
+    """Group an adapter's updates by the base's tensor that they change; fused modules must be split already."""
     found: dict[str, Updates] = {
         name: [np.asarray(array)] for group in adapter.replaced for name, array in group.tensors.items()
     }
@@ -266,9 +266,9 @@ def _updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
 
 
 def _row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
-    """Yield the base's tensor with its updates, block by block; an empty list keeps its values.
+    """Yield a tensor of the base with its updates, block by block; without updates it keeps its values.
 
-    `dtype` is named as in the header; values must fit it.
+    `dtype` is named as in the header. Raises OutputError if values do not fit it.
     """
     array = read()
     for start, stop in _spans(array.shape):
@@ -295,7 +295,7 @@ def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
-    """Apply the updates to rows of W from `first` on; float32, or float64 if W is."""
+    """Apply the updates to a block of W that starts at row `first`; returns float32, or float64 if W is."""
     wide = np.float64 if block.dtype == np.float64 else np.float32
     result = block.astype(wide)
     for update in updates:
@@ -338,8 +338,8 @@ def write_companions(
 
     Args:
         dtype: of the weights; "keep" leaves those of the base.
-        as_stored: whether the weights have the names and layout of the base's files, and so its configuration.
-        untied: whether the head is no longer the embedding, against the base's configuration.
+        as_stored: whether the weights keep the names and layout of the base's files, and so its configuration.
+        untied: whether the head is no longer the embedding, unlike in the base's configuration.
 
     Returns:
         Files that could not be written, one sentence each.
@@ -375,7 +375,7 @@ def write_companions(
 
 
 def _write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a configuration without paths, such as that which transformers loaded it from."""
+    """Write a configuration without local paths, such as the one that transformers loaded it from."""
     path.write_text(public_json(json.dumps(config, indent=2, ensure_ascii=False) + "\n"), encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ _EMBEDDING = "." + EMBEDDING.split(".")[-2]
 
 
 def write_mlx(contents: Contents, folder: Path) -> None:
-    """Write one rank, lower ones padded with zeros, and scale 1.
+    """Write all modules at one rank, padded with zeros, and scale 1.
 
     In a layer without an update MLX adds LoRA modules whose B is zero. The multimodal classes of mlx_lm hold their text
     model as `language_model`.
@@ -60,7 +60,7 @@ def write_mlx(contents: Contents, folder: Path) -> None:
 
 
 def _key(module: str) -> str:
-    """Return the name inside its layer."""
+    """Return a module's name inside its layer."""
     match = _IN_LAYER.match(module)
     if match is None:
         msg = f"module {module!r} is not part of a layer (model.layers.N), which MLX requires"
@@ -69,7 +69,7 @@ def _key(module: str) -> str:
 
 
 def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Stored:
-    """Translate an adapter, whose configuration is at `where`, into the form of PEFT: the factors are transposed.
+    """Translate an adapter to PEFT's layout by transposing its factors; `where` is its configuration's path.
 
     Raises AdapterError for a whole model instead of an adapter, a missing or invalid value, and an unknown tensor.
     """

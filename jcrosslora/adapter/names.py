@@ -83,18 +83,18 @@ def parse_tensor_name(key: str) -> TensorName:
 
 
 def is_of_experts(module: str) -> bool:
-    """Whether a module of an adapter's file holds factors of experts."""
+    """Return whether a module of an adapter's file holds factors of experts."""
     name = text_module_name(module)
     return _ALL_EXPERTS.match(name) is not None or SINGLE_EXPERT.match(name) is not None
 
 
 def holds_all_experts(module: str) -> bool:
-    """Whether a module of an adapter's file holds the factors of all experts of a layer together."""
+    """Return whether a module of an adapter's file holds the factors of all experts of a layer together."""
     return _ALL_EXPERTS.match(text_module_name(module)) is not None
 
 
 def is_router(module: str) -> bool:
-    """Whether a module of an adapter's file is the router of experts."""
+    """Return whether a module of an adapter's file is the router of experts."""
     return _ROUTER.match(text_module_name(module)) is not None
 
 
@@ -125,19 +125,19 @@ _TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 def is_taken(family: str | None, module: str) -> bool:
-    """Whether peft takes a linear module of a base of this family for a part of the experts."""
+    """Return whether peft mistakes a linear module of a base of this family for part of the experts."""
     return family in _TAKEN and ending(module) in _TARGETS
 
 
 def is_by_weight(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a configuration names the weight of a module, as peft matches it: whole, or its end from a dot on."""
+    """Return whether `target_parameters` names a module's weight, as peft matches: whole, or its end after a dot."""
     stated, weight = config.get("target_parameters"), f"{module}.weight"
     named = stated if isinstance(stated, list) else ()
     return any(weight == name or weight.endswith(f".{name}") for name in named)
 
 
 def by_weight(modules: Iterable[str], family: str | None, config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the linear modules whose weights peft wants named, by the family of the base or else by `config`."""
+    """Return the linear modules that peft must target by weight: by the base's family if known, else by `config`."""
     wanted = partial(is_by_weight, config) if family is None else partial(is_taken, family)
     return frozenset(filter(wanted, modules))
 
@@ -192,7 +192,7 @@ def file_scale(config: Mapping[str, Any], module: str, rank: int | None = None) 
 
 
 def exact_pattern(module: str, *, by_weight: bool = False) -> str:
-    """Return a key that matches this module and no other; or its weight too, which peft looks up if it is named."""
+    """Return a pattern for this module alone; with `by_weight` also for its weight, which peft then looks up."""
     return "^" + re.escape(module) + (r"(\.weight)?" if by_weight else "")
 
 
@@ -216,7 +216,7 @@ _REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
 def is_matchable(pattern: str) -> bool:
-    """Whether a pattern is a regular expression without repeated groups, and with few ways to match.
+    """Return whether a pattern is a regular expression without repeated groups, and with few ways to match.
 
     The number of ways is bounded by the product over its repeats, optional parts and alternatives.
     """

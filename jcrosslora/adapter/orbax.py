@@ -20,7 +20,7 @@ from jcrosslora.checkpoint.store import read_json_object
 from jcrosslora.errors import AdapterError
 
 _STEP = "_CHECKPOINT_METADATA"  # in the folder of a step
-_OPTIMISER = ("opt_state", "optimizer")  # its moments of LoRA have the names of LoRA
+_OPTIMISER = ("opt_state", "optimizer")  # its moments are named like the LoRA arrays
 
 
 def checkpoint_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -38,7 +38,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def holds_lora(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds LoRA, perhaps next to the model, or cannot be read."""
+    """Return whether a checkpoint holds LoRA, perhaps next to the model; True if it cannot be read."""
     try:
         return bool(_lora_entries(checkpoint))
     except AdapterError:
@@ -53,7 +53,7 @@ def _lora_entries(checkpoint: Path) -> Entries:
 
 
 def stated_alpha(checkpoint: Path) -> dict[str, Any]:
-    """Read the rank and alpha that MaxText's trainer wrote into the metadata of a step; nothing if there are none."""
+    """Read the rank and alpha that MaxText's trainer wrote into the metadata of a step; empty if there are none."""
     for path in (checkpoint / _STEP, checkpoint.parent / _STEP):
         if path.is_file():
             with as_adapter_errors():
@@ -64,9 +64,9 @@ def stated_alpha(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_tunix(contents: Contents, folder: Path) -> None:
-    """Write the LoRA as step 0 of tunix's `CheckpointManager`, of one rank, lower ones padded with zeros, and scale 1.
+    """Write the LoRA as step 0 of tunix's `CheckpointManager`, at one rank (padded with zeros) and scale 1.
 
-    `lora_config.json` holds the settings of the LoraProvider with which tunix makes the model that takes it.
+    `lora_config.json` holds the LoraProvider settings for the tunix model that loads it.
     """
     import orbax.checkpoint as ocp
 
@@ -95,7 +95,7 @@ def write_tunix(contents: Contents, folder: Path) -> None:
 
 
 def _module_path(slots: Iterable[str]) -> str:
-    """Return the pattern of qwix for the modules of these parameters, and no others."""
+    """Return the qwix pattern that matches exactly the modules of these parameters."""
     layers: dict[str, list[str]] = defaultdict(list)
     for name in slots:
         module = name.rpartition(".")[0]

@@ -22,9 +22,9 @@ from jcrosslora.checkpoint.base import BaseModel, quick_digest
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
 from jcrosslora.errors import AdapterError
 
-_MODULES = 4  # whose weights are read
-# Least part of an update in the weights that counts as merged (1 up to rounding if it is); and by how many standard
-# deviations it has to exceed what unrelated weights hold by chance.
+_MODULES = 4  # number of modules whose weights are read
+# Smallest share of an update in the weights that counts as merged (about 1 if it is), and the number of standard
+# deviations by which it must exceed chance.
 _HELD, _DEVIATIONS = 0.5, 6.0
 # Words that distinguish models of one size.
 _KINDS = {word: word for word in ("instruct", "coder", "math", "vision", "guard", "thinking", "embedding")}
@@ -32,9 +32,9 @@ _KINDS |= {"it": "instruct", "chat": "instruct", "code": "coder", "vl": "vision"
 
 
 def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
-    """Give the signs that an adapter was not trained on a base, one sentence each.
+    """Return the signs that an adapter was not trained on a base, one sentence each.
 
-    With `weights` some of the base's weights are compared too.
+    With `weights`, also check whether the base's weights already contain the update.
     """
     found = [] if (sentence := other_base(adapter.info, base, "source")) is None else [sentence]
     if adapter.info.earlier:
@@ -48,9 +48,9 @@ def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ..
 
 
 def other_base(info: AdapterInfo, base: BaseModel, flag: str = "base") -> str | None:
-    """Return a sentence if an adapter belongs to another base than the one given with `flag`; None if there is no sign.
+    """Return a sentence if an adapter seems to belong to another base than the one given with `flag`, else None.
 
-    The digest that a file of ours records decides, where that of the base is quickly known; else the two names.
+    The digest in a file of ours decides if the base's digest is quickly known; otherwise the two names are compared.
     """
     stated, given = info.base_name, public_name(base.name)
     if info.base_digest is not None and (digest := quick_digest(base)) is not None:
@@ -66,10 +66,10 @@ def other_base(info: AdapterInfo, base: BaseModel, flag: str = "base") -> str | 
 
 
 def other_model(stated: str, name: str) -> str | None:
-    """Return what distinguishes two models in their names; None if they may be the same.
+    """Return how the names of two models differ; None if they may be the same model.
 
     `stated` is the base that an adapter names, and `name` a hub id or the name in a GGUF file, which often
-    lacks words of the id. Names of folders do not count.
+    lacks words of the id. Folder names are not compared.
     """
     if not is_on_hub(stated) or (not is_on_hub(name) and ("/" in name or Path(name).exists())):
         return None
@@ -87,9 +87,9 @@ def _words(name: str) -> set[str]:
 
 
 def _held_share(adapter: Adapter, base: BaseModel) -> float | None:
-    """Return <W, dW> / ||dW||^2 over some modules, if W holds the update; it is 0 for W that knows nothing of dW.
+    """Return <W, dW> / ||dW||^2 over some modules, about 1 if W contains the update; None if it may be chance.
 
-    The standard deviation by chance of <W, dW> is that of an entry of W times ||dW||.
+    For a W unrelated to dW, <W, dW> has mean 0 and the standard deviation of an entry of W times ||dW||.
     """
     names = [name for name in adapter.modules if name in base.modules]
     inner = size = chance = 0.0
@@ -139,14 +139,14 @@ def told(earlier: Sequence[Earlier], base: str) -> str:
 
 
 def text_of(record: Any, *keys: str) -> str | None:
-    """Return a text inside nested objects; None if it is not there, empty, or no text."""
+    """Return the string under nested `keys`; None if it is missing, empty or no string."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record if isinstance(record, str) and record else None
 
 
 def read_header(files: AdapterFiles) -> Mapping[str, Any]:
-    """Read the metadata of a safetensors file; of another file, or a damaged one, there are none."""
+    """Read the metadata of a safetensors file; empty for other formats and damaged files."""
     try:
         return open_weights(files.weights).metadata if files.form in ("PEFT", "MLX") else {}
     except AdapterError:  # reading its tensors says what is wrong

@@ -44,8 +44,8 @@ _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != T
 def read_tokens(file: AdapterFile, head: Update | None) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
     """Read the changes of embedding and head in a file with a base; `head` is the update of the output head, or None.
 
-    Returns the changes; the names of the tensors that they were read from, with "lm_head" for the head's; and for each
-    kind of change that was not read the reason.
+    Returns the changes; the names of the tensors that they were read from, with "lm_head" for the head's; and the
+    reason for each kind of change that was not read.
     """
     found: list[TokenUpdate] = []
     read: set[str] = set()
@@ -93,7 +93,7 @@ def _of_tensors(file: AdapterFile, base: BaseModel, change: str, tensors: Sequen
     if change == "embedding":
         if file.kind is not PLAIN:
             raise AdapterError(f"{file.kind.name} of an embedding is not read")
-        # The head of a tied base reads the embedding with its LoRA in mlx_lm, and without it in peft.
+        # The head of a tied base uses the embedding with its LoRA in mlx_lm, and without it in peft.
         table = TIED if base.tied and file.origin.form == "MLX" else table
         return _low_rank(table, change, base, Update(read_embedding_factors(file, tensors)), file.rank)
     if len(tensors) != 1:
@@ -189,10 +189,10 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
 def read_replaced(
     file: AdapterFile, extras: Mapping[str, Sequence[TensorName]], updated: Mapping[str, object]
 ) -> tuple[tuple[ReplacedTensors, ...], set[str], dict[str, str]]:
-    """Read the tensors that replace those of the base, without which nothing is read.
+    """Read the tensors that replace those of the base; without a base, none are read.
 
     Args:
-        extras: tensors that are not part of a linear layer's update, by kind, without those of embedding and head.
+        extras: tensors outside the updates of linear layers, by kind, without those of embedding and head.
         updated: the modules that have a low-rank update.
 
     Returns:
@@ -251,7 +251,7 @@ def replaced_tensors(
 ) -> dict[str, np.ndarray]:
     """Return the tensors by their names in the text model; raises an OutputError if values are not finite.
 
-    peft keeps the biases of adapted modules, which have a LoRA, in a layer inside.
+    peft keeps the biases of `adapted` modules, which have a LoRA, in their inner `base_layer`.
     """
     tensors = {}
     for name, array in (item for group in replaced for item in group.tensors.items()):
@@ -265,7 +265,7 @@ def replaced_tensors(
 def replaced_config(replaced: Sequence[ReplacedTensors], adapted: Mapping[str, object]) -> dict[str, Any]:
     """Return the settings under which peft loads the tensors of `replaced_tensors`."""
     names = [name for group in replaced for name in group.tensors]
-    # peft compares the ends of names: a full one does not end as any other.
+    # peft compares the ends of names, so a full name matches no other module.
     whole = sorted({_module(name) for name in names if not name.endswith(_BIAS)})
     biased = {_module(name) for name in names if name.endswith(_BIAS)} - set(whole)
     config: dict[str, Any] = {"modules_to_save": whole} if whole else {}

@@ -23,14 +23,14 @@ from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
-    """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
+    """Write all modules at one rank, padded with zeros, and lora_alpha == r, which every engine reads the same way."""
     write_peft(contents, folder, contents.rank)
 
 
 def write_peft(contents: Contents, folder: Path, rank: int | None = None) -> None:
     """Write each module's own rank, by `rank_pattern` and `alpha_pattern`, and all other changes; see `peft_state`.
 
-    The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
+    The magnitudes of a DoRA stay in float32, because only their small difference from the row norms matters.
     """
     tensors, config = peft_state(contents, rank)
     # As bytes, because the writer of safetensors hides the system's error (disk full).
@@ -41,7 +41,7 @@ def write_peft(contents: Contents, folder: Path, rank: int | None = None) -> Non
 def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors by their names in a file, and the configuration.
 
-    `rank` is that of every module, lower ones are padded with zeros; None keeps each module's own.
+    All modules are padded with zeros to `rank`; None keeps each module's own.
     """
     _check_parameters(contents)
     tensors: dict[str, np.ndarray] = {}
@@ -64,7 +64,7 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
 
 
 def _check_parameters(contents: Contents) -> None:
-    """Refuse what peft does not load for parameters."""
+    """Refuse DoRA magnitudes and aLoRA tokens where peft adapts parameters, for which it supports neither."""
     named = sorted({*contents.by_weight, *(update.name for update in contents.adapter.experts)}, key=natural_key)
     if not named or (contents.magnitudes is None and contents.adapter.info.invocation is None):
         return
@@ -95,7 +95,7 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
         "revision": None if contents.base is None else contents.base.revision,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": r,  # an integer, which is all that some readers decode
+        "lora_alpha": r,  # an integer: some readers decode nothing else
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         **dict.fromkeys(("use_rslora", "lora_bias", "fan_in_fan_out"), False),
@@ -115,7 +115,7 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
 def adapter_from_peft(
     model: Any, adapter_name: str | None = None, *, base: BaseModel | None = None, rank: int | None = None
 ) -> Adapter:
-    """Read an adapter of a live `peft.PeftModel`, of every kind that is read from files.
+    """Read an adapter of a live `peft.PeftModel`, of any kind that can be read from files.
 
     `adapter_name` None takes the active one; for `base` and `rank` see `load_adapter`. Raises AdapterError if the model
     has no such adapter, or one of a kind that is refused (named).
@@ -139,8 +139,8 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     """Load an adapter into a live model, in float32, and make it the active one.
 
     Args:
-        model: of transformers, whose linear layers are wrapped in place; or a `peft.PeftModel`, which gets one more
-            adapter.
+        model: a transformers model, whose linear layers are wrapped in place; or a `peft.PeftModel`, which gets one
+            more adapter.
         adapter_name: a name that the model does not have yet.
         fused: the layout of the base's fused modules (`base.fused`); updates of their parts are merged, see `fuse`.
 

@@ -69,9 +69,9 @@ def open_adapter(
 
 
 def why_idle_files(ref: str | Path, base: BaseModel | None) -> str | None:
-    """Say that the files of an adapter do nothing, see `why_idle`; None also if they cannot be read.
+    """Return a sentence if the files of an adapter do nothing, see `why_idle`; None also if they cannot be read.
 
-    Files without a tensor of zeros are not read further.
+    Only files with an all-zero tensor are read in full.
     """
     with suppress(JCrossLoRAError):
         file = open_adapter(ref, base)
@@ -121,7 +121,7 @@ def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | N
 
 
 def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo) -> AdapterFile:
-    """Group the tensors of a file by purpose, tell its kind, and check the configuration at `where`."""
+    """Group the tensors of a file by purpose, find its kind, and check the configuration at `where`."""
     tensors = [names.parse_tensor_name(key) for key in stored.entries]
     _refuse_tensors(tensors, stored.path)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
@@ -197,9 +197,9 @@ def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
 
 
 def _head(file: AdapterFile, updates: Mapping[str, Update]) -> Update | None:
-    """Read the update of the output head; None if there is none, or none that can be read."""
+    """Read the update of the output head; None if there is none or it cannot be read."""
     if not file.others:
-        return updates.get(HEAD)  # Of a kind whose file does not name its modules.
+        return updates.get(HEAD)  # For kinds whose file does not name its modules.
     try:
         found = list(file.kind.read(replace(file, modules=file.others, others=file.modules)))
     except AdapterError:
@@ -216,7 +216,7 @@ def _other_changes(
     *,
     replaced: bool,
 ) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
-    """Read changes of embedding and head, and replaced tensors if wanted; describe the rest in sentences."""
+    """Read changes of embedding and head, with `replaced` also replaced tensors; describe the rest in sentences."""
     tokens, read, reasons = read_tokens(file, head)
     left = _without(file.extras, read)
     own, read_own, reasons_own = read_replaced(file, left, linear) if replaced else ((), set(), {})
@@ -255,7 +255,7 @@ def _energy(update: Update) -> float:
 
 
 def _lost(updates: Sequence[Update]) -> float:
-    """Share of the update's energy that reading it lost, 0 if it is only rounding."""
+    """Return the share of the energy that reading lost, 0 if it is only rounding."""
     total, lost = math.fsum(map(_energy, updates)), math.fsum(update.lost for update in updates)
     return lost / total if lost > _ROUNDING * total else 0.0
 
@@ -273,7 +273,7 @@ def _read_as(kind: Kind, updates: Sequence[Update]) -> str | None:
 def _change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
     """Compute the squared Frobenius norm of a change that does not move; `kind` is a key of `records.CHANGES`.
 
-    None if it is not known: a tensor that replaces one of the base can only be compared with it if the base is given.
+    Returns None if it is unknown: a tensor that replaces one of the base is compared only if the base is given.
     """
     try:
         match kind:

@@ -54,13 +54,13 @@ class AdapterOrigin:
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
         licence: as the adapter's own card states it.
-        licence_name: the name of one that the hub does not know, whose `licence` is "other".
+        licence_name: the name of a licence that the hub does not know, where `licence` is "other".
         rank_limit: the largest rank to read it at.
-        alpha: given to read LoRA of a JAX trainer, whose files do not state it.
-        invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
+        alpha: the alpha given by the user for LoRA of a JAX trainer, whose files do not state it.
+        invocation: token ids of its base that activate it (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `maps.other_changes`.
-        stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
-        earlier: the adapters that it was moved from one after the other, the original first, as its files say.
+        stacked: the info of each adapter in a stack, in order, see `stack_adapters`.
+        earlier: the chain of adapters that it was moved from, the original first, according to its files.
     """
 
     name: str = "memory"
@@ -87,7 +87,7 @@ class AdapterOrigin:
 
 
 def _publish(record: Any, *fields: str) -> None:
-    """Replace names in a new record by their public ones, since a record is written to files."""
+    """Replace names in a new record by their public ones, because records are written to files."""
     for name in fields:
         object.__setattr__(record, name, public_name(getattr(record, name)))
 
@@ -99,9 +99,9 @@ class AdapterInfo(AdapterOrigin):
     Attributes:
         config: the raw `adapter_config.json`, or the metadata of a GGUF file.
         base_digest: "sha256:..." of the base, which files of this package record.
-        prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
-        chat_template: Jinja template in its folder, which it was probably trained in.
-        unread: whether it holds changes of its base that this record leaves out; `ignored` names them.
+        prefix: the prefix of module names in its file, see `checkpoint.wrapped`.
+        chat_template: Jinja template in its folder, probably the one it was trained with.
+        unread: whether it has changes of its base that were not read or were dropped; `ignored` names them.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
@@ -119,14 +119,14 @@ _CHANGES = ("modules", "tokens", "replaced", "experts")
 class Adapter:
     """A LoRA adapter as a pytree whose leaves are the arrays of its changes.
 
-    Its structure decides the computation: names of modules and tensors, scales, ids of changed tokens, and
-    invocation tokens. Figures and the rest of `info` are not part of it, so adapters from different files are combined
-    by `jax.tree.map`, which keeps the info of the first, and compile a jitted function once. Inside a transformed
-    function `info` holds invocation tokens alone, and no change has figures.
+    Its tree structure decides the computation: names of modules and tensors, scales, ids of changed tokens, and
+    invocation tokens. Figures and the rest of `info` are not part of it, so `jax.tree.map` can combine adapters from
+    different files (it keeps the info of the first), and a jitted function compiles once for them. Inside a transformed
+    function `info` holds only invocation tokens, and changes have no figures.
 
     Attributes:
-        modules: module name, as the base model spells it without any PEFT prefix
-            (`model.layers.0.self_attn.q_proj`), to its factors.
+        modules: maps module names as in the base model, without a PEFT prefix (`model.layers.0.self_attn.q_proj`), to
+            factors.
         tokens: changes of the embedding and of the output head; read only if the base was given.
         replaced: biases, norms and whole layers that replace those of its base; only read with `replaced`.
         experts: updates of experts of its base; read only if the base was given.
@@ -158,9 +158,9 @@ class Adapter:
 
 
 def check_numbers(adapter: Adapter) -> Adapter:
-    """Return an adapter in memory whose factors are as files may hold them: arrays of finite floats.
+    """Check that an adapter in memory has factors that are arrays of finite floats, and return it.
 
-    Raises AdapterError for another one. Values inside a transformed function are not known, and not checked.
+    Raises AdapterError otherwise. Values inside a transformed function are unknown and not checked.
     """
     found = adapter.modules.values() if isinstance(adapter.modules, Mapping) else [adapter.modules]
     if strange := [one for one in found if not isinstance(one, LoRAFactors)]:
@@ -183,7 +183,7 @@ def check_numbers(adapter: Adapter) -> Adapter:
 
 
 def as_adapter(given: Any) -> Adapter:
-    """Take an adapter, or a mapping from modules to factors, as an adapter; raise AdapterError for anything else."""
+    """Return an adapter, or make one of a mapping from modules to factors; AdapterError for anything else."""
     if isinstance(given, Adapter):
         return given
     if isinstance(given, Mapping) and all(isinstance(factors, LoRAFactors) for factors in given.values()):
@@ -214,7 +214,7 @@ def describe_adapter(adapter: Adapter) -> list[dict[str, str]]:
 
 
 def _headline(adapter: Adapter) -> str:
-    # Of tracers and ShapeDtypeStructs too, which have shapes but no values.
+    # Works for tracers and ShapeDtypeStructs too, which have shapes but no values.
     items = [item for item in adapter.modules.values() if hasattr(item.a, "shape") and hasattr(item.b, "shape")]
     ranks = sorted({item.rank for item in items if len(item.a.shape) >= 2})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
@@ -226,7 +226,7 @@ def _headline(adapter: Adapter) -> str:
 
 
 class Carried(enum.Flag):
-    """The kinds of change that a method, a profile or another user of an adapter takes."""
+    """The kinds of change that a method, a profile or another consumer of an adapter supports."""
 
     LINEAR = enum.auto()  # updates of linear modules, which everything carries
     TOKENS = enum.auto()  # changes of the embedding and the output head
@@ -257,9 +257,9 @@ def ignored_sentence(kind: str, names: Sequence[str], share: float | None, why: 
 
 
 def describe_change(kind: str, names: Sequence[str], share: float | None) -> str:
-    """Name a change, a key of `CHANGES`, its modules and its size, for a sentence.
+    """Describe a change (a key of `CHANGES`), its modules and its size, for a sentence.
 
-    `share` is that of the whole adapter's squared Frobenius norm, or None if it is not known.
+    `share` is its share of the whole adapter's squared Frobenius norm, or None if unknown.
     """
     names = list(dict.fromkeys(names))
     listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
@@ -268,16 +268,16 @@ def describe_change(kind: str, names: Sequence[str], share: float | None) -> str
 
 
 def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
-    """Name updates of experts and their size together, for a sentence."""
+    """Describe updates of experts and their total size, for a sentence."""
     known = [update.share for update in updates if update.share is not None]
     share = sum(known) if len(known) == len(updates) else None
     return describe_change("experts", [update.name for update in updates], share)
 
 
 def why_idle(adapter: Adapter) -> str | None:
-    """Say that an adapter does nothing, as its updates are exactly 0; None if it changes, or may change, its base.
+    """Return a sentence if an adapter does nothing because its updates are exactly 0, else None.
 
-    One that holds a change that was not read may change its base.
+    An adapter with a change that was not read may change its base, so it gets None.
     """
     rows = any(len(update.ids) for update in adapter.tokens)  # unchanged ones are left out on reading
     experts = any(update.energy for update in adapter.experts)
@@ -288,7 +288,7 @@ def why_idle(adapter: Adapter) -> str | None:
 
 
 def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
-    """Say for each change that is not carried that it does not move, and why (a half-sentence or "")."""
+    """Return a sentence for each change that is not carried; `why` is the reason, a phrase or ""."""
     rows = () if Carried.TOKENS in carried else adapter.tokens
     tensors = () if Carried.REPLACED in carried else adapter.replaced
     left = [ignored_sentence(change.kind, change.modules, change.share, why) for change in (*rows, *tensors)]

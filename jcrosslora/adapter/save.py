@@ -55,7 +55,7 @@ FORMATS: Mapping[str, ProfileFormat] = {
 
 
 def why_linear_alone(profile: str) -> str:
-    """Say why a profile holds updates of linear layers alone; "" if it holds more."""
+    """Return why a profile holds only updates of linear layers; "" if it holds more."""
     alone = FORMATS[profile].carries == Carried.LINEAR
     return f"profile {profile} does not hold it, profile peft does" if alone else ""
 
@@ -66,7 +66,7 @@ def for_profile(adapter: Adapter, profile: str) -> Adapter:
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:
-    """Refuse with an OutputError a profile that cannot hold the invocation tokens of an adapter (aLoRA)."""
+    """Raise an OutputError if a profile cannot hold the adapter's invocation tokens (aLoRA)."""
     if not FORMATS[profile].invocation:
         others = ", ".join(name for name, form in FORMATS.items() if form.invocation)
         why = f"which {FORMATS[profile].reader} does not know: write it in one of the profiles {others}"
@@ -112,17 +112,17 @@ def save_adapter(
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
         base: its base; profiles gguf and tunix need it. Updates of the parts of its fused modules are merged, see
-            `fuse`; modules without an update that have the ending of a written one go into `exclude_modules`, or PEFT
+            `fuse`; modules without an update that share the ending of a written one go into `exclude_modules`, or PEFT
             would expect tensors for them; the header of the weights file has the digest of the base, if known. None
             merges nothing, and keeps the names in the adapter's file.
-        base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
-            the last part is written.
-        profile: with `dtype` and `overwrite` see `jcrosslora.save_adapter`.
-        documents: file name to text, written into the same folder (README.md, transfer_report.json), as well as the
-            chat template of the adapter's info unless there is another.
+        base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. For a
+            path, only the last part is written.
+        profile: see `jcrosslora.save_adapter`, also for `dtype` and `overwrite`.
+        documents: maps file names to texts for the same folder (README.md, transfer_report.json); the chat template of
+            the adapter's info is added unless they have one.
         metadata: pairs for the header of the weights file.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
-            then holds its s B A, of the modules that the base stores.
+            then holds its s B A, for modules as the base stores them.
 
     Raises:
         OutputError: the adapter is empty, its values do not fit the dtype or its modules the profile, or the folder
@@ -139,7 +139,7 @@ def save_adapter(
     _check_settings(dtype, documents, metadata or {})
     modules = fuse(adapter.modules, fused)
     held = for_profile(adapter, profile)
-    # peft wants a LoRA of something.
+    # peft requires at least one LoRA.
     if not modules and not held.experts and not any(one.factors is not None for one in held.tokens):
         left = "; ".join(held.info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
@@ -170,7 +170,7 @@ def save_adapter(
 
 
 def _without_update(updated: Mapping[str, object], weights: frozenset[str], base: BaseInfo) -> list[str]:
-    """Names of modules that have the ending of one that is updated, and not named by its weight, but no update."""
+    """Return the modules without an update that share the ending of an updated one outside `weights`."""
     owner = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
     endings = {ending(name) for name in updated if name not in weights}
     every = dict.fromkeys(owner.get(name, name) for name in base.shapes)

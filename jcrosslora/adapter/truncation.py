@@ -68,12 +68,12 @@ def truncate_by_rule(adapter: Adapter, rule: RankRule) -> tuple[Adapter, Truncat
 
     Args:
         adapter: at least one module; not changed.
-        rule: a rank for all modules; or a share such as 0.99, for each module the lowest rank that keeps that much of
-            its energy; or "auto", for all modules the lowest rank of `AUTO_RANKS` that keeps `AUTO_SHARE` of each one's
-            energy; above the largest of them, exactly the rank that does.
+        rule: a rank for all modules; or a share such as 0.99: for each module the lowest rank that keeps that much of
+            its energy; or "auto": for all modules the lowest rank of `AUTO_RANKS` that keeps `AUTO_SHARE` of each one's
+            energy, or the exact rank that does if it is above the largest of them.
 
     Returns:
-        The adapter, in which a module whose rank is low enough keeps its own factors; and what was kept.
+        The adapter, where modules of a low enough rank keep their factors; and what was kept.
     """
     check_rule(rule)
     found = {name: _ordered(factors) for name, factors in adapter.modules.items()}
@@ -95,10 +95,10 @@ def truncate_by_rule(adapter: Adapter, rule: RankRule) -> tuple[Adapter, Truncat
 def truncate_fused(
     adapter: Adapter, fused: Layout, rule: RankRule | None, norms: Mapping[str, float] | None = None
 ) -> tuple[Adapter, Truncation | None]:
-    """Truncate the modules that a base stores, see `truncate_by_rule`; a rule of None leaves the ranks.
+    """Truncate modules as the base stores them (fused ones whole), see `truncate_by_rule`; None keeps the ranks.
 
-    Parts of a fused matrix are written as one update of it: truncated on their own, they would have a rank for each.
-    `norms` are ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
+    Parts of a fused matrix are written as one update: truncated separately, their ranks would add up. `norms` are the
+    ||dW||_F that modules are rescaled to afterwards; None does not rescale.
     """
     if rule is None or not adapter.modules:
         return adapter, None
@@ -111,14 +111,14 @@ def truncate_fused(
 
 
 def _rescaled(factors: LoRAFactors, norm: float | None) -> LoRAFactors:
-    """Give an update a norm; one that the maps did not make has none to keep."""
+    """Rescale an update to a norm; None, or an update of zero, changes nothing."""
     came = update_norm(factors)
     factor = norm / came if came > 0 and norm is not None else 1.0
     return LoRAFactors(a=factors.a, b=np.asarray(factors.b) * np.float32(factor))
 
 
 def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:
-    """Factor an update as b (O, K) and a (K, I) by falling singular values, the scale in b; K is at most min(O, I).
+    """Factor an update, with its scale, as b (O, K) and a (K, I) by descending singular values; K <= min(O, I).
 
     The norms of the i-th column of b and of the i-th row of a are the square root of the i-th singular value.
     """
@@ -128,7 +128,7 @@ def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _by_singular_values(b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factor b (O, K) times a (K, I) anew: QR of both, then the SVD of the small core R_b R_a'."""
+    """Refactor b (O, K) @ a (K, I): QR of both, then the SVD of the small core R_b R_a'."""
     rank = min(*b.shape, a.shape[1])
     q_b, r_b = jnp.linalg.qr(b)
     q_a, r_a = jnp.linalg.qr(a.T)

@@ -36,14 +36,14 @@ class EngineVerdict:
 def check_engines(
     path: str | Path, base_family: str | None = None, base_tied: bool | None = None, *, base: BaseModel | None = None
 ) -> tuple[EngineVerdict, ...]:
-    """Say for each engine whether it reads an adapter, by the names and shapes of its tensors, and if it does nothing.
+    """Predict for each engine whether it reads an adapter, from tensor names and shapes; note if the adapter is idle.
 
     Args:
         path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
             a folder with `adapter.gguf`; an Orbax checkpoint with LoRA of a JAX trainer; or a hub id.
         base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
         base_tied: whether the base's output head is its embedding (`BaseModel.tied`); None if it is not known.
-        base: the base that the adapter is for, which gives its family and `base_tied`; the names of modules are
+        base: the base that the adapter is for; it overrides `base_family` and `base_tied`, and module names are
             compared with its own.
 
     Raises:

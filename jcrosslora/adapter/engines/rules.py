@@ -45,7 +45,7 @@ class AdapterFacts:
         pickle: whether the weights are `adapter_model.bin`.
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
         tied: whether the base's output head is its embedding, None if it is not known.
-        base: that it is for, if it was given.
+        base: the base that it is for, if given.
     """
 
     config: Mapping[str, Any]
@@ -76,7 +76,7 @@ class AdapterFacts:
 
     @cached_property
     def fault(self) -> str | None:
-        """An error in the numbers of the configuration or in the shapes, for any engine; None if there is none."""
+        """Why no engine can use it: an error in the configuration's numbers or the shapes, or no tensor; else None."""
         if not self.shapes and not self.pickle:
             return "it holds no tensor, so it does nothing: write it again from its training"
         try:
@@ -93,7 +93,7 @@ Rule = Callable[[AdapterFacts], str | None]
 def read_facts(
     ref: str | Path, family: str | None = None, tied: bool | None = None, base: BaseModel | None = None
 ) -> AdapterFacts:
-    """Read the facts of an adapter, local or of the hub; a base gives its family, and whether it is tied.
+    """Read the facts of an adapter, local or on the hub; `base`, if given, overrides `family` and `tied`.
 
     Raises AdapterError if it is no adapter, or a file of it cannot be read.
     """
@@ -142,9 +142,9 @@ def _is_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def found(find: Callable[[AdapterFacts], Iterable[Any]], sentence: str) -> Rule:
-    """Make a rule that nothing is found.
+    """Make a rule that is broken if `find` returns anything.
 
-    In its sentence {0} is the first thing, {cut} its first 60 characters, {n} their number and {all} their list.
+    In the sentence {0} is the first item, {cut} its first 60 characters, {n} the number of items, {all} their list.
     """
 
     def rule(facts: AdapterFacts) -> str | None:
@@ -157,22 +157,22 @@ def found(find: Callable[[AdapterFacts], Iterable[Any]], sentence: str) -> Rule:
 
 
 def no_tensor(is_bad: Callable[[TensorName], bool], sentence: str) -> Rule:
-    """Make a rule that no tensor is bad; the sentence names tensors by their keys."""
+    """Make a rule that is broken if any tensor is bad; the items in the sentence are tensor keys."""
     return found(lambda facts: [tensor.key for tensor in facts.tensors if is_bad(tensor)], sentence)
 
 
 def no_value(key: str, is_bad: Callable[[Any], Any], sentence: str) -> Rule:
-    """Make a rule that the value for a key of the configuration is not bad."""
+    """Make a rule that is broken if the configuration's value for `key` is bad."""
     return found(lambda facts: [value for value in (facts.config.get(key),) if is_bad(value)], sentence)
 
 
 def when(holds: Callable[[AdapterFacts], Any], sentence: str) -> Rule:
-    """Make a rule that a condition does not hold."""
+    """Make a rule that is broken if a condition holds."""
     return lambda facts: sentence if holds(facts) else None
 
 
 def only_plain_lora(*supported: str) -> Rule:
-    """Make the rule for an engine that reads LoRA, in no variant but these, keys of `VARIANTS`."""
+    """Make the rule for an engine that reads plain LoRA and the `supported` variants, keys of `VARIANTS`."""
 
     def rule(facts: AdapterFacts) -> str | None:
         if facts.peft_type != "LORA":
@@ -184,13 +184,13 @@ def only_plain_lora(*supported: str) -> Rule:
 
 
 def only_tensors(*kinds: str, skipped: Callable[[TensorName], bool] = lambda _: False, end: str = "") -> Rule:
-    """Make the rule for an engine that refuses tensors of other kinds, except those that it skips."""
+    """Make the rule for an engine that refuses tensors of any other kind, unless it skips them."""
     sentence = "tensor {0!r} is not one of a LoRA ({n} such tensors)" + end
     return no_tensor(lambda tensor: tensor.kind not in kinds and not skipped(tensor), sentence)
 
 
 def alpha_over_rank(facts: AdapterFacts) -> str | None:
-    """Judge for an engine that reads one alpha and takes the rank from the tensor."""
+    """Check the scales for an engine that reads one alpha and takes ranks from the tensors."""
     if facts.peft_type != "LORA":
         return None
     alpha, ranks = facts.config["lora_alpha"], facts.ranks()
@@ -201,7 +201,7 @@ def alpha_over_rank(facts: AdapterFacts) -> str | None:
 
 
 def overriding_modules(facts: AdapterFacts) -> list[str]:
-    """Return the modules whose rank or alpha is not the common one."""
+    """Return the modules whose rank or alpha differs from `r` or `lora_alpha`."""
     config = facts.config
     if facts.peft_type != "LORA":
         return []
@@ -210,9 +210,9 @@ def overriding_modules(facts: AdapterFacts) -> list[str]:
 
 
 def same_names(*also: str) -> Rule:
-    """Make the rule that every module has a name that the base's class gives to one in transformers 5.
+    """Make the rule that every module is named as in the base's class of transformers 5.
 
-    `also` are further prefixes that the engine takes from a multimodal class.
+    `also` are further prefixes that the engine accepts for a multimodal class.
     """
 
     def rule(facts: AdapterFacts) -> str | None:
@@ -226,7 +226,7 @@ def same_names(*also: str) -> Rule:
 
 
 def same_modules(end: str) -> Rule:
-    """Make the rule that every module is one of the base, with any prefix before its layer."""
+    """Make the rule that every module exists in the base, whatever the prefix before its layer."""
 
     def rule(facts: AdapterFacts) -> str | None:
         if facts.base is None:
@@ -238,7 +238,7 @@ def same_modules(end: str) -> Rule:
 
 
 def same_mlx_names(facts: AdapterFacts) -> str | None:
-    """Judge the names in a file of MLX, as `same_names` those in a file of PEFT."""
+    """Check the names in an MLX file, as `same_names` does for PEFT."""
     base = facts.base
     if base is None or facts.config.get("fine_tune_type") == "full":
         return None
@@ -247,7 +247,7 @@ def same_mlx_names(facts: AdapterFacts) -> str | None:
 
 
 def same_gguf_names(facts: AdapterFacts) -> str | None:
-    """Judge the names in a GGUF."""
+    """Check the names in a GGUF file."""
     base, arch = facts.base, facts.config.get("general.architecture")
     if base is None or arch not in ARCHITECTURES:
         return None
@@ -269,9 +269,9 @@ def _class_names(base: BaseModel, *prefixes: str) -> set[str]:
 
 
 def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
-    """Return the modules that a file names, without those outside the text model and of experts.
+    """Return the modules whose names are checked: not those outside the text model, nor experts and routers.
 
-    None is judged if the base's layers are repeated before it is loaded, which gives them other numbers.
+    With `layer_replication` no name is checked, because it renumbers the layers.
     """
     if facts.config.get("layer_replication"):
         return []
@@ -287,9 +287,9 @@ def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
 def _missing(
     facts: AdapterFacts, base: BaseModel, knows: Callable[[str], bool], end: str, prefix: str | None = None
 ) -> str | None:
-    """Say which modules of a file an engine does not find by the names it knows, and what follows from that (`end`).
+    """Return a sentence on the modules that an engine does not find and the consequence (`end`); None if it finds all.
 
-    `prefix` is that of the base's modules in the engine, None if that does not matter.
+    `prefix` is the prefix of the base's modules in the engine, None if prefixes do not matter.
     """
     judged = _judged(facts, base)
     wrong = [name for name in judged if not knows(name)]

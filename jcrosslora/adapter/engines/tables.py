@@ -36,23 +36,23 @@ from jcrosslora.checkpoint.tunix import TUNIX
 from jcrosslora.checkpoint.wrapped import TEXT, text_module_name
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_DEFAULT_RANK = 16  # of vLLM's --max-lora-rank
+_DEFAULT_RANK = 16  # default of vLLM's --max-lora-rank
 # peft stores a copy of an embedding or head that is trained with LoRA; vLLM skips it.
 _COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _ALL = ("all-linear", "all")
 _MIXERS = (".linear_attn.", ".conv.", ".mamba.", ".mixer.", ".per_layer_input_gate", ".per_layer_projection")
-# Family -> part of the names of modules that its class in mlx_lm lacks, because it splits the matrices of latent
-# attention or gives modules other names.
+# Family -> part of the names of modules that its mlx_lm class lacks, because it splits the matrices of latent attention
+# or renames modules.
 _MLX_LACKS = {
     **dict.fromkeys(("deepseek_v3", "mistral4"), ".kv_b_proj."),
     **{"lfm2_moe": ".feed_forward.w", "nemotron_h": ".mixer."},
 }
-# Endings of modules, in files of PEFT and in GGUF, whose LoRA llama.cpp loads but does not add, as runs of it show.
+# Endings of modules, in PEFT and GGUF files, whose LoRA llama.cpp loads but does not apply, as runs of it show.
 _LATENTS = (
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "attn_q_a.weight", "attn_q_b.weight", "attn_kv_a_mqa.weight"),
     *("fc1_latent_proj", "fc2_latent_proj", "ffn_latent_down.weight", "ffn_latent_up.weight"),
 )
-# The same in models with latent attention.
+# Further ones in models with latent attention.
 _QUERIES = ("q_proj", "attn_q.weight")
 _OLLAMA_FAMILIES = ("llama", "gemma2")
 _OLLAMA_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -79,7 +79,7 @@ def _saved_modules(facts: AdapterFacts) -> list[object]:
 
 
 def _largest_rank(facts: AdapterFacts) -> int:
-    # A tensor of all experts has their number times the rank.
+    # The tensor of all experts has (experts x rank) rows.
     ranks = [
         module_rank(facts.config, name) if holds_all_experts(name) else rank for name, rank in facts.ranks().items()
     ]
@@ -164,7 +164,7 @@ def _same_architecture(facts: AdapterFacts) -> str | None:
     return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted}"
 
 
-# Loaders ignore tensors between lora_A and lora_B without an error in files of these two kinds.
+# Files of these two kinds have tensors between lora_A and lora_B, which loaders silently ignore.
 _BETWEEN = no_tensor(
     lambda tensor: tensor.kind in ("latent", "lora_gate"),
     "only LoRA-XS's or BeamLoRA's own repository reads tensor {0!r}",
@@ -172,7 +172,7 @@ _BETWEEN = no_tensor(
 _PICKLE = when(
     lambda it: it.pickle, "the weights are a pickle (adapter_model.bin); their names and shapes were not checked"
 )
-# For engines whose support of modules other than those of attention and MLP was not tested.
+# For engines that were not tested with modules outside attention and MLP.
 _MIXER = found(
     lambda it: [module for module in it.factors("A") if any(part in module for part in _MIXERS)],
     "whether it applies an update of {0} was not tested: compare its answers",
@@ -259,7 +259,7 @@ _SGLANG_RULES = (
         lambda it: it.config.get("use_rslora") and it.config.get("r") != 1,
         "it ignores use_rslora: the update would be sqrt(r) too weak, without an error",
     ),
-    rules.same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
+    rules.same_modules("and would not be applied"),  # it matches by layer number and ending
 )
 _SGLANG_NOTES = (
     _PICKLE,
@@ -345,7 +345,7 @@ _TUNIX_NOTES = (
 )
 
 Rules = tuple[Rule, ...]
-# Engine -> format that it reads, the best one first -> rules that give a reason against an adapter, and a note.
+# Engine -> format that it reads, the best first -> rules that reject an adapter, and rules that add a note.
 ENGINES: Mapping[str, Mapping[Form, tuple[Rules, Rules]]] = {
     "PEFT": {"PEFT": (_PEFT_RULES, _PEFT_NOTES)},
     "vLLM": {"PEFT": (_VLLM_RULES, _VLLM_NOTES)},

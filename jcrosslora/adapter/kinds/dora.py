@@ -32,7 +32,7 @@ from jcrosslora.linalg import decompose
 
 # Error of the truncated subspace, in radians: the limit for float32 weights with close singular values at rank r.
 _TOLERANCE = 1e-4
-# One more direction for each one of B A, for the effect of the magnitudes.
+# Twice the rank of B A: one more direction for each, for the effect of the magnitudes.
 _RANK_FACTOR = 2
 _NEEDS = "DoRA rescales the rows of W + B A"
 

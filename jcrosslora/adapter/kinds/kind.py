@@ -21,26 +21,25 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("U8", "I16", "I32", "I64")
 LARGEST = 2**28  # numbers in the factors of one module: 2 GB in float64
 _HEAD = "lm_head"
-# Names in files of the parts that have other names here.
+# Parts whose names in files differ from those used here.
 _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter of a known kind with its tensors grouped; its configuration was checked, its updates are not read yet.
+    """An opened adapter of a known kind: configuration checked, tensors grouped, updates not read yet.
 
-    `needs` is in several methods half a sentence on what the base is needed for ("DoRA rescales the rows of W + B A").
+    In several methods `needs` says, for messages, why the base is needed ("DoRA rescales the rows of W + B A").
 
     Attributes:
         origin: the provenance that is known before its tensors are read.
-        modules: module, as the file spells it and in natural order, to part (see `parse_tensor_name`) to the tensor's
-            name in the file.
-        others: the same of the output head, which is not read with them but may determine what all modules share.
-        shared: parts that all modules share, to the tensor's name.
-        extras: tensors that are not part of the update of a linear layer of the text model, by kind, a key of
-            `records.CHANGES`.
+        modules: maps each module, as the file spells it and in natural order, to its parts (see `parse_tensor_name`)
+            and these to tensor names in the file.
+        others: the same for the output head, which is read separately but may determine what all modules share.
+        shared: maps parts that all modules share to tensor names.
+        extras: tensors outside the updates of the text model's linear layers, by kind (a key of `records.CHANGES`).
         base: the model that it was trained on.
-        rank: the largest to read an update at.
+        rank: the largest rank to read an update at.
     """
 
     kind: "Kind"
@@ -78,7 +77,7 @@ class AdapterFile:
         return self.read(self.shared[part], axes=axes)
 
     def read(self, key: str, *, axes: int = 2, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
-        """Copy a tensor of finite numbers into memory, C-contiguous; none of its axes may be empty."""
+        """Copy a tensor into memory, C-contiguous; raises an AdapterError for an empty axis or non-finite values."""
         entry = self.stored.entries[key]
         if entry.dtype not in dtypes:
             msg = f"{self.path}: tensor {key!r} has dtype {entry.dtype}, one of {', '.join(dtypes)} was wanted: "
@@ -112,7 +111,7 @@ class AdapterFile:
         return self.base
 
     def shape(self, module: str, needs: str) -> tuple[int, int]:
-        """Return (O, I) of a module of the base, which must be there and have it."""
+        """Return (O, I) of a module of the base; raises an AdapterError without a base or such a module."""
         base, name = self.known_base(needs), text_module_name(module)
         if name in base.modules:
             return base.modules[name].shape
@@ -152,7 +151,7 @@ class AdapterFile:
         )
 
     def by_text_name(self, found: Iterable[tuple[str, T]]) -> dict[str, T]:
-        """Key what was read of each module by the module names of text-only models, which must not occur twice."""
+        """Key each module's value by its name in text-only models; raises an AdapterError if a name occurs twice."""
         named: dict[str, T] = {}
         for module, value in found:
             name = text_module_name(module)
@@ -162,7 +161,7 @@ class AdapterFile:
         return named
 
     def check_not_empty(self, updates: Collection[object], ignored: Sequence[str]) -> None:
-        """Refuse an adapter without updates that are of use; the message says what there is instead."""
+        """Refuse an adapter without usable updates; the message says what there is instead."""
         if not updates:
             found = "; ".join(sentence.rstrip(".") for sentence in ignored) or "it is empty"
             msg = f"{self.path}: holds no {self.kind.name} of a linear layer ({found}): nothing can be moved"
@@ -183,7 +182,7 @@ class Update:
     lost: float = 0.0
 
     def truncated(self, rank: int | None) -> "Update":
-        """Cut the update to a rank and add the loss to `lost`; None, or a rank that is not lower, changes nothing."""
+        """Truncate the update to a rank and add the loss to `lost`; None or a rank not below its own does nothing."""
         factors = self.factors
         if rank is None or factors.rank <= rank:
             return self
@@ -199,12 +198,12 @@ class Kind:
     Attributes:
         formula: its update dW, in a few words.
         read: yields (module as the file spells it, its update) for each module of an opened file.
-        peft_type: of its configuration, in capitals.
-        check: refuses a configuration that cannot be computed with; arguments are the configuration and its path.
+        peft_type: the `peft_type` of its configuration, in capitals.
+        check: refuses an unusable configuration; arguments are the configuration and its path.
         applies: whether a configuration and the parts in its file (see `parse_tensor_name`) are of this kind; only
-            called if `peft_type` is this one.
+            called if `peft_type` matches.
         over: names of kinds that it may be combined with.
-        remark: what a user should know of how it was read, "" if nothing.
+        remark: a note for the user on how it was read, or "".
     """
 
     name: str
@@ -225,10 +224,10 @@ def each_module(
 
 
 def truncate_product(b: np.ndarray, a: np.ndarray, rank: int | None = None) -> Update:
-    """Factor b (O, K) @ a (K, I) anew without directions that are rounding of float32, truncated optimally to `rank`.
+    """Truncate b (O, K) @ a (K, I) optimally to `rank`, and drop directions below float32 rounding.
 
-    In float64 on the host: if an update is the difference of two nearly equal ones (PiSSA), float32 keeps few digits of
-    the difference. The factors are float32 with scale 1 and at least rank 1, the singular values split evenly.
+    It runs in float64 on the host, because float32 keeps few digits of the difference of two nearly equal updates
+    (PiSSA). The factors are float32 with scale 1 and at least rank 1, the singular values split evenly.
     """
     u, s, vt = product_svd(b, a)
     # Relative to the factors and not to the product: if these nearly cancel, their difference is rounding.
@@ -255,14 +254,14 @@ def product_svd(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def full_rank_factors(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Write a matrix (O, I) of full rank as b @ a, one of them the identity of its short side."""
+    """Factor a full-rank matrix (O, I) as b @ a, where one factor is the identity of its shorter side."""
     rows, columns = matrix.shape
     one = np.eye(min(rows, columns), dtype=matrix.dtype)
     return (matrix, one) if columns <= rows else (one, matrix)
 
 
 def read_or_reason(read: Callable[[], T]) -> tuple[T | None, str]:
-    """Read a change that does not stop the reader if it is damaged: return it and "", or None and what is wrong."""
+    """Call `read` and return its result and ""; if the change cannot be read, return None and the reason."""
     try:
         with np.errstate(over="raise", invalid="raise"):
             return read(), ""

@@ -8,12 +8,12 @@ aLoRA has the weights of a plain LoRA and is active only from the last occurrenc
 AdaLoRA: dW = alpha / (n + 1e-5) B diag(E) A, with n the initial rank of training.
 Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.py.
 
-BeamLoRA: dW = s B diag(r softmax(g / tau)) A, with a gate g over the ranks. The format is that of
-https://github.com/gccnlp/BeamLoRA: PEFT's with a `lora_gate` (1, r) for each module. The temperature tau is set in its
-code, not in the file: 0.05, or 0.03 for learning rates below 1e-4 (its README). Source: arXiv 2502.13604.
+BeamLoRA: dW = s B diag(r softmax(g / tau)) A, with a gate g over the ranks. The format of
+https://github.com/gccnlp/BeamLoRA is PEFT's plus a `lora_gate` (1, r) for each module. The temperature tau is set in
+its code, not in the file: 0.05, or 0.03 for learning rates below 1e-4 (its README). Source: arXiv 2502.13604.
 
-LoRA-XS: dW = s B R A, where B and A are frozen (from an SVD of the base) and only R (r, r) is trained. The format is
-that of https://github.com/MohammadrezaBanaei/LoRA-XS, PEFT's with one more tensor for each module,
+LoRA-XS: dW = s B R A, where B and A are frozen (from an SVD of the base) and only R (r, r) is trained. The format of
+https://github.com/MohammadrezaBanaei/LoRA-XS is PEFT's plus one tensor for each module,
 `default_lora_latent_mapping.weight`; peft writes it as `q_proj_lora_latent_mapping.weight`. A file without A and B is
 refused, because the signs of the singular vectors that R was trained with are not known.
 Source: arXiv 2405.17604; utils/latent_utils.py and utils/merge_adapter_to_base_model.py there.
@@ -23,7 +23,7 @@ LoHa: dW = s (W1a W1b) * (W2a W2b), an elementwise product of rank r^2 at most. 
 update. Source: FedPara (arXiv 2108.06098), proposition 1; peft 0.21, tuners/loha/layer.py.
 
 LoKr: dW = s kron(W1, W2), each stored whole or as a product of two factors. The singular triplets of a Kronecker
-product are the products of those of its factors, so the update is decomposed and truncated without being formed.
+product are Kronecker products of its factors' triplets, so the update is decomposed and truncated without being formed.
 Source: LyCORIS (arXiv 2309.14859); peft 0.21, tuners/lokr/layer.py.
 """
 
@@ -91,7 +91,7 @@ PLAIN = Kind(name="LoRA", formula="s B A", read=each_module(lambda file, module:
 
 
 def invocation_of(config: Config) -> tuple[int, ...] | None:
-    """Return the token ids from which on an adapter is active; None if it is always active."""
+    """Return the invocation tokens of an aLoRA; None if the adapter is always active."""
     tokens = config.get("alora_invocation_tokens")
     return None if tokens is None else tuple(tokens)
 

@@ -7,11 +7,11 @@ Source: VeRA (arXiv 2310.11454), equation 2; peft 0.21, tuners/vera.
 VB-LoRA: dW = B A, composed of vectors of length v that mix a few vectors of one bank.
 Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 
-Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta, divided by the root of how often
-that entry is used. The indices into theta are drawn once, shuffled by a seed, so that the numbers of uses differ by at
-most one; modules come in the order of the model, A before B. If a file lacks the indices they are drawn again. A file
-without them does not name its modules either: they are the modules of the base that the configuration targets, in
-peft's order (check_target_module_exists in tuners/tuners_utils.py).
+Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta, divided by the square root of its
+number of uses. The indices into theta are drawn once, shuffled by a seed, so that the numbers of uses differ by at most
+one; modules come in the order of the model, A before B. If a file lacks the indices they are drawn again. Such a file
+does not name its modules either: they are the modules of the base that the configuration targets, in peft's order
+(check_target_module_exists in tuners/tuners_utils.py).
 Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
 """
 
@@ -72,7 +72,7 @@ def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tupl
             msg = f"{file.path}: vera_A has shape {list(a.shape)} and vera_B {list(b.shape)}: one rank was wanted"
             raise AdapterError(msg)
         return a.astype(np.float64), b.astype(np.float64)
-    # By the length of the gains, because a damaged `r` could claim any size.
+    # Taken from the length of the gains, because a damaged `r` could claim any size.
     ranks = {module: file.part(module, "vera_lambda_d", axes=1).size for module in file.modules}
     widest, rank = max(ranks.items(), key=lambda item: item[1])
     rows, columns = max(o for o, _ in shapes), max(i for _, i in shapes)
@@ -121,7 +121,7 @@ def _read_vblora(file: AdapterFile, module: str) -> Update:
 
 
 def _mixed(file: AdapterFile, module: str, part: str, bank: np.ndarray) -> np.ndarray:
-    """Mix the vectors that each entry of the logits chooses, (.., .., v)."""
+    """Return the mix of bank vectors that each entry of the logits selects, (.., .., v)."""
     keys = file.modules[module]
     indices_key = f"{part}_topk_indices"
     if indices_key in keys:
@@ -199,7 +199,7 @@ def _drawn(file: AdapterFile, theta: np.ndarray) -> Factors:
 
 
 def _balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
-    """Draw int64 (count,) below `length`, each equally often up to one, shuffled as peft does."""
+    """Draw int64 indices (count,) below `length`, shuffled as peft does; their numbers of uses differ by at most 1."""
     rng = np.random.default_rng(seed)
     indices = np.repeat(np.arange(length), count // length)
     if count % length:
