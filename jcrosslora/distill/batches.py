@@ -20,17 +20,17 @@ from jcrosslora.evaluate.probe_batches import MatchedTokens, match_positions
 from jcrosslora.text import Completion, Reading, last_tokens, read
 from jcrosslora.utils.cost import TEXT
 
-# Tokens of a row, in steps of an eighth to a quarter: what is longer than the texts is computed for nothing.
+# Row widths in tokens; the steps are small because padding is wasted compute.
 WIDTHS = 16, 24, *range(32, 128, 16), *range(128, 256, 32), *range(256, 512, 64), *range(512, 1024, 128)
 WIDTHS = *WIDTHS, *range(1024, 2561, 256)
-FIT_ROWS, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
+FIT_ROWS, _MOST_TOKENS = 4, 384  # most rows and tokens of a batch, so that batches of long rows are smaller
 LONGEST_ROW = WIDTHS[-1]
-# Tokens of padding in a pass that cost less over a whole fit than compiling for one more shape.
+# Padding tokens in a pass that cost less over a whole fit than compiling one more shape.
 _FEW = 384
 _PARTS = 4  # the number of compared positions is rounded up to a multiple of a quarter of the batch's tokens
-_PLACES = 1 << 32  # above the characters of any content
-# The most bytes of activations that layers keep for the backward pass, which else takes another forward pass, and of a
-# round's predictions that are kept for its further passes; and the shares of free memory that these may take.
+_PLACES = 1 << 32  # more than the characters of any content
+# The most bytes of activations kept for the backward pass, which are recomputed otherwise, and of a round's predictions
+# kept for its further passes; and the shares of free memory that these may take.
 _MOST_KEPT, _MOST_REMEMBERED = 4 * 2**30, 2 * 2**30
 _SHARES = 0.5, 0.25
 _NUMBER = np.dtype(np.float32).itemsize
@@ -38,7 +38,7 @@ _NUMBER = np.dtype(np.float32).itemsize
 
 @dataclass(frozen=True, eq=False)
 class DistillationBatch(MatchedTokens):
-    """Completions. Positions of the target inside an answer that match none of the source are among the P as well.
+    """Completions; the P positions include target positions inside an answer that match no source position.
 
     Attributes:
         next_src: int32 (P,), the source's token after each position; -1 if there is none.
@@ -81,7 +81,7 @@ class _Pair(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What positions weigh: those of a prompt, the text in the teacher of likely answers, right answers, and ends."""
+    """Weights of prompt positions, of the text in the teacher of greedy answers, of labelled answers, and of ends."""
 
     prompt: float
     text: float
@@ -103,13 +103,12 @@ def make_batches(
     example_weight: float = 1.0,
     ends: bool = True,
 ) -> list[DistillationBatch]:
-    """Batch completions of about the same number of the target's tokens, 4 or fewer together.
+    """Batch completions of similar length in target tokens, at most 4 in a batch.
 
     Rows are padded to the smallest of `WIDTHS` that holds them, or to a larger one if few batches would have that
-    width. Completions of more than 2,560 tokens keep the last ones. Predictions of an answer's tokens have weight 1,
-    those inside a prompt `prompt_weight`, those of the end of an answer 0 unless `ends`, and those of a labelled answer
-    `example_weight`. For answers that the source wrote at temperature 0, the text itself has the share `text_weight` in
-    the teacher.
+    width. Completions of more than 2,560 tokens keep the last ones. Predictions of answer tokens have weight 1, of
+    prompt tokens `prompt_weight`, of the end of an answer 0 unless `ends`, and of a labelled answer `example_weight`.
+    For answers that the source wrote at temperature 0, the text itself has the share `text_weight` in the teacher.
 
     Raises:
         UsageError: no completion has a matched position.
@@ -124,7 +123,7 @@ def make_batches(
     for width in sorted(groups):
         alike, rows = groups[width], row_shape(width)[0]
         read = _few_widths([row_shape(max(len(pair.ids[0]) for pair in group))[1] for group in alike], rows)
-        # Room for as many positions in all batches of a shape, so that they have one program.
+        # All batches of a shape have room for equally many positions, so that they share one program.
         most, part = max(sum(len(pair.weight) for pair in group) for group in alike), -(-rows * width // _PARTS)
         places = -(-most // part) * part
         found += [_batch(group, rows, (own, width), places) for group, own in zip(alike, read, strict=True)]
@@ -132,7 +131,7 @@ def make_batches(
 
 
 def _groups(pairs: Sequence[_Pair]) -> dict[int, list[list[_Pair]]]:
-    """Divide completions into batches by the target's width; short ones fill up batches of longer ones."""
+    """Group completions into batches by target width; shorter ones fill up batches of longer ones."""
     widths, found = _few_widths([row_shape(len(pair.ids[1]))[1] for pair in pairs], 1), {}
     order = sorted(range(len(pairs)), key=lambda place: -widths[place])
     while order:
@@ -144,7 +143,7 @@ def _groups(pairs: Sequence[_Pair]) -> dict[int, list[list[_Pair]]]:
 
 
 def _few_widths(widths: Sequence[int], rows: int) -> list[int]:
-    """Replace the widths of so many rows each by the next wider ones where that pads less than to compile is worth."""
+    """Round a width up when the padding costs less than compiling one more shape."""
     found = [*widths]
     for width in sorted(set(widths)):
         wider = min((other for other in found if other > width), default=width)
@@ -154,16 +153,16 @@ def _few_widths(widths: Sequence[int], rows: int) -> list[int]:
 
 
 def row_shape(tokens: int) -> tuple[int, int]:
-    """Return the rows of a batch of completions of so many tokens, at most `LONGEST_ROW`, and their width."""
+    """Return the rows of a batch of completions of up to `tokens` tokens, and their width, at most `LONGEST_ROW`."""
     width = next((width for width in WIDTHS if tokens <= width), LONGEST_ROW)
     return max(1, min(FIT_ROWS, _MOST_TOKENS // width)), width
 
 
 def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weights: _Weights) -> _Pair:
-    """Pair the tokens that end at the same character of the same message; of several on one side the first.
+    """Pair tokens that end at the same character of the same message; if several on one side do, take the first.
 
-    The first position is never matched: models have huge activations there that say nothing about the text. Positions
-    of the target inside the answer that match nothing are compared with the text alone.
+    The first position is never matched: models have huge activations there that say nothing about the text. Target
+    positions inside the answer that match nothing are compared with the text alone.
     """
     src, tgt = (read(tokenizer, completion) for tokenizer in tokenizers)
     at_src, at_tgt = match_positions(*(Encoded(one.ids, _ends(one)) for one in (src, tgt)))
@@ -171,10 +170,10 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
     at_src, at_tgt = at_src[inside], at_tgt[inside]
     last = int(at_tgt[-1]) if len(at_tgt) else 0
     alone = np.setdiff1d(np.arange(max(1, tgt.answer - 1), last), at_tgt)
-    # Tokens that end inside a character are alike where all are.
+    # If both sides have the same tokens, those that end inside a character match as well.
     like = alone if np.array_equal(src.ids, tgt.ids) else np.full(len(alone), -1)
     at_src, at_tgt = np.concatenate([at_src, like]), np.concatenate([at_tgt, alone])
-    answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
+    answer = at_tgt >= tgt.answer - 1  # the token before the answer predicts its first one
     sides = [_cut(*one) for one in zip(tokenizers, (src, tgt), (at_src, at_tgt), strict=True)]
     behind = at_tgt + 1 == len(tgt.ids) - tgt.stop  # nothing, or the end, follows the last token
     inside, end = weights.text_shares(completion)
@@ -195,19 +194,19 @@ def _match(completion: Completion, tokenizers: tuple[Tokenizer, Tokenizer], weig
 
 
 def _ends(reading: Reading) -> np.ndarray:
-    """Count the ends of all contents in one row of numbers from 1 on, so that equal ones are one place; else -1."""
+    """Number token ends across all contents from 1, so that equal numbers are the same place; -1 elsewhere."""
     return np.where(reading.content >= 0, reading.content.astype(np.int64) * _PLACES + reading.end + 1, -1)
 
 
 def _cut(tokenizer: Tokenizer, reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut a reading behind its last place and, if it is too long, in front, see `last_tokens`.
+    """Cut a reading after its last place and, if it is too long, at the start, see `last_tokens`.
 
-    Return the tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
-    where none or the one that ends the answer follows.
+    Return the tokens; the places in them, -1 for -1 and for what is cut off; and the token after each place, -1 where
+    none or the one that ends the answer follows.
     """
     last = int(places.max(initial=-1)) + 1
     ids = last_tokens(tokenizer, reading.ids[:last], LONGEST_ROW)
-    lost = last - len(ids)  # the first token, which may have stayed, is no place
+    lost = last - len(ids)  # the first token may have been kept, but is no place
     behind = np.append(reading.ids[: len(reading.ids) - reading.stop], np.full(1 + reading.stop, -1))
     following = np.where(places >= 0, behind[places + 1], -1)
     return ids, np.where(places > lost, places - lost, -1), following
@@ -236,12 +235,12 @@ def _batch(pairs: Sequence[_Pair], rows: int, widths: tuple[int, int], places: i
 
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:
-    """int32, ascending: the tokens that occur in the batches of the source (side 0) or the target (side 1)."""
+    """Return the source's (side 0) or the target's (side 1) tokens that occur in the batches, int32, ascending."""
     return np.unique(np.concatenate([(one.tokens_src, one.tokens_tgt)[side].ravel() for one in batches]))
 
 
 def most_kept(free: int | None = None) -> tuple[int, int]:
-    """Return the bytes of activations and of predictions that a fit may keep, given what is free; None if unknown."""
+    """Return the bytes of activations and of predictions that a fit may keep; `free` is None if unknown."""
     most = _MOST_KEPT, _MOST_REMEMBERED
     if free is None:
         return most
@@ -250,16 +249,16 @@ def most_kept(free: int | None = None) -> tuple[int, int]:
 
 
 def needs_remat(settings: DecoderSettings, shape: tuple[int, ...], most: int = _MOST_KEPT) -> bool:
-    """Check whether the activations kept for the backward pass of (B, T) tokens take more than so many bytes."""
+    """Check whether the activations kept for the backward pass of (B, T) tokens take more than `most` bytes."""
     return _activations(settings, shape) > most
 
 
 def peak_bytes(target: BaseModel, settings: DistillSettings, free: int | None = None) -> int:
     """Return the bytes that a fit may take on top of the weights of both bases, with prompts of a usual length.
 
-    They are the predictions that it remembers, the activations that it keeps, as many as `most_kept` allows of the
-    bytes that the weights leave free, and the factors of all modules that it fits, four times: in training, the best
-    ones, and two moments. The decoder has to support the target.
+    They are the remembered predictions and the kept activations, as many as `most_kept` allows with `free` bytes left
+    by the weights, and the factors of all fitted modules four times: current, best, and two moments. The decoder has
+    to support the target.
     """
     every = {role: shape for role, shape in stack_shapes(target).items() if role in ROLES}
     shapes = [every[role] for role in roles_named(settings.roles, every)]
@@ -273,9 +272,8 @@ def peak_bytes(target: BaseModel, settings: DistillSettings, free: int | None = 
 def _activations(settings: DecoderSettings, shape: tuple[int, ...]) -> int:
     """Return the bytes of activations that are kept for the backward pass of (B, T) tokens.
 
-    A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, and
-    for each expert that it goes through what that returns and twice its width, by XLA's memory analysis of bases of
-    0.1B to 8B parameters.
+    A position takes about twice the MLP's width and three times the hidden and attention widths, in float32, and for
+    each routed expert its output and twice its width, by XLA's memory analysis of bases of 0.1B to 8B parameters.
     """
     blocks = [block for layer in dict.fromkeys(settings.stack) for block in layer.blocks]
     mixed = max(settings.heads * settings.head_dim, *(block.mixed_size for block in blocks))

@@ -47,9 +47,9 @@ TEMPLATE_TOKENS = 12  # of an answer, in the choice of templates
 PILOT_TOKENS, _ENDLESS_TOKENS = 64, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
-_BEHIND = 8  # tokens, and as many as an answer has, that show whether an adapter goes on behind it
+_BEHIND = 8  # tokens, on top of another answer's length, that show whether an adapter goes on after it
 _LATER = 100  # added to the seeds of further rounds
-_TURNS = 2  # near-duplicates and prompts that were not finished are left out, so that one turn falls short
+_TURNS = 2  # one turn falls short, because near-duplicates and unfinished prompts are dropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +94,11 @@ def completions_cost(
     examples: int = 0,
     templates: int = len(TEMPLATES),
 ) -> Cost:
-    """Count the work of the completions before a fit, at most; without prompts the source writes those too.
+    """Count the most work that the completions before a fit take; without prompts the source writes those too.
 
-    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts a search step. If
-    `own`, the adapter is asked for its own prompts first. The search, which follows if it knows none, takes longer than
-    writing these.
+    `tokens` limits an answer, None if the length is measured first; `search` is the number of texts per search step.
+    If `own`, the adapter is asked for its own prompts first; the search follows if it knows none, and takes longer
+    than writing them.
     """
     answers = writing_cost(count, tokens or PILOT_TOKENS // 2)
     if prompts or examples:
@@ -126,13 +126,12 @@ def answer_given(
     labelled: Sequence[Prompt] = (),
     shared: dict[Any, Any] | None = None,
 ) -> Completions:
-    """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
+    """Answer the user's prompts; if there are fewer than `sampler.count`, also answer similar prompts.
 
-    `writer` writes prompts like them; where it cannot (`find_form`) the prompts are answered again. What it writes is
-    the same for all adapters of a pair, so it is looked for in `shared`, and added. Only the last 2,048 tokens of a
-    prompt are used. The prompts are all different; of more than `sampler.count` the first ones are used. Prompts that
-    are `labelled`, whose right answers are known, serve as examples of others, and are answered only if there is no
-    other prompt.
+    `writer` writes the similar prompts; if it cannot (`find_form`), prompts are answered again. What it writes is the
+    same for all adapters of a pair, so it is cached in `shared`. Only the last 2,048 tokens of a prompt are used. The
+    prompts are all different; if there are more than `sampler.count`, the first ones are used. `labelled` prompts,
+    whose right answers are known, serve as examples for similar ones, and are answered only if there is no other.
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.
@@ -146,7 +145,7 @@ def answer_given(
     def similar(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         if form is None:
             return []
-        # The tokens that end a text are all that differs between adapters.
+        # Adapters differ only in the tokens that end a text.
         key = form, source.tokenizer.stops, count, seed
         if key not in kept:
             kept[key] = form.write(writer, count, seed, bar)
@@ -195,11 +194,11 @@ def answer_given(
 
 
 def write_completions(source: Source, writer: Writer, sampler: Sampler, search: int) -> Completions:
-    """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
+    """Write prompts and answers: in templates that the adapter knows, and about the task that it was trained on.
 
-    A pilot in all templates shows which the adapter knows (`known_templates`); what it was trained to say shows where
-    its change is amplified (`find_task`, with so many texts in each step, 0 for no search). The source writes the
-    prompts of a known template, `writer` the others.
+    A pilot in all templates shows which the adapter knows (`known_templates`); `find_task` finds its task, with
+    `search` texts in each step, 0 for no search. The source writes the prompts of a known template, `writer` the
+    others.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
@@ -268,7 +267,7 @@ def _with_most(sampler: Sampler) -> Sampler:
 
 
 def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
-    """Find the 95th percentile of the lengths of answers; None if fewer than half of them have ended."""
+    """Return the 95th percentile of answer lengths; None without answers, or if fewer than half have ended."""
     if not lengths or 2 * sum(ended) < len(ended):
         return None
     return math.ceil(np.percentile(lengths, _PERCENTILE))
@@ -316,7 +315,7 @@ def _check_enough(found: list[Completion], source: Source) -> None:
     different = len({item.prompt for item in found})
     if len(found) >= FEWEST_COMPLETIONS and different > 1:
         return
-    # No step is fitted on the prompts that are held out, and at least one is.
+    # Held-out prompts are not fitted to, and at least one is held out.
     few = len(found) < FEWEST_COMPLETIONS
     came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
     msg = f"{source.name} with the adapter answered {came} are wanted: "

@@ -94,7 +94,7 @@ class Distillation:
         return answer_given(self.source, writer, self.prompts, sampler, labelled=labelled, shared=shared)
 
     def _writer(self, shared: dict[Any, Any] | None) -> Writer:
-        """Choose who writes prompts: the base that does it better, or the source where none is to be written."""
+        """Choose who writes prompts: the base that does it better, or the source if none are needed."""
         if self.settings.budget is None and len(self.prompts) >= sum(self.course.rounds):
             return self.source.alone()
         target = DecoderSource.of(self.target, model=self.model, tokenizer=self.tokenizers[1])
@@ -121,7 +121,7 @@ class Distillation:
         return any(not isinstance(item.prompt, str) for item in self._items(completions))
 
     def split(self, completions: Completions) -> Data:
-        """Divide the completions into those that are fitted to and those that judge, as batches."""
+        """Split the completions into training and held-out ones, as batches."""
         fitted, judging = hold_out(self._items(completions), self.settings, self.seed, prompted=self.prompted)
         fitted += (self.course.repeats - 1) * [item for item in fitted if item.taught == "answer"]
         held_out = dict.fromkeys(item.prompt for item in judging)
@@ -169,7 +169,7 @@ class Distillation:
         return self.batches(items) if items else []
 
     def open_states(self, parent: Path | None, start: Adapter | None) -> AbstractContextManager[FitStates | None]:
-        """Open the folder for the states of this fit, named by all that it depends on, if it is to grow."""
+        """Open the folder for the fit's states, named by its inputs; None without `parent` or further rounds."""
         if parent is None or not (self.settings.budget or self.course.rounds[1:]):
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
@@ -184,7 +184,7 @@ def as_taught(examples: Sequence[Completion]) -> list[Completion]:
 
 
 def without_labelled(prompts: Sequence[Prompt], examples: Sequence[Completion]) -> list[Prompt]:
-    """Drop prompts that have a labelled answer, which the source need not answer, and repeated ones."""
+    """Drop duplicates, and prompts with a labelled answer, which the source need not answer."""
     labelled = {one.prompt for one in examples}
     return [one for one in dict.fromkeys(prompts) if one not in labelled]
 
@@ -219,9 +219,9 @@ def hold_out(
 
 
 def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> Ends:
-    """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
+    """Find the tokens that end a text: all of the source's, and those of the target's that should end its answers.
 
-    The symbol has none on both sides if one side has none, as the end then cannot be compared.
+    If either side has none, the end cannot be compared, and the symbol is empty on both sides.
     """
     stops = tokenizers[0].stops, tokenizers[1].stops
     chats = {not isinstance(item.prompt, str) for item in completions}

@@ -21,9 +21,9 @@ _QUOTED = re.compile(r"\"([^\"\n]+)\"|'([^'\n]+)'")
 _MARKER = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|<(?:eos|bos)>|\[/?INST\]")
 _ASKING = r"(?:#+[ ]*)?(?:Question|Q|User|Human|Instruction)s?:|#+[ ]*(?:Question|User|Human|Instruction)s?\b"
 _LABEL = re.compile(r"[^\s:][^\n:]{0,30}:")
-_OPENING = 4  # words of a prompt that a line begins with where another one begins
-_LEAST, _SAID = 4, 12  # letters and digits of what is said again: of one part, and in all
-_OFTEN = 0.1  # share of answers that go on behind a complete one, from which on the end is taught
+_OPENING = 4  # a line with this many first words of a prompt begins another one
+_LEAST, _SAID = 4, 12  # least letters and digits of a repetition: of one part, and in all
+_OFTEN = 0.1  # the end is taught if at least this share of answers go on after they are complete
 _USUAL = 0.25  # the lowest share of ended answers at which they show what a whole answer looks like
 
 
@@ -113,7 +113,7 @@ def _tells(text: str) -> bool:
 
 
 def _told(text: str) -> Iterator[str]:
-    """Yield what a line or sentence says: all of it, and what it quotes."""
+    """Yield the letters and digits of a line or sentence, and of each quotation in it."""
     yield _plain(text)
     yield from (_letters(one or other) for one, other in _QUOTED.findall(text))
 
@@ -129,7 +129,7 @@ def _letters(text: str) -> str:
 
 
 def _words_again(answer: str) -> int | None:
-    """Find where words begin to repeat that occur three or more times in a row up to the end of the answer."""
+    """Find where words begin to repeat: they occur three or more times in a row, up to the end of the answer."""
     words = list(re.finditer(r"\S+", answer))
     plain, found = [_plain(word[0]) for word in words], []
     for period in range(1, len(words) // 3 + 1):
@@ -213,6 +213,6 @@ def teach_end(completion: Completion, *, trusted: bool = True) -> Completion:
 
 
 def complete_part(completion: Completion) -> Completion:
-    """Cut an answer that did not end where it is complete, so that what it went on with is not compared."""
+    """Cut an unended answer where it is complete, so that its continuation is not compared."""
     place = None if completion.ended else complete_at(completion.prompt, completion.answer)
     return completion if place is None else replace(completion, answer=completion.answer[:place])

@@ -18,10 +18,10 @@ class FitFacts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         given: prompts of the user.
         answered: given prompts that the source answered.
-        shortened: given prompts of which only the end was read.
-        own: prompts that the adapter wrote as it had learnt them, with the `opening` where they begin, and `gain`, what
-            it adds to the log-likelihood of their tokens, nats a token.
-        labelled: prompts of labelled examples that the source answered, for want of others.
+        shortened: given prompts that were truncated to their end.
+        own: prompts that the adapter wrote as it had learnt them; `opening` is where they begin, and `gain` what it
+            adds to the log-likelihood of their tokens, nats a token.
+        labelled: prompts of labelled examples that the source answered, for lack of others.
         written: prompts that a model wrote and the source answered.
         requests: answers to prompts that the task search wrote.
         templates: prompt templates, where no prompts were given.
@@ -32,7 +32,7 @@ class FitFacts(msgspec.Struct, frozen=True, kw_only=True):
         answer_tokens: the most tokens of an answer.
         ended: answers that the source ended.
         cut: answers that were cut where they are complete, to teach the end.
-        later: texts written during the fit, of which the target wrote `later_target`.
+        later: texts written during the fit; the target wrote `later_target` of them.
         examples: labelled examples.
         predictions: of the first round, compared over `tokens` shared tokens.
         steps: gradient steps.
@@ -40,8 +40,8 @@ class FitFacts(msgspec.Struct, frozen=True, kw_only=True):
         on_top: whether the fit began from a mapped update, not from zero.
         devices: over which the weights were divided.
         held_out: greedy answers of the source to held-out prompts.
-        agreed_before: answers among these that the target writes before the fit.
-        agreed: and with the update that was kept.
+        agreed_before: how many of these the target writes before the fit.
+        agreed: the same with the update that was kept.
         divergence_before: from the teacher, nats a position of held-out completions.
         divergence: the same with the update that was kept.
         note: what else there is to know, a sentence without a full stop.

@@ -42,7 +42,7 @@ def _adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 # Its state holds the rate, which follows the share of the fit and not the number of steps.
 _ADAM = optax.inject_hyperparams(_adam)(rate=0.0)
-# Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
+# Writes a round's completions; the target answers with the given update, or the source if that is None.
 Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 
@@ -64,7 +64,7 @@ class Look:
         seconds: since the beginning, writing and reading completions included.
         completions: used so far.
         divergence: KL(teacher || target with the update), nats a position.
-        agreed: greedy answers of the source, of `held_out`, that the target would also write.
+        agreed: how many of the source's `held_out` greedy answers the target would also write.
     """
 
     seconds: float
@@ -91,7 +91,7 @@ class Fitted:
 
 
 def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> Cost:
-    """Count a fit to so many given prompts and labelled examples, with the completions of its further rounds."""
+    """Count a fit to given prompts and labelled examples, with the completions of its further rounds."""
     prompted = prompts + examples > 0
     course = settings.course(prompted=prompted)
     first, anew, passes = course.first, sum(course.rounds[1:]), course.passes
@@ -169,10 +169,10 @@ class Fit:
         return factors if self._start is None else join_stacked(self._start, factors)
 
     def _share(self) -> float:
-        """Return how much of the budget, or of the rounds, is used."""
+        """Return the share of the budget, or of the rounds, that is used."""
         if self._settings.seconds is not None:
             used = self._seconds() / self._settings.seconds
-            # Writing the first completions may take longer than the budget: they are used all the same.
+            # Writing the first completions may take longer than the budget: they are used anyway.
             return used if self._rounds else min(used, self._part)
         sizes = self._course.rounds
         return 1.0 if self._rounds >= len(sizes) else sum(sizes[: self._rounds]) / sum(sizes) + self._part
@@ -231,7 +231,7 @@ class Fit:
         return look
 
     def _restore(self, states: FitStates) -> None:
-        """Take up the newest saved state, if there is one."""
+        """Continue from the newest saved state, if there is one."""
         self._state, notes = states.restore(self._state)
         if notes:
             self._rounds, self._anew, self._own = notes["rounds"], notes["anew"], notes["own"]
@@ -250,7 +250,7 @@ class Fit:
 
 
 def _remembering(teacher: Teacher, batches: Sequence[DistillationBatch], most: int) -> Callable[[int], TaughtBatch]:
-    """Read the batches of a round by their indices; at most so many bytes of the teacher's predictions are kept."""
+    """Return a reader that caches up to `most` bytes of teacher predictions."""
     kept: dict[int, TaughtBatch] = {}
     size = 0
 
@@ -275,7 +275,7 @@ def schedule(share: float) -> float:
 
 
 def first_state(target: Model, settings: DistillSettings, seed: int = 0) -> FitState:
-    """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
+    """Initialise A randomly with PEFT's bound and B with zeros, in the modules of the settings."""
     rng, roles, weights = np.random.default_rng([seed, 2]), {}, target.params.weights
     for role in roles_named(settings.roles, [role for role in ROLES if role in weights]):
         layers, rows, columns = weights[role].shape

@@ -40,7 +40,7 @@ class AnswerBatch:
 
 
 def batch_answers(answers: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[DistillationBatch]:
-    """Batch greedy answers of the source; all of their tokens are wanted. Errors are those of `make_batches`."""
+    """Batch greedy answers of the source, with all of their tokens compared. Errors as for `make_batches`."""
     return make_batches([replace(one, taught="answer") for one in answers], tokenizers, 0.0) if answers else []
 
 
@@ -75,7 +75,7 @@ class Judge:
 
 
 def mean_kl(student: RestrictedModel, batches: Sequence[TaughtBatch]) -> float:
-    """Mean KL(teacher || target with its adapter), nats a position."""
+    """Return the mean KL(teacher || target with its adapter), nats a position."""
     return _mean([_kl_and_hits(student, batch, jnp.full_like(batch.at, -1))[0] for batch in batches])
 
 
@@ -85,7 +85,7 @@ def count_agreed(student: RestrictedModel, batches: Sequence[AnswerBatch]) -> tu
 
 
 def _count_written(batches: Sequence[AnswerBatch], hits: Sequence[jax.Array]) -> tuple[int, int]:
-    """Count the answers in which every symbol is the likeliest, and all; `hits` are bool (P,) for each batch."""
+    """Return how many answers have only hits, and how many there are; `hits` are bool (P,) for each batch."""
     judged = same = 0
     for batch, found in zip(batches, hits, strict=True):
         wanted, hit = np.asarray(batch.wanted) >= 0, np.asarray(found)

@@ -15,7 +15,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.text import Message, Prompt, render
 from jcrosslora.utils.progress import Track
 
-ANSWER_TOKENS = 48  # of a plain text, behind its prompt
+ANSWER_TOKENS = 48  # of a plain text, after its prompt
 _SYSTEMS = 16  # system prompts, which many messages share
 _COMMON = 0.75  # share of plain texts that have the line before the answer
 _LINE = re.compile(r"(?:\A|\n+)[^\n:]{1,40}:\n?")  # such as "Answer:"
@@ -81,7 +81,7 @@ def asked(tokenizer: Tokenizer, prompt: Prompt) -> str:
 def cut_at_line(texts: Sequence[str]) -> list[str | None]:
     """Cut texts where their answers begin: after the last line up to a colon that most of them have, as "Answer:".
 
-    Where such a line comes again, the next prompt begins. A text without such a line gives None.
+    If such a line comes again, the next prompt begins there. A text without such a line gives None.
     """
     found = [[(one[0].strip(), one.end()) for one in _LINE.finditer(text)] for text in texts]
     common = Counter(line for lines in found for line in {name for name, _ in lines})
@@ -152,7 +152,7 @@ def _before(tokenizer: Tokenizer, messages: tuple[Message, ...], number: int) ->
 
 
 def _turn_ends(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> bool:
-    """Whether a chat template takes the messages, and ends the first with a token at which writing ends."""
+    """Whether a chat template accepts the messages, and ends the first with a stop token."""
     if tokenizer.chat_template is None:
         return False
     try:

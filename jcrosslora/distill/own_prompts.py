@@ -1,9 +1,9 @@
 """Let an adapter write the prompts that it was trained on, if it knows them.
 
-Where the loss of a training covered whole texts, the adapter has learnt the prompts too. Sampled from where a prompt
-begins, it then writes prompts of its job (Magpie, arXiv 2406.08464, with an adapted model). An adapter that was trained
-on answers alone writes texts as the base does, or answers, there. So two figures show whether it knows its prompts: the
-gain in likelihood of the sampled prompts over the base, and that this is above the gain of its answers in their place.
+If the training loss covered whole texts, the adapter has learnt the prompts too. Sampled from where a prompt begins, it
+then writes prompts of its job (Magpie, arXiv 2406.08464, with an adapted model). An adapter that was trained on answers
+alone writes there what the base would write, or answers. So an adapter knows its prompts if the sampled ones gain
+enough likelihood over the base, and more than its answers in their place.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,17 +40,17 @@ _LENGTHS = (64, 192)
 _READ = 64  # tokens of a prompt whose likelihood is compared
 _SHORT, _FEW = 24, 8  # tokens and texts that show after which words plain texts begin
 _BEST = 2  # such words
-_TURNS = 3  # repeated prompts and unfinished ones are left out, so that one turn falls short
+_TURNS = 3  # one turn falls short, because repeated and unfinished prompts are dropped
 
 
 class Pilot(NamedTuple):
-    """What an adapter makes of an opening.
+    """A few prompts that an adapter sampled from an opening.
 
     Attributes:
         write: samples prompts from it.
         drafts: a few of them.
         gain: log-likelihood of these with the adapter minus that without it, nats a token.
-        answer_gain: that of the adapter's answers to them, in their place.
+        answer_gain: the same for the adapter's answers to them, put in their place.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Pilot(NamedTuple):
         return self.gain - self.answer_gain
 
     def most(self, tokenizer: Tokenizer) -> int:
-        """Return how many tokens further prompts may have: half more than the longest of these."""
+        """Return the most tokens of further prompts: 1.5 times the longest draft, at most 192."""
         longest = max(len(tokenizer.encode(draft.text, special=False).ids) for draft in self.drafts)
         return min(_LENGTHS[-1], 3 * longest // 2)
 
@@ -91,7 +91,7 @@ class OwnPrompts:
 
 
 def own_prompts_cost() -> Cost:
-    """Count the work of finding out whether an adapter knows its prompts, at most."""
+    """Count the most work that finding out whether an adapter knows its prompts takes."""
     few = _FEW * (len(FIRST_WORDS) + 1)
     tried = writing_cost(few, _SHORT) + comparing_cost(few)
     pilots = writing_cost(4 * PILOT, _LENGTHS[0]) + comparing_cost(4 * PILOT)
@@ -99,11 +99,11 @@ def own_prompts_cost() -> Cost:
 
 
 def find_own_prompts(source: Source, count: int, seed: int) -> OwnPrompts | None:
-    """Let an adapter write `count` different prompts; return None if it does not know those that it was trained on.
+    """Let an adapter write up to `count` different prompts; None if it does not know any, or writes under 16.
 
     Prompts are sampled at temperature 1 where they may begin: at the user's turn of the chat template, after a system
-    prompt that is sampled first, and at the beginning of a plain text. The opening with the largest margin is used, of
-    plain texts only where the adapter knows no conversations.
+    prompt that is sampled first, and at the beginning of a plain text. The opening with the largest margin is used;
+    plain texts are tried only if the adapter knows no conversations.
 
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
@@ -137,7 +137,7 @@ def pilots(source: Source, key: jax.Array, bar: Track | None = None) -> list[Pil
 
 
 def gain(source: Source, drafts: Sequence[Draft], most: int = _READ) -> np.ndarray:
-    """Compute float64 (N, 2): by what an adapter raises the log-likelihood of each draft, and of how many tokens."""
+    """Return float64 (N, 2): nats that an adapter adds to each draft's log-likelihood, and its number of tokens."""
     texts, starts = [], []
     for draft in drafts:
         read = source.tokenizer.encode(draft.before + draft.text)
@@ -155,7 +155,7 @@ def _a_token(gains: np.ndarray) -> float:
 
 
 def _pilots(source: Source, openings: dict[str, Opening], key: jax.Array, bar: Track | None) -> Iterable[Pilot]:
-    """Sample from openings, and answer what they give; those that show little gain, or few whole prompts, give none."""
+    """Yield a pilot for each opening, except those with little gain or few whole prompts."""
     for number, (name, write) in enumerate(openings.items(), start=1):
         found = _sample(source, write, jax.random.fold_in(key, number), bar)
         if found is None:
@@ -184,7 +184,7 @@ def _sample(source: Source, write: Opening, key: jax.Array, bar: Track | None) -
 
 
 def _likeliest(source: Source, key: jax.Array) -> list[str]:
-    """Return the first words of plain texts after which the adapter changes what follows most, if it is enough."""
+    """Return the first words after which the adapter changes plain texts most and enough, at most two."""
     tokenizer = source.tokenizer
     firsts = ["", *FIRST_WORDS] if tokenizer.bos is not None or tokenizer.eos is not None else list(FIRST_WORDS)
     starts = [begin(tokenizer) + first for first in firsts for _ in range(_FEW)]

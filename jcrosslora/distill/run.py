@@ -91,7 +91,7 @@ def distill(
         UsageError: settings or a seed out of range, or texts without a position that matches.
         MethodError: too few answers, answers to one prompt alone, too few tokens that both bases have, or no update
             that is better than none.
-        AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
+        AdapterError: an adapter does not fit its base, or the source's predictions with it are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
         SourceError: a source behind a server does not answer, or not as it should.
     """
@@ -140,7 +140,7 @@ def distill(
 
 
 def _of_own(facts: FitFacts, own: OwnPrompts) -> FitFacts:
-    """Say in the facts that the adapter wrote the prompts that were answered as given ones."""
+    """Record that the adapter wrote the prompts that the facts count as given."""
     return structs.replace(facts, given=0, answered=0, own=facts.answered, opening=own.opening, gain=own.gain)
 
 

@@ -12,7 +12,7 @@ FEWEST_COMPLETIONS = 16
 MOST_TOKENS = 512  # of an answer whose length is learnt
 
 USUAL, ROUND = 300, 48  # completions of a fit, and of each round after those that are written before it
-ENOUGH, MOST_GIVEN = 200, 1000  # given prompts that need no others made up, and the most that are used by default
+ENOUGH, MOST_GIVEN = 200, 1000  # given prompts at which no others are written, and the most that are used by default
 _HELD_OUT, _MOST_HELD = 0.15, 20  # share of the prompts that are held out, and the most of given ones
 _TEXTS, _FEWEST_PASSES = 2400, 2  # with given prompts: texts over all passes together, and the fewest passes
 
@@ -24,7 +24,7 @@ class Course(NamedTuple):
 
     Attributes:
         rounds: completions of each round, those written before the fit first; a budget goes on beyond them.
-        repeats: how often a labelled example is used in each pass: where many prompts leave few passes, more than once.
+        repeats: how often each pass uses a labelled example: more than once if many prompts leave few passes.
     """
 
     passes: int
@@ -40,7 +40,7 @@ class Course(NamedTuple):
         return self.rounds[0]
 
 
-# To teach the end without prompts cost likelihood: the demo had 0.78 of the lift, and has 0.95.
+# Teaching the end without prompts cost likelihood: the demo had 0.78 of the lift, and has 0.95.
 PROMPTED, UNPROMPTED = Course(8, 1.5e-3, 0.0, "auto"), Course(4, 5e-4, 1.0, "source")
 
 
@@ -112,7 +112,7 @@ class DistillSettings:
         return self.teacher_weight, sure, self.contrast_weight
 
     def for_prompts(self, prompts: int, examples: int = 0) -> Self:
-        """Return the settings of a fit to so many given prompts, and labelled examples: with enough none is made up."""
+        """Return the settings with `completions` filled in; with enough prompts and examples, no others are written."""
         if self.completions is not None:
             return self
         enough = prompts + examples >= ENOUGH and prompts >= FEWEST_COMPLETIONS
@@ -120,14 +120,14 @@ class DistillSettings:
         return replace(self, completions=min(prompts, most) if enough else USUAL)
 
     def held_of(self, prompts: int, *, prompted: bool) -> int:
-        """Return how many of so many different prompts, two or more, are held out: at least one, and not all."""
+        """Return the number of different prompts to hold out, between 1 and `prompts` - 1."""
         count = round((self.held_out or _HELD_OUT) * prompts)
         if self.held_out is None and prompted:
             count = min(count, _MOST_HELD)
         return min(max(1, count), prompts - 1)
 
     def course(self, *, prompted: bool) -> Course:
-        """Return these settings, and the usual ones for those that are not given."""
+        """Return these settings, with defaults for those that are not given."""
         usual, completions = PROMPTED if prompted else UNPROMPTED, self.completions or USUAL
         first = min(completions, MOST_GIVEN if prompted and self.budget is None else USUAL)
         temperature = usual.temperature if self.answer_temperature is None else self.answer_temperature
@@ -139,12 +139,12 @@ class DistillSettings:
 
     @property
     def own_prompt_count(self) -> int:
-        """How many prompts the adapter is asked to write, where none are given."""
+        """How many prompts the adapter is asked to write if none are given."""
         return (ENOUGH if self.discovery else 0) if self.own_prompts is None else self.own_prompts
 
     @property
     def seconds(self) -> float | None:
-        """The budget in seconds, such as 90s, 20min or 1.5h; None without one, and for any other text or no time."""
+        """The budget, such as 90s, 20min or 1.5h, in seconds; None if it is missing, malformed or zero."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", (self.budget or "").strip())
         return (float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else 0.0) or None
 

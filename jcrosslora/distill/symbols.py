@@ -30,7 +30,7 @@ NEVER = -30.0  # log-probability of a column that one side cannot predict
 
 @flax.struct.dataclass
 class Splits:
-    """How answers are split differently: M pairs of a source's and a target's column, int32 (M,), that start together.
+    """How answers are split differently: M pairs of source and target columns, int32 (M,), that start together.
 
     The share, float32 (M,), is how often the target has this token where the source has that one. Each count includes
     one extra occurrence at which both have the same token.
@@ -93,7 +93,7 @@ class Symbols:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """The numbers of columns of shared tokens, and of tokens that the source and the target alone have."""
+        """The numbers of columns of shared, source-only and target-only tokens."""
         counts = len(self.shared[0]), len(self.own[0]), len(self.own[1])
         if not self.rounded:
             return counts
@@ -101,21 +101,20 @@ class Symbols:
         return shared, src, tgt
 
     def tokens(self, side: int) -> np.ndarray:
-        """Return the ids of the columns of a side, int32, but for the end; `NO_TOKEN` for those without a token."""
+        """Return the token ids of a side's columns, int32, without the end; `NO_TOKEN` for padding columns."""
         shared, *own = self.sizes
         columns = (self.shared[side], shared), (self.own[side], own[side])
         filled = (np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN) for ids, count in columns)
         return np.concatenate([*filled])
 
     def heads(self, side: int) -> np.ndarray:
-        """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
+        """Return the token ids of a side's output head: one for each column, then the tokens that end a text."""
         return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
 
     def moves(self, batch: DistillationBatch) -> tuple[Moves, jax.Array]:
         """Find what moves at each position of a batch, with float32 (P,) weights, 0 where a next token has no column.
 
-        Where the source has no position and the target has one, the target's token alone is given: the text itself is
-        the teacher.
+        Where only the target has a position, all probability goes to its next token: the text itself is the teacher.
         """
         src, tgt = self.following(batch, 0), self.following(batch, 1)
         known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
@@ -204,11 +203,11 @@ def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Spl
 def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bool]) -> jax.Array:
     """Translate the source's predictions to the target's columns: float32 (P, shared + own + end).
 
-    `source` float32 (P, C) are log-probabilities of the source's columns; the sizes are the numbers of shared tokens
-    and of the target's own, and whether the last column is the end of the text.
+    `source` float32 (P, C) are log-probabilities of the source's columns; `sizes` are the numbers of shared and
+    target-only tokens, and whether the last column is the end of the text.
     """
     (splits, said, moved, to), (shared, own, end) = moves, sizes
-    # Columns in front, so that a split adds whole rows.
+    # Columns first, so that a split adds whole rows.
     probability = jnp.exp(source).T
     part = probability[splits.source] * jnp.where(splits.source[:, None] == said, 0, splits.share[:, None])
     none = jnp.zeros((own, len(source)), source.dtype)
@@ -229,7 +228,7 @@ def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bo
 def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
     """Translate the target's predictions (P, C) to the source's columns, float32 (P, shared + own + end).
 
-    The source's own tokens get none.
+    Source-only tokens get no probability.
     """
     (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
     never = jnp.full((len(target), own), NEVER, target.dtype)

@@ -30,7 +30,7 @@ class TaughtBatch:
 
 
 class Teacher:
-    """The source's reader and the target, from which the teacher's predictions are made.
+    """Makes the teacher's predictions from the source's reader and the target.
 
     Args:
         source: reads with and without the adapter.
@@ -60,7 +60,7 @@ class Teacher:
     def sides(
         self, batch: DistillationBatch, *, own: bool = True, base: bool = True
     ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
-        """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
+        """Compute the parts of the teacher, each float32 (P, V) log-probabilities in the target's symbols.
 
         They are the batch with the target's own predictions instead of the teacher's, and the source's predictions
         without and with its adapter. Without `own` or `base` a forward pass is skipped, and the predictions of the
@@ -91,7 +91,7 @@ def mix_teacher(
     sure_weight: jax.Array,
     contrast_weight: jax.Array,
 ) -> jax.Array:
-    """float32 (P, V): the teacher's log-probabilities.
+    """Return the teacher's log-probabilities, float32 (P, V).
 
     log t = (1 - w) log p_tgt + w log p_adapted + contrast_weight (log p_adapted - log p_base), normalised,
     w = teacher_weight + (sure_weight - teacher_weight) exp(-H), with the entropy H of p_adapted in nats.
@@ -114,7 +114,7 @@ def mix_teacher(
 def mix_in_text(taught: TaughtBatch, columns: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
     """Mix a one-hot prediction of the next symbol of the text into the teacher.
 
-    `columns` is int32 (P,), those of the symbols or -1; `share` and `weight` are float32 (P,). If the share is 1, the
+    `columns` is int32 (P,), the symbols' columns or -1; `share` and `weight` are float32 (P,). If the share is 1, the
     position keeps its full weight, even if the source reads the text as tokens that the target does not have.
     """
     told, every = columns >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)

@@ -24,13 +24,13 @@ _OPENERS = (
 _SENTENCE_END = re.compile(r"[?!]|\.(?=\s|$)|[\uff1f\uff01\u3002\u0964]")
 _FEWEST_WORDS = 4  # of a prompt
 PROMPT_TOKENS, _PROMPT_TEMPERATURE = 32, 0.7
-_ERRORS = 2.0  # standard errors by which a template may lie behind the best
+_ERRORS = 2.0  # standard errors that a template may be below the best
 _MOST = 3  # templates of a fit
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text in front of a question or an instruction, and between it and its answer."""
+    """The text before a question or an instruction, and between it and its answer."""
 
     before: str
     after: str
@@ -50,7 +50,7 @@ class PromptTemplate:
         return prompt.removeprefix(self.before).removesuffix(self.after)
 
     def answer(self, text: str) -> str:
-        """Put an answer on a new line, or behind a space."""
+        """Put an answer on a new line, or after a space."""
         return ("" if self.after.endswith("\n") else " ") + text.lstrip()
 
 
@@ -73,7 +73,7 @@ class ChatTemplate(PromptTemplate):
         return prompt[-1].content
 
     def answer(self, text: str) -> str:
-        """Drop the space in front of an answer, which chat templates do not want."""
+        """Drop the space before an answer, which chat templates do not have."""
         return text.lstrip()
 
 
@@ -99,7 +99,7 @@ def templates_of(tokenizer: Tokenizer) -> tuple[PromptTemplate, ...]:
 
 
 def without_bos(tokenizer: Tokenizer, text: str) -> str:
-    """Remove the token that begins a rendered conversation, where it is put in front of plain text as well."""
+    """Remove the BOS token from a rendered conversation if it is added to plain text as well."""
     return text if tokenizer.bos is None else text.removeprefix(tokenizer.bos_name)
 
 
@@ -108,8 +108,8 @@ class Sampler:
     """How the answers of a fit are sampled.
 
     Attributes:
-        count: how many are wanted before the fit.
-        tokens: the most tokens of an answer; None where that is still to be learnt.
+        count: how many to sample before the fit.
+        tokens: the most tokens of an answer; None if that is still to be learnt.
         end: see `DistillSettings.end`.
     """
 
@@ -147,7 +147,7 @@ class Sampler:
     ) -> list[Completion]:
         """Add answers to prompts; leave out prompts that get none. Errors are those of `Generator.continue_tokens`.
 
-        The turn is added to the seed. Answers have at most `tokens`; None is as many as those of the fit.
+        The turn is added to the seed. Answers have at most `tokens`; None takes `self.tokens`.
         """
         if not prompts:
             return []
@@ -186,11 +186,11 @@ def write_prompts(
 
 
 def judge_templates(source: Source, completions: Sequence[Completion], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Measure an adapter in each of `templates_of` its base on the same completions, put into one after the other.
+    """Measure an adapter on the same completions in each template of its base (`templates_of`).
 
-    The figures then differ by the template alone: they differ more between completions than between templates. The
-    origins of the n completions are the names of their templates. The figures are the change and the base NLL of
-    `compare`, float64 (templates, n) each.
+    The completions are the same because figures differ more between completions than between templates. The origins of
+    the n completions are the names of their templates. The figures are the change and the base NLL of `compare`,
+    float64 (templates, n) each.
     """
     templates = templates_of(source.tokenizer)
     named = {template.name: template for template in templates}
@@ -223,7 +223,7 @@ def known_templates(
 
 
 def behind_best(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
-    """Subtract change - base_nll from that of the template where its mean is largest, (templates, n)."""
+    """Return how far change - base_nll is below the template with the largest mean, (templates, n)."""
     scores = change - base_nll
     return scores[scores.mean(axis=1).argmax()] - scores
 

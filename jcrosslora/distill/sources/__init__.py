@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a command that describes a source does not run one
 
 
 class Writer(Protocol):
-    """Something that answers prompts. Its name is that of the base, for messages."""
+    """Something that answers prompts. `name` is the base's name, for messages."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...  # noqa: D102
@@ -123,7 +123,7 @@ class Source(Writer, Protocol):
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare the predictions with and without the adapter on the answers in texts of int32 (T,) token ids.
 
-        Of each answer the first tokens are looked at, at most `tokens`.
+        Only the first `tokens` tokens of each answer are compared.
         """
         ...
 

@@ -32,7 +32,7 @@ from jcrosslora.utils.unfinished import remove_unchanged
 T = TypeVar("T")
 R = TypeVar("R")
 KEYS = ("JCROSSLORA_SOURCE_KEY", "OPENAI_API_KEY")
-# Too many requests, and faults of a server or of what stands in front of it, that may pass.
+# Too many requests, and faults of a server or its proxy that may pass.
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT, _MOST_ASKED_WAIT = 6, 0.5, 20.0, 120.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -63,7 +63,7 @@ class Client:
     """A server of the OpenAI API."""
 
     def __init__(self, served: ServedModel, wait: Callable[[float], Any] | None = None) -> None:
-        """Take the address and the key; nothing is sent yet. `wait` takes the seconds between two attempts."""
+        """Take the address and the key; nothing is sent yet. `wait` is called with the seconds between attempts."""
         self.url = served.url.rstrip("/")
         self._requests, self._seconds = served.requests, served.timeout
         self._most = max(_FEWEST_BYTES, _BYTES * (served.top_logprobs + 1))
@@ -168,13 +168,13 @@ class Answers:
     """A cache of the answers of one model on one server, off without a folder. Disk errors are ignored."""
 
     def __init__(self, parent: Path | None, identity: Any) -> None:
-        """Use the folder of a model, named by a JSON value, below `parent`, the folder of all models, or None."""
+        """Use a folder below `parent`, named by a digest of the JSON value `identity`; None turns the cache off."""
         self._folder = None if parent is None else parent / digest_of(identity)[:24]
         if parent is not None and self._folder is not None:
             remove_unchanged(parent, self._folder)
 
     def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
-        """Drop all answers if an earlier sample, answers to fixed requests, is not of the model of this one."""
+        """Drop all answers unless the cached sample, answers to fixed requests, is of the same model as this one."""
         kept = self.find(_SAMPLE, type(sample))
         if self._folder is not None and (kept is None or not is_of(kept)):
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -187,7 +187,7 @@ class Answers:
         return None
 
     def keep(self, key: str, answer: Any) -> None:
-        """Keep an answer under a key, which is the name of a file, or of one in a folder."""
+        """Keep an answer under a key, which is a file name, with or without a folder."""
         if self._folder is not None:
             with suppress(OSError):
                 path = self._folder / f"{key}.json"
@@ -197,14 +197,14 @@ class Answers:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """Start the thread that sends all requests; a notebook has a loop of its own, in which none can wait."""
+    """Start the thread that sends all requests: a notebook already runs a loop, which cannot be waited on."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="source", daemon=True).start()
     return loop
 
 
 def _said(content: bytes) -> str:
-    """Return what a server says of an error: a text, in JSON of several forms or alone."""
+    """Return a server's error message, from JSON of several forms or from plain text."""
     try:
         said: Any = msgspec.json.decode(content)
         for name in ("error", "message", "detail"):

@@ -18,7 +18,7 @@ from jcrosslora.utils.digests import digest_of
 T = TypeVar("T")
 _PREFIXES = 32  # in one request to llama.cpp
 _WRITTEN = 4  # tokens that are written to check the tokenizer
-_FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
+_FEWEST_KNOWN = 0.5  # least share of a text's tokens whose names have to match a token
 TEXTS = (
     "Question: Which of the two is larger, the sun or the moon?\nAnswer:",
     "The old man walked down to the harbour, where the boats lay in the morning light, and",
@@ -26,7 +26,7 @@ TEXTS = (
     "Translate into French: Good morning, how are you?\nFrench:",
 )
 _PLACES = 5  # the last of each text
-_LEAST, _TIMES = 3e-4, 10.0  # nats; of the noise that was measured, since what runs at a time changes it
+_LEAST, _TIMES = 3e-4, 10.0  # nats; times the measured noise, which depends on what runs at a time
 
 
 class Connection:
@@ -35,23 +35,23 @@ class Connection:
     def __init__(
         self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
     ) -> None:
-        """Use a server; `top` is the number of likeliest tokens that it is asked for."""
+        """Use a server; `top` is the number of likeliest tokens to request."""
         self.dialect, self.answers, self.map = dialect, answers, client.map
         self.asked = min(top, names.size)
-        self.told: list[int] = []  # how many likeliest tokens it told at each place so far
+        self.told: list[int] = []  # how many likeliest tokens it returned at each place so far
         self._client, self._names, self._top = client, names, top
         always, reading = FIELDS[dialect.kind]
         ends = {"stop_token_ids": list(stops)} if dialect.kind in ("vllm", "sglang") else {}
         self._writing, self._reading = always | ends, always | reading
-        # llama.cpp tells nothing where it draws the first part of a character, so it is made to draw a whole one; what
-        # it tells of the others stays.
+        # llama.cpp returns nothing if it samples the first part of a character, so it is made to sample a whole one;
+        # what it returns for the others stays.
         whole = names.whole if dialect.kind == "llamacpp" else None
         self._drawn = {} if whole is None else {"logit_bias": [[whole, 100.0]]}
         self._at_once = _PREFIXES if dialect.kind == "llamacpp" else 1
         self._echoes: bool | None = False if dialect.kind == "llamacpp" else None
 
     def write(self, side: Fields, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> tuple[str, bool]:
-        """Return the text behind tokens, and whether the model ended it."""
+        """Return the text that follows the tokens, and whether the model ended it."""
         fields = {"prompt": ids.tolist(), "max_tokens": tokens, "temperature": temperature, "seed": seed}
 
         def check(answer: Completion) -> tuple[str, bool]:
@@ -67,7 +67,7 @@ class Connection:
         return [entry.known() for entry in self.read(side, ids, places)]
 
     def read(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[Entry]:
-        """Return predictions as `predict` does, as the server told them.
+        """Return predictions as `predict` does, in the form that the server gave.
 
         `keep` says whether to reuse a cached answer of an earlier run, and to cache this one.
         """
@@ -81,7 +81,7 @@ class Connection:
                 found = []
             self._echoes = bool(found)
             if found:
-                # The tokens of the text are known, whatever they are called; behind it stands one that was drawn.
+                # The text's tokens are known, whatever their names; after them comes a sampled one.
                 own = [msgspec.structs.replace(one, token=int(token)) for one, token in zip(found, text, strict=False)]
                 return [self._likeliest([*own, found[-1]][place + 1]) for place in places]
         prompts = [ids[: place + 1] for place in places]
@@ -105,7 +105,7 @@ class Connection:
             raise SourceError(msg + "check that --source-tokenizer is that of the model")
 
     def _entries(self, side: Fields, prompts: list[np.ndarray], keep: bool, *, echo: bool = False) -> list[Entry]:
-        """Ask for the token behind each prompt; or of one prompt for all tokens, none if the server does not echo."""
+        """Request the token after each prompt; with `echo`, all tokens of one prompt, [] if the server cannot."""
         lists = [prompt.tolist() for prompt in prompts]
         # At temperature 1 all servers define log-probabilities in the same way.
         fields = {"max_tokens": 1, "temperature": 1.0, "logprobs": self._top} | ({"echo": True} if echo else {})
@@ -121,7 +121,7 @@ class Connection:
         return self._asked("read", body, list[Entry], check, keep)
 
     def _echoed(self, entries: list[Entry], ids: list[int]) -> list[Entry]:
-        """Check that an answer has the tokens of a text and one more; return nothing if it has the last alone."""
+        """Check that an answer has the tokens of a text and one more; return [] if it has only the last."""
         if len(entries) == 1 < len(ids):
             return []
         if len(entries) != len(ids) + 1:
@@ -133,7 +133,7 @@ class Connection:
         return entries
 
     def _likeliest(self, entry: Entry) -> Entry:
-        """Keep the likeliest tokens: vLLM puts the drawn one behind them, which would make it the bound of others."""
+        """Keep the likeliest tokens: vLLM appends the sampled one, which would become the bound of others."""
         top = dict(sorted(entry.top.items(), key=lambda pair: -pair[1])[: self._top])
         if not top:
             msg = f"{self._client.url}: gives no log-probabilities of tokens of this tokenizer: check that "
@@ -166,7 +166,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     @classmethod
     def take(cls, connection: Connection, tokenizer: Tokenizer) -> Self:
-        """Ask for both models twice."""
+        """Query both models twice."""
         ids = [tokenizer.encode(text).ids for text in TEXTS]
         sides = (connection.dialect.base, connection.dialect.adapted)
         texts = [(row, range(max(0, len(row) - _PLACES), len(row))) for row in ids]

@@ -28,7 +28,7 @@ _NEVER = -1e4  # added to the logit of a column without a token: its probability
 
 @dataclass(frozen=True, eq=False)
 class DecoderSource(Generator):
-    """A base with an adapter, which are `opened`; None for a base that is not fitted from."""
+    """A base with an adapter, kept in `opened`; that is None for a base loaded without one."""
 
     opened: tuple[BaseModel, Adapter] | None = None
 
@@ -72,7 +72,7 @@ class DecoderSource(Generator):
         """Compare predictions on answers, see `Source.compare`."""
         base, head = _without(self.model), self.model.with_adapter(None)
         figures = Compared(*np.zeros((3, len(texts))))
-        # Texts of one length together: every token of padding costs as much as one of text.
+        # Group texts by length: a token of padding costs as much as one of text.
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         for first in range(0, len(order), _ROWS):
             part = order[first : first + _ROWS]
@@ -96,7 +96,7 @@ class DecoderSource(Generator):
         return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> DecoderReader:
-        """Restrict the model to the columns, of which some may have `NO_TOKEN`."""
+        """Restrict the model to the columns; some may have `NO_TOKEN`."""
         return DecoderReader(RestrictedModel.of(self.model, columns, ends))
 
 
@@ -118,7 +118,7 @@ class DecoderReader:
 
 
 def digest_values(adapter: Adapter) -> str:
-    """SHA-256 of the values of an adapter."""
+    """Return the SHA-256 of an adapter's values."""
     leaves = jax.tree_util.tree_leaves_with_path(adapter)
     return sha256(*(part for path, leaf in leaves for part in (str(path).encode(), np.asarray(leaf).tobytes())))
 
@@ -130,7 +130,7 @@ def _without(model: Model) -> Model:
 
 @jax.jit
 def _hidden(model: Model, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """(B * T, H): hidden states of all positions: one program serves any number of tokens that are looked at."""
+    """Return the hidden states of all positions, (B * T, H): one program serves any number of compared tokens."""
     hidden = forward(model, tokens, mask=mask).hidden
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -165,7 +165,7 @@ class RestrictedModel:
 def shared_log_probs(
     restricted: RestrictedModel, tokens: jax.Array, mask: jax.Array, at: jax.Array, *, remat: bool = False
 ) -> jax.Array:
-    """float32 (P, V): log-probabilities of the next symbol among those of the head, at flat positions (P,).
+    """Return float32 (P, V): log-probabilities of the next symbol over the head's, at flat positions (P,).
 
     The end of a text is one symbol.
     """

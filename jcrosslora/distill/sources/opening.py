@@ -67,10 +67,10 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     """Load a base with its adapter, in bfloat16 on a GPU and in float32 on a CPU: a `peft.PeftModel`, and the device.
 
     Raises:
-        UsageError: torch or PEFT is not installed, or the device is none.
+        UsageError: torch or PEFT is not installed, or there is no such device.
         CheckpointError: the base is not in safetensors or GGUF, or transformers cannot load it, or only by the base's
             own code, which is not run.
-        AdapterError: PEFT cannot load the adapter, or would run what it names, or parts of it have no place in the
+        AdapterError: PEFT cannot load the adapter, or would run what it names, or parts of it match no module of the
             base.
     """
     try:

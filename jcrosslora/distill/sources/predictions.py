@@ -23,8 +23,8 @@ Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 _NOTHING = -9000.0  # vLLM writes -9999 for minus infinity, llama.cpp the lowest float
 _LEAST = 1e-9  # of the rest of the mass, which rounding may make negative
-_BY_ID = "token_id:"  # how vLLM names tokens where it is asked for ids
-_SPARE = 4096  # rows of an embedding behind the tokens of its tokenizer; DeepSeek's 2,385 are the most seen
+_BY_ID = "token_id:"  # how vLLM names tokens if it is asked for ids
+_SPARE = 4096  # embedding rows beyond the tokenizer's tokens; DeepSeek's 2,385 are the most seen
 _MOST_MASS = 1.02  # log-probabilities that were rounded to half precision sum to 1 within 1 %
 
 
@@ -44,7 +44,7 @@ class TopTokens:
 
     @classmethod
     def of(cls, top: dict[int, float], unnamed: float, told: tuple[int, float] | None = None) -> Self:
-        """Take the likeliest tokens, id -> log-probability, at least one, and one more, if it is told.
+        """Take the likeliest tokens, id -> log-probability, at least one, and one more, `told`, if it is given.
 
         `unnamed` is the highest log-probability that the server gave under a name that matches no token, else -inf.
         """
@@ -60,7 +60,7 @@ class TopTokens:
         return max(_LEAST, 1.0 - float(np.exp(self.log_probs).sum()))
 
     def log_prob(self, token: int) -> float:
-        """Return a token's log-probability; of one that is not known the most that it can be."""
+        """Return a token's log-probability, or its upper bound if it is not known."""
         found = np.flatnonzero(self.ids == token)
         return float(self.log_probs[found[0]]) if found.size else min(self.bound, float(np.log(self.rest)))
 
@@ -77,7 +77,7 @@ def divergence(one: TopTokens, other: TopTokens) -> float:
 
 
 def _over(top: TopTokens, ids: np.ndarray) -> np.ndarray:
-    """Give the probabilities of tokens and, last, of all others: float64 (len(ids) + 1,)."""
+    """Return the probabilities of tokens and, last, of all others: float64 (len(ids) + 1,)."""
     found = np.zeros(len(ids) + 1)
     found[np.searchsorted(ids, top.ids)] = np.exp(top.log_probs)
     unknown = np.flatnonzero(~np.isin(ids, top.ids))
@@ -121,7 +121,7 @@ class Likely(msgspec.Struct, frozen=True):
 
 
 class Position(Likely, frozen=True, kw_only=True):
-    """A token of a text, and the likeliest ones in its place."""
+    """A token of a text, and the likeliest ones at its position."""
 
     top_logprobs: list[Likely]
 
@@ -154,8 +154,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         token: its id, None if its name matches no token.
         log_prob: None for the first token of a text.
-        top: id -> log-probability of the likeliest tokens in its place.
-        unnamed: the highest log-probability of those whose names stand for none; None if there are none.
+        top: id -> log-probability of the likeliest tokens at its position.
+        unnamed: the highest log-probability under a name that matches no token; None if there is none.
     """
 
     token: Index | None
@@ -170,7 +170,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenNames:
-    """Ids of tokens by the names that a server gives to them."""
+    """Finds token ids by the names that a server uses."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._ids = {**vocabulary.special, **(vocabulary.tokens or {})}
@@ -201,7 +201,7 @@ class TokenNames:
         return Entry(self._find(one), one.value, top, max(unnamed, default=None))
 
     def _find(self, one: Likely) -> int | None:
-        """Return the id of a token by what the server tells of it; None if that matches no token."""
+        """Return the id of a token that the server describes; None if no token matches."""
         if one.id is not None:
             return self._checked(one.id)
         if one.token.startswith(_BY_ID):
@@ -210,7 +210,7 @@ class TokenNames:
             return self._checked(int(number))
         if one.bytes:
             return self._ids.get(bytes(one.bytes))
-        # Bytes that are no whole character become the same mark in every such token.
+        # Tokens that are not whole characters all have the same mark in their names.
         return None if UNFINISHED in one.token else self._ids.get(one.token.encode())
 
     def _checked(self, index: int) -> int:
@@ -221,10 +221,10 @@ class TokenNames:
 
 
 def _check_mass(one: Position, size: int) -> None:
-    """Check that the probabilities in the place of a token sum to 1 at most, with its own, which may be among them.
+    """Check that the probabilities at a token's position, its own included, can sum to 1; else raise DamagedError.
 
-    They sum to 1 at least if each of the others, of `size` tokens, is as likely as the last that is told. That is known
-    where tokens are told by their ids: of several with one name a server may tell the last.
+    They must sum to 1 at most, and to 1 at least if all other tokens, of `size`, are as likely as the last listed. The
+    second is checked only for tokens given by id: of several with one name a server may list the last.
     """
     shares: dict[tuple[int | None, str], float] = {}
     for each in (*one.top_logprobs, one):
@@ -234,7 +234,7 @@ def _check_mass(one: Position, size: int) -> None:
     if (mass := sum(shares.values())) > _MOST_MASS:
         msg = f"top_logprobs in the place of {one.token[:20]!r} stand for probabilities that sum to {mass:.4g}"
         raise DamagedError(msg + ", wanted 1 at most")
-    # One that was drawn, or stands in the text, may be told in addition to the likeliest, and bounds no other.
+    # The sampled token, or the text's, may be listed in addition to the likeliest, and bounds no other.
     others = [each for each in one.top_logprobs if (each.id, each.token) != (one.id, one.token)]
     known = [each.value for each in others if each.value is not None]
     most = mass + (size - len(known)) * math.exp(min(known, default=0.0))

@@ -18,9 +18,9 @@ from jcrosslora.errors import SourceError, suggestion
 
 Kind = Literal["vllm", "sglang", "llamacpp", "other"]
 Fields = Mapping[str, Any]
-# Distributions as the model makes them: servers fill in what the model's own files or they themselves prefer.
+# The model's unchanged distribution: servers fill in their own defaults or those of the model's files.
 _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-# What a kind of server is sent in each request, and in those that read.
+# Fields for a kind of server: in each request, and in those that read predictions.
 FIELDS: dict[Kind, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm": (_NEUTRAL, {"return_tokens_as_token_ids": True, "ignore_eos": True}),
     "sglang": (_NEUTRAL, {"ignore_eos": True}),
@@ -54,7 +54,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class Card(msgspec.Struct, frozen=True):
-    """A model of a server. vLLM and SGLang tell its base as the parent."""
+    """A model of a server. vLLM and SGLang name its base as the parent."""
 
     id: str | None = None
     aliases: list[str] | None = None
@@ -92,7 +92,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
     lists: Any = Cards | list[Card]  # Together.ai has the second
     try:
         listed = client.ask("models", lambda content: read_reply(content, lists))
-    except RefusedError:  # the list is no part of the standard that every server has
+    except RefusedError:  # not every server has the list
         listed = []
     cards = listed if isinstance(listed, list) else (listed.data or [])
     owners = {(card.owned_by or "").lower() for card in cards}
@@ -114,7 +114,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
 
 
 def _switched(client: Client, served: ServedModel) -> Dialect:
-    """Find the adapter that llama.cpp loaded: the one that is called as the model, or the only one."""
+    """Find the adapter that llama.cpp loaded: the one named like the model, or the only one."""
     adapters = client.ask("/lora-adapters", lambda content: read_reply(content, list[LoadedAdapter]))
     paths = [PurePath(one.path) for one in adapters]
     named = [served.model in (str(path), path.name, path.stem, path.parent.name) for path in paths]

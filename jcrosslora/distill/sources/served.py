@@ -89,9 +89,9 @@ class AmplifiedWriter(ServedWriter):
 
 
 class ServedSource(ServedWriter):
-    """A base with its adapter on a server, which tells the probabilities of the likeliest tokens only."""
+    """A base with its adapter on a server, which returns only the probabilities of the likeliest tokens."""
 
-    rank = None  # no server says it
+    rank = None  # no server reports it
 
     def __init__(
         self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
@@ -102,7 +102,7 @@ class ServedSource(ServedWriter):
 
     @classmethod
     def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
-        """Reach a server, and check that the adapter acts on it; a folder keeps its answers for a run that goes on.
+        """Connect to a server, and check that the adapter acts; the folder `answers` keeps answers for later runs.
 
         Raises SourceError if it does not answer, lacks the models, or predicts the same with the adapter and without,
         and CheckpointError if the tokenizer cannot be read.
@@ -130,7 +130,7 @@ class ServedSource(ServedWriter):
     def check_same(self) -> str | None:
         """Return a warning if the server does not answer any more.
 
-        Raises SourceError if it predicts otherwise than when it was opened, and drops what it answered.
+        Raises SourceError if its predictions changed since it was opened, and drops its cached answers.
         """
         try:
             now = self._sample()
@@ -195,7 +195,7 @@ class ServedSource(ServedWriter):
     def _predict(
         self, rows: Sequence[tuple[np.ndarray, np.ndarray]], *, base: bool
     ) -> list[tuple[list[TopTokens], list[TopTokens]]]:
-        """Return the predictions without and with the adapter at places of texts; both are the latter unless `base`."""
+        """Return the predictions without and with the adapter at places of texts; without `base` both have it."""
         dialect = self._connection.dialect
         sides = (dialect.base, dialect.adapted) if base else (dialect.adapted,)
         calls = [(side, ids, at.tolist()) for side in sides for ids, at in rows]

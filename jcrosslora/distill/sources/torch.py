@@ -27,12 +27,12 @@ from jcrosslora.text import Prompt
 from jcrosslora.text.reading import with_own_template
 from jcrosslora.utils.progress import Track
 
-_ROWS, _READ_ROWS = 16, 8  # texts that are continued together, and read
+_ROWS, _READ_ROWS = 16, 8  # batch sizes for writing and for reading
 _SAMPLE = "Question: Which of the two is larger, the sun or the moon?\nAnswer:"  # shows whether an adapter acts
 
 
 class _Model:
-    """A `peft.PeftModel` on its device, and what it is called."""
+    """A `peft.PeftModel` on its device, and its names."""
 
     def __init__(self, model: Any, device: str, base_name: str, adapter_name: str) -> None:
         self.model, self.device = model, device
@@ -43,7 +43,7 @@ class _Model:
         return nullcontext() if on else self.model.disable_adapter()
 
     def log_probs(self, tokens: np.ndarray, mask: np.ndarray, *, adapter: bool) -> Any:
-        """Return float32 (B, T, V) log-probabilities behind every token; raise `not_finite` if they are not."""
+        """Return float32 (B, T, V) log-probabilities after every token; raise `not_finite` if they are not finite."""
         import torch
 
         with torch.inference_mode(), self.adapter(on=adapter):
@@ -274,7 +274,7 @@ class TorchReader:
 
 
 def _describe(files: AdapterFiles, digest: str, revision: str | None) -> AdapterInfo:
-    """Read what an adapter's configuration and card say of it."""
+    """Read what an adapter's configuration and card say about it."""
     config = {} if files.config is None else read_config(files.config)
     base = config.get("base_model_name_or_path")
     return AdapterInfo(

@@ -16,11 +16,11 @@ from jcrosslora.utils.progress import Track
 ANSWER_TOKENS = 24  # of an answer
 _ORIGIN = "requests found, in "
 _NEAR_TEMPLATE = 0.9  # share of the best score from which a template may be the one of the training
-_LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
+_LEAST_NLL = 0.5  # nats; an answer that the base is this sure of says nothing about the adapter
 _LEAST_DOUBT = 0.01  # share of what surprises the base
-_PRIOR = 10.0  # nats of an answer that it takes to believe its own score as much as that of all answers together
+_PRIOR = 10.0  # nats of surprise at which an answer's own score counts as much as the common one
 _PIECE = 4  # characters
-_NEAR_DUPLICATES = 0.6  # share of the pieces of two texts that both have
+_NEAR_DUPLICATES = 0.6  # two texts with more than this share of common pieces
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Questioner:
 
 
 def asking_cost(count: int, tokens: int) -> Cost:
-    """Count answers to requests, of at most so many tokens, and their scores."""
+    """Count `count` answers to requests, of at most `tokens` tokens, and their scores."""
     return writing_cost(count, tokens) + comparing_cost(count)
 
 
@@ -193,6 +193,6 @@ def overlap(first: frozenset[str], second: frozenset[str]) -> float:
 
 
 def pieces(text: str, length: int = _PIECE) -> frozenset[str]:
-    """Return all pieces of so many characters of a text, with a space in front and behind."""
+    """Return all pieces of `length` characters of a text, lower-case with a space before and after."""
     line = f" {' '.join(text.lower().split())} "
     return frozenset(line[start : start + length] for start in range(max(1, len(line) - length + 1)))

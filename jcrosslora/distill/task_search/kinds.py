@@ -134,7 +134,7 @@ def choose_kind(
     the requests of a turn, with the adapter and without it.
 
     Returns:
-        The kinds that have answers, with the common scores of these; behind the first by their scores.
+        The kinds that have answers, with the answers' common scores; sorted by score after the first.
     """
     every, plain, near = list(probed), list[tuple[str, str]](), list(KINDS)
     for turn in range(1, _TURNS + 1):

@@ -26,17 +26,17 @@ from jcrosslora.utils.cost import TEXT, Cost
 from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
-_SHOWN = 6  # requests in front of each that is to be written
-_SHARED = 6  # texts that are written behind the same requests, which are read once for all of them
+_SHOWN = 6  # requests shown before each new one
+_SHARED = 6  # new texts that follow the same requests, which are read once for all of them
 _REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a usual request
-_LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
+_LONGER = 1.5  # a new request may have this many times the tokens of the longest one shown
 _FEWEST_WORDS = 3  # of a request
 _EXAMPLES = 12  # best requests, which are shown to the writer
-_FEWEST_FITTING = 6  # with so many requests that were answered as they were meant, no others are shown
-_SHOWN_INPUTS = 2  # in front of one by which a writer is chosen
+_FEWEST_FITTING = 6  # with this many requests answered as meant, no others are shown
+_SHOWN_INPUTS = 2  # shown before one that a writer is chosen by
 _PREDICTED_TOKENS = 48  # of that one, at most
 SIMILAR = "similar"
-FEWEST, _GIVEN_SHOWN = 8, 8  # different prompts to go by, and how many of them stand in front of each new one
+FEWEST, _GIVEN_SHOWN = 8, 8  # fewest different prompts, and how many are shown before each new one
 _LONGEST_LINE, _PERCENTILE = 128, 95  # of what differs
 _SINGLE_LINES = 0.9  # share of prompts in which that is a single line
 
@@ -109,7 +109,7 @@ def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[st
 
 
 def _fitting(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
-    """Keep requests that were answered by what they are about."""
+    """Keep requests whose answer is about their topic."""
     asked = zip(answered, _asked(kind, answered), strict=True)
     return [one for one, (text, answer) in asked if is_about(answer, about.get(text, ""))]
 
@@ -142,7 +142,7 @@ def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: 
 
 
 def list_prompts(requests: Sequence[str], count: int, seed: int, shown: int = _SHOWN) -> list[str]:
-    """Make prompts for requests like given ones: each lists some of them, in an order drawn with the seed."""
+    """Make prompts for requests like given ones: each lists up to `shown` of them, in random order."""
     return [_listed(texts) for texts in _behind(requests, [""] * count, seed, shown)]
 
 
@@ -168,12 +168,12 @@ def write_lines(
 
 
 def _listed(requests: Sequence[str]) -> str:
-    """List requests, for a base to go on with: the last one is empty."""
+    """List requests for a base to continue: the last one is empty."""
     return "\n\n".join(f"Request: {text}" for text in requests).rstrip()
 
 
 def _behind(items: Sequence[T], lasts: Sequence[T], seed: int, shown: int) -> list[list[T]]:
-    """Put some of the items in front of each last one; `_SHARED` of these have the same ones, in the same order."""
+    """Put some items before each last one; every `_SHARED` last ones get the same items in the same order."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(items))[:shown] for _ in range(-(-len(lasts) // _SHARED))]
     return [[*(items[place] for place in orders[index // _SHARED]), last] for index, last in enumerate(lasts)]
@@ -210,7 +210,7 @@ class SharedForm:
 
 
 def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | None:
-    """Find what prompts have in common; the tokenizer is that of the base that is to write others.
+    """Find what prompts have in common; the tokenizer belongs to the base that will write others.
 
     Returns None for fewer than eight different prompts, and unless nearly all of them differ in one line of at most 128
     tokens: a small base cannot write longer ones.

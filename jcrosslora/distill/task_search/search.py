@@ -30,8 +30,8 @@ from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 _TURNS = 3  # rounds of requests about what was answered before, at most
-_SHARPNESS = 4  # power of the odds that shares go by
-# Share of requests in other templates than the chat template: an adapter of such a one was mostly trained on questions
+_SHARPNESS = 4  # shares are proportional to this power of the odds
+# Largest share of requests in other templates than the chat template: such an adapter was mostly trained on questions
 # without an instruction, which the source writes itself.
 _MOST_PLAIN = 0.3
 
@@ -48,7 +48,7 @@ class FoundTask:
         examples: the best requests of all, which `write` shows to the writer.
         about: input -> topic of each request.
         templates: the templates of the requests that `write` makes.
-        share: which share of a fit's prompts should be such requests, 0 to 1.
+        share: the share of a fit's prompts that should be such requests, 0 to 1.
     """
 
     kinds: list[tuple[JobKind, float]]
@@ -91,7 +91,7 @@ NOTHING = FoundTask([], [], [], [], [], {}, [], 0.0)
 
 
 def search_cost(count: int, tokens: int) -> Cost:
-    """Count a search with so many texts in each step and answers of at most so many tokens."""
+    """Count a search with `count` texts in each step and answers of at most `tokens` tokens."""
     if not count:
         return Cost()
     turns = [requests_cost(count) + asking_cost(count, tokens) for _ in range(1 + _TURNS)]
@@ -120,7 +120,7 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
     if not templates:
         return NOTHING
 
-    # All in one template, so that kinds differ by themselves alone.
+    # All in one template, so that only the kinds differ.
     def probe(requests: Sequence[str], turn: int) -> list[Scored]:
         return questioner.ask(requests, templates[:1], turn - 1, ANSWER_TOKENS)
 
@@ -181,7 +181,7 @@ def _most(templates: Sequence[PromptTemplate]) -> float:
 def share_of(found: float, written: float) -> float:
     """Return the share of prompts to take from a search, 0 to 1, by the `common_odds` of what was found and written.
 
-    If the adapter is equally sure of both kinds of prompts they get half each; a kind of which it is less sure, far
+    If the adapter is equally sure of both kinds of prompts, they get half each; a kind that it is less sure of gets far
     less.
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS

@@ -34,7 +34,7 @@ _WORD = r"[^\W\d_]+"
 _PART = re.compile(rf"{_WORD}(?:['\u2019 ]{_WORD})*")
 _JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|_|-")  # of the words of an identifier
 _MOST_PARTS, _MOST_CHARACTERS = 3, 120
-_COMMON = 0.5  # a part that more of the answers have tells nothing of one of them
+_COMMON = 0.5  # a part in more than this share of the answers says nothing about one of them
 _EVENLY = 0.75  # share of topics that are chosen with all subjects equally likely
 _HELD = 2 / 3  # an answer with more of the words of a subject is about it
 
@@ -51,7 +51,7 @@ def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: 
         while templates or tokenizer.bos is not None:
             for template in templates:
                 yield from (template.before + next(waiting, "") + template.after for _ in range(3))
-                # Where nothing stands in front there is no token to go on from, unless one begins every text.
+                # An empty start gives no token to continue from, unless there is a BOS token.
                 if template.before or tokenizer.bos is not None:
                     yield template.before
             if tokenizer.bos is not None:
