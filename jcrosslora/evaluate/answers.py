@@ -37,7 +37,7 @@ from jcrosslora.utils.progress import track
 
 # Modules of the extra `scores`, by the figure that needs them.
 LIBRARIES = {"chrf": "sacrebleu", "rouge_l": "rouge_score"}
-_MORE, _MOST = 16, 512  # tokens that an answer may have beyond the longest right one, and in all
+_MORE, _MOST = 16, 512  # tokens of an answer beyond the longest right one, and at most
 
 
 def exact(text: str, references: Sequence[str]) -> float:
@@ -96,7 +96,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @cache
 def _scorer(figure: str) -> Any:
-    """Make what computes "chrf" or "rouge_l"."""
+    """Make the scorer of "chrf" or "rouge_l"."""
     try:
         if figure == "chrf":
             return import_module("sacrebleu.metrics").CHRF()
@@ -113,7 +113,7 @@ _OF_TEXTS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "chrf": chrf,
     "rouge_l": rouge_l,
 }
-# Only an answer that ends can be right as a whole: a reader does not know where to stop in another.
+# An answer that was cut off cannot be right as a whole: nothing shows where it would end.
 _ENDED_ONLY = ("exact", "json")
 ANSWER_FIGURES = (*_OF_TEXTS, "ended", "nll_per_char")
 
@@ -125,8 +125,8 @@ class Answers(Evaluated):
     Attributes:
         names: (A,) names of the models.
         examples: (n,) the prompts with their right answers.
-        written: (A,) of (n,), what each model wrote after the prompts.
-        nll: float64 (A, n), -log p(right answer) in nats, the token that ends it included.
+        written: (A,) of (n,), each model's completions of the prompts.
+        nll: float64 (A, n), -log p(right answer) in nats, including the token that ends it.
         max_new_tokens: tokens at which an answer was cut off.
     """
 
@@ -156,17 +156,17 @@ class Answers(Evaluated):
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Name the figures that say something here.
+        """The figures that apply.
 
-        "json" is among them if every right answer is JSON, "chrf" and "rouge_l" if their libraries are installed.
+        "json" needs right answers that are all JSON; "chrf" and "rouge_l" need their libraries.
         """
         json = all(parse_json(text) is not None for texts in self.references for text in texts)
         return tuple(one for one in ANSWER_FIGURES if installed(one) and (json or one != "json"))
 
     def by_example(self, figure: str) -> np.ndarray:
-        """float64 (A, n): a figure of each example.
+        """Return a figure of each example as float64 (A, n).
 
-        - "exact": 1 if the answer ended and is one of the right ones, space around it not counted.
+        - "exact": 1 if the answer ended and is one of the right ones, up to surrounding space.
         - "json": 1 if the answer ended and is JSON of the same value as a right one.
         - "chrf": chrF against the nearest right answer, 0 to 100.
         - "rouge_l": F-measure of ROUGE-L against the nearest right answer, 0 to 1; for English.
@@ -205,21 +205,20 @@ def answer(
     model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Answers:
-    """Write the likeliest answer to each example, token by token, under the base and under the base with each adapter.
+    """Answer each example greedily, with the base alone and with each adapter.
 
-    Also computes the likelihood of the right answer, including the token that ends it. A conversation is read in the
-    base's chat template.
+    Also computes the likelihood of the right answer, including the token that ends it. Conversations are formatted
+    with the base's chat template.
 
         found = jcl.answer("models/gemma-3-270m", "test.jsonl", ["moved", "trained"])
         found.bootstrap("exact"), found.lift("exact", 1, 2)
 
     Args:
-        base: the model, opened, or what `open_base` opens.
-        examples: at least one, or the JSONL file of them (see `read_examples`); of a question with choices the right
-            choice is the answer.
-        adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
-        max_new_tokens: tokens at which an answer is cut off; None takes those of the longest right answer and 16 more,
-            512 at most.
+        base: an open base, or anything that `open_base` accepts.
+        examples: at least one, or a JSONL file (see `read_examples`); a question's right choice is its answer.
+        adapters: of this base, loaded or anything that `load_adapter` accepts; applied unmerged.
+        max_new_tokens: tokens at which an answer is cut off; None takes 16 more than the longest right answer has, at
+            most 512.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once for the likelihoods, over all adapters.
         model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
@@ -260,9 +259,9 @@ def _write(
     begun: Sequence[np.ndarray],
     max_new_tokens: int,
 ) -> tuple[tuple[Written, ...], ...]:
-    """Answer n prompts under all models, in one queue, or if these do not fit in one batch, in one for each model.
+    """Answer n prompts with all models, in one queue if their adapters can be batched, else in one per model.
 
-    `begun` is how the answers begin, as for `write_queue`: those of the base to all prompts first.
+    `begun` holds the first tokens of the answers, as for `write_queue`; the base's answers come first.
     """
     names, count, together = models.names, len(prompts), models.by_row()
     with track(models.count * count, "write answers", "answers") as bar:
@@ -283,13 +282,13 @@ def _write(
 
 @dataclass(frozen=True, eq=False)
 class _Writer(Generator):
-    """Answers `count` prompts with several models at once, named `names`; the base's answers come first."""
+    """Answers `count` prompts with the models `names` at once; the base's answers come first."""
 
     names: tuple[str, ...] = ()
     count: int = 0
 
     def of_rows(self, places: Sequence[int], rows: int) -> Self:
-        """Return the writer of rows of several models."""
+        """Return a generator for rows of several models."""
         del rows
         return self._of([place // self.count for place in places])
 
@@ -324,10 +323,10 @@ def _tokens(base: BaseModel, tokenizer: Tokenizer, completion: Completion, numbe
 def _begun(
     prompt: np.ndarray, item: Tokens, likeliest: np.ndarray, most: int, tokenizer: Tokenizer
 ) -> list[np.ndarray]:
-    """Return how A models begin to answer a prompt, at most `most` tokens each.
+    """Return the known first tokens of A models' answers to a prompt, at most `most` each.
 
-    The right answer was read under all of them: a model writes its tokens as long as they are the likeliest, int32
-    (A, T), and then its own. Nothing is known if the tokens of the prompt differ with an answer after it.
+    `likeliest`, int32 (A, T), holds the argmax tokens along the right answer: a model's answer follows them up to its
+    first deviation. Nothing is known if the prompt has other tokens with an answer after it.
     """
     (tail,) = item.tails
     if not np.array_equal(np.append(item.prefix, tail[0]), prompt):
@@ -339,6 +338,6 @@ def _begun(
 
 
 def _room(tokenizer: Tokenizer, completions: Sequence[Completion]) -> int:
-    """Return the maximum number of tokens of an answer: the length of the longest right answer, plus some."""
+    """Return the maximum number of tokens of an answer: 16 more than the longest right answer, at most 512."""
     texts = [text for one in completions for text in (one.answer, *one.references)]
     return min(_MOST, _MORE + max(len(tokenizer.encode(text, special=False).ids) for text in texts))

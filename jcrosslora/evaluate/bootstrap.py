@@ -13,7 +13,7 @@ from jcrosslora.errors import UsageError
 
 LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 _PERCENTILES = (2.5, 97.5)
-FEWEST = 8  # questions for a word on a difference
+FEWEST = 8  # questions to call a difference better or worse
 _NUMBERS_AT_ONCE = 4_000_000
 
 
@@ -39,7 +39,7 @@ class Direction(StrEnum):
 
 
 def word_of(figure: str, difference: Interval, questions: int) -> Direction:
-    """Name a difference to the base; it is unclear if its interval includes 0, or is of fewer than 8 questions.
+    """Name a difference to the base; it is unclear if its interval includes 0 or it has fewer than 8 questions.
 
     Resamples of a few questions differ too little: the interval of a single one has no width.
     """
@@ -54,11 +54,11 @@ class Evaluated(ABC):
     @property
     @abstractmethod
     def figures(self) -> tuple[str, ...]:
-        """Name the figures that say something here."""
+        """The names of the figures that apply."""
 
     @abstractmethod
     def values(self, figure: str) -> np.ndarray:
-        """float64 (A, n): a figure of each question.
+        """Return a figure of each question as float64 (A, n).
 
         Raises:
             UsageError: an unknown figure.
@@ -74,7 +74,7 @@ class Evaluated(ABC):
         return intervals(values - values[:1], draws=draws, seed=seed)
 
     def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
-        """Compute the share of a trained adapter's gain over the base that a moved one brings (see `lift_recovered`).
+        """Compute the share of a trained adapter's gain that a moved one recovers (see `lift_recovered`).
 
         `moved` and `trained` are indices of models, 1 or more.
 
@@ -91,9 +91,9 @@ class Evaluated(ABC):
 
 
 def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> np.ndarray:
-    """float64 (A, draws): means over resampled questions, the same questions in every row.
+    """Compute means over resampled questions, float64 (A, draws), with the same resamples in every row.
 
-    Values are (A, n), a figure of n questions under A models. The same seed and n give the same questions.
+    Values are (A, n), a figure of n questions under A models. The same seed and n give the same resamples.
 
     Raises:
         UsageError: no draws, no questions, or values that are not finite.
@@ -131,7 +131,7 @@ def ratios(
 def lift_recovered(
     base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Compute the share of a trained adapter's gain that a moved one brings: (base - moved) / (base - trained).
+    """Compute the share of a trained adapter's gain that a moved one recovers: (base - moved) / (base - trained).
 
     Each mean is over questions; the interval is over the same resampled questions in all three.
 
@@ -154,8 +154,8 @@ def lift_recovered(
         msg = f"the trained adapter gains {came} over the base, wanted an interval above 0: train it more, or use more "
         msg += "questions"
         raise UsageError(msg)
-    # Fewer than 2.5% of the draws have a trained gain of the other sign; they keep it. In those without any gain, which
-    # figures of 0 and 1 have, there is no share.
+    # Fewer than 2.5% of the draws have a negative trained gain, and they stay. A draw without any gain, as figures of 0
+    # and 1 can give, has no share.
     some = means[1] != 0
     return _interval(float(gains[0].mean() / gains[1].mean()), means[0, some] / means[1, some])
 

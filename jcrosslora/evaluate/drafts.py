@@ -29,7 +29,7 @@ from jcrosslora.evaluate.packing import Tokens
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.utils.progress import track
 
-_POSITIONS = 4096  # in memory at once, over all drafts
+_POSITIONS = 4096  # tokens in memory at once, over all drafts
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class DraftFigures:
 
     Attributes:
         acceptance_rate: share of the target's tokens that the draft predicts.
-        acceptance_length: tokens for each pass of the target, the one that it adds itself included.
-        minus_alone: its acceptance length minus that of the draft without an adapter.
-        estimated_speed_up: over the target alone, if a pass takes as long as a model has parameters.
+        acceptance_length: tokens per pass of the target, including the one that it adds itself.
+        minus_alone: acceptance length minus the acceptance length without an adapter.
+        estimated_speed_up: over the target alone, if the time of a pass is proportional to the parameters.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Acceptance:
     Attributes:
         names: (A,) names of the drafts, without their folders.
         predicted: (n,) of bool (A, T): whether a token of an answer, the end token included, is the draft's likeliest.
-        drafted: how many tokens are drafted for each pass of the target.
+        drafted: number of tokens drafted per pass of the target.
         cost: the draft's share of the target's parameters.
     """
 
@@ -72,7 +72,7 @@ class Acceptance:
         return sum(one.shape[1] for one in self.predicted)
 
     def passes(self) -> np.ndarray:
-        """float64 (A, n): passes of the target that write each answer."""
+        """Count the target's passes for each answer, float64 (A, n)."""
         return np.array([[_passes(row, self.drafted) for row in one] for one in self.predicted], np.float64).T
 
     def figures(self) -> list[DraftFigures]:
@@ -102,12 +102,12 @@ def judge_draft(
         found.figures()[1].minus_alone
 
     Args:
-        target: the model that answers, opened, or what `open_base` opens.
+        target: the model that answers, an open base or anything that `open_base` accepts.
         draft: the smaller model that drafts, given in the same way.
         prompts: texts and conversations, or a file of them, in the form of `transfer --prompts`.
-        adapter: of the target, loaded, or what `load_adapter` loads; None lets the target answer alone.
+        adapter: of the target, loaded or anything that `load_adapter` accepts; None for the target alone.
         draft_adapters: of the draft.
-        drafted: how many tokens are drafted for each pass of the target.
+        drafted: number of tokens drafted per pass of the target.
         max_new_tokens: tokens at which an answer is cut off.
         dtype: of the weights, float32 or bfloat16.
 
@@ -137,7 +137,7 @@ def judge_draft(
 
 
 def _passes(predicted: np.ndarray, drafted: int) -> int:
-    """Count the passes of the target: each takes drafted tokens up to the first wrong one, and adds its own."""
+    """Count the target's passes: each accepts the drafted tokens before the first wrong one, and adds its own."""
     passes = place = 0
     while place < len(predicted):
         wrong = np.flatnonzero(~predicted[place : place + drafted])
@@ -147,7 +147,7 @@ def _passes(predicted: np.ndarray, drafted: int) -> int:
 
 
 def _predicted(models: Models, items: Sequence[Tokens]) -> tuple[np.ndarray, ...]:
-    """Run all drafts over the answers; return bool (A, T) for each, where a draft's likeliest token is the answer's."""
+    """Return for each answer bool (A, T): whether the likeliest token of a draft is the answer's."""
     with track(len(items), "draft", "answers") as bar:
         scored = list(scored_tokens(models, items, _POSITIONS, bar))
     for one in scored:

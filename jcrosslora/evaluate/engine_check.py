@@ -36,14 +36,14 @@ _LEAST, _FACTOR = 1e-3, 3.0
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What an engine predicts with an adapter, against our decoder.
+    """The predictions of an engine with an adapter, compared with our decoder's.
 
     Attributes:
         difference: the largest difference between log-probabilities of next tokens, with the adapter.
         plain: the same without it.
         change: the largest change that the adapter makes to them in our decoder.
         answers: number of prompts.
-        agreeing: number of those with the same likeliest tokens all along.
+        agreeing: number of prompts where all likeliest tokens agree.
         notes: parts of the adapter that our decoder leaves out, one sentence each.
     """
 
@@ -58,7 +58,7 @@ class EngineRun:
 
     @property
     def differs(self) -> bool:
-        """Whether the engine computes something else with the adapter."""
+        """Whether the engine computes something else with the adapter, beyond rounding."""
         return not self.difference <= max(_LEAST, _FACTOR * self.plain)
 
     @property
@@ -77,15 +77,15 @@ class EngineRun:
 
 
 def check_run(path: str | Path, base: Any, *, original: Any = None) -> EngineRun:
-    """Run an adapter in the engine that its format is for, and compare.
+    """Run an adapter in the engine of its format, and compare with our decoder.
 
     Args:
         base: in a form that the engine loads: GGUF for llama.cpp.
-        original: what our decoder runs instead of the same files: the adapter that they were made from.
+        original: the adapter that the files were made from, which our decoder runs instead.
 
     Raises:
-        JCrossLoRAError: the engine is not installed, one of us cannot load the adapter or the base, or the adapter
-            does nothing.
+        JCrossLoRAError: the engine is not installed, it or our decoder cannot load the adapter or the base, or the
+            adapter does nothing.
     """
     files, base = find_adapter(path), open_base(base)
     engine = ENGINES.get(files.form)
@@ -106,9 +106,9 @@ def check_run(path: str | Path, base: Any, *, original: Any = None) -> EngineRun
 
 
 def _own(base: BaseModel, adapter: Adapter) -> tuple[list[Text], Answers, Answers]:
-    """Return what our decoder writes with an adapter, and its predictions there without and with it.
+    """Write texts with our decoder and an adapter; return them and their predictions without and with it.
 
-    It runs norms, biases and token rows of an adapter in the weights of a copy of the base.
+    Norms, biases and token rows of the adapter are first merged into a copy of the base.
     """
     plain, split = load_model(base), split_for_base(replace(adapter, experts=()), base)
     if not split.changes_base:

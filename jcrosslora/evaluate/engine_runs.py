@@ -21,7 +21,7 @@ from jcrosslora.evaluate.torch_models import load_adapter, load_base
 
 
 class Text(NamedTuple):
-    """Token ids of a prompt and what was written after it, int32 (T,); `first` is the prompt's last place."""
+    """Token ids of a prompt and its completion, int32 (T,); `first` is the index of the prompt's last token."""
 
     ids: np.ndarray
     first: int
@@ -35,10 +35,10 @@ class Engine:
     """An engine that runs in Python.
 
     Attributes:
-        package: the distribution that it is.
-        extra: of this package, which installs it.
-        bases: that it loads, for messages.
-        run: from a base's path, V, an adapter's files and texts to the answers of the base, then of both.
+        package: its distribution.
+        extra: the extra of this package that installs it.
+        bases: the bases that it loads, for messages.
+        run: takes a base's path, V, an adapter's files and texts; yields the base's answers, then the adapter's.
     """
 
     name: str
@@ -110,7 +110,7 @@ def _run_llama_cpp(base: Path, vocab: int, adapter: AdapterFiles, texts: Sequenc
 
 def _in_llama_cpp(base: Path, vocab: int, adapter: Path | None, texts: Sequence[Text]) -> Answers:
     beginnings = [text.ids[: end + 1].tolist() for text in texts for end in range(text.first, len(text.ids))]
-    known = int(texts[0].ids[texts[0].first])  # the end of a prompt, which is a word or a sign
+    known = int(texts[0].ids[texts[0].first])  # last token of a prompt, a word or punctuation
     request = json.dumps([str(base), None if adapter is None else str(adapter), beginnings, known])
     command = [sys.executable, str(Path(__file__).with_name("llama_cpp_process.py"))]
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)

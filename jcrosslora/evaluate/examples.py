@@ -34,21 +34,21 @@ class Question:
         return f"Question: {self.question}\nAnswer:"
 
 
-# Of a question the right choice is the answer.
+# The answer of a question is its right choice.
 Example: TypeAlias = Completion | Question
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read a JSONL file of examples, all of the kind of its first line.
+    """Read a JSONL file of examples, all of the same kind as its first line.
 
     Args:
-        path: lines of {"messages": [{"role", "content"}, ...]}, the last of them the assistant's; of {"prompt": text,
+        path: lines of {"messages": [{"role", "content"}, ...]}, the last one from the assistant; of {"prompt": text,
             "answer": text}, where " " and the answer follow the prompt unchanged; or of {"question", "choices",
-            "answer"}, as `read_task` takes them. Lines of the first two kinds may have "references", a list of answers
-            that are as good.
+            "answer"}, see `read_task`. Lines of the first two kinds may have "references", a list of equally good
+            answers.
 
     Raises:
-        UsageError: the file cannot be read, a line is not of that kind, or there is none.
+        UsageError: the file cannot be read or has no example, or a line is of another kind.
     """
     path = Path(path)
     lines = _read_lines(path)
@@ -63,7 +63,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def parse_examples(entries: Sequence[Any]) -> list[Example]:
-    """Take examples from a list: as `read_examples` returns them, or mappings like the lines that it reads.
+    """Parse a list of examples, or of mappings like the first two kinds of line in `read_examples`.
 
     Raises:
         UsageError: an entry is neither.
@@ -84,7 +84,7 @@ def read_task(path: str | Path) -> list[Question]:
     """Read a JSONL file of {"question", "choices", "answer"}; further keys and empty lines are skipped.
 
     Raises:
-        UsageError: the file cannot be read, a line is not such a question, or there is none.
+        UsageError: the file cannot be read or has no question, or a line is not such a question.
     """
     found = [_question(line, f"{path}:{number}") for number, line in _read_lines(Path(path))]
     if not found:
@@ -93,7 +93,7 @@ def read_task(path: str | Path) -> list[Question]:
 
 
 def as_completion(example: Example) -> Completion:
-    """Make a completion of an example."""
+    """Convert an example to a completion."""
     if isinstance(example, Completion):
         return example
     return Completion(example.prompt, f" {example.choices[example.answer]}")
@@ -108,17 +108,17 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             is a text. Blank lines are skipped.
 
     Raises:
-        UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form; or all lines of a
-            file of another name are such JSON objects.
+        UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form; or a file without
+            such a name holds only JSON prompts.
     """
     path = Path(path)
     return parse_prompts(_read(path), str(path), json_lines=path.suffix.lower() in _JSON_LINES)
 
 
 def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
-    """Take the prompts out of the text of a file, see `read_prompts`.
+    """Parse the prompts in the text of a file, see `read_prompts`.
 
-    `name` is that of the file, for errors.
+    `name` is the file's name for errors.
 
     Raises:
         UsageError: there is no prompt, or a line has the wrong form.
@@ -217,7 +217,7 @@ def _read(path: Path) -> str:
 
 
 def _is_json_prompt(line: str) -> bool:
-    """Return whether a line of a plain text file looks like one of JSONL."""
+    """Return whether a line of a plain text file is a JSON prompt."""
     return not parse_object(line).keys().isdisjoint(_PROMPT_KEYS)
 
 

@@ -72,7 +72,7 @@ _OFF = {"top_p": 1, "top_k": 0, "num_beams": 1}  # values that change nothing
 
 
 class Generation(NamedTuple):
-    """How a text is written."""
+    """The sampling settings of a text."""
 
     until: tuple[str, ...] = ()  # the text ends before the first of these
     length: int = 256  # tokens at most, as in the harness's other models
@@ -96,7 +96,7 @@ def read_generation(given: Mapping[str, Any]) -> Generation:
         msg = f"generation settings {dict(given)}: expected 1 token or more, and a temperature from 0 on, above 0 with "
         raise UsageError(msg + "do_sample")
     for name, value in settings.items():
-        harmless = name in ("top_p", "top_k") and temperature == 0  # neither takes the likeliest token away
+        harmless = name in ("top_p", "top_k") and temperature == 0  # neither excludes the likeliest token
         if not harmless and value != _OFF.get(name):
             raise UsageError(f"generation setting {name} is {value!r}, which is not supported: leave it out")
     return Generation(tuple(filter(None, until)), length, temperature)
@@ -105,13 +105,13 @@ def read_generation(given: Mapping[str, Any]) -> Generation:
 class JCrossLoRALM(TemplateLM):
     """A base, alone or with an adapter, run by the package's own decoder.
 
-    Text is tokenized as by the harness's `hf` model: spaces at the end of a context belong to the continuation, whose
-    tokens are those that the whole has beyond the context's. A context that is too long loses tokens at its start. One
-    difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. Changes of the
-    embedding and of the output head are not applied, which is logged.
+    Text is tokenized as by the harness's `hf` model: trailing spaces of a context belong to the continuation, whose
+    tokens are those of the whole text after the context's. A context that is too long loses tokens at its start. One
+    difference: a bos that the tokenizer prepends is not scored by `loglikelihood_rolling`. Changes of the embedding and
+    of the output head are not applied, which is logged.
 
-    Progress is shown as `jcrosslora.show_progress` says. A request that cannot be answered as it asks is a UsageError;
-    values that are not finite are a CheckpointError of the base alone, or an AdapterError with an adapter.
+    `jcrosslora.show_progress` turns progress on. A request that is not supported raises a UsageError; values that are
+    not finite raise a CheckpointError for the base alone, an AdapterError with an adapter.
     """
 
     @checked
@@ -135,10 +135,10 @@ class JCrossLoRALM(TemplateLM):
             adapter: of this base, applied unmerged: a folder, a hub id, or a loaded adapter; None for the base alone.
             model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
             batch_tokens: token positions in memory at once.
-            max_length: the most tokens that the model reads; None takes the number in its configuration.
+            max_length: maximum number of tokens that the model reads; None takes it from the configuration.
             prefix_token_id: token before a text without context; None takes bos, or eos if there is no bos.
             seed: of the sampling, in tasks with a temperature.
-            others: batch_size, max_batch_size and device, which the harness gives and the decoder chooses itself.
+            others: batch_size, max_batch_size and device, which the harness passes and this model ignores.
 
         Raises:
             UsageError: an unknown setting, or a value out of range.
@@ -165,7 +165,7 @@ class JCrossLoRALM(TemplateLM):
             raise UsageError(f"{self.base.ref}: prefix_token_id is {self._prefix}; expected 0 to {vocab - 1}")
         model = (model or load_model(self.base, dtype)).with_adapter(stack_adapters([used], self.base))
         self._models = Models(model, (self.base.name,))
-        # The harness's other models end at the ends that the files state, and write on after a turn of a conversation.
+        # Like the harness's other models, stop at the EOS tokens of the files, not at the end of a chat turn.
         tokenizer = dataclasses.replace(self._text, stops=self._text.stated)
         self._generator = Generator.of(self.base, None if adapter is None else used, model=model, tokenizer=tokenizer)
         self._dtype, self._batch_tokens, self._seed = dtype, batch_tokens, seed
@@ -258,8 +258,8 @@ class JCrossLoRALM(TemplateLM):
         return [make_disjoint_window(pair) for pair in found]
 
     def _judge(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Score continuations as `loglikelihood` does; a context that several share is run once."""
-        # Each continuation has a copy of the context's keys and values.
+        """Score continuations as `loglikelihood` does; a shared context is run once."""
+        # Each continuation has a copy of the context's KV cache.
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         contexts = {index: tuple(context) for index, (context, _) in enumerate(pairs)}
         groups = _batches(contexts, lengths, self._batch_tokens)
@@ -283,7 +283,7 @@ register_model("jcrosslora")(JCrossLoRALM)
 
 
 def _batches(keys: Mapping[int, Hashable], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group the indices of equal keys into batches of `batch_tokens` positions at most, or of one index."""
+    """Group indices with equal keys into batches of at most `batch_tokens` positions, or of one index."""
     by_key: dict[Hashable, list[int]] = {}
     for index, key in keys.items():
         by_key.setdefault(key, []).append(index)
@@ -297,13 +297,13 @@ def _batches(keys: Mapping[int, Hashable], lengths: Sequence[int], batch_tokens:
 
 
 class Tasks:
-    """Tasks of lm_eval by name, and of the user's own from the task files of a folder."""
+    """Tasks of lm_eval, and the user's own from a folder of task files."""
 
     def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
         """Find the tasks; a name may be a pattern such as arc_*.
 
         Raises:
-            UsageError: a task is unknown, or the folder is none.
+            UsageError: a task is unknown, or `include_path` is not a folder.
         """
         if include_path is not None and not include_path.is_dir():
             raise UsageError(f"include-path {include_path}: expected the folder of your task files")
@@ -324,7 +324,7 @@ class Tasks:
     def judge(self, base: BaseModel, adapters: Sequence[Adapter], **settings: Any) -> list[dict[str, Any]]:
         """Run all tasks on the base and on the base with each adapter, and return their figures as JSON data.
 
-        `settings` are those of `lm_eval.simple_evaluate`, such as limit and num_fewshot.
+        `settings` go to `lm_eval.simple_evaluate`, such as limit and num_fewshot.
 
         Raises:
             UsageError: the data of a task cannot be loaded.
@@ -348,7 +348,7 @@ class Tasks:
 
 
 def _figures(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the figures of all models, task by task; the mean of a group of tasks may have no examples and shots."""
+    """Yield the figures of all models by task; for a group of tasks, examples and shots may be None."""
     for task, metrics in found[0]["results"].items():
         examples = found[0].get("n-samples", {}).get(task, {}).get("effective")
         about = {"examples": examples, "shots": found[0].get("n-shot", {}).get(task)}
@@ -365,7 +365,7 @@ def _figures(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[
 
 
 def main() -> None:
-    """Run `lm_eval` with the arguments given and the model "jcrosslora"; exit with 2 after an error of the user's."""
+    """Run the command line of `lm_eval` with the model "jcrosslora"; exit with 2 on a `JCrossLoRAError`."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

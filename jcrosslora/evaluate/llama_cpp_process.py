@@ -27,7 +27,7 @@ def likeliest(base: str, adapter: str | None, texts: Sequence[list[int]], writte
     server = xllamacpp.Server(params)
     found = []
     for tokens in texts:
-        # The server gives none with a token that ends a text or is part of a character, so it has to write another.
+        # The server returns none with an EOS token or part of a character, so another token is forced.
         wanted = {"prompt": tokens, "max_tokens": 1, "temperature": 0.0, "logprobs": _LIKELIEST}
         answer = server.handle_completions(wanted | {"logit_bias": [[written, 1000.0]]})
         entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

@@ -32,7 +32,7 @@ from jcrosslora.evaluate.examples import Question
 from jcrosslora.evaluate.packing import Batch, Tokens, packed, unpacked
 from jcrosslora.utils.progress import Track, track
 
-_LOGITS_AT_ONCE = 128  # states that the head gets in one call, over all models
+_LOGITS_AT_ONCE = 128  # hidden states per call of the output head, over all models
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,14 @@ class Models:
 
     @classmethod
     def of(cls, base: BaseModel, adapters: Sequence[Adapter], model: Model | None, dtype: DTypeLike) -> "Models":
-        """Stack adapters after one of zeros, which is the base alone; load the base unless it is loaded already."""
+        """Stack adapters after one of zeros, which is the base alone; load the base unless `model` is given."""
         stacked = stack_adapters([Adapter(modules={}), *adapters], base)
         loaded = (model or load_model(base, dtype)).with_adapter(stacked)
         return cls(loaded, (base.name, *(adapter.info.name for adapter in adapters)))
 
     @property
     def count(self) -> int:
-        """A."""
+        """The number of models, A."""
         return len(self.names)
 
     def one(self, place: int) -> Model:
@@ -59,14 +59,14 @@ class Models:
         return self.model.with_adapter(jax.tree.map(lambda leaf: leaf[place], self.model.adapter))
 
     def by_row(self) -> Model | None:
-        """Return the base with all adapters, of which each row of a batch has one; None if that is no `RowAdapters`."""
+        """Return a model that applies one adapter per row, or None if they cannot be batched."""
         stacked = self.model.adapter
         assert isinstance(stacked, StackedAdapter)
         adapters = RowAdapters.of(jax.tree.map(lambda leaf: leaf[1:], stacked))
         return None if adapters is None else self.model.with_adapter(adapters)
 
     def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
-        """Batch questions; choices that are rotated apart share no tokens."""
+        """Batch questions; choices with different rotary embeddings share no tokens."""
         settings = self.model.settings
         switches = settings.switches
         items = [one.unshared() if any(map(one.straddles, switches)) else one for one in items]
@@ -74,7 +74,7 @@ class Models:
 
 
 class Scored(NamedTuple):
-    """What A models say of S scored tokens.
+    """Predictions of A models for S scored tokens.
 
     Attributes:
         places: int64 (S, 2), question and choice of each.
@@ -94,8 +94,8 @@ def log_prob_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the log-probabilities of the scored tokens of each choice of n questions with C choices at most.
 
-    All models run in one pass, with `batch_tokens` token positions in memory at once, over all of them; `unit` is what
-    is counted while it runs, in the plural.
+    All models run in one pass, with `batch_tokens` token positions in memory over all models. `unit` is the unit of the
+    progress bar, in the plural.
 
     Returns:
         See `summed`, with the same errors.
@@ -105,14 +105,14 @@ def log_prob_sums(
 
 
 def summed(models: Models, items: Sequence[Tokens], scored: Iterable[Scored]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum what `scored_tokens` yields.
+    """Sum the log-probabilities of each choice from `scored_tokens`.
 
     Returns:
         float64 (A, n, C), nats, NaN if a question has fewer choices; int64 (n, C), the scored tokens.
 
     Raises:
         AdapterError: the sums with an adapter are not finite.
-        CheckpointError: those of the base are not finite.
+        CheckpointError: the base's sums are not finite.
     """
     # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((models.count + 1, len(items), max(len(one.tails) for one in items)))
@@ -123,13 +123,13 @@ def summed(models: Models, items: Sequence[Tokens], scored: Iterable[Scored]) ->
     log_probs = np.where(tokens > 0, sums[:-1], np.nan)
     for index, (one, name) in enumerate(zip(log_probs, models.names, strict=True)):
         if not np.isfinite(one[tokens > 0]).all():
-            # The base comes first and was found finite.
+            # The base was checked first.
             raise not_finite(models.names[0], name if index else None, values="log-probabilities", sound=True)
     return log_probs, tokens
 
 
 def scored_tokens(models: Models, items: Sequence[Tokens], batch_tokens: int, bar: Track) -> Iterator[Scored]:
-    """Run all models over questions, with `batch_tokens` token positions in memory at once, over all of them.
+    """Run all models over questions, with `batch_tokens` token positions in memory over all models.
 
     Only the states before scored tokens go through the head, which costs more than the layers if the vocabulary is
     large. They are collected over batches, so that the head is compiled for one shape. The bar advances by one for each
@@ -157,9 +157,9 @@ def scored_tokens(models: Models, items: Sequence[Tokens], batch_tokens: int, ba
 
 
 def likeliest_by_question(scored: Sequence[Scored], questions: int) -> list[np.ndarray]:
-    """Return int32 (A, T) for each of n questions of one choice: what models would write instead of its scored tokens.
+    """Return int32 (A, T) for each of n questions with one choice: the models' argmax at its scored tokens.
 
-    Each is the likeliest after the right tokens before it.
+    Each prediction follows the right tokens before it (teacher forcing).
     """
     places = np.concatenate([one.places[:, 0] for one in scored])
     tokens = np.concatenate([one.likeliest for one in scored], axis=1)
@@ -176,7 +176,7 @@ def _row_states(
     beginnings: tuple[jax.Array, jax.Array] | None,
     owners: jax.Array,
 ) -> jax.Array:
-    """(A, R, T, H): hidden states of rows under each of A adapters, see `Batch`."""
+    """Compute the hidden states (A, R, T, H) of rows under each of A adapters, see `Batch`."""
 
     def one(adapter: AppliedAdapter | None) -> jax.Array:
         own = model.with_adapter(adapter)
@@ -191,17 +191,17 @@ def _row_states(
 
 @jax.jit
 def _predictions(model: Model, states: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 (A, S) of tokens (S,) from states (A, S, H) before them, and the likeliest tokens."""
+    """Compute float32 (A, S) log-probabilities of tokens (S,) from states (A, S, H), and the likeliest tokens."""
     scores = logits(model, states)
     chosen = jnp.take_along_axis(scores, wanted[None, :, None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1), likeliest(scores)
 
 
 def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
-    """Encode prompt and choice as one text for each choice.
+    """Tokenize the prompt with each choice as one text.
 
-    The answer's tokens are those after the last token that ends in the prompt: a token that covers the end of the
-    prompt and the start of the answer belongs to the answer.
+    The answer starts after the last token that ends in the prompt: a token that covers the end of the prompt and the
+    start of the answer belongs to the answer.
 
     Raises:
         UsageError: a choice without a separate token, or without a token before it.

@@ -53,8 +53,8 @@ _LABEL = 20  # columns for a model's name before its answer
 def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str | None = None) -> dict[str, Any]:
     """Return the figures of questions with choices: what `evaluate --json` prints, and `report` reads.
 
-    `not_scored` says in sentences what of the adapters is not part of the figures. `trained` names the adapter that was
-    trained on the base, for the share of its gain that the others bring.
+    `not_scored` lists, in sentences, the parts of adapters that the figures leave out. `trained` names the adapter that
+    was trained on the base; the others get the share of its gain that they recover.
 
     Raises:
         UsageError: no adapter has this name.
@@ -72,11 +72,11 @@ def answers_json(
 ) -> dict[str, Any]:
     """Return the figures of written answers, and some of the answers.
 
-    `show` is the number of examples, evenly spread, to return with the answers of all models; the rest as in
-    `scores_json`.
+    `show` is the number of examples, evenly spread, to return with the answers of all models; for the other arguments
+    see `scores_json`.
 
     Raises:
-        UsageError: no adapter has the name of the trained one.
+        UsageError: no adapter is named `trained`.
     """
     found = {
         "examples": len(answers.examples),
@@ -162,7 +162,7 @@ def _trained(found: Scores | Answers, trained: str | None) -> dict[str, str]:
 
 
 def _models(scores: Scores | Answers, trained: str | None) -> list[dict[str, Any]]:
-    """Give every figure of every model with its interval, its difference to the base, and its share of a gain."""
+    """Return every figure of every model with its interval, its difference to the base, and its lift."""
     oracle = None if trained is None else place_of(scores.names, trained)
     models: list[dict[str, Any]] = [{"name": name} for name in public_names(scores.names)]
     for figure in scores.figures:
@@ -175,7 +175,7 @@ def _models(scores: Scores | Answers, trained: str | None) -> list[dict[str, Any
 
 
 def _example(answers: Answers, place: int) -> dict[str, Any]:
-    """Give an example with the answer of each model."""
+    """Return an example with the answer of each model."""
     written = [
         {"name": name, "text": texts[place], "ended": bool(ended[place]), "exact": bool(exact[place])}
         for name, texts, ended, exact in zip(
@@ -187,7 +187,7 @@ def _example(answers: Answers, place: int) -> dict[str, Any]:
 
 
 def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval | None]:
-    """Compute the share of each model of an evaluation; None for base and trained one, or without a gain.
+    """Compute each model's share of the trained adapter's gain; None for the base, that adapter, or without a gain.
 
     `trained` is the index of the adapter that was trained on this base, 1 or more.
     """
@@ -195,7 +195,7 @@ def lifts(found: Scores | Answers, figure: str, trained: int) -> list[Interval |
 
 
 def lift_lines(found: Scores | Answers, trained: int) -> list[str]:
-    """Say the shares of each adapter in a line."""
+    """Describe the shares of each adapter in a line."""
     shares = {figure: lifts(found, figure, trained) for figure in found.figures}
     return [
         _line(name, {figure: of[place] for figure, of in shares.items()})
@@ -205,7 +205,7 @@ def lift_lines(found: Scores | Answers, trained: int) -> list[str]:
 
 
 def place_of(names: Sequence[str], trained: str) -> int:
-    """Find the trained adapter among the models of an evaluation.
+    """Return the index of the trained adapter among the models.
 
     Raises:
         UsageError: no adapter has this name.
@@ -281,7 +281,7 @@ def marks(answers: Answers, model: int, example: int) -> list[str]:
 
 
 def labels(answers: Answers) -> list[str]:
-    """Name the models in short: "base", and the adapters without the folders they lie in."""
+    """Return short names of the models: "base", and the adapters without their folders."""
     return public_names(["base", *answers.names[1:]])
 
 

@@ -1,8 +1,8 @@
 """Pack questions into rows of few shapes, so that common text is computed once and there is little padding.
 
 A row holds several questions one after another; the choices of a question all continue the same tokens, see `Layout`. A
-common beginning of more questions than fit in a row is computed once, and cached as a prefix of rows. Models with a
-recurrent state get one text a row, with its question as the prefix.
+prefix of more questions than fit in a row is computed once, and its KV cache is shared by the rows. Models with a
+recurrent state get one text per row, with its question as the prefix.
 """
 
 from bisect import bisect_left, insort
@@ -18,11 +18,12 @@ from jcrosslora.checkpoint.tokenizer import pad_right
 from jcrosslora.decoder.layout import Layout
 from jcrosslora.decoder.prompt_batches import common_beginnings
 
-_NARROWEST, _WIDE = 32, 512  # tokens of a row, where questions are not longer
-# Estimates: what a call takes in tokens, as it reads all weights, and the width at which attention takes as long as the
-# products. SmolLM2-135M took 7.0 s in rows of 128 and 9.4 s in rows of 256 (float32, one busy core, one run each).
+_NARROWEST, _WIDE = 32, 512  # bounds of a row in tokens, unless a question is longer
+# Estimates: the overhead of a call in tokens (it reads all weights), and the width at which attention takes as long as
+# the matrix products. SmolLM2-135M took 7.0 s in rows of 128 and 9.4 s in rows of 256 (float32, one busy core, one run
+# each).
 _CALL, _ATTENTION = 64, 1024
-_SMALLEST = 8  # tokens that a shape is padded to
+_SMALLEST = 8  # smallest padded length in tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +45,11 @@ class Tokens:
         return len(self.prefix) + sum(map(len, self.tails))
 
     def straddles(self, length: int) -> bool:
-        """Return whether one choice is longer than a length, and another is not."""
+        """Return whether some choices are longer than a length and others are not."""
         return len({len(self.prefix) + len(tail) > length for tail in self.tails}) > 1
 
     def unshared(self) -> "Tokens":
-        """Return the same with all tokens of each choice in its tail."""
+        """Move the prefix into the tail of each choice."""
         tails = tuple(np.concatenate([self.prefix, tail]) for tail in self.tails)
         return Tokens(self.prefix[:0], tails, tuple(first + len(self.prefix) for first in self.scored))
 
@@ -59,12 +60,12 @@ class Batch:
 
     Attributes:
         rows: int32 (R, T), zero at padding.
-        layout: of the rows, without what is in front of them.
+        layout: of the rows, without `beginnings`.
         picked: int64 (S,), index into the flattened (R, T): the position before each scored token.
         wanted: int32 (S,), the scored tokens.
         places: int64 (S, 2), question (of the task) and choice of each scored token.
-        beginnings: int32 (Q, P) with its mask, bool, what rows go on from; None if they hold whole texts.
-        owners: int32 (R,), the beginning in front of each row.
+        beginnings: int32 (Q, P) and bool mask, the prefixes that rows continue; None if rows hold whole texts.
+        owners: int32 (R,), index of each row's prefix.
     """
 
     rows: np.ndarray
@@ -77,21 +78,21 @@ class Batch:
 
     @property
     def given(self) -> tuple[Any, ...]:
-        """What a pass over the batch reads."""
+        """The inputs of a forward pass."""
         return self.rows, self.layout, self.beginnings, self.owners
 
     @property
     def questions(self) -> int:
-        """The number of questions, each of which is in one batch."""
+        """The number of questions; each is in one batch only."""
         return len(np.unique(self.places[:, 0]))
 
 
 class _Block(NamedTuple):
-    """Texts that branch, N tokens one after another; slots are counted from its first token.
+    """Questions with a common prefix, N tokens one after another; indices count from the first token.
 
     Attributes:
-        fields: int32 (4, N), the tokens and what `Layout` says of them: positions, lengths and ends.
-        picked: int64 (S,), then as in `Batch`.
+        fields: int32 (4, N), the tokens with their `Layout`: positions, lengths and ends.
+        picked: int64 (S,); this and the rest as in `Batch`.
     """
 
     fields: np.ndarray
@@ -101,7 +102,7 @@ class _Block(NamedTuple):
 
     @classmethod
     def of(cls, items: Mapping[int, Tokens], members: Sequence[int], shared: int = 0) -> "_Block":
-        """Lay out questions that begin with `shared` common tokens, or a single one."""
+        """Lay out one question, or several that share their first `shared` tokens."""
         whole = shared + sum(len(items[index]) - shared for index in members)
         longest = [len(items[index].prefix) + max(map(len, items[index].tails)) for index in members]
         pieces = [(items[members[0]].prefix[:shared], 0, max(longest), whole)]
@@ -123,15 +124,15 @@ class _Block(NamedTuple):
 
     @property
     def size(self) -> int:
-        """N."""
+        """The number of tokens, N."""
         return self.fields.shape[1]
 
 
 def packed(items: Sequence[Tokens], positions: int, *, share: bool) -> Iterator[Batch]:
     """Pack questions for a base whose layers all have attention.
 
-    A batch has at most `positions` token positions, padding included, or a single row. With `share`, what several
-    questions begin with is read once.
+    A batch has at most `positions` token positions, padding included, or a single row. With `share`, a common
+    prefix of several questions is read once.
     """
     known, alone, blocks = dict(enumerate(items)), set(range(len(items))), []
     groups = common_beginnings([one.prefix for one in items]) if share else []
@@ -147,7 +148,7 @@ def packed(items: Sequence[Tokens], positions: int, *, share: bool) -> Iterator[
 
 
 def _in_rows(blocks: Sequence[_Block], positions: int, beginning: np.ndarray | None = None) -> Iterator[Batch]:
-    """Put blocks into rows, the longest first, so that memory runs out at once or never."""
+    """Put blocks into rows, longest first: if memory runs out, it does so at once."""
     by_width: dict[int, list[_Block]] = {}
     for block in sorted(blocks, key=lambda block: -block.size):
         by_width.setdefault(max(_WIDE, _rounded(block.size)), []).append(block)
@@ -159,7 +160,7 @@ def _in_rows(blocks: Sequence[_Block], positions: int, beginning: np.ndarray | N
 
 
 def _widths(longest: int, widest: int, positions: int) -> list[int]:
-    """Return the widths of rows to choose from, more than one if texts are short."""
+    """Return the candidate row widths, several if texts are short."""
     least = max(_NARROWEST, _rounded(longest))
     return [
         width for width in (least << more for more in range(8)) if width == least or width <= min(widest, positions)
@@ -169,9 +170,9 @@ def _widths(longest: int, widest: int, positions: int) -> list[int]:
 def _best_fit(
     blocks: Sequence[_Block], width: int, positions: int, beginning: np.ndarray | None
 ) -> tuple[list[list[_Block]], tuple[int, int], float]:
-    """Put each block into the fullest row that has room; return the rows, the shape of a batch and what all take."""
+    """Put each block into the fullest row with room; return the rows, the batch shape and the cost in tokens."""
     rows: list[list[_Block]] = []
-    spaces: list[tuple[int, int]] = []  # what is free, and the row, in order
+    spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for block in blocks:
         place = bisect_left(spaces, (block.size, 0))
         if place == len(spaces):
@@ -206,7 +207,7 @@ def _batch(rows: Sequence[Sequence[_Block]], shape: tuple[int, int], beginning: 
 
 
 def unpacked(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
-    """Batch questions for a recurrent base, the longest first: each choice has a row, and goes on from its question.
+    """Batch questions for a recurrent base, longest first; each choice has a row that continues its question.
 
     A batch has at most `positions` token positions, padding included, or a single question.
     """
@@ -251,5 +252,5 @@ def _one_a_row(items: Sequence[Tokens], group: list[int], head: tuple[int, int],
 
 
 def _rounded(length: int) -> int:
-    """Round up to 8, 16, 32, ...: every further shape has to be compiled, which costs more than the padding."""
+    """Round up to 8, 16, 32, ...: compiling one more shape costs more than the padding."""
     return max(_SMALLEST, 1 << (length - 1).bit_length()) if length else _SMALLEST

@@ -35,11 +35,11 @@ from jcrosslora.utils.digests import sha256
 from jcrosslora.utils.files import write_whole
 from jcrosslora.utils.progress import track
 
-COUNT, PROBE_TOKENS = 288, 96  # texts, and tokens of a text at most
+COUNT, PROBE_TOKENS = 288, 96  # texts, and maximum tokens of a text
 TEXTS = "probes"  # the folder, below the cache's root
 # Version of `write_texts` and `start_words`: raise it whenever its texts change.
 PROCEDURE = 2
-_MOST, _LONGEST = 100_000, 200_000  # given texts, of which a fit uses 1,000; characters of one, about 50,000 tokens
+_MOST, _LONGEST = 100_000, 200_000  # given texts (a fit uses 1,000), and characters of one (50,000 tokens)
 _TRIES = 4
 _SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
@@ -53,8 +53,8 @@ class Probes:
         seed: seed of generated or sampled texts; None for given texts.
         positions: number of matched positions of the two bases (see `count_positions`); None before it is known.
         path: file that given texts were read from; None for other texts.
-        prompts: what given texts were made of, which may be conversations; empty for other texts.
-        examples: prompts with right answers that the user gave as well; if without prompts, the texts are theirs.
+        prompts: the prompts or conversations that given texts were made from; empty for other texts.
+        examples: the user's prompts with right answers; without other prompts, the texts are those of the examples.
         examples_path: the file that they were read from.
     """
 
@@ -68,7 +68,7 @@ class Probes:
     examples_path: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for more or longer texts than anything can be done with in reasonable time."""
+        """Raise UsageError for too many or too long texts to process in reasonable time."""
         longest = max([*map(len, self.texts), *(len(prompt_text(one.prompt)) for one in self.examples)], default=0)
         for what, value, most in (("prompts", len(self.texts), _MOST), ("characters in a prompt", longest, _LONGEST)):
             if value > most:

@@ -51,23 +51,23 @@ class Scores(Evaluated):
         return cls(tuple(names), log_probs, characters, tokens, answers)
 
     def accuracy(self) -> np.ndarray:
-        """float64 (A,): share of questions whose right choice has the highest log-probability."""
+        """Return the share of questions whose right choice has the highest log-probability, float64 (A,)."""
         return self.by_question("accuracy").mean(axis=1)
 
     def accuracy_norm(self) -> np.ndarray:
-        """float64 (A,): the same by log-probability per character of the choice."""
+        """Return the accuracy by log-probability per character of the choice, float64 (A,)."""
         return self.by_question("accuracy_norm").mean(axis=1)
 
     def nll_per_char(self) -> np.ndarray:
-        """float64 (A,): mean over questions of -log p(right choice) / its characters, in nats."""
+        """Return the mean over questions of -log p(right choice) / its characters, in nats, float64 (A,)."""
         return self.by_question("nll_per_char").mean(axis=1)
 
     def nll_pooled(self) -> np.ndarray:
-        """float64 (A,): -log p of all right choices / all their characters, in nats: long answers weigh more."""
+        """Return -log p of all right choices / all their characters, in nats, float64 (A,): long ones weigh more."""
         return self.by_question("nll_pooled").mean(axis=1)
 
     def by_question(self, figure: str) -> np.ndarray:
-        """float64 (A, n): a figure of `FIGURES` of each question; accuracies are 0 or 1.
+        """Return a figure of `FIGURES` of each question, float64 (A, n); accuracies are 0 or 1.
 
         "nll_pooled" is -log p(right choice) over the mean number of characters of all right choices.
 
@@ -100,7 +100,7 @@ class Scores(Evaluated):
         return ratios(*self._pooled(), minus_first=True, draws=draws, seed=seed)
 
     def _pooled(self) -> tuple[np.ndarray, np.ndarray]:
-        """float64 (A, n) each: -log p of the right choices, and their characters."""
+        """Return -log p of the right choices, and their characters, float64 (A, n) each."""
         right = np.arange(len(self.answers)), self.answers
         nll = -self.log_probs[:, *right]
         return nll, np.broadcast_to(self.characters[right].astype(np.float64), nll.shape)
@@ -123,13 +123,13 @@ def score(
 ) -> Scores:
     """Score every choice of every question under the base and under the base with each adapter.
 
-    All models run in one pass over the questions, mapped over the adapters; the base is an adapter of zeros. The tokens
-    that the choices of a question share are run once. Log-probabilities are float32, their sums float64.
+    All models run in one pass over the questions, vmapped over the adapters; the base is an adapter of zeros. The
+    prefix that the choices of a question share is run once. Log-probabilities are float32, their sums float64.
 
     Args:
-        base: the model, opened, or what `open_base` opens.
-        questions: at least one, or the JSONL file of them (see `read_task`).
-        adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
+        base: an open base, or anything that `open_base` accepts.
+        questions: at least one, or a JSONL file (see `read_task`).
+        adapters: of this base, loaded or anything that `load_adapter` accepts; applied unmerged.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once, over all adapters.
         model: the base, if it is loaded already (`jcrosslora.decoder.load_model`); then `dtype` is not used.
@@ -156,8 +156,8 @@ def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: To
     """Tokenize questions for a base.
 
     Raises:
-        UsageError: text without tokens, or with more of them than the positions that the base was trained on, beyond
-            which its predictions mean nothing.
+        UsageError: text without tokens, or longer than the positions that the base was trained on, where its
+            predictions mean nothing.
         CheckpointError: the tokenizer cannot be read.
     """
     tokenizer = tokenizer or load_tokenizer(base)

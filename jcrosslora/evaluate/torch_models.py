@@ -1,7 +1,7 @@
-"""Load bases with transformers and adapters with PEFT, without what their files could make these do.
+"""Load bases with transformers and adapters with PEFT, and limit what their files can make these do.
 
-The weights are safetensors, no code of a base runs, no package for attention is taken because a configuration names it,
-and the patterns of an adapter cannot take for ever.
+The weights are safetensors, no code of a base runs, a configuration cannot choose a package for attention, and the
+patterns of an adapter cannot run for ever.
 """
 
 import json
@@ -73,7 +73,7 @@ def load_adapter(model: Any, adapter: AdapterFiles) -> Any:
 
 
 def _check_patterns(adapter: AdapterFiles, modules: list[str]) -> None:
-    """Refuse an adapter with a pattern that takes very long: nothing ends a match but the end of its process."""
+    """Refuse an adapter with a pattern that takes very long; only a process of its own can be stopped."""
     costly = [] if adapter.config is None else list(_costly(read_config(adapter.config)))
     if not costly:
         return

@@ -44,7 +44,7 @@ class Bases:
 
 
 def some_of(items: np.ndarray, wanted: int) -> np.ndarray:
-    """Return at most `wanted` of the items, evenly spaced and with both ends."""
+    """Return at most `wanted` evenly spaced items, including both ends."""
     return items[evenly_spaced(len(items), wanted)]
 
 
@@ -76,7 +76,7 @@ def cosine_similarity(src: np.ndarray, tgt: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class TokenNames:
-    """What two tokenizers call the ids of one embedding.
+    """The differences of two tokenizers on the ids of one embedding.
 
     Attributes:
         differ: number of ids that stand for other tokens.
@@ -90,7 +90,7 @@ class TokenNames:
 
     @property
     def contradict(self) -> bool:
-        """Whether the embeddings agree id by id, but most ids stand for other tokens: one tokenizer is not its own."""
+        """Whether the embeddings agree id by id, but most ids stand for other tokens: one tokenizer is wrong."""
         return 2 * self.differ > self.both
 
     @property

@@ -1,14 +1,14 @@
-"""Find the scales of channels by which one base is another that computes the same.
+"""Find the channel scales that turn one base into another that computes the same.
 
-A quantiser such as AWQ or SmoothQuant changes scales before it rounds: it divides the gain of a norm by some factors,
-and multiplies the columns of the modules that read it; and it divides the rows of up_proj (or v_proj) by some, and
-multiplies the columns of down_proj (or o_proj). The model stays the same, and its weights become
+A quantiser such as AWQ or SmoothQuant rescales channels before it rounds: it divides the gains of a norm by factors
+and multiplies the columns of the modules that read it by them; it does the same to the rows of up_proj (or v_proj) and
+the columns of down_proj (or o_proj). The model stays the same, and its weights become
 
     W_tgt = D_out W_src D_in,   D_out and D_in diagonal,
 
-up to rounding. So does the update of a module that has the same effect: dW_tgt = D_out dW_src D_in.
+up to rounding. The update with the same effect is dW_tgt = D_out dW_src D_in.
 
-Where a scale can move follows from the blocks of a layer, see `Link`. The scales of a norm are the ratio of its gains,
+Which scales can move follows from the blocks of a layer, see `Link`. The scales of a norm are the ratio of its gains,
 which are not rounded coarsely. Those of a module are the ratio of the norms of its rows, whose rounding errors average
 out. A link has scales if they bring the weights at both of its ends nearer to each other, so that training, pruning or
 chance are not taken for scales.
@@ -29,7 +29,7 @@ from jcrosslora.relation.bases import Bases, Both, module_rows, some_of
 from jcrosslora.relation.difference import FLOAT32_NOISE
 from jcrosslora.relation.matching import MATRICES, same_form
 
-_ROWS = 64  # of each matrix, that have to be nearer to each other
+_ROWS = 64  # sampled rows of each matrix, which the scales have to bring nearer
 _ROWS_AT_ONCE = 4096
 # Share of the distance that the scales may leave. Scales with a spread of 5% leave 0.89 of it under rounding to 4 bits.
 _NEARER = 0.9
@@ -42,15 +42,15 @@ _MOST_TRAINED = 0.1
 
 @dataclass(frozen=True, eq=False)
 class ChannelScales:
-    """The diagonals of D_out and D_in by the names of modules; a module that is not named has ones.
+    """The diagonals of D_out and D_in by module name; a module without an entry has ones.
 
-    Routers and matrices of experts are named by `name_of`; those of single experts: `expert_scales`.
+    Routers and matrices of experts are named by `name_of`; for single experts see `expert_scales`.
 
     Attributes:
         rows: (O,) each, float32.
         columns: (I,) each, float32.
         gains: names of the norms and tensors whose scales were found.
-        error: relative, of the scales of norms, whose gains may be stored in half precision.
+        error: relative error of the scales of norms, whose gains may be stored in half precision.
         of_experts: whether experts have scales between their own matrices.
     """
 
@@ -73,7 +73,7 @@ class ChannelScales:
 
 
 def name_of(layer: int, part: str) -> str:
-    """Return the name of a part of a layer that a `Link` names."""
+    """Return the full name of a `Link`'s part in a layer."""
     return module_name(layer, part) if part in ROLE_PATHS else f"model.layers.{layer}.{part}"
 
 
@@ -127,9 +127,9 @@ def expert_scales(bases: Bases, scales: ChannelScales, layer: int, experts: tupl
 
 
 def has_other_gains(source: BaseModel, target: BaseModel, scales: ChannelScales | None) -> bool:
-    """Whether gains differ by more than training makes them differ, though `scales` do not explain them.
+    """Whether gains that `scales` do not explain differ by more than training would change them.
 
-    Bases of other shapes are not compared. Raises CheckpointError if a gain cannot be read.
+    False for bases of different shapes. Raises CheckpointError if a gain cannot be read.
     """
     bases = Bases(source, target)
     for layer in range(target.dims.layers if _alike(bases) else 0):
@@ -157,10 +157,10 @@ def _alike(bases: Bases) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """The parts of a layer of two bases, with the scales that were found so far, to which more are added.
+    """A layer of two bases, and the scales found so far, to which more are added.
 
     Attributes:
-        experts: whose matrices are read, of the source and of the target; None for another one in each layer.
+        experts: source and target expert whose matrices are read; None takes a different one in each layer.
     """
 
     bases: Bases
@@ -200,7 +200,7 @@ class _Layer:
         self._multiply(link, 1 / (factors if link.rows is None else factors[link.rows]))
 
     def between(self, link: Link, every: np.ndarray) -> np.ndarray | None:
-        """Return the factors on some rows of the writer of a link; None if a sample of its ends does not have any."""
+        """Return the factors on rows `every` of a link's writer; None if a sample of its ends shows none."""
         rows = np.arange(self._shape(link.writer)[0]) if link.rows is None else link.rows
         some = some_of(np.unique(rows), _ROWS)
         src, tgt = self._scaled_rows(link.writer, some)
@@ -228,7 +228,7 @@ class _Layer:
         return (down[0], target.dims.hidden) if part == "router" else target.experts.shape(part)[1:]
 
     def _unwritten(self, part: str) -> np.ndarray:
-        """Return rows of a part that no link starts from, whose scales are one."""
+        """Sample rows of a part that no link rescales."""
         rows = np.ones(self._shape(part)[0], bool)
         for link in self.links:
             if link.writer == part:
@@ -236,7 +236,7 @@ class _Layer:
         return some_of(np.flatnonzero(rows), _ROWS)
 
     def _scaled_rows(self, part: str, ids: np.ndarray) -> Both:
-        """Read rows; those of the source get the scales of columns that are known."""
+        """Read rows, the source's multiplied by the known column scales."""
         src, tgt = self._rows(part, ids)
         return src * self.scales.columns.get(name_of(self.number, part), np.float32(1)), tgt
 
@@ -278,7 +278,7 @@ def _gains(base: BaseModel, layer: int, writer: str) -> np.ndarray | None:
 def _nearer(samples: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bool:
     """Return whether scales bring rows of the source nearer to the target's than one factor does.
 
-    Samples are rows of the source with scales, without, and those of the target.
+    Each sample holds the scaled source rows, the source rows and the target rows.
     """
     after = before = 0.0
     for sample in samples:
@@ -290,7 +290,7 @@ def _nearer(samples: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> boo
 
 
 def _row_factors(src: np.ndarray, tgt: np.ndarray) -> np.ndarray:
-    """Return what the rows of the source are multiplied by, from their norms, with the signs of the inner products."""
+    """Return the factors on the source's rows: ratios of norms, with the signs of the inner products."""
     signs = np.where(np.einsum("ij,ij->i", src, tgt) < 0, np.float32(-1), np.float32(1))
     return signs * _ratio(*(np.linalg.norm(x, axis=1) for x in (tgt, src)))
 

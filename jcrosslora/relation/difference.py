@@ -10,8 +10,8 @@ from jcrosslora.relation.rounding import HALF_PRECISION, Rounding
 
 Side = Literal["source", "target"]
 
-# Share of numbers with overlapping rounding intervals from which rounding is the whole difference; rounding to the
-# nearest level leaves nearly all of them. The steps of a grid that was inferred from the numbers are less exact.
+# Least share of numbers with overlapping rounding intervals for rounding alone to explain the difference; rounding to
+# the nearest level explains nearly all of them. The steps of a grid that was inferred from the numbers are less exact.
 _MIN_EXPLAINED, _MIN_EXPLAINED_INFERRED = 0.998, 0.99
 # Least ratio of the steps of both sides for one to be a rounding of the other: bfloat16 has eight times the step of
 # float16, while two formats of four bits differ by a tenth.
@@ -55,11 +55,11 @@ class Difference:
         distance: ||W_tgt - W_src||_F / ||W_src||_F, with W_src scaled.
         scale: the factor on the source's numbers, 1 unless it explains most of the difference.
         explained: share of numbers that are equal or that rounding explains.
-        rank: of a low-rank update, as far as the sample shows it; else None.
+        rank: rank of a low-rank update, as far as the sample shows it; else None.
         grids: the number formats of the source and the target.
         rounded: the side that is a rounding of the other; None if neither is, or it cannot be told.
         quantised: whether one side was quantised to 8 bits or fewer, alone or in addition to the change.
-        coarse: whether the source, and the target, lie on levels as far apart as those of about 4 bits or fewer.
+        coarse: whether the source, and the target, has levels as coarse as those of about 4 bits or fewer.
         hidden: relative size of changes that rounding may hide.
         zeroed: share of numbers that were set to zero in the target (unstructured pruning), if rounding does not
             explain it; all other figures are then of the rest.
@@ -88,7 +88,7 @@ class Difference:
 def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> Difference:
     """Compare rows of a weight with their counterparts, number by number.
 
-    `src` and `tgt` are (n, m); the roundings hold the numbers that they may have been rounded from.
+    `src` and `tgt` are (n, m); the roundings hold the intervals that they may have been rounded from.
     """
     src, tgt = src.astype(np.float64), tgt.astype(np.float64)
     norms = float(np.linalg.norm(src)), float(np.linalg.norm(tgt))
@@ -207,7 +207,7 @@ def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> floa
 def _low_rank(delta: np.ndarray, noise: float) -> int | None:
     """Count the singular values above noise; None if there are many, or if they hold too little of the energy.
 
-    Many is more than half of the rows or columns that change: those of a few changed numbers are no low rank.
+    Many means more than half of the changed rows or columns: a few changed numbers are no low-rank update.
     """
     short = min(np.count_nonzero(delta.any(axis=axis)) for axis in (0, 1))
     gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta

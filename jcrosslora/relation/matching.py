@@ -8,11 +8,11 @@ from jcrosslora.checkpoint.config import Dims
 from jcrosslora.relation.bases import Bases, cosine_similarity, some_of
 from jcrosslora.utils.spread import evenly_spaced
 
-# Cosine from which a column is taken for a trained or rounded copy of another, see `relation`. Few rows reach
-# it by chance, so `_threshold` raises it for them.
+# Least cosine of a column with its trained or rounded copy, see `relation`. Columns of few rows reach it by chance, so
+# `_threshold` raises it for them.
 _MIN_COSINE = 0.7
-# Cosine with the column at the same index from which no other index is searched: heads of SmolLM2-135M that do nearly
-# the same have 0.8.
+# Cosine with the column at the same index from which no other index is searched: nearly equivalent heads of
+# SmolLM2-135M have 0.8.
 _SURE_COSINE = 0.95
 # Allowed chance per pair of matrices that two unrelated columns reach the threshold.
 _FALSE_MATCHES = 1e-3
@@ -23,7 +23,7 @@ MIN_MEAN_COSINE = 0.2
 _MIN_MATCHED = 0.9
 _BATCH = 1024
 MATRICES = ("gate_up", "down")
-_CHECKED, _ROWS = 4, 8  # experts whose weights are looked at, and rows of each matrix
+_CHECKED, _ROWS = 4, 8  # experts whose weights are compared, and rows of each matrix
 
 
 def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> np.ndarray | None:
@@ -152,7 +152,7 @@ def _heads(columns: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_form(bases: Bases) -> bool:
-    """Whether neither of two bases has experts, or both have some of the same shape that are stored alike."""
+    """Whether neither base has experts, or both have experts of the same shape and storage layout."""
     source, target = (
         [(base.experts.shape(matrix)[1:], base.experts.axis(matrix)) for matrix in MATRICES]
         if base.layers_with("router")
@@ -165,9 +165,9 @@ def same_form(bases: Bases) -> bool:
 def match_experts(bases: Bases, layers: tuple[int, int], *, alike: bool = False) -> np.ndarray:
     """Find the source expert of every target expert of a layer of the source and one of the target.
 
-    Both bases have experts of the `same_form`; the weights are checked by `finite`. With `alike` it is known that the
-    experts are those of the source, perhaps with other scales, and routers alone are compared. Returns int64 (E_tgt,),
-    -1 for an expert without a counterpart.
+    Both bases have experts of the `same_form`; the weights are checked by `finite`. `alike` states that the
+    experts are the source's, perhaps rescaled; then only routers are compared. Returns int64 (E_tgt,), -1 for an expert
+    without a counterpart.
     """
     router_src, router_tgt = (
         finite(base, f"the router of layer {layer}", base.experts.tensor(layer, "router"))

@@ -112,7 +112,7 @@ def choose_method(
 
 
 def with_fit(choice: Choice) -> Choice:
-    """Replace a method that carries an update over as it is by one that fits it as well, if it is known how."""
+    """Replace a method that does not fit the update by its variant that does, if there is one."""
     method = _FITTED.get(choice.method)
     return choice if method is None else Choice(method, choice_reason(choice.found, method), choice.found)
 
@@ -195,7 +195,7 @@ def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequen
 
 
 def _is_coarser_source(compared: Sequence[TensorComparison], stated: Sequence[bool]) -> bool:
-    """Tell whether the source, and not the target, is the rounded side of two copies that differ by rounding.
+    """Return whether the source, not the target, is the rounded side of two copies that differ by rounding.
 
     Most tensors that differ show which side is a rounding of the other's numbers. If they do not, as after a quantiser
     that rounds to another than the nearest level, the only side on coarse levels is the rounded one; and if none is,

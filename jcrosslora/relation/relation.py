@@ -60,7 +60,7 @@ class Relation(StrEnum):
 
 
 class Likeness(Enum):
-    """How alike two bases are, as far as the way of an update from one to the other depends on it."""
+    """How similar two bases are, in the classes that decide how an update is moved."""
 
     SAME = auto()  # files of equal digests, and tokenizers that agree
     COPY = auto()  # up to rounding
@@ -145,7 +145,7 @@ _REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REP
 
 
 def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
-    """Return what holds of the structure and of the weights; nothing if all parts and all compared numbers agree."""
+    """Return the relations that hold; none if all parts and all compared numbers agree."""
     linear = [item.difference for item in compared if item.role in _LINEAR]
     others = [item.difference for item in compared if item.role not in _LINEAR and not item.replaced]
     every, changes, other_changes = [*linear, *others], {one.change for one in linear}, {one.change for one in others}
@@ -174,7 +174,7 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
 
 
 def _is_sparse(compared: Sequence[TensorComparison]) -> bool:
-    """Tell whether numbers were set to zero in more than half of the modules of a role."""
+    """Return whether numbers were set to zero in more than half of the modules of a role."""
     zeroed = defaultdict(list)
     for item in compared:
         if item.role in _LINEAR:
@@ -257,7 +257,7 @@ def _read_ranks(structure: Structure, found: list[TensorComparison]) -> list[Ten
 
 
 def _compare_experts(structure: Structure) -> Iterator[TensorComparison]:
-    """Compare 64 rows of the matrices of one expert of each layer, of another expert in each."""
+    """Compare 64 rows of the matrices of one expert per layer, a different one in each."""
     bases = structure.bases
     for layers, (others, experts) in structure.matched_experts():
         if not len(experts):
@@ -286,7 +286,7 @@ def _compare(
 ) -> Difference:
     """Compare the corresponding columns of whole rows of each side, given with their stored dtypes.
 
-    `factors` are those on the numbers of the source, with their relative error.
+    `factors` multiply the numbers of the source; `error` is their relative error.
     """
     x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
     if np.array_equal(x, y):  # their roundings make no difference

@@ -66,7 +66,7 @@ class Structure:
         by_embedding: whether the embeddings determined `stream`; otherwise the same order is assumed.
         tokens: (T,) and (T,), sampled rows of the source and the target embedding that correspond.
         layers: a map for every target layer, None for a layer without a counterpart.
-        scales: those of channels, of bases whose modules are alike apart from these.
+        scales: the channel scales between bases that correspond row by row; None if there are none.
     """
 
     bases: Bases
@@ -108,7 +108,7 @@ class Structure:
         return name if name in self.bases.source.modules else None
 
     def sample(self, module: Module, count: int) -> tuple[Both, Both] | None:
-        """Read at most `count` rows of a target module, evenly spaced over those with a counterpart, and these.
+        """Read at most `count` evenly spaced rows of a target module that have a counterpart, and the counterparts.
 
         Returns for the source and for the target float32 (n, I) whole rows, see `finite`, and (m,) the columns that
         correspond; None if the module has no counterpart.
@@ -129,7 +129,7 @@ class Structure:
         return self.scales.factors(module.name, module.shape, ids)
 
     def explains(self, layer: int, name: str) -> bool:
-        """Whether the scales of channels are those of a norm, or another tensor, of a layer."""
+        """Whether the channel scales include those of a layer's norm or other tensor."""
         return self.scales is not None and name_of(layer, name) in self.scales.gains
 
     @property

@@ -124,7 +124,7 @@ class Cache:
     ) -> None:
         """Write an entry, unless one exists already. If it cannot be written, log one warning.
 
-        Of several processes that work together by `jax.distributed`, only the first writes. `what` describes the
+        Under `jax.distributed`, only the first process writes. `what` describes the
         content in one line; names of arrays consist of letters, digits and _; facts are JSON values. An array that
         this process has saved in another entry, or loaded from one, is linked to instead of being written again: it
         must not be changed after it was saved.
@@ -212,7 +212,7 @@ class Cache:
                 self._written[id(array)] = _Written(held, place / file_of(name), files[file_of(name)])
 
     def _evict(self) -> None:
-        """Remove the least recently used entries beyond the limit; only then all are read again, for their last use."""
+        """Remove the least recently used entries beyond the limit; all are read again only above the limit."""
         total = self._total()
         for entry in self.entries() if total > self.limit else ():
             if total <= self.limit:
@@ -293,9 +293,9 @@ def cache_limit() -> int:
 def keep_compiled() -> None:
     """Turn on JAX's compilation cache in the user's cache folder, unless the environment names another.
 
-    JAX compiles a damaged program again, with a warning; one that another process keeps it from reading, without. What
-    cannot be written is not kept. Each kind of processor has its own folder, because a program for
-    one may not run on another.
+    JAX recompiles a damaged program with a warning, and one that another process locks without a warning. Programs that
+    cannot be written are not kept. Each kind of processor has a folder, because a program for one may not run on
+    another.
     """
     root = cache_root()
     if root is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
 def measure_files(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> dict[str, tuple[int, str]]:
     """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path.
 
-    What is `known` of some is taken as it is.
+    Values in `known` are not measured again.
     """
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
     found = {path.relative_to(folder).as_posix(): path for path in paths}

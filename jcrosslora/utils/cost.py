@@ -1,4 +1,4 @@
-"""The cost of a piece of work, in counts of texts, tokens and matrices; and the available devices and memory."""
+"""Count the cost of work in texts, tokens and matrices; check the available devices and memory."""
 
 import os
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ _STATUS = "RESOURCE_EXHAUSTED: "  # the prefix of XLA's message
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of what takes time; costs of works that follow each other are added.
+    """Counts of the work that takes time; the costs of consecutive work are added.
 
     Attributes:
-        texts: that are written, as progress bars count them.
-        written: tokens that the source writes one after the other, each for a whole batch of texts.
+        texts: generated texts, as progress bars count them.
+        written: decoding steps of the source, each for a whole batch of texts.
         source: tokens that the source reads.
         target: tokens that the target reads.
-        predicted: tokens of the source and of the target whose predictions over the whole vocabulary are made.
-        stepped: tokens of gradient steps of the target.
+        predicted: tokens of the source and of the target whose logits are computed.
+        stepped: tokens in gradient steps of the target.
         decomposed: matrices with a truncated SVD: shape, rank, and whether single vectors matter.
         svd: sum of O I min(O, I) over the matrices with a full SVD.
         precise: whether texts are read in float32.
-        budget: seconds that this work and the one before it take, if what is counted does not take longer.
+        budget: least seconds that this work and the work before it take.
     """
 
     texts: int = 0
@@ -42,7 +42,7 @@ class Cost:
     budget: float | None = None
 
     def __add__(self, other: "Cost") -> "Cost":
-        """Add the counts; a budget is of one work and not added."""
+        """Add the counts; the budget belongs to one piece of work and is dropped."""
         return Cost(
             self.texts + other.texts,
             self.written + other.written,
@@ -57,7 +57,7 @@ class Cost:
 
     @property
     def runs_bases(self) -> bool:
-        """Whether a base runs, whose programs have to be compiled."""
+        """Whether a base runs, so that its programs have to be compiled."""
         return bool(self.written or self.source or self.target or self.stepped)
 
 
@@ -81,7 +81,7 @@ def enough_memory(advice: str = "") -> Iterator[None]:
 
 
 def check_devices() -> None:
-    """Raise UsageError if JAX cannot use the platform that is set, which it hardly reports."""
+    """Raise UsageError if JAX cannot use the platform that is set; its own error is unclear."""
     import jax
 
     try:
@@ -95,7 +95,7 @@ def check_devices() -> None:
 def free_memory(count: int = 1) -> int | None:
     """Return the free bytes of each of the first `count` devices; None if unknown.
 
-    Those of a CPU share what the host can.
+    CPU devices share the free memory of the host.
     """
     import jax
 
@@ -109,7 +109,7 @@ def free_memory(count: int = 1) -> int | None:
 
 
 def check_host(needed: int, of: str) -> None:
-    """Raise MemoryError if the host has fewer free bytes than needed, and that is known; `of` says for what."""
+    """Raise MemoryError if the host is known to have fewer free bytes than needed; `of` names what takes them."""
     free = _free_of_host()
     if free is not None and needed > free:
         raise MemoryError(f"{of} take {needed / 1e9:.2f} GB of the host's memory, where {free / 1e9:.2f} GB are free")
@@ -122,13 +122,13 @@ def _short(said: str, advice: str) -> ShortMemoryError:
 
 
 def _free_of_host() -> int | None:
-    """Return the bytes of memory of the host, or its container; None if unknown."""
+    """Return the free bytes of memory of the host or its container, whichever is less; None if unknown."""
     host = dict(line.split(":", 1) for line in _read_text(Path("/proc/meminfo")).splitlines() if ":" in line)
     found = [int(host["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in host else []
     most, used = (_read_text(_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
     if most.isdigit() and used.isdigit():
         stat = dict(line.split() for line in _read_text(_GROUP / "memory.stat").splitlines())
-        cached = int(stat.get("inactive_file", 0))  # pages of files, which are given up when memory is needed
+        cached = int(stat.get("inactive_file", 0))  # file pages, which are freed when memory is needed
         found.append(int(most) - max(0, int(used) - cached))
     return min(found, default=None)
 

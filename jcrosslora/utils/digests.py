@@ -23,12 +23,12 @@ _TICK_NS = 2 * 10**9
 _PROCEDURE = 5
 
 
-# From paths, and what computes the hex digests of these files, to the digests in their order: recorded or computed.
+# Takes paths and a function that computes the files' hex digests; returns these in order, recorded or computed.
 Digests: TypeAlias = Callable[[Sequence[Path], Callable[[], list[str]]], list[str]]
 
 
 class FileDigests:
-    """`Digests` that outlive the process, in a folder, made with the first record, with a small file for each path."""
+    """`Digests` kept on disk: a small file per path, in a folder that the first record creates."""
 
     def __init__(self, folder: Path, clock: Callable[[], int] = time.time_ns):
         self._folder, self._clock = folder, clock  # nanoseconds since 1970
@@ -76,7 +76,7 @@ def file_state(path: Path) -> list[int] | None:
 
 
 def is_settled(state: list[int], now: int) -> bool:
-    """Tell whether a file was last written so long before `now`, in nanoseconds, that another write has other times."""
+    """Return whether a file was last written long enough before `now`, in ns, for a new write to have new times."""
     return now - max(state[3:]) > _TICK_NS
 
 

@@ -24,7 +24,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str) -> int | None:
-    """Read a number of bytes such as 500MB or 20G; None where the text is none."""
+    """Read a number of bytes such as 500MB or 20G; None if the text is not a size."""
     found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
@@ -96,7 +96,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_within(path: str | Path, folder: str | Path) -> bool:
-    """Tell whether the path of an output is that of a folder to write, or lies in it."""
+    """Return whether a path is that of an output folder, or lies in it."""
     inner, outer = (output_path(one).absolute() for one in (path, folder))
     return inner == outer or outer in inner.parents
 

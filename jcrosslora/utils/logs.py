@@ -1,4 +1,4 @@
-"""Log the figures of a running job to Weights & Biases, Trackio, TensorBoard, or an object of the user.
+"""Log the figures of a running job to Weights & Biases, Trackio, TensorBoard, or the user's own object.
 
 Each log has environment variables for where a run goes: WANDB_MODE=offline, WANDB_PROJECT, WANDB_DIR; TRACKIO_DIR for
 this machine, or TRACKIO_SPACE_ID; TENSORBOARD_LOGGING_DIR instead of `runs/`.
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.utils.texts import safe_line
 
-# Settings of a run by their names, plain values without folders of this machine.
+# Settings of a run by name: plain values without local folders.
 Settings: TypeAlias = Mapping[str, Any]
 
 
@@ -44,9 +44,10 @@ LogName: TypeAlias = Literal["wandb", "trackio", "tensorboard"]
 
 
 def find_log(name: str) -> Callable[[str, Settings], Log]:
-    """Return the function that begins a run in a log; nothing is begun.
+    """Return the function that begins a run in a log, without calling it.
 
-    Raises UsageError if no such log, or its package is not installed; from the function, that a run cannot begin.
+    Raises UsageError if there is no such log, or its package is not installed. The function raises it if a run cannot
+    begin.
     """
     known = get_args(LogName)
     if name not in known:
@@ -72,7 +73,7 @@ _MESSAGES = logging.getLogger(__name__)
 
 
 class _Run:
-    """A log in use. A fault of it does not end the work: the log is left, and a warning says so."""
+    """A log in use. If it fails, the work goes on without it, after a warning."""
 
     def __init__(self, log: Log) -> None:
         self._log: Log | None = log
@@ -110,8 +111,8 @@ def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | No
     and its effect. If the log fails later on, the work continues.
 
     Args:
-        log: "wandb", "trackio" or "tensorboard", each of which is an extra of this package and is set by its own
-            environment variables; or an object with `log(step, values)` and `finish(failed=...)`. None sends nothing.
+        log: "wandb", "trackio" or "tensorboard", each an extra of this package, configured by its own environment
+            variables; or an object with `log(step, values)` and `finish(failed=...)`. None sends nothing.
         name: of the run, for a log given by name.
         settings: shown with the run, for a log given by name.
 
@@ -132,16 +133,16 @@ def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | No
 
 
 def record(values: Mapping[str, float], step: int | None = None) -> None:
-    """Add figures to the log in use; without one nothing happens.
+    """Add figures to the log in use, if any.
 
-    Numbers that are not finite are left out; without a step that of the call before counts.
+    Numbers that are not finite are left out; without a step, the previous one is used.
     """
     run = _ACTIVE.get()
     if run is not None:
         run.record(values, step)
 
 
-# What wandb would tell of the machine and of the folder that it runs in.
+# Settings that keep wandb from recording the machine and the working folder.
 _UNTOLD: dict[str, Any] = {
     "x_disable_meta": True,
     "x_disable_stats": True,
@@ -173,7 +174,7 @@ class WandbLog:
 
 
 class TrackioLog:
-    """A run of Trackio. What it prints goes to standard error: standard output is for the command's own."""
+    """A run of Trackio. Its output goes to standard error, as standard output belongs to the command."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         import trackio
@@ -201,9 +202,9 @@ class TrackioLog:
 
 
 class TensorBoardLog:
-    """A file of events in a new folder, with a number if the name is taken.
+    """An event file in a new folder, numbered if the name is taken.
 
-    TensorBoard's own writer would put the name of the machine into the name of the file.
+    TensorBoard's own writer would put the host name into the file name.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -229,7 +230,7 @@ class TensorBoardLog:
         self._empty = False
 
     def finish(self, *, failed: bool) -> None:
-        """Close the file; one of work that failed before its first figure, as on bad input, is removed."""
+        """Close the file; remove it if the work failed before its first figure, as on bad input."""
         self._writer.close()
         if failed and self._empty:
             self._path.unlink()
@@ -244,7 +245,7 @@ class TensorBoardLog:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """Make a folder of this name, or with the first number after it that is free."""
+    """Make a folder of this name, with the first free number after it if the name is taken."""
     number, made = 1, folder / name
     while True:
         try:
@@ -256,7 +257,7 @@ def _free(folder: Path, name: str) -> Path:
             return made
 
 
-# By name: the module without which it cannot run, and what begins a run.
+# Name of a log -> the module that it needs, and the function that begins a run.
 _LOGS: dict[str, tuple[str, Callable[[str, Settings], Log]]] = {
     "wandb": ("wandb", WandbLog),
     "trackio": ("trackio", TrackioLog),

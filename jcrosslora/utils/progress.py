@@ -1,11 +1,11 @@
-"""One display of progress for everything that runs: one line on a terminal, elsewhere a log line every 30 s.
+"""Show the progress of all running work: one line on a terminal, elsewhere a log line every 30 s.
 
-A piece of work reports its progress by `track`, or by `each` when it iterates over a list; a caller of several pieces
-names them by `steps`. Nested work is shown on the same line:
+Work reports its progress by `track`, or by `each` when it iterates over a list; a caller of several such pieces names
+them by `steps`. Nested work is shown on the same line:
 
     step 2 of 5: write completions, 120 of 300, about 3 min left
 
-Commands show it. From Python nothing is shown until `show_progress` asks for it.
+Commands show progress; from Python, `show_progress` turns it on.
 """
 
 import math
@@ -23,10 +23,10 @@ T = TypeVar("T")
 Shown = TypeVar("Shown", "Track", "Steps")
 
 _REFRESH = 0.1  # seconds between two refreshes of the line on a terminal while work reports itself
-# Below this share of the work done the time left is better estimated by what a step usually takes.
+# Below this share of the work done, the usual time of a step estimates the time left better than the pace so far.
 _ENOUGH = 0.05
-# Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
-# from a cache, or compiled for long) than of the machine.
+# Bounds on the pace of earlier steps, by which later ones are scaled: beyond them a step was read from a cache or
+# compiled for long, which says little about the machine.
 _LEAST_PACE, _MOST_PACE = 0.25, 4.0
 
 
@@ -34,7 +34,7 @@ class Track:
     """Work of a known size.
 
     Attributes:
-        total: units of the work, the most that it may have.
+        total: maximum number of units.
         note: shown after the count, such as "loss 1.234".
     """
 
@@ -47,18 +47,18 @@ class Track:
         self._since = 0.0 if display is None else display.clock()
 
     def update(self, count: int = 1) -> None:
-        """Report that more units are done, as far as there are any left."""
+        """Report that more units are done; the count stops at the total."""
         self.done = min(self.done + count, self.total)
         if self._display is not None:
             self._display.refresh()
 
     def skip_to(self, done: int) -> None:
-        """Report that the units up to this one are done or were not needed; those took no time."""
+        """Skip to `done` units: those before it are done or not needed, and took no time."""
         skipped = max(0, min(done, self.total) - self.done)
         self.done, self._begun = self.done + skipped, self._begun + skipped
 
     def text(self, inside: str) -> str:
-        """Return the description, unless it repeats that of the enclosing step, and the count."""
+        """Return the description, unless the enclosing step `inside` has the same, and the count."""
         if self._unit == "B":
             count = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
         else:
@@ -73,12 +73,12 @@ class Track:
 
     @property
     def share(self) -> float:
-        """Share of the work that is done."""
+        """The share of the work that is done."""
         return self.done / self.total if self.total else 1.0
 
 
 class Steps:
-    """Steps of a command by name, in the order in which they run; for the arguments see `Display.steps`."""
+    """The named steps of a command, in order; for the arguments see `Display.steps`."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Steps:
         return name in self._names[self._current + 1 :]
 
     def begin(self, name: str) -> None:
-        """Begin a step, which ends the one before; steps between the two are skipped."""
+        """Begin a step and end the current one; steps between the two are skipped."""
         if self._display is None:
             return
         now = self._display.clock()
@@ -113,7 +113,7 @@ class Steps:
         self._display.refresh()
 
     def begin_again(self, name: str) -> None:
-        """Go back to a step, so that it and those after it run once more; to the beginning if none has this name."""
+        """Go back to a step to run it and the later ones again; to the beginning if none has this name."""
         if name in self._names:
             self.begin(name)
         elif self._display is not None:
@@ -121,11 +121,11 @@ class Steps:
 
     @property
     def name(self) -> str:
-        """Name of the current step, "" before the first."""
+        """The name of the current step, "" before the first."""
         return "" if self._current < 0 else self._names[self._current]
 
     def text(self, _: str) -> str:
-        """Give the number and the name of the current step; only the number if the name is in a line above."""
+        """Return the number and the name of the current step; only the number if the name was announced."""
         if not self.name:
             return "begin"
         return self._number() if self._announce else f"{self._number()}: {self.name}"
@@ -134,10 +134,10 @@ class Steps:
         return f"step {self._current + 1} of {len(self._names)}"
 
     def left(self, now: float, inside: "Sequence[Track | Steps]") -> float | None:
-        """Estimate the remaining time: the rest of the current step plus the usual times of later ones, at this pace.
+        """Estimate the seconds left: the rest of the current step plus the usual times of later ones, at this pace.
 
-        `inside` are the parts that run inside the step, outermost first: they know better what is left of it than the
-        usual time of such a step, and the time of the whole step is part of the pace.
+        `inside` holds the work inside the step, outermost first. Its own estimate is better than the usual time of the
+        step, and corrects the pace. Returns None if unknown.
         """
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
@@ -155,14 +155,14 @@ class Steps:
 
 
 class Display:
-    """The line of everything that runs, outermost first.
+    """The progress line of all running work, outermost first.
 
     Args:
-        clock: seconds from any point in time on.
-        tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
+        clock: returns seconds since any point in time.
+        tick: seconds between refreshes by a thread while work reports nothing; None for none.
         log_every: seconds between two log lines.
         stream: where to write; None is standard error.
-        on: whether to show the work that begins from now on.
+        on: whether to show work that begins from now on.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Display:
 
     @contextmanager
     def track(self, total: int, description: str, unit: str = "", *, done: int = 0) -> Iterator[Track]:
-        """Show a piece of work of a size in units while the block runs; `done` units were done before.
+        """Show a piece of work of `total` units while the block runs; `done` units were done before.
 
         The description is in the imperative. The unit is in the plural, "B" for bytes, or "" if it needs no name.
         """
@@ -193,7 +193,7 @@ class Display:
             yield shown
 
     def each(self, items: Collection[T], description: str, unit: str = "") -> Iterator[T]:
-        """Go through `items`, and show how many are done; for the arguments see `track`."""
+        """Iterate over `items`, and show how many are done; for the arguments see `track`."""
         with self.track(len(items), description, unit) as shown:
             for item in items:
                 yield item
@@ -209,25 +209,25 @@ class Display:
     ) -> Iterator[Steps]:
         """Number the steps of a command while the block runs.
 
-        A step begins by `begin`, or by the `track` that has its name as description.
+        A step begins by `begin`, or by a `track` with its name as description.
 
         Args:
-            seconds: what each step usually takes, by its name, in order; None if it is not known.
-            unpaced: steps whose time says nothing about how fast this machine is, such as a download.
-            announce: prints a line before each step, with the time that all steps have left.
+            seconds: step name -> its usual time, in order; None if unknown.
+            unpaced: steps whose time does not depend on the speed of the machine, such as a download.
+            announce: prints a line before each step, with the time left in all.
         """
         with self._during(Steps(self if self.on else None, seconds, unpaced, announce)) as shown:
             yield shown
 
     def begin(self, name: str) -> None:
-        """Begin a step of the command that runs, if it is one of those to come; else do nothing."""
+        """Begin a step of the running command if it is still to come; else do nothing."""
         innermost = self._shown[-1] if self._shown else None
         if isinstance(innermost, Steps) and innermost.plans(name):
             innermost.begin(name)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the line off the terminal while the block prints, and reports no work; the next refresh shows it."""
+        """Hide the line until the next refresh, so that the block can print; it must not report work."""
         with self._lock:
             if self._shown and self._terminal:
                 self._write("")
@@ -240,12 +240,12 @@ class Display:
             self._out.flush()
 
     def stop(self, text: str) -> None:
-        """Write a line that stays, and show no work until other work begins: this one has been interrupted."""
+        """Write a line that stays, and show nothing until new work begins: the current work was interrupted."""
         self._stopped = True
         self.say(text)
 
     def refresh(self) -> None:
-        """Show the line if the last time is long enough ago."""
+        """Show the line if the last refresh is long enough ago."""
         with self._lock:
             now, silent = self.clock(), self._stopped or not self._shown
             if not silent and now - self._last >= (_REFRESH if self._terminal else self.log_every):
@@ -253,7 +253,7 @@ class Display:
                 self._write(self.line(now))
 
     def line(self, now: float) -> str:
-        """Describe all that runs, and the time that the outermost has left, or has taken."""
+        """Describe all running work, and the time left for the outermost; the time so far if that is unknown."""
         parts, inside = [], ""
         for one in self._shown:
             parts.append(one.text(inside))
@@ -284,7 +284,7 @@ class Display:
         with self._lock:
             if not self._shown:
                 self._terminal, self._begun = self._out.isatty(), self.clock()
-                # On a terminal at once; a log begins when there has been something to wait for.
+                # On a terminal at once; in a log only after the first wait.
                 self._last = -math.inf if self._terminal else self._begun
                 self._ended = threading.Event()
                 if self._tick_every is not None:
@@ -305,7 +305,7 @@ class Display:
         line = visible(line, keep="")
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
-            self._out.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
+            self._out.write(f"\r\x1b[K{line[:width]}")  # the escape clears a longer line
         else:
             self._out.write(f"jcrosslora: {line}\n")
         self._out.flush()
@@ -334,7 +334,7 @@ say = DISPLAY.say
 
 
 def show_progress(show: bool = True) -> AbstractContextManager[object]:
-    """Show the progress of everything that begins from now on, or while a `with` block runs.
+    """Show the progress of work that begins from now on, or while a `with` block runs.
 
         jcl.show_progress()  # from now on, for example in a notebook
 

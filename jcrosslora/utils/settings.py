@@ -1,4 +1,4 @@
-"""Settings and arguments that users give in Python: an unknown name, or a value of another type, is a `UsageError`."""
+"""Check settings and arguments from Python: an unknown name or a value of a wrong type raises `UsageError`."""
 
 import inspect
 import numbers
@@ -16,7 +16,7 @@ from msgspec import Meta
 from jcrosslora.errors import UsageError, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
-# What may be given for a type: numpy's numbers, paths of any kind, and paths for text.
+# Values accepted for a type: numpy's numbers, any kind of path, and paths for text.
 _NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 _GIVEN: dict[Any, Any] = {**_NUMBERS, bool: numbers.Integral | np.bool_, str: str | os.PathLike, Path: os.PathLike}
 
@@ -38,7 +38,7 @@ class Settings:
 
     @classmethod
     def called(cls) -> str:
-        """Return what errors call it."""
+        """Return the name of the class in errors."""
         return cls.__name__
 
 
@@ -56,7 +56,7 @@ def _check_call(cls: type[Settings], values: tuple[Any, ...], given: dict[str, A
 
 
 def checked(function: F) -> F:
-    """Let a public function refuse, with a UsageError, arguments of other types than its annotations state."""
+    """Make a public function raise UsageError for arguments whose types do not fit its annotations."""
     signature = inspect.signature(function)
 
     @wraps(function)
@@ -86,7 +86,7 @@ def _check_types(called: str, given: Mapping[str, Any], kinds: Mapping[str, Any]
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a value is of the type of an annotation."""
+    """Return whether a value fits an annotation."""
     origin, parts = get_origin(kind), tuple(part for part in get_args(kind) if part is not ...)
     if origin is Annotated:
         return _fits(value, parts[0])
@@ -100,7 +100,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return not isinstance(value, Collection) or all(any(_fits(one, part) for part in parts) for one in value)
     if isinstance(value, bool) and kind in _NUMBERS:
         return False
-    try:  # whoever takes a class says what it has to be
+    try:  # a function that takes a class checks it itself
         return kind is Any or origin is type or isinstance(value, _GIVEN.get(kind, origin or kind))
     except TypeError:  # a protocol, or a type variable
         return True

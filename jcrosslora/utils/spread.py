@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 def evenly_spaced(count: int, wanted: int) -> np.ndarray:
-    """Return at most `wanted` different integers from 0 to count - 1, evenly spaced and with both ends."""
+    """Return at most `wanted` different, evenly spaced integers from 0 to count - 1, including both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
 def spread_evenly(items: Sequence[T], count: int) -> tuple[T, ...]:
-    """Take at most `count` items, evenly spread, the first and the last among them."""
+    """Take at most `count` evenly spaced items, including the first and the last."""
     return tuple(items[int(place)] for place in evenly_spaced(len(items), count))
 
 

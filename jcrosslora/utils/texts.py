@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 
-# Tokens, and the signature after the address of an upload.
+# Tokens, and the signature in the URL of an upload.
 _SECRETS = (
     (re.compile(r"(?i)(bearer\s+)[^\s'\"]+"), r"\1***"),
     (re.compile(r"\bhf_\w{4,}"), "hf_***"),
@@ -17,7 +17,7 @@ _ACTING = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # of a page that is made of texts of others
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # of a page with untrusted texts
 _CODE = re.compile(r"`([^`\n]+)`")
 
 
@@ -40,7 +40,7 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 def safe_line(text: object, limit: int = 200) -> str:
-    """Return what another program says on one line, without tokens and signatures."""
+    """Return the message of another program on one line, without tokens and signatures."""
     line = " ".join(str(text).split())
     for pattern, instead in _SECRETS:
         line = pattern.sub(instead, line)
@@ -59,7 +59,7 @@ def html_text(text: object) -> str:
 
 
 def html_page(title: str, style: str, body: Sequence[str]) -> str:
-    """Return a whole HTML page of a title and parts, both escaped already. It loads nothing and runs nothing."""
+    """Return an HTML page with a title and parts, both escaped already. It loads nothing and runs nothing."""
     head = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -92,7 +92,7 @@ def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
 
 
 def _row(tag: str, cells: Mapping[str, str]) -> str:
-    """Return a row. A cell has the title of its column, for pages that show it in front if the screen is narrow."""
+    """Return a row. Each cell carries its column title, for pages that show it on narrow screens."""
     shown = (
         f'<{tag} style="{_CELL}" data-title="{html_text(title)}">{html_text(text)}</{tag}>'
         for title, text in cells.items()
@@ -106,7 +106,7 @@ _HTML = str.maketrans({"&": "&amp;", "<": "&lt;"})
 
 
 def markdown_text(text: object) -> str:
-    """Return a text in one line, with all that Markdown would read in it escaped."""
+    """Return a text in one line, with all Markdown syntax escaped."""
     return _escaped(_line(text))
 
 
@@ -116,7 +116,7 @@ def markdown_prose(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """Return a text in one line as code, which nothing in it can end."""
+    """Return a text in one line as Markdown code, without its backticks."""
     return f"`{_line(text).replace('`', '')}`"
 
 

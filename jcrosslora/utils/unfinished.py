@@ -24,7 +24,7 @@ _NAME = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?[a-z0-9_]{8,16}\.tmp")
 # Another host's lock may not be seen on a shared file system, and some file systems have none: there, what has not
 # changed for a day has no writer.
 _ABANDONED_SECONDS = 86400.0
-_UNCHANGED_SECONDS = 30 * 86400.0  # after which kept answers and states of fits go
+_UNCHANGED_SECONDS = 30 * 86400.0  # after which kept answers and states of fits are removed
 
 
 def remove_unchanged(parent: Path, kept: Path) -> None:
