@@ -36,12 +36,12 @@ class Layer:
     """The parts of a layer; hashable, and static under jit. Equal layers share one program.
 
     Attributes:
-        mixer: what mixes positions; None in a layer that is an MLP alone.
+        mixer: the block that mixes positions; None in a layer that is only an MLP.
         mlp: the MLP or the experts; None in a layer without.
         last: a step after the MLP, or None.
-        norms: where the layer has norms, of `STREAM_NORMS`: before mixer and MLP and after them. It has those of
-            them that the family names.
-        scaled: whether the stream is multiplied by a number after the layer.
+        norms: places of `STREAM_NORMS` (before and after mixer and MLP) where the layer may have a norm; it has one if
+            the family names it too.
+        scaled: whether the residual stream is multiplied by a number after the layer.
     """
 
     mixer: Block | None
@@ -60,7 +60,7 @@ class Layer:
         return hash((self.mixer, self.mlp, self.last, self.norms, self.scaled))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what is cached: the hash of a string is another in each process.
+        # Leave out cached values: the hash of a string differs between processes.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -75,12 +75,12 @@ class Layer:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, of those that are neither modules nor norms nor of experts."""
+        """Name -> tensor, except modules, norms and tensors of experts."""
         found = {name: tensor for block in self.blocks for name, tensor in block.tensors().items()}
         return found | ({"layer_scale": Tensor("layer_scalar", (1,))} if self.scaled else {})
 
     def norm_sizes(self, hidden: int) -> dict[str, tuple[str, int]]:
-        """Return place -> name in `Family.norms` and features, of the norms that the layer may have."""
+        """Return place -> (name in `Family.norms`, features) of the norms that the layer may have."""
         held = {"attn": self.mixer, "attn_post": self.mixer, "mlp": self.mlp, "mlp_post": self.mlp}
         of_stream = {place: (place, hidden) for place in self.norms if held[place] is not None}
         return of_stream | {
@@ -89,7 +89,7 @@ class Layer:
 
     @property
     def rotated_size(self) -> int | None:
-        """Features of a head that may have positions; None in a layer without attention."""
+        """Features of a head that may be rotated; None in a layer without attention."""
         return next((block.rotated_size for block in self.blocks if block.rotated_size is not None), None)
 
     @cached_property
@@ -104,7 +104,7 @@ class Layer:
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of what the layer keeps."""
+        """The kinds of state that the layer caches."""
         return tuple(self.states(1, 1, "float32"))
 
     @property
@@ -137,7 +137,7 @@ class Architecture:
         """The layers.
 
         Raises:
-            CheckpointError: a key that says which blocks layers have, or a size or number of these, cannot be read.
+            CheckpointError: a configuration key that decides the blocks of layers, or their sizes, cannot be read.
         """
         return tuple((self.family.layers or usual_layers)(self))
 
@@ -149,16 +149,16 @@ class Architecture:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor of any layer that is neither a module nor a norm nor of experts."""
+        """Name -> tensor of any layer, except modules, norms and tensors of experts."""
         return {name: tensor for layer in dict.fromkeys(self.stack) for name, tensor in layer.tensors.items()}
 
     @cached_property
     def norms(self) -> dict[str, tuple[str, int]]:
-        """Place -> path in a layer and features of each norm of any layer."""
+        """Place -> (path in a layer, features) of each norm of any layer."""
         return {place: norm for layer in dict.fromkeys(self.stack) for place, norm in self.norms_of(layer)}
 
     def norms_of(self, layer: Layer) -> Iterator[tuple[str, tuple[str, int]]]:
-        """Yield place, path in the layer and features of each norm of a layer, in the order of `Family.norms`."""
+        """Yield (place, (path in the layer, features)) of each norm of a layer, in the order of `Family.norms`."""
         held = layer.norm_sizes(self.dims.hidden).items()
         for name, path in self.family.layer_norms(self.config).items():
             yield from ((place, (path, size)) for place, (own, size) in held if own == name)
@@ -166,14 +166,14 @@ class Architecture:
     def stream_norm(self, role: str, layer: int) -> str | None:
         """Return the norm between the residual stream and a module of a layer, None if there is none.
 
-        For modules that read the stream it is the norm before them, for those that write to it the one after.
+        That is the norm before a module that reads the stream, and the norm after one that writes to it.
         """
         place = LINEARS[role].norm
         place = "attn" if place == "mlp" and self.family.parallel else place
         return self.family.norms.get(place) if place is not None and place in self.stack[layer].names else None
 
     def links(self, layer: int) -> list[Link]:
-        """Return the links of a layer, those from norms and tensors first, with all readers of a norm in one."""
+        """Return the links of a layer, those from norms and tensors first, with one link for all readers of a norm."""
         own = self.stack[layer]
         places = {"mlp": "attn"} if self.family.parallel else {}
         gains = {place for place, _ in self.norms_of(own)} | own.tensors.keys()
@@ -195,7 +195,7 @@ class Architecture:
 
 
 def attention(model: Architecture, **options: Any) -> SelfAttention:
-    """Return the attention of a model by its sizes and family, with options that override them."""
+    """Return the attention block of a model; options override its sizes and family settings."""
     dims, norm = model.dims, model.family.normed_heads(model.config)
     return replace(SelfAttention(dims.hidden, dims.heads, dims.kv_heads, dims.head_dim, norm), **options)
 
@@ -206,7 +206,7 @@ def mlp(model: Architecture) -> Mlp:
 
 
 def experts(model: Architecture) -> Experts:
-    """Return the experts of a model of a family with experts; see `ExpertRules.block`."""
+    """Return the experts of a model; its family must have some. See `ExpertRules.block`."""
     assert model.family.experts is not None
     return model.family.experts.block(model.config, model.dims.hidden)
 
@@ -226,7 +226,7 @@ def layer_forward(
     """Run a layer on the residual stream x (B, T, H).
 
     Returns:
-        The residual stream after the layer, the cache with what the layer keeps of these tokens, and the captures.
+        The residual stream after the layer, the cache with the layer's new state, and the captures.
     """
     own, capture = weights.own, LayerCapture(weights.layer, {}, {}, x)
     assert isinstance(own, Layer)

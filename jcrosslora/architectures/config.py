@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from jcrosslora.errors import CheckpointError
 
-_LIMIT = 1 << 20  # of what loops run over, such as experts, before the weights are looked at
+_LIMIT = 1 << 20  # on numbers that loops run over, such as experts, before the weights are read
 MOST_LAYERS = 1 << 14
 
 
@@ -39,7 +39,7 @@ HARMLESS_KEYS = words(
     "transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version "
     "unsloth_version_fixed use_cache use_flash_attn"
 )
-# The kinds of layers, by what they see of a text.
+# The kinds of layers.
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
@@ -62,8 +62,8 @@ class Number:
 
     Attributes:
         key: its configuration key; "" if all models have the default.
-        default: value if the configuration does not state it; None if it must, or if there is none then.
-        power: of that value, which is the number.
+        default: value if the configuration does not state it; None if it must, or if there is no number then.
+        power: the number is the value to this power.
     """
 
     key: str
@@ -94,7 +94,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lim
 
 
 def check_multiple(key: str, value: int, other_key: str, other: int) -> None:
-    """Check that groups of heads are of one size."""
+    """Raise CheckpointError unless `value` is a multiple of `other`, so that groups of heads have one size."""
     if value % other:
         raise CheckpointError(f"{key} {value} is not a multiple of {other_key} {other}")
 
@@ -108,7 +108,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
 
 
 def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
-    """Return the kind of each layer by the metadata of a GGUF file, `full` if it lists heads of keys, else `other`."""
+    """Return the kind of each layer by a GGUF file's metadata: `full` if it has key-value heads, else `other`."""
     heads = stated.get("attention.head_count_kv")
     if not isinstance(heads, list):
         msg = f"attention.head_count_kv is {str(heads)[:60]}, wanted a list with the heads of each layer"
@@ -117,7 +117,7 @@ def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
 
 
 def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
-    """Return a list of `count` positive or zero numbers, None if the configuration states none."""
+    """Return a list of `count` numbers >= 0, None if the configuration states none."""
     stated = config.get(key)
     if stated is None:
         return None
@@ -130,14 +130,14 @@ def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...
 
 
 def _number(value: Any) -> float | None:
-    # The form in which transformers 5 writes numbers that JSON does not have.
+    # transformers 5 writes infinity this way, which JSON cannot express.
     if isinstance(value, Mapping) and value.get("__float__") == "Infinity":
         return float("inf")
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
-    """Return `layer_types` with our names for the kinds of layers; None if the configuration has none."""
+    """Return `layer_types`, mapped by `names` to our kinds of layers; None if the configuration has none."""
     stated = config.get("layer_types")
     if stated is None:
         return None
@@ -161,7 +161,7 @@ def read_number(config: Mapping[str, Any], number: Number, where: object = None)
 
 
 def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
-    """Return the period of a pattern of layers, by the first of the keys that is stated."""
+    """Return the period of a layer pattern from the first key that is stated, else `default`."""
     key, period = next(((key, config[key]) for key in keys if config.get(key)), ("", default))
     if type(period) is not int or period < 1:
         refuse(key, period, "a positive integer")
@@ -169,7 +169,7 @@ def period_of(config: Mapping[str, Any], keys: tuple[str, ...], default: int) ->
 
 
 def listed_rotated(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Return which layers have positions: those without a 0 in `no_rope_layers`, by default all but each fourth."""
+    """Return which layers have positions: those with a 1 in `no_rope_layers`, by default all but every fourth."""
     stated = config.get("no_rope_layers")
     if not stated:
         period = period_of(config, ("no_rope_layer_interval",), 4)

@@ -11,22 +11,22 @@ from jcrosslora.errors import CheckpointError
 _ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
 _FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
-# Names of the tensors of a layer's experts, in the two ways in which most models are stored: one matrix an expert (in
-# published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
+# Tensor names of a layer's experts in the two usual layouts: one matrix per expert (published files; "{}" is the number
+# of the expert), or one matrix for all experts (in memory, by transformers 5).
 PUBLISHED = {"router": "mlp.gate.weight", **_ONE_EACH}
 FUSED = {"router": "mlp.gate.weight", **_FUSED}
-# One matrix of all experts for each of gate, up and down, as in GGUF.
+# One matrix for all experts, separate for gate, up and down, as in GGUF.
 MERGED = {"router": "mlp.gate.weight"} | {name: path.replace(".{}", "") for name, path in _ONE_EACH.items()}
 CORRECTION = {"correction": "mlp.gate.e_score_correction_bias"}
 BIASES = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
 
 
 def layouts_with(added: dict[str, str], in_memory: dict[str, str] | None = None) -> tuple[dict[str, str], ...]:
-    """Return the usual layouts with other names, or names of further tensors, which may differ in memory."""
+    """Return the usual layouts with `added` names, which replace or extend theirs; `in_memory` ones may differ."""
     return PUBLISHED | added, MERGED | added, FUSED | (added if in_memory is None else in_memory)
 
 
-# From a configuration and the number of layers to whether each has experts.
+# (configuration, number of layers) -> whether each layer has experts.
 SparseRule = Callable[[Mapping[str, Any], int], Sequence[bool]]
 
 
@@ -37,34 +37,34 @@ def in_all_layers(_config: Mapping[str, Any], layers: int) -> list[bool]:
 
 @dataclass(frozen=True)
 class ExpertRules:
-    """How a family states its experts. E experts, I features inside one, H hidden.
+    """How a family configures and names its experts: E experts of width I, hidden size H.
 
-    Fields that `Experts` and `Routing` have too say what all models of the family have.
+    Fields that `Experts` and `Routing` have too are the same for all models of the family.
 
     Attributes:
-        count: configuration keys of E, of which the first that is stated counts.
-        used: configuration key of the number of experts that a token goes through.
+        count: configuration keys of E; the first that is stated counts.
+        used: configuration key of the number of experts per token.
         width: configuration key of I.
-        layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
-            "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
-            "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)
-            and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias" (E, I), "down_bias"
-            (E, H). The last is that of the class in memory.
+        layouts: possible tensor names of a layer, the published layout first, the class's in memory last. Each maps a
+            name to a name in a layer: "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores for
+            the choice of experts, "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E,
+            "gate_up" (E, 2 I, H) and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias"
+            (E, I), "down_bias" (E, H).
         scores_key: configuration key of the scores; None if all models have the same.
-        scores_names: what its values stand for.
-        normalised: see `Routing`; or the configuration key that says so.
-        averaged: configuration key, and its value with which a layer's output is a mean, see `Experts.averaged`.
-        groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
+        scores_names: value of that key -> scores.
+        normalised: see `Routing`; or the configuration key for it.
+        averaged: configuration key, and its value that sets `Experts.averaged`.
+        groups: configuration keys of the number of groups of experts, and of the number of groups a token may use.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
-        stores_transposes: whether peft's files hold the factors of the transposes of all matrices. peft mistakes I for
-            O where a class stores (E, I, O) without an attribute that says so.
-        gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
-        latent: configuration key of `Experts.latent`, if it is stated; None for H in any model.
-        interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
-        correction_axes: of "correction" as it is stored, (1, E) if two.
-        layers: says which layers have experts.
-        shared: from a configuration to the features inside the shared experts; 0 without any.
-        clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
+        stores_transposes: whether PEFT's files hold factors of the transposed matrices. PEFT mistakes I for O where a
+            class stores (E, I, O) without an attribute that says so.
+        gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds only "up".
+        latent: configuration key of `Experts.latent`; None if no model has one.
+        interleaved: whether rows of gate and up alternate in "gate_up" and "gate_up_bias".
+        correction_axes: number of axes of the stored "correction"; 2 for (1, E).
+        layers: returns which layers have experts.
+        shared: returns the width of the shared experts from a configuration; 0 without any.
+        clamp: alpha and the limit of gate and up in the activation gate * sigmoid(alpha gate) * (up + 1).
     """
 
     count: tuple[str, ...]
@@ -95,15 +95,15 @@ class ExpertRules:
 
     @property
     def keys(self) -> set[str]:
-        """The configuration keys that these rules read, and those of the training of experts."""
+        """The configuration keys that these rules read, and keys that only matter when experts are trained."""
         one = (self.used, self.width, self.scores_key, self.normalised, self.latent)
         stated = {key for key in one if isinstance(key, str)} | {*self.count, *(self.groups or ()), *number_keys(self)}
         return stated | {"output_router_logits", "router_aux_loss_coef"}
 
     def scores_of(self, config: Mapping[str, Any]) -> Scores:
-        """Return the scores of the experts of a model.
+        """Return how a model scores its experts.
 
-        Raises CheckpointError if the configuration states others than the class has.
+        Raises CheckpointError if the configuration states scores that `scores_names` does not have.
         """
         stated = None if self.scores_key is None else config.get(self.scores_key)
         if stated is None:
@@ -153,7 +153,7 @@ class ExpertRules:
 
 
 def shared_width(count: str | None = None) -> Callable[[Mapping[str, Any]], int]:
-    """Return the rule of shared experts with the width of an expert times a count of the configuration."""
+    """Return a rule for shared experts: the width of one expert times the number at `count` (1 without it)."""
 
     def width(config: Mapping[str, Any]) -> int:
         return (1 if count is None else size(config, count)) * size(config, "moe_intermediate_size")
@@ -170,7 +170,7 @@ def by_step(config: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def by_list(config: Mapping[str, Any], layers: int) -> list[bool]:
-    """Give those layers experts that `mlp_layer_types` names "sparse"."""
+    """Give experts to the layers that `mlp_layer_types` names "sparse"."""
     stated, names = config.get("mlp_layer_types"), {"dense", "sparse"}
     if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= names:
         refuse("mlp_layer_types", stated, f"dense or sparse for each of {layers} layers")
@@ -178,7 +178,7 @@ def by_list(config: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def behind_first(key: str) -> SparseRule:
-    """Give all layers experts except the first ones, by a configuration key."""
+    """Return a rule that gives experts to all layers but the first ones, counted by a configuration key."""
 
     def sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
         first = config.get(key)

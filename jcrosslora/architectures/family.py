@@ -9,29 +9,28 @@ from jcrosslora.architectures.blocks import EMBEDDING, Block, Experts, HeadNorms
 from jcrosslora.architectures.config import SLIDING, Number, number_keys
 from jcrosslora.architectures.expert_rules import ExpertRules
 
-# From a configuration and the kind of each layer to whether each has positions. It raises CheckpointError.
+# (configuration, kind of each layer) -> whether each layer has positions. It raises CheckpointError.
 RotatedRule = Callable[[Mapping[str, Any], Sequence[str]], Sequence[bool]]
 
 
 def windowed(_config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
-    """Give layers with windows positions, and those of full attention none."""
+    """Give positions to layers with windows, and none to layers of full attention."""
     return [kind == SLIDING for kind in kinds]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Which layers see only the last positions.
+    """Which layers have a sliding window.
 
     Attributes:
-        size: default of the number of these positions, the layer's own included, and its configuration key.
+        size: default window size in tokens, the query's own included; `size_key` is its configuration key.
         chunked: whether texts are cut into chunks of this size, and a layer only sees the current chunk; `layer_types`
             then names it "chunked_attention".
-        switch: configuration key without which there are no windows.
-        period: the last layer of each period of this many has full attention; None if all layers have windows. Then
-            come its configuration keys.
-        first: configuration key of the number of layers in front without windows, and its default.
-        which: "rotated" or "unrotated" if just the layers with positions, or without, have windows.
-        listed: whether `layer_types` counts; if not, it must not contradict the rest.
+        switch: configuration key that switches windows on; None if they are always on.
+        period: the last layer of every `period` layers has full attention; None if all layers have windows.
+        first: configuration key of the number of first layers without windows, and its default.
+        which: "rotated" or "unrotated" if only layers with, or without, positions have windows.
+        listed: whether `layer_types` is used; if not, it must not contradict the rest.
     """
 
     size: int | None = 4096
@@ -56,16 +55,16 @@ class Positions:
 
     Attributes:
         local_theta: default base in layers with windows, if `rope_theta` and `rope_scaling` do not apply to them; else
-            None. Then comes its configuration key.
+            None. `local_theta_key` is its configuration key.
         settings: rope settings if the configuration states none.
-        share: default share of a head's features that are rotated; None if it is always the whole.
+        share: default share of a head's features that are rotated; None if it is always the whole head.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
-        rotated: says which layers have positions; None if all have.
-        types: rope types in addition to those of all families; then other names of them.
+        rotated: returns which layers have positions; None if all have.
+        types: rope types in addition to the common ones; `aliases` are other names of types.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
         grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
-        scales_unrotated: whether those of layers without positions do, by the configuration keys `attn_scale` and
-            `floor_scale`, if `attn_temperature_tuning` says so.
+        scales_unrotated: whether queries grow in layers without positions, by the configuration keys `attn_scale` and
+            `floor_scale`, if `attn_temperature_tuning` is set.
     """
 
     theta: float = 10_000.0
@@ -84,13 +83,13 @@ class Positions:
 
 @dataclass(frozen=True)
 class StoredNames:
-    """How files and the class of a family name tensors, if the two differ or another name than usual is used.
+    """How files and the model class name tensors, where the two differ or the name is unusual.
 
     Attributes:
-        embedding: the module of the class that is the embedding.
-        prefixes: of names in files -> of those in the class.
-        modules: module of a layer in files -> in the class. Those of one name in the class hold its rows one after
-            another, in this order.
+        embedding: the class's name of the embedding module.
+        prefixes: prefix in files -> prefix in the class.
+        modules: module of a layer in files -> in the class. Modules with the same name in the class are concatenated
+            along rows, in this order.
     """
 
     embedding: str = EMBEDDING.removesuffix(".weight")
@@ -98,9 +97,9 @@ class StoredNames:
     modules: Mapping[str, str] = field(default_factory=dict)
 
     def tensor_prefixes(self) -> dict[str, str]:
-        """Return prefixes of names in files and in the class -> of those by which the package calls tensors.
+        """Map prefixes in files and in the class to the package's prefixes; empty if all names are the same.
 
-        The first that matches applies; there are none if all names are the same.
+        The first match applies.
         """
         found, known, own = dict(self.prefixes), EMBEDDING.removesuffix("weight"), f"{self.embedding}."
         if own != known:
@@ -109,8 +108,8 @@ class StoredNames:
         return found | {"": ""} if found else {}
 
 
-# From the metadata of a file, keys without the architecture, and the layers that hold each tensor, by its name in a
-# layer, to configuration keys. It raises CheckpointError for metadata that it cannot read.
+# (metadata of a file, by key without the architecture; layers that hold each tensor, by its name in a layer) ->
+# configuration. It raises CheckpointError for metadata that it cannot read.
 GgufSettings = Callable[[Mapping[str, Any], Mapping[str, frozenset[int]]], Mapping[str, Any]]
 
 
@@ -119,21 +118,21 @@ class Gguf:
     """How llama.cpp's converter stores models of a family.
 
     Attributes:
-        expert_architecture: `general.architecture` of models with experts, if it is another.
+        expert_architecture: `general.architecture` of models with experts, if it differs.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, if it is not the usual one.
         final_norm: name of the tensor of the norm before the output head.
         tiled: whether heads of values of the delta rule take turns by their groups.
-        tensors: tensor of a layer -> its name in a layer of the model, for what is not a whole matrix of the family,
-            norm or tensor of experts. Those of one name hold its rows one after another, in this order.
+        tensors: tensor of a layer -> its name in a layer of the model, for tensors that are not a whole matrix of the
+            family, a norm or a tensor of experts. Those with the same name are concatenated along rows, in this order.
         counts: configuration key -> metadata key of an integer.
         numbers: configuration key -> metadata key of a number.
         implied: configuration keys and values that files do not state.
         rope: settings of a scaled rotation that files do not state.
-        arrays: tensor of a layer of one number -> key, without the architecture, of the list of those of all layers.
-        settings: finds what else the configuration has.
-        read_as_other: whether files are read as another family of the architecture, which computes the same; adapters
-            are read and written for both.
+        arrays: one-number tensor of a layer -> key, without the architecture, of the list with one number per layer.
+        settings: returns the remaining configuration keys.
+        read_as_other: whether files are read as another family of the same architecture that computes the same;
+            adapters are read and written for both.
     """
 
     architecture: str
@@ -153,7 +152,7 @@ class Gguf:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """`general.architecture` of models without experts and with them; one if it is the same."""
+        """`general.architecture` of models without and with experts; a single entry if they are the same."""
         return tuple(dict.fromkeys((self.architecture, self.expert_architecture or self.architecture)))
 
 
@@ -172,50 +171,49 @@ _WIDTH = "intermediate_size"
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of decoders. The defaults are those of Llama.
+    """One decoder architecture. The defaults are those of Llama.
 
     Attributes:
-        architectures: what its configuration may name its class.
-        layers: from the `Architecture` of a model to its layers; None for attention and an MLP or experts in all, see
+        architectures: class names that its configuration may state.
+        layers: returns the layers of an `Architecture`; None for attention and an MLP or experts in every layer, see
             `architecture.usual_layers`.
-        blocks: classes of blocks in addition to those of all families (`all_blocks`).
+        blocks: block classes in addition to the common ones (`all_blocks`).
         gated: whether its dense MLP has a gate.
-        width_key: configuration key of the width of a dense MLP, which is `intermediate_size` if it is not stated.
-        experts: of the layers with experts instead of one MLP, if there are any.
-        resolve: from a configuration to one that states what the other rules read, if some keys imply it. It takes
-            its own result unchanged.
-        fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
-            name is not that of `ROLE_PATHS` holds one role.
-        norms: norms of a layer. "attn" and "mlp" before attention and MLP, "attn_post" and "mlp_post" after them,
+        width_key: configuration key of the dense MLP's width; `intermediate_size` is used if it is not stated.
+        experts: rules of the layers with experts instead of one MLP, if there are any.
+        resolve: adds to a configuration the keys that other keys imply and that the rules read. Idempotent.
+        fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module with one
+            role is renamed, relative to `ROLE_PATHS`.
+        norms: norms of a layer: "attn" and "mlp" before attention and MLP, "attn_post" and "mlp_post" after them,
             "q" and "k" of queries and keys, and those inside other blocks (`Block.norms`).
         stored: unusual names of common modules and tensors, in files and in the class.
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of RMS norms; if it is stated, norms are "rms" in spite of `norm`.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
-        qk_norms: how queries and keys are normalised, if there are norms "q" and "k" or they have no gain.
+        qk_norms: how queries and keys are normalised, if `norms` has "q" and "k" or their norms have no gain.
         qk_norm_key: configuration key that switches these norms on; None if they are always on.
         parallel: whether attention and MLP read the same normed input, and both are added to it.
         biases: roles that always have a bias.
         bias_keys: configuration key -> roles that have a bias if it is true.
-        head_bias: whether the output head has a bias; or the configuration key that says so.
-        tied: whether the head is the embedding if the configuration does not say.
+        head_bias: whether the output head has a bias; or the configuration key for it.
+        tied: whether the head is tied to the embedding if the configuration does not say.
         activation: the default activation.
         activation_key: configuration key of the activation.
-        activation_tensors: tensors of a layer that the activation reads, of one number each -> that number where a
-            checkpoint leaves it out, None if it must not.
+        activation_tensors: one-number tensors of a layer that the activation reads -> default if a checkpoint omits it;
+            None if it is required.
         eps: added to the mean square in every norm.
         attn_scale: factor on the attention scores; None is head size ** -0.5.
         embedding_scale: factor on the embedding; None is 1.
         residual_scale: factor on what attention and MLP add to the residual stream; None is 1.
         logit_scale: factor on the logits; None is 1.
-        input_factors: role -> factor on what a module reads, of roles whose factor is not 1.
-        output_factors: role -> factor on what a module returns, of roles whose factor is not 1.
+        input_factors: role -> factor on a module's input, if it is not 1.
+        output_factors: role -> factor on a module's output, if it is not 1.
         attn_soft_cap: soft cap of the attention scores, if any.
         final_soft_cap: soft cap of the logits, if any.
-        windows: which layers have sliding windows; None if none has.
+        windows: which layers have sliding windows; None if no layer has.
         gguf: its form in GGUF files; None if these cannot be read.
-        keys: further configuration keys to accept, besides `COMMON_KEYS`, `HARMLESS_KEYS` and those that other fields
-            name, see `known_keys`.
+        keys: configuration keys to accept besides `COMMON_KEYS`, `HARMLESS_KEYS` and the keys that other fields name,
+            see `known_keys`.
         fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
         defaults: values of keys that a configuration may omit.
     """
@@ -277,7 +275,7 @@ class Family:
 
     @property
     def own_embedding(self) -> str | None:
-        """The name that the class has for the embedding, None if it is the usual one."""
+        """The class's name of the embedding, None if it is the usual one."""
         return None if f"{self.stored.embedding}.weight" == EMBEDDING else self.stored.embedding
 
     def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -290,7 +288,7 @@ class Family:
         return bool(config.get(self.head_bias)) if isinstance(self.head_bias, str) else self.head_bias
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """Whether the output head is the embedding in a model of this configuration."""
+        """Whether the output head is tied to the embedding in a model of this configuration."""
         return bool(config.get("tie_word_embeddings", self.tied))
 
     def width(self, config: Mapping[str, Any]) -> str:

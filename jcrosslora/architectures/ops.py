@@ -20,7 +20,7 @@ def einsum(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Row:
-    """One array, at an index (int32), of a stack (N, ...); it is not copied as a whole, as a slice would be."""
+    """One array, at an index (int32), of a stack (N, ...); unlike a slice, it is not copied as a whole."""
 
     stack: jax.Array
     index: jax.Array
@@ -32,25 +32,25 @@ class Row:
 
 
 def on_host(array: jax.Array) -> bool:
-    """Tell whether an array lies in the host's memory, from which a program of the device reads it."""
+    """Return whether an array is in host memory, from which device programs read it."""
     return jax.typeof(array).memory_space == jax.memory.Space.Host
 
 
 def on_device(array: jax.Array) -> jax.Array:
-    """Move an array from the host's memory to the device; return others as they are."""
+    """Move an array from host memory to the device; return other arrays unchanged."""
     return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
 
 
 def is_packed(weight: "jax.Array | Row") -> bool:
-    """Check whether a weight is the bits of bfloat16, see `linear`."""
+    """Return whether a weight is bfloat16 bits as uint16, see `linear`."""
     return (weight.stack if isinstance(weight, Row) else weight).dtype == jnp.uint16
 
 
 def linear(x: jax.Array, weight: "jax.Array | Row") -> jax.Array:
     """Multiply x (..., I) with the transpose of a weight (O, I): float32 (..., O), accumulated in float32.
 
-    Both are float32 or bfloat16. The weight of a float32 x may also be bfloat16 or its bits as uint16: x and the
-    gradient that comes back are rounded to bfloat16 for this product then. A `Row` is read again in the backward pass.
+    Both are float32 or bfloat16. For a float32 x, the weight may also be bfloat16 or its bits as uint16; x and the
+    incoming gradient are then rounded to bfloat16 for this product. A `Row` is read again in the backward pass.
     """
     if isinstance(weight, Row):
         return _linear_row(x, weight.stack, weight.index)
@@ -103,7 +103,7 @@ _linear_rounded.defvjp(_forward, _backward)
 
 
 def from_bits(weight: jax.Array) -> jax.Array:
-    """Return the bfloat16 numbers of their bits, uint16; other arrays unchanged."""
+    """Convert bfloat16 bits (uint16) to bfloat16; return other arrays unchanged."""
     # A scan over layers copies each layer's weights out of their stack. On a CPU, XLA copies bfloat16 element by
     # element, which takes several times as long as the products; it copies integers as memory.
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if is_packed(weight) else weight
@@ -111,8 +111,8 @@ def from_bits(weight: jax.Array) -> jax.Array:
 
 def rows_at(matrix: jax.Array, places: jax.Array) -> jax.Array:
     """Take rows of a matrix."""
-    # XLA has no gather of bfloat16 on a CPU. In front of a loop it would convert the whole matrix to float32; what
-    # passes the barrier with the places is no constant of the loop, so that only the rows are converted.
+    # On a CPU, XLA has no bfloat16 gather and would convert the whole matrix to float32 before a loop. The barrier
+    # keeps the matrix from being a loop constant, so only the rows are converted.
     matrix, places = lax.optimization_barrier((matrix, places))
     return matrix[places]
 
@@ -125,7 +125,7 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """Bring the last axis to mean 0 and variance 1, multiply with a gain and add a bias, in float32; dtype of x."""
+    """Normalise the last axis to mean 0 and variance 1, apply gain and bias in float32; return the dtype of x."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * gain
@@ -138,13 +138,13 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def _xielu(x: jax.Array, positive: jax.Array, negative: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
-    """Apply xIELU (arXiv 2411.13010); its trained parameters, float32 (1,), are those before the softplus."""
+    """Apply xIELU (arXiv 2411.13010); its trained parameters, float32 (1,), are given before the softplus."""
     wide, (positive, negative) = x.astype(jnp.float32), map(jax.nn.softplus, (positive, negative))
     below = (jnp.expm1(jnp.minimum(wide, eps)) - wide) * (negative + beta)
     return (jnp.where(wide > 0, positive * wide * wide, below) + beta * wide).astype(x.dtype)
 
 
-# Functions of an array and, if the activation has trained parameters, of these.
+# Each takes an array and any trained parameters of the activation.
 ACTIVATIONS: Mapping[str, Callable[..., jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),

@@ -20,7 +20,7 @@ from jcrosslora.errors import CheckpointError
 
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 _GROWTH = "llama_4_scaling_beta"
-_SHARED = "proportional"  # the share of the features that are rotated is a matter of the frequencies
+_SHARED = "proportional"  # its frequencies, not the size, decide the share of rotated features
 _YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", ORIGINAL}
 # rope type -> function, and the allowed keys in addition to the common ones.
 _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
@@ -30,8 +30,8 @@ _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
     "yarn": (ropes.yarn, _YARN),
     "longrope": (ropes.longrope, {"factor", "attention_factor", "short_factor", "long_factor", ORIGINAL}),
 }
-# Further types of some families (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
-# no other of its numbers. Phi's with experts states the amplitude.
+# Further types of some families (`Positions.types`). Hunyuan's "dynamic" is static and reads only alpha. Phi with
+# experts states the amplitude of longrope.
 _MORE_RULES = {
     "dynamic": (ropes.ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
     _SHARED: (ropes.proportional, {"factor"}),
@@ -40,7 +40,7 @@ _MORE_RULES = {
 
 
 def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
-    """Return the rotary setting of each layer, by their kinds; in one without positions the angles are zero.
+    """Return the rotary setting of each layer by its kind; layers without positions get angles of zero.
 
     Raises CheckpointError if a rope type, key or number is not supported, or a kind of layer has no settings.
     """
@@ -62,7 +62,7 @@ def layer_ropes(model: Architecture, kinds: Sequence[str]) -> list[Rope]:
 
 
 def _read_ropes(model: Architecture, kinds: Sequence[str], turns: bool) -> dict[str, Rope]:
-    """Read the rotary settings of each kind of layer; if none `turns`, only the number of pairs counts."""
+    """Read the rotary settings of each kind of layer; unless any layer `turns`, only the number of pairs counts."""
     config, family = model.config, model.family
     found = _kinds(config, family) if family.positions.local_theta is None else _separate_kinds(config, family)
     if not turns:
@@ -122,7 +122,7 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
     if unknown:
         msg = f"rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
-    # Phi-3 states the original length outside the rope settings, and uses that one.
+    # Phi-3 states and reads the original length outside the rope settings.
     longest, outer = config.get(LONGEST), family.positions.outer_original
     original = settings.get(ORIGINAL, longest) if outer is None else config.get(ORIGINAL, outer)
     settings |= {LONGEST: longest, ORIGINAL: original}

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of each rope type, in float64, and the rotation of heads by them."""
+"""Rotary positions: the frequencies of each rope type, in float64, and the rotation of heads."""
 
 import math
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ class Rope:
 def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Return cosine and sine, float32 (2, B, T, pairs), of positions int32 (B, T), for each rotary setting of a model.
 
-    `lengths`, int32 (B, T) or (B, 1), are tokens of the whole text of each; None if the positions of a sequence reach
-    the end of its text.
+    `lengths`, int32 (B, T) or (B, 1), are the lengths of the whole texts in tokens; None if the positions of a sequence
+    reach the end of its text.
     """
     return tuple(_rotation(rope, positions, lengths) for rope in ropes)
 
@@ -56,7 +56,7 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
         assert rope.switch is not None
-        # Each sequence by itself. In a batch of transformers, the longest decides for all.
+        # Per sequence; in transformers, the longest sequence of a batch decides for all.
         reach = jnp.max(positions, axis=-1, keepdims=True) + 1 if lengths is None else lengths
         long = reach[..., None] > rope.switch
         frequencies = jnp.where(long, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
@@ -65,7 +65,7 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
 
 
 def growths(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...] | None:
-    """Return the factor on the queries, float32 (B, T), for each rotary setting; None if no queries grow."""
+    """Return the factor on queries, float32 (B, T), for each rotary setting; None if no setting has growth."""
     if all(rope.growth is None for rope in ropes):
         return None
     return tuple(_growth(rope.growth or Growth(0.0, 1), positions) for rope in ropes)
@@ -78,7 +78,7 @@ def _growth(growth: Growth, positions: jax.Array) -> jax.Array:
 def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """Rotate pairs of features of heads x (B, T, heads, D) by cosine and sine, float32 (2, B, T, pairs).
 
-    Features from 2 * pairs on stay unchanged. Those of a pair are i and i + pairs, or `interleaved` 2i and 2i + 1.
+    Features from 2 * pairs on stay unchanged. A pair is features i and i + pairs, or 2i and 2i + 1 if `interleaved`.
     """
     pairs = rotation.shape[-1]
     cosine, sine = rotation[:, :, :, None, :]
@@ -94,8 +94,8 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
-# The types: each function takes the number of rotated features of a head and the settings of transformers by name, and
-# ignores those that its type does not use. A missing one raises KeyError.
+# One function per rope type. Each takes the number of rotated features of a head and the settings of transformers by
+# name, and ignores settings that its type does not use. A missing one raises KeyError.
 
 Settings = Mapping[str, Any]
 ORIGINAL, LONGEST = "original_max_position_embeddings", "max_position_embeddings"
@@ -117,7 +117,7 @@ def linear(size: int, settings: Settings) -> Rope:
 
 
 def proportional(size: int, settings: Settings) -> Rope:
-    """Divide all frequencies by `factor`, and rotate only the first share of the pairs of the whole size."""
+    """Divide all frequencies by `factor`, and rotate only the first `partial_rotary_factor` of the pairs."""
     share = settings.get("partial_rotary_factor", 1.0)
     if isinstance(share, bool) or not 0 <= share <= 1:
         raise ValueError(f"partial_rotary_factor is {share!r}, wanted a number from 0 to 1")
@@ -148,7 +148,7 @@ def llama3_factors(pairs: int, settings: Settings) -> np.ndarray:
 
 
 def longrope(size: int, settings: Settings) -> Rope:
-    """Divide each frequency by its own factor, of another set for sequences beyond the original length."""
+    """Divide each frequency by its own factor, with a second set of factors beyond the original length."""
     original, factor, amplitude = settings[ORIGINAL], settings.get("factor"), settings.get("attention_factor")
     if factor is None:
         factor = _positive(settings.get(LONGEST), LONGEST) / original
@@ -161,7 +161,7 @@ def longrope(size: int, settings: Settings) -> Rope:
 
 
 def scaled_longrope(size: int, settings: Settings) -> Rope:
-    """Do as `longrope`, with an amplitude that is stated for short and for long sequences, and must be the same."""
+    """Apply `longrope` with a stated amplitude; raise ValueError if short and long sequences have different ones."""
     short, long = settings["short_mscale"], settings["long_mscale"]
     if short != long:
         raise ValueError(f"short_mscale is {short!r} and long_mscale {long!r}; supported are equal ones")

@@ -1,4 +1,4 @@
-"""The inputs of a block: arrays of its layer, arrays shared by all layers, and the cache of a text."""
+"""The inputs of a block: arrays of its layer, arrays shared by all layers, and the cache."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ from jcrosslora.architectures.config import Dims
 from jcrosslora.architectures.ops import ACTIVATIONS, Row, from_bits, is_packed, layer_norm, linear, rms_norm
 from jcrosslora.architectures.ropes import Rope
 
-# The name under which the outputs of linear modules are kept for the backward pass. To compute what lies between them
-# again is faster on a CPU than to write it to memory and read it.
+# Checkpoint name of the outputs of linear modules, which are kept for the backward pass. On a CPU, recomputing what
+# lies between them is faster than writing it to memory and reading it.
 MODULE_OUTPUT = "module output"
-NO_WINDOW = 1 << 30  # the number of visible positions in a layer that sees all
+NO_WINDOW = 1 << 30  # window size of a layer with full attention
 
 
 @dataclass(frozen=True)
 class BlockSettings(Dims):
-    """Sizes of a model and settings that all its blocks read; hashable, and static under jit.
+    """Sizes of a model and settings shared by all its blocks; hashable, and static under jit.
 
     Attributes:
         eps: added to the mean square in every norm.
@@ -37,8 +37,8 @@ class BlockSettings(Dims):
         parallel: whether attention and MLP read the same normed input.
         interleaved: whether neighbouring features are rotated together.
         chunked_windows: whether a window is a chunk of positions, instead of the last ones.
-        input_factors: role and factor on what a module reads, of roles whose factor is not 1.
-        output_factors: the same for what a module returns.
+        input_factors: (role, factor on a module's input), where it is not 1.
+        output_factors: (role, factor on a module's output), where it is not 1.
     """
 
     eps: float
@@ -56,10 +56,10 @@ class BlockSettings(Dims):
 
 
 class Update(Protocol):
-    """What an adapter changes in the modules of one role of a layer."""
+    """An adapter's update of the modules of one role in a layer."""
 
     def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """Return float32 (..., O), a module's output with the change, of its input (..., I) and output without."""
+        """Return a module's output with the update, float32 (..., O), given its input (..., I) and output without."""
         ...
 
 
@@ -87,12 +87,12 @@ class LayerWeights:
 
     Attributes:
         layer: int32 scalar, index of the layer.
-        places: kind of a state -> int32 scalar, where the layer's own is in a cache.
+        places: kind of a state -> int32 scalar, index of the layer's state in a cache.
         weights: role -> (O, I); biases are role -> (O,).
         norms: name -> gain.
         norm_biases: name -> bias.
         activation: trained parameters of the activation.
-        factors: role -> what an adapter changes; empty without one.
+        factors: role -> update by an adapter; empty without one.
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Block.tensors`; those of experts are a `Row`.
@@ -120,13 +120,13 @@ class Context:
     """The arrays that all layers share.
 
     Attributes:
-        query_positions: int32 (B, T); those of keys are (B, S), negative if there is no token, and S is T without a
-            cache.
+        query_positions: int32 (B, T).
+        key_positions: int32 (B, S), negative if there is no token; S is T without a cache.
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
         growths: float32 (B, T), factor on the queries, for each rotary setting; None if queries do not grow.
         inputs: (L, B, T, P), the per-layer inputs, see `layer_inputs`; None without any.
-        seen: bool (B, T, S), the keys that a query may attend to, whatever their positions; None if it is all.
+        seen: bool (B, T, S), an extra mask of the keys that a query may attend to; None for all.
     """
 
     query_positions: jax.Array
@@ -143,7 +143,7 @@ class Run:
     """One run of one layer: its settings, arrays and captures.
 
     Attributes:
-        capture: where modules note what they read and returned.
+        capture: records the inputs and outputs of modules.
         stream: (B, T, H), the residual stream before the block, before any norm.
     """
 
@@ -161,7 +161,7 @@ class Run:
     def module(self, role: str, x: jax.Array) -> jax.Array:
         """Run a linear module on x (..., I), with bias and adapter, and record its input and output.
 
-        The factor on what it returns is applied after that, the one on what it reads in front.
+        The input factor is applied before recording, the output factor after it.
         """
         layer, settings = self.layer, self.settings
         x = _times(dict(settings.input_factors).get(role), x)
@@ -169,14 +169,14 @@ class Run:
         if role in layer.biases:
             out = out + layer.biases[role].astype(jnp.float32)
         if role in layer.factors:
-            # The module's own product reads a rounded x as well, see `linear`.
+            # `linear` rounds x for a packed weight as well.
             out = layer.factors[role].apply(x.astype(jnp.bfloat16) if is_packed(layer.weights[role]) else x, out)
         self.capture.inputs[layer.own.sites[role]] = x
         self.capture.outputs[role] = checkpoint_name(out.astype(x.dtype), MODULE_OUTPUT)
         return _times(dict(settings.output_factors).get(role), self.capture.outputs[role])
 
     def norm(self, place: str, x: jax.Array) -> jax.Array:
-        """Apply a norm by its place; return x if the layer has none there."""
+        """Apply the norm at a place; return x if the layer has none there."""
         layer = self.layer
         if place not in layer.norms:
             return x
@@ -185,7 +185,7 @@ class Run:
         return rms_norm(x, layer.norms[place], self.settings.eps)
 
     def activate(self, x: jax.Array) -> jax.Array:
-        """Apply the activation, with the parameters that it has in this layer."""
+        """Apply the activation with its parameters in this layer."""
         return ACTIVATIONS[self.settings.activation](x, *self.layer.activation)
 
     def of_rope(self, arrays: tuple[jax.Array, ...]) -> jax.Array:
@@ -209,9 +209,9 @@ _SLOTS = 3  # the axis of slots in keys and values
 
 @flax.struct.dataclass
 class KeysValues:
-    """Keys and values of one kind of attention, (L, B, kv_heads, S, D) each; those of latent attention differ in D.
+    """Keys and values of one kind of attention, (L, B, kv_heads, S, D) each; in latent attention they differ in D.
 
-    They are float32, bfloat16, or its bits as uint16, which a CPU copies faster. Keys have rotary positions applied.
+    They are float32, bfloat16, or bfloat16 bits as uint16, which a CPU copies faster. Keys are already rotated.
     """
 
     keys: jax.Array
@@ -219,20 +219,20 @@ class KeysValues:
 
     @classmethod
     def form(cls, shape: tuple[int, ...], sizes: tuple[int, int], dtype: DTypeLike) -> "KeysValues":
-        """Return the shapes of one layer, (B, kv_heads, S) and the sizes D of keys and of values."""
+        """Return the shapes of one layer, given (B, kv_heads, S) and the sizes D of keys and values."""
         return jax.eval_shape(lambda: cls(*(jnp.zeros((*shape, size), dtype) for size in sizes)))
 
 
 @flax.struct.dataclass
 class KVCache:
-    """What the layers keep of B texts in S slots, filled from the first on, padding included.
+    """The state of all layers for B texts in S slots, filled from the first on, padding included.
 
     Attributes:
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
-        states: kind of a state, see `Block.states` -> its arrays (L, B, ...) of the L layers with it, in order. A
-            layer's own is at `LayerWeights.places`.
-        last_only: static, whether L is 1, for the last layer with keys alone, see `last_keys`.
+        states: kind of a state, see `Block.states` -> its arrays (L, B, ...), for the L layers with it in order.
+            `LayerWeights.places` has the index of a layer.
+        last_only: static, whether only the last layer with keys is kept (L is 1), see `last_keys`.
     """
 
     positions: jax.Array
@@ -241,18 +241,18 @@ class KVCache:
     last_only: bool = flax.struct.field(pytree_node=False, default=False)
 
     def with_state(self, kind: str, state: Any) -> "KVCache":
-        """Return the cache with other arrays of one kind."""
+        """Return the cache with the state of one kind replaced."""
         return dataclasses.replace(self, states={**self.states, kind: state})
 
 
 def of_sequences(cache: KVCache, chosen: jax.Array) -> KVCache:
-    """Return the cache of the sequences `chosen`, int32 (B,), any of them several times."""
+    """Return the cache of the sequences `chosen`, int32 (B,); repeats are allowed."""
     found = jax.tree.map(lambda x: x[:, chosen], cache.states)
     return dataclasses.replace(cache, positions=cache.positions[chosen], states=found)
 
 
 def blank_sequences(cache: KVCache, rows: int, slots: int) -> KVCache:
-    """Return an empty cache for `rows` sequences of up to `slots` tokens, otherwise like another."""
+    """Return an empty cache like `cache`, but for `rows` sequences of up to `slots` tokens."""
 
     def blank(x: jax.Array, *, keys: bool) -> jax.Array:
         sizes = [x.shape[0], rows, *x.shape[2:]]
@@ -268,9 +268,9 @@ def blank_sequences(cache: KVCache, rows: int, slots: int) -> KVCache:
 
 
 def put_sequence(cache: KVCache, row: jax.Array, other: KVCache, number: jax.Array, end: jax.Array) -> KVCache:
-    """Replace sequence `row` by a sequence of another cache, whose slots come to lie before `end`.
+    """Replace sequence `row` by sequence `number` of another cache, right-aligned so that its slots end at `end`.
 
-    The rest of its slots is empty.
+    The other slots of the row become empty.
     """
 
     def put(old: jax.Array, new: jax.Array, *, axis: int = 1, slots: int | None = None) -> jax.Array:
@@ -297,10 +297,10 @@ def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
 def append_layer(
     cache: KVCache | None, run: Run, kind: str, keys: jax.Array, values: jax.Array
 ) -> tuple[KVCache | None, jax.Array, jax.Array]:
-    """Write the keys and values (B, kv_heads, T, D) of new tokens after the filled slots of a layer that is run.
+    """Write the keys and values (B, kv_heads, T, D) of new tokens after the filled slots of the running layer.
 
     Returns:
-        The new cache, and all keys and all values of the layer, (B, kv_heads, S, D); without a cache just the new ones.
+        The new cache, and all keys and all values of the layer, (B, kv_heads, S, D); without a cache only the new ones.
     """
     if cache is None:
         return None, keys, values

@@ -44,7 +44,7 @@ class DecoderSettings(BlockSettings):
     Attributes:
         final_soft_cap: soft cap of the logits, or None.
         tied: whether the head is the embedding.
-        windows: (L,) number of visible positions of a layer, its own included; None for all.
+        windows: (L,) number of positions that a layer sees, the query's own included; None for full attention.
         layer_ropes: (L,) index into `ropes`.
     """
 
@@ -62,14 +62,14 @@ class DecoderSettings(BlockSettings):
         return layers_with(self.stack, name)
 
     def ropes_of(self, mixer: Block | None) -> tuple[int, ...]:
-        """Return the rotary settings of the layers with a mixer, as indices into `ropes`."""
+        """Return the rotary settings of the layers with this mixer, as indices into `ropes`."""
         return tuple(
             sorted({rope for rope, own in zip(self.layer_ropes, self.stack, strict=True) if own.mixer == mixer})
         )
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """The largest lengths of a text, in tokens, for which the first of two sets of rotations applies."""
+        """The text lengths, in tokens, above which a rope switches to its long frequencies, ascending."""
         return tuple(sorted({rope.switch for rope in self.ropes if rope.switch is not None}))
 
     @property
@@ -79,7 +79,7 @@ class DecoderSettings(BlockSettings):
 
 
 def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
-    """Create the state that a pass over a whole stream x (B, T, H) hands from layer to layer; None if unused."""
+    """Create the state that layers with shared keys read in a pass over x (B, T, H) without a cache; None if unused."""
     read = {block.shared_kind for layer in settings.stack for block in layer.blocks} - {None}
     if not read:
         return None
@@ -156,7 +156,7 @@ def _settings(model: Architecture) -> DecoderSettings:
 def _activation(config: Mapping[str, Any], family: Family) -> str:
     key = family.activation_key
     name = config.get(key) or family.activation
-    # Others than its own would not read the tensors that the family has for it.
+    # With activation tensors, only the family's own activation reads them.
     own = {family.activation: family.activation} if family.activation_tensors else _ACTIVATIONS
     if name not in own:
         raise CheckpointError(f"{key} {name!r} is not supported; supported: {', '.join(own)}")
@@ -169,7 +169,7 @@ def _cap(config: Mapping[str, Any], number: Number | None) -> float | None:
     return read_number(config, number)
 
 
-_CHUNKED = "chunked_attention"  # how configurations call layers with windows that are chunks
+_CHUNKED = "chunked_attention"  # configurations' name of layers with chunked windows
 
 
 def _layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def _layer_kinds(config: Mapping[str, Any], family: Family, layers: int) -> tupl
 
 
 def _layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
-    """Return (L,) the number of positions that each layer sees, its own included; None for full attention."""
+    """Return (L,) the number of positions that each layer sees, the query's included; None for full attention."""
     window = _window(config, family)
     if window is None and SLIDING in kinds:
         key = (family.windows or Windows()).size_key

@@ -1,4 +1,4 @@
-"""A base model: its modules, vocabulary and identity, and its tensors, which are read on demand."""
+"""A base model: its modules, vocabulary, identity, and tensors, which are read on demand."""
 
 import hashlib
 from collections import Counter
@@ -34,7 +34,7 @@ class BaseModel:
             hub id, also if the path lies in a hub cache or a live model was loaded from the hub; for GGUF the source
             repository in its metadata, then `general.name`; else the path. Neither `_name_or_path` in config.json nor
             `general.base_model` of a GGUF is used: in a fine-tuned model they name the model that it was trained from.
-        ref: what was given to `open_base`; for a base in memory its name.
+        ref: the argument of `open_base`; for a base in memory its name.
         path: the folder or the GGUF file, None for a base in memory.
         tokenizer_path: the folder of tokenizer.json or the GGUF file, None for a base in memory without a tokenizer.
         revision: commit of a hub model, else None.
@@ -42,7 +42,7 @@ class BaseModel:
         modules: every linear module by its Llama-style name: by layer, then q, k, v, o, gate, up, down.
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         chat_template: Jinja template given instead of the base's own, else None.
-        wrapper: the multimodal class whose text model this is; None for a model of text alone.
+        wrapper: the multimodal class around this text model; None for a text-only model.
         notes: where the files contradict the configuration or hold more than the model, one sentence each.
     """
 
@@ -94,7 +94,7 @@ class BaseModel:
 
     @property
     def prefix(self) -> str:
-        """The prefix of modules in the model's class, instead of "model."; see `class_module_name`."""
+        """The prefix of module names in the model's class; see `class_module_name`."""
         return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property
@@ -104,7 +104,7 @@ class BaseModel:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Its layers, and what follows from them."""
+        """The layers and the facts derived from them."""
         return Architecture(self.family, self.config, self.dims)
 
     def layers_with(self, name: str) -> tuple[int, ...]:
@@ -155,9 +155,9 @@ class BaseModel:
         return self.weight(name) if name in self.modules else self.tensor(f"{name}.weight")
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read rows of a matrix, e.g. of the embedding, as float32 (n, columns), and no others.
+        """Read only the given rows of a matrix, e.g. of the embedding, as float32 (n, columns).
 
-        The rows (n,) of a stack of matrices count through all of them.
+        In a stack of matrices, row ids (n,) are numbered through all of them.
 
         Raises CheckpointError if there is no such tensor, it is not a matrix, or does not have a row.
         """
@@ -180,10 +180,10 @@ class BaseModel:
     def residual_gain(self, module_name: str) -> np.ndarray:
         """Return the gain, float32 (hidden,), between the residual stream and a module.
 
-        For modules that read the stream this is that of the norm in front, Gemma's 1 + weight already summed; for those
-        that write to it that of the norm behind, times Granite's factor on what is added, and times a half for shared
-        experts that are averaged with the others. Both are multiplied by the family's factor on what the module reads
-        or returns. Ones if there is no norm.
+        A module that reads the stream has the gain of the norm before it, with Gemma's 1 + weight already summed. One
+        that writes to it has the gain of the norm after it, times Granite's residual factor, and times a half for
+        shared experts that are averaged with the others. Both are multiplied by the family's factor on the module's
+        input or output. Without a norm the gain is ones, times these factors.
         """
         module = self._module(module_name)
         norm = self.architecture.stream_norm(module.role, module.layer)
@@ -202,7 +202,7 @@ class BaseModel:
             return (weight + np.float32(self.family.gain_offset)) * factor
 
     def vocabulary(self) -> Vocabulary:
-        """Return the normal tokens as bytes, or the reason why they cannot be read."""
+        """Return the normal tokens as bytes, or why they cannot be read."""
         return self._vocabulary
 
     @cached_property
@@ -213,8 +213,8 @@ class BaseModel:
     def digest(self, digests: Digests | None = None) -> str:
         """Return the identity of the weights: "sha256:" and a hex digest, computed once.
 
-        One weight file gives its own SHA-256, several that of their hex digests, one a line in index order. Weights in
-        memory give that of their names, dtypes, shapes and numbers, which is not the digest of the file they are from.
+        For one weight file it is its SHA-256; for several, the SHA-256 of their hex digests, one per line in index
+        order. For weights in memory it covers names, dtypes, shapes and numbers, and differs from their file's digest.
         Files whose digest is in `digests` are not read.
         """
         if "_digest" not in self.__dict__:
@@ -245,11 +245,11 @@ class BaseInfo:
     Attributes:
         name: as written into `base_model_name_or_path`.
         ref: the path or hub id that was opened.
-        digest: "sha256:..." of the weight files; "" if they were not read for it.
+        digest: "sha256:..." of the weight files; "" if it was not computed.
         shapes: (O, I) of every module, by name, in the order of the model.
-        fused: matrices that hold several modules, see `BaseModel.fused`.
-        heads: of queries, and of keys and values.
-        prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
+        fused: fused matrices, see `BaseModel.fused`.
+        heads: number of query heads, and of key-value heads.
+        prefix: see `BaseModel.prefix`.
     """
 
     name: str
@@ -265,9 +265,9 @@ class BaseInfo:
 
 
 def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
-    """Take down what `BaseInfo` holds.
+    """Return the `BaseInfo` of a base.
 
-    `digest` is that of its weights, or "" if that is not wanted; None reads the weight files once.
+    `digest` is the digest of its weights, or "" to leave it out; None reads the weight files once.
     """
     return BaseInfo(
         name=base.name,
@@ -302,11 +302,11 @@ def base_digest(base: BaseModel) -> str:
     return base.digest(None if cache is None else cache.digests)
 
 
-_LITTLE = 1 << 30  # bytes that are read for a digest in about two seconds
+_LITTLE = 1 << 30  # bytes; takes about two seconds to hash
 
 
 def quick_digest(base: BaseModel) -> str | None:
-    """Return `base_digest` if it is recorded, or its files are small; None for large files, and weights in memory."""
+    """Return `base_digest` if it is known or the files are small; None for other files and for weights in memory."""
     files, cache = base.store.files, open_cache()
     recorded = cache is not None and cache.digests.known(files) is not None
     small = sum(path.stat().st_size for path in files) <= _LITTLE
@@ -318,7 +318,7 @@ _PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"
 
 
 def weights_key(base: BaseModel, digests: Digests | None = None) -> str:
-    """Return the cache key of a base's weights and of the way its modules are read."""
+    """Return the cache key of a base's weights and how its modules are read."""
     config = {name: value for name, value in base.config.items() if name not in _PROVENANCE}
     modules = [[name, module.shape, module.tensor, module.rows] for name, module in base.modules.items()]
     return digest_of(base.digest(digests), base.family.name, config, modules)

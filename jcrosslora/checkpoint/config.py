@@ -16,9 +16,9 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
 
 _SIZE_LIMIT = 1 << 31
-# Where older writers, AutoGPTQ and AutoAWQ, keep the settings of quantisation.
+# Files with the quantisation settings of older writers, AutoGPTQ and AutoAWQ.
 _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_UNBOUNDED = ("time_step_limit",)  # whose end is infinite in nearly all files
+_UNBOUNDED = ("time_step_limit",)  # its upper limit is infinite in nearly all files
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ModelConfig:
 
     Attributes:
         values: the configuration of the (text) model, Hugging Face keys.
-        wrapper: the multimodal class around the text model; None for a model of text alone.
+        wrapper: the multimodal class around the text model; None for a text-only model.
     """
 
     family: Family

@@ -23,7 +23,7 @@ from jcrosslora.errors import CheckpointError
 
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ROWS_AT_ONCE = 4096
-_ROW_BYTES = 4096  # of block types that are dequantised as one row: half the time of rows as they are
+_ROW_BYTES = 4096  # rows of block types are joined up to this size, which halves the time to dequantise
 # Types that numpy can hold; all others are dequantised to float32.
 _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
@@ -56,8 +56,8 @@ def open_gguf(path: Path) -> "tuple[ModelConfig, GGUFStore, str | None]":
 def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
     """Return the gguf package, the mapped file and its header; the file may be a model or an adapter.
 
-    Raises CheckpointError if the package is missing, or the file is corrupt, truncated or of a quantisation that cannot
-    be read.
+    Raises CheckpointError if the package is missing, or the file is corrupt, truncated or in an unsupported
+    quantisation.
     """
     try:
         importlib.import_module("gguf.quants")
@@ -97,7 +97,7 @@ class GGUFStore(TensorStore):
         return self._sources[name]
 
     def names(self) -> list[str]:
-        """Hugging Face names, in file order, those of the metadata last."""
+        """Hugging Face names in file order, tensors from the metadata last."""
         return [*self._sources, *self._stated]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class GGUFStore(TensorStore):
         return self._gguf.GGMLQuantizationType(self._header.tensors[self._source(name).stored[0]].kind).name
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read a tensor: a view of a float type, a float32 or reordered copy of others."""
+        """Read a tensor: a view of a float type, else a float32 or reordered copy."""
         if name in self._stated:
             return self._stated[name]
         source = self._source(name)
@@ -201,7 +201,7 @@ def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None 
 
 
 def _long_rows(stored: np.ndarray) -> np.ndarray:
-    """Put rows end to end, so that the 16 that the gguf package takes at a time fill the processor's inner cache."""
+    """Join rows, so that the 16 that the gguf package takes at a time fill the processor's inner cache."""
     rows = prod(stored.shape[:-1])
     joined = max(1, min(rows, _ROW_BYTES // stored.shape[-1]))
     while rows % joined:
@@ -210,7 +210,7 @@ def _long_rows(stored: np.ndarray) -> np.ndarray:
 
 
 def _hf_names(header: GGUFHeader, meta: Metadata) -> dict[str, list[str]]:
-    """Return the tensors of the file that hold the rows of each tensor of the model, in the order of the rows."""
+    """Return, for each tensor of the model, the file's tensors that hold its rows, in row order."""
     order = {stored: place for place, stored in enumerate(block_names(meta.arch))}
     names: dict[str, list[str]] = {}
     for stored in header.tensors:
@@ -224,7 +224,7 @@ def _hf_names(header: GGUFHeader, meta: Metadata) -> dict[str, list[str]]:
 
 
 def _other_module(names: Mapping[str, list[str]], model: Architecture) -> str | None:
-    """Return a tensor of the file whose linear module other models of the same blocks have and this one has not."""
+    """Return a tensor of the file for a linear module that this model lacks, None if there is none."""
     if model.dims.layers > len(names):
         return None  # refused for that by `check_tensors`
     others = {path for role, path in ROLE_PATHS.items() if role not in model.role_shapes}
@@ -238,7 +238,7 @@ def _refuse_unknown(stored: str, meta: Metadata) -> NoReturn:
 
 
 def _predicts_further(stored: str, meta: Metadata) -> bool:
-    """Whether a tensor belongs to a layer after the last that predicts further tokens."""
+    """Tell whether a tensor belongs to a multi-token prediction layer after the last layer."""
     if not meta.count("nextn_predict_layers"):
         return False
     layer = stored.split(".")[1] if stored.startswith("blk.") else ""

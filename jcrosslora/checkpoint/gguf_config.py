@@ -22,7 +22,7 @@ from jcrosslora.errors import CheckpointError
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-# `Family.norm` -> keys of the epsilon, of which the first that is stated counts.
+# `Family.norm` -> keys of the epsilon; the first one present is used.
 _EPSILONS = {"rms": ("layer_norm_rms_epsilon", "layer_norm_epsilon"), "layer": ("layer_norm_epsilon",)}
 
 
@@ -36,7 +36,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     Raises CheckpointError if rope scaling, or another value, is not supported.
     """
     family = meta.family
-    # Nemotron-H has root mean squares, and files that state the other epsilon alone.
+    # Nemotron-H has RMS norms, but its files state only the other epsilon.
     stated_eps = [meta.number(f"attention.{key}") for key in _EPSILONS[family.norm]]
     config = {
         "model_type": family.name,
@@ -128,7 +128,7 @@ def _layer_types(meta: Metadata, period: int) -> list[str]:
     layers = meta.layers()
     if layers is None or not 0 < layers < 10_000:
         meta.file.refuse(f"{meta.arch}.block_count is {layers!r}, wanted the number of layers")
-    # With an entry for layers that predict further tokens, or without.
+    # With or without entries for multi-token prediction layers.
     if isinstance(stated, list) and len(stated) in (layers, meta.count("block_count")):
         stated = stated[:layers]
         return ["sliding_attention" if flag else "full_attention" for flag in stated]
@@ -146,7 +146,7 @@ def _rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[
         return _proportional(meta, theta, factors.get("rope_freqs.weight"))
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}
     if rules.local_theta is not None:
-        # If the configuration states no base for layers with windows, llama.cpp uses that of the others.
+        # If the configuration states no base for layers with windows, llama.cpp uses the other layers' base.
         usual = theta if rules.local_theta_key is None else rules.local_theta
         plain = {"rope_theta": meta.number("rope.freq_base_swa") or usual, "rope_type": "default"}
         return {"full_attention": scaling, "sliding_attention": plain}
@@ -185,9 +185,9 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
 
 
 def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what only the yarn of Ministral 3 and Mistral 4 has; files state one of two mscales, of 1.
+    """Return the rope settings that only Ministral 3 and Mistral 4 (yarn) have; files state one of two mscales, of 1.
 
-    How queries grow is stated or implied; files that differ from the class in it, or state another mscale, are refused.
+    Query growth is stated or implied; files with another growth than the class, or another mscale, are refused.
     """
     beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
     wanted = 0.1 if LatentAttention in meta.family.blocks else 1.0

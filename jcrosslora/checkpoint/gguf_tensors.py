@@ -104,7 +104,7 @@ def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
 
 
 def untiled_heads(delta: DeltaRule, size: int) -> np.ndarray:
-    """Return the place in the file of each feature of H heads of this size of values, (H size,) integers.
+    """Return the index in the file of each feature of H value heads of this size, (H size,) integers.
 
     The file stores the first heads of all groups, then the second ones, and so on.
     """
@@ -119,21 +119,21 @@ def grouped_rows(delta: DeltaRule) -> np.ndarray:
 
 
 def architecture(family: str, has_experts: bool) -> str | None:
-    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known."""
+    """Return `general.architecture` of a family's GGUF files; None if there is none or the family is unknown."""
     form = FAMILIES[family].gguf if family in FAMILIES else None
     return None if form is None else form.architectures[-1 if has_experts else 0]
 
 
 def permutes_heads(arch: str) -> bool:
-    """Whether rows of q and k are in the order of llama.cpp's rotation in files of an architecture."""
+    """Tell whether files of an architecture store q and k rows in llama.cpp's rotation order."""
     form = FAMILIES[ARCHITECTURES[arch]].gguf if arch in ARCHITECTURES else None
     return form is not None and form.permuted
 
 
 def hf_name(stored: str, arch: str) -> str | None:
-    """Return the Hugging Face name of a tensor of a GGUF file, None if it is not known.
+    """Return the Hugging Face name of a tensor of a GGUF file, None if it is unknown.
 
-    The rows of a tensor may be in several of the file, and may be in another order there: see `gguf_tensors`.
+    The file may store a tensor's rows in several tensors and in another order: see `gguf_tensors`.
     """
     if (whole := _outside(arch).get(stored)) is not None:
         return whole
@@ -144,9 +144,9 @@ def hf_name(stored: str, arch: str) -> str | None:
 
 
 def gguf_name(name: str, arch: str) -> str | None:
-    """Return the GGUF name of a tensor of a layer by its Hugging Face name.
+    """Return the GGUF name of a layer's tensor by its Hugging Face name.
 
-    None if no tensor holds its rows and columns, in their order but for that of the heads of q and k.
+    None if no single tensor holds its rows and columns in their order (except within the heads of q and k).
     """
     parts = name.split(".", 3)
     form = FAMILIES[ARCHITECTURES[arch]].gguf
@@ -159,7 +159,7 @@ def gguf_name(name: str, arch: str) -> str | None:
 
 @cache
 def block_names(arch: str) -> dict[str, str]:
-    """Return the names of the tensors of a layer, in files and in the model; rows of one are in order of the names."""
+    """Map tensor names of a layer in files to names in the model; the parts of one tensor come in row order."""
     names: dict[str, str] = {}
     for family in FAMILIES.values():
         if family.gguf is not None and arch in family.gguf.architectures:
@@ -168,7 +168,7 @@ def block_names(arch: str) -> dict[str, str]:
 
 
 def _shape(path: str, parts: Sequence[Shape]) -> Shape:
-    """Return the shape of a tensor of the model, given those of the tensors that hold its rows."""
+    """Return the shape of a tensor of the model from the shapes of the stored tensors that hold its rows."""
     whole = (sum(shape[0] for shape in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
     if path.endswith((".conv1d.weight", "conv.conv.weight")):
         return (*whole[:-1], 1, *whole[-1:])
@@ -181,14 +181,14 @@ def _latent_shape(parts: Sequence[Shape], family: Family) -> Shape:
     keys, values = parts
     stacks = LatentAttention in family.blocks and len(keys) == len(values) == 3
     if not stacks or (keys[0], keys[1]) != (values[0], values[2]):
-        return ()  # of no matrix, so that it is refused by its shape
+        return ()  # no matrix has this shape, so the tensor is refused
     return (keys[0] * (keys[2] + values[1]), keys[1])
 
 
 def _orders(
     path: str, rows: int, model: Architecture, delta: DeltaRule | None
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return where rows and columns of a tensor are stored."""
+    """Return the stored order of a tensor's rows and columns, None for the usual order."""
     family = model.family
     assert family.gguf is not None
     module = path.rpartition(".")[0]
@@ -241,7 +241,7 @@ def _names_of(family: Family) -> dict[str, str]:
 
 
 def _gguf_layout(experts: ExpertRules) -> Mapping[str, str]:
-    """Return the layout with one tensor of all experts for each of gate, up and down, or else for both of the first."""
+    """Return the layout that stores all experts in one gate, one up and one down tensor, or with gate and up merged."""
     merged = (one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
     layout = next(merged, experts.layouts[-1])
     return layout if experts.gated else {**layout, "up": layout["gate_up"]}  # which holds nothing else

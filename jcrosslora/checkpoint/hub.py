@@ -1,4 +1,4 @@
-"""The hub: repository names, downloads and explanations of failed requests; and names that replace local paths."""
+"""The hub: repository names, downloads, explanations of failed requests, and public names for local paths."""
 
 import dataclasses
 import itertools
@@ -73,13 +73,13 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
 
 
 def home_of(folder: Path) -> Path:
-    """Return where the files of a folder have to lie if none leads elsewhere: it, or its repository in a hub cache."""
+    """Return the folder that must contain all files of `folder`: itself, or its repository in a hub cache."""
     home = folder.resolve()
     return home.parents[1] if cached_identity(folder) else home
 
 
 def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
-    """Refuse local files that are not known to be of the wanted revision."""
+    """Raise CheckpointError if a revision is requested and local files are not known to be of it."""
     identity = cached_identity(path)
     if wanted is not None and (identity is None or identity[1] != wanted):
         known = "which no revision is known" if identity is None else f"revision {identity[1]}"
@@ -227,7 +227,7 @@ def public_json(text: str) -> str:
 
 
 def local_names(*refs: str | None) -> dict[str, str]:
-    """Return the paths among references, and that of the hub's cache, with their public names, for `publish`."""
+    """Map the paths among references, and the hub cache's path, to their public names, for `publish`."""
     from huggingface_hub import constants
 
     found = {constants.HF_HUB_CACHE: "hub"}
@@ -241,7 +241,7 @@ def local_names(*refs: str | None) -> dict[str, str]:
 
 
 def publish(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace the paths in all texts of a JSON value or of a record, longer ones first."""
+    """Replace paths in all strings of a JSON value or record, longer paths first."""
     pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
 
     def replaced(value: Any) -> Any:

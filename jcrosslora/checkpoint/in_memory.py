@@ -1,4 +1,4 @@
-"""Convert the weights, configuration and tokenizer of a model in memory to the form that readers of files return."""
+"""Convert the weights, configuration and tokenizer of a model in memory to the form that file readers return."""
 
 import shutil
 import sys
@@ -15,24 +15,24 @@ from jcrosslora.checkpoint.safetensors import DTYPE_CODES, DTYPES
 from jcrosslora.checkpoint.store import FileNames, TensorStore
 from jcrosslora.errors import CheckpointError
 
-# What PEFT puts between the name of a module that it wraps and the module's own parameters.
+# Names that PEFT adds: a prefix, and parts between a wrapped module's name and its parameters.
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
 def is_live_model(weights: Any) -> bool:
-    """Whether an object is a model of transformers or PEFT, or one that looks like it."""
+    """Tell whether an object is, or looks like, a transformers or PEFT model."""
     return callable(getattr(weights, "state_dict", None)) and hasattr(weights, "config")
 
 
 def is_nnx_model(weights: Any) -> bool:
-    """Whether an object is a module of `flax.nnx`; if nothing imported that, it is none."""
+    """Tell whether an object is a `flax.nnx` module; False if `flax.nnx` was never imported."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(weights, nnx.Module)
 
 
 def flat_weights(weights: Any, names: FileNames, ref: str) -> dict[str, Any]:
-    """Bring weights into one mapping from the name of a tensor in the text model to its array.
+    """Flatten weights into one mapping from tensor name in the text model to array.
 
     The weights are a live model, an `nnx.State`, or mappings nested to any depth, whose keys are joined by ".".
 
@@ -70,17 +70,17 @@ def named_arrays(tree: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def array_name(keys: Iterable[str]) -> str:
-    """Join the keys that lead to an array; the last one, `value`, is that of a variable of `nnx`."""
+    """Join the keys of an array with dots, without the last key `value` of an `nnx` variable."""
     return ".".join(keys).removesuffix(".value")
 
 
 def _joined(arrays: Sequence[Any]) -> Any:
-    """Return one array unchanged, and the rows of several one after another as a numpy array."""
+    """Return a single array unchanged, or several concatenated along the rows as a numpy array."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([_to_numpy(array) for array in arrays])
 
 
 def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Drop the parameters of adapters; those of the modules that they wrap get their plain names."""
+    """Drop adapter parameters, and give the parameters of wrapped modules their plain names."""
     split = [(name.removeprefix(_PEFT_PREFIX).split("."), value) for name, value in pairs]
     wrapped = {tuple(parts[:i]) for parts, _ in split for i, part in enumerate(parts) if part in _PEFT_WRAPPERS}
     return [
@@ -102,7 +102,7 @@ def config_values(config: Any, ref: str) -> dict[str, Any]:
 
 
 def _of_gguf(key: str, value: Any) -> bool:
-    """Whether a key says that transformers read the model from GGUF, whose weights it holds as floats."""
+    """Tell whether a key marks a model that transformers read from GGUF, whose weights are now floats."""
     quantised = key == "quantization_config" and isinstance(value, Mapping)
     return key == "_model_name_or_path" or (quantised and value.get("quant_method") == "gguf")
 
@@ -111,7 +111,7 @@ def tokenizer_folder(tokenizer: Any, owner: object, ref: str) -> Path | None:
     """Return a folder that holds tokenizer.json; a tokenizer in memory is written to a temporary one.
 
     The tokenizer is a folder, a tokenizer.json, a fast tokenizer of transformers, a `tokenizers.Tokenizer`, or None. A
-    temporary folder is removed when its owner is.
+    temporary folder is removed together with `owner`.
 
     Raises CheckpointError for anything else, and for a path without tokenizer.json.
     """

@@ -19,7 +19,7 @@ from jcrosslora.architectures.blocks import (
 from jcrosslora.checkpoint.store import TensorStore, errors_of
 from jcrosslora.errors import CheckpointError
 
-# Layers after the last that predict further tokens, and that the class does not read.
+# Layers after the last one for multi-token prediction, which the class does not read.
 _MORE_LAYERS = "num_nextn_predict_layers"
 _SHOWN = 3  # problems named in one error
 _NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "C64"})
@@ -48,12 +48,12 @@ class Module:
 
 
 def holder_of(family: Family, role: str) -> str:
-    """Return the path, in a layer, of the module as the model stores it that holds a role."""
+    """Return the path, within a layer, of the stored module that holds a role."""
     return next((path for path, roles in family.fused.items() if role in roles), ROLE_PATHS[role])
 
 
 def fused_modules(model: Architecture) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """List the modules that hold several logical ones: name -> (logical name, first row, last row exclusive)."""
+    """List the fused modules: name -> (logical name, first row, last row exclusive)."""
     result = {}
     for number, layer in enumerate(model.stack):
         for path, roles in _fused(model.family, layer).items():
@@ -64,14 +64,14 @@ def fused_modules(model: Architecture) -> dict[str, tuple[tuple[str, int, int], 
 
 
 def _fused(family: Family, layer: Layer) -> dict[str, tuple[str, ...]]:
-    """Return the modules of a layer that hold several logical ones, and the roles of each."""
+    """Return the fused modules of a layer and the roles in each."""
     return {path: roles for path, roles in family.fused.items() if roles[0] in layer.shapes}
 
 
 def build_modules(
     model: Architecture, fused: Mapping[str, tuple[tuple[str, int, int], ...]], store: TensorStore
 ) -> dict[str, Module]:
-    """List the logical modules, by layer, then in the order of `ROLES`; `fused` is that of `fused_modules`."""
+    """List the logical modules, by layer, then in the order of `ROLES`; `fused` comes from `fused_modules`."""
     holders = {part: (name, (start, stop)) for name, rows in fused.items() for part, start, stop in rows}
     modules = {}
     for number, layer in enumerate(model.stack):
@@ -84,7 +84,7 @@ def build_modules(
 
 
 def expected_shapes(model: Architecture, experts: Mapping[str, str] | None = None) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that the model must have, its experts in one of `ExpertRules.layouts`."""
+    """Return name -> shape of every required tensor; `experts` is one of `ExpertRules.layouts` (first by default)."""
     family, dims, config = model.family, model.dims, model.config
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden)}
     expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
@@ -140,7 +140,7 @@ def check_tensors(model: Architecture, store: TensorStore, ref: str) -> None:
     Raises CheckpointError for missing or misshapen tensors; it names the first few and counts the rest.
     """
     names, family, dims = store.names(), model.family, model.dims
-    # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
+    # Checked before any loop over layers: a hostile configuration may claim 2^30 of them.
     stored = {part for name in names if (part := layer_of(name)) is not None}
     extra = model.config.get(_MORE_LAYERS)
     extra = extra if isinstance(extra, int) else 0
@@ -174,7 +174,7 @@ def layer_of(name: str) -> int | None:
 
 
 def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, str] | None:
-    """Return which of the layouts of a family's experts a model is stored in; None for a family without experts."""
+    """Return the layout in which a model stores its experts; None for a family without experts."""
     if family.experts is None:
         return None
     stored = {name.split(".", 3)[-1] for name in names() if name.startswith("model.layers.")}
@@ -183,18 +183,18 @@ def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, st
 
 
 def is_loadable(layout: Mapping[str, str]) -> bool:
-    """Whether classes load unquantised experts under the names of a layout, unlike those of GGUF and of MXFP4."""
+    """Tell whether classes load unquantised experts under a layout's names, which they do not for GGUF and MXFP4."""
     merged = "gate" in layout and "{}" not in layout["gate"]
     return not merged and not any(path.endswith("_blocks") for path in layout.values())
 
 
 def expert_tensors(rules: ExpertRules) -> tuple[str, ...]:
-    """Name the tensors of a layer that `StoredExperts.tensor` reads, each with a first axis of experts."""
+    """Return the names that `StoredExperts.tensor` accepts; each tensor has a first axis of experts."""
     return tuple(rules.layouts[-1])
 
 
 def single_parts(rules: ExpertRules) -> tuple[str, ...]:
-    """Name the matrices of an expert whose rows "gate_up" holds, in their order."""
+    """Return the names of the matrices that make up "gate_up", in order."""
     return ("gate", "up") if rules.gated else ("up",)
 
 
@@ -271,7 +271,7 @@ class StoredExperts:
         return array.reshape(count) if name == "correction" else array.reshape(count, *array.shape[1:])
 
     def rows(self, layer: int, matrix: str, expert: int, ids: np.ndarray) -> np.ndarray:
-        """Read rows of a matrix of one expert as float32 (n, columns), and no others.
+        """Read only the given rows of a matrix of one expert, as float32 (n, columns).
 
         `ids` (n,) count `axis` of the matrix, "gate_up" or "down", in increasing order.
         """
@@ -284,7 +284,7 @@ class StoredExperts:
     def _stored_rows(
         self, matrix: str, expert: int, ids: np.ndarray, shape: tuple[int, int, int]
     ) -> list[tuple[str, np.ndarray]]:
-        """Return where rows of a matrix are: paths of tensors in a layer, and rows of each."""
+        """Return where rows of a matrix are stored: tensor paths in a layer, and the rows of each."""
         if matrix not in self.paths:  # gate and up on their own
             names = single_parts(self.rules)
             height = shape[1] // len(names)
@@ -305,5 +305,5 @@ def _in_layer(layer: int, path: str) -> str:
 
 
 def _in_turn(count: int) -> np.ndarray:
-    """Return the stored place of each row, those of gate first, if rows of gate and up alternate."""
+    """Return the stored index of each row, gate rows first, for a matrix where gate and up rows alternate."""
     return np.arange(count).reshape(-1, 2).T.reshape(-1)

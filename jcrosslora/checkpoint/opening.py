@@ -1,4 +1,4 @@
-"""Open a base model from a folder, a GGUF file, a hub id, or what a program already holds."""
+"""Open a base model from a folder, a GGUF file, a hub id, or objects in memory."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,10 +53,10 @@ def open_base(
         revision: branch, tag or commit of a hub id. Of local files only their known commit is accepted.
         name: what adapters should name as their base; the rule without it is at `BaseModel.name`.
         config: for weights in memory, the content of config.json, a configuration of transformers, or a ModelConfig
-            of tunix. A live model brings its own, but Llama of tunix, whose ModelConfig does not say enough.
-        tokenizer: for weights in memory, the tokenizer if text is to be read: a folder, a tokenizer.json, a fast
+            of tunix. A live model has its own, except tunix's Llama, whose ModelConfig is incomplete.
+        tokenizer: for weights in memory, the tokenizer, needed for text: a folder, a tokenizer.json, a fast
             tokenizer of transformers, or a `tokenizers.Tokenizer`.
-        chat_template: a file with a Jinja template, by which conversations are read instead of the base's own.
+        chat_template: a file with a Jinja template that replaces the base's own.
 
     Raises:
         CheckpointError: not found, not of that revision, of an unknown family, or tensors that do not fit the
@@ -77,7 +77,7 @@ def open_base(
 
 
 def read_template(path: Path) -> str:
-    """Read a file with a chat template; a `UsageError` says that it cannot be read, or holds nothing."""
+    """Read a chat template file; raise UsageError if it cannot be read or is empty."""
     try:
         text = read_small_text(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -162,7 +162,7 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
 
 
 def _named_store(weights: Any, config: ModelConfig, ref: str) -> TensorStore:
-    """Return the tensors of weights that have Hugging Face names."""
+    """Return the store of weights with Hugging Face names."""
     arrays = flat_weights(weights, config.names, ref)
     store = dequantised(MemoryStore(arrays, ref), config.values, ref)
     if config.family.is_tied(config.values) and not has_own_head(config.family, config.values, store):
@@ -208,7 +208,7 @@ NOTE = (
 
 
 def has_own_head(family: Family, config: Mapping[str, object], store: TensorStore) -> bool:
-    """Whether the weights hold another head than the embedding, although the configuration ties the two.
+    """Tell whether the weights hold a head that differs from the embedding, although the configuration ties the two.
 
     transformers 5 runs such a model with the stored head (`PreTrainedModel.tie_weights`).
     """

@@ -56,7 +56,7 @@ DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of a tensor in its file.
+    """The location of a tensor in its file.
 
     Attributes:
         dtype: its name in the header, e.g. "BF16".
@@ -109,7 +109,7 @@ class ShardedStore(TensorStore):
         self._shards: dict[str, SafetensorsFile] = {}
         weight_map = self._weight_map()
         parts = (names or FileNames()).parts(weight_map)
-        # Shard, and name in it, of the tensors that hold the rows of one.
+        # Name in the model -> shard and stored name of each part that holds its rows.
         self._places = {name: [(weight_map[stored], stored) for stored in held] for name, held in parts.items()}
         shards = dict.fromkeys(shard for held in self._places.values() for shard, _ in held)
         self.files = tuple(folder / shard for shard in shards)
@@ -149,9 +149,9 @@ class ShardedStore(TensorStore):
         return list(self._places)
 
     def stored(self) -> Iterator[tuple[str, SafetensorsFile, dict[str, str | None]]]:
-        """Yield each shard: its name, the file, and name in the file -> name in the model for all its tensors.
+        """Yield each shard: its name, the file, and a map from each name in the file to the name in the model.
 
-        The name in the model is None for a tensor of another part than the text model; `names` omits those.
+        The name in the model is None for a tensor outside the text model; `names` omits those.
         """
         names = {place: name for name, held in self._places.items() for place in held}
         for shard in dict.fromkeys(self._weight_map().values()):
@@ -159,7 +159,7 @@ class ShardedStore(TensorStore):
             yield shard, file, {stored: names.get((shard, stored)) for stored in file.entries}
 
     def rows_held(self, name: str, stored: str) -> slice:
-        """Return which rows of a tensor of the model its part of this name in the files holds, all of most."""
+        """Return which rows of a model's tensor the stored tensor holds; usually all of them."""
         first = 0
         for (_, own), entry in zip(self._places[name], self._entries(name), strict=True):
             if own == stored:
@@ -177,7 +177,7 @@ class ShardedStore(TensorStore):
         return self._entries(name)[0].dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a read-only view in the stored dtype, a copy of a tensor that is stored in parts."""
+        """Return a read-only view in the stored dtype, or a copy if the tensor is stored in parts."""
         arrays = [file.array(stored) for file, stored in self._located(name)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
@@ -187,7 +187,7 @@ class ShardedStore(TensorStore):
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read the map from tensor name to shard file in an index; refuse an entry outside the folder."""
+    """Read an index's map from tensor name to shard file; raise CheckpointError for an entry outside the folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' with tensors: download the index again")
@@ -205,7 +205,7 @@ def shards_of(weight_map: Mapping[str, str], names: FileNames) -> list[str]:
 
 
 def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
-    """Return the header and the byte at which the data begin."""
+    """Return the header and the byte offset of the data."""
     if file.size < 8:
         file.refuse(f"{file.size} bytes are too few for a safetensors file: download it again")
     length = int.from_bytes(file.buffer[:8], "little")
@@ -232,7 +232,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entry, int]:
-    """Return the entry of a tensor and the byte at which it ends."""
+    """Return the entry of a tensor and its end offset in bytes."""
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -255,7 +255,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_apart(file: MappedFile, found: Mapping[str, tuple[Entry, int]]) -> None:
-    """Check that no byte belongs to two tensors, as the format demands."""
+    """Check that no byte belongs to two tensors, as the format requires."""
     taken, before = 0, ""
     for start, stop, name in sorted((entry.start, stop, name) for name, (entry, stop) in found.items()):
         if start < taken and start < stop:

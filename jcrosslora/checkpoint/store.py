@@ -1,4 +1,4 @@
-"""The interface of checkpoint formats, tensors by name; and the memory-mapped and JSON files of a model."""
+"""The interface of checkpoint formats (tensors by name), and the memory-mapped and JSON files of a model."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ class TensorStore:
         raise NotImplementedError
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read only these rows of a matrix, as float32 (n, columns); those of a stack are numbered throughout."""
+        """Read only these rows of a matrix, as float32 (n, columns); in a stack, rows are numbered throughout."""
         array = self.tensor(name)
         return array.reshape(-1, array.shape[-1])[ids].astype(np.float32)
 
@@ -55,9 +55,9 @@ class TensorStore:
         """Give the resident pages of memory maps back to the system."""
 
     def sha256s(self) -> list[str]:
-        """Return the hex digests of `files` in their order; without files one digest of the content.
+        """Return the hex digests of `files` in order; without files, one digest of the content.
 
-        That is of names, dtypes, shapes and numbers, for any order and library of the arrays.
+        That one covers names, dtypes, shapes and numbers, and does not depend on the order or library of the arrays.
         """
         if self.files:
             return [MappedFile(path).sha256() for path in self.files]
@@ -71,7 +71,7 @@ class TensorStore:
 
 @dataclass(frozen=True)
 class FileNames:
-    """The mapping from tensor names in a checkpoint to those of the text model's class.
+    """The mapping from tensor names in a checkpoint to names in the text model's class.
 
     Attributes:
         prefixes: prefix in the checkpoint -> prefix in the text model, e.g. {"language_model.": ""}; the first that
@@ -84,7 +84,7 @@ class FileNames:
     modules: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Map the name of each tensor in the text model to those in the checkpoint that hold its rows, in order."""
+        """Map each tensor name in the text model to the names in the checkpoint that hold its rows, in order."""
         found: dict[str, dict[int, str]] = {}
         for one in stored:
             name, place = self._named(one)
@@ -93,7 +93,7 @@ class FileNames:
         return {name: tuple(held[place] for place in sorted(held)) for name, held in found.items()}
 
     def _named(self, stored: str) -> tuple[str | None, int]:
-        """Return the name in the text model, None in another part; and the place in `modules` of the other, or -1."""
+        """Return the name in the text model (None if outside it), and the index of its module in `modules`, or -1."""
         name = stored
         if self.prefixes:
             known = (old for old in self.prefixes if stored.startswith(old))
@@ -125,7 +125,7 @@ class MappedFile:
             self.size = regular_size(path)
 
     def refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise a `CheckpointError` that says what is wrong with the file."""
+        """Raise a `CheckpointError` with the file's path and the problem."""
         raise CheckpointError(f"{self.path}: {what}") from cause
 
     def check_extent(self, name: str, stop: int) -> None:
@@ -169,7 +169,7 @@ class MappedFile:
 
 @contextmanager
 def errors_of(where: Path | str) -> Iterator[None]:
-    """Put the name of a file or a base before errors that do not say whose they are."""
+    """Prefix CheckpointErrors with the name of a file or a base."""
     try:
         yield
     except CheckpointError as error:
@@ -177,7 +177,7 @@ def errors_of(where: Path | str) -> Iterator[None]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file; a `CheckpointError` says why that cannot be done."""
+    """Read the JSON object in a file; raise CheckpointError if it cannot be read."""
     try:
         value = json.loads(read_small_text(path))
     except OSError as error:
@@ -192,7 +192,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_not_finite(values: Mapping[str, Any], *, but: Collection[str] = ()) -> None:
-    """Refuse a configuration with a number that is infinite or NaN, which Python's JSON reads, by its key."""
+    """Raise CheckpointError with the key of an infinite or NaN number, which Python's JSON reads, except `but`."""
     stack = [(key, value) for key, value in values.items() if key not in but]
     while stack:
         key, value = stack.pop()

@@ -18,14 +18,14 @@ from jcrosslora.utils.files import read_small
 
 T = TypeVar("T")
 
-# Version of the rules by which tokenizers are read: raise it whenever tokens or ends of the same files change.
+# Version of the rules for reading tokenizers: raise it whenever the same files give other tokens or ends.
 _RULES = b"2"
 # Tokens that end a turn or a document in the supported families, in addition to the tokenizer's eos.
 _TURN_ENDS = (
     *("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
     *("<|endoftext|>", "<|end_of_text|>"),
 )
-# In the format of gpt-oss <|end|> closes each message, also that of the reasoning; these two end a turn.
+# In the format of gpt-oss <|end|> closes each message, also the reasoning; these two end a turn.
 _HARMONY_ENDS = ("<|return|>", "<|call|>")
 # Files of a tokenizer, and what transformers reads along with tokenizer.json.
 _FILES = (
@@ -33,7 +33,7 @@ _FILES = (
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json"),
 )
 _BESIDE = ("config.json", *_FILES)
-# To read one of 262,144 tokens takes seconds.
+# Cached, because reading a tokenizer of 262,144 tokens takes seconds.
 _READ: WeakKeyDictionary[BaseModel, "Tokenizer"] = WeakKeyDictionary()
 
 
@@ -57,13 +57,13 @@ class Tokenizer:
 
     Attributes:
         bos: id that the model's own tokenizer puts before a text, None if it puts none.
-        stops: ids of the tokens that end a text: the stated ones, and those that end a turn by their names.
+        stops: ids of the tokens that end a text: the stated ones, and known end-of-turn tokens.
         vocab: rows of the base's embedding, above every id.
         ref: names the base in errors.
         backend: a `tokenizers.Tokenizer` without post-processor, truncation and padding.
         stated: the ids of `stops` that the base's files state.
-        eos: id of the token that ends a text, None if there is none.
-        bos_name: the name of the token that begins a text, which a chat template may use; "" if there is none.
+        eos: id of the EOS token, None if there is none.
+        bos_name: the name of the BOS token, which a chat template may use; "" if there is none.
         chat_template: source of the Jinja template that renders conversations, None if the base has none.
     """
 
@@ -79,7 +79,7 @@ class Tokenizer:
 
     @property
     def eos_name(self) -> str:
-        """The name of the token that ends a text, "" if there is none."""
+        """The name of the EOS token, "" if there is none."""
         return "" if self.eos is None else self.backend.id_to_token(self.eos) or ""
 
     def encode(self, text: str, *, special: bool = True) -> Encoded:
@@ -88,8 +88,8 @@ class Tokenizer:
         `special` puts bos in front if the model's own tokenizer does so.
 
         Raises:
-            UsageError: half a surrogate pair in the text, which no tokenizer accepts.
-            CheckpointError: a token for which the base has no embedding.
+            UsageError: the text has half a surrogate pair, which no tokenizer accepts.
+            CheckpointError: the base has no embedding for a token.
         """
         try:
             text.encode()
@@ -123,7 +123,7 @@ def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.nd
 
 
 def load_tokenizer(base: BaseModel) -> Tokenizer:
-    """Load the tokenizer of a base from tokenizer.json or from the metadata of its GGUF file, once for an opened base.
+    """Load the tokenizer of a base from tokenizer.json or its GGUF metadata; an opened base caches it.
 
     Raises CheckpointError if there is none, or it cannot be read.
     """
@@ -143,8 +143,8 @@ def read_tokenizer(
     """Read the tokenizer of a folder with tokenizer.json, or of a GGUF file.
 
     Args:
-        vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
-        eos: the id that ends a text, or a list of such, as the configuration states it.
+        vocab: rows of the base's embedding; None takes the tokenizer's number of tokens.
+        eos: the EOS id or list of ids in the configuration.
         chat_template: Jinja source instead of the tokenizer's own.
 
     Raises CheckpointError if it cannot be read.
@@ -152,7 +152,7 @@ def read_tokenizer(
     backend, bos, ends, bos_name, own_template = _from_gguf(path) if path.is_file() else _from_folder(path)
     backend.no_truncation()
     backend.no_padding()
-    # Beside adding bos, a post-processor may trim spaces off the offsets.
+    # A post-processor adds bos, and may also trim spaces off the offsets.
     backend.post_processor = None
     rows: int = backend.get_vocab_size() if vocab is None else vocab
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
@@ -210,7 +210,7 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | N
 
 
 def _stated_ends(folder: Path) -> list[Any]:
-    """List the tokens that end a text as the files next to a tokenizer state them; a damaged one states none."""
+    """List the EOS ids stated in the files next to a tokenizer; a damaged file is skipped."""
     found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         with suppress(CheckpointError):  # transformers loads a model without the first; the second was read already
@@ -244,7 +244,7 @@ def _called(ref: str | Path, call: Callable[[], T]) -> T:
 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    """Yield all that tokens depend on: the rules here, the given template, and the files next to the weights."""
+    """Yield everything that tokens depend on: the rules here, the given template, and the tokenizer's files."""
     yield _RULES
     if base.chat_template is not None:
         yield from (b"given template", base.chat_template.encode())
@@ -252,11 +252,11 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
         return
     for pattern in ("tokenizer.json", *_FILES):  # the key of the weights has the configuration
         for path in sorted(folder.glob(pattern)):
-            # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
+            # If a file cannot be read, reading the tokenizer raises the error.
             with suppress(OSError):
                 yield from (path.name.encode(), read_small(path))
 
 
 def tokenizer_key(base: BaseModel) -> str:
-    """Return the cache key of a base's tokenizer and chat template, as far as they are not in the weights' file."""
+    """Return the cache key of a base's tokenizer and chat template, except for parts in the weights' file."""
     return sha256(*tokenizer_parts(base))

@@ -48,13 +48,13 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
         counts = f"{len(tokens)} tokens, {len(set(tokens))} different, with {len(types)} types"
         raise CheckpointError(f"{path}: has {counts}: convert it again")
     backend = _byte_level(metadata, tokens, path) if model == "gpt2" else _sentencepiece(metadata, tokens, types, path)
-    # Phi-3's markers take the space behind them along, which the file does not say.
+    # Phi-3's markers absorb the space after them, which the file does not state.
     _add_tokens(backend, tokens, types, strip=model == "llama" and metadata.get("general.architecture") == "phi3")
     return backend
 
 
 def bos_of(metadata: Mapping[str, Any]) -> int | None:
-    """Return the token before every text, None for none; llama.cpp's rule applies if the metadata do not say."""
+    """Return the BOS token id, None if no text gets one; llama.cpp's rule applies if the metadata do not say."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     implied = model in ("llama", "gemma4") or pre in ("llama-bpe", "tekken")
     bos = metadata.get("tokenizer.ggml.bos_token_id")

@@ -45,7 +45,7 @@ TUNIX: Mapping[str, tuple[Layout, Layout]] = {
 HEAD_MATRIX = "lm_head.w"
 _EMBEDDER = "embedder.input_embedding"
 _OUTSIDE = {_EMBEDDER: EMBEDDING, **dict.fromkeys(("final_norm.w", "final_norm.scale"))}  # None: `Family.final_norm`
-# The axes of a matrix in the order (out..., in...), and how many of them are of the rows. All others have two, swapped.
+# The axes of a matrix in the order (out..., in...), and how many of them are output axes. Others have two, swapped.
 _AXES: Mapping[str, tuple[tuple[int, ...], int]] = {
     **dict.fromkeys(("attn.q_proj.w", "attn.k_proj.w", "attn.v_proj.w"), ((1, 2, 0), 2)),  # (width, heads, features)
     **dict.fromkeys(("attn.o_proj.w", "attn.attn_vec_einsum.w"), ((2, 0, 1), 1)),  # (heads, features, width)
@@ -64,12 +64,12 @@ _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor is.
+    """Where a tensor is stored.
 
     Attributes:
-        place: of its matrix among those of the parameter, and how many these are.
-        axes: of the matrix in the order (out..., in...); None for a tensor that is stored as Hugging Face has it.
-        rows: how many of these are of the rows.
+        place: index of its matrix in the parameter, and how many matrices the parameter holds.
+        axes: axes of the matrix in the order (out..., in...); None for a tensor stored as in Hugging Face.
+        rows: how many of the axes are output axes.
     """
 
     parameter: str
@@ -91,7 +91,7 @@ class Source:
         return prod(turned[: self.rows]), prod(turned[self.rows :])
 
     def take(self, array: np.ndarray) -> np.ndarray:
-        """Return the tensor from the array of the parameter, whose shape fits: a view if numpy can make one."""
+        """Return the tensor from the parameter's array, which must have a fitting shape; a view if possible."""
         shape = self.shape(array.shape)
         assert shape is not None
         matrix = array if self.place[1] == 1 else array[self.place[0]]
@@ -99,14 +99,14 @@ class Source:
 
 
 def is_tunix(names: Iterable[str]) -> bool:
-    """Whether the names of arrays, keys joined by dots, are those of a model of tunix."""
+    """Tell whether array names (keys joined by dots) are from a tunix model."""
     return any(name.startswith(_EMBEDDER) for name in names)
 
 
 def find_sources(parameters: Iterable[str], family: Family, where: str) -> dict[str, Source]:
-    """Return where each tensor of a model is, by its Hugging Face name.
+    """Return where each tensor of a model is stored, by its Hugging Face name.
 
-    Raises CheckpointError if tunix has no class for the family, or a parameter is not one of this class.
+    Raises CheckpointError if tunix has no class for the family, or its class has no such parameter.
     """
     if family.name not in TUNIX:
         msg = f"{where}: tunix has a class for {', '.join(TUNIX)}, and the configuration is of {family.name}: give the "
@@ -122,7 +122,7 @@ def find_sources(parameters: Iterable[str], family: Family, where: str) -> dict[
 
 
 def _sources_in(parameter: str, family: Family) -> dict[str, Source]:
-    """Return the tensors that a parameter holds, none if it is not known."""
+    """Return the tensors that a parameter holds; empty if it is unknown."""
     if parameter in _OUTSIDE:
         return {_OUTSIDE[parameter] or f"{family.final_norm}.weight": Source(parameter)}
     if parameter == HEAD_MATRIX:
@@ -163,9 +163,9 @@ class Arrays:
     """Arrays by their keys, joined by dots.
 
     Attributes:
-        kinds: the shape and dtype of each, as attributes.
-        read: reads those of some names.
-        files: that hold them; none in memory.
+        kinds: an object with shape and dtype for each.
+        read: reads the arrays with the given names.
+        files: the files that hold them; none in memory.
     """
 
     kinds: Mapping[str, Any]
@@ -174,15 +174,15 @@ class Arrays:
 
 
 def live_arrays(tree: Mapping[str, Any]) -> Arrays:
-    """Take arrays that a program holds, on any device; they are brought to the host when they are read."""
+    """Wrap in-memory arrays on any device; they are copied to the host when they are read."""
     kinds = {name: array for name, array in tree.items() if hasattr(array, "shape")}
     return Arrays(kinds, lambda names: {name: np.asarray(kinds[name]) for name in names})
 
 
 class ParameterStore(TensorStore):
-    """The tensors of a model of tunix, without its LoRA. The parameter that was read last is kept until `release`.
+    """The tensors of a tunix model, without its LoRA. The last parameter read is cached until `release`.
 
-    Raises CheckpointError for a parameter that is not one of tunix's class for the family, or has another form.
+    Raises CheckpointError for a parameter that tunix's class for the family lacks, or that has another form.
     """
 
     advice = "give all parameters of the model, and the config.json that belongs to it"
@@ -209,7 +209,7 @@ class ParameterStore(TensorStore):
         return self._shapes[self._source(name)]
 
     def dtype(self, name: str) -> str:
-        """The dtype as safetensors names it, e.g. "BF16", or of quantised numbers, e.g. "INT8" or "NF4"."""
+        """The safetensors dtype, e.g. "BF16", or the quantised format, e.g. "INT8" or "NF4"."""
         return self._dtypes[self._source(name).parameter]
 
     def tensor(self, name: str) -> np.ndarray:
@@ -222,7 +222,7 @@ class ParameterStore(TensorStore):
         return array
 
     def release(self) -> None:
-        """Forget the parameter that was read last."""
+        """Drop the cached parameter."""
         self._kept = None
 
     def _source(self, name: str) -> Source:
@@ -274,7 +274,7 @@ def _dequantise(qvalue: Any, scale: Any, zero: Any) -> np.ndarray:
 
 
 def _spread(tiles: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Repeat the numbers of tiles until they can be broadcast to a shape."""
+    """Repeat per-tile numbers so that they broadcast to a shape; raise ValueError if they do not fit."""
     if tiles.ndim != len(shape) or any(
         not count or size % count for size, count in zip(shape, tiles.shape, strict=True)
     ):

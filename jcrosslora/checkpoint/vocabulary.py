@@ -71,16 +71,16 @@ def decode_sentencepiece(token: str) -> bytes:
 
 
 def decode_literal(token: str) -> bytes:
-    """Encode a token that is matched in text as it is written."""
+    """Encode a token that is matched literally in text."""
     return token.encode("utf-8", "surrogatepass")
 
 
 def build_vocabulary(
     pairs: Iterable[tuple[bytes | None, int]], size: int, special: Iterable[tuple[bytes | None, int]] = ()
 ) -> Vocabulary:
-    """Build a vocabulary from pairs (bytes, id) in order of preference; of two with the same bytes the first is kept.
+    """Build a vocabulary from pairs (bytes, id); if two have the same bytes, the first is kept.
 
-    Bytes None or empty, and ids that the embedding of `size` rows does not have, are skipped.
+    Pairs without bytes, or with an id outside the embedding of `size` rows, are skipped.
     """
     tokens, others = ({}, {})
     for found, every in ((tokens, pairs), (others, special)):
@@ -93,7 +93,7 @@ def build_vocabulary(
 def read_tokenizer(folder: Path | None, size: int) -> Vocabulary:
     """Read the vocabulary of `tokenizer.json` in a folder, for an embedding of `size` rows.
 
-    If it cannot be read the vocabulary says why. This is no error: a model is usable without.
+    If it cannot be read, the vocabulary has the reason. This is no error: a model is usable without it.
     """
     if folder is None:
         return Vocabulary(None, "no tokenizer was given")
@@ -203,7 +203,7 @@ def shared_ids(source: HasVocabulary, target: HasVocabulary) -> tuple[tuple[np.n
     """Match the tokens of two bases that stand for the same bytes.
 
     Returns:
-        Their ids (V,) in source and target, in the order of the tokens' bytes, and ""; or None and the reason.
+        The ids (V,) in source and target, sorted by the tokens' bytes, and ""; or None and the reason.
     """
     tokens = []
     for base in (source, target):

@@ -12,8 +12,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import damaged
 from jcrosslora.linalg import spread
 
-# Bytes of both bases' weights in a group, as float32. The next group is read while one is aligned, so two groups bound
-# the memory for a model of any size.
+# Bytes of both bases' weights in a group, as float32. The next group is read while one is aligned, so a model of any
+# size needs the memory of two groups.
 GROUP_BYTES = 96 * 2**20
 T = TypeVar("T")
 
@@ -33,10 +33,10 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
 
 
 def load_on_host(base: BaseModel, names: Sequence[str]) -> np.ndarray:
-    """Load the weights of modules of one shape, fused ones too, (L, O, I) float32; raise as `load_stack`."""
+    """Load the weights of (possibly fused) modules of one shape, (L, O, I) float32; raise as `load_stack`."""
     first = base.stored_weight(names[0])
     stack = np.empty((len(names), *first.shape), np.float32)
-    for place, name in enumerate(names):  # one after the other, so that they are read into the same memory
+    for place, name in enumerate(names):  # one by one, so that they are read into the same memory
         stack[place] = base.stored_weight(name) if place else first
     base.release()
     _check_finite(base, names, [np.isfinite(weight).all() for weight in stack])
@@ -44,18 +44,18 @@ def load_on_host(base: BaseModel, names: Sequence[str]) -> np.ndarray:
 
 
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
-    """Load the weights of modules of one shape, fused ones too, (L', O, I) float32, spread over all local devices.
+    """Load the weights of (possibly fused) modules of one shape, (L', O, I) float32, over all local devices.
 
     L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go to
-    the device in their stored dtype and are widened there, unless that differs from module to module. Raises
-    CheckpointError if a weight holds NaN or infinity.
+    the device in their stored dtype and are widened there, unless modules differ in dtype. Raises CheckpointError if a
+    weight holds NaN or infinity.
     """
     weights = [base.stored_weight(name) for name in names]
     if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()
     stored = np.stack(weights + weights[-1:] * surplus)
-    if jax.default_backend() == "cpu":  # if the device is the host, and nothing needs to be compiled
+    if jax.default_backend() == "cpu":  # the device is the host, so widen without compiling
         stored = stored.astype(np.float32, copy=False)
         stack, finite = spread(stored), [np.isfinite(weight).all() for weight in stored]
     else:

@@ -13,7 +13,7 @@ from jcrosslora.architectures.config import COMMON_KEYS, HARMLESS_KEYS
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
 
-TEXT = "model."  # before a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
+TEXT = "model."  # prefix of a text model's modules, and of its tensors `layers`, `embed_tokens` and `norm`
 _AUDIO_KEYS = frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"})
 _LANGUAGE, _TEXT_MODEL = "model.language_model.", "model.text_model."
 
@@ -24,10 +24,10 @@ class Wrapper:
 
     Attributes:
         text_type: `model_type` of a text_config that states none.
-        family: of the only text model that the class has; None if every family is read, under its own name.
-        prefix: of the text model's modules in transformers 5, instead of "model."; the head is `lm_head`.
-        flat: whether older configurations have the settings of the text model at the top.
-        keys: further keys of the outer configuration, none of which matters to the text model.
+        family: of the only text model that the class can have; None if every family is accepted, under its own name.
+        prefix: replaces "model." for the text model's modules in transformers 5; the head is `lm_head`.
+        flat: whether older configurations have the text model's settings at the top level.
+        keys: further keys of the outer configuration that do not affect the text model.
     """
 
     name: str
@@ -67,14 +67,14 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "smolvlm": Wrapper("SmolVLM", "llama", prefix=_TEXT_MODEL),
 }
 
-# Prefixes under which files of transformers 4 and 5, vLLM, MLX, and of Nemotron's own class put a text model -> those
-# of a model of text alone.
+# Prefixes of a text model in files of transformers 4 and 5, vLLM, MLX and Nemotron's class -> prefixes in a text-only
+# model.
 TEXT_PREFIXES: Mapping[str, str] = {
     outer + inner: name
     for outer in (_LANGUAGE, "language_model.", _TEXT_MODEL, "text_model.")
     for inner, name in ((TEXT, TEXT), ("lm_head", "lm_head"), ("", TEXT))
 } | {"backbone.": TEXT}
-# The same of tensors in a checkpoint, see `text_model_name`; those of other parts have none of them.
+# The same for tensors in a checkpoint, see `text_model_name`; tensors of other parts have none of these prefixes.
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 }
@@ -86,7 +86,7 @@ OTHER_PARTS = frozenset(
     }
 )
 
-# Keys of the outer configuration, none of which matters to the text model.
+# Keys of the outer configuration that do not affect the text model.
 _KEYS = frozenset(
     {
         *("text_config", "vision_config", "_pad_token_id", "ignore_index", "use_reentrant_checkpointing"),
@@ -119,9 +119,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text model inside a multimodal one, with the name of its family as `model_type`.
+    """Return the configuration of the text model in a multimodal one, with its family's name as `model_type`.
 
-    Raises CheckpointError for an architecture, a key or a text_config that is not known, and names it.
+    Raises CheckpointError that names an unknown architecture, key or text_config.
     """
     model_type, wrapper = config["model_type"], WRAPPERS[config["model_type"]]
     if (named := config.get("architectures")) and named != [wrapper.architecture]:
@@ -142,7 +142,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(msg + f"supported; supported: {', '.join(wrapper.texts)}")
     found = {key: value for key, value in text.items() if key not in _TRAINING_KEYS | {"architectures"}}
     found = {**_DEFAULTS.get(text_type, {}), **found}
-    # Older files state it for the text model alone.
+    # Older files state it only for the text model.
     if tied := [one for part in (config, text) if (one := part.get("tie_word_embeddings")) is not None]:
         found["tie_word_embeddings"] = any(tied)
     if "quantization_config" in config:
@@ -154,24 +154,24 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(key: str, value: str, family: str) -> NoReturn:
-    """Refuse a key of a configuration that is not known."""
+    """Raise CheckpointError for an unknown configuration key."""
     msg = f"config key {key!r}={value} is not known for {family}; it may change what the weights mean: remove it from "
     raise CheckpointError(msg + "config.json if it does not")
 
 
 def is_empty(value: Any) -> bool:
-    """Whether the value of a key that is not known says nothing."""
+    """Tell whether the value of an unknown key is None, False or empty, and so can be ignored."""
     return value is None or value is False or value in ({}, [])
 
 
 def _rope_of_text(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the three axes of Qwen's positions, which are equal in a text."""
+    """Drop the three axes of Qwen's positions (mrope), which are equal in text."""
     plain = {key: value for key, value in settings.items() if key not in ("mrope_section", "mrope_interleaved")}
     return {key: "default" if value == "mrope" and "type" in key else value for key, value in plain.items()}
 
 
 def text_module_name(module: str) -> str:
-    """Spell a module name as models of text alone do: `model.layers...`, `lm_head`."""
+    """Rename a module as in text-only models: `model.layers...`, `lm_head`."""
     for outer, inner in TEXT_PREFIXES.items():
         if module.startswith(outer):
             return inner + module.removeprefix(outer)
@@ -179,22 +179,22 @@ def text_module_name(module: str) -> str:
 
 
 def class_module_name(module: str, prefix: str) -> str:
-    """Spell the name of a text model's module or tensor as a class with this prefix does.
+    """Rename a text model's module or tensor as in a class with this prefix; inverse of `text_module_name`.
 
-    The prefix is "model.", `Wrapper.prefix`, or another key of `TEXT_PREFIXES`. The inverse of `text_module_name`.
+    The prefix is "model.", `Wrapper.prefix`, or another key of `TEXT_PREFIXES`.
     """
     if module.startswith(TEXT):
         return prefix + module.removeprefix(TEXT)
-    # If the text model is whole inside (transformers 4), it has its own head.
+    # A complete inner text model (transformers 4) includes its head.
     whole = prefix.endswith(f"_model.{TEXT}")
     return prefix.removesuffix(TEXT) + module if whole and module.startswith("lm_head") else module
 
 
 def prefix_of(module: str) -> str:
-    """Return the prefix with which `class_module_name` gives a module its name; "model." if none is known."""
+    """Return the prefix that `class_module_name` needs to produce a module's name; "model." if none is known."""
     return next((outer for outer, inner in TEXT_PREFIXES.items() if inner == TEXT and module.startswith(outer)), TEXT)
 
 
 def is_other_part(name: str) -> bool:
-    """Whether a module or tensor belongs to another part than the text model, such as the vision tower."""
+    """Tell whether a module or tensor is outside the text model, e.g. in the vision tower."""
     return name.removeprefix(TEXT).split(".", 1)[0] in OTHER_PARTS

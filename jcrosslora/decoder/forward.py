@@ -39,10 +39,10 @@ class Output:
 
     Attributes:
         hidden: (B, T, H), hidden states after the final norm, the input of `logits`; undefined at padding.
-        captured: the requested captures: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O), both of
+        captured: the requested captures: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O), both for
             the L layers that have them; "residual" -> (layers + 1, B, T, H), the embedding first.
-        reduced: the results of `reduce`, with a first axis of layers on every leaf; of the entries of a dictionary, of
-            just the layers that returned them. None without it.
+        reduced: the results of `reduce`, with a first axis of layers on every leaf; a dictionary entry covers only the
+            layers that returned it. None without `reduce`.
     """
 
     hidden: jax.Array
@@ -66,12 +66,12 @@ def forward(
         model: from `load_model`, with an adapter or without.
         tokens: int32 (B, T), or (T,) for a batch of one; the mask has the same shape.
         mask: False at padding on either side; None for no padding. Positions count the tokens that are not padding.
-        layout: of rows that hold several texts, instead of the mask; the model must not be recurrent.
+        layout: replaces the mask for rows that hold several texts; the model must not be recurrent.
         capture: names of `CAPTURES` to return for all layers; memory is L times that of one layer.
         reduce: called with the `LayerCapture` of each layer inside the scan; only its result is kept. It may close over
             arrays, such as the mask or the captures of another model.
-        remat: recompute each layer in the backward pass; else the outputs of its linear modules are kept, and what lies
-            between them is computed again.
+        remat: recompute each whole layer in the backward pass; otherwise the outputs of its linear modules are kept,
+            and only the operations between them are recomputed.
 
     Raises:
         UsageError: `capture` has an unknown name.
@@ -96,13 +96,13 @@ def forward(
 
 
 def logits(model: Model, hidden: jax.Array) -> jax.Array:
-    """Return float32 (..., V) of hidden states (..., H) after the final norm, with scale and soft cap applied."""
+    """Return logits float32 (..., V) of hidden states (..., H) after the final norm, with scale and soft cap."""
     params = model.params
     return finish_logits(model.settings, linear(hidden, params.output_head), params.head_bias)
 
 
 def finish_logits(settings: DecoderSettings, products: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Make logits of the products of hidden states and rows of the head, given the bias of these rows."""
+    """Add the bias, scale and soft cap to the products of hidden states and rows of the head."""
     products = products if bias is None else products + bias
     products = products if settings.logit_scale == 1.0 else products * settings.logit_scale
     return soft_cap(products, settings.final_soft_cap)
@@ -111,9 +111,9 @@ def finish_logits(settings: DecoderSettings, products: jax.Array, bias: jax.Arra
 def context_of(
     settings: DecoderSettings, layout: Layout, inputs: jax.Array | None = None, keys: jax.Array | None = None
 ) -> Context:
-    """Make what all layers share of tokens (B, T); `inputs` are those of `layer_inputs`.
+    """Build the context that all layers share for tokens (B, T); `inputs` come from `layer_inputs`.
 
-    `keys` are the positions of keys, int32 (B, S); None if they are of the same tokens as the queries. If a row has
+    `keys` are the positions of the keys, int32 (B, S); None if keys and queries are the same tokens. If a row has
     several texts, its tokens are the last T of the keys.
     """
     own, ropes = layout.positions, settings.ropes
@@ -123,7 +123,7 @@ def context_of(
 
 
 def embed(model: Model, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Return the residual stream (B, T, H) before the first layer, and what `layer_inputs` makes of it."""
+    """Return the residual stream (B, T, H) before the first layer, and the result of `layer_inputs`."""
     settings, params = model.settings, model.params
     # The scale is rounded to the dtype of the stream, as in the training of the Gemma models.
     x = rows_at(params.embedding, tokens).astype(params.stream_dtype)
@@ -166,7 +166,7 @@ def _final_norm(model: Model, x: jax.Array) -> jax.Array:
 
 
 def extend_cache(model: Model, cache: KVCache, tokens: jax.Array, layout: Layout) -> tuple[jax.Array, KVCache]:
-    """Run tokens (B, T) after those in the cache, which they fill up if a row has several texts.
+    """Run tokens (B, T) after those in the cache; if a row has several texts, the tokens must fill up the cache.
 
     Returns:
         (B, T, H) hidden states after the final norm, and the cache with the tokens appended.
@@ -187,10 +187,10 @@ def extend_behind(
     owners: jax.Array,
     texts: tuple[jax.Array, Layout],
 ) -> tuple[jax.Array, KVCache]:
-    """Run beginnings, each once, and after them the texts that go on from them, from an empty cache of G sequences.
+    """Run each shared prefix once and then the texts that continue them, from an empty cache of G sequences.
 
-    Beginnings are tokens int32 (G, P) with a mask, bool, False at padding on either side; texts are tokens int32 (B, T)
-    with their layout, without the beginnings; `owners`, int32 (B,), says which beginning is before each row.
+    `beginnings` are the prefixes, int32 (G, P), with a bool mask that is False at padding on either side. `texts` are
+    tokens int32 (B, T) without their prefixes, with a layout. `owners`, int32 (B,), is the prefix of each row.
 
     Returns:
         (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.
@@ -198,7 +198,7 @@ def extend_behind(
     (first, mask), (tokens, layout) = beginnings, texts
     before = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     layout = layout.behind(before[owners])
-    # The rotations of some bases depend on the length of a text: a beginning goes by its longest text.
+    # The rotations of some bases depend on the length of a text: a prefix uses the length of its longest text.
     assert layout.lengths is not None
     longest = before.at[owners].max(jnp.max(layout.lengths, axis=-1))
     _, cache = extend_cache(model, cache, first, Layout.of(mask)._replace(lengths=longest[:, None]))
@@ -206,9 +206,9 @@ def extend_behind(
 
 
 def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chunk: int = 128) -> jax.Array:
-    """Return float32 (B, T), log p(target) at every position, in nats.
+    """Return log p(target) at every position, float32 (B, T), in nats.
 
-    Memory is `chunk` rows of V logits, in the backward pass as well, which computes them again. Under `jax.vmap` over N
+    Memory is `chunk` rows of V logits, also in the backward pass, which recomputes them; under `jax.vmap` over N
     adapters it is N times that.
 
     Hidden states are (B, T, H), `forward(...).hidden`; targets are int32 (B, T), the token after each position; `chunk`
@@ -232,11 +232,11 @@ def target_log_probs(model: Model, hidden: jax.Array, targets: jax.Array, *, chu
 def map_positions(
     function: Callable[..., Any], arrays: tuple[jax.Array, ...], shape: tuple[int, ...], chunk: int
 ) -> Any:
-    """Apply a function to chunks of positions of a shape, e.g. (B, T); the backward pass computes each chunk again.
+    """Apply a function to chunks of positions of a shape, e.g. (B, T); the backward pass recomputes each chunk.
 
     Args:
-        function: of one tuple: (chunk, ...) of each array. It returns a tree of arrays (chunk,).
-        arrays: each `shape` followed by its own features.
+        function: takes a tuple with (chunk, ...) of each array, and returns a tree of arrays (chunk,).
+        arrays: each has `shape` followed by any feature axes.
 
     Returns:
         The tree of `function`, with leaves of `shape`.
@@ -249,7 +249,7 @@ def map_positions(
         x = x.reshape(count, *x.shape[len(shape) :])
         return jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))).reshape(-1, size, *x.shape[1:])
 
-    # A loop body has no common subexpressions to keep apart.
+    # Inside a loop, checkpoint needs no protection against common-subexpression elimination.
     found = lax.map(jax.checkpoint(function, prevent_cse=False), tuple(map(cut, arrays)))
     return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), found)
 
@@ -274,7 +274,7 @@ def divergence(
 ) -> Divergence:
     """Compare the predictions from two hidden states at every position, through the same head.
 
-    Memory is a few times `chunk` rows of V numbers, in the backward pass as well, which computes the logits again.
+    Memory is a few times `chunk` rows of V numbers, also in the backward pass, which recomputes the logits.
 
     Hidden states are (..., H), `forward(...).hidden` of two runs over the same tokens, e.g. without and with an
     adapter, which never changes the head. Targets are int32 (...), a token for each position, e.g. the next one;

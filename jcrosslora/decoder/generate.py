@@ -21,9 +21,9 @@ from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.text import Prompt, last_tokens, prompt_ids
 from jcrosslora.utils.progress import Track
 
-_BLOCK = 16  # tokens between two looks for strings that end a text
-_CONTEXT = 4  # tokens that are decoded together with those that follow them
-UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
+_BLOCK = 16  # tokens between two checks for stop strings
+_CONTEXT = 4  # last prompt tokens that are decoded together with the new ones
+UNFINISHED = "\ufffd"  # decoded from the bytes of an incomplete character
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Written:
     """What a model wrote after a prompt.
 
     Attributes:
-        text: without the token that ends it, and without a character that was cut off.
-        tokens: number of tokens, including the one that ends it.
-        ended: whether the model ended it; else it was cut off.
+        text: without the stop token and without an incomplete character.
+        tokens: number of tokens, including the stop token.
+        ended: whether the model wrote a stop token; otherwise the text was cut off.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Written:
 
 
 def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Written:
-    """Decode the tokens that a model wrote, int32 (N,), after those of a prompt."""
+    """Decode the tokens `row`, int32 (N,), that a model wrote after a prompt."""
     ended = bool(len(row)) and int(row[-1]) in tokenizer.stops
-    # Decoded together: a tokenizer may drop the space before what it decodes first. A context that begins inside a
-    # character spoils what is decoded after it, so it is made longer.
+    # Decode with some of the prompt, because a tokenizer may drop the space before its first token. A context that
+    # begins inside a character would spoil the text after it, so it is made longer.
     size = _CONTEXT
     while size < len(prompt) and tokenizer.decode(prompt[-size:]).startswith(UNFINISHED):
         size *= 2
@@ -55,12 +55,12 @@ def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Wri
 
 
 def cut_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """Tokenize prompts: int32 (T,) each, at most the last `LONGEST_PROMPT` tokens, see `last_tokens`."""
+    """Tokenize prompts, int32 (T,) each, and keep at most the last `LONGEST_PROMPT` tokens (see `last_tokens`)."""
     return [last_tokens(tokenizer, prompt_ids(tokenizer, prompt), LONGEST_PROMPT) for prompt in prompts]
 
 
 def count_cut(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> int:
-    """Count the prompts that are longer than the last tokens that are read of each."""
+    """Count the prompts that are longer than `LONGEST_PROMPT`."""
     return sum(len(prompt_ids(tokenizer, prompt)) > LONGEST_PROMPT for prompt in prompts)
 
 
@@ -69,8 +69,8 @@ class Generator:
     """A base model that continues prompts, alone or with an adapter.
 
     Attributes:
-        name: of the base, for error messages.
-        adapter_name: of the adapter, for error messages; None without one.
+        name: the base's name, for error messages.
+        adapter_name: the adapter's name, for error messages; None without an adapter.
     """
 
     model: Model
@@ -89,8 +89,8 @@ class Generator:
     ) -> Self:
         """Load what generation needs.
 
-        The model, that of the base alone, and the tokenizer can be given if they are loaded already; else the model is
-        loaded in `fast_dtype()`.
+        Pass the model (without an adapter) and the tokenizer if they are loaded already; otherwise the model is loaded
+        in `fast_dtype()`.
 
         Raises:
             AdapterError: the adapter does not fit the base.
@@ -115,19 +115,18 @@ class Generator:
 
         Args:
             prompts: token ids, none empty.
-            temperature: of the sampling; 0 takes the likeliest token.
+            temperature: sampling temperature; 0 takes the likeliest token.
             key: from `jax.random.key`; the same key, prompts and shape give the same tokens on one kind of machine.
             shape: (B, T) to pad the prompts to, so that few shapes are compiled; None pads to the longest prompt.
-            until: strings that end a text, looked for every 16 tokens; special tokens count by name.
-                None writes all tokens at once.
+            until: stop strings, checked every 16 tokens; special tokens count by name. None writes all tokens at once.
 
         Returns:
             int32 (T,) for each prompt: what was written, up to the first stop token (not included) or the token that
             completes a string of `until` (included).
 
         Raises:
-            AdapterError: with the adapter the predictions are not finite.
-            CheckpointError: the predictions are not finite, and there is no adapter.
+            AdapterError: the predictions with the adapter are not finite.
+            CheckpointError: the predictions without an adapter are not finite.
         """
         shape = shape or (len(prompts), max(map(len, prompts)))
         batch = PromptBatch(list(range(len(prompts))), [np.asarray(one) for one in prompts], shape)
@@ -143,7 +142,10 @@ class Generator:
         *,
         pad_left: bool,
     ) -> list[np.ndarray]:
-        """Do as `continue_tokens`, by new tokens, temperature and key; rows that ended hold their stop token."""
+        """Continue a batch as `continue_tokens` does; rows that ended include their stop token.
+
+        `sampling` holds the maximum of new tokens, the temperature and the key.
+        """
         max_new_tokens, temperature, key = sampling
         block = max_new_tokens if until is None else _BLOCK
         room = rounded(block * -(-max_new_tokens // block))
@@ -178,7 +180,7 @@ class Generator:
     def _begin_again(
         self, batch: PromptBatch, rows: Sequence[np.ndarray], room: int, state: State, *, pad_left: bool
     ) -> State:
-        """Read the texts of a batch with what was written: of one that has switched its rotations, all keys change."""
+        """Read the prompts with the text written so far again: when a text switches its rotations, all keys change."""
         assert batch.beginnings is None  # see `shares_beginnings`
         texts = [np.concatenate(pair) for pair in zip(batch.texts, rows, strict=True)]
         shape = batch.shape[0], rounded(max(map(len, texts)))
@@ -186,7 +188,7 @@ class Generator:
         return dataclasses.replace(new, count=state.count, running=state.running, finite=state.finite)
 
     def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
-        """Read the prompts of a batch; `room` is how many tokens the cache has space for after them."""
+        """Read the prompts of a batch into a cache with `room` free slots after them."""
         tokens, mask = padded(batch.texts, batch.shape, pad_left)
         beginnings = batch.beginnings
         behind = None if beginnings is None else Behind(*map(jnp.asarray, beginnings.arrays(len(tokens))))
@@ -197,10 +199,10 @@ class Generator:
 
     @property
     def shares_beginnings(self) -> bool:
-        """Whether prompts can be read after a common beginning that was read once.
+        """Whether a prefix that several prompts share can be read once.
 
-        A recurrent state would take up the padding between the two. A rotation that the length of a text switches would
-        go by the longest prompt of a beginning.
+        A recurrent state would absorb the padding after the prefix. If rotations switch with the length of a text, they
+        would follow the longest prompt with the prefix.
         """
         settings = self.model.settings
         return not settings.recurrent and not settings.switches
@@ -210,10 +212,10 @@ class Generator:
         return extend(self.model, state, sampling, count=rounded(count), stop_tokens=self.tokenizer.stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
-        """Count the tokens up to the one that completes a string of `until`; None if none after `seen` does."""
+        """Count the tokens up to the one that completes a string of `until`; None if there is no such string."""
 
         def complete(count: int) -> bool:
-            # With special tokens, whose names may be among the strings.
+            # Special tokens stay in the text, because `until` may name them.
             text = self.tokenizer.backend.decode(tokens[:count].tolist(), skip_special_tokens=False)
             return any(stop in text for stop in until)
 
@@ -224,7 +226,7 @@ class Generator:
     def continue_texts(
         self, texts: Sequence[str], max_new_tokens: int, temperature: float, key: jax.Array, *, bar: Track | None = None
     ) -> list[str]:
-        """Continue texts as `write` does; return what follows each."""
+        """Continue texts as `write` does; return only the new text of each."""
         return [one.text for one in self.write(texts, max_new_tokens, temperature, key, bar=bar)]
 
     def write(
@@ -236,7 +238,7 @@ class Generator:
         *,
         bar: Track | None = None,
     ) -> list[Written]:
-        """Answer prompts, texts or conversations; of each the last 2,048 tokens are read. See `write_tokens`.
+        """Answer prompts (texts or conversations), of which only the last 2,048 tokens are read. See `write_tokens`.
 
         Raises:
             UsageError: the chat template refuses a conversation, or a prompt has no token.
@@ -250,13 +252,13 @@ class Generator:
     def write_tokens(
         self, ids: Sequence[np.ndarray], max_new_tokens: int, temperature: float, key: jax.Array, *, bar: Track | None
     ) -> list[np.ndarray]:
-        """Answer prompts of at most 2,048 tokens in batches of similar length, 48 or, of long prompts, fewer.
+        """Answer prompts of at most 2,048 tokens in batches of similar length: 48 prompts, or fewer long ones.
 
-        Of more prompts the likeliest tokens are written from a queue, see `write_queue`.
+        At temperature 0, more than 48 prompts are decoded from a queue, see `write_queue`.
 
-        What several of them begin with is read once, if the base allows it and that saves enough. Settings and errors
-        are those of `continue_tokens`; the bar advances by one for each prompt. Returns int32 (T,) for each: what was
-        written, with the stop token if there is one.
+        A prefix that several prompts share is read once if the base allows it and that saves enough. Settings and
+        errors are as in `continue_tokens`; the bar advances by one for each prompt. Returns the new tokens of each
+        prompt, int32 (T,), with the stop token if there is one.
         """
         if temperature == 0 and len(ids) > WRITING_ROWS:
             return write_queue(self, ids, max_new_tokens, bar=bar)
@@ -274,24 +276,24 @@ class Generator:
         return found
 
     def of_rows(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
-        """Return the writer of a batch of `rows`, the first of which are the prompts at these places."""
+        """Return the generator for a batch of `rows` rows, whose first rows hold the prompts at these places."""
         return self
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Decode tokens without special tokens, and without a character that is cut off at the end."""
+        """Decode tokens without special tokens and without an incomplete character at the end."""
         return self.tokenizer.decode(tokens).rstrip(UNFINISHED)
 
 
 @dataclass(frozen=True, eq=False)
 class AmplifiedGenerator(Generator):
-    """A base with an adapter whose change of the logits is amplified, which shows what the adapter was trained to say.
+    """A base with an adapter whose change to the logits is amplified, which shows what the adapter was trained to say.
 
-    A token is drawn from the logits `adapted + strength * (adapted - base)`; both models run on every token.
+    Tokens are drawn from the logits `adapted + strength * (adapted - base)`; both models run on every token.
 
     Attributes:
-        strength: how often the change is added once more; 0 samples from the adapted model.
-        plausible: tokens that the adapted model gives less than this share of the probability of its likeliest are not
-            drawn: if both models give a token next to nothing, their difference is noise.
+        strength: factor of the added change; 0 samples from the adapted model.
+        plausible: tokens with less than this share of the likeliest token's probability in the adapted model are not
+            drawn: if both models find a token very unlikely, their difference is noise.
     """
 
     strength: float = 1.0

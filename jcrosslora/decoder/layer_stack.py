@@ -40,8 +40,7 @@ def scan_layers(
     The step takes a carry and the arrays of a layer, and returns the next carry and a tree of arrays.
 
     Returns:
-        The last carry, and the trees of all layers stacked. In dictionaries of them an array has just the layers that
-        returned its key.
+        The last carry, and the trees of all layers stacked. A dictionary entry has only the layers that returned it.
     """
     kept = []
     for segment in segments_of(settings.stack):
@@ -62,12 +61,12 @@ def scan_layers(
 
 @flax.struct.dataclass
 class _Taken:
-    """The arrays of N layers that are equal.
+    """The arrays of N layers of the same kind.
 
     Attributes:
         slices: with a first axis of N.
         stacks: arrays that are not sliced, by field and name.
-        indices: int32 (N,) each, where in these stacks the layers are.
+        indices: int32 (N,) each, the layers' indices in these stacks.
     """
 
     slices: LayerWeights
@@ -84,7 +83,7 @@ class _Taken:
 
 
 def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, layers: range) -> _Taken:
-    """Take layers that are equal, equally far from each other, out of the stacks of a model."""
+    """Take evenly spaced layers of the same kind out of the stacks of a model."""
     own = settings.stack[layers[0]]
     windows = [NO_WINDOW if window is None else window for window in settings.windows]
 
@@ -157,11 +156,11 @@ class Segment:
 
 @cache
 def segments_of(stack: tuple[Layer, ...]) -> tuple[Segment, ...]:
-    """Divide layers into few segments: each takes the repeated pattern that covers most, or else a single layer."""
+    """Divide layers into few segments: each is the repeated pattern that covers most layers, or a single layer."""
     found, start = [], 0
     while start < len(stack):
         rest = stack[start:]
-        # The first of equally long ones has the shortest pattern.
+        # `max` takes the shortest pattern in a tie.
         size = max(range(1, len(rest) // 2 + 1), key=lambda size: _covered(rest, size), default=1)
         covered = max(_covered(rest, size), 1)
         found.append(Segment(start, rest[: size if covered > 1 else 1], covered // size if covered > 1 else 1))
@@ -180,7 +179,7 @@ def _covered(parts: Sequence[Layer], size: int) -> int:
 def join_layers(parts: Sequence[tuple[Sequence[int], Any]]) -> Any:
     """Join trees of arrays with a first axis of layers into one, in the order of the layers.
 
-    Dictionaries need not have the same keys: an array of the result has those layers in which its key occurs.
+    Dictionaries may have different keys: an array of the result has the layers in which its key occurs.
     """
     first = parts[0][1]
     if len(parts) == 1:

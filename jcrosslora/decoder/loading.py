@@ -1,9 +1,9 @@
-"""Load models with arrays stacked over the layers for each role, so that the layers can be scanned; keep some loaded.
+"""Load models with the arrays of each role stacked over the layers, so that the layers can be scanned; cache some.
 
 Weights may be divided over devices. Modules that write to the residual stream are row-parallel, all others
 column-parallel, as in Megatron-LM (arXiv 1909.08053): a column-parallel product needs no communication, the
 row-parallel product after it needs a sum over the devices. Every expert is divided like an MLP, because a layer runs
-its experts one after the other. Norms, biases, routers and the small tensors of mixers are whole on each device.
+its experts one after the other. Norms, biases, routers and small mixer tensors are replicated on each device.
 
 The matrices of the layers may also be streamed: they stay in the host's memory, and each time a layer runs, its
 matrices are copied to the device.
@@ -33,12 +33,12 @@ from jcrosslora.errors import UsageError
 from jcrosslora.utils.cost import check_devices
 
 _ROWS = 16_384  # rows of the embedding to read at a time
-_SHARE = 0.5  # of the free memory, which kept weights may take
+_SHARE = 0.5  # share of the free memory that cached weights may take
 _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jnp.uint16))
 _EXPERTS = ("gate_up", "down")  # matrices of experts
 _LAYERED = 3  # axes of a stack over layers, (L, O, I) or (L, E, O, I); an embedding has two
 AXIS = "model"  # of the mesh
-# Axes (O, I) or (V, H) counted from the end, by name: the one to divide, and the one to divide if that fails.
+# Axes of (O, I) or (V, H), counted from the end: the one to divide, and the one to try if that fails.
 _BY_ROWS, _BY_COLUMNS = (-2, -1), (-1, -2)
 _AXES = {
     **dict.fromkeys(("embedding", "head", "layer_embedding", "gate_up"), _BY_ROWS),
@@ -55,7 +55,7 @@ def load_model(
     mesh: Mesh | None = None,
     streamed: bool = False,
 ) -> Model:
-    """Load a base; the host holds one matrix of one layer at a time, and a device its own part of all.
+    """Load a base; the host holds one matrix of one layer at a time, and each device its shard of the weights.
 
     Args:
         base: a base of any supported family.
@@ -63,8 +63,7 @@ def load_model(
         packed: whether bfloat16 weights of the layers are stored as bits and only their products are rounded to
             bfloat16, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. Packed weights have no
             gradient. None packs bfloat16.
-        mesh: of the devices that the weights are divided over, see above; None puts them whole
-            on the default device.
+        mesh: devices to divide the weights over, see above; None puts them whole on the default device.
         streamed: whether the matrices of the layers stay in the host's memory, see above. They have no gradient then.
 
     Raises:
@@ -109,7 +108,11 @@ def load_model(
 
 
 def settings_of(base: BaseModel) -> DecoderSettings:
-    """Read the settings of a base; a CheckpointError names one that the decoder does not support."""
+    """Read the settings of a base.
+
+    Raises:
+        CheckpointError: the decoder does not support a setting.
+    """
     return read_settings(base.architecture, base.ref)
 
 
@@ -131,17 +134,17 @@ def fast_dtype() -> np.dtype:
 
 
 class LoadedBases:
-    """Loads the weights of bases, and keeps the weights of some dtypes loaded.
+    """Loads the weights of bases, and caches those of some dtypes.
 
     Attributes:
-        mesh: of the devices that all weights are divided over; None puts them whole on the default device.
+        mesh: devices to divide all weights over; None puts them whole on the default device.
         streamed: the base whose layers stay in the host's memory, if one does.
     """
 
     def __init__(
         self, kept: Collection[np.dtype] = (), mesh: Mesh | None = None, streamed: BaseModel | None = None
     ) -> None:
-        """Keep the weights of some dtypes until this object is dropped; by default none."""
+        """Cache the weights of the dtypes in `kept` until this object is dropped; by default none."""
         self.kept, self.mesh, self.streamed = frozenset(kept), mesh, streamed
         self._models: dict[tuple[int, np.dtype], tuple[BaseModel, Model]] = {}
 
@@ -158,10 +161,10 @@ class LoadedBases:
 
 
 def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = None) -> LoadedBases:
-    """Plan what to keep in memory of the bases of a fit; the fit and the check of its effect load weights.
+    """Choose which weights of the bases to cache between a fit and the check of its effect.
 
-    `free` is in bytes; None if that is not known, and nothing is kept. `numbers` says how many numbers of each base
-    a device holds.
+    `free` is the free memory in bytes; if it is None (unknown), nothing is cached. `numbers` is the count of numbers
+    of each base that a device holds.
     """
     narrow, wide = fast_dtype(), np.dtype(np.float32)
     most = 0 if free is None else _SHARE * free
@@ -169,7 +172,7 @@ def loaded_within(free: int | None, numbers: Sequence[int], mesh: Mesh | None = 
     both = checked if narrow == wide else fitted + checked
     if both <= most:
         return LoadedBases((narrow, wide), mesh)
-    # The check loads one base at a time on top of what is kept.
+    # The check loads one base at a time on top of the cached weights.
     fits = narrow != wide and fitted + wide.itemsize * max(numbers) <= most
     return LoadedBases((narrow,) if fits else (), mesh)
 
@@ -263,38 +266,38 @@ class _Stacks:
 
 
 def mesh_of(devices: int) -> Mesh:
-    """Return the mesh, of one axis, of this number of devices of the process."""
+    """Return a one-axis mesh of the first `devices` local devices."""
     return Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
 
 
 def divided_axis(name: str, shape: Sequence[int], devices: int) -> int | None:
-    """Return the axis of a weight that is divided over devices, None if each has all of it.
+    """Return the axis of a weight that is divided over devices, None if it is replicated.
 
     Args:
         name: a role; "gate_up" or "down" of experts; "embedding", "head", or "layer_embedding", the embedding of the
-            layers' own inputs. What has another name is whole.
-        shape: of the stack (L, O, I) of a role, (L, E, O, I) of experts, or (V, H) of an embedding.
+            per-layer inputs. Weights with other names are replicated.
+        shape: (L, O, I) of a role's stack, (L, E, O, I) of experts, or (V, H) of an embedding.
     """
     axes = [] if devices == 1 else [axis for axis in _AXES.get(name, ()) if shape[axis] % devices == 0]
     return len(shape) + axes[0] if axes else None
 
 
 def weight_sharding(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Return how a weight lies on the devices of a mesh; for the arguments see `divided_axis`."""
+    """Return the sharding of a weight over a mesh; for the arguments see `divided_axis`."""
     axis = divided_axis(name, shape, mesh.size)
     return NamedSharding(mesh, PartitionSpec(*() if axis is None else (*(None,) * axis, AXIS)))
 
 
 def whole(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return the sharding of arrays that each device of a mesh has all of."""
+    """Return the sharding that replicates an array on every device of a mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the arrays of matrices in `Params`, by the names of `divided_axis`.
+    """Return the shapes of the stacked matrices and embeddings in `Params`, by the names of `divided_axis`.
 
     Returns:
-        Role -> (L, O, I) of the L layers that have it; "gate_up" and "down" of experts -> (L, E, O, I); "embedding",
+        Role -> (L, O, I) for the L layers that have it; "gate_up" and "down" of experts -> (L, E, O, I); "embedding",
         "head" of a model that is not tied, and "layer_embedding" -> (V, columns).
     """
     dims, family, experts = base.dims, base.family, len(base.layers_with("router"))
@@ -311,20 +314,20 @@ def stack_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
 
 
 def _is_streamed(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Tell whether an array of these shapes stays in the host's memory where a base is streamed."""
+    """Tell whether the array `name` stays in the host's memory when a base is streamed."""
     return len(shapes.get(name, ())) >= _LAYERED
 
 
 def streamed_numbers(base: BaseModel) -> int:
-    """Count the numbers of a base's weights that stay in the host's memory where it is streamed."""
+    """Count the numbers of a base's weights that stay in the host's memory when it is streamed."""
     shapes = stack_shapes(base)
     return sum(prod(shape) for name, shape in shapes.items() if _is_streamed(name, shapes))
 
 
 def held_numbers(base: BaseModel, devices: int = 1, *, streamed: bool = False) -> int:
-    """Count the numbers of a base's weights on each of the devices that they are divided over.
+    """Count the numbers of a base's weights that each device holds.
 
-    Of a base that is streamed, two layers are on the device at a time: one that runs and the next.
+    If the base is streamed, two layers are on the device at a time: the one that runs and the next.
     """
     shapes = stack_shapes(base)
     small = sum(map(prod, base.tensor_shapes().values())) - sum(map(prod, shapes.values()))
@@ -341,14 +344,14 @@ def held_numbers(base: BaseModel, devices: int = 1, *, streamed: bool = False) -
 def fill(
     shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray], sharding: NamedSharding | None = None
 ) -> jax.Array:
-    """Return an array of pieces; the host holds one at a time, and a device only its share.
+    """Assemble an array from pieces; the host holds one piece at a time, and each device only its shard.
 
-    The pieces are rows (n, ...) of the array, in order. Without a sharding all of it is on the default device.
+    The pieces are rows (n, ...) of the array, in order. Without a sharding the whole array is on the default device.
     """
     places: Mapping[Any, Any] = {None: (slice(None),) * len(shape)}
     if sharding is not None:
         places = sharding.addressable_devices_indices_map(shape)
-    # Written to the device at once: a host array of the whole would double the memory on a CPU.
+    # Pieces go straight to the device: a host array of the whole would double the memory on a CPU.
     parts = {device: jnp.zeros(_size(shape, index), dtype, device=device) for device, index in places.items()}
     start = 0
     for piece in pieces:

@@ -37,10 +37,10 @@ class Params:
         norms: float32 gains, with Gemma's 1 + weight summed, named as in `Family.norms`: "attn" and "mlp" -> (L, H),
             before attention and MLP; "attn_post" and "mlp_post" -> (L, H), after them; "q" and "k" -> (L, D), of query
             and key heads, or (L, heads * D) of all heads together.
-        norm_biases: the same of norms that have a bias.
+        norm_biases: the same for norms that have a bias.
         activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
         tensors: name in `Family.tensors` -> (L, ...).
-        layer_inputs: of models whose layers read more than the stream, or None.
+        layer_inputs: for models whose layers read more than the residual stream, or None.
     """
 
     embedding: jax.Array
@@ -73,7 +73,7 @@ class Params:
 
     @property
     def cache_dtype(self) -> jnp.dtype:
-        """The dtype of keys and values while text is written: that of the weights, which may be bits of bfloat16."""
+        """The dtype of the KV cache: the weights' dtype, or uint16 (bits of bfloat16) if they are packed."""
         return jnp.dtype(jnp.uint16) if self.packed else self.embedding.dtype
 
 
@@ -95,7 +95,7 @@ class Model:
         return Model(self.settings, self.params, adapter)
 
     def of_tokens(self, kept: np.ndarray) -> Model:
-        """Return the model with the embeddings of these tokens (V,) alone, and without a head."""
+        """Return the model with the embeddings of only these tokens (V,) and without a head."""
         params, inputs = self.params, self.params.layer_inputs
         if inputs is not None:
             inputs = dataclasses.replace(inputs, embedding=inputs.embedding[kept])
@@ -108,7 +108,7 @@ class AppliedAdapter(Protocol):
 
     @property
     def roles(self) -> Mapping[str, Update]:
-        """The changes by role; their leaves have a first axis of its L layers, and other roles have none."""
+        """The changes by role; their leaves have a first axis of the L layers with that role."""
         ...
 
 
@@ -170,7 +170,7 @@ def _stacked(adapters: Sequence[Adapter], base: BaseModel) -> list[StackedAdapte
 
 
 def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:
-    """Return an adapter of a base of scale 1, without modules with a zero factor."""
+    """Return an adapter with scale 1, without modules where both factors are zero."""
     modules = {}
     for role in (role for role in ROLES if role in stacked.roles):
         factors = stacked.roles[role]
@@ -195,7 +195,7 @@ def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapte
 def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
     """Return b (a x), float32 (..., O), for x (..., I) and the factors of one layer.
 
-    The products are float32, or of a bfloat16 x those of rounded factors, accumulated in float32.
+    The products are float32; for a bfloat16 x the factors are rounded and the products accumulated in float32.
     """
     return _low_rank(x, factors.a, factors.b)
 
@@ -218,7 +218,7 @@ def _low_rank_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tupl
     by_inner = linear(gradient, b.T.astype(x.dtype)).astype(x.dtype)
     flat = by_inner.reshape(-1, by_inner.shape[-1])
     by_a = linear(flat.T, x.reshape(-1, x.shape[-1]).T)
-    # XLA would turn the transposed product around, which a CPU takes several times as long for.
+    # Without the barrier, XLA would swap the transposed product, which takes a CPU several times as long.
     by_b = lax.optimization_barrier(linear(inner.reshape(flat.shape).T, gradient.reshape(-1, gradient.shape[-1]).T)).T
     return linear(by_inner, a.T.astype(x.dtype)).astype(x.dtype), by_a, by_b
 

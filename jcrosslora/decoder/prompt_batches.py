@@ -1,4 +1,4 @@
-"""Put prompts into batches of few shapes; a common beginning of several prompts is computed once."""
+"""Put prompts into batches of few shapes; a prefix that several prompts share is computed once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ import numpy as np
 
 from jcrosslora.utils.cost import TEXT, Cost
 
-WRITING_ROWS, _WIDE = 48, 96  # texts continued together, and the longest text for which they are this many
+WRITING_ROWS, _WIDE = 48, 96  # rows of a full batch, and the longest prompt (tokens) that full batches are used for
 _READ = WRITING_ROWS * _WIDE  # tokens that are read in one pass, padding included
-_SLOTS = WRITING_ROWS * 512  # of the cache of a batch, without those of what is written
-_ROWS = (8, 24, WRITING_ROWS)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
-_BEGINNINGS = (1, 2, 4, 8)  # of a batch, the fewest that hold its own
-# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
-# that are written is rounded to it, too: one compiled program writes answers of nearly the same length.
+_SLOTS = WRITING_ROWS * 512  # cache slots of a batch, without those for new tokens
+_ROWS = (8, 24, WRITING_ROWS)  # rows of a batch: the smallest that fits is used, because empty rows take time too
+_BEGINNINGS = (1, 2, 4, 8)  # prefixes of a batch: the smallest that fits is used
+# Widths up to `_WIDE` and the room for new tokens are rounded up to a multiple of this, so that one compiled program
+# serves nearly equal lengths. Longer texts use the few widths below.
 _MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-LONGEST_PROMPT = _WIDTHS[-1]  # tokens of a text that are read: its last ones
-SHORTEST = 32  # tokens of a common beginning, the fewest; their number is a multiple of `_MULTIPLE`
-# Common beginnings are used if they leave at most this share of the tokens: they need another compilation and two
-# passes.
+LONGEST_PROMPT = _WIDTHS[-1]  # tokens; of a longer text only the last ones are read
+SHORTEST = 32  # tokens of the shortest shared prefix; prefix lengths are multiples of `_MULTIPLE`
+# Shared prefixes are used if they leave at most this share of the tokens, because they need another compilation and
+# two passes.
 _WORTH = 0.9
 # Prompts are read with an adapter and kept in the cache: 48 took 104 to 115 ms where passes of 8 texts without take 73.
 _PREFILL = 1.5
 
 
 class Group(NamedTuple):
-    """Two or more prompts that begin with `length` common tokens, fewer than the shortest of them has."""
+    """Two or more prompts that share a prefix of `length` tokens and are all longer than it."""
 
     places: list[int]
     length: int
@@ -40,10 +40,10 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Beginnings:
-    """The beginnings of the prompts of a batch: token ids int32 (T,), all different, padded to a shape (G, P).
+    """The different prefixes of the prompts of a batch: token ids int32 (T,), padded to a shape (G, P).
 
     Attributes:
-        owners: of each prompt, the index of its beginning.
+        owners: the index of each prompt's prefix.
     """
 
     tokens: list[np.ndarray]
@@ -52,17 +52,17 @@ class Beginnings:
 
     def arrays(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens int32 (G, P) and their mask, padded on the left, and owners int32 (rows,)."""
-        owners = np.zeros(rows, np.int32)  # rows without a prompt stand after some beginning
+        owners = np.zeros(rows, np.int32)  # empty rows get the first prefix
         owners[: len(self.owners)] = self.owners
         return *padded(self.tokens, self.shape, left=True), owners
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Prompts that are answered together: token ids int32 (T,) without their beginnings, padded to a shape (B, T).
+    """Prompts that are answered together: token ids int32 (T,) without their prefixes, padded to a shape (B, T).
 
     Attributes:
-        beginnings: the beginnings of the texts; None if these are whole prompts.
+        beginnings: the prefixes of the texts; None if these are whole prompts.
     """
 
     places: list[int]
@@ -72,7 +72,7 @@ class PromptBatch:
 
     @property
     def slots(self) -> int:
-        """What each prompt takes in a cache, its beginning and padding included."""
+        """Cache slots per prompt, including its prefix and padding."""
         return self.shape[1] + (0 if self.beginnings is None else self.beginnings.shape[1])
 
     def count_tokens(self, written: int) -> int:
@@ -83,7 +83,7 @@ class PromptBatch:
 
 
 def writing_cost(texts: int, tokens: int, prompt: float = TEXT) -> Cost:
-    """Count the writing of texts up to a length, after prompts of a mean length."""
+    """Return the cost of writing up to `tokens` tokens after each of `texts` prompts with a mean length of `prompt`."""
     return Cost(texts, written=-(-texts // WRITING_ROWS) * tokens, source=_PREFILL * texts * prompt)
 
 
@@ -94,12 +94,12 @@ def plan_batches(
 
     Args:
         ids: int32 (T,) token ids of each prompt, at most `LONGEST_PROMPT`.
-        written: the most tokens that are written after each.
-        share: whether common beginnings may be read once, which they are if that leaves less to do.
-        most: the most prompts in a batch.
+        written: maximum number of new tokens per prompt.
+        share: whether shared prefixes may be read once; this is done only if it saves enough tokens.
+        most: maximum number of prompts in a batch.
 
     Returns:
-        Batches that hold every prompt once, those after common beginnings last.
+        Batches that hold every prompt once, those without shared prefixes first.
     """
     whole = _whole(ids, range(len(ids)), most)
     groups = common_beginnings(ids) if share else []
@@ -119,7 +119,7 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int], rows: int) -> list[
         part, most = order[:rows], rows
         width = rounded(len(ids[part[-1]]))
         if width > _WIDE:
-            # The narrowest width that the shortest prompt fits in, and the others that fit in it.
+            # Take the narrowest width that fits the shortest prompt, and all prompts that fit in it.
             width = _next_width(len(ids[part[0]]))
             most = max(1, min(rows, _READ // width))
             part = [place for place in part[:most] if len(ids[place]) <= width]
@@ -132,7 +132,7 @@ def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[P
     """Divide batches among queues of prompts that reuse a cache of one shape, batches with fewer slots first.
 
     Returns:
-        The batches of each queue, the rows of its cache, and the slots of a row without those of what is written.
+        The batches of each queue, the rows of its cache, and the slots per row without those for new tokens.
     """
     found: dict[int, list[PromptBatch]] = {}
     for turn in sorted(turns, key=lambda turn: turn.slots):
@@ -140,19 +140,19 @@ def plan_queues(turns: Sequence[PromptBatch], written: int) -> list[tuple[list[P
     queues = []
     for own in found.values():
         slots = own[-1].slots
-        # As many rows as the fullest of its batches has, so that each fits.
+        # The cache has at least the rows of the largest batch.
         most = max(*(turn.shape[0] for turn in own), min(WRITING_ROWS, _SLOTS // (slots + rounded(written))))
         queues.append((own, _rows(min(most, sum(len(turn.places) for turn in own)), most), slots))
     return queues
 
 
 class _Row(NamedTuple):
-    """A prompt after a common beginning, in the order in which they are put into batches."""
+    """A prompt with a shared prefix. The order of the fields sorts prompts for batching."""
 
-    width: int  # the narrowest that what is after the beginning fits in
-    beginning: int  # tokens
+    width: int  # the narrowest that fits the text after the prefix
+    beginning: int  # tokens of the prefix
     group: int
-    text: int  # tokens after the beginning
+    text: int  # tokens after the prefix
     place: int
 
 
@@ -175,11 +175,11 @@ def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group], most: int) -> li
 
 
 def _shapes(rows: Sequence[_Row], limit: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Return the shapes (G, P) of the beginnings of a batch and (B, T) of its texts; None if they are no batch."""
+    """Return the shapes (G, P) of the prefixes and (B, T) of the texts of a batch; None if the rows do not fit one."""
     longest, width = _width(rows[-1].beginning), _width(max(row.text for row in rows))
     groups, most = len({row.group for row in rows}), min(limit, _READ // width, _SLOTS // (longest + width))
     padded_groups = next((count for count in _BEGINNINGS if groups <= count), None)
-    # In front of a long beginning there is no more padding than it has tokens.
+    # A prefix is not padded to more than `_WIDE` or twice its length.
     alike = rows[0].width == rows[-1].width and longest <= max(_WIDE, 2 * rows[0].beginning)
     if padded_groups is None or padded_groups * longest > _READ or len(rows) > most or not alike:
         return None
@@ -202,7 +202,7 @@ def _rows(count: int, most: int) -> int:
 
 
 def _next_width(tokens: int) -> int:
-    """Return the narrowest width for so many tokens; a text that was written in part may exceed `LONGEST_PROMPT`."""
+    """Return the narrowest width that fits; a prompt with tokens already written may exceed `LONGEST_PROMPT`."""
     longer = -(-tokens // _WIDTHS[0]) * _WIDTHS[0]
     return next((width for width in (_WIDE, *_WIDTHS) if tokens <= width), longer)
 
@@ -212,14 +212,14 @@ def _width(tokens: int) -> int:
 
 
 def rounded(tokens: int) -> int:
-    """Round a number of tokens up to one that programs are compiled for."""
+    """Round a number of tokens up to a multiple of `_MULTIPLE`, so that few shapes are compiled."""
     return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def padded(
     prompts: Sequence[Sequence[int] | np.ndarray], shape: tuple[int, int], left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens int32 and mask (B, T); rows without a prompt hold one token, as every row has to."""
+    """Return tokens int32 and mask (B, T); a row without a prompt gets one token, because no row may be empty."""
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     mask[len(prompts) :, -1 if left else 0] = True
     for row, prompt in enumerate(prompts):
@@ -229,19 +229,18 @@ def padded(
 
 
 def common_beginnings(ids: Sequence[np.ndarray]) -> list[Group]:
-    """Group prompts by their beginnings, int32 (T,) token ids each.
+    """Group prompts (token ids int32 (T,) each) by shared prefixes.
 
-    Of prompts that begin alike, some may go on alike for longer than others: they are divided if that saves more.
+    A group is divided into groups with longer prefixes if that saves more tokens.
 
     Returns:
-        Groups without a prompt in common, in the order of their first prompts as far as they are not divided; prompts
-        that begin like no other are in none.
+        Disjoint groups, ordered by their first prompts unless divided. Prompts that share no prefix are in none.
     """
     return [group for part in _alike(ids, range(len(ids)), 0, SHORTEST) for group in _divided(ids, part)]
 
 
 def _divided(ids: Sequence[np.ndarray], places: list[int]) -> list[Group]:
-    """Return one group of prompts that begin alike, or several with longer beginnings."""
+    """Return one group of prompts with a shared prefix, or several with longer prefixes if that saves more tokens."""
     whole = Group(places, _common_length([ids[place] for place in places]))
     finer = [group for part in _alike(ids, places, whole.length, _MULTIPLE) for group in _divided(ids, part)]
     inside = {place for group in finer for place in group.places}
@@ -251,7 +250,7 @@ def _divided(ids: Sequence[np.ndarray], places: list[int]) -> list[Group]:
 
 
 def _alike(ids: Sequence[np.ndarray], places: Iterable[int], start: int, count: int) -> list[list[int]]:
-    """Put prompts together that have the same `count` tokens from `start` on, and at least one more after them."""
+    """Group prompts that have the same `count` tokens from `start` on and at least one token after them."""
     found: dict[bytes, list[int]] = {}
     for place in places:
         if len(ids[place]) > start + count:
@@ -260,7 +259,7 @@ def _alike(ids: Sequence[np.ndarray], places: Iterable[int], start: int, count: 
 
 
 def _common_length(prompts: Sequence[np.ndarray]) -> int:
-    """Count the tokens that all prompts begin with, rounded down; each has one after them, from which it goes on."""
+    """Return the length of the shared prefix, rounded down to `_MULTIPLE`; every prompt has a token after it."""
     first, length = prompts[0], min(map(len, prompts)) - 1
     for prompt in prompts[1:]:
         unequal = np.flatnonzero(prompt[:length] != first[:length])

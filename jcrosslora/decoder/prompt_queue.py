@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from jcrosslora.utils.progress import Track
 
 _TURN = 8  # prompts that are read together
-_STEPS = 8  # tokens between two looks for texts that have ended; a divisor of the room for what is written
+_STEPS = 8  # tokens between two checks for texts that have ended; it divides the room for new tokens
 
 
 class Writer(Protocol):
-    """What a queue needs of a `Generator`, whose methods these are."""
+    """The part of `Generator` that a queue needs."""
 
     @property
     def name(self) -> str:
@@ -41,12 +41,12 @@ class Writer(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Its stop tokens end a text."""
+        """The tokenizer, whose stop tokens end a text."""
         ...
 
     @property
     def shares_beginnings(self) -> bool:
-        """Whether prompts can be read after a beginning that was read once."""
+        """Whether a prefix that several prompts share can be read once."""
         ...
 
     def before_switch(self, length: int, most: int) -> int:
@@ -54,7 +54,7 @@ class Writer(Protocol):
         ...
 
     def of_rows(self, places: Sequence[int], rows: int) -> Self:
-        """Return the writer of a batch whose rows hold the prompts at these places."""
+        """Return the writer for a batch whose rows hold the prompts at these places."""
         ...
 
     def begin(self, batch: PromptBatch, room: int, *, pad_left: bool) -> State:
@@ -79,9 +79,9 @@ def write_queue(
     Args:
         writer: its `of_rows` gets the places of prompts.
         max_new_tokens: tokens at which a text is cut off.
-        begun: the first tokens of M n texts, int32 (T,) each, where they are known; a prompt with them has at most
-            `LONGEST_PROMPT`. Each prompt is answered M times: `of_rows` gets its place + m n for m from 0 to M - 1;
-            prompts that are read together have one m. None for one text of each prompt, of which nothing is known.
+        begun: the known first tokens of M n texts, int32 (T,) each; a prompt with them has at most `LONGEST_PROMPT`.
+            Each prompt is answered M times: `of_rows` gets its place + m n for m from 0 to M - 1; prompts that are
+            read together have the same m. None writes one text for each prompt, from the start.
         bar: advances by one for each text.
 
     Returns:
@@ -94,7 +94,7 @@ def write_queue(
     waiting = [place for place, text in enumerate(found) if not _whole(writer, text, max_new_tokens)]
     if bar is not None:
         bar.update(len(found) - len(waiting))
-    while waiting:  # once more for texts whose rotations have switched: all of their keys change
+    while waiting:  # again for texts whose rotations have switched, which changes all their keys
         turns, limits = [], {}
         for start in range(0, len(found), len(ids)):
             places = [place for place in waiting if start <= place < start + len(ids)]
@@ -124,8 +124,8 @@ def _whole(writer: Writer, text: np.ndarray, most: int) -> bool:
 class _Rows:
     """The rows of a cache.
 
-    All of them write into the same slots, one after another and then from the first on again. A row writes no more
-    tokens than there are slots before it goes to another prompt, which empties it.
+    They all write into the same slots, as a ring buffer. A row writes no more tokens than there are slots before it
+    takes another prompt, which empties it.
     """
 
     def __init__(self, writer: Writer, max_new_tokens: int, limits: Mapping[int, int], rows: int, slots: int) -> None:
@@ -136,9 +136,9 @@ class _Rows:
         self._state: State | None = None
 
     def write(self, turns: Sequence[PromptBatch], begun: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the place of each prompt with its text, as they end or reach their limits.
+        """Yield the place and text of each prompt when it ends or reaches its limit.
 
-        A text begins as in `begun`, which is read already.
+        A text begins with its tokens in `begun`, which are part of the prompt already.
         """
         waiting, looks = deque(turns), 0
         while waiting or self._places:
@@ -186,7 +186,7 @@ class _Rows:
 
 @partial(jax.jit, static_argnames=("rows", "slots"))
 def blank(state: State, *, rows: int, slots: int) -> State:
-    """Return an empty state for B sequences, with a cache of S slots; otherwise like another state."""
+    """Return an empty state like `state`, for `rows` sequences and a cache of `slots` slots."""
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
@@ -198,7 +198,7 @@ def blank(state: State, *, rows: int, slots: int) -> State:
 
 @partial(jax.jit, donate_argnames="state")
 def enter(state: State, begun: State, rows: jax.Array, count: jax.Array, end: jax.Array) -> State:
-    """Put the first `count` sequences of `begun` into rows, int32 (C,), of a state; their prompts end before a slot."""
+    """Put the first `count` sequences of `begun` into rows, int32 (C,), of a state; prompts end before slot `end`."""
 
     def put(number: jax.Array, state: State) -> State:
         row = rows[number]
@@ -213,5 +213,5 @@ _BY_ROW = ("scores", "positions", "running", "finite")
 
 
 def _each(caches: Any, function: Callable[..., KVCache], *others: Any) -> Any:
-    """Apply a function to the cache of a state, or to each of an amplified model."""
+    """Apply a function to the cache of a state, or to both caches of an amplified model."""
     return jax.tree.map(function, caches, *others, is_leaf=lambda one: isinstance(one, KVCache))

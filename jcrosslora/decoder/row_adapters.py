@@ -14,7 +14,7 @@ import numpy as np
 from jcrosslora.architectures.ops import linear
 from jcrosslora.decoder.model import StackedAdapter
 
-_MOST_RANK = 128  # of all adapters together in a module; more take longer than one adapter after another
+_MOST_RANK = 128  # sum of the adapters' ranks in a module; above it, running them one by one is faster
 
 
 @flax.struct.dataclass
@@ -24,7 +24,7 @@ class RowFactors:
     Attributes:
         a: float32 (L, M K, I).
         b: float32 (L, O, M K).
-        own: float32 (L, B, 1, M K), 1 at the ranks of the adapter of a row, else 0; B is 1 if all rows have the same.
+        own: float32 (L, B, 1, M K), 1 at the ranks of a row's adapter, else 0; B is 1 if all rows use the same one.
     """
 
     a: jax.Array
@@ -51,7 +51,7 @@ class RowAdapters:
 
     @classmethod
     def of(cls, stacked: StackedAdapter) -> Self | None:
-        """Put M stacked adapters side by side; None if they change experts, or have too high a rank for that."""
+        """Put M stacked adapters side by side; None if they change experts, change nothing or have too high a rank."""
         roles = {}
         for role, factors in stacked.roles.items():
             if factors.a.ndim != len(("M", "L", "K", "I")) or factors.a.shape[0] * factors.a.shape[2] > _MOST_RANK:
@@ -63,7 +63,7 @@ class RowAdapters:
         return cls(roles, len(jax.tree.leaves(stacked)[0])) if roles else None
 
     def of_rows(self, chosen: Sequence[int | None]) -> Self:
-        """Choose the adapter of each row, or of all rows by a single entry; None is the base alone."""
+        """Choose the adapter of each row, or of all rows with a single entry; None is the base alone."""
         one_hot = np.array([[number == own for number in range(self.count)] for own in chosen], np.float32)
         roles = {}
         for role, factors in self.roles.items():

@@ -26,9 +26,9 @@ class State:
         count: int32 (), tokens written so far.
         scores: float32 (B, V), logits of the next token.
         positions: int32 (B,), of the next token.
-        cache: of all tokens before; of an amplified model a pair, with its adapter and without.
+        cache: holds all tokens before; for an amplified model a pair, with its adapter and without.
         running: bool (B,), False after a stop token.
-        finite: bool (B,), False if a token was drawn from logits that are not numbers or infinite.
+        finite: bool (B,), False if a token was drawn from NaN or infinite logits.
     """
 
     count: jax.Array
@@ -40,7 +40,7 @@ class State:
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, by a key from `jax.random.key`.
+    """How to draw tokens, with a key from `jax.random.key`.
 
     Attributes:
         temperature: float32 scalar; 0 takes the likeliest token.
@@ -53,10 +53,10 @@ class Sampling(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """Beginnings that prompts go on from: tokens int32 (G, P) and mask, as of prompts.
+    """Prefixes that prompts share: tokens int32 (G, P) and a mask like that of prompts.
 
     Attributes:
-        owners: int32 (B,), the beginning before each prompt.
+        owners: int32 (B,), the prefix of each prompt.
     """
 
     tokens: jax.Array
@@ -68,9 +68,9 @@ class Behind(NamedTuple):
 def prefill(model: Model, prompts: jax.Array, mask: jax.Array, behind: Behind | None = None, *, room: int) -> State:
     """Run prompts, int32 (B, P), whose mask is False at padding on either side; every row has at least one token.
 
-    `room` is how many tokens the cache has space for after the prompts. `behind` holds what prompts go on from: each
-    beginning is read once, and the cache has padding after it. The layers of the model must then all have attention,
-    with rotary settings that no length switches.
+    `room` is the number of free cache slots after the prompts. `behind` holds shared prefixes: each is read once, and
+    the cache has padding after it. All layers must then have attention, with rotary settings that do not switch with
+    the length.
     """
     batch, length = mask.shape
     sizes = (batch, length + room) if behind is None else (len(behind.tokens), behind.tokens.shape[1] + length + room)
@@ -116,7 +116,7 @@ def extend_amplified(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Write more tokens as `extend` does, from `amplified` logits.
 
-    The caches of the state are those with the adapter and without it; `change` is strength and plausible.
+    The state has two caches, with the adapter and without it; `change` is strength and plausible.
     """
     base = model.with_adapter(None)
 
@@ -131,9 +131,9 @@ def extend_amplified(
 
 
 def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:
-    """Return logits adapted + strength (adapted - base), float32 (B, V), of those with an adapter and without.
+    """Return adapted + strength (adapted - base), float32 (B, V), from the logits with an adapter and without.
 
-    They are -inf if a token is not plausible, see `AmplifiedGenerator`.
+    Implausible tokens get -inf, see `AmplifiedGenerator`.
     """
     least = jnp.max(adapted, axis=-1, keepdims=True) + jnp.log(plausible)
     return jnp.where(adapted >= least, adapted + strength * (adapted - base), -jnp.inf)
@@ -148,8 +148,8 @@ def _write_tokens(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Draw up to `most` tokens in a loop, as `extend` does.
 
-    `run` takes the cache of the state, tokens and their positions, int32 (B,) each, and returns the logits of the next
-    tokens and the cache with these in it. `count` columns are returned (static).
+    `run` takes the cache, tokens and their positions, int32 (B,) each, and returns the logits of the next tokens and
+    the cache with the tokens appended. `count` columns are returned (static).
     """
     shape = len(state.scores), count
 
@@ -174,11 +174,11 @@ def _write_tokens(
 def step(model: Model, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
     """Run one more token, int32 (B,), of every sequence.
 
-    The cache of the tokens before must have a free slot, otherwise the last one is overwritten. `positions` are how
-    many tokens, padding not counted, are before each, int32 (B,).
+    The cache must have a free slot, otherwise the last one is overwritten. `positions`, int32 (B,), count the tokens
+    before each token, without padding.
 
     Returns:
-        float32 (B, V) logits of the token after these, and the cache with these in it.
+        float32 (B, V) logits of the next token, and the cache with the tokens appended.
     """
     hidden, cache = extend_cache(model, cache, tokens[:, None], Layout(positions[:, None]))
     return logits(model, hidden[:, 0]), cache
@@ -214,10 +214,10 @@ def _first_above(ends: jax.Array, weights: jax.Array, level: jax.Array) -> jax.A
 
 
 def likeliest(scores: jax.Array) -> jax.Array:
-    """Return the first of the largest of V scores (..., V), int32 (...).
+    """Return the argmax, int32 (...), of scores (..., V); the first one in a tie.
 
-    XLA finds a maximum in vector instructions on a CPU but its place one number at a time, so the maxima of blocks come
-    first and the place is looked for in one block.
+    On a CPU, XLA computes a maximum with vector instructions but an argmax one number at a time, so this takes the
+    maxima of blocks and searches only one block.
     """
     blocks = _blocks(scores)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)

@@ -1,4 +1,4 @@
-"""Work on the host: numpy in threads, and the leading eigenvectors of a symmetric matrix by LAPACK."""
+"""Host computations: numpy in threads, and leading eigenvectors of a symmetric matrix by LAPACK."""
 
 import ctypes
 import os
@@ -17,8 +17,8 @@ U = TypeVar("U")
 
 
 def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
-    """Apply a numpy function to each item in a thread pool with one thread a core; yield the results in order."""
-    # Of the cores that this process may use.
+    """Apply a numpy function to each item in a thread pool with one thread per core; yield results in order."""
+    # Count only the cores that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, min(cores, len(items)))
     # BLAS gets one thread per call: its own threads would compete with these for the cores.
@@ -27,7 +27,7 @@ def map_on_host(function: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack arrays; if they are the rows of one array, in order, return that array instead of a copy."""
+    """Stack arrays; if they are all rows of one array, in order, return that array instead of a copy."""
     whole = getattr(rows[0], "base", None)
     if isinstance(whole, np.ndarray) and whole.shape == (len(rows), *rows[0].shape):
         places = [(row.__array_interface__["data"], row.strides) for row in rows]
@@ -37,17 +37,16 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def leading_eigenvectors(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvalues of a symmetric matrix, descending, and the eigenvectors of the first `count` of them.
+    """Return all eigenvalues of a symmetric matrix, descending, and the first `count` eigenvectors.
 
-    The matrix becomes tridiagonal and is solved in float64, which decides how well close neighbours are told apart.
-    Only the wanted vectors are turned back, in float32, in which they are returned. numpy's `eigh` turns all of them
-    back in float64, which takes a third longer.
+    Tridiagonalisation and solve are in float64, so that close eigenvalues are resolved. Only the returned vectors are
+    transformed back, in float32. numpy's `eigh` transforms all of them back in float64, which takes a third longer.
 
     Args:
         gram: (N, N) float64, finite; it is overwritten.
 
     Returns:
-        (N,) float64, and (count, N) float32, a vector in each row.
+        (N,) float64, and (count, N) float32, one vector per row.
 
     Raises:
         LinAlgError: no convergence.
@@ -66,7 +65,7 @@ def leading_eigenvectors(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 
 
 def _call(name: str, *given: bytes | int | np.ndarray) -> None:
-    """Call a routine of LAPACK without the interpreter lock, so that other threads go on; integers are 32 bits."""
+    """Call a LAPACK routine with the GIL released, so that other threads keep running; integers are 32 bits."""
     state = ctypes.c_int()
     kept = [ctypes.byref(ctypes.c_int(one)) if isinstance(one, int) else one for one in given]
     _routine(name)(*(one.ctypes.data if isinstance(one, np.ndarray) else one for one in kept), ctypes.byref(state))
@@ -77,7 +76,7 @@ def _call(name: str, *given: bytes | int | np.ndarray) -> None:
 
 @lru_cache
 def _routine(name: str) -> Any:
-    """Find a routine in scipy's LAPACK; scipy's own functions keep the interpreter lock."""
+    """Look up a routine in scipy's LAPACK; scipy's own wrappers hold the GIL."""
     capsule = LowLevelCallable.from_cython(cython_lapack, name).function
     signature = ctypes.pythonapi.PyCapsule_GetName
     signature.restype, signature.argtypes = ctypes.c_char_p, [ctypes.py_object]

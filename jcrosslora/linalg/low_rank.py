@@ -11,16 +11,16 @@ from jax import lax
 
 
 def namespace(x: jax.Array | np.ndarray) -> Any:
-    """Return numpy for an array on the host, for which nothing is compiled, else jax.numpy."""
+    """Return numpy for a numpy array, so that nothing is compiled, else jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply `a @ b` at full float32 precision.
 
-    The defaults are TF32 on a GPU and bfloat16 passes on a TPU. One product of that precision turns singular vectors
-    by more than the gaps in the spectrum allow, so the precision is always explicit. Two arrays of numpy are multiplied
-    by numpy.
+    The defaults are TF32 on a GPU and bfloat16 passes on a TPU. One product at that precision rotates singular vectors
+    by more than the gaps in the spectrum allow, so the precision is always explicit. Two numpy arrays are multiplied by
+    numpy.
     """
     if namespace(a) is np and namespace(b) is np:
         return a @ b
@@ -32,8 +32,8 @@ class LinearMap:
     """P x = gain * x[index] + left @ (inner * (right' @ x)): a weighted selection of rows plus a low-rank term.
 
     Attributes:
-        left: (M_tgt, R), as right is (M_src, R); R = 0 for a pure selection.
-        inner: (R,), the weight of each pair of their columns.
+        left: (M_tgt, R); right is (M_src, R). R = 0 for a pure selection.
+        inner: (R,), the weight of each pair of columns.
         index: (M_tgt,) int32, the source row of each target row.
         gain: (M_tgt,), the weight of that row; all zero for a purely low-rank map.
     """
@@ -51,7 +51,7 @@ class LinearMap:
 
 
 def low_rank(left: jax.Array, right: jax.Array, inner: jax.Array | None = None) -> LinearMap:
-    """Return P = left @ diag(inner) @ right' for (M_tgt, R), (R,) and (M_src, R); ones without `inner`."""
+    """Return P = left @ diag(inner) @ right' for (M_tgt, R), (R,) and (M_src, R); `inner` defaults to ones."""
     xp, (rows, rank) = namespace(left), left.shape
     weights = xp.ones(rank, left.dtype) if inner is None else inner
     return LinearMap(left, right, weights, xp.zeros(rows, xp.int32), xp.zeros(rows, left.dtype))

@@ -32,7 +32,7 @@ KERNELS: dict[str, Callable[..., TruncatedSVD]] = {
     "krylov": krylov_svd,
     "krylov, deeper": partial(krylov_svd, depth=_DEEPER),
 }
-# Kernels that are tried in turn on a matrix that misses the tolerance.
+# Kernels to try in order on a matrix that misses the tolerance.
 _STRONGER = {
     "krylov": ("krylov, deeper", "gram", "full"),
     "gram": ("full",),
@@ -50,8 +50,8 @@ def choose_kernel(shape: tuple[int, int], rank: int, platform: str) -> Kernel:
     """Choose the fastest kernel for matrices of one shape.
 
     `krylov` if its subspace is at most two thirds as wide as the short side, on a CPU only above a short side of 1,536;
-    else `gram`. `full` is never first: on a GPU or TPU an SVD costs many times an eigensolve, and on a CPU it is needed
-    only if no other kernel resolves a matrix. The rule has not been timed on a GPU or TPU.
+    else `gram`. `full` is never first: on a GPU or TPU an SVD costs many times an eigensolve, and on a CPU it is only
+    needed if no other kernel resolves a matrix. The rule has not been timed on a GPU or TPU.
 
     `platform` is a name from `jax.default_backend()`.
     """
@@ -65,18 +65,18 @@ def decompose(
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
     """Compute the truncated SVD of each matrix of a stack, to a tolerance.
 
-    A matrix whose `error` is above the tolerance is refined in float64, then redone and refined by stronger kernels in
-    turn, at last by the full SVD. If none meets the tolerance (equal singular values have no individual vectors), the
-    result of smallest `error` is returned.
+    A matrix whose `error` is above the tolerance is refined in float64, then redone and refined by ever stronger
+    kernels up to the full SVD. If none meets the tolerance (equal singular values have no individual vectors), the
+    result with the smallest `error` is returned.
 
     Args:
-        stack: (L, O, I), float32; may be sharded over L. For an array of numpy the results are arrays of numpy.
+        stack: (L, O, I), float32; may be sharded over L. For a numpy array the results are numpy arrays.
         rank: R, at most min(O, I).
         vectors: whether `error` is about individual vectors (True) or about their subspace.
         kernel: the first kernel; "auto" is `choose_kernel`.
 
     Returns:
-        The decompositions with a leading axis L on every field, and the kernel that gave each, see `describe_kernels`.
+        The decompositions with a leading axis L on every field, and the kernel that produced each (`describe_kernels`).
     """
     chex.assert_rank(stack, 3)
     chex.assert_scalar_in(rank, 1, min(stack.shape[1:]))
@@ -128,16 +128,16 @@ def _missed(errors: Any, tolerance: float) -> np.ndarray:
 
 
 def describe_kernels(used: Iterable[str]) -> str:
-    """Count the kernels that gave the results: "gram 240, gram in float64 12"."""
+    """Count the kernels that produced the results: "gram 240, gram in float64 12"."""
     return ", ".join(f"{name} {number}" for name, number in Counter(used).most_common())
 
 
 def _redo(
     w: jax.Array, svd: TruncatedSVD, name: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, str]:
-    """Redo one matrix until it meets the tolerance; return the result of smallest error and the name of its kernel.
+    """Redo one matrix until it meets the tolerance; return the result with the smallest error and its kernel's name.
 
-    `name` says how `svd` was made: by a kernel, or by one in float64.
+    `name` is the kernel that produced `svd`, possibly in float64.
     """
     kernel = name.removesuffix(_IN_FLOAT64)
 
@@ -161,7 +161,7 @@ def _redo(
 
 
 def _fits(kernel: str, shape: tuple[int, ...], rank: int) -> bool:
-    """Tell whether a kernel applies to a shape: `krylov_svd` needs a subspace narrower than the short side."""
+    """Return whether a kernel fits a shape: `krylov_svd` needs a subspace narrower than the short side."""
     if not kernel.startswith("krylov"):
         return True
     depth = DEPTH if kernel == "krylov" else _DEEPER
@@ -198,7 +198,7 @@ def _row(stack: jax.Array, row: int) -> jax.Array:
 
 
 def spread(stack: np.ndarray) -> jax.Array:
-    """Put an array on the local devices, sharded along its first axis, whose length their number must divide."""
+    """Shard an array along its first axis over the local devices; their number must divide its length."""
     devices = np.array(jax.local_devices())
     if devices.size == 1:
         return jax.device_put(stack)
@@ -211,7 +211,7 @@ def place(array: np.ndarray) -> jax.Array:
 
 
 def mesh_of(stack: jax.Array) -> Mesh | None:
-    """Return the mesh of a stack that `spread` has sharded, None on one device."""
+    """Return the mesh of a stack sharded by `spread`, None on one device."""
     sharding = stack.sharding
     divided = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.spec[:1] == (AXIS,)
     return sharding.mesh if divided else None  # type: ignore[return-value]
@@ -220,12 +220,12 @@ def mesh_of(stack: jax.Array) -> Mesh | None:
 def over_layers(function: Callable[..., Any], mesh: Mesh | None, stacked: Any, shared: Any = None) -> Any:
     """Apply `function(item, shared)` to every item of a stack; call it under jit.
 
-    Devices work on their own items without communication. An accelerator batches its items with vmap. A CPU takes them
+    Each device processes its items without communication. An accelerator batches its items with vmap. A CPU takes them
     one by one: LAPACK does so in any case, and its batched call waits for threads that the calls of other devices hold,
     a deadlock if there are no more threads than devices.
 
-    The mesh is that of `mesh_of`; `stacked` is a pytree whose arrays have the leading axis L, and `shared` one that is
-    the same for all items.
+    The mesh comes from `mesh_of`; `stacked` is a pytree of arrays with the leading axis L, and `shared` a pytree that
+    all items share.
     """
 
     def part(stacked: Any, shared: Any) -> Any:

@@ -1,4 +1,4 @@
-"""SVDs in float64, for close singular values: refined from a float32 subspace, or by LAPACK on the host."""
+"""SVDs in float64 for close singular values: refined from a float32 subspace, or by LAPACK on the host."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) 
     """Apply Rayleigh-Ritz in float64 in the span of R + guard triplets; do not call it under jit.
 
     float32 rounding mixes a vector with its neighbours in the spectrum and hardly with distant ones, so the span of the
-    R + guard triplets contains the true vectors almost exactly. They are found in it from W in float64, by products of
-    that width and a small eigenproblem (Parlett 1998, chapter 11); the residual shows the part outside. If the
-    triplets are more than half of all, the whole eigenproblem is solved, which costs no more.
+    R + guard triplets contains the true vectors almost exactly. Products of that width with W in float64 and a small
+    eigenproblem recover them (Parlett 1998, chapter 11); the residual shows the part outside the span. With more than
+    half of all triplets, the whole eigenproblem is solved, which costs no more.
 
-    `svd` is a decomposition of W (O, I) in float32 with K = R + guard triplets, and so is the result.
+    `svd` and the result are decompositions of W (O, I) in float32 with K = R + guard triplets.
     """
     chex.assert_rank([w, svd.u], 2)
     with jax.enable_x64(True):
@@ -77,7 +77,7 @@ def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vectors: bool, width: int) -> jax.Array:
-    """Estimate the error of vectors that are exact in their span: leakage out of it, and the rotation that it causes.
+    """Estimate the error of vectors that are exact in their span: leakage out of it, and the rotation this causes.
 
     The residual r_i is orthogonal to the span. It rotates vector i by r_i over the distance to the singular values
     outside, which are at most the last one inside; it rotates neighbours i and j into each other by r_i r_j over both
@@ -87,7 +87,7 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     inside = xp.arange(rank, dtype=xp.int32) < count
     residual = xp.where(inside, residual[:rank], 0)
     tiny = float(xp.finfo(s.dtype).tiny)
-    # If the span is the whole space only float64 rounding remains.
+    # If the span is the whole space, only float64 rounding remains.
     outside = xp.maximum(s[:rank] - s[-1], tiny)
     leak = xp.zeros_like(residual) if s.shape[0] == width else residual / outside
     apart = gaps(xp.append(s, xp.zeros(1, dtype=s.dtype)), rank, count, rank == width, vectors)
@@ -99,25 +99,24 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
 def gram_on_host(rows: Sequence[np.ndarray], rank: int, *, vectors: bool = True) -> list[TruncatedSVD]:
     """Compute the leading R triplets of each matrix from the Gram matrix of its short side, in float64.
 
-    Compiled by XLA, a CPU takes the matrices of a stack one by one, because LAPACK calls in several of XLA's threads
-    can deadlock. numpy releases the interpreter lock in products, as `leading_eigenvectors` does in LAPACK, so Python
-    threads use all cores, and nothing is compiled. On a CPU float64 costs less than redoing the matrices for which
-    float32 is too coarse.
+    XLA on a CPU would run the matrices of a stack one by one, because LAPACK calls in several of its threads can
+    deadlock. numpy releases the GIL in products, and `leading_eigenvectors` in LAPACK, so Python threads use all cores,
+    and nothing is compiled. On a CPU float64 costs less than redoing the matrices for which float32 is too coarse.
 
-    `rows` are float32 matrices (O, I) of one shape; the results are numpy arrays in float32, and their vectors lie in
-    one array for all matrices. Vectors are accurate to float32 unless their neighbours in the spectrum are too close
-    for float64; singular values below 1e-7 of the largest are lost. `error` shows both, and is NaN if W is not finite.
+    `rows` are float32 matrices (O, I) of one shape; the results are float32 numpy arrays, with the vectors of all
+    matrices in one array. Vectors are accurate to float32 unless their neighbours in the spectrum are too close for
+    float64; singular values below 1e-7 of the largest are lost. `error` shows both, and is NaN if W is not finite.
     """
     u, v = (np.empty((len(rows), size, rank), np.float32) for size in rows[0].shape)
     return list(map_on_host(partial(_solve, vectors=vectors), list(zip(rows, u, v, strict=True))))
 
 
 def _solve(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], *, vectors: bool) -> TruncatedSVD:
-    """Decompose W (O, I) into places for its vectors, (O, R) and (I, R)."""
+    """Decompose W (O, I); write its vectors to the given arrays (O, R) and (I, R)."""
     w, u, v = matrix
     upright = w.shape[0] >= w.shape[1]
     single, long, short = (w, u, v) if upright else (w.T, v, u)
-    tall, rank = single.astype(np.float64), short.shape[1]  # holds the squares of any float32
+    tall, rank = single.astype(np.float64), short.shape[1]  # float64 holds the squares of any float32
     with np.errstate(all="ignore"):  # `error` is NaN for values that are not finite
         gram = tall.T @ tall
         total, size = np.trace(gram), np.linalg.norm(gram)
@@ -128,13 +127,13 @@ def _solve(matrix: tuple[np.ndarray, np.ndarray, np.ndarray], *, vectors: bool) 
         # The eigenvectors resolve close neighbours, so float32 is enough from here on.
         np.matmul(single, short, out=long)
         long /= kept.astype(np.float32)
-        # W v = s u holds by construction. In the other equation the rounding of v shows, turned by W'W and over s.
+        # W v = s u holds by construction. The other residual is the rounding of v, multiplied by W'W and divided by s.
         residual = 4 * float(np.finfo(np.float32).eps) * size / len(gram) ** 0.5 / kept
         return _truncate_refined(Triplets(u, s, v, residual, total), rank, vectors)  # type: ignore[arg-type]
 
 
 def _leading(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues, descending, and eigenvectors; NaN, and with it a NaN `error`, if they cannot be had."""
+    """Return eigenvalues, descending, and eigenvectors; all NaN if W is not finite or LAPACK does not converge."""
     try:
         if np.isfinite(gram).all():
             return leading_eigenvectors(gram, count)

@@ -1,4 +1,4 @@
-"""SVD kernels: `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one matrix in float32; their results.
+"""SVD kernels, `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one float32 matrix, and their result.
 
 `full_svd` is slow and exact up to float32 rounding. `gram_svd` uses the eigenvectors of the Gram matrix of the short
 side: it is fast, but squares the condition number. `krylov_svd` finds a few leading triplets in a subspace a few times
@@ -34,13 +34,13 @@ class TruncatedSVD:
     """W ~ U diag(s) V', the leading R singular triplets of W (O, I).
 
     Vectors of zero singular values (beyond the numerical rank) are zero: they are not part of the row or column space
-    of W, and LAPACK's choice of them is arbitrary. With guard triplets there are R + guard; the scalars are about the
+    of W, and LAPACK's choice of them is arbitrary. With guard triplets there are R + guard; the scalars describe the
     first R.
 
     Attributes:
-        u: (O, R), orthonormal columns, as v (I, R); s (R,) descends.
-        residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1; on the host what rounding to
-            float32 makes of them.
+        u: (O, R), orthonormal columns, as in v (I, R); s (R,) is descending.
+        residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1; on the host an estimate of their
+            float32 rounding.
         energy: (), share of ||W||_F^2 in the R triplets.
         gap: (), (s_R - s_{R+1}) / s_R, how well the cut separates the subspace; 1 if nothing is cut off.
         condition: (), s_1 / s_R within the numerical rank.
@@ -61,7 +61,7 @@ class TruncatedSVD:
 
 
 class Triplets(NamedTuple):
-    """K >= R triplets of W (O, I) as a kernel found them, jax or numpy arrays.
+    """K >= R triplets of W (O, I) as computed by a kernel, jax or numpy arrays.
 
     Attributes:
         s: (S,), all known singular values, descending; S >= K.
@@ -82,7 +82,7 @@ def full_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -
     Args:
         rank: R, at most min(O, I).
         vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
-        guard: number of further triplets to return, if there are as many.
+        guard: number of extra triplets to return, as far as there are any.
     """
     chex.assert_rank(w, 2)
     columns = min(rank + guard, *w.shape)
@@ -100,8 +100,8 @@ def scale_out(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def gram_matrix(w: jax.Array) -> jax.Array:
-    """Return W'W or WW' (M, M), the smaller one, of a large W by the blocks on and above the diagonal."""
-    # Both orientations are written out: XLA copies a slice of a transpose, which takes longer than it saves.
+    """Return the smaller of W'W and WW', (M, M); for a large W compute only blocks on and above the diagonal."""
+    # Both orientations are written out: XLA would copy a slice of a transpose, which takes longer than it saves.
     wide, width = w.shape[0] < w.shape[1], min(w.shape)
     if width < _TRIANGLE_FROM:
         return dot(w, w.T) if wide else dot(w.T, w)
@@ -137,7 +137,7 @@ def from_eigenpairs(
     u, v = (long, short) if w.shape[0] >= w.shape[1] else (short, long)
     total = jnp.sum(jnp.sum(tall**2, axis=0))
     svd = truncate(Triplets(u, s, v, residual, total), rank, vectors)
-    # The Gram matrix does not resolve squares below the noise, though W may hold these singular values: the error is
+    # The Gram matrix does not resolve squares below the noise, though W may have such singular values: the error is
     # unknown then. `~(a > b)` keeps a NaN error.
     lost = ~(squares[rank - 1] > noise_level(w.shape) * squares[0]) & jnp.isfinite(squares[0])
     return dataclasses.replace(svd, s=svd.s * size, error=jnp.where(lost, jnp.inf, svd.error))
@@ -173,9 +173,9 @@ def krylov_svd(
     the eigenvectors in the whole subspace. `error` does not assume convergence: it follows from `residual`, which is
     measured on W. If the subspace would be as wide as the matrix, `gram_svd` is used instead.
 
-    `depth` is the number of columns of the subspace per triplet, `block` that of a block; the other arguments are those
-    of `full_svd`. With a depth of 3, vectors next to the cut do not converge on spectra that decay as slowly as those
-    of language models.
+    `depth` is the number of subspace columns per triplet, `block` the number of columns per block; see `full_svd` for
+    the other arguments. With a depth of 3, vectors next to the cut do not converge on spectra that decay as slowly as
+    those of language models.
     """
     chex.assert_rank(w, 2)
     columns = krylov_columns(rank, guard=guard, depth=depth, block=block)
@@ -212,7 +212,7 @@ def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Arra
     key, width = jax.random.key(0), gram.shape[0]
     basis, _ = jnp.linalg.qr(jax.random.normal(key, (width, block), gram.dtype))
     projected = jnp.zeros((block, block), basis.dtype)
-    # A few loops of growing width: one loop of full width would multiply empty columns, and one program per block would
+    # A few loops of growing width: one loop of full width would multiply empty columns, and unrolling all blocks would
     # take longer to compile than to run.
     edges = sorted({1, *(max(1, count * i // _LOOPS) for i in range(1, _LOOPS + 1))})
     for start, stop in itertools.pairwise(edges):
@@ -256,13 +256,13 @@ def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
 
 
 def _where(keep: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Zero the vectors that are not kept; on the host, without a copy if there is none."""
+    """Zero the vectors that are not kept; on the host, avoid the copy if all are kept."""
     xp = namespace(vectors)
     return vectors if xp is np and np.all(keep) else xp.where(keep, vectors, xp.zeros_like(vectors))
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
-    """Return the largest angle of `truncate`, from s (S + 1,), ending in a zero, and residuals (R,)."""
+    """Return the `error` of `truncate` from s (S + 1,), which ends in a zero, and residuals (R,)."""
     xp, rank = namespace(s), residual.shape[0]
     residual = xp.maximum(residual, float(xp.finfo(xp.float32).eps) * s[0])
     angles = residual / gaps(s, rank, count, whole, vectors)
@@ -272,7 +272,7 @@ def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vect
 
 
 def gaps(s: jax.Array, rank: int, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
-    """Return the distance (R,), above 0, of each vector's singular value to its neighbours, or that of the subspace.
+    """Return the distance (R,), above 0, of each singular value to its neighbours, or the gap at the cut for all.
 
     `s` (S + 1,) ends in a zero. If nothing is cut off (`whole`), the subspace is the whole space, and the other vectors
     determine the last one.
@@ -289,5 +289,5 @@ def gaps(s: jax.Array, rank: int, count: jax.Array, whole: bool, vectors: bool) 
 
 
 def noise_level(shape: tuple[int, ...]) -> float:
-    """Return the level, relative to the largest, below which a singular value of a float32 matrix is rounding."""
+    """Return the level, relative to the largest, below which singular values of a float32 matrix are noise."""
     return float(jnp.finfo(jnp.float32).eps) * max(shape)

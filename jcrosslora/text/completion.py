@@ -22,7 +22,7 @@ class Message:
     content: str
 
 
-# Plain text up to the answer, or the messages before it, the last of which is the user's.
+# Plain text up to the answer, or the messages before it, which end with the user's.
 Prompt: TypeAlias = str | tuple[Message, ...]
 # A prompt as a user gives it: messages may be {"role", "content"}.
 Asked: TypeAlias = str | Sequence[Message | Mapping[str, str]]
@@ -33,13 +33,13 @@ class Completion:
     """A prompt with an answer.
 
     Attributes:
-        prompt: text, which the answer follows unchanged, or messages.
-        answer: the text after it; of a conversation, the content of the assistant's message.
-        ended: whether the answer ends there. One that was cut off does not.
-        origin: how it came about, for reports.
-        references: answers that are as good; what a model writes is compared with them and with `answer`.
-        taught: what a fit teaches as correct, whatever the source predicts: nothing, the end of an answer that has
-            ended, or all of the answer and its end.
+        prompt: text, which the answer follows directly, or messages.
+        answer: the text after the prompt; in a conversation, the content of the assistant's message.
+        ended: whether the answer is complete rather than cut off.
+        origin: where the completion comes from, for reports.
+        references: equally good answers; generated text is compared with them and with `answer`.
+        taught: what a fit teaches as correct, regardless of the source's predictions: nothing, the end of an answer
+            that has ended, or the whole answer and its end.
         greedy: whether the source wrote the answer at temperature 0.
     """
 
@@ -53,14 +53,14 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """Prompt and answer, for reports; of a conversation the contents, one below the other."""
+        """Prompt and answer, for reports; for a conversation the contents, one per line."""
         if isinstance(self.prompt, str):
             return self.prompt + self.answer
         return f"{prompt_text(self.prompt)}\n{self.answer}"
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Check that a JSON value is text that is not blank; JSON can hold half a surrogate pair, which is no text."""
+    """Tell whether a JSON value is non-blank text without lone surrogates, which JSON can hold."""
     return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
@@ -98,7 +98,7 @@ def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
 
 
 def as_prompts(prompts: Asked | Sequence[Asked]) -> list[Prompt]:
-    """Return a list of prompts; a single text, or the messages of a single conversation, is one.
+    """Return a list of prompts; a single text or the messages of one conversation become one prompt.
 
     Messages are objects, or mappings as in a JSON line, and are read as by `parse_prompt`.
     """
@@ -134,7 +134,7 @@ def _as_prompt(value: Asked, number: int) -> Prompt:
 
 
 def _content(value: Any) -> Any:
-    """Join a content in the form of several texts; None if a part is none. Anything else is returned unchanged."""
+    """Join a content given as several texts; None if a part has no text. Anything else is returned unchanged."""
     parts = value if isinstance(value, list) else []
     if not parts or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return value

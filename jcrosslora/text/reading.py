@@ -1,4 +1,4 @@
-"""Render a conversation by a chat template, and tokenise a completion for one base, with the end of each token."""
+"""Render a conversation with a chat template, and tokenize a completion for one base, with the end of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import Completion, Message, Prompt
 
-# For bases without a chat template. Contents are on separate lines, as in nearly all templates, so that their first
-# tokens are those of other bases.
+# For bases without a chat template. As in nearly all templates, contents are on separate lines, so that they begin with
+# the same tokens as in other bases.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-# Stand for contents while the text around them is found; templates have no use for these private characters.
+# Placeholder for contents while finding the text around them; templates do not use these private characters.
 _MARK = "\ue000{}\ue001"
 
 
@@ -31,12 +31,12 @@ class Reading:
     content and a count of its characters; tokens of two bases that end at the same place predict the same text.
 
     Attributes:
-        ids: int32 (T,), up to the end of the answer, with the token that ends it if the answer has ended.
+        ids: int32 (T,), up to the end of the answer, with its stop token if the answer has ended.
         content: int32 (T,), number of the content that a token ends in, or just before; -1 for tokens of the
             template, for bos and for tokens that end inside a character. Plain text is one content.
         end: int32 (T,), characters of that content up to the end of the token.
         answer: index of the answer's first token, 1 or more.
-        stop: whether the last token is the one that ends the answer.
+        stop: whether the last token is the answer's stop token.
     """
 
     ids: np.ndarray
@@ -47,12 +47,12 @@ class Reading:
 
     @property
     def answer_tokens(self) -> int:
-        """Number of the answer's tokens, the one that ends it included."""
+        """Number of the answer's tokens, including its stop token."""
         return len(self.ids) - self.answer
 
 
 def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
-    """Tokenize a completion: a conversation by the base's chat template, plain text unchanged.
+    """Tokenize a completion: a conversation with the base's chat template, plain text unchanged.
 
     Raises UsageError if the answer has no separate token, or the chat template refuses the messages.
     """
@@ -63,7 +63,7 @@ def read(tokenizer: Tokenizer, completion: Completion) -> Reading:
         content, end = np.where(found.ends > 0, 0, -1), np.maximum(found.ends, 0)
     else:
         asked = render(tokenizer, prompt, ask=True)
-        # The answer follows the generation prompt, as it does when it is written.
+        # The answer follows the generation prompt, as in generation.
         begin, found = len(asked.text), tokenizer.encode(asked.text + answer, special=False)
         content, end = _places(asked, found.ends)
     own = np.flatnonzero(found.ends > begin)
@@ -89,7 +89,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> np.ndarray:
 def last_tokens(tokenizer: Tokenizer, ids: np.ndarray, most: int) -> np.ndarray:
     """Cut a text, int32 (T,), to its last tokens if it has more than `most`.
 
-    The token that begins a text stays in front: without it some models, such as Gemma, write nonsense.
+    A BOS token stays in front: without it some models, such as Gemma, write nonsense.
     """
     if len(ids) <= most:
         return ids
@@ -98,14 +98,14 @@ def last_tokens(tokenizer: Tokenizer, ids: np.ndarray, most: int) -> np.ndarray:
 
 
 def begin_of(tokenizer: Tokenizer) -> int | None:
-    """Find the id of the token that begins a text of a base or of its chat template; None if there is none."""
+    """Return the BOS token id of a base or of its chat template; None if there is none."""
     return tokenizer.backend.token_to_id(tokenizer.bos_name) if tokenizer.bos is None else tokenizer.bos
 
 
 def ending(tokenizer: Tokenizer, *, chat: bool) -> int | None:
-    """Find the id of the token that ends an answer: in a conversation the one after the assistant's message, else eos.
+    """Return the id of the stop token of an answer: in a chat the one after the assistant's message, otherwise EOS.
 
-    None if the base has no token that ends a text.
+    None if the base has no stop token.
     """
     return _turn_end(tokenizer) if chat else tokenizer.eos
 
@@ -115,9 +115,9 @@ class Rendered:
     """A conversation as one base reads it.
 
     Attributes:
-        text: all of it, special tokens by their names.
+        text: the whole text, special tokens by their names.
         spans: first character and end of each message's content in the text.
-        skipped: characters of space at the beginning of each content that the template drops.
+        skipped: number of leading whitespace characters of each content that the template drops.
     """
 
     text: str
@@ -126,10 +126,10 @@ class Rendered:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = False) -> Rendered:
-    """Render messages by the chat template of a base; `PLAIN_TEMPLATE` if it has none.
+    """Render messages with the chat template of a base, or `PLAIN_TEMPLATE` if it has none.
 
-    The text equals that of `apply_chat_template` of transformers. `ask` adds the generation prompt, which precedes an
-    answer. Raises UsageError if the template refuses the messages, or changes a content beyond stripping space.
+    The text is the same as from transformers' `apply_chat_template`. `ask` adds the generation prompt. Raises
+    UsageError if the template refuses the messages, or changes a content beyond stripping space.
     """
     contents = [message.content for message in messages]
     text = _rendered(tokenizer, messages, contents, ask)
@@ -156,14 +156,14 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 
 def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """Read conversations in another template, such as the one next to an adapter, if there is one."""
+    """Return the tokenizer with another chat template, e.g. an adapter's, or unchanged if it is None."""
     if template is None:
         return tokenizer
     return replace(tokenizer, chat_template=template, ref=f"{tokenizer.ref} with the adapter's chat_template.jinja")
 
 
 def tokenizer_of(base: BaseModel, template: str | None) -> Tokenizer:
-    """Return the tokenizer of a base for an adapter with a chat template; one that the user gave the base comes first.
+    """Return the base's tokenizer with an adapter's chat template, unless the user gave the base one.
 
     Raises CheckpointError if the base has no tokenizer, or it cannot be read.
     """
@@ -179,7 +179,7 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
 
 
 def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the content in which each token ends, -1 for the template's, and the characters of it up to there."""
+    """Return the content in which each token ends, -1 for template tokens, and its characters up to that end."""
     content, end = np.full(len(ends), -1, np.int32), np.zeros(len(ends), np.int32)
     for number, ((first, last), skipped) in enumerate(zip(asked.spans, asked.skipped, strict=True)):
         # The text after a content that is not the answer is the template's.
@@ -191,7 +191,7 @@ def _places(asked: Rendered, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
-    """Walk along the text; None if it does not consist of the contents and the texts around them."""
+    """Return the span of each content; None if the text is not the contents with the texts around them."""
     spans, place = [], 0
     for before, content, behind in zip(around, contents, around[1:], strict=False):
         if not text.startswith(before, place):
@@ -214,7 +214,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Seque
         return run_template(
             template_of(tokenizer), shown, add_generation_prompt=ask, tools=None, documents=None, **names
         )
-    except Exception as error:  # a template is a program of somebody else's, which may raise anything
+    except Exception as error:  # a template is untrusted code and may raise anything
         cause = f"{type(error).__name__}: {' '.join(str(error)[:400].split())[:200]}"
         roles = ", ".join(message.role for message in messages)
         msg = f"{tokenizer.ref}: its chat template refuses messages of {roles} ({cause}): give another with --template"

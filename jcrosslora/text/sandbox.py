@@ -34,11 +34,11 @@ from jcrosslora.text.work import (
 )
 
 _SOURCE = 40_000  # characters of a template; the longest of 265 published ones has 20,000
-_LOOPS = 8  # loops and macros in each other, at most 4 there: the time to compile a template grows with them
-# Characters and items; more for each character of the messages, as some templates loop over them, and for each pair of
-# messages, as Gemma 4's looks at all messages for each. The most that one of the 265 needs is 214 and 60.
+_LOOPS = 8  # nested loops and macros, at most 4 in those: compile time grows with them
+# Characters and items; more for each character of the messages, because some templates loop over them, and for each
+# pair of messages, because Gemma 4's looks at all messages for each. The most that one of the 265 needs is 214 and 60.
 _WORK, _CHARACTER, _PAIR = 10_000_000, 300, 100
-_RUN, _NODE = 30, 2  # what a run of a loop or macro costs, and an expression in it
+_RUN, _NODE = 30, 2  # cost of a run of a loop or macro, and of a node in it
 _POWER = 64  # the largest exponent
 # What templates of published models call.
 _METHODS = {
@@ -50,13 +50,13 @@ _METHODS = {
     dict: ["get", "items", "keys", "values"],
     LoopContext: ["changed", "cycle"],
 }
-# Filters that a template cannot write: they have a space.
+# Filters that a template cannot call, because their names have a space.
 _WRITTEN, _COUNTED, _COMPARED = "written value", "counted value", "compared values"
 _LOCK = threading.Lock()  # there is one budget
 
 
 def run_template(source: str, messages: Sequence[dict[str, Any]], **names: Any) -> str:
-    """Render a chat template, which may raise anything; a `TemplateError` if it does more work than it needs."""
+    """Render a chat template, which may raise anything; raise TemplateError if it exceeds its work budget."""
     if len(source) > _SOURCE:
         raise TemplateError(f"it has {len(source):,} characters, wanted at most {_SOURCE:,}")
     said = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
@@ -68,7 +68,7 @@ def run_template(source: str, messages: Sequence[dict[str, Any]], **names: Any) 
 
 
 class _Counting(NodeTransformer):
-    """Put the counting into the syntax tree of a template."""
+    """Insert the work counting into a template's syntax tree."""
 
     depth = 0  # of loops and macros
 
@@ -107,7 +107,7 @@ class _Counting(NodeTransformer):
 
 
 def _trivial(left: nodes.Expr, pairs: list[nodes.Operand]) -> bool:
-    """Return whether a comparison costs next to nothing, as it has a literal: a string is equal to no list."""
+    """Tell whether a comparison is cheap because it has a literal: comparing a string with a list costs nothing."""
     first = pairs[0]
     if first.op in ("in", "notin"):
         right = first.expr
@@ -122,7 +122,7 @@ def _filtered(name: str, node: nodes.Expr, *given: nodes.Expr) -> nodes.Filter:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox of transformers' chat templates, which counts."""
+    """The sandbox of transformers' chat templates, with work counting."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 

@@ -1,7 +1,7 @@
-"""Spend the work of what a chat template may do with values, before it is done.
+"""Charge the work of a chat template's operations to its budget before they run.
 
-These are the filters, tests and methods that templates of published models use. Each has a bound on its work and on the
-size of its result that follows from the sizes of its operands.
+These are the filters, tests and methods that templates of published models use. The sizes of the operands bound the
+work and the size of the result of each.
 """
 
 import json
@@ -15,7 +15,7 @@ from jinja2.filters import FILTERS
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 
-# What a value costs on top of its length; how many values may be in each other.
+# Cost of a value on top of its length; maximum nesting of values.
 VALUE, _DEPTH = 10, 64
 _BITS = 64  # of a whole number that is computed
 _ESCAPED = 6  # characters that one becomes in JSON or where text marked safe is joined with other text
@@ -42,12 +42,12 @@ _COMPARISONS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
 
 
 class _Left:
-    """The work that the template may still do."""
+    """The remaining work budget of the template."""
 
     work = 0
 
     def spend(self, work: int) -> None:
-        """Do some of it, or refuse."""
+        """Subtract work; raise TemplateRuntimeError if the budget is exceeded."""
         self.work -= work
         if self.work < 0:
             raise TemplateRuntimeError("it does more work than a conversation needs")
@@ -57,7 +57,7 @@ LEFT = _Left()
 
 
 def weigh(value: Any, depth: int = _DEPTH) -> None:
-    """Spend the work of reading all of a value, as printing and comparing do: an item of two lists counts twice."""
+    """Spend the work of reading a whole value, as printing and comparing do; an item in two lists counts twice."""
     if isinstance(value, str):
         LEFT.spend(VALUE + len(value))
     elif isinstance(value, int):
@@ -94,7 +94,7 @@ def counted(value: Any, cost: int = VALUE) -> Any:
 
 
 def spend_on_text(text: str, name: str, *given: Any) -> None:
-    """Spend the work of a method of a text, and what it adds to the text."""
+    """Spend the work of a string method and the size of what it adds."""
     first, *rest = [one for one in given if isinstance(one, str)] or [""]
     LEFT.spend(VALUE + _search(text, len(first) + sum(map(len, rest))))
     if name in ("split", "rsplit"):
@@ -104,17 +104,17 @@ def spend_on_text(text: str, name: str, *given: Any) -> None:
 
 
 def _search(text: str, length: int) -> int:
-    """Return the work to look for a text of a length: at worst Python compares all characters with all."""
+    """Return the work to search for a text of `length`: at worst Python compares all characters with all."""
     return len(text) * (1 + length // 16)
 
 
 def growth(*values: Any) -> int:
-    """Return how much longer text may become that is joined with these: text marked safe escapes it."""
+    """Return the factor by which text may grow when joined with these: text marked safe escapes it."""
     return _ESCAPED if any(hasattr(one, "__html__") for one in values) else 1
 
 
 def checked_number(value: Any) -> Any:
-    """Refuse a whole number that takes long to compute with."""
+    """Return a value; raise TemplateRuntimeError for an integer that is too large to compute with quickly."""
     if isinstance(value, int) and value.bit_length() > _BITS:
         raise TemplateRuntimeError(f"it computes a whole number of {value.bit_length()} bits, wanted at most {_BITS}")
     return value
@@ -142,7 +142,7 @@ def _paced(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _costing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a filter spend its work."""
+    """Wrap a filter so that it spends its work."""
     place = int(hasattr(function, "jinja_pass_arg"))  # a context or environment may come first
     lazy, outer, sorts = name in _LAZY, name in _OUTER, name in ("sort", "dictsort")
 

@@ -1,4 +1,4 @@
-"""LoRA training on examples: the loss of answers, optimisers, checkpoints to continue from."""
+"""LoRA training on examples: the loss on answers, optimisers, checkpoints to resume from."""
 
 from jcrosslora.evaluate.examples import Example as Example
 from jcrosslora.evaluate.examples import read_examples as read_examples

@@ -1,4 +1,4 @@
-"""Batches of training examples, of few shapes and in a seeded order; and the optimiser step on a batch."""
+"""Batches of training examples, in few shapes and a seeded order, and the optimiser step on a batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from jcrosslora.text import Reading, read
 from jcrosslora.training.checkpoints import Loss, TrainingSettings
 from jcrosslora.training.lora_rite import lora_rite
 
-# Of all updates, or role -> float32 (L, 1, 1) of each one.
+# One scale for all updates, or role -> float32 (L, 1, 1).
 Scale: TypeAlias = float | jax.Array | dict[str, jax.Array]
-_MULTIPLE = 16  # of widths and of answer slots: every further shape has to be compiled
-_RARE = 1 / 16  # share of the steps below which it takes longer to compile for a width than it saves
-_WINDOW = 16  # batches among which examples of similar length are put together
+_MULTIPLE = 16  # widths and answer slots are multiples of this: every further shape has to be compiled
+_RARE = 1 / 16  # a width of fewer of the steps takes longer to compile than it saves
+_WINDOW = 16  # batches within which examples are sorted by length
 _LOGITS_AT_ONCE = 128
 
 
 def encode(tokenizer: Tokenizer, example: Example, loss: Loss = "answers") -> Reading:
-    """Tokenize a prompt and its right answer; errors are those of `jcrosslora.text.read`.
+    """Tokenize a prompt and its right answer; raise the errors of `jcrosslora.text.read`.
 
     With the loss on all tokens, the answer begins at the second token: nothing predicts the first one.
     """
@@ -50,10 +50,10 @@ class Batch:
     """Examples padded on the right: tokens int32 and mask bool (B, T); S slots for answer tokens.
 
     Attributes:
-        picked: int32 (S,), index into the flattened (B, T): the position in front of each answer token.
+        picked: int32 (S,), index into the flattened (B, T) of the position before each answer token.
         wanted: int32 (S,), the answer tokens.
         used: float32 (S,), 1 for a token, 0 for an empty slot.
-        members: int32 (B,), the number of each example.
+        members: int32 (B,), the index of each example.
     """
 
     tokens: jax.Array
@@ -65,10 +65,10 @@ class Batch:
 
 
 class Plan:
-    """All batches of a run, known from the start, so that a run can continue at any step.
+    """All batches of a run, fixed from the start, so that a run can resume at any step.
 
-    Each pass over the examples is a new permutation. Among the examples of every 16 batches those of similar length are
-    put together, so that less of a batch is padding; the order of these batches is random again.
+    Each epoch is a new permutation of the examples. Within every 16 batches, examples of similar length share a batch,
+    which reduces padding; the order of these batches is shuffled again.
     """
 
     def __init__(self, examples: Sequence[Reading], batch: int, steps: int, seed: int):
@@ -87,7 +87,7 @@ class Plan:
 
 
 def make_batch(examples: Sequence[Reading], members: np.ndarray, width: int, slots: int) -> Batch:
-    """Pad the examples with the indices `members` int (B,), in T tokens, the width, and S slots for all answers."""
+    """Pad the examples at the indices `members`, int (B,), to `width` T and `slots` S for all answers."""
     tokens, mask = np.zeros((len(members), width), np.int32), np.zeros((len(members), width), bool)
     picked = np.zeros(slots, np.int32)
     wanted, used = np.zeros_like(picked), np.zeros(picked.shape, np.float32)
@@ -102,7 +102,7 @@ def make_batch(examples: Sequence[Reading], members: np.ndarray, width: int, slo
 
 
 def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
-    """int64 (steps, batch): the examples of each batch."""
+    """Return the example indices of each batch, int64 (steps, batch)."""
     rng, total = np.random.default_rng(seed), steps * batch
     passes = [rng.permutation(len(lengths)) for _ in range(-(-total // len(lengths)))]
     order = np.concatenate(passes)[:total]
@@ -115,7 +115,7 @@ def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray
 
 
 def _widths(lengths: np.ndarray) -> np.ndarray:
-    """int64 (steps,): widths for batches of these lengths; a rare width is replaced by the next wider one."""
+    """Return the width of each batch, int64 (steps,), given its longest text; round rare widths up to the next."""
     widths = np.array([rounded(length) for length in lengths])
     for width in np.unique(widths)[:-1]:
         here = widths == width
@@ -134,8 +134,8 @@ class TrainState:
     """The state of a training between two updates.
 
     Attributes:
-        trained: arrays in float32; of a LoRA A and B of every role, without the scale.
-        step: int32 scalar, updates made.
+        trained: arrays in float32; for a LoRA, A and B of every role, without the scale.
+        step: int32 scalar, number of updates so far.
     """
 
     trained: Any
@@ -144,7 +144,7 @@ class TrainState:
 
 
 def rate_at(settings: TrainingSettings) -> optax.Schedule:
-    """Make the schedule of the learning rate: a linear rise, then half a cosine down to 0; steps count from 0."""
+    """Make the learning rate schedule: linear warm-up, then cosine decay to 0; steps count from 0."""
 
     def rate(step: Any) -> Any:
         rise = (step + 1) / (settings.warm_up + 1)
@@ -155,7 +155,7 @@ def rate_at(settings: TrainingSettings) -> optax.Schedule:
 
 
 def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
-    """Make the optimiser: AdamW after clipping of the gradient's norm, or LoRA-RITE, which clips inside."""
+    """Make the optimiser: AdamW with clipping by global norm, or LoRA-RITE, which clips inside."""
     rate, decay = rate_at(settings), settings.weight_decay
     if settings.optimizer == "lora-rite":
         return lora_rite(rate, clip=settings.clip, weight_decay=decay)
@@ -170,8 +170,8 @@ def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
 def answer_loss(model: Model, batch: Batch, remat: bool = False) -> jax.Array:
     """Compute the mean of -log p(token) over the batch's answer tokens: float32 scalar, nats.
 
-    Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
-    layers together. An adapter of the model has the scale inside B. `remat` recomputes each layer in the backward pass.
+    Only the positions before answer tokens go through the head: in Gemma-3-270M it has more weights than all layers
+    together. An adapter of the model has the scale inside B. `remat` recomputes each layer in the backward pass.
     """
     hidden = forward(model, batch.tokens, mask=batch.mask, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
@@ -185,7 +185,7 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, StackedAdapter]:
     """Compute `answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
 
-    The model is the base alone; the factors are without the scale, alpha / rank. `remat` recomputes each layer in the
+    The model is the base alone; the factors exclude the scale, alpha / rank. `remat` recomputes each layer in the
     backward pass.
     """
 
@@ -195,11 +195,11 @@ def loss_and_gradient(
     return jax.value_and_grad(loss)(factors)
 
 
-# Compiled apart from the gradient, because it is the same for batches of all shapes.
+# Compiled separately from the gradient, because it is the same for all batch shapes.
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> TrainState:
-    """Update the state; the given one is used up."""
-    # optax relies on it, and a program around this one may have set "strict".
+    """Update the state; the given one is donated."""
+    # optax relies on it, and the calling program may have set "strict".
     with jax.numpy_dtype_promotion("standard"):
         changes, optimizer = _optimizer(settings).update(gradient, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, changes)
@@ -207,6 +207,6 @@ def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> Trai
 
 
 def scaled(factors: StackedAdapter, scale: Scale) -> StackedAdapter:
-    """Multiply B by the scale, as the decoder wants it."""
+    """Multiply B by the scale, as the decoder expects."""
     times = scale if isinstance(scale, dict) else dict.fromkeys(factors.roles, jnp.asarray(scale, jnp.float32))
     return StackedAdapter({role: StackedFactors(one.a, one.b * times[role]) for role, one in factors.roles.items()})

@@ -1,4 +1,4 @@
-"""The settings of a training run, and its checkpoints, from which a stopped run continues; Orbax writes them whole."""
+"""The settings of a training run, and its checkpoints, from which a stopped run resumes; Orbax writes them."""
 
 import hashlib
 import json
@@ -86,8 +86,8 @@ class TrainingSettings(Settings):
 
 _KEPT = 2
 _ITEMS = ("state", "run", "notes")
-_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the folder of each step
-_SEAL = "sha256"  # in the run's identity on disk: Orbax has no checksum of the arrays' bytes
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file in the folder of each step
+_SEAL = "sha256"  # key in the saved identity of the run: Orbax has no checksum of the arrays' bytes
 
 
 class Stepped(Protocol):
@@ -101,14 +101,14 @@ State = TypeVar("State", bound=Stepped)
 
 
 class Checkpoints:
-    """The newest states of one run in a folder, each under the number of its step.
+    """The newest states of one run in a folder, each in a subfolder named by its step.
 
     Every state is saved with the run's identity. A folder of another run is refused, because the order of the examples
-    and the learning rate would be neither run's.
+    and the learning rate would match neither run.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open or make the folder, or raise OutputError; `run` holds everything that the numbers depend on."""
+        """Open or create the folder, or raise OutputError; `run` holds everything that the numbers depend on."""
         import orbax.checkpoint as ocp
 
         self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp
@@ -120,7 +120,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
+        """Return the newest state and the notes saved with it, or `like` and no notes if there is none.
 
         Raises UsageError if the state is of another run, and CheckpointError if it cannot be read.
         """
@@ -143,11 +143,11 @@ class Checkpoints:
         state, notes = jax.device_get(found["state"]), found["notes"]
         if stated is not None and stated != _digest(state, notes):
             raise self._unreadable(step, "it was changed after writing")
-        # Copied, so that they are not committed to a device: committed arrays would be compiled for anew.
+        # Copied, so that they are not committed to a device: committed arrays would cause a recompilation.
         return jax.tree.map(jnp.array, state), notes
 
     def save(self, state: Stepped, notes: Mapping[str, Any] | None = None) -> None:
-        """Write a state with notes, which JSON can hold, or raise OutputError; keep only the last of older ones."""
+        """Write a state with JSON-serialisable notes, or raise OutputError; keep only one older state."""
         args, notes = self._ocp.args, dict(notes or {})
         saved = {
             "state": args.StandardSave(state),
@@ -164,7 +164,7 @@ class Checkpoints:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Close the folder behind a block; an interrupt of it says from where the same run continues."""
+        """Close the folder after the block; a KeyboardInterrupt in it says from which step the run resumes."""
         with closing(self):
             try:
                 yield
@@ -178,7 +178,7 @@ class Checkpoints:
         try:
             with quiet():
                 return self._manager.restore(step, args=self._ocp.args.Composite(**items))
-        except Exception as error:  # of bytes that were changed Orbax raises anything, bare exceptions too
+        except Exception as error:  # on changed bytes Orbax raises anything, even a bare Exception
             raise self._unreadable(step, " ".join(str(error).split())[:120]) from error
 
     def _unreadable(self, step: int, reason: str) -> CheckpointError:
@@ -187,7 +187,7 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:
-        """Raise OutputError if the block cannot write, with the step of the newest state; remove what it left."""
+        """Raise OutputError if the block cannot write, naming the newest step; remove its partial files."""
         try:
             with writing():
                 yield
@@ -202,10 +202,10 @@ class Checkpoints:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UsageError for a place that holds a model, a file, or folders that Orbax would take for states."""
+    """Raise UsageError for a folder that is a file, or holds a model or folders that Orbax would take for states."""
     folder = folder.expanduser()
     names: list[str] = []
-    with suppress(OSError):  # no folder, or one that cannot be read, which whoever opens it says
+    with suppress(OSError):  # no folder, or an unreadable one: opening it raises the error
         names = [path.name for path in folder.iterdir()]
     steps = [name for name in names if name.isdecimal()]  # Orbax takes any of these for the state at a step
     states = [name for name in steps if (folder / name / _METADATA).exists()]
@@ -216,7 +216,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _digest(state: Any, notes: Mapping[str, Any]) -> str:
-    """Return the SHA-256 (hex) of the numbers of a state on the host, and of what JSON keeps of its notes."""
+    """Return the SHA-256 (hex) of a state's arrays, on the host, and of its notes as JSON."""
     found = hashlib.sha256(json.dumps(json.loads(json.dumps(notes)), sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
         found.update(np.asarray(leaf).tobytes())

@@ -1,4 +1,4 @@
-"""LoRA-RITE: an adaptive optimiser whose steps of B A are the same for every factorisation (arXiv 2410.20625)."""
+"""LoRA-RITE: an adaptive optimiser whose steps of B A do not depend on its factorisation (arXiv 2410.20625)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.linalg import dot, over_layers
 
 # Columns of unit length count as dependent if an eigenvalue of their Gram matrix is below this share of the largest:
-# float32 knows such a matrix to about 1e-7, so smaller eigenvalues are noise.
+# float32 rounds such a matrix to about 1e-7, so smaller eigenvalues are noise.
 _DEPENDENT = 1e-6
 
 
@@ -76,10 +76,10 @@ def lora_rite(
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.
-        clip: largest norm of all unmagnified gradients together.
+        clip: largest global norm of the unmagnified gradients.
 
     Raises:
-        UsageError: from `init` and `update`, the parameters are not a `StackedAdapter`.
+        UsageError: in `init` and `update`, if the parameters are not a `StackedAdapter`.
     """
 
     def init(params: Any) -> Any:
@@ -135,7 +135,7 @@ def _zeros(factors: StackedFactors) -> tuple[Moments, Moments]:
 
 
 def _corrected(decay: float, step: jax.Array) -> jax.Array:
-    """Decay at a step, from 1 on, of a running mean whose start at zero needs no later correction."""
+    """Return the decay at a step, counted from 1, with Adam's bias correction included."""
     return decay * (1 - decay ** (step - 1)) / (1 - decay**step)
 
 
@@ -155,7 +155,7 @@ def _orthonormal(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _independent_root(columns: jax.Array) -> jax.Array:
-    """Compute (C'C)^-1/2 (K, K) of columns C (N, K), 0 in directions in which they depend on each other."""
+    """Compute (C'C)^-1/2 (K, K) of columns C (N, K), 0 in directions in which they are dependent."""
     values, vectors = jnp.linalg.eigh(_symmetric(dot(columns.T, columns)))
     kept = values > _DEPENDENT * values[-1]
     roots = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
@@ -184,7 +184,7 @@ def _advance(old: Moments, basis: jax.Array, gradient: jax.Array, decays: Any, e
 def _change(
     factors: StackedFactors, moments: tuple[Moments, Moments], inverse: jax.Array, rate: jax.Array, decay: float
 ) -> StackedFactors:
-    """Compute the step of B, then that of A in the basis of the new B."""
+    """Compute the step of B, then the step of A in the basis of the new B."""
     of_b, of_a = moments
     by_b = -rate * (dot(of_b.first, inverse.T) + decay * factors.b)
     basis, inverse = _orthonormal(factors.b + by_b)

@@ -1,4 +1,4 @@
-"""Training loops for a LoRA adapter, for an adapter's magnitudes, or for any other differentiable part of a base."""
+"""Training loops for a LoRA adapter, an adapter's magnitudes, or any other differentiable part of a base."""
 
 import dataclasses
 import json
@@ -52,22 +52,23 @@ def train_lora(
     model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
-    """Train a LoRA adapter to give the right answers, on the mean loss of the answers' tokens.
+    """Train a LoRA adapter to give the right answers, with the mean loss over the answers' tokens.
 
-    The same base, examples and settings give the same adapter on one kind of machine, also when the run was stopped
-    and continued from a checkpoint.
+    The same base, examples and settings give the same adapter on one kind of machine, even if the run was stopped and
+    resumed from a checkpoint.
 
         adapter = jcl.train_lora("models/gemma-3-270m", "train.jsonl", jcl.TrainingSettings(rank=16))
         better = jcl.train_lora("models/gemma-3-270m", "more.jsonl", start=adapter)
 
     Args:
-        base: the model, opened, or what `open_base` opens; its weights do not change.
-        examples: at least one, or the JSONL file of them (see `read_examples`). Conversations are read in the chat
-            template of `start`, if it has one, else in that of the base, which comes first if the user gave it
-            (`open_base`). The token that ends an answer is part of it.
-        checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
-        every: steps from one checkpoint to the next; the last step always has one.
-        model: the base in `settings.dtype`, if it is loaded already, as `tokenizer` is its tokenizer.
+        base: an opened model, or whatever `open_base` opens; its weights do not change.
+        examples: at least one, or a JSONL file of them (see `read_examples`). Conversations use the chat template that
+            the user gave to `open_base`, else that of `start`, else the base's. The token that ends an answer is part
+            of it.
+        checkpoints: folder for the states of this run. If it holds states, the run resumes from the newest.
+        every: steps between checkpoints; the last step always has one.
+        model: the base in `settings.dtype`, if already loaded.
+        tokenizer: the base's tokenizer, if already loaded.
 
     Returns:
         The adapter, in float32, its scale inside B.
@@ -75,7 +76,7 @@ def train_lora(
     Raises:
         UsageError: settings out of range, no example, an answer without a token of its own, checkpoints of another run,
             a loss that is not finite, or a rank, alpha or modules that `start` does not have.
-        AdapterError: `start` cannot be read, is of another kind, or of another base.
+        AdapterError: `start` cannot be read, is not a plain LoRA, or is for another base.
         CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
         OutputError: a checkpoint cannot be written.
     """
@@ -89,7 +90,7 @@ def train_lora(
         tokenizer = tokenizer or tokenizer_of(base, start.info.chat_template)
 
     @cache
-    def loaded() -> Model:  # with the first step: a finished run needs none
+    def loaded() -> Model:  # loaded at the first step: a finished run needs no model
         return model or load_model(base, settings.dtype)
 
     def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
@@ -109,24 +110,25 @@ def fit_magnitudes(
     model: Model | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
-    """Train the magnitude of every update of an adapter on examples; the directions stay as they are.
+    """Train the magnitude of every update of an adapter on examples; the directions do not change.
 
-    It is the cheapest fit: a model of 30 layers has 210 numbers to train. They are trained in units of the
-    adapter's own magnitudes, so that `settings.rate` is a share of them for each step, whatever their sizes.
+    It is the cheapest fit: a model of 30 layers has 210 numbers to train. They are trained relative to the adapter's
+    original magnitudes, so `settings.rate` is a share of them per step, whatever their sizes.
 
     Args:
-        base: the model, opened, or what `open_base` opens.
-        examples: at least one, or the JSONL file of them (see `read_examples`).
-        adapter: of this base, such as one that was moved to it.
+        base: an opened model, or whatever `open_base` opens.
+        examples: at least one, or a JSONL file of them (see `read_examples`).
+        adapter: an adapter for this base, such as one that was moved to it.
         settings: only updates of its `modules` are trained; its rank and alpha are not used.
-        model: the base in `settings.dtype`, if it is loaded already, as `tokenizer` is its tokenizer.
+        model: the base in `settings.dtype`, if already loaded.
+        tokenizer: the base's tokenizer, if already loaded.
 
     Returns:
-        The adapter with other magnitudes inside B, in float32 there; its updates of fused modules are split.
+        The adapter with the new magnitudes inside B, which is float32 there; its updates of fused modules are split.
 
     Raises:
         UsageError: settings out of range, the optimiser "lora-rite" (it trains pairs of factors), an adapter without
-            updates of the modules, or as `train_lora`.
+            updates of the modules, or for the reasons of `train_lora`.
         AdapterError: the adapter does not fit the base.
         CheckpointError: the base or its tokenizer cannot be read.
     """
@@ -161,10 +163,10 @@ def save_trained(
     overwrite: bool = False,
     chat_template: str | None = None,
 ) -> None:
-    """Write a trained adapter as a PEFT folder; how it was `made` goes to the file's metadata, as JSON.
+    """Write a trained adapter as a PEFT folder, with `made` (how it was made) as JSON in the file's metadata.
 
-    A chat template goes into the same folder, for those who use or move the adapter. Raises OutputError if the folder
-    exists already, or cannot be written.
+    A chat template goes into the same folder, for later use or transfer. Raises OutputError if the folder exists
+    already, or cannot be written.
     """
     save_adapter(
         adapter,
@@ -188,11 +190,11 @@ def train(
     identity: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Trained:
-    """Train arrays by their gradient; otherwise as `train_lora`.
+    """Train any arrays by gradient descent; otherwise like `train_lora`, with the same errors.
 
-    The settings are checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss of a
-    batch and its gradient with respect to the arrays. The arrays `start` are float32; they are used up. `identity`
-    adds what else determines the numbers, and overrides settings of the same names. Errors are those of `train_lora`.
+    The settings must be checked already; rank, alpha and modules only matter to `gradient_of`, which returns the loss
+    of a batch and its gradient with respect to the arrays. The arrays `start` are float32; they are donated. `identity`
+    adds what else determines the numbers, and overrides settings of the same names.
     """
     if not examples or every < 1:
         raise UsageError(f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both")
@@ -232,18 +234,18 @@ def _opened(
 
 
 def first_magnitudes(adapter: StackedAdapter) -> Magnitudes:
-    """Return the Frobenius norms ||dW|| of an adapter's updates: role -> float32 (L,), 0 where there is none."""
-    # The sum of products of two Gram matrices, which rounding may take below zero.
+    """Return the Frobenius norms ||dW|| of an adapter's updates: role -> float32 (L,), 0 for layers without one."""
+    # A sum of products of two Gram matrices, which rounding can make negative.
     return {
         role: jnp.sqrt(jnp.maximum(jax.vmap(product_energy)(one.b, one.a), 0)) for role, one in adapter.roles.items()
     }
 
 
 def with_magnitudes(adapter: StackedAdapter, magnitudes: Magnitudes) -> StackedAdapter:
-    """Give the updates other magnitudes: each becomes m dW / ||dW||, after SD-LoRA (Wu et al., ICLR 2025).
+    """Set the magnitudes of updates: each becomes m dW / ||dW||, after SD-LoRA (Wu et al., ICLR 2025).
 
-    SD-LoRA divides by ||B|| ||A||, which depends on how the update is split into factors; here it is ||B A||. The
-    magnitudes are m, float32 (L,) of each role; other roles keep theirs. An update of zero stays zero.
+    SD-LoRA divides by ||B|| ||A||, which depends on how the update is split into factors; this divides by ||B A||. The
+    magnitudes m are float32 (L,) for each role; other roles keep theirs. An update of zero stays zero.
     """
     norms, roles = first_magnitudes(adapter), dict(adapter.roles)
     for role, magnitude in magnitudes.items():
@@ -259,7 +261,7 @@ def loss_and_magnitude_gradient(
 ) -> tuple[jax.Array, Magnitudes]:
     """Compute `answer_loss` and its gradient with respect to the magnitudes.
 
-    The adapter gives the directions, the scale inside B; the magnitudes are float32 (L,) of each role. `remat`
+    The adapter, with its scale inside B, gives the directions; the magnitudes are float32 (L,) for each role. `remat`
     recomputes each layer in the backward pass.
     """
 

@@ -27,7 +27,7 @@ class Start:
 
     Attributes:
         factors: float32 A and B, without the scale.
-        identity: the part of a run's identity that it decides: rank and alpha, or the digest of an adapter.
+        identity: its part of the run's identity: rank and alpha, or the digest of an adapter.
     """
 
     factors: StackedAdapter
@@ -36,7 +36,7 @@ class Start:
 
 
 def fresh(base: BaseModel, settings: TrainingSettings) -> Start:
-    """Start at the base; errors are those of `first_factors`."""
+    """Start from the base alone; raise the errors of `first_factors`."""
     rank, alpha = settings.size
     return Start(first_factors(base, settings), alpha / rank, {"rank": rank, "alpha": alpha})
 
@@ -59,10 +59,10 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
 
 
 def continued(base: BaseModel, adapter: Adapter, settings: TrainingSettings) -> Start:
-    """Start at the factors of an adapter, as peft does: its modules and no others, each with its rank and scale.
+    """Start from the factors of an adapter, as PEFT does: only its modules, each with its rank and scale.
 
-    Raises AdapterError if it is not a plain LoRA of linear layers, or of another base, and UsageError if the settings
-    ask for another rank, alpha or other modules than it has.
+    Raises AdapterError if it is not a plain LoRA of linear layers, or is for another base, and UsageError if the
+    settings ask for another rank, alpha or other modules.
     """
     _check_plain(adapter)
     _check_base(adapter, base)
@@ -76,14 +76,14 @@ def continued(base: BaseModel, adapter: Adapter, settings: TrainingSettings) -> 
 
 
 def to_adapter(factors: StackedAdapter, scale: Scale, base: BaseModel) -> Adapter:
-    """Make an adapter of the factors, the scale inside B."""
+    """Make an adapter from the factors, with the scale inside B."""
     host = jax.device_get(scaled(factors, scale))
     info = AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix)
     return Adapter(unstack_adapter(host, base).modules, info)
 
 
 def _scales(modules: Mapping[str, LoRAFactors], base: BaseModel, role: str) -> jax.Array:
-    """float32 (L, 1, 1): the scale of each layer's update; 1 where there is none, whose factors are zero."""
+    """Return the scale of each layer's update, float32 (L, 1, 1); 1 for layers without one (zero factors)."""
     names = (module_name(layer, role) for layer in base.layers_with(role))
     found = [modules[name].scale if name in modules else 1.0 for name in names]
     return jnp.asarray(np.array(found, np.float32)[:, None, None])
@@ -101,7 +101,7 @@ def _check_plain(adapter: Adapter) -> None:
 
 
 def _check_base(adapter: Adapter, base: BaseModel) -> None:
-    """Refuse an adapter whose file names another model; `fit_to_base` looks at names and shapes of modules."""
+    """Refuse an adapter whose file names another model; `fit_to_base` only checks names and shapes of modules."""
     stated = adapter.info.base_name
     if stated is not None and (evidence := other_model(stated, base.name)) is not None:
         msg = f"{adapter.info.name}: names {stated} as its base, and {public_name(base.name)} is another ({evidence}): "
@@ -109,7 +109,7 @@ def _check_base(adapter: Adapter, base: BaseModel) -> None:
 
 
 def _check_size(adapter: Adapter, settings: TrainingSettings) -> None:
-    """Refuse a size that is not the adapter's."""
+    """Refuse settings whose rank, alpha or modules are not the adapter's."""
     updates = adapter.modules.items()
     has = {
         "rank": {f"{one.rank}" for _, one in updates},

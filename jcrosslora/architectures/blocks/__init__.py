@@ -25,7 +25,7 @@ from jcrosslora.architectures.blocks.recurrent import RecurrentBlock as Recurren
 from jcrosslora.architectures.blocks.recurrent import ShortConvolution as ShortConvolution
 from jcrosslora.errors import UsageError, suggestion
 
-# The classes that have linear modules, in the order in which these are listed.
+# The classes that have linear modules, in listing order.
 BLOCKS: tuple[type[Block], ...] = (
     SelfAttention,
     LatentAttention,
@@ -48,7 +48,7 @@ READERS = tuple(role for role, one in LINEARS.items() if one.stream == "reads")
 
 QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (*QKV, "o_proj")
-# "qg_proj" holds the rows of queries and of their gates in turn, head by head.
+# In "qg_proj", the rows of queries and of their gates alternate head by head.
 GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
 MLP = ("gate_proj", "up_proj", "down_proj")
 UNGATED_MLP = ("up_proj", "down_proj")
@@ -57,7 +57,7 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 CONVOLUTION = ("conv_in_proj", "conv_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
 SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")  # experts that all tokens go through
-# From the stream to a small latent that experts read, and back from what they return.
+# From the stream to the small latent that experts read, and back from their output.
 EXPERT_LATENT = ("expert_in_proj", "expert_out_proj")
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -76,10 +76,10 @@ def module_name(layer: int, role: str) -> str:
 
 
 def roles_named(given: Collection[str] | None, present: Collection[str]) -> list[str]:
-    """Return those of a base's roles that were asked for; None asks for all.
+    """Return the roles of a base that the user asked for; None asks for all.
 
-    A name stands for all modules of attention or of the dense MLP that are called so: q_proj also for `qg_proj`, and
-    for the `global_q_proj` of some layers. Raises UsageError if there is none.
+    A name selects all modules of attention or of the dense MLP with that name: q_proj also selects `qg_proj`, and the
+    `global_q_proj` of some layers. Raises UsageError if there is none.
     """
     paths = {ROLE_PATHS[name] for name in given or () if ROLE_PATHS[name].endswith(f".{name}")}
     found = [role for role in present if given is None or role in given or ROLE_PATHS[role] in paths]
@@ -89,6 +89,6 @@ def roles_named(given: Collection[str] | None, present: Collection[str]) -> list
 
 
 def wanted_roles(given: Iterable[str] | None) -> str:
-    """Say what roles there are, to those who named one that there is not; a whole list would have 44."""
+    """Describe the roles for an error about an unknown one; the full list would be too long."""
     near = next((suggestion(one, ROLES) for one in given or () if one not in ROLES), "")
     return f"different roles of linear modules{near}, such as {', '.join(DENSE_ROLES)}"

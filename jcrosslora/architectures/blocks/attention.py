@@ -13,10 +13,9 @@ from jcrosslora.architectures.ops import einsum, rms_norm, soft_cap
 from jcrosslora.architectures.ropes import apply_rope
 from jcrosslora.architectures.run import KeysValues, KVCache, Run, append_layer, last_of_kind
 
-# For each head, for all heads together, for each after the rotation, or the same without a gain in layers with
-# positions.
+# Per head; over all heads together; per head after the rotation; or that without a gain, only in layers with positions.
 HeadNorms = Literal["head", "whole", "rotated", "unit"]
-_LATENT_EPS = 1e-6  # of the norms of latents; the configuration states that of other norms
+_LATENT_EPS = 1e-6  # for the norms of latents; the configuration states it for other norms
 
 
 def _linears(group: str) -> tuple[Linear, ...]:
@@ -42,12 +41,12 @@ class SelfAttention(Block):
 
     Attributes:
         norm: how queries and keys are normalised; None if they are not.
-        gated: whether a module returns queries and gates on what they get, in one matrix.
+        gated: whether one module returns the queries and gates on the attention output.
         keys_are_values: whether the keys, before their norm, are the values.
         value_norm: whether the heads of values are normalised, without a gain.
         sinks: whether heads may attend to nothing.
-        shares_keys: whether it reads the keys and values of the last layer before that has any of its kind.
-        group: before the roles of layers whose heads differ from those of others: "global_" or nothing.
+        shares_keys: whether it reads the keys and values of the last earlier layer that has any of its kind.
+        group: prefix of its roles: "global_" in layers whose heads differ from those of other layers, else nothing.
     """
 
     hidden: int
@@ -71,12 +70,12 @@ class SelfAttention(Block):
 
     @property
     def shared_kind(self) -> str | None:
-        """The kind of the keys and values that it reads from an earlier layer."""
+        """The kind of the keys and values that it reads from an earlier layer, None if it has its own."""
         return self._kind if self.shares_keys else None
 
     @property
     def rotated_size(self) -> int:
-        """Features of a head, all of which may have positions."""
+        """Features of a head, all of which may be rotated."""
         return self.size
 
     @property
@@ -94,7 +93,7 @@ class SelfAttention(Block):
         return found if self.keys_are_values else found | {f"{group}v_proj": keys}
 
     def norms(self) -> dict[str, Norm]:
-        """Return the norms of queries and keys, which have a gain unless their norm is "unit"."""
+        """Return the norms of queries and keys; a "unit" norm has no gain and is not listed."""
         whole = self.norm == "whole"
         sizes = {"q": self.size * (self.heads if whole else 1), "k": self.size * (self.kv_heads if whole else 1)}
         return {
@@ -104,7 +103,7 @@ class SelfAttention(Block):
         }
 
     def links(self) -> tuple[Link, ...]:
-        """Add that from values to o_proj, through all query heads of a key-value head."""
+        """Add the link from values to o_proj, through all query heads of a key-value head."""
         if self.shares_keys or self.keys_are_values or self.value_norm:
             return super().links()
         values = np.arange(self.kv_heads * self.size).reshape(self.kv_heads, self.size)
@@ -112,7 +111,7 @@ class SelfAttention(Block):
         return (*super().links(), Link(f"{self.group}v_proj", (f"{self.group}o_proj",), rows))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the scores of attending to nothing, one a head."""
+        """Return the attention sinks, one score per head."""
         return {"sinks": Tensor("self_attn.sinks", (self.heads,))} if self.sinks else {}
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
@@ -164,17 +163,17 @@ class SelfAttention(Block):
 
 @dataclass(frozen=True)
 class LatentAttention(Block):
-    """Latent attention (DeepSeek V2, arXiv 2405.04434): keys and values, and mostly queries, are made of latents.
+    """Latent attention (DeepSeek V2, arXiv 2405.04434): keys, values and mostly queries are projected from latents.
 
     The cache holds the keys and values of all heads, not the latents.
 
     Attributes:
-        heads: of queries, keys and values.
+        heads: number of heads of queries, keys and values.
         rank: features of the latent of keys and values.
         plain: features of a head of queries and keys without positions.
-        rotated: features of a head of queries and keys with positions, the same for keys of all heads.
+        rotated: features of a head of queries and keys with positions; all heads share them for keys.
         value: features of a head of values.
-        query_rank: features of the latent of queries; None if these are made of the stream itself.
+        query_rank: features of the latent of queries; None if queries are projected from the stream itself.
     """
 
     hidden: int
@@ -215,7 +214,7 @@ class LatentAttention(Block):
         return of_queries | {"kv_a": Norm("kv_a", self.rank)}
 
     def links(self) -> tuple[Link, ...]:
-        """Add those from the norms of latents, and from values to o_proj."""
+        """Add the links from the norms of latents, and from values to o_proj."""
         of_queries = () if self.query_rank is None else (Link("q_a", ("q_b_proj",)),)
         values = np.arange(self.heads * (self.plain + self.value)).reshape(self.heads, -1)[:, self.plain :]
         of_values = Link("kv_b_proj", ("o_proj",), values.reshape(-1))
@@ -261,7 +260,7 @@ def _unit(run: Run, x: jax.Array) -> jax.Array:
 
 
 def _grown(run: Run, queries: jax.Array) -> jax.Array:
-    """Multiply queries (B, T, heads, D) by the factor of their positions; return them if they do not grow."""
+    """Multiply queries (B, T, heads, D) by the factor of their positions, if they grow."""
     if run.context.growths is None:
         return queries
     growth = run.of_rope(run.context.growths)[:, :, None, None]
@@ -272,8 +271,8 @@ def _attended(run: Run, queries: jax.Array, keys: jax.Array, values: jax.Array, 
     """Let queries (B, T, heads, D) attend to keys (B, kv_heads, S, D) and values (B, kv_heads, S, E).
 
     Returns:
-        (B, T, heads * E) in the dtype of the queries; the products are of the dtype of the keys. A query that attends
-        to nothing gets the mean of all values.
+        (B, T, heads * E) in the dtype of the queries; the products use the dtype of the keys. A query without a
+        visible key gets the mean of all values.
     """
     batch, length, heads, size = queries.shape
     groups, slots, visible = heads // keys.shape[1], keys.shape[2], _visible(run)
@@ -299,7 +298,7 @@ def _visible(run: Run) -> jax.Array:
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
-    """Return the weights of scores (B, kv_heads, groups, T, S); those of a head with a sink sum to less than 1."""
+    """Return the softmax of scores (B, kv_heads, groups, T, S); with a sink the weights sum to less than 1."""
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
     sinks = sinks.reshape(scores.shape[1], scores.shape[2], 1, 1)

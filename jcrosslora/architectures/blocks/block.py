@@ -21,7 +21,7 @@ class Linear(NamedTuple):
     Attributes:
         role: its name in `--roles`, in reports and among stacked weights; one role has one shape in a model.
         path: its logical name in a layer, the same in every family.
-        site: names what it reads. Modules of one site read the same array, and are in the same layers.
+        site: name of its input. Modules of one site read the same array, and are in the same layers.
         norm: place of the norm between it and the residual stream; None if there is none.
         gguf: its name in a layer of a GGUF file; None if it has none.
         stream: whether it reads the residual stream, writes to it, or does neither.
@@ -58,8 +58,8 @@ class Tensor(NamedTuple):
 class Link(NamedTuple):
     """Features that readers get from a writer with nothing in between but a factor on each feature.
 
-    A scale can move along a link: where it divides the writer's rows, or its gains, and multiplies the columns of the
-    readers, the model computes the same.
+    Dividing the writer's rows or gains by a scale and multiplying the readers' columns by it leaves the model
+    unchanged.
 
     Attributes:
         writer: place of a norm, name of a tensor, role of a module, or "gate_up" of experts.
@@ -81,7 +81,7 @@ class Block:
 
     @property
     def parts(self) -> tuple["Block", ...]:
-        """The blocks that this one consists of, whose modules, norms, tensors and states are its own."""
+        """The blocks inside this one; it has all their modules, norms, tensors and states."""
         return ()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -89,15 +89,15 @@ class Block:
         return {role: shape for part in self.parts for role, shape in part.shapes().items()}
 
     def norms(self) -> dict[str, Norm]:
-        """Return place -> norm, of the norms that this block has if the family names them."""
+        """Return place -> norm of the norms that this block has if the family names them."""
         return {place: norm for part in self.parts for place, norm in part.norms().items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return name -> tensor, of the other tensors except those of experts."""
+        """Return name -> tensor of the other tensors, except those of experts."""
         return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
 
     def links(self) -> tuple[Link, ...]:
-        """Return the links inside this block, and those from norms of the stream in front of it."""
+        """Return the links inside this block, and those from the norms of the stream before it."""
         norms = {one.role: one.norm for one in self.LINEARS if one.stream == "reads" and one.norm is not None}
         read = tuple(Link(norms[role], (role,)) for role in self.shapes() if role in norms) if self.LINEARS else ()
         return (*read, *(link for part in self.parts for link in part.links()))
@@ -123,14 +123,14 @@ class Block:
         return max((part.mixed_size for part in self.parts), default=0)
 
     def states(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
-        """Return the shapes of the block's cache of B texts of up to S tokens: kind -> `ShapeDtypeStruct` (B, ...)."""
+        """Return the shapes of the block's cache for B texts of up to S tokens: kind -> `ShapeDtypeStruct` (B, ...)."""
         return {kind: form for part in self.parts for kind, form in part.states(batch, length, dtype).items()}
 
     def forward(self, run: Run, x: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Run the block on the normed stream x (B, T, H).
 
         Returns:
-            (B, T, H), what it adds to the stream, and the cache with what it keeps of these tokens.
+            (B, T, H), the output to add to the stream, and the cache with the block's new state.
         """
         raise NotImplementedError
 
@@ -148,9 +148,9 @@ class Mlp(Block):
     """An MLP that all tokens go through.
 
     Attributes:
-        gated: whether the activation is that of a gate.
-        group: before its roles: "wide_" if its width is not that of the other layers, so that its weights are stacked
-            on their own; "shared_" for the experts that all tokens share; or nothing.
+        gated: whether the activation is applied to a gate.
+        group: prefix of its roles: "wide_" if its width differs from that of other layers, so that its weights are
+            stacked separately; "shared_" for shared experts; or nothing.
     """
 
     hidden: int
@@ -166,7 +166,7 @@ class Mlp(Block):
         return gate | {f"{group}up_proj": inside, f"{group}down_proj": (self.hidden, self.width)}
 
     def links(self) -> tuple[Link, ...]:
-        """Add that from up to down; without a gate there is an activation in between."""
+        """Add the link from up to down; without a gate there is an activation in between, and no link."""
         inner = (Link(f"{self.group}up_proj", (f"{self.group}down_proj",)),) if self.gated else ()
         return (*super().links(), *inner)
 
@@ -182,8 +182,8 @@ class Parallel(Block):
     """Two mixers side by side.
 
     Attributes:
-        first: whose output comes first in the sum.
-        second: the other; the two have no role and no state in common.
+        first: the block whose output comes first in the sum.
+        second: the other one; the two share no role and no state.
     """
 
     first: Block
@@ -237,7 +237,7 @@ class PerLayerInput(Block):
 
 @flax.struct.dataclass
 class LayerInputWeights:
-    """The weights of the inputs of all layers: (V, L * P) and (L * P, H) for L layers and P features of an input.
+    """The weights of per-layer inputs: (V, L * P) and (L * P, H) for L layers and P features of an input.
 
     Attributes:
         norm: float32 (P,), gain of the norm after the projection.
@@ -249,10 +249,10 @@ class LayerInputWeights:
 
 
 def layer_inputs(weights: LayerInputWeights | None, tokens: jax.Array, x: jax.Array, eps: float) -> jax.Array | None:
-    """Return the inputs of all layers, (L, B, T, P) in the dtype of x; None in a model without any.
+    """Return the per-layer inputs, (L, B, T, P) in the dtype of x; None in a model without any.
 
-    They are made of tokens int32 (B, T) and of x (B, T, H), the stream before the first layer; `eps` is added to the
-    mean square in the norm. Follows `Gemma4TextModel` of transformers.
+    They depend on the tokens, int32 (B, T), and on x (B, T, H), the stream before the first layer; `eps` is added to
+    the mean square in the norm. Follows `Gemma4TextModel` of transformers.
     """
     if weights is None:
         return None

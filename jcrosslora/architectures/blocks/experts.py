@@ -16,9 +16,9 @@ from jcrosslora.architectures.blocks.grouped import mix, run_experts, sort_by_ex
 from jcrosslora.architectures.ops import linear, rms_norm
 from jcrosslora.architectures.run import MODULE_OUTPUT, KVCache, Run, Update
 
-# Of the experts: a softmax over all, over the chosen ones, or sigmoids, by which experts are chosen or of the chosen
-# ones; or "in turn", where a softmax over those that score nearly as high as the best weighs the best, and one without
-# the best the second.
+# How experts are scored: a softmax over all experts or over the chosen ones; a sigmoid before the choice or of the
+# chosen ones; or "in turn": the best expert is weighed by a softmax over those that score nearly as high, then the
+# second one by a softmax without the best.
 Scores = Literal["softmax", "chosen", "sigmoid", "chosen sigmoid", "in turn"]
 
 
@@ -28,14 +28,14 @@ class Routing:
 
     Attributes:
         count: E, number of experts.
-        used: number of experts that a token goes through.
+        used: number of experts per token.
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score; None for other scores.
-        scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
+        scaled_inputs: whether the weights multiply the inputs of experts instead of their outputs.
         groups: number of groups of experts.
         used_groups: number of groups that a token may use.
-        group_best: how many of a group's experts say how high it scores, the best of them together.
+        group_best: a group's score is the sum of this many of its best experts' scores.
     """
 
     count: int
@@ -58,14 +58,13 @@ class Experts(Block):
     Attributes:
         hidden: H, features of the stream.
         width: I, the features inside one expert.
-        routing: how experts are chosen, and weighed.
         held: names of their tensors, see `ExpertRules.layouts`.
-        gated: whether experts and shared ones have a gate.
+        gated: whether routed and shared experts have a gate.
         clamp: alpha and limit of the activation, see `ExpertRules.clamp`; None for the model's activation.
         latent: features that experts read and return instead of H; None for H.
         shared: features inside the shared experts, 0 for none.
-        shared_gate: whether a gate weighs what the shared experts return.
-        averaged: whether the output is the mean of that of the chosen and of the shared experts, instead of the sum.
+        shared_gate: whether a gate weighs the output of the shared experts.
+        averaged: whether the outputs of routed and shared experts are averaged instead of added.
     """
 
     hidden: int
@@ -100,7 +99,7 @@ class Experts(Block):
     }
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return role -> (O, I); the matrices of experts have none."""
+        """Return role -> (O, I); the matrices of routed experts have no role."""
         found = self._shared_mlp.shapes() if self.shared else {}
         if self.shared_gate:
             found["shared_expert_gate"] = (1, self.hidden)
@@ -109,7 +108,7 @@ class Experts(Block):
         return found
 
     def links(self) -> tuple[Link, ...]:
-        """Add those to router and experts, and from up to down; a clamp of up stands in between."""
+        """Add links to the router and the experts, and from up to down unless up is clamped or has no gate."""
         latent = self.latent is not None
         found = [*super().links(), Link("mlp", ("router",))]
         found.append(Link("expert_in_proj" if latent else "mlp", ("gate_up",)))
@@ -187,8 +186,8 @@ class MlpAndExperts(Block):
     """An MLP and experts, whose outputs are added.
 
     Attributes:
-        apart: whether MLP and experts each have norms; experts and router read the stream through others than the
-            MLP, as in Gemma 4.
+        apart: whether MLP and experts have separate norms, as in Gemma 4; experts and router then read the stream
+            through norms of their own.
     """
 
     mlp: Mlp
@@ -210,7 +209,7 @@ class MlpAndExperts(Block):
         return {name: Norm(name, self.mlp.hidden) for name in self.GGUF_NORMS} if self.apart else {}
 
     def links(self) -> tuple[Link, ...]:
-        """Return those of both; where experts are apart, they and the router read norms of their own."""
+        """Return the links of both; with `apart`, experts and router read norms of their own."""
         read = {"router": "router_scale", "gate_up": "experts_in"} if self.apart else {}
         return tuple(link._replace(writer=read.get(link.readers[0], link.writer)) for link in super().links())
 
@@ -246,7 +245,7 @@ def route(
 ) -> tuple[jax.Array, jax.Array]:
     """Choose the experts of tokens x (T, H) by a router, float32 (E, H), whose bias is float32 (E,).
 
-    The correction, float32 (E,), is added to the scores for the choice alone.
+    The correction, float32 (E,), is added to the scores for the choice only, not to the weights.
 
     Returns:
         int32 (T, K), the experts of each token, and float32 (T, K), their weights.
@@ -290,7 +289,7 @@ def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]
 
 
 def _in_groups(settings: Routing, choice: jax.Array) -> jax.Array:
-    """Return the scores (T, E), -inf outside the groups whose best experts score highest together."""
+    """Return the scores (T, E), -inf outside the groups whose best experts have the largest sums of scores."""
     if settings.groups == 1:
         return choice
     grouped = choice.reshape(len(choice), settings.groups, -1)

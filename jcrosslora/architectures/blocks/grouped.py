@@ -15,25 +15,25 @@ from jax.custom_batching import custom_vmap
 
 from jcrosslora.architectures.ops import Row, on_device
 
-# Rows of a block: few, so that little is computed for nothing, and enough for a product to be fast.
+# Rows of a block: few, so that little padding is computed, but enough for a fast product.
 _FEWEST, _MOST = 8, 128
 _PARTS = 4  # an expert's last block is computed in quarters, and empty quarters are skipped
 
-# Of rows (N, I) of one expert, its constants and its factors: float32 (N, O).
+# (rows (N, I) of one expert, its constants, its factors) -> float32 (N, O).
 ExpertFunction = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 @flax.struct.dataclass
 class Sorted:
-    """Where the rows of tokens lie, sorted by expert. Each of T tokens goes through K experts.
+    """The order of token rows, sorted by expert. Each of T tokens goes through K experts.
 
     Attributes:
         slots: int32 (T, K), the row of each pair of a token and an expert.
         pairs: int32 (T K + N,), the pair in each row, counted through (T, K); 0 in the last N, which are empty.
         starts: int32 (E,), the first row of each expert.
         sizes: int32 (E,), the rows of each expert.
-        experts: int32 (E,), those with any rows first, in order.
-        used: int32 (), how many have any.
+        experts: int32 (E,), the experts with any rows first, in order.
+        used: int32 (), the number of experts with any rows.
     """
 
     slots: jax.Array
@@ -45,13 +45,13 @@ class Sorted:
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Return N, the most rows of a block: the power of two at or above the average rows of one of E experts."""
+    """Return N, the rows of a block: the average rows per expert, rounded up to a power of two from 8 to 128."""
     share = max(pairs // experts, 1)
     return min(max(1 << (share - 1).bit_length(), _FEWEST), _MOST)
 
 
 def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
-    """Sort tokens by their experts, int32 (T, K) of E."""
+    """Sort tokens by their chosen experts, int32 (T, K), out of E."""
     flat = chosen.reshape(-1)
     pairs = flat.shape[0]
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -70,7 +70,7 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
 def spread(x: jax.Array, order: Sorted, scales: jax.Array | None = None) -> jax.Array:
     """Write each token x (T, H) into the rows of its experts, (T K + N, H).
 
-    `scales`, float32 (T, K), are factors on what the experts of a token read; None for 1.
+    `scales`, float32 (T, K), are factors on the inputs of a token's experts; None for 1.
     """
     rows = _spread(x, order)
     if scales is None:
@@ -93,14 +93,14 @@ _spread.defvjp(lambda x, order: (_spread(x, order), order), _spread_backward)
 
 @jax.custom_vjp
 def mix(outputs: jax.Array, weights: jax.Array, order: Sorted) -> jax.Array:
-    """Sum the outputs of the experts of each token, (T K + N, H) from `run_experts`, times weights (T, K): (T, H)."""
+    """Sum each token's expert outputs, (T K + N, H) from `run_experts`, times weights (T, K): (T, H)."""
     return jnp.sum(outputs[order.slots] * weights[:, :, None], axis=1)
 
 
 def _mix_backward(kept: tuple[jax.Array, jax.Array, Sorted], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     outputs, weights, order = kept
     rows = gradient[order.pairs // order.slots.shape[1]]
-    # `run_experts` does not read what comes back to rows without a token.
+    # `run_experts` ignores the gradient of rows without a token.
     by_outputs = weights.reshape(-1)[order.pairs][:, None] * rows
     return by_outputs, jnp.sum(outputs * rows, axis=1)[order.slots], None
 
@@ -109,11 +109,11 @@ mix.defvjp(lambda outputs, weights, order: (mix(outputs, weights, order), (outpu
 
 
 def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
-    """Call a function for the smallest part of a block of `rows` that holds the remaining ones."""
+    """Call a function with the smallest part of a block of `rows` that holds the `left` rows."""
     step = max(rows // _PARTS, _FEWEST)
     parts = [partial(function, size) for size in range(step, rows + 1, step)]
 
-    # A choice in a batch would run all parts. An accelerator waits for each choice, and minds empty rows less.
+    # Under vmap, a switch would run all branches. An accelerator waits for each switch, and empty rows cost it less.
     @custom_vmap
     def place(left: jax.Array) -> jax.Array:
         whole = partial(jnp.full_like, fill_value=len(parts) - 1)
@@ -127,21 +127,19 @@ def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
     return lax.switch(place(left), parts)
 
 
-# A block begins at the first row that is not done and may reach into the rows of experts behind, which are done later
-# and written over it.
+# A block begins at the first row that is not done and may reach into the rows of later experts, which overwrite it.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run_experts(function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any) -> jax.Array:
-    """Run a function of each expert on its rows.
+    """Run a function for each expert on its rows.
 
-    The backward pass runs the function again: what takes long is best given one product at a time.
+    The backward pass runs the function again, so it is best to pass one product at a time.
 
     Args:
-        function: of one expert. It is derived by the rows and by the factors.
+        function: runs one expert; it is differentiated with respect to the rows and the factors.
         rows: (T K + N, I), from `spread`.
-        order: says where the rows of each expert are.
-        constants: a tree of arrays (E, ...), or of a `Row` of stacks of them. They have no derivatives: what is trained
-            are factors.
-        factors: a tree of arrays (E, ...).
+        constants: a pytree of arrays (E, ...), or of a `Row` of stacks of them. They get no gradient: only the factors
+            are trained.
+        factors: a pytree of arrays (E, ...).
 
     Returns:
         float32 (T K + N, O); rows without a token hold anything.
@@ -191,7 +189,7 @@ def _run_backward(
 
             def pull(count: int) -> tuple[jax.Array, Any]:
                 part, back = (lax.dynamic_slice_in_dim(x, start, count) for x in (rows, gradient))
-                back = jnp.where(jnp.arange(count)[:, None] < left, back, 0)  # the others are of experts after
+                back = jnp.where(jnp.arange(count)[:, None] < left, back, 0)  # the rest belongs to later experts
                 found, added = jax.vjp(lambda part, own: function(part, held, own), part, own)[1](back)
                 return jnp.pad(found, ((0, size - count), (0, 0))), added
 
@@ -213,7 +211,7 @@ run_experts.defvjp(_run_forward, _run_backward)
 
 
 def _of_expert(tree: Any, expert: jax.Array) -> Any:
-    """Take the arrays of one expert out of arrays (E, ...), and out of rows of stacks (L, E, ...)."""
+    """Take the slice of one expert from arrays (E, ...), and from a `Row` of stacks (L, E, ...)."""
 
     def take(x: jax.Array | Row) -> jax.Array:
         if not isinstance(x, Row):

@@ -37,11 +37,11 @@ class DeltaRule(RecurrentBlock):
     """The gated delta rule, with a norm of each head and a gate after it; see `RecurrentBlock` for its sizes.
 
     Attributes:
-        form: of the modules in front: four, of which one returns queries, keys and values; six, with one for each of
-            these ("separate"); or two with rows sorted by group, queries, keys, values and gates of each in one, the
-            two numbers of each head of values in the other ("grouped").
-        beta_limit: what the rate at which it writes lies below; above 1 the state may change its sign.
-        eps: added to the mean square in its norm; None for that of the model.
+        form: layout of the input modules: "joined", four modules, one of them for queries, keys and values; "separate",
+            six, one for each of these; "grouped", two with rows sorted by group, one for queries, keys, values and
+            gates, the other for the two numbers of each value head.
+        beta_limit: upper bound of beta; above 1 the state may change its sign.
+        eps: added to the mean square in its norm; None for the model's epsilon.
     """
 
     form: Literal["joined", "separate", "grouped"] = "joined"
@@ -78,7 +78,7 @@ class DeltaRule(RecurrentBlock):
         return self.of_convolution(f"{_HOLDER}.conv1d") | numbers | norms
 
     def links(self) -> tuple[Link, ...]:
-        """Add that from the norm, which all heads share."""
+        """Add the link from the norm, which all heads share."""
         return (*super().links(), Link("norm", ("delta_out_proj",), np.arange(self.inner) % self.value_size))
 
     def mix(
@@ -121,7 +121,7 @@ class DeltaRule(RecurrentBlock):
         return jnp.concatenate([queries, keys, values], axis=-1), gate, rate, step
 
     def _split(self, mixed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Split queries and keys (T, G, N), of fixed lengths, and values (T, H, P) out of (T, C)."""
+        """Split (T, C) into queries and keys (T, G, N), both normalised, and values (T, H, P)."""
         width = self.groups * self.key_size
         queries, keys, values = jnp.split(mixed, (width, 2 * width), axis=-1)
         queries, keys = (_unit(part.reshape(len(part), self.groups, self.key_size)) for part in (queries, keys))
@@ -137,14 +137,14 @@ class Mamba2(RecurrentBlock):
     """A state-space model; see `RecurrentBlock` for its sizes.
 
     Attributes:
-        norm: place of the output's norm, for each of `groups`; None if there is only a gate.
+        norm: where the output's norm is, applied to each of `groups`; None if there is only a gate.
         step_limits: bounds of the time step.
-        holder: module of a layer that holds it.
-        activation: after the convolution; None for that of the model.
-        factors: on gate, values, keys, queries and time steps; empty if there are none.
-        open_output: whether its last module can have an update. PEFT refuses that of some classes, for which it is a
-            tensor among others.
-        output_bias: whether that module has a bias, where it cannot.
+        holder: name of the module in a layer that contains it.
+        activation: activation after the convolution; None for the model's.
+        factors: factors on gate, values, keys, queries and time steps; empty if there are none.
+        open_output: whether its output projection can have an update. In some classes PEFT refuses it; there it is a
+            plain tensor.
+        output_bias: whether the output projection has a bias, if it is a plain tensor.
     """
 
     norm: Literal["before the gate", "behind the gate"] | None = None
@@ -165,7 +165,7 @@ class Mamba2(RecurrentBlock):
         return found | ({"mamba_out_proj": (self.hidden, self.inner)} if self.open_output else {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the convolution, of the decay, of the norm, and the last module if it is one."""
+        """Return the tensors of the convolution, the decay, the norm, and the output projection if it is a tensor."""
         holder = self.holder
         found = self.of_convolution(f"{holder}.conv1d")
         found |= {name: Tensor(f"{holder}.{name}", (self.heads,)) for name in ("A_log", "dt_bias", "D")}
@@ -179,12 +179,12 @@ class Mamba2(RecurrentBlock):
         return found
 
     def links(self) -> tuple[Link, ...]:
-        """Add that from the norm, if there is one and the last module can have an update."""
+        """Add the link from the norm, if there is one and the output projection can have an update."""
         inner = (Link("norm", ("mamba_out_proj",)),) if self.norm is not None and self.open_output else ()
         return (*super().links(), *inner)
 
     def inside(self, run: Run) -> Inside:
-        """Return the modules and tensors of the block in a layer; its last module may be a tensor."""
+        """Return the modules and tensors of the block in a layer; the output projection may be a plain tensor."""
         own = super().inside(run)
         if self.activation is not None:
             own = dataclasses.replace(own, activate=ACTIVATIONS[self.activation])

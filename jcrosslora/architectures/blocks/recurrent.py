@@ -44,9 +44,9 @@ class Inside:
     """The modules and tensors of a recurrent block in one layer.
 
     Attributes:
-        project: of a role and its input (B, T, I): the output (B, T, O) of the module, in the dtype of the input.
+        project: runs the module of a role on its input (B, T, I); returns (B, T, O) in the dtype of the input.
         tensors: its other tensors, float32, by the names of `Block.tensors`; "conv" is (C, K).
-        eps: added to the mean square in the norms of the model.
+        eps: added to the mean square in the model's norms.
     """
 
     project: Callable[[str, jax.Array], jax.Array]
@@ -57,10 +57,10 @@ class Inside:
 
 @dataclass(frozen=True)
 class RecurrentBlock(Block):
-    """A block with a convolution of each feature over a few tokens, and in most a linear recurrence after it.
+    """A block with a depthwise convolution over a few tokens, mostly followed by a linear recurrence.
 
     Attributes:
-        taps: K, tokens that the convolution sees, its own included.
+        taps: K, tokens that the convolution sees, the current one included.
         heads: H, heads of values, each with a state (N, P). A short convolution has no heads, groups, keys and values.
         groups: G, heads of queries and keys; consecutive H / G heads of values share one.
         key_size: N, features of a query or key.
@@ -92,7 +92,7 @@ class RecurrentBlock(Block):
         return self.convolved
 
     def of_convolution(self, path: str) -> dict[str, Tensor]:
-        """Return the tensors of the convolution, whose module is at a path in a layer."""
+        """Return the tensors of the convolution at a path in a layer."""
         bias = {"conv_bias": Tensor(f"{path}.bias", (self.convolved,))} if self.conv_bias else {}
         return {"conv": Tensor(f"{path}.weight", (self.convolved, 1, self.taps))} | bias
 
@@ -143,7 +143,7 @@ class RecurrentBlock(Block):
 def causal_convolution(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Convolve the tokens of one sequence with those before them, y_t = sum_j weight_j x_(t - K + 1 + j) + bias.
+    """Apply a causal depthwise convolution to one sequence: y_t = sum_j weight_j x_(t - K + 1 + j) + bias.
 
     Args:
         x: float32 (T, C), features of the tokens; the weight is (C, K), and the bias (C,).
@@ -151,7 +151,7 @@ def causal_convolution(
         valid: bool (T,), False at padding, which stands before or after the tokens and is skipped.
 
     Returns:
-        (T, C), undefined at padding; and the state for the tokens that follow.
+        (T, C), undefined at padding; and the state for the next tokens.
     """
     length, taps = len(x), weight.shape[1]
     count = jnp.sum(valid, dtype=jnp.int32)
@@ -160,7 +160,7 @@ def causal_convolution(
     rows = jnp.concatenate([jnp.zeros_like(state), kept])
     # In front of the first token, after any padding.
     rows = lax.dynamic_update_slice_in_dim(rows, state, first, 0)
-    # As products of shifted arrays: few taps, and a gradient without the convolution's own rules.
+    # A sum of shifted products: there are few taps, and the gradient needs no convolution.
     out = sum((rows[tap : tap + length] * weight[:, tap] for tap in range(taps)), start=jnp.zeros((), x.dtype))
     out = out if bias is None else out + bias
     return out, lax.dynamic_slice_in_dim(rows, first + count, taps - 1, 0)
@@ -187,7 +187,7 @@ class ShortConvolution(RecurrentBlock):
         return self.of_convolution("conv.conv")
 
     def links(self) -> tuple[Link, ...]:
-        """Add that from the gate after the convolution."""
+        """Add the link from the gate after the convolution."""
         return (*super().links(), Link("conv_in_proj", ("conv_out_proj",), self.hidden + np.arange(self.hidden)))
 
     def mix(
@@ -208,10 +208,10 @@ class Tokens(NamedTuple):
     """The inputs of a recurrence for T tokens, float32, for one head or for G heads of queries and H of values.
 
     Attributes:
-        queries: (T, N) or (T, G, N), as the keys.
+        queries: (T, N) or (T, G, N), as are the keys.
         values: (T, P) or (T, H, P).
         decay: g, at most 0, (T,) or (T, H).
-        beta: of the delta rule, of the shape of `decay`, else None.
+        beta: the delta rule's beta, shaped like `decay`; None for other recurrences.
     """
 
     queries: jax.Array
@@ -222,7 +222,7 @@ class Tokens(NamedTuple):
 
 
 def decaying_recurrence(tokens: Tokens, state: jax.Array, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence of one head from a state (N, P), `chunk` tokens together (static).
+    """Run the recurrence of one head from a state (N, P), `chunk` tokens (static) at a time.
 
     A token with a decay and a key (or a beta) of 0 leaves the state unchanged.
 
@@ -244,7 +244,7 @@ def _chunk(state: jax.Array, part: Tokens) -> tuple[jax.Array, jax.Array]:
     total = jnp.cumsum(decay)
     between = total[:, None] - total[None, :]  # from token s (columns) to token t (rows)
     lower = jnp.tril(jnp.ones(between.shape, bool))
-    # Masked before exp, which is infinite above the diagonal.
+    # Masked before exp, which may overflow above the diagonal.
     weights = jnp.exp(jnp.where(lower, between, -jnp.inf))
     since = jnp.exp(total)[:, None]
     written = values if beta is None else _corrected(state, keys, values, weights, since, beta[:, None])
@@ -262,13 +262,13 @@ def _corrected(
     u_t depends on all earlier u_s of the chunk: (I + tril(beta k k' weights, -1)) u = beta (v - decayed state' k).
     """
     answered = einsum("tn,np->tp", keys * since, state)
-    # Solved rather than inverted by powers, whose entries grow until float32 has no digits left.
+    # Solved rather than inverted by powers, whose entries grow until float32 loses all precision.
     system = beta * einsum("tn,sn->ts", keys, keys) * weights
     return solve_triangular(system, beta * (values - answered), lower=True, unit_diagonal=True)
 
 
 def grouped_recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence of H heads, of which H / G consecutive ones share their queries and keys.
+    """Run the recurrence of H heads; each H / G consecutive heads share queries and keys.
 
     Returns:
         (T, H, P), and the state (H, N, P) after the last token.
@@ -280,7 +280,7 @@ def grouped_recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax
         return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
     parts = Tokens._make((queries, keys, *(None if x is None else split(x, 1) for x in of_heads)))
-    # Products of queries and keys, which are outside the inner vmap, are made once a group.
+    # Products of queries and keys are outside the inner vmap, so they are computed once per group.
     of_group = jax.vmap(decaying_recurrence, (Tokens._make((None, None, 1, 1, 1)), 0), (1, 0))
     of_all = jax.vmap(of_group, (1, 0), (1, 0))
     out, state_after = of_all(parts, split(state, 0))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from jcrosslora.architectures.family import Family
 
-# In this order they are named, and tried on files that do not say which of several families they are of.
+# The order in which families are listed, and tried on files that do not say which of several families they belong to.
 _NAMES = (
     "llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 smollm3 ministral3 olmo2 olmo3 granite glm glm4 cohere "
     "cohere2 exaone4 seed_oss hunyuan_v1_dense gemma starcoder2 phi nemotron apertus arcee ernie4_5 lfm2 "
@@ -27,6 +27,6 @@ _GEMMA3N = (
     "four residual streams that predict each other (AltUp), learned low-rank residuals (LAuReL), and MLPs that keep "
     "only their largest features",
 )
-# model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
-# the decoder lacks for it.
+# model_type of unsupported models, alone or inside a multimodal one -> the family that it resembles, and what the
+# decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {"gemma3n": _GEMMA3N, "gemma3n_text": _GEMMA3N}

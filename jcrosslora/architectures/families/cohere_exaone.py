@@ -20,7 +20,7 @@ _LOGIT_SCALE = {"logit_scale": "logit_scale"}
 _DENSE, _SHARED_COUNT = "first_k_dense_replace", "num_shared_experts"
 _CHOSEN = 3  # `expert_gating_func` of a softmax over the chosen experts
 _PERIOD, _PREFIX_PERIOD = "sliding_window_pattern", "prefix_dense_sliding_window_pattern"
-# What published configurations state and the classes always do.
+# Keys of published configurations, with the behaviour that the classes hard-code.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "layer_switch": (4,),
     "order_of_interleaved_layers": ("local_attn_first",),
@@ -62,7 +62,7 @@ COHERE2 = _cohere(
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of attention and MLP of each layer; the first layers have other periods."""
+    """Fill in the kinds of attention and MLP of each layer; the first layers have another period."""
     scaling = config.get("rope_scaling")
     if scaling:
         msg = f"config key 'rope_scaling' is {str(scaling)[:60]}, which the class does not read: state rope_parameters"
@@ -84,7 +84,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
-    """Return a number that may be zero, and is if nothing is stated."""
+    """Return a number that may be zero, the default."""
     return 0 if config.get(key) in (None, 0) else size(config, key)
 
 
@@ -93,7 +93,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
-    """Give positions to layers with windows, and to those with a dense MLP if all of these have full attention."""
+    """Give positions to layers with windows, and to layers with a dense MLP if all of these have full attention."""
     dense = config.get(_PREFIX_PERIOD) == 1
     return [
         kind == SLIDING or (dense and mlp == "dense")
@@ -102,7 +102,7 @@ def _rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
 
 
 def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the widths, and the scores of experts; all layers of full attention with a dense MLP have positions."""
+    """Return the widths and the experts' scores; full-attention layers with a dense MLP are taken to have positions."""
     dense, slides = stated.get("feed_forward_length"), stated.get("attention.sliding_window_pattern")
     first = _count(stated, "leading_dense_block_count")
     if isinstance(slides, list) and len(set(slides[:first])) > 1:
@@ -114,7 +114,7 @@ def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -
     return {
         "intermediate_size": size(stated, "expert_feed_forward_length", dense),
         "prefix_dense_intermediate_size": dense,
-        # llama.cpp takes sigmoids where nothing is stated.
+        # llama.cpp defaults to sigmoids.
         "expert_selection_fn": "softmax" if stated.get("expert_gating_func") == _CHOSEN else "sigmoid",
     }
 
@@ -151,7 +151,7 @@ COHERE2_MOE = _cohere(
         "prefix_dense_sliding_window_pattern"
     ),
     fixed={**_FIXED, "shared_expert_combination_strategy": ("average", "sum")},
-    # Those of the class.
+    # Defaults of the class.
     defaults={
         "head_dim": 128,
         "num_experts": 8,
@@ -172,12 +172,12 @@ def _sparse(config: Mapping[str, Any], layers: int) -> Sequence[bool]:
 
 
 def _exaone_rotated(config: Mapping[str, Any], kinds: Sequence[str]) -> list[bool]:
-    """Give layers with windows positions, and without windows all."""
+    """Give positions to layers with windows, or to all layers if the model has no windows."""
     return [kind == SLIDING or config.get("sliding_window", 4096) is None for kind in kinds]
 
 
 def _exaone_from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers of a model without windows; those of others are stated as usual."""
+    """Return the kinds of layers of a model without windows; other models state them as usual."""
     if stated.get("attention.sliding_window"):
         return {}
     layers = size(stated, "block_count") - (stated.get("nextn_predict_layers") or 0)

@@ -37,7 +37,7 @@ def _layers(model: Architecture) -> list[Layer]:
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention; older files hold keys and values in one matrix, and state no `_mla`."""
+    """Return the attention sizes; older files have keys and values in one matrix and no `_mla` keys."""
     ends = "_mla" if "attention.key_length_mla" in stated else ""
     rotated = size(stated, "rope.dimension_count")
     direct = "self_attn.q_proj.weight" in held
@@ -52,7 +52,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     }
 
 
-# Keys of all these families: what is read, and keys of published configurations that the classes do not read.
+# Keys of all these families: keys that are read, and keys of published configurations that the classes ignore.
 _KEYS = words(
     "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim first_k_dense_replace "
     "num_experts n_shared_experts aux_loss_alpha seq_aux ep_size pretraining_tp"
@@ -89,7 +89,7 @@ DEEPSEEK_V3 = Family(
     positions=Positions(interleaved=True),
     keys=_KEYS | {"num_nextn_predict_layers"},
     fixed=dict(moe_layer_freq=(1,), rope_interleave=(True,), scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
-    # Of the class, where published configurations leave them out.
+    # Defaults of the class, which published configurations omit.
     defaults=dict(
         n_shared_experts=1, first_k_dense_replace=3, norm_topk_prob=True, n_group=8, topk_group=4, q_lora_rank=1536
     ),
@@ -97,14 +97,14 @@ DEEPSEEK_V3 = Family(
 
 
 def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State one group of experts if the choice has none."""
+    """Set one group of experts if experts are chosen without groups."""
     if config.get("topk_method") == "greedy":
         return {**config, "n_group": 1, "topk_group": 1}
     return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}
 
 
 def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention, and how experts are chosen, by the groups in the file."""
+    """Return the attention sizes, and how experts are chosen, by the number of groups in the file."""
     other = [key for key in ("expert_weights_norm", "attention.temperature_scale") if stated.get(key)]
     other += ["exp_probs_b"] if CORRECTION["correction"] in held else []
     if other:
@@ -156,7 +156,7 @@ _GROWTH = 0.1
 
 
 def _resolve_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of the rope settings the share of a head with positions, which its sizes state."""
+    """Remove `partial_rotary_factor` from the rope settings after checking it: the head sizes imply it."""
     found = dict(config)
     for key in ("rope_scaling", "rope_parameters"):
         stated = config.get(key)
@@ -172,7 +172,7 @@ def _resolve_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gguf_of_mistral(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the sizes of attention; a head is the whole of it, and not the part with positions."""
+    """Return the attention sizes; `head_dim` is the whole head, not only the part with positions."""
     found = _from_gguf(stated, held)
     return {**found, "head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"]}
 
@@ -181,8 +181,8 @@ MISTRAL4 = replace(
     DEEPSEEK_V3,
     name="mistral4",
     architectures=("Mistral4ForCausalLM",),
-    # The converter writes nothing on how queries grow, so that llama.cpp does not let them; it is taken to be what the
-    # class has where nothing is stated.
+    # The converter does not write the growth of queries, so llama.cpp does not apply it; the default of the class is
+    # used.
     gguf=replace(_GGUF, architecture="mistral4", rope={"llama_4_scaling_beta": _GROWTH}, settings=_gguf_of_mistral),
     resolve=_resolve_mistral,
     experts=replace(

@@ -14,7 +14,7 @@ from jcrosslora.architectures.expert_rules import ExpertRules, layouts_with, sha
 from jcrosslora.architectures.family import PRE_NORMS, Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
 
-# Of published configurations; the classes do not read them.
+# Keys of published configurations that the classes do not read.
 _KEYS = words(
     "attention_head_dim cla_share_factor class_num dense_list eod_token_id im_end_id im_newline_id "
     "im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id text_start_id"
@@ -40,7 +40,7 @@ _hunyuan = partial(
 
 
 def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
-    """Return a value that may be stated once, or once for each layer."""
+    """Return a value that may be stated once or per layer; raise CheckpointError if layers differ."""
     stated, layers = config.get(key), layer_count(config)
     if not isinstance(stated, list | tuple):
         return stated
@@ -50,7 +50,7 @@ def _same_in_all_layers(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State once how many experts a token goes through."""
+    """Reduce the number of experts per token, which may be stated per layer, to one number."""
     own = {"moe_intermediate_size": size(config, "intermediate_size"), "num_shared_expert": 1}
     for key, wanted in own.items():
         stated = _same_in_all_layers(config, key)
@@ -86,7 +86,7 @@ HUNYUAN_V1_MOE = _hunyuan(
         sum_eps=0.0,
         shared=lambda config: size(config, "intermediate_size"),
     ),
-    # Sizes of latent attention and groups of experts count with `use_mla` and `group_limited_greedy` alone.
+    # Sizes of latent attention and groups of experts only matter with `use_mla` and `group_limited_greedy`.
     keys=_KEYS
     | words(
         "kv_lora_rank moe_intermediate_size n_group num_experts_per_tok num_shared_expert q_lora_rank "
@@ -160,7 +160,7 @@ ERNIE4_5_MOE = _ernie(
         "moe_num_shared_experts moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min "
         "num_nextn_predict_layers moe_capacity"
     ),
-    # With biases its output head has one too.
+    # With `use_bias`, the output head would have a bias too.
     fixed={"use_bias": (False,), "moe_gate": ("topk",), "moe_use_aux_free": (True,)},
     defaults={"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
 )

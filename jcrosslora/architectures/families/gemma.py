@@ -56,7 +56,7 @@ _scaled = partial(
 
 
 def _resolve_first(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the approximation by tanh, which the first releases mean by "gelu"; a second key then names it."""
+    """Replace "gelu" by the tanh approximation, which the first releases mean by it and later ones state."""
     return {**config} | ({"hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else {})
 
 
@@ -85,7 +85,7 @@ GEMMA3 = _scaled(
     architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     gguf=Gguf("gemma3"),
     norms=_NORMS | QK_NORMS,
-    # A soft cap of the attention scores, which the configuration may state, is ignored by transformers.
+    # transformers ignores a soft cap of the attention scores in the configuration.
     final_soft_cap=Number("final_logit_softcapping"),
     windows=Windows(period=6, period_keys=_PERIOD_KEYS),
     positions=Positions(theta=1_000_000.0, local_theta=10_000.0, local_theta_key="rope_local_base_freq"),
@@ -111,7 +111,7 @@ _KV, _WIDTH = "attention.head_count_kv", "feed_forward_length"
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers, their sizes, and what the last of them share."""
+    """Return the kinds of layers, their sizes, and how many of the last ones share keys and values."""
     layers = size(stated, "block_count")
     sliding = stated.get(_PATTERN)
     if not isinstance(sliding, list) or len(sliding) != layers or not all(type(one) is bool for one in sliding):
@@ -144,7 +144,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
 
 
 def _of_layers(stated: Mapping[str, Any], key: str, layers: int) -> list[int]:
-    """Return a number of each layer, which files state once if it is the same for all."""
+    """Return a number for each layer; files state it once if it is the same for all."""
     value = stated.get(key)
     found: list[Any] = value if isinstance(value, list) else [value] * layers
     if len(found) != layers or not all(type(one) is int and one > 0 for one in found):
@@ -160,7 +160,7 @@ _GGUF = Gguf(
         "ffn_gate_inp.scale": "router.scale",
         "ffn_down_exps.scale": "router.per_expert_scale",
     },
-    # Without it llama.cpp takes 30, the class none; published models have it.
+    # If it is missing, llama.cpp uses 30 and the class none; published models state it.
     numbers={"final_logit_softcapping": "final_logit_softcapping"},
     settings=_from_gguf,
 )
@@ -173,7 +173,7 @@ _ROPES = {
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, the last of which has full attention, and the heads of these."""
+    """Fill in the kinds of layers, the last one with full attention, and the heads of full-attention layers."""
     layers = layer_count(config)
     stated = layer_kinds(config, {SLIDING: SLIDING, FULL: FULL})
     kinds = [FULL if (layer + 1) % _PERIOD == 0 else SLIDING for layer in range(layers)] if stated is None else stated
@@ -192,7 +192,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """Return the heads of layers of full attention, which transformers 5 writes for each of them."""
+    """Return the heads of full-attention layers, which transformers 5 writes once per layer."""
     usual = {"head_dim": config.get("head_dim"), "num_key_value_heads": config.get("num_key_value_heads")}
     own = usual | {"head_dim": config.get("global_head_dim") or 512}
     if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads") is not None:
@@ -210,7 +210,7 @@ def _stated_heads(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]
 
 
 def _number(layer: Any) -> str:
-    """Return the number of a layer without the zeros that transformers writes in front of it."""
+    """Strip the leading zeros that transformers writes from the number of a layer."""
     return str(layer).lstrip("0") or "0"
 
 
@@ -219,7 +219,7 @@ def _kv_shared(config: Mapping[str, Any]) -> int:
 
 
 def _global_heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the heads of keys and values of layers of full attention, and the features of a head."""
+    """Return the number of key-value heads of full-attention layers, and their size."""
     return size(config, "num_global_key_value_heads"), size(config, "global_head_dim")
 
 

@@ -171,7 +171,7 @@ _GRANITE_IN_MEMORY = {
 GRANITE_EXPERTS = ExpertRules(
     ("num_local_experts",), layouts=(_GRANITE_PUBLISHED, MERGED, _GRANITE_IN_MEMORY), scores="chosen"
 )
-# Metadata keys of the factors.
+# Configuration key -> metadata key of each factor.
 GRANITE_FACTORS = {
     "embedding_multiplier": "embedding_scale",
     "attention_multiplier": "attention.scale",
@@ -205,10 +205,10 @@ GRANITEMOE = granite(
 _EXPERTS = "feed_forward.experts."
 _ROUTER = {"router": "feed_forward.router.weight"}
 _STORED = _ROUTER | {"gate_up": f"{_EXPERTS}gate_up_proj", "down": f"{_EXPERTS}down_proj"}
-# As in GGUF.
+# The layout in GGUF.
 _MERGED = _ROUTER | {part: f"{_EXPERTS}{part}_proj.weight" for part in ("gate", "up", "down")}
 
-# What llama.cpp implies, and files do not state: the settings of the published models.
+# Settings of the published models, which llama.cpp implies and files do not state.
 _CHUNK, _PERIOD = 8192, 4
 _IMPLIED = {
     "attention_chunk_size": _CHUNK,
@@ -217,7 +217,7 @@ _IMPLIED = {
     "attn_scale": 0.1,
     "floor_scale": 8192,
 }
-_WITHOUT_NORMS = 128  # experts of the models, such as Maverick, whose queries and keys it does not normalise
+_WITHOUT_NORMS = 128  # llama.cpp does not normalise queries and keys of models with this many experts, such as Maverick
 
 
 def _sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
@@ -231,7 +231,7 @@ def _sparse(config: Mapping[str, Any], layers: int) -> list[bool]:
 
 
 def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the widths, and whether queries and keys are normalised, by the number of experts as in llama.cpp."""
+    """Return the widths, and whether queries and keys are normalised: like llama.cpp, by the number of experts."""
     theta = stated.get("rope.freq_base")
     wanted = {
         "attention.sliding_window": _CHUNK,

@@ -22,7 +22,7 @@ from jcrosslora.architectures.families.llama import GRANITE_EXPERTS, GRANITE_FAC
 from jcrosslora.architectures.family import Family, Gguf, Positions
 from jcrosslora.errors import CheckpointError
 
-# Of all of them; the classes do not read the size of a chunk.
+# Keys of all these families; the classes do not read the chunk size.
 _KEYS = words(
     "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
     "mamba_n_heads time_step_limit layer_types"
@@ -30,7 +30,7 @@ _KEYS = words(
 
 
 def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate", "behind the gate"] | None) -> Mamba2:
-    """Read the state-space model, with `inner` features of the values of all heads, from the keys `mamba_*`."""
+    """Read the state-space model from the keys `mamba_*`; `inner` is the number of value features of all heads."""
     heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
     stated = config.get("mamba_d_head", "auto")
     each = inner // heads if stated in ("auto", None) else size(config, "mamba_d_head")
@@ -53,14 +53,14 @@ def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate
 
 
 def gguf_tensors(holder: str) -> dict[str, str]:
-    """Return the names of the tensors of Mamba 2 in GGUF -> those in a layer, given the module that holds it."""
+    """Map the GGUF names of Mamba 2's tensors to their names in a layer; `holder` is the module's name."""
     names = {"ssm_a": "A_log", "ssm_d": "D", "ssm_dt.bias": "dt_bias", "ssm_norm.weight": "norm.weight"}
     names |= {f"ssm_conv1d.{kind}": f"conv1d.{kind}" for kind in ("weight", "bias")}
     return {stored: f"{holder}.{name}" for stored, name in names.items()}
 
 
 def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, the width of the MLP that all tokens go through, and that of any experts."""
+    """Fill in the kinds of layers, the width of the MLP for all tokens, and the width of any experts."""
     count = config.get("num_local_experts", 8)
     if type(count) is not int or count < 0:
         msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, wanted the number of experts, 0 for none"
@@ -99,7 +99,7 @@ def _expanded_mamba(config: Mapping[str, Any]) -> Mamba2:
 
 
 def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return what files state otherwise than configurations."""
+    """Return the settings that GGUF files state differently from configurations."""
     if "attention.scale" not in stated:
         msg = "attention.scale is missing, which all of Granite have: other models of the architecture, such as Bamba, "
         raise CheckpointError(msg + "are not supported")
@@ -150,7 +150,7 @@ GRANITE_HYBRID = granite(
 
 
 def _resolve_bamba(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the layers of attention, and check the sizes of the others."""
+    """Fill in the list of attention layers, and check the sizes of the others."""
     stated, layers = config.get("attn_layer_indices") or [], layer_count(config)
     if not isinstance(stated, list | tuple) or not all(type(layer) is int and 0 <= layer < layers for layer in stated):
         refuse("attn_layer_indices", stated, f"a list of some of {layers} layers")
@@ -180,7 +180,7 @@ BAMBA = Family(
 
 
 def _resolve_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the two factors of the MLP by separate keys."""
+    """Split the two factors of the MLP into separate keys."""
     gate, down = numbers(config, "mlp_multipliers", 2) or (1.0, 1.0)
     _falcon_mamba(config)  # whose sizes are checked
     return {**config, "gate_multiplier": gate, "down_multiplier": down}

@@ -19,7 +19,7 @@ _SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kind of each layer by one name, and the number of layers."""
+    """Normalise the kind of each layer to one name, and set the number of layers."""
     stated = config.get("layers_block_type")
     stated = config.get("layer_types") if stated is None else stated
     pattern = config.get("hybrid_override_pattern")
@@ -75,9 +75,9 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers, by two lists, and settings that files state differently.
+    """Return the kinds of layers, from two lists, and settings that files state differently.
 
-    Files do not state the least time step, which is taken to be that of the class.
+    Files do not state the smallest time step; the default of the class is used.
     """
     epsilons = [stated.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")]
     if len({repr(one) for one in epsilons} - {"None"}) != 1:
@@ -93,7 +93,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
     kinds = [mlp if width else _ATTENTION if heads else _MAMBA for heads, width in zip(*lists, strict=True)]
     inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
     return {
-        # Without those after the last that predict further tokens.
+        # Drop the layers at the end that predict further tokens.
         "layers_block_type": kinds[: len(kinds) - stated.get("nextn_predict_layers", 0)],
         "mamba_head_dim": max(inner // heads, 1),
         "use_conv_bias": "mixer.conv1d.bias" in held,
@@ -156,7 +156,7 @@ NEMOTRON_H = Family(
     activation_key="mlp_hidden_act",
     eps=Number("layer_norm_epsilon", 1e-5),
     positions=Positions(rotated=windowed),
-    # Some are not read by the class, such as the limits of the time step at its start.
+    # The class does not read some of them, such as the initial limits of the time step.
     keys=words(
         "layers_block_type layer_types hybrid_override_pattern mamba_num_heads mamba_head_dim n_groups ssm_state_size "
         "conv_kernel use_conv_bias time_step_min moe_shared_expert_intermediate_size n_shared_experts "
@@ -166,7 +166,7 @@ NEMOTRON_H = Family(
         "mtp_hybrid_override_pattern"
     ),
     fixed={"mamba_hidden_act": ("silu",), "attention_bias": (False,), "attention_head_dim": (128,)},
-    # Of the class, where configurations leave them out.
+    # Defaults of the class, which configurations may omit.
     defaults=dict(
         head_dim=128, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=7688, norm_topk_prob=True
     ),

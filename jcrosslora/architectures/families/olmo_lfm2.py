@@ -52,7 +52,7 @@ OLMO3 = _olmo(
     architectures=("Olmo3ForCausalLM",),
     gguf=Gguf("olmo2"),
     windows=Windows(period=4),
-    # Its class reads `rope_theta` for the layers of full attention alone.
+    # Its class reads `rope_theta` only for layers of full attention.
     positions=Positions(theta=500_000.0, local_theta=500_000.0),
 )
 OLMOE = _olmo(
@@ -67,7 +67,7 @@ _PERIOD = 4
 
 
 def _resolve_hybrid(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, and a `rope_theta` of null in `rope_parameters` if there are no positions."""
+    """Fill in the kinds of layers; without positions, set only a `rope_theta` of null in `rope_parameters`."""
     kinds = layer_kinds(config, {LINEAR: LINEAR, FULL: FULL})
     if kinds is None:
         kinds = [LINEAR if (layer + 1) % _PERIOD else FULL for layer in range(layer_count(config))]
@@ -128,7 +128,7 @@ OLMO_HYBRID = Family(
         "linear_attn.a_proj": ("in_proj_a",),
         "linear_attn.o_proj": ("delta_out_proj",),
     },
-    # Files call the norm before the MLP and the one after attention the same, and hold the convolution in parts.
+    # Files use one name for the norm before the MLP and the one after attention, and split the convolution.
     stored=StoredNames(
         modules={
             "attention_layer_norm": "input_layernorm",
@@ -143,7 +143,7 @@ OLMO_HYBRID = Family(
     qk_norms="whole",
     bias_keys={"attention_bias": ATTENTION},
     positions=Positions(rotated=_rotated),
-    # Some are settings of the initialisation.
+    # Some are only for initialisation.
     keys=words(
         "layer_types linear_a_log_max linear_a_log_min linear_allow_neg_eigval linear_conv_kernel_dim "
         "linear_dt_init_floor linear_dt_max linear_dt_min linear_key_head_dim linear_num_key_heads "
@@ -156,7 +156,7 @@ _CONV = "conv"
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the width of the MLP and the kinds of the layers, which other keys imply."""
+    """Fill in the width of the MLP and the kinds of layers, which other keys imply."""
     width = size(config, "block_ff_dim") if config.get("block_ff_dim") is not None else config.get("intermediate_size")
     if config.get("block_auto_adjust_ff_dim", True):
         multiple = size(config, "block_multiple_of", 256)
@@ -191,7 +191,7 @@ def _taps(config: Mapping[str, Any]) -> int:
 
 
 def _tied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State whether the head is the embedding, which another key may do."""
+    """Rename the key `tie_embedding` to `tie_word_embeddings`; the default is true."""
     tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
     return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": tied}
 
@@ -241,7 +241,7 @@ _lfm2 = partial(
     eps=Number("norm_eps", 1e-5),
     positions=Positions(theta=1_000_000.0),
 )
-# Of published configurations; no class reads those of the last line, and that with experts none of `block_`.
+# Keys of published configurations. No class reads those of the last line; the one with experts reads no `block_` key.
 _KEYS = words(
     "conv_L_cache layer_types tie_embedding block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim "
     "block_ff_dim full_attn_idxs block_mlp_init_scale block_out_init_scale block_use_xavier_init "
@@ -273,7 +273,7 @@ LFM2_MOE = _lfm2(
         layers=behind_first("num_dense_layers"),
     ),
     keys=_KEYS | {"num_dense_layers"},
-    # Without, there is no `expert_bias`.
+    # Without `use_expert_bias` there is no `expert_bias`.
     fixed={"use_expert_bias": (True,), "use_pos_enc": (True,)},
     defaults=dict(
         num_dense_layers=2, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=1792, norm_topk_prob=True

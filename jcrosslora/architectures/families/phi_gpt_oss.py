@@ -63,7 +63,7 @@ PHIMOE = Family(
     windows=Windows(size=None, listed=False),
     positions=Positions(theta=1_000_000.0, types=("longrope",)),
     keys=words("input_jitter_noise original_max_position_embeddings"),
-    # Its class always chooses two.
+    # Its class always uses two experts.
     fixed={"num_experts_per_tok": (2,)},
     defaults={"num_local_experts": 16, "num_experts_per_tok": 2},
 )

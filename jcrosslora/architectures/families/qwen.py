@@ -38,7 +38,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
     return size(config, "shared_expert_intermediate_size")
 
 
-# One expert that all tokens go through, with a gate on what it returns.
+# One expert for all tokens, with a gate on its output.
 _SHARED_EXPERT: dict[str, Any] = {"shared": _shared_width, "shared_gate": True}
 _SHARED_PATHS = {f"mlp.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED}
 
@@ -60,14 +60,14 @@ QWEN2_MOE = Family(
     bias_keys={"qkv_bias": QKV},
     experts=replace(_EXPERTS, **_SHARED_EXPERT),
     keys=_STEP | words("sliding_window layer_types shared_expert_intermediate_size"),
-    # Its windows are those of other layers than in Qwen2.
+    # Windows would be in other layers than in Qwen2.
     fixed={"use_sliding_window": (False,)},
     defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632},
 )
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, and leave out the axes of positions, which are equal in a text."""
+    """Fill in the kinds of layers, and remove the position axes of multimodal rope, which are equal in text."""
     period, layers = size(config, "full_attention_interval", 4), layer_count(config)
     kinds = layer_kinds(config, {LINEAR: LINEAR, FULL: FULL})
     found = {**config, "layer_types": kinds or [LINEAR if (i + 1) % period else FULL for i in range(layers)]}
@@ -79,7 +79,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the width of the MLP too; the only MLP is the shared expert."""
+    """Fill in the width of the MLP too; the only MLP is the shared expert."""
     return _resolve({**config, "intermediate_size": size(config, "shared_expert_intermediate_size", 512)})
 
 
@@ -103,7 +103,7 @@ def _layers(model: Architecture, form: Literal["joined", "grouped"] = "joined") 
 
 
 def _from_gguf(stated: Mapping[str, Any], _held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of the layers and the size of a value."""
+    """Return the kinds of layers and the size of a value head."""
     heads, inner = size(stated, "ssm.time_step_rank"), size(stated, "ssm.inner_size")
     found: dict[str, Any] = {"linear_value_head_dim": max(inner // heads, 1)}
     flags = stated.get("attention.recurrent_layers")

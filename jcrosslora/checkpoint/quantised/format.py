@@ -54,14 +54,14 @@ class Parts:
         return np.arange(inputs) // max(inputs // groups, 1)
 
     def listed_groups(self, ending: str, inputs: int, groups: int) -> np.ndarray:
-        """Return the group of each input (I,) from the list in a part; refuse one of other length or groups."""
+        """Return the group of each input (I,), as listed in a part; refuse a list with wrong length or groups."""
         listed = self.array(ending, ("I32", "I64"), 1)
         if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
             self.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
         return listed.astype(np.int64)
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise a `CheckpointError` that says why the weight cannot be read."""
+        """Raise a `CheckpointError` with the reason why the weight cannot be read."""
         msg = f"{self.where}: the quantised weight of {self.module} cannot be read: {what}; download it again, or use "
         raise CheckpointError(msg + "the unquantised checkpoint")
 
@@ -92,7 +92,7 @@ class Format:
         parts: suffixes of tensors that belong to a quantised weight and are no tensors of the model.
         marks: suffixes that only this format has and that identify it without settings; if empty, settings are needed.
         obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
-        ending: of the name of a weight, instead of `holder`.
+        ending: suffix that replaces `holder` in the name of the weight.
     """
 
     name: str
