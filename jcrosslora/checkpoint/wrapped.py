@@ -74,7 +74,7 @@ TEXT_PREFIXES: Mapping[str, str] = {
     for outer in (_LANGUAGE, "language_model.", _TEXT_MODEL, "text_model.")
     for inner, name in ((TEXT, TEXT), ("lm_head", "lm_head"), ("", TEXT))
 } | {"backbone.": TEXT}
-# The same for tensors in a checkpoint, see `text_model_name`; tensors of other parts have none of these prefixes.
+# The same for tensors in a checkpoint; tensors of other parts have none of these prefixes.
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 }
