@@ -24,7 +24,7 @@ from jcrosslora.evaluate.effect import adapter_texts
 from jcrosslora.evaluate.probes import match_positions
 from jcrosslora.methods import PadTruncate, Random
 from jcrosslora.report import REPORT, complete, documents, model_card, print_report, published
-from jcrosslora.report.record import effect_rows
+from jcrosslora.report.table import effect_rows
 from jcrosslora.utils.spread import spread_evenly
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]

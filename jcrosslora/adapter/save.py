@@ -54,15 +54,15 @@ FORMATS: Mapping[str, ProfileFormat] = {
 }
 
 
-def why_linear_alone(profile: str) -> str:
-    """Return why a profile holds only updates of linear layers; "" if it holds more."""
-    alone = FORMATS[profile].carries == Carried.LINEAR
-    return f"profile {profile} does not hold it, profile peft does" if alone else ""
+def carried_by(profile: str) -> tuple[Carried, str]:
+    """Return what a profile holds, and why not the rest; "" if it holds more than updates of linear layers."""
+    carries = FORMATS[profile].carries
+    return carries, f"profile {profile} does not hold it, profile peft does" if carries == Carried.LINEAR else ""
 
 
 def for_profile(adapter: Adapter, profile: str) -> Adapter:
     """Return the part of an adapter that a profile holds; the rest is listed in `info.ignored`."""
-    return restrict(adapter, FORMATS[profile].carries, why_linear_alone(profile))
+    return restrict(adapter, *carried_by(profile))
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:

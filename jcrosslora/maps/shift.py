@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fit_to_base, update_norm
 from jcrosslora.adapter.records import as_adapter, left_out, restrict
-from jcrosslora.adapter.save import FORMATS, why_linear_alone
+from jcrosslora.adapter.save import carried_by
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
 from jcrosslora.linalg import map_on_host, namespace, product_energy
 from jcrosslora.maps.align import align_groups
@@ -111,7 +111,7 @@ def _limits(plan: Plan, profile: str) -> Iterator[tuple[Carried, str]]:
     """Yield what is carried at most, with the reason why the rest is not."""
     method = plan.method
     if Carried.TOKENS in method.carries:
-        yield FORMATS[profile].carries, why_linear_alone(profile)
+        yield carried_by(profile)
     why = f"method {method.name} does not keep the coordinates of the residual stream"
     yield method.carries | ~Carried.TOKENS, why
     yield method.carries, f"method {method.name} does not move them"

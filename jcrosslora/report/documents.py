@@ -17,8 +17,8 @@ from jcrosslora.maps.moved import defined
 from jcrosslora.methods import Method
 from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command
-from jcrosslora.report.record import REPORT, Totals, TransferReport, effect_rows
-from jcrosslora.report.table import diagnostics_title, judge, role_rows
+from jcrosslora.report.record import REPORT, Totals, TransferReport
+from jcrosslora.report.table import diagnostics_title, effect_rows, judge, role_rows
 from jcrosslora.report.usage import usage
 from jcrosslora.utils.spread import spread_evenly
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text

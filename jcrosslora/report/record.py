@@ -26,7 +26,7 @@ SCHEMA = 4
 AGAIN = "move the adapter again, or run the version of jcrosslora that wrote it"
 _LONGEST = 300  # characters of an example
 
-# Bounded as `Size` is: a damaged number must not become a picture of a billion layers.
+# Bounded as `Size` is.
 Layer = Annotated[int, msgspec.Meta(ge=0, le=999)]
 Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 T = TypeVar("T")
@@ -251,20 +251,3 @@ def weighted(rows: Sequence[ModuleRow], field: str) -> float:
 def cut(text: str, most: int = _LONGEST) -> str:
     """Cut a text to a number of characters, and say so."""
     return text if len(text) <= most else f"{text[:most]} ..."
-
-
-def effect_rows(effect: Effect) -> list[dict[str, str]]:
-    """Format a row for each base, for tables."""
-    return [
-        {
-            "base": name,
-            "KL (nats a position)": f"{_figure(one.kl)} ± {_figure(one.kl_spread)}",
-            "NLL without": _figure(one.nll),
-            "NLL with the adapter": _figure(one.nll_adapted),
-        }
-        for name, one in (("source", effect.source), ("target", effect.target))
-    ]
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -8,11 +8,12 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from jcrosslora.evaluate import Effect
 from jcrosslora.maps.moved import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.report.fit import fit_sentences, fit_verdict
-from jcrosslora.report.record import Level, TransferReport, Verdict, cut, effect_rows, weighted
+from jcrosslora.report.record import Level, TransferReport, Verdict, cut, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -63,6 +64,23 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
     for line in _notes(report):
         say(console, line)
     say(console, f"verdict: {report.verdict.text}", style="bold")
+
+
+def effect_rows(effect: Effect) -> list[dict[str, str]]:
+    """Format a row for each base, for tables."""
+    return [
+        {
+            "base": name,
+            "KL (nats a position)": f"{_figure(one.kl)} ± {_figure(one.kl_spread)}",
+            "NLL without": _figure(one.nll),
+            "NLL with the adapter": _figure(one.nll_adapted),
+        }
+        for name, one in (("source", effect.source), ("target", effect.target))
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:

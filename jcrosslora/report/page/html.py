@@ -15,8 +15,8 @@ from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
 from jcrosslora.report.recipe import RECIPE, repeat_command
-from jcrosslora.report.record import Base, TransferReport, cut, effect_rows
-from jcrosslora.report.table import diagnostics_title, role_rows
+from jcrosslora.report.record import Base, TransferReport, cut
+from jcrosslora.report.table import diagnostics_title, effect_rows, role_rows
 from jcrosslora.utils.spread import spread_evenly
 from jcrosslora.utils.texts import html_page, html_prose, html_table, html_text
 
