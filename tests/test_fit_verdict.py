@@ -18,7 +18,7 @@ from jcrosslora.report import complete, print_report, published
 from jcrosslora.report.documents import model_card
 from jcrosslora.report.fit import fit_sentences, fit_verdict, interval
 from jcrosslora.report.page import find_contents, headline
-from jcrosslora.report.page.next_steps import first_steps, next_steps
+from jcrosslora.report.page.next_steps import first_steps, next_steps, where
 from jcrosslora.report.record import Verdict
 
 DISTILL = jcl.methods.Distill
@@ -173,6 +173,7 @@ def test_the_page_follows_the_level(result, tmp_path, agreed, tone, word):
     assert (found.tone, found.word) == (tone, word)
     assert f"{agreed} of the source's 20" in found.reasons[0]
     assert ("--prompts prompts.txt" in first.commands[0]) == (tone == "bad")
+    assert f"`{tmp_path.name}`" in where(contents, first)  # also where the command reads its recipe alone
 
 
 def test_no_example_of_another_task_is_printed(result):

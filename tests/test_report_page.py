@@ -558,6 +558,8 @@ def test_without_matplotlib_the_extra_is_named(moved, tmp_path, monkeypatch, cap
         ({"schema": None}, "has schema None"),
         ({"verdict": None}, r"is damaged .*verdict"),
         ({"layers": [10**9]}, r"is damaged .*layers"),
+        ({"unmapped_sources": [{"source": "lm_head", "share": 0.1}]}, r"is damaged .*unmapped_sources"),
+        ({"rows": [{"target": "lm_head", "source": "", "role": "q_proj", "energy": 1.0}]}, r"is damaged .*rows"),
         ({"curve": [[0, "low"]]}, r"is damaged .*curve"),
         ({"curve": [[0, 1e300], [1, 2.0]]}, r"is damaged .*curve"),
     ],

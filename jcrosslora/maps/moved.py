@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from jcrosslora.distill.facts import FitFacts
 
 Calibration = Literal["none", "frobenius"]
-# What is read from a report is bounded: a damaged number must not become a picture that cannot be drawn.
+# What is read from a report is bounded, so that a damaged one is refused and not shown.
 Size = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+_LAYER = r"^model\.layers\.\d{1,3}\."
+Module = Annotated[str, msgspec.Meta(pattern=_LAYER)]
 Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 
 
@@ -73,8 +75,8 @@ class ModuleRow(Agreement, frozen=True):
         norm_before: ||dW_src||_F; `norm_after` is ||dW_tgt||_F as written, after re-ranking and calibration.
     """
 
-    target: str
-    source: str
+    target: Module
+    source: Annotated[str, msgspec.Meta(pattern=rf"{_LAYER}|^$")]
     role: Role
     energy: Size | None
     kept: float | None = None
@@ -91,7 +93,7 @@ class ModuleRow(Agreement, frozen=True):
 class UnmappedSource:
     """A source module whose update is not moved, and its share of the whole update's ||.||_F^2."""
 
-    source: str
+    source: Module
     share: Size
 
 

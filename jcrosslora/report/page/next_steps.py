@@ -48,6 +48,10 @@ class _Names:
         beside = f"--adapter {quoted(self.folder)}{more} --show 10 --json > answers.json"
         return f"jcrosslora evaluate --base {quoted(self.base)} --data task.jsonl {beside}"
 
+    @property
+    def recipe(self) -> str:
+        return str(Path(self.folder) / RECIPE)
+
     def report(self, more: str = "") -> str:
         return f"jcrosslora report {quoted(self.folder)} --answers answers.json{more}"
 
@@ -135,6 +139,8 @@ def where(contents: Contents, step: Step) -> str:
     every = [names.folder, names.base]
     every += [] if moved is None else [moved.adapter.name or "", moved.source.ref or ""]
     local = [name for name in dict.fromkeys(every) if f" {quoted(name)} " in given and not is_hub_id(name)]
+    if f" {quoted(names.recipe)} " in given:
+        local = list(dict.fromkeys((names.folder, *local)))
     listed = ", ".join(f"`{visible(name)}`" for name in local)
     return f"Run it in the folder that holds {listed}, or give the paths." if local else ""
 
@@ -150,7 +156,7 @@ def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
     said = f"What would help: {'; '.join(helping) or 'an update that is fitted to answers of the source'}."
     given = dict[str, str]()
     if fit is not None:  # the recipe has the settings of the fit
-        given["recipe"] = str(Path(names.folder) / RECIPE)
+        given["recipe"] = names.recipe
         if fit.planned < fit.usual:
             given["completions"] = str(fit.usual)
     if fit is None or fit.given < ENOUGH:
