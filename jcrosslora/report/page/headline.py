@@ -1,6 +1,6 @@
 """The figures of an evaluation, their names and formats, and the verdict of the page."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jcrosslora.evaluate import Direction, Interval
@@ -128,7 +128,16 @@ class Headline:
 
 
 def headline(contents: Contents) -> Headline:
-    """Judge by the evaluation, or without one by the verdict of the transfer."""
+    """Judge by the evaluation, or without one by the verdict of the transfer; say what the maps left behind."""
+    found, moved = _judge(contents), contents.moved
+    if moved is None or not moved.left_behind:
+        return found
+    held = f"{moved.left_behind:.1%} of the original update"
+    left = f"Modules without a counterpart in the target held {held}, which was left behind."
+    return replace(found, reasons=(*found.reasons, left))
+
+
+def _judge(contents: Contents) -> Headline:
     evaluation = contents.evaluation
     model = None if evaluation is None else evaluation.of_part("moved")
     if evaluation is not None and model is not None:

@@ -105,11 +105,7 @@ def _introduction(contents: Contents) -> str:
 def _verdict(contents: Contents) -> str:
     found = headline(contents)
     sentence = f"<p><b>{found.word}.</b> {html_prose(found.sentence)}</p>"
-    reasons = list(found.reasons)
-    if contents.moved is not None and contents.moved.left_behind:
-        held = f"{contents.moved.left_behind:.1%} of the original update"
-        reasons.append(f"Modules without a counterpart in the target held {held}, which was left behind.")
-    return f'<div class="verdict {found.tone}">{sentence}{_list(reasons)}</div>'
+    return f'<div class="verdict {found.tone}">{sentence}{_list(found.reasons)}</div>'
 
 
 def _step(contents: Contents, step: Step) -> str:
