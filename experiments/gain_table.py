@@ -11,6 +11,7 @@ interval of the trained adapter's gain includes 0. Of several lines of the same 
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,12 +62,17 @@ def tables(lines: Iterable[GainLine]) -> str:
 
 def means(values: np.ndarray) -> np.ndarray:
     """float64 (K, 1 + DRAWS): means over seeds and items of K rows (K, S, n), and those of resamples of both."""
-    _, seeds, items = values.shape
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(items, np.full(items, 1 / items), DRAWS) / items
-    picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
+    drawn, picked = _resamples(*values.shape[1:])
     found = np.einsum("ksd,ds->kd", values @ drawn.T, picked)
     return np.concatenate([values.mean(axis=(1, 2))[:, None], found], axis=1)
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(seeds: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the weights of items (DRAWS, n) and of seeds (DRAWS, S) of each resample."""
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(items, np.full(items, 1 / items), DRAWS) / items
+    return drawn, rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
 
 
 def share(base: np.ndarray, moved: np.ndarray, trained: np.ndarray) -> Interval | None:
