@@ -168,8 +168,8 @@ _OF_YARN = {
     "rope.scaling.original_context_length": 16,
 }
 _MSCALES = {"mscale": 1.0, "mscale_all_dim": 1.0}
-# The class's own least time step, which files do not state, as the width of an MLP that no layer has.
-_NEMOTRON = {key: value for key, value in NEMOTRON.items() if key != "time_step_min"} | {"layer_norm_epsilon": 1e-3}
+# Files state neither limits of the time step nor the width of an MLP that no layer has: the class has its defaults.
+_NEMOTRON = {key: value for key, value in NEMOTRON.items() if key != "time_step_limit"} | {"layer_norm_epsilon": 1e-3}
 _OF_NEMOTRON = {
     "ssm.conv_kernel": 3,
     "ssm.state_size": 5,

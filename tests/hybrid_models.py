@@ -23,7 +23,7 @@ NEMOTRON = {
     "ssm_state_size": 5,
     "conv_kernel": 3,
     "chunk_size": 8,
-    "time_step_min": 0.3,
+    "time_step_limit": [0.1, 0.9],
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_group": 4,
@@ -192,7 +192,7 @@ HYBRIDS = {
         "nemotron_h",
         NEMOTRON
         | {"moe_latent_size": 20, "mlp_bias": True, "use_bias": True, "use_conv_bias": False, "num_experts_per_tok": 4}
-        | {"layers_block_type": ["moe", "mamba", "moe", "attention"], "norm_topk_prob": False, "time_step_min": 0.6},
+        | {"layers_block_type": ["moe", "mamba", "moe", "attention"], "norm_topk_prob": False, "time_step_limit": [0.6, 0.8]},
     ),
     "nemotron_h-dense": (
         "nemotron_h",

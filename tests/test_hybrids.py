@@ -197,8 +197,8 @@ def test_norms_of_one_side_are_the_gain_of_the_modules_on_that_side():
         ("nemotron_h", {"hybrid_override_pattern": "M-", "n_groups": 5}, "128 is not a multiple of n_groups 5"),
         (
             "nemotron_h",
-            {"hybrid_override_pattern": "M-", "time_step_min": "0"},
-            "'time_step_min' is '0', wanted a number",
+            {"hybrid_override_pattern": "M-", "time_step_limit": 0},
+            "'time_step_limit' is '0', wanted a list of 2 numbers",
         ),
         ("nemotron_h", {"hybrid_override_pattern": "M-", "sliding_window": 8}, "'sliding_window'=8 is not known"),
         ("lfm2", {"full_attn_idxs": 1}, "'full_attn_idxs' is 1, wanted a list of layers"),

@@ -35,7 +35,7 @@ FALCON = MAMBA | {
 }
 ALONE = NEMOTRON | {
     "use_conv_bias": False,
-    "time_step_min": 0.6,
+    "time_step_limit": [0.6, 0.8],
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "layers_block_type": ["mamba"],
@@ -75,7 +75,7 @@ CASES = {
     ),
     "mamba-limit": (
         *("nemotron_h", "NemotronHMamba2Mixer", ALONE),
-        Mamba2(WIDTH, **HEADS, norm="behind the gate", step_limits=(0.6, float("inf")), holder="mixer"),
+        Mamba2(WIDTH, **HEADS, norm="behind the gate", step_limits=(0.6, 0.8), holder="mixer"),
     ),
     "mamba-gate": ("falcon_h1", "FalconH1Mixer", FALCON, Mamba2(WIDTH, **HEADS, **SCALED)),
     "mamba-norm": (

@@ -38,7 +38,6 @@ def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate
         msg = f"mamba_n_heads {heads} times mamba_d_head {each} is not {inner}, the width of the state-space layers, "
         msg += f"or mamba_n_groups {groups} does not divide it"
         raise CheckpointError(msg)
-    low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
     return Mamba2(
         size(config, "hidden_size"),
         size(config, "mamba_d_conv", 4),
@@ -48,8 +47,14 @@ def _mamba(config: Mapping[str, Any], inner: int, norm: Literal["before the gate
         value_size=each,
         conv_bias=bool(config.get("mamba_conv_bias", True)),
         norm=norm,
-        step_limits=(low, high),
+        step_limits=step_limits(config),
     )
+
+
+def step_limits(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the smallest and the largest time step; without the key `time_step_limit` there is no limit."""
+    low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
+    return low, high
 
 
 def gguf_tensors(holder: str) -> dict[str, str]:

@@ -5,9 +5,9 @@ from typing import Any
 
 from jcrosslora.architectures.architecture import Architecture, Layer, attention, experts, mlp
 from jcrosslora.architectures.blocks import ATTENTION, EXPERT_LATENT, UNGATED_MLP, Mamba2
-from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, refuse, size, words
+from jcrosslora.architectures.config import MOST_LAYERS, Number, check_multiple, layer_kinds, size, words
 from jcrosslora.architectures.expert_rules import ExpertRules
-from jcrosslora.architectures.families.mamba2 import gguf_tensors
+from jcrosslora.architectures.families.mamba2 import gguf_tensors, step_limits
 from jcrosslora.architectures.family import Family, Gguf, Positions, StoredNames, windowed
 from jcrosslora.errors import CheckpointError
 
@@ -49,9 +49,6 @@ def _layers(model: Architecture) -> list[Layer]:
 def _mamba(config: Mapping[str, Any]) -> Mamba2:
     heads, groups = size(config, "mamba_num_heads", 128), size(config, "n_groups", 8)
     check_multiple("mamba_num_heads", heads, "n_groups", groups)
-    least = config.get("time_step_min", 0.001)
-    if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least < float("inf"):
-        refuse("time_step_min", least, "a number that is not negative")
     return Mamba2(
         size(config, "hidden_size"),
         size(config, "conv_kernel", 4),
@@ -61,8 +58,7 @@ def _mamba(config: Mapping[str, Any]) -> Mamba2:
         value_size=size(config, "mamba_head_dim", 64),
         conv_bias=bool(config.get("use_conv_bias", True)),
         norm="behind the gate",
-        # The class reads no other limit of the time step.
-        step_limits=(float(least), float("inf")),
+        step_limits=step_limits(config),
         open_output=False,
         output_bias=bool(config.get("use_bias", False)),
         activation="silu",
@@ -75,10 +71,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return the kinds of layers, from two lists, and settings that files state differently.
-
-    Files do not state the smallest time step; the default of the class is used.
-    """
+    """Return the kinds of layers, from two lists, and settings that files state differently."""
     epsilons = [stated.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")]
     if len({repr(one) for one in epsilons} - {"None"}) != 1:
         msg = f"attention.layer_norm_rms_epsilon and layer_norm_epsilon are {str(epsilons)[:60]}, wanted one number"
