@@ -192,7 +192,8 @@ HYBRIDS = {
         "nemotron_h",
         NEMOTRON
         | {"moe_latent_size": 20, "mlp_bias": True, "use_bias": True, "use_conv_bias": False, "num_experts_per_tok": 4}
-        | {"layers_block_type": ["moe", "mamba", "moe", "attention"], "norm_topk_prob": False, "time_step_limit": [0.6, 0.8]},
+        | {"layers_block_type": ["moe", "mamba", "moe", "attention"], "norm_topk_prob": False}
+        | {"time_step_limit": [0.6, 0.8]},
     ),
     "nemotron_h-dense": (
         "nemotron_h",
