@@ -59,6 +59,7 @@ def run(*arguments):
     return 0
 
 
+@pytest.mark.full
 def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JCROSSLORA_SOURCE_KEY", "sk-this-is-a-secret")
     folder, source, _ = places
@@ -96,6 +97,7 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "moved" / weights).read_bytes()
 
 
+@pytest.mark.full
 def test_a_server_that_changes_the_adapter_in_the_middle_ends_the_move(places, server, monkeypatch):
     folder, source, _ = places
 

@@ -42,6 +42,7 @@ def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     assert transfer("without", unwritable) == first
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arrays", [[], pytest.param(["--no-cache"], marks=pytest.mark.full)], ids=["cached", "anew"])
 def test_second_move_of_a_pair_compiles_nothing(arrays, tmp_path):
     for name, seed in (("source", 0), ("target", 1)):

@@ -279,6 +279,7 @@ def tiny(pair, monkeypatch):
     monkeypatch.setattr(run, "demo_questions", lambda: SHORT)
 
 
+@pytest.mark.full
 def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main(["demo", "--out", str(out), "--method", "theseus"])

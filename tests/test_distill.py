@@ -119,6 +119,7 @@ def test_the_teacher_mixes_target_and_source_and_adds_the_sources_change():
     assert weight == 3.5
 
 
+@pytest.mark.full
 def test_remat_gives_the_same_step(pair):
     base = pair[1]
     target = RestrictedModel(load_model(base))
@@ -292,6 +293,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
         np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)
 
 
+@pytest.mark.full
 def test_a_fit_continues_from_a_given_start(pair):
     source, target, adapter = pair
     begun = random_adapter(target, roles=("v_proj", "up_proj"), rank=2, scale=1e-3)
@@ -438,6 +440,7 @@ def test_a_base_without_finite_predictions_is_named(pair):
         generator.continue_texts(["a text"], 4, 1.0, jax.random.key(0))
 
 
+@pytest.mark.full
 def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
     source, _, adapter = pair
     folder = write_base(tmp_path / "target", 90, layers=2, seed=1)
@@ -603,6 +606,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     np.testing.assert_allclose(found[0, -1], np.log(both / (np.exp(scores[ids]).sum() + both)), rtol=1e-4)
 
 
+@pytest.mark.full
 def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
     source, target, adapter = pair
     chosen = []
@@ -849,6 +853,7 @@ def test_repeated_prompts_count_once(pair):
     assert many.completions == few.completions
 
 
+@pytest.mark.full
 def test_agreement_is_with_greedy_answers_alone(pair, monkeypatch):
     """With few prompts others are sampled, and labelled answers are the user's: neither is what the source prefers."""
     said, real = [], distillation.batch_answers
@@ -984,6 +989,7 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 
+@pytest.mark.full
 def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(pair, tmp_path, monkeypatch):
     source, target, adapter = pair
     for module in (settings_module, completions_module):
@@ -1030,7 +1036,7 @@ def growing(pair, monkeypatch):
     return lambda states: distill(*pair, prompts=CORPUS, settings=asked, states=states)
 
 
-@pytest.mark.parametrize("cache", ["full", "a file"])
+@pytest.mark.parametrize("cache", full_except(["full", "a file"], ["a file"]))
 def test_a_fit_goes_on_where_its_states_cannot_be_kept(growing, tmp_path, caplog, monkeypatch, cache):
     if cache == "a file":
         (tmp_path / "fits").write_text("mine")

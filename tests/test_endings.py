@@ -228,6 +228,7 @@ def ended(target, found):
     return np.mean([one.ended for one in own.write([prompt + ANSWER for prompt in PROMPTS], 1, 0.0, jax.random.key(0))])
 
 
+@pytest.mark.full
 def test_a_target_learns_to_end_what_its_source_never_ends(pair, fits):
     assert ended(pair[1], fits["auto"]) > 0.9
     assert ended(pair[1], fits["source"]) == ended(pair[1], fits["never"]) == 0

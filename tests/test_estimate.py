@@ -274,6 +274,7 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
 FEW = Distill(completions=24, answer_tokens=2, passes=1)
 
 
+@pytest.mark.full
 def test_a_transfer_shows_its_steps(places, every_line, capsys):
     jcl.transfer(*places[:3], FEW, prompts=CORPUS, cache=False)
     lines = capsys.readouterr().err.splitlines()

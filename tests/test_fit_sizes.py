@@ -15,6 +15,7 @@ def rows_of(capsys):
     return [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if "small" in line]
 
 
+@pytest.mark.full
 def test_a_line_for_each_program_on_paper_and_measured(capsys):
     fit_sizes.main(["--small", "--run", "--prompt", "16", "--answer", "8"])
     rows = rows_of(capsys)

@@ -140,6 +140,7 @@ def test_an_examples_answer_has_its_own_weight(places):
         Distill(example_weight=0.0).check()
 
 
+@pytest.mark.full
 def test_where_many_prompts_leave_few_passes_examples_are_used_as_often_as_with_few_prompts(places, monkeypatch):
     few = dataclasses.replace(SMALL, completions=20, answer_tokens=2, passes=None)
 

@@ -17,7 +17,7 @@ from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.relation import choose_method, compare_bases, find_channel_scales
 
 IDS = np.random.default_rng(3).integers(0, 128, 40)
-QUICK = ["llama", "qwen3_moe", "qwen3_next", "olmo2"]
+QUICK = ["llama", "qwen3_moe", "olmo2"]
 
 
 def answers(base, adapter=None):

@@ -6,6 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from full_set import full_except
 from probe_bases import write_base
 from source_server import MODEL, serving
 from tiny_bases import random_adapter
@@ -148,6 +149,7 @@ def test_errors_of_odd_forms_are_told(server, base):
         move(server, base)
 
 
+@pytest.mark.full
 def test_fewer_tokens_than_were_asked_for_are_told(server, base, caplog):
     """Some servers give 5 whatever they are asked for."""
     server.always = likeliest(lambda one: dict(sorted(one.items(), key=lambda pair: -pair[1])[:5]))
@@ -235,7 +237,7 @@ def test_damaged_answers_on_disk_are_asked_for_again(server, base, tmp_path):
         assert ask(opened(server, base, tmp_path)) == wanted
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", full_except([True, False], [True]))
 def test_an_answer_that_trickles_in_has_a_deadline(server, base, first):
     """Of the list of models and of a completion; each byte comes in time."""
     source = None if first else opened(server, base, timeout=0.3)
