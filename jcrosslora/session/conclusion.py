@@ -35,9 +35,9 @@ _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the e
 
 
 def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
-    """Bring an update to the ranks of its format, check its effect, and report on it."""
+    """Truncate an update to the ranks of its format, check its effect, and report on it."""
     options, target, source = job.options, plan.target, plan.adapter
-    # A method may return an update of its own, without the account of the maps that it began with.
+    # A method may return a new adapter without the rows of the maps that it started from.
     account = plan.mapped or Moved(Adapter({}))
     before, described = source_info(plan), describe_base(target)
     adapter = fit_to_base(replace(moved.adapter, info=_info(plan)), described)
@@ -107,7 +107,7 @@ def _info(plan: Plan) -> AdapterInfo:
 
 
 def _losses(info: AdapterInfo, *, same_weights: bool) -> Iterator[str]:
-    """Yield what of an adapter was not read exactly, and what does not move."""
+    """Yield a sentence for each part of the adapter that was read inexactly or does not move."""
     if info.lost:
         yield f"the adapter is {info.read_as}."
         if same_weights:
@@ -118,7 +118,7 @@ def _losses(info: AdapterInfo, *, same_weights: bool) -> Iterator[str]:
 
 
 def _left_out(plan: Plan, account: Moved, adapter: Adapter) -> Iterator[str]:
-    """Yield what the maps carried, and the method did not return."""
+    """Yield a sentence for each part that the maps moved and the method did not return."""
     held = Carried.EVERYTHING
     held &= held if adapter.tokens else ~Carried.TOKENS
     held &= held if adapter.experts else ~Carried.EXPERTS
@@ -127,19 +127,19 @@ def _left_out(plan: Plan, account: Moved, adapter: Adapter) -> Iterator[str]:
 
 
 def _token_rows(rows: tuple[TokenRow, ...], moved: Adapter) -> tuple[TokenRow, ...]:
-    """Return the account of each change of embedding and head: those that the maps carried, then the method's."""
+    """Return a row for each change of embedding and head: first those of the maps, then the method's."""
 
     def accounts(row: TokenRow, update: TokenUpdate) -> bool:
         return row.kind == update.kind and not set(row.modules).isdisjoint(update.modules)
 
-    # A row of which no token moved has no update.
+    # A row without moved tokens has no update.
     kept = [row for row in rows if not row.moved or any(accounts(row, one) for one in moved.tokens)]
     new = [one for one in moved.tokens if not any(accounts(row, one) for row in kept)]
     return *kept, *(TokenRow(one.modules, one.kind, len(one.ids), len(one.ids)) for one in new)
 
 
 def _rows(rows: tuple[ModuleRow, ...], moved: Moved, adapter: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:
-    """Return the account of each module of the moved adapter, in the target's order."""
+    """Return a report row for each module of the moved adapter, in the target's order."""
     norms = {name: defined(update_norm(factors)) for name, factors in adapter.modules.items()}
     if moved.fit is None:
         return tuple(structs.replace(row, norm_after=norms.get(row.target, 0.0)) for row in rows)
@@ -178,7 +178,7 @@ def _effect(plan: Plan, moved: Moved, adapter: Adapter, options: TransferOptions
         try:
             with enough_memory("leave out the check with --effect never"):
                 effect = _measured(plan, moved, adapter)
-        # A finished transfer is not given up for a check that was not requested.
+        # A finished transfer does not fail because of a check that the user did not request.
         except (UsageError, ShortMemoryError) as error:
             if options.effect == "always":
                 raise
@@ -191,8 +191,8 @@ def _effect(plan: Plan, moved: Moved, adapter: Adapter, options: TransferOptions
 def _measured(plan: Plan, moved: Moved, adapter: Adapter) -> Effect | None:
     """Measure the effects of the moved adapter and of the original; None if there is no text.
 
-    Texts that the source wrote with its adapter come first: an adapter that was trained on answers hardly shows in text
-    of another kind.
+    Texts that the source wrote with its adapter are preferred: an adapter that was trained on answers changes other
+    texts little.
     """
     source, loaded = plan.pair.source, plan.loaded
     texts: Sequence[str] = () if plan.probes is None else plan.probes.texts

@@ -30,8 +30,8 @@ from jcrosslora.utils.cost import Cost, check_host, free_memory
 from jcrosslora.utils.progress import duration, say, shows_progress
 
 _SHARED = ("write", ALIGN, "interpolate")  # made once for all adapters
-# Bytes of a process that runs bases on a CPU: tokenizers, compiled programs, freed memory that it holds back; and of
-# states and logits in a check. Moves from 1.5B to 0.5B parameters took up to 1.6 and 2.1 GB more than is counted.
+# Bytes of a process that runs bases on a CPU (tokenizers, compiled programs, freed memory that is not returned), and of
+# states and logits in a check. Moves from 1.5B to 0.5B parameters took up to 1.6 and 2.1 GB more than the counts.
 PROCESS, _COMPARED = 1_600_000_000, 500_000_000
 _CHECKED = 4  # bytes of a number in the check of the effect, which holds one base at a time
 
@@ -42,14 +42,14 @@ class Estimate:
 
     Attributes:
         reason: why "auto" chose the method; None if the user named it.
-        modules: how many are aligned, or fitted.
-        rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None if neither is.
+        modules: number of aligned or fitted modules.
+        rank: rank of the truncated SVDs behind the maps, or the largest rank of a fit; None for other methods.
         steps: seconds of each step, in order; None if they are not known.
-        memory: bytes on a device: of both bases' weights if they run, and of a fit; else of the largest group's
-            weights, factors and maps.
-        examples: number of labelled ones that are taught.
-        placement: where the weights lie that a fit and the check of the effect run; None if neither does.
-        warnings: what speaks against the source as the base of the adapter, one sentence each.
+        memory: bytes on a device. If the bases run: their weights and what a fit needs. Otherwise: the weights, factors
+            and maps of the largest group.
+        examples: number of labelled examples.
+        placement: devices of the weights in a fit and in the check of the effect; None if no base runs.
+        warnings: signs that the adapter was not trained on this source, one sentence each.
     """
 
     method: Method
@@ -63,7 +63,7 @@ class Estimate:
     warnings: tuple[str, ...] = ()
 
     def seconds(self, adapters: int = 1) -> float:
-        """Sum the steps that are known, for adapters that share the alignment."""
+        """Sum the known steps, for a number of adapters that share the alignment."""
         return sum((value or 0) * (1 if name in _SHARED else adapters) for name, value in self.steps.items())
 
     def record(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Estimate:
         }
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the figures for one adapter by name, in words."""
+        """Yield name and text of each figure for one adapter."""
         yield "method", self.method.name + (f": {self.reason}" if self.reason else "")
         yield "modules", str(self.modules)
         if self.rank is not None:
@@ -153,13 +153,13 @@ def costs_of(plan: Plan, options: TransferOptions) -> dict[str, Cost | None]:
 
 
 def fitted_modules(method: Method, target: BaseModel) -> int:
-    """Count the modules of the target that a method without maps fits; UsageError if it has none of those wanted."""
+    """Count the target modules that a method without maps fits; UsageError if no module has a requested role."""
     counts = Counter(module.role for module in target.modules.values())
     return sum(counts[role] for role in roles_named(getattr(method, "roles", None), counts))
 
 
 def _group_memory(plan: Plan) -> int:
-    """Give the bytes of the largest group: weights as float32, and both factors as decomposed and as maps."""
+    """Return the bytes of the largest group: float32 weights, and the factors of both bases and of the maps."""
 
     def held(pairs: Sequence[Pair]) -> int:
         first, source, target = pairs[0], plan.pair.source, plan.pair.target
@@ -175,14 +175,14 @@ class Placement:
     """The placement of weights in a fit and the check of its effect. Sizes are bytes on a device.
 
     Attributes:
-        devices: over how many devices they are divided; 1 if they are whole on the first.
-        there: how many devices there are.
-        weights: the most weights at a time.
-        whole: the same of weights that are not divided.
-        extra: the most that a fit takes on top of its weights.
-        free: free bytes; None if they are not known or do not matter.
+        devices: number of devices that share the weights; 1 puts them whole on the first.
+        there: number of available devices.
+        weights: largest size of the weights at any time.
+        whole: the same for undivided weights.
+        extra: largest size of what a fit needs in addition to its weights.
+        free: free bytes; None if unknown or irrelevant.
         streamed: bytes of the source's layers, in the dtype of a fit, that stay in the host's memory; 0 if none do.
-        peak: the most at a time, of the fit's weights with what is on top and of the check's; on a CPU with `PROCESS`.
+        peak: the larger of a fit (weights and extra) and of the check; on a CPU including `PROCESS`.
     """
 
     devices: int
@@ -201,11 +201,11 @@ class Placement:
 
     @property
     def was_chosen(self) -> bool:
-        """Whether there are several devices, and either their memory is known or the user chose to divide or stream."""
+        """True if there are several devices, and their memory is known or the user chose to divide or stream."""
         return bool(self.streamed) or self.devices > 1 or (self.there > 1 and self.free is not None)
 
     def announce(self) -> None:
-        """Write the choice, if there was one, where progress is shown."""
+        """Print the placement if there was a choice and progress is shown."""
         if shows_progress() and self.was_chosen:
             say(f"devices: {self.text()}")
 
@@ -216,7 +216,7 @@ class Placement:
         return figures | {"streamed_bytes": self.streamed}
 
     def text(self) -> str:
-        """Say the choice and its reason, without a full stop."""
+        """Describe the placement and its reason, without a full stop."""
         extra = f", and up to {_gb(self.extra)} on top" if self.extra else ""
         free = "" if self.free is None else f", where {_gb(self.free)} are free"
         if self.streamed:
@@ -231,12 +231,12 @@ class Placement:
 
 
 def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOptions) -> Placement:
-    """Choose where to place the weights of the bases that a transfer runs, the target last.
+    """Choose the devices for the weights of the bases that a transfer runs; `bases` has the target last.
 
     Raises:
-        UsageError: the weights have to be divided, and cannot be; or the source to be streamed, which is not run here.
-        MemoryError: the weights of a fit do not fit into the devices, however they are divided, or those that are
-            streamed do not fit into the host's memory.
+        UsageError: `divide` asks to divide weights that cannot be divided, or to stream a source that is only queried.
+        MemoryError: the weights of a fit do not fit into the devices in any division, or the streamed layers do not fit
+            into the host's memory.
     """
     fit_size = fast_dtype().itemsize if method.holds_bases else 0
     check_size = _CHECKED if options.checks_effect(runs_bases=method.runs_bases) else 0
@@ -256,7 +256,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
     free, there, streams = free_of_each(), jax.local_device_count(), options.divide == "stream"
     extra = 0
     if method.holds_bases:
-        # On a CPU the fit keeps less where little is free. Several devices rather share the weights.
+        # On a CPU a fit caches less when memory is short; several devices share the weights instead.
         host = free_memory() if jax.default_backend() == "cpu" else None
         left = None if host is None else max(0, host - fitted(1, streams=streams))
         extra = method.memory(bases[-1], left) or 0
@@ -281,7 +281,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
 
 
 def free_of_each() -> int | None:
-    """Return the bytes that are free on each device; None if that is not known, and on a CPU, whose memory is one."""
+    """Return the free bytes of each device; None if unknown, and on a CPU, whose devices share one memory."""
     return None if jax.default_backend() == "cpu" else free_memory(jax.local_device_count())
 
 
@@ -290,11 +290,11 @@ def choose_placement(
 ) -> Placement:
     """Choose the number of devices: all that leave the least on each, or one.
 
-    `weights` gives the bytes on each device by the number that they are divided over; the rest as in `Placement`.
+    `weights` maps the number of devices to the bytes of weights on each; for the others see `Placement`.
 
     Raises UsageError if `divide` is "always", and no number of devices divides the weights.
     """
-    # A number that divides few matrices leaves more on each than a smaller one.
+    # A number that divides few of the matrices can leave more on each device than a smaller number.
     most = min(range(1, there + 1), key=weights)
     if divide == "always" and most == 1:
         msg = f"divide always was asked for, and the weights cannot be divided over {there} device{'s'[: there > 1]}: "

@@ -14,13 +14,13 @@ class Job:
     """What a user asked for: an adapter to move, or to estimate, by a method.
 
     Attributes:
-        adapter: in memory, a path or a hub id; None for a server, which has its own, and in an estimate for any adapter
-            that has all modules of the source.
+        adapter: in memory, a path or a hub id. None for a server, which holds it, and in an estimate for an adapter of
+            all source modules.
         probes: the user's text; None if there is none.
         profile: the file format that the result is meant for.
-        revision: of the adapter's hub id.
-        rank: the largest rank at which an update of the adapter is read; a source that can only be queried reads all.
-        alpha: of LoRA of a JAX trainer that does not hold it.
+        revision: revision of the adapter's hub id.
+        rank: truncate the adapter's updates to this rank when reading them; ignored for a queried source.
+        alpha: alpha of the training, for checkpoints of JAX trainers that do not state it.
     """
 
     adapter: Any

@@ -32,8 +32,8 @@ class TransferResult:
         adapter: for the target, float32.
         base: the target, without its weights.
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
-        chat_template: Jinja source by which the target read conversations; None if the fit had none.
-        completions: of the fit, if the source wrote their prompts itself. The user's prompts are not among them.
+        chat_template: Jinja source of the target's chat template in the fit; None if the fit used none.
+        completions: completions of the fit whose prompts a base wrote; empty if the user gave the prompts.
     """
 
     adapter: Adapter
@@ -71,7 +71,7 @@ class TransferResult:
         return save.save_adapter(
             adapter,
             out,
-            # It may have been given another name, and its revision is none of that.
+            # The recipe may name the base differently; the revision does not belong to that name.
             base=replace(self.base, name=shown.target.name or self.base.name, revision=None),
             profile=profile,
             dtype=dtype,
@@ -93,9 +93,9 @@ class TransferResult:
         Args:
             answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter and
                 possibly others; None leaves out whether it works.
-            moved: name of this adapter among them; by default that which it has.
-            trained: name of the one that was trained on the target.
-            random: name of the one that was moved by method `random`.
+            moved: name of this adapter in `answers`; by default the adapter's name.
+            trained: name of an adapter that was trained on the target.
+            random: name of an adapter that was moved by method `random`.
 
         Raises:
             UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.

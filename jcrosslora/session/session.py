@@ -65,7 +65,10 @@ class Session:
         return self._run(plan, job)
 
     def estimate(self, job: Job) -> Estimate:
-        """Estimate the transfer of an adapter, or of one that has all modules of the source (None). Asks a server."""
+        """Estimate the transfer of the job's adapter; without one (None), of an adapter of all source modules.
+
+        A served source is contacted, to check that it answers.
+        """
         if self.pair is not None and job.adapter is None:
             plan = self._between(job, *self.resolve(job), sources=None)
         else:
@@ -75,14 +78,16 @@ class Session:
         return estimate(plan, job.options)
 
     def load(self, job: Job) -> Adapter | None:
-        """Load the adapter of a job; None if the source reads it."""
+        """Load the adapter of a job; None if the source holds it and can only be queried."""
         if self.pair is None:
             self._opening(job)
             return None
         return load_adapter(job.adapter, self.pair.source, revision=job.revision, rank=job.rank, alpha=job.alpha)
 
     def resolve(self, job: Job, adapter: Adapter | None = None) -> tuple[Method, str | None]:
-        """Return the method for an adapter, or for any that can be run (None), and the reason if `auto` chose it.
+        """Return the method for an adapter (None: any adapter that the bases can run), and why `auto` chose it.
+
+        The reason is None if the user named the method.
 
         Raises MethodError if there are labelled examples, which the method cannot use.
         """
@@ -111,8 +116,8 @@ class Session:
         """Check a job for every error that later stages could raise, and plan it; nothing is computed yet.
 
         Args:
-            adapter: that of the job, loaded; None if the source can only be queried.
-            transport: the maps, if they are made already.
+            adapter: the loaded adapter of the job; None if the source can only be queried.
+            transport: the maps, if they exist already.
 
         Raises:
             AdapterError: the adapter does nothing, or does not fit the source base.
@@ -137,7 +142,7 @@ class Session:
         return replace(plan, adapter=adapter, doubts=found)
 
     def _checked(self, job: Job, adapter: Adapter) -> tuple[Adapter, Method, str | None]:
-        """Return the part of an adapter that moves, the method, and why `auto` chose it; for errors see `plan`."""
+        """Return the part of an adapter that moves, the method, and why `auto` chose it. For errors see `plan`."""
         assert self.pair is not None
         options, profile, target = job.options, job.profile, self._target
         if (idle := why_idle(adapter)) is not None:
@@ -173,7 +178,7 @@ class Session:
         return self._complete(Plan(method, target, Adapter({})), job, reason)
 
     def _between(self, job: Job, method: Method, reason: str | None, sources: Collection[str] | None) -> Plan:
-        """Plan the alignment of some source modules, or of all (None)."""
+        """Plan the alignment of the given source modules; None means all."""
         assert self.pair is not None
         method.check()
         depth = parse_depth(job.options.depth)
@@ -181,7 +186,7 @@ class Session:
         return self._complete(plan, job, reason)
 
     def _complete(self, plan: Plan, job: Job, reason: str | None) -> Plan:
-        """Add what does not depend on the modules."""
+        """Add the options that do not depend on the modules."""
         options = job.options
         return replace(
             plan,
@@ -202,13 +207,13 @@ class Session:
         return describe_base(self.pair.source, digest="")
 
     def take_digests(self) -> None:
-        """Take the digests of both bases that the cache of any process remembers, so that files are not read again."""
+        """Take the digests of both bases from the cache, so that their files are not read again."""
         if self.pair is not None and (store := self.pair.store) is not None:
             for base in self.pair:
                 base.digest(store.digests)
 
     def ready(self, plan: Plan, job: Job) -> Plan:
-        """Place the weights of the bases that run, and open a source that can only be queried."""
+        """Choose devices for the bases that run, and open a source that can only be queried."""
         if self.pair is not None:
             return replace(plan, loaded=self.loaded or self._bases(plan.method, job.options))
         source = self._open(job)
@@ -237,19 +242,19 @@ class Session:
         return conclude(plan, moved, job)
 
     def finish_aligned(self, job: Job, transport: Transport) -> TransferResult:
-        """Move an adapter through maps that are there already."""
+        """Move an adapter through existing maps."""
         return self._run(self.plan(job, self.load(job), transport), job)
 
     def _run(self, plan: Plan, job: Job) -> TransferResult:
-        """Run a checked plan. To open a source and to write texts take minutes."""
+        """Run a checked plan. Opening a queried source and writing texts can take minutes."""
         plan = self.ready(plan, job)
         with self.steps(plan, job.options):
             return self.finish(with_text(plan), job)
 
     def steps(self, plan: Plan, options: TransferOptions, *, timed: bool = True) -> AbstractContextManager[Steps]:
-        """Number the steps of a transfer on the display while the block runs.
+        """Show the numbered steps of a transfer while the block runs.
 
-        Without `timed` the seconds of the steps are not estimated, which takes a while.
+        `timed` estimates the seconds of each step first, which takes a while.
         """
         if not shows_progress():
             return nullcontext(Steps(None, {}))

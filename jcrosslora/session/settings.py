@@ -1,4 +1,4 @@
-"""The settings of a transfer: options that determine the moved adapter, file locations, and recipes in TOML."""
+"""The settings of a transfer: options, file locations, and their form in TOML."""
 
 import tomllib
 from collections.abc import Collection, Mapping
@@ -204,7 +204,7 @@ class TransferSettings(TransferOptions):
 
 
 _REFERENCES = (*FILES, "source_model", "source_base_model")  # which may be paths
-# No file decides where a key is sent, and what is replaced.
+# A file must not decide where a key is sent or what is overwritten.
 _TYPED = {"source_url": "--source-url URL", "overwrite": "--overwrite"}
 _OF_THIS_MACHINE = ("out", "source_url", "overwrite", "cache", "divide")
 OWN_FIELDS = {field.name: field for field in fields(TransferSettings)}

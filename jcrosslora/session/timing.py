@@ -24,16 +24,16 @@ from jcrosslora.utils.cost import Cost
 
 _COMPILING = 12  # seconds that a step which runs the bases takes to compile, about the same for models of any size
 _READ, _WRITTEN = (8, 64), (48, 1)  # texts and tokens of a pass that is timed
-# A token with the cache of those before takes 1.5 times as long as a layer's pass over as many tokens, measured with
+# A token with the key-value cache takes 1.5 times as long as a layer's pass over as many tokens, measured with
 # SmolLM2-135M on one core (4.3 ms instead of 2.8 for 48 texts).
 _CACHED = 1.5
 _VOCABULARY = 512  # rows of the embedding of the layers that are timed
-# Layers that are timed together: what surrounds a single one takes a fifth of its time if it is small. Large ones
-# would take memory.
+# Layers that are timed together: the overhead of a call is a fifth of the time of one small layer. Large layers are
+# timed alone, to save memory.
 _LAYERS, _MOST_WEIGHTS = 4, 1 << 26
-_SVD_SIDE = 512  # of the square matrix whose full SVD is timed
+_SVD_SIDE = 512  # side of the square matrix whose full SVD is timed
 _RUNS = 3  # after compilation; the fastest counts
-_PERIOD = 4093  # of the numbers in weights, a prime
+_PERIOD = 4093  # period of the numbers in made-up weights, a prime
 _CLOCK = time.perf_counter
 _KNOWN: dict[Any, float] = {}  # seconds of what this process has timed
 
@@ -41,8 +41,8 @@ _KNOWN: dict[Any, float] = {}  # seconds of what this process has timed
 def seconds_of(costs: Mapping[str, Cost | None], pair: BasePair, method: Method) -> dict[str, float | None]:
     """Turn the counts of the steps of a transfer into seconds; None stays None.
 
-    What is timed is kept for the next estimate of the same sizes. Raises CheckpointError if the bases have to run, and
-    the decoder does not support one.
+    Timings are kept for the next estimate of the same sizes. Raises CheckpointError if the bases have to run and the
+    decoder does not support one of them.
     """
     found, before = dict[str, float | None](), 0.0
     for name, cost in costs.items():
@@ -64,7 +64,7 @@ def _seconds(cost: Cost, pair: BasePair, method: Method) -> float:
         layers = pair.target.dims.layers * cost.stepped
         total += layers / prod(_READ) * _time_gradient(pair.target, method)
     total += sum(starmap(_time_decomposition, cost.decomposed))
-    if cost.svd:  # those of activations would take minutes
+    if cost.svd:  # full SVDs of activations would take minutes
         total += cost.svd / _SVD_SIDE**3 * _time_full_svd()
     return total + (_COMPILING if cost.runs_bases else 0)
 
@@ -97,7 +97,7 @@ def time_layer(base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> flo
 
 
 def _time_gradient(base: BaseModel, method: Method) -> float:
-    """Time the pass of such a layer forward and back, for the factors of a fit, as many as the method states."""
+    """Time a layer like the base's last, forward and backward, for factors of the method's roles and rank."""
     # Imported here: methods that look at weights alone need no optimiser.
     from jcrosslora.distill.fit import first_state
 
@@ -126,7 +126,7 @@ def _fastest(key: Any, make: Callable[[], Callable[[], Any]], runs: int) -> floa
 
 
 def _head(base: BaseModel) -> float:
-    """Count the output head in layers, whose products take as long as those of a layer of its size."""
+    """Return the size of the output head in layers; time is proportional to size."""
     return base.dims.vocab * base.dims.hidden / _layer_size(base)
 
 
@@ -162,7 +162,7 @@ def _tokens(shape: tuple[int, int]) -> jax.Array:
 
 
 def _numbers(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Repeat a few random numbers: to draw all in JAX would compile a program for each shape."""
+    """Repeat a few random numbers; drawing all in JAX would compile a program for each shape."""
     few = 0.02 * np.random.default_rng(0).standard_normal(_PERIOD)
     return np.resize(few.astype(dtype), shape)
 

@@ -87,7 +87,7 @@ def align(
     probes: Probes | None = None,
     cache: Cache | None = None,
 ) -> Transport:
-    """Find the maps that carry adapters of `source` over to `target`, as a transport on the default devices.
+    """Compute the maps from `source` to `target`, as a transport on the default devices (LoRA-Align).
 
     Args:
         source: the base that adapters come from, opened, or what `open_base` opens.
@@ -174,9 +174,9 @@ def estimate_files(settings: TransferSettings) -> Estimate:
 
 
 def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Estimate:
-    """Estimate transfers of one adapter between two bases, or of any that has all modules of the source (None).
+    """Estimate the transfer of an adapter; without one (None), of an adapter of all source modules.
 
-    Of the weights only those are read that `auto` looks at.
+    No weights are read, except by `auto`, which compares some.
     """
     session = session_of(settings, store=False)
     with enough_memory(_memory_advice(settings)):
@@ -184,7 +184,7 @@ def estimate_pair(settings: TransferSettings, adapter: str | None = None) -> Est
 
 
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
-    """Write a result to the folder and in the format of the settings; the recipe names given chat templates."""
+    """Write a result as the settings say; the recipe names the files of chat templates."""
     templates = {"source_template": settings.source_template, "target_template": settings.target_template}
     named = {name: public_name(path) or Path(path).name for name, path in templates.items() if path is not None}
     shown = replace(result, report=with_settings(result.report, **named))
@@ -192,7 +192,7 @@ def save_as(result: TransferResult, settings: TransferSettings) -> None:
 
 
 def session_of(settings: TransferSettings, *, store: bool = True) -> Session:
-    """Open both bases of a transfer, and the cache if the settings and `store` have it take part."""
+    """Open both bases of a transfer, and the cache if both the settings and `store` allow it."""
     revision, template = settings.source_revision, settings.source_template
     source = _queried_model(settings) or open_base(settings.source, revision=revision, chat_template=template)
     target = open_base(
@@ -207,7 +207,7 @@ def session_of(settings: TransferSettings, *, store: bool = True) -> Session:
 def open_session(
     source: BaseModel | QueriedModel | str | Path, target: BaseModel | str | Path, store: Cache | None
 ) -> Session:
-    """Open what moves adapters of a base, or of a source that can only be queried, to a target."""
+    """Return the session of a source, a base or a model that can only be queried, and a target."""
     opened = open_base(target)
     if isinstance(source, ServedModel | TorchModel):
         if store is not None:

@@ -96,7 +96,7 @@ class CompletionLog:
     A job counts as done if its folder exists and the log has the fingerprint of the same inputs: settings, probe texts,
     bases (weights, configuration, tokenizer and chat template), adapter, and version of the package. Folders are
     written atomically, so a batch that was killed at any point can be resumed. A stamp next to the fingerprint
-    recognises a finished job without reading its adapter, whose files have the size and the times that they had.
+    recognises a finished job without reading its adapter: its files still have the same sizes and times.
     """
 
     def __init__(self, out: Path) -> None:
@@ -135,7 +135,7 @@ class CompletionLog:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Turn what keeps a file or a folder from being written in the block into an `OutputError`."""
+    """Turn an `OSError` in the block into an `OutputError` that names the file or folder."""
     try:
         yield
     except OSError as error:
@@ -150,19 +150,19 @@ def base_fingerprint(base: BaseModel) -> str:
 def fingerprint_of(job: Job, adapter: AdapterInfo, *shared: str) -> str:
     """Digest all inputs of a job, as a hex string.
 
-    Of the adapter the weights, the configuration, which scales them, and the chat template count; of the settings all
-    but locations. `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the
+    The adapter counts by its weights, configuration (which scales them) and chat template; the settings count without
+    locations. `shared` are the fingerprints of source and target (see `base_fingerprint`), and the digest of the
     prompts and labelled examples, "" if the settings name no file.
     """
     return digest_of(*_asked(job), adapter.digest, adapter.config, adapter.chat_template, *shared)
 
 
 def stamp_of(job: Job, *shared: str) -> str | None:
-    """Digest all inputs of a job as `fingerprint_of` does, but its adapter by size and times of its files.
+    """Digest all inputs of a job as `fingerprint_of` does, but the adapter by the sizes and times of its files.
 
     Returns:
-        A hex string; None if the adapter is not in local files, is a folder of Orbax, or its files are so new that they
-        may be written again without other times.
+        A hex string. None if the adapter is not in local files, is an Orbax checkpoint, or its files are so new that a
+        second write could leave the same times.
     """
     if not os.path.exists(job.settings.adapter):
         return None

@@ -31,7 +31,7 @@ _Moves = Annotated[list[dict], Meta(min_length=1, description="at least one tabl
 _PLAN = {"out": str, "bases": dict, "adapters": dict, "moves": _Moves}
 _BASE = {"ref": _Ref, "revision": str, "id": str, "template": str}
 _MOVE = {"from": str, "to": _Names, "methods": _Names, "adapters": _Names, "label": str}
-# Settings that the plan's other tables or the batch itself determine.
+# Settings that other tables of the plan, or the batch, determine.
 _OWN = ("adapter", "source", "target", "out", "method", "adapter_revision")
 _OWN_BASES = ("source_revision", "target_revision", "target_id", "source_template", "target_template")
 assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
@@ -50,13 +50,13 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to one base by one method; `name` is that of the folder that it writes, unique in the plan."""
+    """The move of one adapter to one base by one method; `name` is its output folder's name, unique in the plan."""
 
     name: str
     settings: TransferSettings
 
 
-Unit = tuple[Job, ...]  # jobs that share one alignment, whose settings are those of the first; in the order of the plan
+Unit = tuple[Job, ...]  # jobs that share the alignment of the first job's settings, in the order of the plan
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def units_of(jobs: Sequence[Job]) -> list[Unit]:
 
 
 def cut(units: Sequence[Unit], count: int) -> list[Unit]:
-    """Split units into units no larger than a fair part of all jobs for `count` workers, in the same order."""
+    """Split units, in order, so that none is larger than a fair share of all jobs for `count` workers."""
     fair = max(1, -(-sum(len(unit) for unit in units) // count))
     return [unit[start : start + fair] for unit in units for start in range(0, len(unit), fair)]
 
@@ -238,10 +238,10 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
 
 @dataclass(frozen=True)
 class UnitEstimate:
-    """Time and memory of the jobs of a unit, if their adapters have all modules; those with fewer take less.
+    """Time and memory of the jobs of a unit, for adapters of all modules; adapters of fewer modules take less.
 
     Attributes:
-        found: the estimate of one adapter, or why the jobs cannot be done.
+        found: the estimate for one adapter, or a message that says why the jobs cannot run.
     """
 
     unit: Unit
@@ -271,7 +271,7 @@ def estimate_batch(plan: BatchPlan, *, shard: tuple[int, int] = (1, 1)) -> Itera
         try:
             yield UnitEstimate(unit, estimate_pair(unit[0].settings))
         except JCrossLoRAError as error:
-            # An adapter without the modules that fail may be moved.
+            # An adapter that lacks the failing modules may still move.
             of_modules = isinstance(error, MethodError | PairingError)
             what = "an adapter of all modules cannot be moved" if of_modules else "cannot be done"
             yield UnitEstimate(unit, f"{what}: {error}")

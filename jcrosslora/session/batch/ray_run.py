@@ -15,7 +15,7 @@ from jcrosslora.session.batch.run import do_unit, summarised
 from jcrosslora.utils.progress import track
 
 LOCAL = "local"
-_RETRIES = 1  # of a unit whose worker died, by Ray
+_RETRIES = 1  # Ray runs a unit again if its worker died
 _PATIENCE = 30  # seconds to wait for a connection to the cluster
 # The command sets the same for itself: threads of OpenBLAS and JAX would compete for the cores.
 _OF_WORKERS = {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}

@@ -69,7 +69,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
     try:
         yield summary
     finally:
-        remove_unfinished(plan.out, mine)  # of this run's killed workers, or of an earlier run
+        remove_unfinished(plan.out, mine)  # left by killed workers or by an earlier run
         summary.save(plan.out / name, plan.jobs)
 
 
@@ -85,9 +85,9 @@ class _Checked:
     """A checked job whose factors need not be in memory.
 
     Attributes:
-        plan: without the adapter.
+        plan: the plan, without the adapter.
         stamp: the fingerprint without reading the adapter, see `stamp_of`.
-        size: bytes of its factors as float32.
+        size: bytes of the adapter's factors as float32.
     """
 
     job: Job

