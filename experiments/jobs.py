@@ -2,7 +2,7 @@
 
     python experiments/jobs.py --source SOURCE --target TARGET --data DIR --task snips [--task banking77 ...]
         --work WORK [--seeds 0 1] [--prompts 0 200]
-        [--method distill --method distill:completions=1260] [--control random] [--answers]
+        [--method distill --method distill:completions=1260] [--control random] [--answers] [--loss all]
 
 DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}. For each task and seed a LoRA adapter
 is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data
@@ -11,7 +11,8 @@ that they were trained on as well). All answer the test examples on the target. 
 WORK/results.jsonl: every figure with its interval, and the share of the trained adapter's gain ("lift") with intervals
 over the same resampled examples. With `--ceiling` the source answers them with its own adapter as well: more than that
 a moved one can hardly bring. `--answers` compares with what needs no method: an adapter that is trained on the target
-as the others are, on the likeliest answers of the source, with its adapter, to the prompts.
+as the others are, on the likeliest answers of the source, with its adapter, to the prompts; without prompts, to those
+that the adapter wrote for the first method. `--loss all` trains the source's adapter on whole texts, prompts included.
 
 Adapters are kept in WORK and used again: the same command continues a stopped run. Choose settings with `--split
 train`, which answers train examples in front of the prompts; never on the test file.
@@ -37,6 +38,7 @@ from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion, Prompt
+from jcrosslora.text.completion import COMPLETIONS
 from jcrosslora.text.reading import template_of, with_own_template
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 from jcrosslora.utils.progress import track
@@ -59,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--control", action="append", default=[], help="methods that are run without prompts alone")
     parser.add_argument("--ceiling", action="store_true", help="the source answers as well")
     parser.add_argument("--answers", action="store_true", help="train on the source's answers to the prompts as well")
+    parser.add_argument("--loss", choices=("answers", "all"), default="answers", help="of the source's adapter")
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--limit", type=int, default=200, help="examples that are answered")
     parser.add_argument("--steps", type=int, default=usual.steps)
@@ -137,18 +140,23 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             settings = TrainingSettings(
                 steps=arguments.steps, rank=arguments.rank, alpha=2.0 * arguments.rank, seed=seed
             )
-            source, oracle = work / f"{task}-{seed}-source", work / f"{task}-{seed}-target"
-            train(arguments.source, known[:-HELD_BACK], settings, source)
+            name = f"{task}-{seed}" if arguments.loss == "answers" else f"{task}-{seed}-{arguments.loss}"
+            source, oracle = work / f"{name}-source", work / f"{task}-{seed}-target"
+            loss = dataclasses.replace(settings, loss=arguments.loss)
+            train(arguments.source, known[:-HELD_BACK], loss, source)
             train(arguments.target, known[:-HELD_BACK], settings, oracle)
             rows: list[tuple[str, int, Path, float]] = []
             wanted = [(method, count) for method in arguments.method for count in arguments.prompts]
             for method, count in [*wanted, *((method, 0) for method in arguments.control)]:
-                out = work / f"{task}-{seed}-{method.replace(':', '-').replace('=', '')}-{count}"
+                out = work / f"{name}-{method.replace(':', '-').replace('=', '')}-{count}"
                 moved = partial(move, source, arguments, method, given[:count], seed, out)
                 rows.append((method, count, out, timed(out, moved)))
-            for count in filter(None, arguments.prompts if arguments.answers else ()):
-                out = work / f"{task}-{seed}-answers-{count}"
-                taught = partial(imitate, source, arguments, given[:count], settings, out)
+            for count in arguments.prompts if arguments.answers else ():
+                asked = given[:count] if count else _written(rows)
+                if not asked:
+                    continue
+                out = work / f"{name}-answers-{count}"
+                taught = partial(imitate, source, arguments, asked, settings, out)
                 rows.append(("answers", count, out, timed(out, taught)))
             adapters = [oracle, *(out for _, _, out, _ in rows)]
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
@@ -165,6 +173,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                     examples=len(part),
                     seed=seed,
                     training_steps=arguments.steps,
+                    loss=arguments.loss,
                     method=method,
                     prompts=count,
                     figures=figures,
@@ -174,6 +183,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 append(work / "results.jsonl", [line])
                 shares = ", ".join(f"{name} {one.lift.value:.2f}" for name, one in figures.items() if one.lift)
                 console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")
+
+
+def _written(rows: Sequence[tuple[str, int, Path, float]]) -> list[Prompt]:
+    """Return the prompts that a base wrote for the first move without prompts; none if no move has any."""
+    files = [out / COMPLETIONS for _, count, out, _ in rows if not count and (out / COMPLETIONS).exists()]
+    return [one.prompt for one in read_examples(files[0]) if isinstance(one, Completion)] if files else []
 
 
 def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figure:
