@@ -36,6 +36,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_model
 from jcrosslora.evaluate import Answers, answer, print_answers
+from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.completion import COMPLETIONS
@@ -188,7 +189,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 def _written(rows: Sequence[tuple[str, int, Path, float]]) -> list[Prompt]:
     """Return the prompts that a base wrote for the first move without prompts; none if no move has any."""
     files = [out / COMPLETIONS for _, count, out, _ in rows if not count and (out / COMPLETIONS).exists()]
-    return [one.prompt for one in read_examples(files[0]) if isinstance(one, Completion)] if files else []
+    return read_prompts(files[0]) if files else []
 
 
 def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figure:
