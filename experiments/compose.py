@@ -36,7 +36,7 @@ from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.shelf.composition import RATE, Composed
 from jcrosslora.text import Completion
 from jcrosslora.training import Example, TrainingSettings
-from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.picking import from_start
 
 WAYS = ("retrieved", "retrieved, top 2", "uniform", "random-gate", "gated", "router")
 

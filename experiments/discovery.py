@@ -30,7 +30,7 @@ from jcrosslora.distill.completions import write_completions
 from jcrosslora.distill.settings import USUAL, DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.distill.task_search import NOTHING, choose_writer
-from jcrosslora.distill.task_search.answers import Scored
+from jcrosslora.distill.task_search.answers import ScoredAnswer
 from jcrosslora.distill.templates import Sampler
 from jcrosslora.report.fit import fit_sentences
 from jcrosslora.text import Completion
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         table = Table(*headers, title=ref, title_justify="left")
         table.add_row(*row("amplified", task.said, [], judge))
         for name in ("guessed", "further", "examples"):
-            part: list[Scored] = getattr(task, name)
+            part: list[ScoredAnswer] = getattr(task, name)
             table.add_row(*row(name, [one.item for one in part], [one.score for one in part], judge))
         for origin in dict.fromkeys(item.origin for item in found.items):
             table.add_row(*row(origin, [item for item in found.items if item.origin == origin], [], judge))

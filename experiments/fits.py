@@ -41,9 +41,9 @@ from jcrosslora.distill.completions import answer_given, write_completions
 from jcrosslora.distill.distillation import end_tokens, hold_out
 from jcrosslora.distill.fit import Fit
 from jcrosslora.distill.judge import Judge
+from jcrosslora.distill.output_columns import find_columns
 from jcrosslora.distill.settings import USUAL
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel
-from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
@@ -181,21 +181,24 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         weighed = partial(make_batches, text_weight=method.text_weight, ends=method.end != "never")
         batches, held_out = (weighed(part, tokenizers, method.prompt_weight) for part in parts)
         ends, read = end_tokens(tokenizers, items), [*batches, *held_out]
-        symbols = find_symbols(source, target, read, method.compared_tokens, ends)
+        columns = find_columns(source, target, read, method.compared_tokens, ends)
         src, tgt = (
-            RestrictedModel.of(model, symbols.heads(side), len(ends.symbol[side])) for side, model in enumerate(models)
+            RestrictedModel.of(model, columns.head_rows(side), len(ends.symbol[side]))
+            for side, model in enumerate(models)
         )
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
-        teacher = Teacher(reader, tgt, symbols, method.teacher_weights(arguments.known))
+        teacher = Teacher(reader, tgt, columns, method.teacher_weights(arguments.known))
         judge = Judge([teacher.read(batch) for batch in held_out])
         begun, prompted = time.monotonic(), bool(given)
         found = Fit(teacher, judge, method, start, prompted=prompted, begun=begun, seed=arguments.seed).run(
             batches, lambda *_: []
         )
         seconds, steps = time.monotonic() - begun, len(batches) * method.course(prompted=prompted).passes
-        for look in found.looks:
-            console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
-        add(text, found.adapter, steps, seconds, min(look.divergence for look in found.looks))
+        for point in found.curve:
+            console.print(
+                f"{text}: {point.completions} completions, {point.seconds:.0f} s, {point.divergence:.4f} nats"
+            )
+        add(text, found.adapter, steps, seconds, min(point.divergence for point in found.curve))
     console.print(table)
 
 

@@ -19,8 +19,8 @@ from jcrosslora.evaluate.bootstrap import Interval
 from jcrosslora.shelf import SAMPLES, Accuracy, ProbeSettings, accuracy
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import message_entries
+from jcrosslora.utils.picking import from_start
 from jcrosslora.utils.progress import show_progress
-from jcrosslora.utils.spread import from_start
 
 WAYS = ("text", "tfidf", "weights")
 

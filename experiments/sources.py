@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             begun = time.monotonic()
             found: Distilled = distill(source, target, prompts=prompts, settings=fit, seed=arguments.seed)
-            looks = found.looks[0].divergence, min(look.divergence for look in found.looks)
-            rows.append((name, *looks, time.monotonic() - begun))
+            curve = found.curve[0].divergence, min(point.divergence for point in found.curve)
+            rows.append((name, *curve, time.monotonic() - begun))
             moved[name] = found.adapter
             console.print(f"{name}: {'; '.join(fit_sentences(found.facts))}", soft_wrap=True)
     for one, other in combinations(said, 2):

@@ -21,9 +21,9 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.distillation import end_tokens
+from jcrosslora.distill.output_columns import find_columns
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
-from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher, mix_teacher
 from jcrosslora.training import read_examples
 from jcrosslora.training.batches import as_completion
@@ -40,15 +40,15 @@ def run(arguments: argparse.Namespace) -> None:
     items = [as_completion(one) for one in examples]
     # One completion a call keeps track of whole answers; of few shapes all the same.
     batches = [make_batches([item], tokenizers, 0.0)[0] for item in items]
-    symbols = find_symbols(source, target, batches, 6000, end_tokens(tokenizers, items))
+    columns = find_columns(source, target, batches, 6000, end_tokens(tokenizers, items))
     src, tgt = (
-        RestrictedModel.of(load_model(base, fast_dtype()), symbols.heads(side), len(symbols.ends[side]))
+        RestrictedModel.of(load_model(base, fast_dtype()), columns.head_rows(side), len(columns.ends[side]))
         for side, base in enumerate((source, target))
     )
     stacked = stack_adapter(adapter, source)
     sums: dict[tuple[float, ...], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
-    column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
-    teacher = Teacher(DecoderReader(src.with_adapter(stacked)), tgt, symbols, DistillSettings().teacher_weights(1.0))
+    column = {int(index): place for place, index in enumerate(np.concatenate([columns.shared[1], columns.own[1]]))}
+    teacher = Teacher(DecoderReader(src.with_adapter(stacked)), tgt, columns, DistillSettings().teacher_weights(1.0))
     for batch in batches:
         found, base, adapted = teacher.sides(batch)
         rows = np.flatnonzero(batch.answer)

@@ -28,7 +28,7 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.layout import Layout
-from jcrosslora.distill import DistillSettings, fit, judge, symbols, teacher
+from jcrosslora.distill import DistillSettings, fit, judge, output_columns, teacher
 from jcrosslora.distill.sources import decoder as decoder_source
 from jcrosslora.distill.sources import predictions
 from jcrosslora.distill.sources.decoder import RestrictedModel
@@ -271,8 +271,9 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
-    ways = symbols.Splits(whole(BATCH), whole(BATCH), of(BATCH)), whole(PLACES), whole(PLACES), whole(PLACES)
-    yield Program(symbols.in_target_symbols, (said, symbols.Moves(*ways), (shapes.vocab - 2, 1, True)))
+    splits = output_columns.TokenSplits(whole(BATCH), whole(BATCH), of(BATCH))
+    transfer = output_columns.MassTransfer(splits, whole(PLACES), whole(PLACES), whole(PLACES))
+    yield Program(output_columns.in_target_columns, (said, transfer, (shapes.vocab - 2, 1, True)))
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(judge._kl_and_hits, (RestrictedModel(shapes.model), taught, whole(PLACES)))
     yield Program(judge._likeliest, (restricted, judge.AnswerBatch(*shapes.read, whole(PLACES))))

@@ -17,7 +17,7 @@ from jcrosslora.evaluate import Answers, answers_page, print_answers
 from jcrosslora.evaluate.output import TITLES
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
-from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.picking import from_start
 
 HOSTILE = "<script>alert('&')</script>\x1b[2J[red]"
 

@@ -130,7 +130,7 @@ def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeyp
     fit = Distill(**FIT, answer_temperature=0.0)
     found = jcl.transfer(folder / "adapter", jcl.TorchModel(source.path, device="cpu"), target, fit, prompts=prompts)
     wanted = distill(source, target, adapter, prompts=prompts, settings=fit)
-    curve = [look.divergence for look in wanted.looks]
+    curve = [point.divergence for point in wanted.curve]
     assert [value for _, value in found.report.curve] == pytest.approx(curve, rel=0.02)
     assert curve[-1] < curve[0]
     assert found.report.rank_before == 4

@@ -141,10 +141,10 @@ TORCH = """
 import sys, json
 from pathlib import Path
 import jcrosslora as jcl
-from jcrosslora.adapter.folder import AdapterFiles
+from jcrosslora.adapter.folder import AdapterPaths
 from jcrosslora.distill.sources.opening import load_model
 try:
-    load_model(jcl.TorchModel(sys.argv[1], device="cpu"), AdapterFiles("none", "PEFT", Path("none/weights")))
+    load_model(jcl.TorchModel(sys.argv[1], device="cpu"), AdapterPaths("none", "PEFT", Path("none/weights")))
 except jcl.JCrossLoRAError as error:
     print(json.dumps({"error": str(error)}))
 """

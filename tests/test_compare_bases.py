@@ -31,7 +31,7 @@ import jcrosslora as jcl
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.cli.main import main
-from jcrosslora.relation import Relation, compare_bases
+from jcrosslora.relation import RelationFlag, compare_bases
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
@@ -275,7 +275,7 @@ def test_constructed_relation_is_recognised(tmp_path, name):
 def test_relation_is_made_of_members_that_are_plain_words_in_json(tmp_path):
     made = make()
     found = compare_bases(made.write(tmp_path / "s"), with_layers([0, 3])(made).quantised("Q8_0").write(tmp_path / "t"))
-    assert found.words == (Relation.PRUNED, Relation.QUANTISED)
+    assert found.words == (RelationFlag.PRUNED, RelationFlag.QUANTISED)
     content = json.loads(json.dumps(found.to_json()))
     assert content["words"] == ["pruned", "quantised"]
     assert {item["difference"]["change"] for item in content["compared"]} == {"equal", "rounded"}

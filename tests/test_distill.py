@@ -53,20 +53,20 @@ from jcrosslora.distill.completions import (
 )
 from jcrosslora.distill.fit import Fit, first_state, gradient_step, needs_remat, schedule
 from jcrosslora.distill.judge import Judge, mean_kl
+from jcrosslora.distill.output_columns import EosTokens, find_columns
 from jcrosslora.distill.run import distill
 from jcrosslora.distill.settings import ROUND, USUAL
 from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource, RestrictedModel, shared_log_probs
-from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
 from jcrosslora.distill.templates import Sampler, first_sentence, in_template, judge_templates, known_templates
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS
-from jcrosslora.report import complete, cut, model_card, print_report, published
+from jcrosslora.report import complete, model_card, print_report, published, shorten
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.reading import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
-from jcrosslora.utils.spread import spread_evenly
+from jcrosslora.utils.picking import pick_evenly
 
 SMALL = DistillSettings(
     fit_rank=4,
@@ -238,7 +238,7 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
         assert set(batch.weight[matched][~inside]) == {np.float32(1)}
         np.testing.assert_array_equal(batch.answer[matched], ~inside)
         assert places.max() == len(reading.ids) - 1
-    src, tgt = find_symbols(source, target, found, 5).shared
+    src, tgt = find_columns(source, target, found, 5).shared
     words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
     by_id = {index: token for token, index in words_tgt.items()}
     assert [words_src[by_id[int(index)]] for index in tgt] == src.tolist()
@@ -284,8 +284,8 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
     source, target, adapter = pair
     monkeypatch.setattr("jcrosslora.distill.run.fast_dtype", lambda: dtype)
     found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
-    assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
-    assert [look.completions for look in found.looks] == sorted(look.completions for look in found.looks)
+    assert found.curve[-1].divergence < 0.97 * found.curve[0].divergence
+    assert [point.completions for point in found.curve] == sorted(point.completions for point in found.curve)
     roles = {name.rpartition(".")[2] for name in found.adapter.modules}
     assert roles == set(DENSE_ROLES)
     again = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
@@ -310,7 +310,7 @@ def test_no_update_has_more_rank_than_its_module(pair):
     source, target, adapter = pair
     wide = dataclasses.replace(SMALL, fit_rank=500)
     found = distill(source, target, adapter, prompts=CORPUS, settings=wide)
-    assert found.looks[-1].divergence < found.looks[0].divergence
+    assert found.curve[-1].divergence < found.curve[0].divergence
     for name, factors in found.adapter.modules.items():
         assert factors.rank == min(target.modules[name].shape)
 
@@ -553,7 +553,7 @@ def test_an_adapter_is_fitted_in_the_chat_template_of_each_base(tmp_path):
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1, eos=1))
     given = [(Message("user", text),) for text in CORPUS]
     found = distill(source, target, random_adapter(source, scale=0.3), prompts=given, settings=SMALL)
-    assert found.looks[-1].divergence < found.looks[0].divergence
+    assert found.curve[-1].divergence < found.curve[0].divergence
 
 
 @pytest.mark.slow
@@ -592,12 +592,12 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     # The token that ends the answer is predicted, and not read.
     np.testing.assert_array_equal(whole[0].tokens_tgt, cut[0].tokens_tgt)
     stops = tokenizers[0].stops, tokenizers[1].stops
-    symbols = find_symbols(source, target, whole, 400, Ends(stops, ((1,), (1, 5))))
-    ids = symbols.heads(1)[:-2]
-    assert 1 not in symbols.shared[0]
+    columns = find_columns(source, target, whole, 400, EosTokens(stops, ((1,), (1, 5))))
+    ids = columns.head_rows(1)[:-2]
+    assert 1 not in columns.shared[0]
     model = load_model(target)
     last = int(whole[0].at_tgt[whole[0].weight > 0].max())
-    reduced = RestrictedModel.of(model, symbols.heads(1), 2)
+    reduced = RestrictedModel.of(model, columns.head_rows(1), 2)
     read = jnp.asarray(whole[0].tokens_tgt), jnp.asarray(whole[0].mask_tgt), jnp.asarray([last])
     found = shared_log_probs(reduced, *read)
     hidden = forward(model, jnp.asarray(whole[0].tokens_tgt), mask=read[1]).hidden.reshape(-1, 32)[last]
@@ -733,10 +733,10 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
 
 
 def test_examples_are_spread_and_short():
-    assert spread_evenly([str(number) for number in range(101)], 3) == ("0", "50", "100")
-    assert spread_evenly(["a", "b"], 10) == ("a", "b")
-    assert spread_evenly([], 10) == ()
-    assert cut("x" * 400) == "x" * 300 + " ..."
+    assert pick_evenly([str(number) for number in range(101)], 3) == ("0", "50", "100")
+    assert pick_evenly(["a", "b"], 10) == ("a", "b")
+    assert pick_evenly([], 10) == ()
+    assert shorten("x" * 400) == "x" * 300 + " ..."
 
 
 @pytest.mark.full
@@ -744,7 +744,7 @@ def test_a_copy_on_its_own_base_stays_as_it_is(pair):
     source, _, adapter = pair
     wanted = dataclasses.replace(SMALL, teacher_weight=1.0, sure_weight=1.0, contrast_weight=0.0, text_weight=0.0)
     found = distill(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
-    assert min(look.divergence for look in found.looks) < 1e-6
+    assert min(point.divergence for point in found.curve) < 1e-6
     assert found.adapter.modules.keys() == adapter.modules.keys()
     for name, factors in adapter.modules.items():
         change = delta(found.adapter.modules[name]) - delta(factors)
@@ -885,12 +885,12 @@ def teaching(pair):
     source, target, adapter = pair
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
-    symbols = find_symbols(source, target, batches, 400)
-    src, tgt = (RestrictedModel.of(load_model(base), symbols.heads(side)) for side, base in enumerate(pair[:2]))
+    columns = find_columns(source, target, batches, 400)
+    src, tgt = (RestrictedModel.of(load_model(base), columns.head_rows(side)) for side, base in enumerate(pair[:2]))
     reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
 
     def teacher(settings, known=1.0):
-        return Teacher(reader, tgt, symbols, settings.teacher_weights(known))
+        return Teacher(reader, tgt, columns, settings.teacher_weights(known))
 
     return teacher, batches
 
@@ -955,14 +955,14 @@ def test_an_interrupted_fit_keeps_the_best_update(beginning):
     asked = dataclasses.replace(LONG, completions=USUAL + 9 * ROUND, polish=0.25)
     found = Fit(teacher, Judge(held_out), asked, begun=time.monotonic()).run(batches, fresh)
     assert 0 < found.done < 1
-    assert found.looks[-1].completions > 0
-    best = min(look.divergence for look in found.looks)
-    assert best < found.looks[0].divergence
+    assert found.curve[-1].completions > 0
+    best = min(point.divergence for point in found.curve)
+    assert best < found.curve[0].divergence
     assert mean_kl(teacher.target.with_adapter(found.adapter), held_out) == pytest.approx(best)
     # The last quarter of all completions is answered by the target with its update.
     assert [own is None for own in seen] == [True] * 6 + [False] * 2
     assert found.own == sum(batch.rows for batch in batches)
-    assert found.anew == 7 * found.own
+    assert found.new_completions == 7 * found.own
 
 
 def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
@@ -984,8 +984,8 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path):
         found = run(fresh, states)
     seen.append("again")
     whole = run(fresh, None)
-    assert [look.divergence for look in found.looks] == [look.divergence for look in whole.looks]
-    assert [look.completions for look in found.looks] == [look.completions for look in whole.looks]
+    assert [point.divergence for point in found.curve] == [point.divergence for point in whole.curve]
+    assert [point.completions for point in found.curve] == [point.completions for point in whole.curve]
     jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 
@@ -1060,7 +1060,7 @@ def test_a_fit_with_a_damaged_state_begins_again(growing, tmp_path, caplog, monk
         raise RuntimeError
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.Fit, "_look", stop)
+        patch.setattr(fit_module.Fit, "_evaluate", stop)
         with pytest.raises(RuntimeError):
             growing(tmp_path / "fits")
     (folder,) = (tmp_path / "fits").iterdir()
@@ -1092,8 +1092,8 @@ def test_the_last_steps_are_judged_if_the_time_ends_while_a_state_is_saved(begin
     timed = dataclasses.replace(LONG, budget="90s")
     fit = Fit(teacher, Judge(held_out), timed, prompted=True, begun=0.0)
     found = fit.run(batches, lambda *_: pytest.fail("the time is over"), Slow())
-    assert found.looks[-1].completions == sum(batch.rows for batch in batches)
-    assert mean_kl(teacher.target.with_adapter(found.adapter), held_out) < found.looks[0].divergence
+    assert found.curve[-1].completions == sum(batch.rows for batch in batches)
+    assert mean_kl(teacher.target.with_adapter(found.adapter), held_out) < found.curve[0].divergence
 
 
 def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
@@ -1110,7 +1110,7 @@ def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
     found = Fit(teacher, Judge(held_out), dataclasses.replace(LONG, budget="90s"), begun=0.0).run(batches, fresh)
     assert seen == [1, 2]
     # The second of these rounds is written when the time is over.
-    assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
+    assert found.curve[-1].completions == 2 * sum(batch.rows for batch in batches)
     assert found.done == 1
     # The rate begins with the first step, however long the first completions took.
     first = shares[: LONG.course(prompted=False).passes * len(batches)]
@@ -1128,8 +1128,8 @@ def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginnin
         return Fit(teacher, Judge(held_out), dataclasses.replace(LONG, **changed), begun=begun).run(batches, fresh)
 
     found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=USUAL)
-    assert found.looks[-1].divergence < found.looks[0].divergence
-    assert [look.divergence for look in found.looks] == [look.divergence for look in whole.looks]
+    assert found.curve[-1].divergence < found.curve[0].divergence
+    assert [point.divergence for point in found.curve] == [point.divergence for point in whole.curve]
     jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 

@@ -25,7 +25,7 @@ from jcrosslora.evaluate.probes import match_positions
 from jcrosslora.methods import PadTruncate, Random
 from jcrosslora.report import REPORT, complete, documents, model_card, print_report, published
 from jcrosslora.report.table import effect_rows
-from jcrosslora.utils.spread import spread_evenly
+from jcrosslora.utils.picking import pick_evenly
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
 
@@ -183,7 +183,7 @@ def test_unknown_effect_setting_is_refused_before_anything_is_read(tmp_path):
 
 def test_large_sets_of_texts_are_sampled_evenly():
     texts = [str(number) for number in range(100)]
-    chosen = spread_evenly(texts, effect_module.TEXTS)
+    chosen = pick_evenly(texts, effect_module.TEXTS)
     assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_module.TEXTS)
     assert set(np.diff(np.array(chosen, int))) == {9}
 

@@ -57,7 +57,7 @@ def test_bases_with_and_without_experts_learn_from_each_other(bases, direction):
     source, target = bases[::direction]
     adapter = random_adapter(source, roles=("q_proj", "v_proj", "o_proj"), scale=1.0)
     found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
-    assert found.looks[-1].divergence < found.looks[0].divergence
+    assert found.curve[-1].divergence < found.curve[0].divergence
     assert set(found.adapter.modules) == set(target.modules)
 
 

@@ -127,7 +127,7 @@ SMALL = DistillSettings(
 def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
     target = hybrids("qwen3_5-bias")
     found = distill(llama, target, random_adapter(llama, scale=0.3), prompts=CORPUS, settings=SMALL)
-    assert found.looks[-1].divergence < 0.98 * found.looks[0].divergence
+    assert found.curve[-1].divergence < 0.98 * found.curve[0].divergence
     assert set(found.adapter.modules) == set(target.modules)
 
 
@@ -135,7 +135,7 @@ def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
 def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     source, settings = hybrids("qwen3_5-bias"), dataclasses.replace(SMALL, rate=5e-3, passes=2, completions=48)
     found = distill(source, llama, random_adapter(source, scale=0.3), prompts=CORPUS, settings=settings)
-    assert found.looks[-1].divergence < found.looks[0].divergence
+    assert found.curve[-1].divergence < found.curve[0].divergence
 
 
 @pytest.mark.parametrize(

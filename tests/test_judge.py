@@ -12,9 +12,9 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_model, stack_adapter
 from jcrosslora.distill.distillation import end_tokens
-from jcrosslora.distill.judge import answers_in_symbols, batch_answers, count_agreed
+from jcrosslora.distill.judge import answers_in_columns, batch_answers, count_agreed
+from jcrosslora.distill.output_columns import find_columns
 from jcrosslora.distill.sources.decoder import RestrictedModel
-from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.text import Completion
 
 TOKENS = 3
@@ -38,10 +38,10 @@ def judged(base, answers, adapter):
     """Count the answers that the base with an adapter writes too, all of whose tokens are compared, and all."""
     tokenizers = load_tokenizer(base), load_tokenizer(base)
     batches = batch_answers(answers, tokenizers)
-    symbols = find_symbols(base, base, batches, 10_000, end_tokens(tokenizers, answers))
-    model = RestrictedModel.of(load_model(base), symbols.heads(1), len(symbols.ends[1]))
+    columns = find_columns(base, base, batches, 10_000, end_tokens(tokenizers, answers))
+    model = RestrictedModel.of(load_model(base), columns.head_rows(1), len(columns.ends[1]))
     student = model.with_adapter(stack_adapter(adapter, base))
-    return count_agreed(student, [answers_in_symbols(batch, symbols) for batch in batches])
+    return count_agreed(student, [answers_in_columns(batch, columns) for batch in batches])
 
 
 def test_agreement_is_the_share_of_equal_greedy_answers(base):

@@ -12,8 +12,8 @@ from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_model, stack_adapter
 from jcrosslora.distill.batches import make_batches
 from jcrosslora.distill.distillation import end_tokens
+from jcrosslora.distill.output_columns import find_columns
 from jcrosslora.distill.sources.decoder import DecoderReader, RestrictedModel
-from jcrosslora.distill.symbols import find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.text import Completion
 
@@ -35,21 +35,21 @@ def completions(taught, ended=True):
 
 
 def lesson(bases, items, told=(), text_weight=0.0):
-    """The first batch of completions, its symbols, and how it is taught; `told` have the tokens that are compared."""
+    """The first batch of completions, its columns, and how it is taught; `told` have the tokens that are compared."""
     tokenizers = load_tokenizer(bases[0]), load_tokenizer(bases[1])
     batches, others = (make_batches(part, tokenizers, 1.0, text_weight=text_weight) for part in (items, told or items))
-    symbols = find_symbols(*bases, others, 40, end_tokens(tokenizers, items))
-    counts = [len(side) for side in symbols.ends]
+    columns = find_columns(*bases, others, 40, end_tokens(tokenizers, items))
+    counts = [len(side) for side in columns.ends]
     src, tgt = (
-        RestrictedModel.of(load_model(base), symbols.heads(side), counts[side]) for side, base in enumerate(bases)
+        RestrictedModel.of(load_model(base), columns.head_rows(side), counts[side]) for side, base in enumerate(bases)
     )
     reader = DecoderReader(src.with_adapter(stack_adapter(random_adapter(bases[0], scale=0.3), bases[0])))
-    return batches[0], symbols, Teacher(reader, tgt, symbols, WEIGHTS).read(batches[0])
+    return batches[0], columns, Teacher(reader, tgt, columns, WEIGHTS).read(batches[0])
 
 
-def said(batch, symbols, taught):
+def said(batch, columns, taught):
     """Which of the target's tokens the teacher is sure of at each place; the end is -1."""
-    tokens = np.append(symbols.tokens(1), -1)
+    tokens = np.append(columns.tokens(1), -1)
     probability = np.exp(np.asarray(taught.teacher))
     sure = (probability.max(axis=1) > 0.999) & (np.asarray(taught.weight) > 0)
     return {batch.at_tgt[place]: tokens[probability[place].argmax()] for place in np.flatnonzero(sure)}
@@ -57,11 +57,11 @@ def said(batch, symbols, taught):
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_right_answers_are_taught_in_the_targets_tokens(bases, ended):
-    batch, symbols, taught = lesson(bases, completions("answer", ended))
-    told = said(batch, symbols, taught)
+    batch, columns, taught = lesson(bases, completions("answer", ended))
+    told = said(batch, columns, taught)
     tokens, mask = batch.tokens_tgt.ravel(), batch.mask_tgt.ravel()
     assert batch.rows == 4
-    assert symbols.text_columns(batch).max() > len(symbols.shared[0])  # the two split the answers in different ways
+    assert columns.text_columns(batch).max() > len(columns.shared[0])  # the two split the answers in different ways
     for place in batch.at_tgt[batch.answer]:
         last = place + 1 == len(tokens) or not mask[place + 1]
         if last and not ended:
@@ -94,8 +94,8 @@ def test_without_a_token_that_ends_a_text_no_end_is_taught(bases, tmp_path):
 def test_known_tokens_that_are_not_compared_keep_the_teachers_predictions(bases):
     told = [Completion(text, " a") for text in CORPUS[:4]]
     free, known = (lesson(bases, completions(taught), told=told) for taught in ("nothing", "answer"))
-    batch, symbols, taught = known
-    without = (batch.text_share > 0) & (symbols.text_columns(batch) < 0)
+    batch, columns, taught = known
+    without = (batch.text_share > 0) & (columns.text_columns(batch) < 0)
     assert without.sum() > 0
     for name in ("teacher", "weight"):
         one, other = (np.asarray(getattr(found, name)) for found in (free[2], taught))
@@ -116,12 +116,12 @@ def test_known_tokens_weigh_as_much_as_any_others(bases):
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_of_likely_answers_the_text_has_a_share_of_the_teacher(bases, share):
     items = [dataclasses.replace(item, greedy=True) for item in completions("nothing")]
-    batch, symbols, mixed = lesson(bases, items, text_weight=share)
+    batch, columns, mixed = lesson(bases, items, text_weight=share)
     free = lesson(bases, items)[2]
-    columns = symbols.text_columns(batch)
-    told = (columns >= 0) & (np.asarray(mixed.weight) > 0)
+    named = columns.text_columns(batch)
+    told = (named >= 0) & (np.asarray(mixed.weight) > 0)
     assert told.sum() > 20
-    sure = np.eye(mixed.teacher.shape[1])[columns]
+    sure = np.eye(mixed.teacher.shape[1])[named]
     wanted = (1 - share) * np.exp(np.asarray(free.teacher)) + share * sure
     np.testing.assert_allclose(np.exp(np.asarray(mixed.teacher))[told], wanted[told], atol=1e-5)
-    np.testing.assert_array_equal(np.asarray(mixed.teacher)[columns < 0], np.asarray(free.teacher)[columns < 0])
+    np.testing.assert_array_equal(np.asarray(mixed.teacher)[named < 0], np.asarray(free.teacher)[named < 0])

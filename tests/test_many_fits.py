@@ -18,8 +18,8 @@ from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_model, loaded_within, loading, stack_adapter
 from jcrosslora.distill import fit as fit_module
 from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.output_columns import EosTokens, find_columns
 from jcrosslora.distill.sources.decoder import NO_TOKEN, DecoderReader, RestrictedModel
-from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.text import Completion
 
@@ -92,24 +92,24 @@ def test_columns_without_a_token_change_no_prediction(house):
     ends = (tokenizers[0].stops, tokenizers[1].stops) if all(one.stops for one in tokenizers) else ((), ())
     found = {}
     for rounded in (False, True):
-        symbols = find_symbols(source, target, batches, 40, Ends(ends, ends), rounded=rounded)
+        columns = find_columns(source, target, batches, 40, EosTokens(ends, ends), rounded=rounded)
         src, tgt = (
-            RestrictedModel.of(load_model(base), symbols.heads(side), len(ends[side]))
+            RestrictedModel.of(load_model(base), columns.head_rows(side), len(ends[side]))
             for side, base in enumerate((source, target))
         )
         reader = DecoderReader(src.with_adapter(stack_adapter(adapter, source)))
-        sides = Teacher(reader, tgt, symbols, (0.5, 1.0, 0.25))
-        there = np.append(symbols.tokens(1) != NO_TOKEN, np.ones(int(bool(ends[1])), bool))
+        sides = Teacher(reader, tgt, columns, (0.5, 1.0, 0.25))
+        there = np.append(columns.tokens(1) != NO_TOKEN, np.ones(int(bool(ends[1])), bool))
         assert rounded == (not there.all())
         taught, *own = sides.sides(batches[0])
         found[rounded] = [np.asarray(one)[:, there] for one in (taught.teacher, *own)]
-        np.testing.assert_array_equal(taught.weight, symbols.moves(batches[0])[1])
+        np.testing.assert_array_equal(taught.weight, columns.moves(batches[0])[1])
         for one in (taught.teacher, *own):
             assert np.exp(np.asarray(one)[:, ~there]).sum(-1).max(initial=0) < 1e-8
     for plain, filled in zip(found[False], found[True], strict=True):
         np.testing.assert_allclose(filled, plain, rtol=1e-5, atol=1e-5)
-    assert symbols.sizes[0] % 512 == 0
-    assert len(symbols.shared[0]) < 512
+    assert columns.sizes[0] % 512 == 0
+    assert len(columns.shared[0]) < 512
 
 
 def test_answers_of_nearly_the_same_length_are_written_by_one_program(house, caplog):

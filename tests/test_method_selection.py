@@ -15,9 +15,9 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.methods import METHODS
 from jcrosslora.relation import (
-    Choice,
-    Finding,
-    Likeness,
+    MethodChoice,
+    PairFinding,
+    PairKind,
     WeightSimilarity,
     choice_reason,
     choose_method,
@@ -237,10 +237,10 @@ def test_what_a_stated_quantiser_left_is_not_taken_for_training(tmp_path, size, 
 
 def test_every_finding_and_every_method_has_a_sentence():
     weights = WeightSimilarity(0.9, 0.1, 4)
-    found = {finding_phrase(Finding(likeness, weights)) for likeness in Likeness}
-    assert len(found) == len(Likeness)
+    found = {finding_phrase(PairFinding(pair_kind, weights)) for pair_kind in PairKind}
+    assert len(found) == len(PairKind)
     figures = "(cosine 0.900, relative distance 0.100 of the weights of 4 sampled modules)"
-    assert sum(figures in one for one in found) == len(Likeness) - 1  # of the same base there is none to tell
+    assert sum(figures in one for one in found) == len(PairKind) - 1  # of the same base there is none to tell
     copies = ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "compensated-copy", "select"
     for method in (*copies, *FITTED_VARIANT.values()):
         assert choice_reason("found", method).startswith("found, ")
@@ -275,7 +275,7 @@ def test_weight_similarity_measures_the_added_noise(source, tmp_path):
 @pytest.mark.parametrize("dims", [{"hidden": 64}, {"layers": 2}, {"intermediate": 112}])
 def test_different_shapes_select_distillation(source, tmp_path, dims):
     found = choose_method(source, open_base(write(tmp_path, seed=1, **dims)))
-    assert found == Choice(
+    assert found == MethodChoice(
         ACTIVATION_METHOD,
         "the modules of the two bases have different shapes, and both can be run on text, so an update is fitted to "
         "what they predict",

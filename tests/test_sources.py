@@ -17,10 +17,10 @@ from jcrosslora import ServedModel, TorchModel
 from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_model, logits
 from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.output_columns import EosTokens, find_columns
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel
 from jcrosslora.distill.sources.predictions import TopTokens, divergence, spread
 from jcrosslora.distill.sources.served import ServedSource
-from jcrosslora.distill.symbols import Ends, find_symbols
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import compare
 from jcrosslora.text import Completion, Message
@@ -122,22 +122,22 @@ def test_answers_in_texts_of_any_width_are_compared(decoder):
 
 @pytest.fixture(scope="module")
 def lesson(pair, decoder, tmp_path_factory):
-    """Batches, symbols and a reduced target for the source, whose end has two tokens."""
+    """Batches, columns and a reduced target for the source, whose end has two tokens."""
     base = pair[0]
     target = jcl.open_base(base.path)
     often = dataclasses.replace(decoder.tokenizer, stops=(1, 5))
     texts = [Completion(text, " and water") for text in CORPUS[:4]]
     batches = make_batches(texts, (often, often), 1.0)
-    symbols = find_symbols(base, target, batches, 400, Ends(((1, 5), (1, 5)), ((1, 5), (1,))))
+    columns = find_columns(base, target, batches, 400, EosTokens(((1, 5), (1, 5)), ((1, 5), (1,))))
     other = DecoderSource.of(target)
-    reduced = RestrictedModel.of(other.model, symbols.heads(1), 1)
-    return batches, symbols, reduced
+    reduced = RestrictedModel.of(other.model, columns.head_rows(1), 1)
+    return batches, columns, reduced
 
 
 def sides(source, lesson):
-    batches, symbols, target = lesson
-    reader = source.reader(symbols.heads(0), 2)
-    return Teacher(reader, target, symbols, (0.5, 1.0, 0.25)).sides(batches[0])
+    batches, columns, target = lesson
+    reader = source.reader(columns.head_rows(0), 2)
+    return Teacher(reader, target, columns, (0.5, 1.0, 0.25)).sides(batches[0])
 
 
 def test_all_predict_the_same_columns(source, decoder, lesson):
@@ -160,10 +160,10 @@ def test_known_columns_keep_their_probabilities(pair, decoder, lesson, kind, top
     with serving(base, adapter, kind) as server:
         source = ServedSource.open(ServedModel(server.url, MODEL, base.path, BASE, top_logprobs=top))
         taught, *some = sides(source, lesson)
-    batches, symbols, _ = lesson
+    batches, columns, _ = lesson
     _, *full = sides(decoder, lesson)
-    used, end = np.flatnonzero(batches[0].weight > 0), len(symbols.shared[1]) + len(symbols.own[1])
-    bytes_alone = [bool("\ufffd" in decoder.tokenizer.decode([token])) for token in symbols.heads(1)[:end]]
+    used, end = np.flatnonzero(batches[0].weight > 0), len(columns.shared[1]) + len(columns.own[1])
+    bytes_alone = [bool("\ufffd" in decoder.tokenizer.decode([token])) for token in columns.head_rows(1)[:end]]
     for found, wanted in zip(some, full, strict=True):
         found, wanted = np.asarray(found, np.float64)[used, :end], np.asarray(wanted, np.float64)[used, :end]
         for row, (one, other) in enumerate(zip(found, wanted, strict=True)):

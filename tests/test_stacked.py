@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.linalg import mesh_of, over_layers, place, spread, stack_rows
+from jcrosslora.linalg import mesh_of, over_layers, shard, stack_rows, to_device
 
 
 def test_loops_that_start_from_constants_run_on_every_device():
-    stack = spread(np.arange(12, dtype=np.float32).reshape(4, 3))
+    stack = shard(np.arange(12, dtype=np.float32).reshape(4, 3))
 
     def total(row, factor):
         return lax.fori_loop(0, 3, lambda i, sum_: sum_ + factor * row[i], jnp.zeros((), jnp.float32))
@@ -22,9 +22,9 @@ def test_loops_that_start_from_constants_run_on_every_device():
 
 
 def test_an_array_is_sharded_if_its_rows_divide_evenly():
-    assert mesh_of(place(np.zeros((4, 3)))) is not None
-    assert mesh_of(place(np.zeros((3, 4)))) is None
-    assert mesh_of(place(np.zeros((4, 3)))).devices.tolist() == jax.local_devices()
+    assert mesh_of(to_device(np.zeros((4, 3)))) is not None
+    assert mesh_of(to_device(np.zeros((3, 4)))) is None
+    assert mesh_of(to_device(np.zeros((4, 3)))).devices.tolist() == jax.local_devices()
 
 
 def test_rows_of_one_array_are_stacked_without_a_copy_and_others_with_one():

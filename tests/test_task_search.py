@@ -14,9 +14,9 @@ from jcrosslora.distill import TEMPLATES, templates_of
 from jcrosslora.distill.completions import completions_cost, write_completions
 from jcrosslora.distill.sources import Compared
 from jcrosslora.distill.sources.decoder import DecoderSource
-from jcrosslora.distill.task_search import KINDS, NOTHING, Questioner, find_task, search
+from jcrosslora.distill.task_search import KINDS, NOTHING, AdapterProber, find_task, search
 from jcrosslora.distill.task_search.answers import (
-    Scored,
+    ScoredAnswer,
     best_of,
     choose_templates,
     common_odds,
@@ -58,7 +58,7 @@ def test_the_best_requests_differ():
 
 def scored(text, value, surprise=40.0, doubt=0.3):
     item = Completion(TEMPLATES[0].wrap(text))
-    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
+    return ScoredAnswer(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 def test_short_answers_are_judged_by_all_others_too():
@@ -226,8 +226,8 @@ def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
     pilot = [Completion(one.wrap(words(turn)), text, True, one.name) for turn, (one, text) in enumerate(answers)]
 
     def found(pilot):
-        questioner = Questioner(actor, [plain, chat], Sampler(tokens=20))
-        return find_task(questioner, actor.alone(), pilot, 12)
+        prober = AdapterProber(actor, [plain, chat], Sampler(tokens=20))
+        return find_task(prober, actor.alone(), pilot, 12)
 
     assert found(pilot).templates == [chat]
     assert found(pilot).share > 0.99

@@ -50,7 +50,7 @@ from roofline import DEVICES
 
 import jcrosslora as jcl
 from jcrosslora.decoder import load_model
-from jcrosslora.linalg import decompose, describe_kernels, dot, spread
+from jcrosslora.linalg import decompose, describe_kernels, dot, shard
 from jcrosslora.methods import CrossLoRA
 
 # Where a float32 product of this size runs at the full rate of the device; and small enough for a CPU.
@@ -91,7 +91,7 @@ def bench(case: Case, rank: int, kernels: Sequence[Any], repeats: int, highest: 
     count, rows, columns = case.stack.shape
     # As `align` does: over all devices, the surplus filled up with the last matrix.
     surplus = -count % jax.local_device_count()
-    stack = spread(np.concatenate([case.stack, np.repeat(case.stack[-1:], surplus, axis=0)]))
+    stack = shard(np.concatenate([case.stack, np.repeat(case.stack[-1:], surplus, axis=0)]))
     gram = count * 2 * max(rows, columns) * min(rows, columns) ** 2
     whole = highest * jax.local_device_count()
     print(f"\n{rows}x{columns}, {count} matrices ({case.name}), rank {rank}")

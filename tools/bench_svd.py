@@ -114,12 +114,12 @@ def quality(case: Case, u: np.ndarray, v: np.ndarray) -> tuple[float, float, flo
 def ours(case: Case, rank: int, kernel: Any) -> Callable[[], tuple[Any, Any]]:
     import jax
 
-    from jcrosslora.linalg import decompose, describe_kernels, spread
+    from jcrosslora.linalg import decompose, describe_kernels, shard
 
     # As `align` does: over all devices, the surplus filled up with the last matrix.
     surplus = -len(case.stack) % jax.local_device_count() if len(case.stack) > 1 else 0
     filled = np.concatenate([case.stack, case.stack[len(case.stack) - surplus :]]) if surplus else case.stack
-    stack = spread(filled) if len(case.stack) > 1 else jax.device_put(case.stack)
+    stack = shard(filled) if len(case.stack) > 1 else jax.device_put(case.stack)
 
     def run() -> tuple[Any, Any]:
         svd, used = decompose(stack, rank, kernel=kernel)

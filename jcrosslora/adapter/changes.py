@@ -57,36 +57,36 @@ def update_norm(factors: LoRAFactors) -> float:
 
 @dataclass(frozen=True)
 class Static:
-    """The static parts of a pytree node: `structure` decides the computation, `account` is not compared."""
+    """The static parts of a pytree node: `structure` decides the computation, `metadata` is not compared."""
 
     structure: Any
-    account: Any = field(compare=False)
+    metadata: Any = field(compare=False)
 
-    def known(self, children: Any, default: Any) -> Any:
-        """Return the account; inside a transformed function, where one program serves many adapters, the default."""
+    def metadata_or_default(self, children: Any, default: Any) -> Any:
+        """Return the metadata; inside a transformed function, where one program serves many adapters, the default."""
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
-        return default if traced else self.account
+        return default if traced else self.metadata
 
 
-def _register(arrays: Sequence[str], account: Sequence[str]) -> Callable[[type[T]], type[T]]:
+def _register(arrays: Sequence[str], metadata: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """Register a dataclass as a pytree.
 
-    `arrays` names the fields that are leaves or pytrees. `account` names fields outside the structure; inside a
+    `arrays` names the fields that are leaves or pytrees. `metadata` names fields outside the structure; inside a
     transformed function they have their defaults. All others are the structure; its arrays are int64 (n,).
     """
 
     def register(cls: type[T]) -> type[T]:
         names = [one.name for one in fields(cls)]  # type: ignore[arg-type]
-        static = [name for name in names if name not in {*arrays, *account}]
+        static = [name for name in names if name not in {*arrays, *metadata}]
 
         def flatten(change: T) -> tuple[tuple, Static]:
             children = tuple((jax.tree_util.GetAttrKey(name), getattr(change, name)) for name in arrays)
             structure = tuple(_hashable(getattr(change, name)) for name in static)
-            return children, Static(structure, {name: getattr(change, name) for name in account})
+            return children, Static(structure, {name: getattr(change, name) for name in metadata})
 
         def unflatten(aux: Static, children: Any) -> T:
             structure = dict(zip(static, map(_restored, aux.structure), strict=True))
-            return cls(**dict(zip(arrays, children, strict=True)), **structure, **aux.known(children, {}))
+            return cls(**dict(zip(arrays, children, strict=True)), **structure, **aux.metadata_or_default(children, {}))
 
         jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
         return cls
@@ -102,7 +102,7 @@ def _restored(value: Any) -> Any:
     return np.frombuffer(value, np.int64) if isinstance(value, bytes) else value
 
 
-@_register(arrays=("tensors",), account=("share",))
+@_register(arrays=("tensors",), metadata=("share",))
 @dataclass(frozen=True, eq=False)
 class ReplacedTensors:
     """Tensors that replace those of the adapter's base, and fit no other base: trained biases, norms, whole layers.
@@ -123,7 +123,7 @@ class ReplacedTensors:
         return tuple(name.rpartition(".")[0] for name in self.tensors)
 
 
-@_register(arrays=("a", "b"), account=("share",))
+@_register(arrays=("a", "b"), metadata=("share",))
 @dataclass(frozen=True, eq=False)
 class ExpertUpdate:
     """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer.
@@ -164,7 +164,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 _AT_ONCE = 4096  # rows
 
 
-@_register(arrays=("factors", "rows"), account=("energy", "lost", "share"))
+@_register(arrays=("factors", "rows"), metadata=("energy", "lost", "share"))
 @dataclass(frozen=True, eq=False)
 class TokenUpdate:
     """The change of an embedding, of an output head, or of the one matrix that is both: by `factors` or by `rows`.

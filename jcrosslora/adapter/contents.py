@@ -31,7 +31,7 @@ _NAME_LIMIT = 512  # characters of a tensor's name, which patterns are matched a
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class PeftView:
     """An adapter as PEFT would have stored it; its tensors are read on demand.
 
     Attributes:
@@ -64,7 +64,7 @@ class Stored:
 
 def stored_in_memory(
     name: str, tensors: Mapping[str, Any], config: Mapping[str, Any], notes: tuple[str, ...] = ()
-) -> Stored:
+) -> PeftView:
     """Wrap tensors in memory, such as a PEFT state dict: numpy, JAX or torch arrays by PEFT's names.
 
     Raises AdapterError if a value is not an array of a known dtype.
@@ -74,7 +74,7 @@ def stored_in_memory(
         if array.dtype not in _DTYPE_NAMES:
             raise AdapterError(f"{name}: tensor {key!r} has dtype {array.dtype}; give arrays of numbers")
     entries = {key: Entry(_DTYPE_NAMES[array.dtype], array.shape, 0) for key, array in arrays.items()}
-    return Stored(Path(name), config, entries, arrays.__getitem__, lambda: _digest(arrays), config, notes)
+    return PeftView(Path(name), config, entries, arrays.__getitem__, lambda: _digest(arrays), config, notes)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -181,7 +181,7 @@ def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
+class WriteRequest:
     """An adapter to write.
 
     Attributes:

@@ -14,7 +14,7 @@ from jcrosslora.architectures.blocks import EMBEDDING, HEAD, LAYER_EMBEDDING
 from jcrosslora.checkpoint import BaseModel, expert_tensors
 from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
 from jcrosslora.errors import CheckpointError
-from jcrosslora.linalg import decompose, dot, spread
+from jcrosslora.linalg import decompose, dot, shard
 
 Rest = Literal["embeddings", "norms", "biases", "experts", "other tensors"]
 _BY_TOKEN = (EMBEDDING, HEAD, LAYER_EMBEDDING)  # one row per token
@@ -84,7 +84,7 @@ def module_differences(
             sides = [scales(name) for name in names]
             sides += sides[-1:] * (len(stack) - len(names))
             rows, columns = (np.stack(side) for side in zip(*sides, strict=True))
-            stack = spread(rows)[:, :, None] * stack * spread(columns)[:, None]
+            stack = shard(rows)[:, :, None] * stack * shard(columns)[:, None]
         stack = stack - load_stack(second, names)
         rank = max(1, min(limit(shapes[names[0]]), *shapes[names[0]]))
         acting = stack
@@ -92,7 +92,7 @@ def module_differences(
             rows = [np.asarray(inputs(name)).T for name in names]
             if scales is not None:
                 rows = [x / one[:, None] for x, one in zip(rows, columns, strict=False)]
-            acting = dot(stack, spread(np.stack([*rows, *rows[-1:] * (len(stack) - len(rows))])))
+            acting = dot(stack, shard(np.stack([*rows, *rows[-1:] * (len(stack) - len(rows))])))
         rank = min(rank, acting.shape[2])
         # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
         svd, _ = decompose(acting, rank, vectors=False, tolerance=float("inf"))

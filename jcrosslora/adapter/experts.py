@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.changes import ExpertUpdate, LoRAFactors
-from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
-from jcrosslora.adapter.kinds.kind import AdapterFile
+from jcrosslora.adapter.contents import FileDtype, WriteRequest, file_matrix
+from jcrosslora.adapter.kinds.kind import ParsedAdapter
 from jcrosslora.adapter.names import SINGLE_EXPERT, TensorName, exact_pattern, file_scale, module_rank, pattern_name
 from jcrosslora.architectures import ExpertRules
 from jcrosslora.checkpoint import BaseModel, text_module_name
@@ -25,7 +25,7 @@ _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj"
 _Singles = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 
 
-def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
+def read_experts(file: ParsedAdapter, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
     """Read the updates of experts from the factors of modules for which `is_of_experts` holds.
 
     Returns them in order of layers, and "" or the reason why there are none.
@@ -103,7 +103,7 @@ def _rows(rules: ExpertRules, rows: int, place: int, parts: Sequence[str]) -> sl
     return slice(place, None, len(parts)) if rules.interleaved else slice(height * place, height * (place + 1))
 
 
-def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
+def expert_config(contents: WriteRequest, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of an `adapter_config.json` for updates of experts: their names, ranks, and scale 1."""
     names = {contents.class_name(update.name): update.a.shape[1] for update in contents.adapter.experts}
     if not names:
@@ -126,7 +126,7 @@ def expert_update(
     return ExpertUpdate(name, layer, matrix, a, b, base.experts.rules.stores_transposes, share)
 
 
-def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
+def _of_whole(file: ParsedAdapter, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
     """Split the factors (E K, I) and (O, K E) of a parameter by expert."""
     experts = base.experts.rules
     count, layer = base.experts.shape("down")[0], int(module.split(".")[2])
@@ -152,7 +152,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     return expert_update(base, layer, name, each_a, each_b)
 
 
-def _of_singles(file: AdapterFile, base: BaseModel, layer: int, matrix: str, parts: _Singles) -> ExpertUpdate:
+def _of_singles(file: ParsedAdapter, base: BaseModel, layer: int, matrix: str, parts: _Singles) -> ExpertUpdate:
     """Join the factors of single experts; gate and up are side by side along the rank, each with its own rows."""
     experts = base.experts.rules
     count, rows, columns = base.experts.shape(matrix)

@@ -41,7 +41,7 @@ _WEIGHTS = {"PEFT": WEIGHTS, "MLX": MLX_WEIGHTS}
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
+class AdapterPaths:
     """The files of an adapter.
 
     Attributes:
@@ -66,7 +66,7 @@ class AdapterFiles:
         return None
 
 
-def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
+def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterPaths:
     """Find an adapter: a folder (of PEFT, of MLX, of Orbax, or with `adapter.gguf`), a .gguf file, or a hub id.
 
     An AdapterError tells which file is missing or cannot be read, or that a local folder is not of the revision.
@@ -83,7 +83,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     if is_folder:
         return _local_files(folder)
     if is_there and folder.suffix == GGUF_ENDING:
-        return AdapterFiles(str(folder), "GGUF", folder, folder=folder.parent if folder.name == GGUF_WEIGHTS else None)
+        return AdapterPaths(str(folder), "GGUF", folder, folder=folder.parent if folder.name == GGUF_WEIGHTS else None)
     if is_there:
         msg = f"{ref}: is a file; give the folder that holds {CONFIG} and {WEIGHTS}, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
@@ -111,7 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return config
 
 
-def check_imports_nothing(files: AdapterFiles) -> None:
+def check_imports_nothing(files: AdapterPaths) -> None:
     """Refuse an adapter for which PEFT would import a module that its configuration names."""
     if files.config is not None and (named := read_config(files.config)).get("megatron_config"):
         msg = f"{files.name}: its megatron_core names a Python module, {named.get('megatron_core')!r}, which is not "
@@ -132,31 +132,31 @@ def form_of(config: Mapping[str, Any]) -> Form:
     return "MLX" if mlx else "PEFT"
 
 
-def _local_files(folder: Path) -> AdapterFiles:
+def _local_files(folder: Path) -> AdapterPaths:
     if not (folder / CONFIG).is_file():
         if (folder / GGUF_WEIGHTS).is_file():
-            return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS, folder=folder)
+            return AdapterPaths(str(folder), "GGUF", folder / GGUF_WEIGHTS, folder=folder)
         if (checkpoint := find_checkpoint(folder)) is not None:
-            return AdapterFiles(str(folder), "Orbax", checkpoint, nearest_file(LORA_CONFIG, checkpoint, folder), folder)
+            return AdapterPaths(str(folder), "Orbax", checkpoint, nearest_file(LORA_CONFIG, checkpoint, folder), folder)
         if (folder / "config.json").is_file():
             msg = f"{folder}: is a whole model, perhaps with an adapter merged into it: give the adapter's own folder, "
             raise AdapterError(msg + f"which holds {CONFIG}, from before it was merged")
         msg = f"{folder}: no {CONFIG} here: give the folder of an adapter of PEFT or MLX, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
     form = form_of(read_config(folder / CONFIG))
-    files = AdapterFiles(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG, folder)
+    files = AdapterPaths(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG, folder)
     if not files.weights.is_file():
         raise AdapterError(f"{folder}: {_missing_weights(folder, form)}")
     return files
 
 
-def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
+def _hub_files(repo: str, revision: str | None) -> AdapterPaths:
     config = _download(repo, CONFIG, revision)
     form = form_of(read_config(config))
     for optional in (CARD, CHAT_TEMPLATE):  # the card states the licence; many adapters have neither
         with suppress(AdapterError):
             _download(repo, optional, revision)
-    return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config, config.parent)
+    return AdapterPaths(repo, form, _download(repo, _WEIGHTS[form], revision), config, config.parent)
 
 
 def _missing_weights(folder: Path, form: Form) -> str:
@@ -180,7 +180,7 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
 _LONGEST = 1 << 16  # bytes of a card that are read
 
 
-def stated_licences(files: AdapterFiles) -> dict[str, Any]:
+def stated_licences(files: AdapterPaths) -> dict[str, Any]:
     """Return the licence that an adapter's card states, by the fields of `AdapterInfo`; None if it states none.
 
     A link into the adapter's folder becomes a hub link or is left out, because the file does not move along.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, shown
-from jcrosslora.adapter.contents import Contents, Stored, as_adapter_errors, check_names, file_factors
+from jcrosslora.adapter.contents import PeftView, WriteRequest, as_adapter_errors, check_names, file_factors
 from jcrosslora.adapter.names import PREFIX, TensorName, ending, rank_settings
 from jcrosslora.architectures.families import FAMILIES
 from jcrosslora.checkpoint import BaseModel, MappedFile, is_hub_id
@@ -84,7 +84,7 @@ def parse_gguf_name(name: str) -> TensorName:
     return TensorName(name, "norm" if name.endswith(_NORM) else "other", name)
 
 
-def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
+def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftView:
     """Translate an adapter to PEFT's layout, with the rows of q and k in Hugging Face's order.
 
     For architectures such as "llama" that order depends on the number of heads: the file's if it states them (only
@@ -108,7 +108,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Stored:
     heads = _heads(adapter, base)
     config = _config(adapter, entries)
     read = partial(_read, adapter, heads, stored)
-    return Stored(path, config, entries, read, adapter.file.sha256, metadata, metadata=metadata)
+    return PeftView(path, config, entries, read, adapter.file.sha256, metadata, metadata=metadata)
 
 
 def _name(stored: str, adapter: GGUFAdapter) -> str:
@@ -191,7 +191,7 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
     return config if tokens is None else {**config, "alora_invocation_tokens": tokens}
 
 
-def write_gguf(contents: Contents, folder: Path) -> None:
+def write_gguf(contents: WriteRequest, folder: Path) -> None:
     """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it."""
     base, tokens = contents.base, contents.adapter.info.invocation
     family, known, has_experts = (None, None, False) if base is None else (base.family, base.heads, base.has_experts)

@@ -16,7 +16,7 @@ from jcrosslora.adapter.changes import Array, LoRAFactors
 from jcrosslora.adapter.contents import as_numpy
 from jcrosslora.adapter.jax_trainers import trainer_of
 from jcrosslora.adapter.kinds.dora import DORA, read_stored
-from jcrosslora.adapter.kinds.kind import AdapterFile
+from jcrosslora.adapter.kinds.kind import ParsedAdapter
 from jcrosslora.adapter.peft import adapter_from_peft
 from jcrosslora.adapter.reading import open_adapter, open_state_dict, open_trained, read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo, check_numbers, ignored_sentence
@@ -176,7 +176,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None) -> tuple[Adapter, 
     return directions, {name: magnitude for name, (_, magnitude) in found.items()}
 
 
-def _check_module(file: AdapterFile, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
+def _check_module(file: ParsedAdapter, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
     holder = next((whole for whole, parts in base.fused.items() if name in {part for part, _, _ in parts}), None)
     if holder is not None:
         msg = f"{file.path}: module {name!r} is rows of {holder!r} in the base {base.name}, and a DoRA can only "

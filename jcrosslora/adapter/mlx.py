@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, is_rank, shown
-from jcrosslora.adapter.contents import Contents, Stored, file_factors, safetensors_bytes
+from jcrosslora.adapter.contents import PeftView, WriteRequest, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
 from jcrosslora.adapter.names import PREFIX
 from jcrosslora.architectures.blocks import EMBEDDING
@@ -31,7 +31,7 @@ _EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 _EMBEDDING = "." + EMBEDDING.split(".")[-2]
 
 
-def write_mlx(contents: Contents, folder: Path) -> None:
+def write_mlx(contents: WriteRequest, folder: Path) -> None:
     """Write all modules at one rank, padded with zeros, and scale 1.
 
     In a layer without an update MLX adds LoRA modules whose B is zero. The multimodal classes of mlx_lm hold their text
@@ -68,7 +68,7 @@ def _key(module: str) -> str:
     return match[1]
 
 
-def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Stored:
+def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> PeftView:
     """Translate an adapter to PEFT's layout by transposing its factors; `where` is its configuration's path.
 
     Raises AdapterError for a whole model instead of an adapter, a missing or invalid value, and an unknown tensor.
@@ -103,7 +103,7 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
     def read(name: str) -> np.ndarray:
         return np.transpose(file.array(stored[name]))
 
-    return Stored(file.file.path, peft, entries, read, file.file.sha256, config, notes, file.metadata)
+    return PeftView(file.file.path, peft, entries, read, file.file.sha256, config, notes, file.metadata)
 
 
 def _peft_name(name: str, file: SafetensorsFile) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents, as_adapter_errors, file_factors
+from jcrosslora.adapter.contents import WriteRequest, as_adapter_errors, file_factors
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, factors_in_slots, slot_arrays, slots_of_tunix, trainer_of
 from jcrosslora.checkpoint.in_memory import array_name
 from jcrosslora.checkpoint.orbax import ITEM, Entries, alone, clear_marks, handler, read_entries, restore, writing
@@ -63,7 +63,7 @@ def stated_alpha(checkpoint: Path) -> dict[str, Any]:
     return {}
 
 
-def write_tunix(contents: Contents, folder: Path) -> None:
+def write_tunix(contents: WriteRequest, folder: Path) -> None:
     """Write the LoRA as step 0 of tunix's `CheckpointManager`, at one rank (padded with zeros) and scale 1.
 
     `lora_config.json` holds the LoraProvider settings for the tunix model that loads it.

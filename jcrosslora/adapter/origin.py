@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from jcrosslora.adapter.changes import update_norm
-from jcrosslora.adapter.folder import REPORT, AdapterFiles, open_weights
+from jcrosslora.adapter.folder import REPORT, AdapterPaths, open_weights
 from jcrosslora.adapter.records import Adapter, AdapterInfo, Earlier
 from jcrosslora.checkpoint.base import BaseModel, quick_digest
 from jcrosslora.checkpoint.hub import is_on_hub, public_name
@@ -31,14 +31,17 @@ _KINDS = {word: word for word in ("instruct", "coder", "math", "vision", "guard"
 _KINDS |= {"it": "instruct", "chat": "instruct", "code": "coder", "vl": "vision"}
 
 
-def doubts(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
+def mismatch_warnings(adapter: Adapter, base: BaseModel, *, weights: bool) -> tuple[str, ...]:
     """Return the signs that an adapter was not trained on a base, one sentence each.
 
     With `weights`, also check whether the base's weights already contain the update.
     """
     found = [] if (sentence := other_base(adapter.info, base, "source")) is None else [sentence]
     if adapter.info.earlier:
-        first, line = adapter.info.earlier[0], told(adapter.info.earlier, public_name(base.name) or base.name)
+        first, line = (
+            adapter.info.earlier[0],
+            describe_history(adapter.info.earlier, public_name(base.name) or base.name),
+        )
         said = f"this adapter was itself moved ({line}), and the errors of moves add up"
         found.append(f"{said}: move the original {first.adapter} instead ({first.digest}), if you have it")
     if weights and (share := _held_share(adapter, base)) is not None:
@@ -103,7 +106,7 @@ def _held_share(adapter: Adapter, base: BaseModel) -> float | None:
     return inner / size if held else None
 
 
-def read_record(files: AdapterFiles, header: Mapping[str, Any]) -> dict[str, Any]:
+def read_record(files: AdapterPaths, header: Mapping[str, Any]) -> dict[str, Any]:
     """Read the record of a transfer from the report in the folder, and from the header of the weights.
 
     The header overrides the report, which may belong to other weights.
@@ -131,7 +134,7 @@ def earlier_of(record: Mapping[str, Any]) -> tuple[Earlier, ...]:
     return (*before, Earlier(*(text_of(record, *path) for path in keys)))
 
 
-def told(earlier: Sequence[Earlier], base: str) -> str:
+def describe_history(earlier: Sequence[Earlier], base: str) -> str:
     """Say how an adapter came to its base, in a phrase: "A of BASE, moved to BASE by METHOD, moved to ..."."""
     bases = *(one.base for one in earlier[1:]), base
     moves = (f"moved to {name} by {one.method}" for one, name in zip(earlier, bases, strict=True))
@@ -145,7 +148,7 @@ def text_of(record: Any, *keys: str) -> str | None:
     return record if isinstance(record, str) and record else None
 
 
-def read_header(files: AdapterFiles) -> Mapping[str, Any]:
+def read_header(files: AdapterPaths) -> Mapping[str, Any]:
     """Read the metadata of a safetensors file; empty for other formats and damaged files."""
     try:
         return open_weights(files.weights).metadata if files.form in ("PEFT", "MLX") else {}

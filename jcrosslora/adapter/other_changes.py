@@ -31,7 +31,7 @@ from jcrosslora.adapter import changes
 from jcrosslora.adapter.changes import EMBEDDING, HEAD, MODULES, TIED, LoRAFactors, ReplacedTensors, TokenUpdate
 from jcrosslora.adapter.config import OLORA, PISSA, is_variant
 from jcrosslora.adapter.contents import FileDtype, exact_dtype, file_factors, file_matrix
-from jcrosslora.adapter.kinds.kind import AdapterFile, Update, read_or_reason
+from jcrosslora.adapter.kinds.kind import ParsedAdapter, Update, read_or_reason
 from jcrosslora.adapter.kinds.products import PLAIN, read_embedding_factors
 from jcrosslora.adapter.names import TensorName, by_module, ending, file_scale
 from jcrosslora.checkpoint import BaseModel, text_module_name
@@ -41,7 +41,7 @@ _BIAS = ".bias"
 _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != TIED}
 
 
-def read_tokens(file: AdapterFile, head: Update | None) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
+def read_tokens(file: ParsedAdapter, head: Update | None) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
     """Read the changes of embedding and head in a file with a base; `head` is the update of the output head, or None.
 
     Returns the changes; the names of the tensors that they were read from, with "lm_head" for the head's; and the
@@ -64,7 +64,7 @@ def read_tokens(file: AdapterFile, head: Update | None) -> tuple[tuple[TokenUpda
 
 
 def _read_update(
-    file: AdapterFile, change: str, tensors: Sequence[TensorName], head: Update | None, found: Sequence[TokenUpdate]
+    file: ParsedAdapter, change: str, tensors: Sequence[TensorName], head: Update | None, found: Sequence[TokenUpdate]
 ) -> TokenUpdate:
     base = _given_base(file)
     if head is not None and change == "head":
@@ -76,13 +76,13 @@ def _read_update(
     return update
 
 
-def _head(file: AdapterFile, base: BaseModel, head: Update) -> TokenUpdate:
+def _head(file: ParsedAdapter, base: BaseModel, head: Update) -> TokenUpdate:
     if base.tied and (is_variant(file.config, PISSA) or is_variant(file.config, OLORA)):
         raise AdapterError("it starts from factors of the matrix that the head shares with the embedding")
     return _low_rank(HEAD, "head", base, head, file.rank)
 
 
-def _of_tensors(file: AdapterFile, base: BaseModel, change: str, tensors: Sequence[TensorName]) -> TokenUpdate:
+def _of_tensors(file: ParsedAdapter, base: BaseModel, change: str, tensors: Sequence[TensorName]) -> TokenUpdate:
     module = tensors[0].module
     name = text_module_name(module)
     if name == base.family.own_embedding:
@@ -112,7 +112,7 @@ def _low_rank(table: str, change: str, base: BaseModel, update: Update, rank: in
     return changes.low_rank_rows(table, change, size, np.arange(size), update.factors, update.lost)
 
 
-def _single_rows(file: AdapterFile, base: BaseModel, table: str, rows: np.ndarray) -> TokenUpdate:
+def _single_rows(file: ParsedAdapter, base: BaseModel, table: str, rows: np.ndarray) -> TokenUpdate:
     listed = file.config.get("trainable_token_indices")
     ids = _listed(listed, table)
     if (
@@ -187,7 +187,7 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
 
 
 def read_replaced(
-    file: AdapterFile, extras: Mapping[str, Sequence[TensorName]], updated: Mapping[str, object]
+    file: ParsedAdapter, extras: Mapping[str, Sequence[TensorName]], updated: Mapping[str, object]
 ) -> tuple[tuple[ReplacedTensors, ...], set[str], dict[str, str]]:
     """Read the tensors that replace those of the base; without a base, none are read.
 
@@ -216,7 +216,7 @@ def read_replaced(
 
 
 def _read_change(
-    file: AdapterFile, tensor: TensorName, shapes: Mapping[str, tuple[int, ...]], taken: set[str]
+    file: ParsedAdapter, tensor: TensorName, shapes: Mapping[str, tuple[int, ...]], taken: set[str]
 ) -> tuple[str, np.ndarray]:
     base, module = _given_base(file), text_module_name(tensor.module)
     name = f"{module}.weight" if tensor.kind == "full" else f"{module}{_BIAS}"
@@ -240,7 +240,7 @@ def _read_change(
     return name, array
 
 
-def _given_base(file: AdapterFile) -> BaseModel:
+def _given_base(file: ParsedAdapter) -> BaseModel:
     if file.base is None:
         raise AdapterError("the base that it was trained on was not given")
     return file.base

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.combining import Layout, fuse
-from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
+from jcrosslora.adapter.contents import WriteRequest, file_factors, safetensors_bytes
 from jcrosslora.adapter.experts import expert_config, expert_tensors
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.names import PREFIX, by_weight, ending, exact_pattern, natural_key
@@ -22,12 +22,12 @@ from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 
-def write_portable(contents: Contents, folder: Path) -> None:
+def write_portable(contents: WriteRequest, folder: Path) -> None:
     """Write all modules at one rank, padded with zeros, and lora_alpha == r, which every engine reads the same way."""
     write_peft(contents, folder, contents.rank)
 
 
-def write_peft(contents: Contents, folder: Path, rank: int | None = None) -> None:
+def write_peft(contents: WriteRequest, folder: Path, rank: int | None = None) -> None:
     """Write each module's own rank, by `rank_pattern` and `alpha_pattern`, and all other changes; see `peft_state`.
 
     The magnitudes of a DoRA stay in float32, because only their small difference from the row norms matters.
@@ -38,7 +38,7 @@ def write_peft(contents: Contents, folder: Path, rank: int | None = None) -> Non
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def peft_state(contents: WriteRequest, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors by their names in a file, and the configuration.
 
     All modules are padded with zeros to `rank`; None keeps each module's own.
@@ -63,7 +63,7 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
     return named, config | expert_config(contents, config)
 
 
-def _check_parameters(contents: Contents) -> None:
+def _check_parameters(contents: WriteRequest) -> None:
     """Refuse DoRA magnitudes and aLoRA tokens where peft adapts parameters, for which it supports neither."""
     named = sorted({*contents.by_weight, *(update.name for update in contents.adapter.experts)}, key=natural_key)
     if not named or (contents.magnitudes is None and contents.adapter.info.invocation is None):
@@ -73,7 +73,7 @@ def _check_parameters(contents: Contents) -> None:
     raise OutputError(msg + "use another profile, or an adapter without these modules")
 
 
-def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
+def peft_config(contents: WriteRequest, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
 
     Keys that peft added after 0.14 are left out: their defaults are right, and older readers warn about unknown keys or
@@ -167,7 +167,7 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     if missing := [name for name in merged if name not in names]:
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
-    contents = Contents(
+    contents = WriteRequest(
         dataclasses.replace(adapter, modules=merged),
         prefix=prefix_of(names[next(iter(merged))]),
         by_weight=by_weight(merged, wrapped.config.get_text_config().model_type, {}),

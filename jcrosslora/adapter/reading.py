@@ -16,12 +16,12 @@ import numpy as np
 from jcrosslora.adapter import folder, names
 from jcrosslora.adapter.changes import HEAD, ExpertUpdate, ReplacedTensors, TokenUpdate, update_norm
 from jcrosslora.adapter.config import REFUSED_TENSORS, check_type, config_notes
-from jcrosslora.adapter.contents import Stored, check_names, stored_in_memory
+from jcrosslora.adapter.contents import PeftView, check_names, stored_in_memory
 from jcrosslora.adapter.experts import read_experts
 from jcrosslora.adapter.gguf import open_gguf_adapter, translated_gguf
 from jcrosslora.adapter.jax_trainers import as_state_dict
 from jcrosslora.adapter.kinds import TYPES, kind_of
-from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update
+from jcrosslora.adapter.kinds.kind import Kind, ParsedAdapter, Update
 from jcrosslora.adapter.kinds.products import PLAIN, invocation_of, read_embedding_factors
 from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import TensorName, by_module, file_scale, is_of_experts, is_router, natural_key
@@ -48,7 +48,7 @@ def open_adapter(
     revision: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
-) -> AdapterFile:
+) -> ParsedAdapter:
     """Open the files of an adapter; see `load_adapter`."""
     files = folder.find_adapter(ref, revision)
     identity = cached_identity(files.weights.parent)
@@ -83,7 +83,7 @@ def why_idle_files(ref: str | Path, base: BaseModel | None) -> str | None:
 
 def open_state_dict(
     tensors: Mapping[str, Any], config: Mapping[str, Any], base: BaseModel | None, *, name: str, rank: int | None = None
-) -> AdapterFile:
+) -> ParsedAdapter:
     """Open the state dict of a PEFT adapter as if it had been read from files; see `load_adapter`.
 
     `tensors` are numpy, JAX or torch arrays by the names that PEFT gives them in a file; `name` is for messages.
@@ -96,14 +96,14 @@ def open_state_dict(
 
 def open_trained(
     tree: Mapping[str, Any], base: BaseModel | None, *, alpha: float | None, rank: int | None = None
-) -> AdapterFile:
+) -> ParsedAdapter:
     """Open the LoRA of a JAX trainer, a tree of arrays or an `nnx.State`; see `load_adapter`."""
     stated = {} if alpha is None else {"alpha": alpha}
     tensors, config = as_state_dict(named_arrays(tree), stated, "state", base)
     return open_state_dict(tensors, config, base, name="state", rank=rank)
 
 
-def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | None) -> Stored:
+def _stored(files: folder.AdapterPaths, base: BaseModel | None, alpha: float | None) -> PeftView:
     if files.form == "Orbax":
         stated = stated_alpha(files.weights) if files.config is None else folder.read_config(files.config)
         given = stated if alpha is None else {**stated, "alpha": alpha}
@@ -117,10 +117,12 @@ def _stored(files: folder.AdapterFiles, base: BaseModel | None, alpha: float | N
     check_type(config, where, TYPES)
     file = folder.open_weights(files.weights)
     notes = config_notes(config)
-    return Stored(file.file.path, config, file.entries, file.array, file.file.sha256, config, notes, file.metadata)
+    return PeftView(file.file.path, config, file.entries, file.array, file.file.sha256, config, notes, file.metadata)
 
 
-def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo) -> AdapterFile:
+def _grouped(
+    stored: PeftView, where: str, base: BaseModel | None, rank: int | None, origin: AdapterInfo
+) -> ParsedAdapter:
     """Group the tensors of a file by purpose, find its kind, and check the configuration at `where`."""
     tensors = [names.parse_tensor_name(key) for key in stored.entries]
     _refuse_tensors(tensors, stored.path)
@@ -146,7 +148,7 @@ def _grouped(stored: Stored, where: str, base: BaseModel | None, rank: int | Non
     parts = {part for parts in (*modules.values(), *heads.values(), shared) for part in parts}
     kind = kind_of(stored.config, parts, where)
     kind.check(stored.config, where)
-    return AdapterFile(
+    return ParsedAdapter(
         kind=kind,
         origin=origin,
         stored=stored,
@@ -169,7 +171,7 @@ def _refuse_tensors(tensors: Sequence[TensorName], path: Path) -> None:
             raise AdapterError(msg + "which is not supported; train an adapter of linear layers instead")
 
 
-def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
+def read_adapter(file: ParsedAdapter, *, replaced: bool = False) -> Adapter:
     """Read all updates; see `load_adapter`."""
     kind = file.kind
     updates = file.by_text_name((name, update.truncated(file.rank)) for name, update in kind.read(file))
@@ -196,7 +198,7 @@ def read_adapter(file: AdapterFile, *, replaced: bool = False) -> Adapter:
     return Adapter({name: update.factors for name, update in linear.items()}, info, tokens, own, experts)
 
 
-def _head(file: AdapterFile, updates: Mapping[str, Update]) -> Update | None:
+def _head(file: ParsedAdapter, updates: Mapping[str, Update]) -> Update | None:
     """Read the update of the output head; None if there is none or it cannot be read."""
     if not file.others:
         return updates.get(HEAD)  # For kinds whose file does not name its modules.
@@ -208,7 +210,7 @@ def _head(file: AdapterFile, updates: Mapping[str, Update]) -> Update | None:
 
 
 def _other_changes(
-    file: AdapterFile,
+    file: ParsedAdapter,
     linear: Mapping[str, Update],
     head: Update | None,
     experts: Sequence[ExpertUpdate],
@@ -270,7 +272,7 @@ def _read_as(kind: Kind, updates: Sequence[Update]) -> str | None:
     return f"{kind.name} ({kind.formula}), read {how}{f'; {kind.remark}' if kind.remark else ''}"
 
 
-def _change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
+def _change_energy(file: ParsedAdapter, kind: str, tensors: Sequence[TensorName]) -> float | None:
     """Compute the squared Frobenius norm of a change that does not move; `kind` is a key of `records.CHANGES`.
 
     Returns None if it is unknown: a tensor that replaces one of the base is compared only if the base is given.
@@ -289,12 +291,12 @@ def _change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) 
     return None
 
 
-def _energy_of_bias(file: AdapterFile, tensor: TensorName) -> float:
+def _energy_of_bias(file: ParsedAdapter, tensor: TensorName) -> float:
     change = file_scale(file.config, tensor.module) * file.read(tensor.key, axes=1).astype(np.float64)
     return float(np.sum(change**2))
 
 
-def _energy_of_new(file: AdapterFile, base: BaseModel, tensor: TensorName) -> float:
+def _energy_of_new(file: ParsedAdapter, base: BaseModel, tensor: TensorName) -> float:
     new = file.read(tensor.key, axes=len(file.stored.entries[tensor.key].shape))
     old = base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
     return float(np.sum((new.astype(np.float64) - np.asarray(old).astype(np.float64)) ** 2))

@@ -147,7 +147,9 @@ class Adapter:
     @classmethod
     def tree_unflatten(cls, static: Static, children: Sequence[Any]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
-        return cls(**dict(zip(_CHANGES, children, strict=True)), info=static.known(children, static.structure))
+        return cls(
+            **dict(zip(_CHANGES, children, strict=True)), info=static.metadata_or_default(children, static.structure)
+        )
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.combining import fuse
-from jcrosslora.adapter.contents import BASE, Contents, FileDtype
+from jcrosslora.adapter.contents import BASE, FileDtype, WriteRequest
 from jcrosslora.adapter.folder import CHAT_TEMPLATE, CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.gguf import check_gguf, write_gguf
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, check_tunix
@@ -38,7 +38,7 @@ class ProfileFormat:
         carries: the kinds of change that it holds.
     """
 
-    write: Callable[[Contents, Path], None]
+    write: Callable[[WriteRequest, Path], None]
     reader: str
     magnitudes: bool = False
     invocation: bool = True
@@ -151,7 +151,7 @@ def save_adapter(
         named = {"name": public_name(base.name), "revision": base.revision, "digest": base.digest}
         target[BASE] = json.dumps(named)
     modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
-    contents = Contents(
+    contents = WriteRequest(
         replace(held, modules=modules),
         dtype=dtype,
         base=base,

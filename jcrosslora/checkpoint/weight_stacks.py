@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import damaged
-from jcrosslora.linalg import spread
+from jcrosslora.linalg import shard
 
 # Bytes of both bases' weights in a group, as float32. The next group is read while one is aligned, so a model of any
 # size needs the memory of two groups.
@@ -29,15 +29,15 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
     for same in alike.values():
         most = max(jax.device_count(), GROUP_BYTES // size(same[0]))  # a device without an item would repeat another's
         for part in np.array_split(np.arange(len(same)), -(-len(same) // most)):
-            yield [same[place] for place in part]
+            yield [same[to_device] for to_device in part]
 
 
 def load_on_host(base: BaseModel, names: Sequence[str]) -> np.ndarray:
     """Load the weights of (possibly fused) modules of one shape, (L, O, I) float32; raise as `load_stack`."""
     first = base.stored_weight(names[0])
     stack = np.empty((len(names), *first.shape), np.float32)
-    for place, name in enumerate(names):  # one by one, so that they are read into the same memory
-        stack[place] = base.stored_weight(name) if place else first
+    for to_device, name in enumerate(names):  # one by one, so that they are read into the same memory
+        stack[to_device] = base.stored_weight(name) if to_device else first
     base.release()
     _check_finite(base, names, [np.isfinite(weight).all() for weight in stack])
     return stack
@@ -57,9 +57,9 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     stored = np.stack(weights + weights[-1:] * surplus)
     if jax.default_backend() == "cpu":  # the device is the host, so widen without compiling
         stored = stored.astype(np.float32, copy=False)
-        stack, finite = spread(stored), [np.isfinite(weight).all() for weight in stored]
+        stack, finite = shard(stored), [np.isfinite(weight).all() for weight in stored]
     else:
-        stack, finite = _widen(spread(stored))
+        stack, finite = _widen(shard(stored))
     base.release()
     _check_finite(base, names, np.asarray(finite))
     return stack

@@ -120,7 +120,7 @@ class Show(_OnShelf):
     """Print it as JSON."""
 
     def run(self, console: Console) -> None:
-        from jcrosslora.adapter.origin import told
+        from jcrosslora.adapter.origin import describe_history
         from jcrosslora.text import prompt_text
 
         shelf = self._opened()
@@ -133,7 +133,8 @@ class Show(_OnShelf):
         say(console, f"files: {shelf.place(entry.name)}{' (missing)' if shelf.missing(entry) else ''}, {entry.digest}")
         say(console, f"base: {shelf.info.name}, {base}")
         if entry.earlier:
-            say(console, f"line: {told(entry.earlier, shelf.info.name)}; original {entry.earlier[0].digest}")
+            history = describe_history(entry.earlier, shelf.info.name)
+            say(console, f"line: {history}; original {entry.earlier[0].digest}")
         if entry.verdict is not None:
             outcome = "" if entry.effect is None else f"; measured effect: {entry.effect.get('outcome')}"
             say(console, f"expected: {entry.verdict}{outcome}")

@@ -23,7 +23,7 @@ from jcrosslora.distill.facts import FitFacts
 from jcrosslora.distill.own_prompts import own_prompts_cost
 from jcrosslora.distill.settings import FEWEST_COMPLETIONS, MOST_TOKENS, ROUND, End
 from jcrosslora.distill.sources import Source, Writer
-from jcrosslora.distill.task_search import NOTHING, FoundTask, Questioner, find_task, search_cost
+from jcrosslora.distill.task_search import NOTHING, AdapterProber, DiscoveredTask, find_task, search_cost
 from jcrosslora.distill.task_search.request_writer import FEWEST, SIMILAR, find_form, requests_cost
 from jcrosslora.distill.templates import (
     PROMPT_TOKENS,
@@ -68,7 +68,7 @@ class Completions:
     facts: FitFacts
     greedy: Callable[[Collection[Prompt]], list[Completion]]
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
-    task: FoundTask | None = None
+    task: DiscoveredTask | None = None
 
     def with_taught_ends(self, source: Source) -> Self:
         """Cut answers where they are complete, those of further rounds too, and teach the end there."""
@@ -213,7 +213,7 @@ def write_completions(source: Source, writer: Writer, sampler: Sampler, search: 
         found = [item for item in pilot if named[item.origin] in known]
         task = NOTHING
         if search:
-            task = find_task(Questioner(source, known, _with_most(sampler), bar), writer, found, search)
+            task = find_task(AdapterProber(source, known, _with_most(sampler), bar), writer, found, search)
         wanted = round(task.share * sampler.count)
         found += [one.item for one in task.further[:wanted]]
         sampler = replace(sampler, tokens=sampler.tokens or _written_length(source, found, sampler))

@@ -16,13 +16,13 @@ from jcrosslora.decoder import Generator, Model, StackedAdapter
 from jcrosslora.distill.batches import DistillationBatch, make_batches
 from jcrosslora.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.distill.endings import Endings, complete_part
-from jcrosslora.distill.fit import Fit, Look
-from jcrosslora.distill.judge import Judge, answers_in_symbols, batch_answers
-from jcrosslora.distill.settings import ROUND, Course, DistillSettings
+from jcrosslora.distill.fit import EvalPoint, Fit
+from jcrosslora.distill.judge import Judge, answers_in_columns, batch_answers
+from jcrosslora.distill.output_columns import EosTokens, OutputColumns, find_columns
+from jcrosslora.distill.settings import ROUND, DistillSettings, FitSchedule
 from jcrosslora.distill.sources import Source, Writer
 from jcrosslora.distill.sources.decoder import DecoderSource, RestrictedModel, digest_values
 from jcrosslora.distill.states import FitStates, kept_states
-from jcrosslora.distill.symbols import Ends, Symbols, find_symbols
 from jcrosslora.distill.task_search import choose_writer
 from jcrosslora.distill.teacher import Teacher
 from jcrosslora.distill.templates import Sampler
@@ -80,7 +80,7 @@ class Distillation:
         return bool(self.prompts or self.examples)
 
     @property
-    def course(self) -> Course:
+    def course(self) -> FitSchedule:
         """The settings that depend on whether there are prompts."""
         return self.settings.course(prompted=self.prompted)
 
@@ -110,7 +110,7 @@ class Distillation:
             _LOG.warning(text)
         return completions, warnings
 
-    def _ends(self, completions: Completions) -> Ends:
+    def _ends(self, completions: Completions) -> EosTokens:
         return end_tokens(self.tokenizers, self._items(completions))
 
     def _items(self, completions: Completions) -> list[Completion]:
@@ -143,19 +143,21 @@ class Distillation:
             ends=self.course.end != "never",
         )
 
-    def choose_symbols(self, data: Data, completions: Completions) -> Symbols:
+    def choose_symbols(self, data: Data, completions: Completions) -> OutputColumns:
         """Find the tokens on which predictions are compared."""
         read = [*data.fitted, *data.judged, *data.answers]
         ends, rounded = self._ends(completions), isinstance(self.source, DecoderSource)
-        return find_symbols(self.source, self.target, read, self.settings.compared_tokens, ends, rounded=rounded)
+        return find_columns(self.source, self.target, read, self.settings.compared_tokens, ends, rounded=rounded)
 
-    def make_fit(self, data: Data, symbols: Symbols, completions: Completions, start: StackedAdapter | None) -> Fit:
-        """Make the teacher, and the fit with the first look at what judges it."""
-        reader = self.source.reader(symbols.heads(0), len(symbols.ends[0]))
-        target = RestrictedModel.of(self.model, symbols.heads(1), len(symbols.ends[1]))
+    def make_fit(
+        self, data: Data, columns: OutputColumns, completions: Completions, start: StackedAdapter | None
+    ) -> Fit:
+        """Make the teacher, and the fit with its first evaluation."""
+        reader = self.source.reader(columns.head_rows(0), len(columns.ends[0]))
+        target = RestrictedModel.of(self.model, columns.head_rows(1), len(columns.ends[1]))
         confidence = 1.0 if completions.task is None else completions.task.explained
-        teacher = Teacher(reader, target, symbols, self.settings.teacher_weights(confidence))
-        answers = [answers_in_symbols(batch, symbols) for batch in data.answers]
+        teacher = Teacher(reader, target, columns, self.settings.teacher_weights(confidence))
+        answers = [answers_in_columns(batch, columns) for batch in data.answers]
         judge = Judge([teacher.read(batch) for batch in data.judged], answers)
         return Fit(teacher, judge, self.settings, start, prompted=self.prompted, begun=self.clock, seed=self.seed)
 
@@ -174,7 +176,7 @@ class Distillation:
             return nullcontext()
         digests = [self.source.identity(), self.target.digest(), None if start is None else digest_values(start)]
         digests += [(one.chat_template, sha256(one.backend.to_str().encode())) for one in self.tokenizers]
-        settings, form = dataclasses.asdict(self.settings), tuple(Look.__annotations__)  # a state holds looks
+        settings, form = dataclasses.asdict(self.settings), tuple(EvalPoint.__annotations__)  # a state holds points
         return kept_states(parent, {"fit": digest_of(*digests, self.prompts, self.examples, settings, self.seed, form)})
 
 
@@ -218,7 +220,7 @@ def hold_out(
     return rest, [item for item in completions if item.prompt in held_out]
 
 
-def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> Ends:
+def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]) -> EosTokens:
     """Find the tokens that end a text: all of the source's, and those of the target's that should end its answers.
 
     If either side has none, the end cannot be compared, and the symbol is empty on both sides.
@@ -227,5 +229,5 @@ def end_tokens(tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Co
     chats = {not isinstance(item.prompt, str) for item in completions}
     found = {ending(tokenizers[1], chat=chat) for chat in chats}
     if None in found or not stops[0]:
-        return Ends(stops)
-    return Ends(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))
+        return EosTokens(stops)
+    return EosTokens(stops, (stops[0], tuple(sorted(end for end in found if end is not None))))

@@ -32,7 +32,7 @@ from jcrosslora.utils.cost import TEXT, Cost, free_memory
 from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import Track, track
 
-LOOK = 24  # batches between two looks at the held-out completions
+EVAL_EVERY = 24  # batches between two evaluations on the held-out completions
 _WARM_UP = 0.05  # share of the fit over which the rate rises
 
 
@@ -43,7 +43,7 @@ def _adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 # Its state holds the rate, which follows the share of the fit and not the number of steps.
 _ADAM = optax.inject_hyperparams(_adam)(rate=0.0)
 # Writes a round's completions; the target answers with the given update, or the source if that is None.
-Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
+BatchSource = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 
 @flax.struct.dataclass
@@ -57,8 +57,8 @@ class FitState:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the held-out completions.
+class EvalPoint:
+    """An evaluation on the held-out completions.
 
     Attributes:
         seconds: since the beginning, writing and reading completions included.
@@ -76,15 +76,17 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The update that is best on the held-out completions, with the update it started from, and all measurements.
+    """The update that is best on the held-out completions, with the update it started from, and all evaluations.
 
-    `anew` counts the completions of further rounds without labelled examples, and `own` those that the target wrote.
-    `done` is the share of the planned fit, below 1 if Ctrl-C ended it.
+    Attributes:
+        new_completions: completions of further rounds, without labelled examples.
+        own: how many of these the target wrote.
+        done: share of the planned fit, below 1 if Ctrl-C ended it.
     """
 
     adapter: StackedAdapter
-    looks: tuple[Look, ...]
-    anew: int
+    curve: tuple[EvalPoint, ...]
+    new_completions: int
     own: int
     steps: int
     done: float
@@ -94,12 +96,12 @@ def fit_cost(settings: DistillSettings, prompts: int = 0, examples: int = 0) -> 
     """Count a fit to given prompts and labelled examples, with the completions of its further rounds."""
     prompted = prompts + examples > 0
     course = settings.course(prompted=prompted)
-    first, anew, passes = course.first, sum(course.rounds[1:]), course.passes
+    first, new_completions, passes = course.first, sum(course.rounds[1:]), course.passes
     # The training and the held-out batches each end with a half-full batch in a few widths.
     judging = settings.held_of(first, prompted=prompted)
-    held, used = judging + 2 * FIT_ROWS, first - judging + 2 * FIT_ROWS + anew
-    looks = 1 + passes * used / FIT_ROWS / LOOK
-    source, target = 2 * (used + held), used + (1 + looks) * held
+    held, used = judging + 2 * FIT_ROWS, first - judging + 2 * FIT_ROWS + new_completions
+    evaluations = 1 + passes * used / FIT_ROWS / EVAL_EVERY
+    source, target = 2 * (used + held), used + (1 + evaluations) * held
     read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * passes * used)
     labelled = TEXT * examples * course.repeats
     read += Cost(source=2 * labelled, target=labelled, stepped=passes * labelled)
@@ -135,10 +137,10 @@ class Fit:
         self._most_kept, self._most_remembered = most_kept(free_memory())
         self._course = settings.course(prompted=prompted)
         self._state = first_state(teacher.target.model, settings, seed)
-        self._rounds, self._anew, self._own, self._used, self._part, self._seen = 0, 0, 0, 0, 0.0, 0
-        self._looks = [self._measure()]
+        self._rounds, self._new_completions, self._own, self._used, self._part, self._seen = 0, 0, 0, 0, 0.0, 0
+        self._curve = [self._measure()]
 
-    def run(self, first: Sequence[DistillationBatch], fresh: Fresh, states: FitStates | None = None) -> Fitted:
+    def run(self, first: Sequence[DistillationBatch], fresh: BatchSource, states: FitStates | None = None) -> Fitted:
         """Train until the completions or the time are used up; Ctrl-C ends the fit with the best update so far.
 
         Args:
@@ -158,12 +160,12 @@ class Fit:
                     self._use(fresh(self._rounds, own) if self._rounds else first, bar, own=polishes)
                     if states is not None:
                         self._save(states)
-                self._look(bar)  # the time may have ended while a state was saved
+                self._evaluate(bar)  # the time may have ended while a state was saved
             except KeyboardInterrupt:
                 done = min(1.0, self._share())
-                self._look(bar)
-        looks, steps = tuple(self._looks), int(self._state.step)
-        return Fitted(self._joined(self._state.best), looks, self._anew, self._own, steps, done)
+                self._evaluate(bar)
+        curve, steps = tuple(self._curve), int(self._state.step)
+        return Fitted(self._joined(self._state.best), curve, self._new_completions, self._own, steps, done)
 
     def _joined(self, factors: StackedAdapter) -> StackedAdapter:
         return factors if self._start is None else join_stacked(self._start, factors)
@@ -199,51 +201,51 @@ class Fit:
             self._used += batch.rows * first
             written = (batch.rows - batch.labelled) * first
             self._own += written * own
-            self._anew += written * (self._rounds > 0)
+            self._new_completions += written * (self._rounds > 0)
             self._part = size * (place + 1) / len(order)
-            if int(self._state.step) % LOOK == 0:
-                self._look(bar)
+            if int(self._state.step) % EVAL_EVERY == 0:
+                self._evaluate(bar)
             worked = (1 + place + min(1 + place, len(batches))) / (len(order) + len(batches))
             done = before + size * worked if settings.seconds is None else self._share()
             bar.update(int(bar.total * done) - bar.done)
         self._rounds, self._part = self._rounds + 1, 0.0
         if self._share() >= 1:
-            self._look(bar)
+            self._evaluate(bar)
 
-    def _look(self, bar: Track) -> None:
+    def _evaluate(self, bar: Track) -> None:
         """Measure the update on the held-out completions if any step was taken since, and keep it if it is the best."""
         if self._seen == int(self._state.step):
             return
         self._seen, found = int(self._state.step), self._measure()
-        if found.divergence < min(look.divergence for look in self._looks):
+        if found.divergence < min(point.divergence for point in self._curve):
             self._state = replace(self._state, best=self._state.factors)
-        self._looks.append(found)
-        best = min(self._looks, key=lambda look: look.divergence)
+        self._curve.append(found)
+        best = min(self._curve, key=lambda point: point.divergence)
         agreed = f", {best.agreed} of {best.held_out} answers" if best.held_out else ""
         bar.note = f"divergence {best.divergence:.3f}{agreed}"
 
-    def _measure(self) -> Look:
+    def _measure(self) -> EvalPoint:
         student = self._teacher.target.with_adapter(self._joined(self._state.factors))
-        look = Look(self._seconds(), self._used, *self._judge.judge(student))
-        figures = {"divergence": look.divergence, "completions": look.completions}
-        agreement = {"agreement": look.agreed / look.held_out} if look.held_out else {}
+        point = EvalPoint(self._seconds(), self._used, *self._judge.judge(student))
+        figures = {"divergence": point.divergence, "completions": point.completions}
+        agreement = {"agreement": point.agreed / point.held_out} if point.held_out else {}
         record({**figures, **agreement}, self._seen)
-        return look
+        return point
 
     def _restore(self, states: FitStates) -> None:
         """Continue from the newest saved state, if there is one."""
         self._state, notes = states.restore(self._state)
         if notes:
-            self._rounds, self._anew, self._own = notes["rounds"], notes["anew"], notes["own"]
+            self._rounds, self._new_completions, self._own = notes["rounds"], notes["new_completions"], notes["own"]
             self._used = notes["used"]
-            self._looks = [Look(*look) for look in notes["looks"]]
+            self._curve = [EvalPoint(*point) for point in notes["curve"]]
             self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
     def _save(self, states: FitStates) -> None:
-        looks = [astuple(look) for look in self._looks]
-        progress = {"rounds": self._rounds, "anew": self._anew, "own": self._own}
+        curve = [astuple(point) for point in self._curve]
+        progress = {"rounds": self._rounds, "new_completions": self._new_completions, "own": self._own}
         progress |= {"used": self._used, "seen": self._seen}
-        states.save(self._state, {**progress, "seconds": self._seconds(), "looks": looks})
+        states.save(self._state, {**progress, "seconds": self._seconds(), "curve": curve})
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun

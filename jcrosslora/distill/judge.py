@@ -19,8 +19,8 @@ import numpy as np
 from jcrosslora.checkpoint import Tokenizer
 from jcrosslora.decoder import likeliest
 from jcrosslora.distill.batches import DistillationBatch, make_batches
+from jcrosslora.distill.output_columns import OutputColumns
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
-from jcrosslora.distill.symbols import Symbols
 from jcrosslora.distill.teacher import TaughtBatch, weighted_kl
 from jcrosslora.text import Completion
 
@@ -44,9 +44,9 @@ def batch_answers(answers: Sequence[Completion], tokenizers: tuple[Tokenizer, To
     return make_batches([replace(one, taught="answer") for one in answers], tokenizers, 0.0) if answers else []
 
 
-def answers_in_symbols(batch: DistillationBatch, symbols: Symbols) -> AnswerBatch:
-    """Find the symbols of a batch of `batch_answers`."""
-    parts = batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, symbols.text_columns(batch)
+def answers_in_columns(batch: DistillationBatch, columns: OutputColumns) -> AnswerBatch:
+    """Return a batch of `batch_answers` with the columns of its answers."""
+    parts = batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, columns.text_columns(batch)
     return AnswerBatch(*map(jnp.asarray, parts))
 
 

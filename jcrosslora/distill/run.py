@@ -17,7 +17,7 @@ from jcrosslora.checkpoint import BaseModel, load_tokenizer, roles_named
 from jcrosslora.decoder import LoadedBases, fast_dtype, stack_adapter, unstack_adapter
 from jcrosslora.distill.distillation import Distillation, as_taught, without_labelled
 from jcrosslora.distill.facts import FitFacts
-from jcrosslora.distill.fit import Fitted, Look
+from jcrosslora.distill.fit import EvalPoint, Fitted
 from jcrosslora.distill.own_prompts import OwnPrompts, find_own_prompts
 from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.distill.sources import Source
@@ -34,7 +34,7 @@ class Distilled:
 
     Attributes:
         adapter: the sum of the starting and the fitted update, scale 1.
-        looks: measurements on held-out completions, before the first step and during the fit.
+        curve: evaluations on held-out completions, before the first step and during the fit.
         facts: what it was fitted to, how far the fit went, and what it reproduces.
         completions: the ones written before the fit.
         warnings: findings about the adapter, one sentence each.
@@ -42,7 +42,7 @@ class Distilled:
     """
 
     adapter: Adapter
-    looks: tuple[Look, ...]
+    curve: tuple[EvalPoint, ...]
     facts: FitFacts
     completions: tuple[Completion, ...]
     warnings: tuple[str, ...] = ()
@@ -112,8 +112,8 @@ def distill(
     work = Distillation(source, target, model, settings, prompts, examples, seed, clock)
     completions, warnings = work.teach_ends_if_needed(work.write_completions(shared))
     data = work.split(completions)
-    symbols = work.choose_symbols(data, completions)
-    fit = work.make_fit(data, symbols, completions, stacked_start)
+    columns = work.choose_symbols(data, completions)
+    fit = work.make_fit(data, columns, completions, stacked_start)
     with work.open_states(states, start) as kept:
         fitted = fit.run(data.fitted, partial(work.write_round, completions, data.held_out), kept)
     _check_finite(fitted, target)
@@ -125,13 +125,13 @@ def distill(
         usual=usual,
         examples=len(examples),
         predictions=sum(batch.positions for batch in data.fitted),
-        tokens=len(symbols.shared[0]),
+        tokens=len(columns.shared[0]),
         on_top=start is not None,
         devices=1 if loaded.mesh is None else loaded.mesh.size,
     )
     return Distilled(
         update,
-        fitted.looks,
+        fitted.curve,
         _with_course(facts, fitted),
         tuple(completions.items),
         warnings,
@@ -157,7 +157,7 @@ def _open_source(source: BaseModel | Source, target: BaseModel, adapter: Adapter
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
     """Raise CheckpointError for the target if a fit is not finite: the source's predictions were checked before."""
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
-    if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
+    if not finite or not np.isfinite([point.divergence for point in fitted.curve]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"
         raise CheckpointError(f"{target.ref}: gives predictions that are not finite: {what}")
 
@@ -165,17 +165,17 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
 def _check_found(update: Adapter, fitted: Fitted) -> None:
     """Raise MethodError if the fit found nothing better than no update at all."""
     if not jax.tree.leaves(update):
-        looks = f"{len(fitted.looks) - 1} looks at held-out completions"
-        msg = f"the fit found no update that is better than none ({looks}): give more prompts, --completions or "
+        count = f"{len(fitted.curve) - 1} evaluations on held-out completions"
+        msg = f"the fit found no update that is better than none ({count}): give more prompts, --completions or "
         raise MethodError(msg + "--passes, and see what the adapter does on its own base (`jcrosslora generate`)")
 
 
 def _with_course(facts: FitFacts, fitted: Fitted) -> FitFacts:
     """Add how far a fit went, and what the update that was kept reproduces."""
-    first, best = fitted.looks[0], min(fitted.looks, key=lambda look: look.divergence)
+    first, best = fitted.curve[0], min(fitted.curve, key=lambda point: point.divergence)
     return structs.replace(
         facts,
-        later=fitted.anew,
+        later=fitted.new_completions,
         later_target=fitted.own,
         steps=fitted.steps,
         done=fitted.done,

@@ -19,7 +19,7 @@ _TEXTS, _FEWEST_PASSES = 2400, 2  # with given prompts: texts over all passes to
 End = Literal["auto", "source", "never"]
 
 
-class Course(NamedTuple):
+class FitSchedule(NamedTuple):
     """The settings that depend on whether a user gives prompts; see `DistillSettings`.
 
     Attributes:
@@ -41,7 +41,7 @@ class Course(NamedTuple):
 
 
 # Teaching the end without prompts cost likelihood: the demo had 0.78 of the lift, and has 0.95.
-PROMPTED, UNPROMPTED = Course(8, 1.5e-3, 0.0, "auto"), Course(4, 5e-4, 1.0, "source")
+PROMPTED, UNPROMPTED = FitSchedule(8, 1.5e-3, 0.0, "auto"), FitSchedule(4, 5e-4, 1.0, "source")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DistillSettings:
         """Return the shares of the adapted source where it is unsure and where it is sure, and the contrast's weight.
 
         They depend on how well the adapter's task is known, 0 to 1: 1 where prompts are given, see
-        `FoundTask.explained`.
+        `DiscoveredTask.explained`.
         """
         sure = self.sure_weight
         if sure is None:
@@ -126,7 +126,7 @@ class DistillSettings:
             count = min(count, _MOST_HELD)
         return min(max(1, count), prompts - 1)
 
-    def course(self, *, prompted: bool) -> Course:
+    def course(self, *, prompted: bool) -> FitSchedule:
         """Return these settings, with defaults for those that are not given."""
         usual, completions = PROMPTED if prompted else UNPROMPTED, self.completions or USUAL
         first = min(completions, MOST_GIVEN if prompted and self.budget is None else USUAL)
@@ -135,7 +135,7 @@ class DistillSettings:
         passes = max(_FEWEST_PASSES, min(usual.passes, _TEXTS // first))
         rounds = first, *((ROUND,) * -(-(completions - first) // ROUND))
         repeats = 1 if self.passes else usual.passes // passes
-        return Course(self.passes or passes, self.rate or usual.rate, temperature, end, rounds, repeats)
+        return FitSchedule(self.passes or passes, self.rate or usual.rate, temperature, end, rounds, repeats)
 
     @property
     def own_prompt_count(self) -> int:

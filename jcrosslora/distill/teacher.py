@@ -1,6 +1,6 @@
 """The teacher: mix the target's predictions with those of the source without and with its adapter.
 
-The target, and a source that our decoder runs, compute logits for the symbols of the fit only.
+The target, and a source that our decoder runs, compute logits for the output columns of the fit only.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.distill.batches import DistillationBatch
+from jcrosslora.distill.output_columns import NEVER, OutputColumns, in_source_columns, in_target_columns
 from jcrosslora.distill.sources import Reader
 from jcrosslora.distill.sources.decoder import RestrictedModel, shared_log_probs
-from jcrosslora.distill.symbols import NEVER, Symbols, in_source_symbols, in_target_symbols
 
 
 @flax.struct.dataclass
@@ -41,10 +41,10 @@ class Teacher:
         self,
         source: Reader,
         target: RestrictedModel,
-        symbols: Symbols,
+        columns: OutputColumns,
         weights: tuple[float, float, float],
     ) -> None:
-        self._source, self.target, self._symbols, self._weights = source, target, symbols, weights
+        self._source, self.target, self._columns, self._weights = source, target, columns, weights
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
@@ -55,30 +55,30 @@ class Teacher:
         taught = dataclasses.replace(taught, teacher=mixed)
         if not batch.text_share.any():
             return taught
-        return mix_in_text(taught, self._symbols.text_columns(batch), batch.text_share, batch.weight)
+        return mix_in_text(taught, self._columns.text_columns(batch), batch.text_share, batch.weight)
 
     def sides(
         self, batch: DistillationBatch, *, own: bool = True, base: bool = True
     ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
-        """Compute the parts of the teacher, each float32 (P, V) log-probabilities in the target's symbols.
+        """Compute the parts of the teacher, each float32 (P, V) log-probabilities in the target's columns.
 
         They are the batch with the target's own predictions instead of the teacher's, and the source's predictions
         without and with its adapter. Without `own` or `base` a forward pass is skipped, and the predictions of the
         adapted source are returned in its place.
         """
-        symbols = self._symbols
+        columns = self._columns
         read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
         found, spread = None, None
         if own or not self._source.complete:
             found = shared_log_probs(self.target, *read)
         if found is not None and not self._source.complete:
-            spread = in_source_symbols(found, symbols)
-        moves, weight = symbols.moves(batch)
-        shared, _, alone = symbols.sizes
-        sizes = shared, alone, len(symbols.ends[0]) > 0
+            spread = in_source_columns(found, columns)
+        moves, weight = columns.moves(batch)
+        shared, _, alone = columns.sizes
+        sizes = shared, alone, len(columns.ends[0]) > 0
         sides = self._source.read(batch, spread, base=base)
-        adapted = in_target_symbols(sides[1], moves, sizes)
-        plain = in_target_symbols(sides[0], moves, sizes) if base else adapted
+        adapted = in_target_columns(sides[1], moves, sizes)
+        plain = in_target_columns(sides[0], moves, sizes) if base else adapted
         return TaughtBatch(*read, weight, adapted if found is None else found), plain, adapted
 
 
@@ -114,8 +114,9 @@ def mix_teacher(
 def mix_in_text(taught: TaughtBatch, columns: jax.Array, share: jax.Array, weight: jax.Array) -> TaughtBatch:
     """Mix a one-hot prediction of the next symbol of the text into the teacher.
 
-    `columns` is int32 (P,), the symbols' columns or -1; `share` and `weight` are float32 (P,). If the share is 1, the
-    position keeps its full weight, even if the source reads the text as tokens that the target does not have.
+    `columns` is int32 (P,), the columns of the text's next tokens or -1; `share` and `weight` are float32 (P,). If the
+    share is 1, the position keeps its full weight, even if the source reads the text as tokens that the target does not
+    have.
     """
     told, every = columns >= 0, jnp.arange(taught.teacher.shape[1], dtype=jnp.int32)
     sure = jax.nn.log_softmax(jnp.where(every == columns[:, None], jnp.float32(0), jnp.float32(NEVER)), axis=-1)

@@ -21,8 +21,8 @@ from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.probes import ProbeBatch, TextSettings, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.picking import pick_evenly
 from jcrosslora.utils.progress import track
-from jcrosslora.utils.spread import spread_evenly
 
 Adapted = tuple[BaseModel, Adapter]  # a base with an adapter of it
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
@@ -276,7 +276,7 @@ def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> l
     if not texts:
         return []
     try:
-        found = probe_batches(spread_evenly(texts, TEXTS), tokenizers, length=LENGTH, batch=_BATCH)
+        found = probe_batches(pick_evenly(texts, TEXTS), tokenizers, length=LENGTH, batch=_BATCH)
     except UsageError:  # no position matches
         return []
     return found if any(part_of(batch, 0).at.size for batch in found) else []

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jcrosslora.adapter.folder import AdapterFiles, Form
+from jcrosslora.adapter.folder import AdapterPaths, Form
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.evaluate.torch_models import load_adapter, load_base
@@ -45,7 +45,7 @@ class Engine:
     package: str
     extra: str
     bases: str
-    run: Callable[[Path, int, AdapterFiles, Sequence[Text]], Iterator[Answers]]
+    run: Callable[[Path, int, AdapterPaths, Sequence[Text]], Iterator[Answers]]
 
     @property
     def version(self) -> str:
@@ -56,7 +56,7 @@ class Engine:
             msg = f"this adapter runs in {self.name}, which is not installed: pip install 'jcrosslora[{self.extra}]'"
             raise UsageError(msg) from error
 
-    def answers(self, base: BaseModel, adapter: AdapterFiles, texts: Sequence[Text]) -> list[Answers]:
+    def answers(self, base: BaseModel, adapter: AdapterPaths, texts: Sequence[Text]) -> list[Answers]:
         """Run a base, alone and with an adapter; a JCrossLoRAError says why the engine cannot load one of them."""
         found: list[Answers] = []
         try:
@@ -72,7 +72,7 @@ class Engine:
         return found
 
 
-def _run_peft(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_peft(base: Path, _vocab: int, adapter: AdapterPaths, texts: Sequence[Text]) -> Iterator[Answers]:
     import torch
 
     def answers() -> Answers:
@@ -88,7 +88,7 @@ def _run_peft(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Te
     yield answers()
 
 
-def _run_mlx(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_mlx(base: Path, _vocab: int, adapter: AdapterPaths, texts: Sequence[Text]) -> Iterator[Answers]:
     import mlx.core as mx
     from mlx_lm.utils import load_adapters, load_model
 
@@ -103,7 +103,7 @@ def _run_mlx(base: Path, _vocab: int, adapter: AdapterFiles, texts: Sequence[Tex
     yield answers()
 
 
-def _run_llama_cpp(base: Path, vocab: int, adapter: AdapterFiles, texts: Sequence[Text]) -> Iterator[Answers]:
+def _run_llama_cpp(base: Path, vocab: int, adapter: AdapterPaths, texts: Sequence[Text]) -> Iterator[Answers]:
     yield _in_llama_cpp(base, vocab, None, texts)
     yield _in_llama_cpp(base, vocab, adapter.weights, texts)
 

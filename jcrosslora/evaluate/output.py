@@ -15,7 +15,7 @@ from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.bootstrap import Interval, word_of
 from jcrosslora.evaluate.score import Scores
 from jcrosslora.text.completion import prompt_text
-from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.picking import from_start
 from jcrosslora.utils.texts import html_page, html_table, html_text, visible
 
 TITLES = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import CONFIG, AdapterFiles, check_imports_nothing, read_config
+from jcrosslora.adapter.folder import CONFIG, AdapterPaths, check_imports_nothing, read_config
 from jcrosslora.adapter.names import is_matchable
 from jcrosslora.checkpoint.safetensors import ShardedStore
 from jcrosslora.errors import AdapterError, CheckpointError
@@ -58,7 +58,7 @@ def load_base(path: Path, dtype: Any) -> Any:
     ).eval()
 
 
-def load_adapter(model: Any, adapter: AdapterFiles) -> Any:
+def load_adapter(model: Any, adapter: AdapterPaths) -> Any:
     """Load an adapter of PEFT onto a model: a `peft.PeftModel`.
 
     Raises:
@@ -72,7 +72,7 @@ def load_adapter(model: Any, adapter: AdapterFiles) -> Any:
     return PeftModel.from_pretrained(model, str(adapter.weights.parent)).eval()
 
 
-def _check_patterns(adapter: AdapterFiles, modules: list[str]) -> None:
+def _check_patterns(adapter: AdapterPaths, modules: list[str]) -> None:
     """Refuse an adapter with a pattern that takes very long; only a process of its own can be stopped."""
     costly = [] if adapter.config is None else list(_costly(read_config(adapter.config)))
     if not costly:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 
-def namespace(x: jax.Array | np.ndarray) -> Any:
+def array_module(x: jax.Array | np.ndarray) -> Any:
     """Return numpy for a numpy array, so that nothing is compiled, else jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
@@ -22,7 +22,7 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     by more than the gaps in the spectrum allow, so the precision is always explicit. Two numpy arrays are multiplied by
     numpy.
     """
-    if namespace(a) is np and namespace(b) is np:
+    if array_module(a) is np and array_module(b) is np:
         return a @ b
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
@@ -52,7 +52,7 @@ class LinearMap:
 
 def low_rank(left: jax.Array, right: jax.Array, inner: jax.Array | None = None) -> LinearMap:
     """Return P = left @ diag(inner) @ right' for (M_tgt, R), (R,) and (M_src, R); `inner` defaults to ones."""
-    xp, (rows, rank) = namespace(left), left.shape
+    xp, (rows, rank) = array_module(left), left.shape
     weights = xp.ones(rank, left.dtype) if inner is None else inner
     return LinearMap(left, right, weights, xp.zeros(rows, xp.int32), xp.zeros(rows, left.dtype))
 
@@ -70,7 +70,7 @@ def complement(first: jax.Array, second: jax.Array) -> LinearMap:
     """
     chex.assert_equal_shape([first, second])
     rest = second - dot(first, dot(first.T, second))
-    xp, rows = namespace(first), first.shape[0]
+    xp, rows = array_module(first), first.shape[0]
     return LinearMap(
         left=-xp.concatenate([first, rest], axis=1),
         right=xp.concatenate([first, second], axis=1),
@@ -83,12 +83,12 @@ def complement(first: jax.Array, second: jax.Array) -> LinearMap:
 def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
     """Return ||B A||_F^2 = tr(B'B A A') for b (O, K) and a (K, I), from two Gram matrices (K, K)."""
     chex.assert_equal(b.shape[1], a.shape[0])
-    return namespace(b).sum(dot(b.T, b) * dot(a, a.T))
+    return array_module(b).sum(dot(b.T, b) * dot(a, a.T))
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the cosine of two matrices as vectors; 0 if one of them is zero."""
-    xp = namespace(x)
+    xp = array_module(x)
     norms = xp.linalg.norm(x) * xp.linalg.norm(y)
     return xp.sum(x * y) / xp.where(norms > 0, norms, 1)
 

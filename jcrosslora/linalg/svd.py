@@ -91,7 +91,7 @@ def decompose(
         return _decompose_in_threads(stack, kernel, rank, vectors, tolerance)
     if not isinstance(stack, np.ndarray):
         return _decompose_stack(stack, kernel, rank, vectors, tolerance)
-    svd, used = _decompose_stack(place(stack), kernel, rank, vectors, tolerance)
+    svd, used = _decompose_stack(to_device(stack), kernel, rank, vectors, tolerance)
     return jax.tree.map(np.asarray, svd), used
 
 
@@ -197,7 +197,7 @@ def _row(stack: jax.Array, row: int) -> jax.Array:
     raise AssertionError(f"row {row} of the stack is not on this host")
 
 
-def spread(stack: np.ndarray) -> jax.Array:
+def shard(stack: np.ndarray) -> jax.Array:
     """Shard an array along its first axis over the local devices; their number must divide its length."""
     devices = np.array(jax.local_devices())
     if devices.size == 1:
@@ -205,13 +205,13 @@ def spread(stack: np.ndarray) -> jax.Array:
     return jax.device_put(stack, NamedSharding(Mesh(devices, (AXIS,)), PartitionSpec(AXIS)))
 
 
-def place(array: np.ndarray) -> jax.Array:
+def to_device(array: np.ndarray) -> jax.Array:
     """Shard an array over the local devices if their number divides its length, else put it on the first."""
-    return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
+    return shard(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
 
 
 def mesh_of(stack: jax.Array) -> Mesh | None:
-    """Return the mesh of a stack sharded by `spread`, None on one device."""
+    """Return the mesh of a stack sharded by `shard`, None on one device."""
     sharding = stack.sharding
     divided = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.spec[:1] == (AXIS,)
     return sharding.mesh if divided else None  # type: ignore[return-value]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from jcrosslora.linalg.host import leading_eigenvectors, map_on_host
-from jcrosslora.linalg.low_rank import dot, namespace
+from jcrosslora.linalg.low_rank import array_module, dot
 from jcrosslora.linalg.svd_kernels import Triplets, TruncatedSVD, gaps, truncate
 
 
@@ -83,7 +83,7 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     outside, which are at most the last one inside; it rotates neighbours i and j into each other by r_i r_j over both
     distances.
     """
-    xp = namespace(s)
+    xp = array_module(s)
     inside = xp.arange(rank, dtype=xp.int32) < count
     residual = xp.where(inside, residual[:rank], 0)
     tiny = float(xp.finfo(s.dtype).tiny)

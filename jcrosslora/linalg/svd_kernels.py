@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.linalg.low_rank import dot, namespace
+from jcrosslora.linalg.low_rank import array_module, dot
 
 # From this width on, skipping the lower triangle saves more time than its copies take.
 _TRIANGLE_FROM = 1024
@@ -232,7 +232,7 @@ def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
 
     `vectors` says whether `error` is about individual vectors (True) or about the subspace at the cut.
     """
-    xp, s, columns, shape = namespace(found.s), found.s, found.residual.shape[0], (len(found.u), len(found.v))
+    xp, s, columns, shape = array_module(found.s), found.s, found.residual.shape[0], (len(found.u), len(found.v))
     # `where` and not a product: LAPACK may leave NaN in vectors of zero singular values.
     keep = s[:columns] > noise_level(shape) * s[0]
     count = xp.sum(keep[:rank], dtype=xp.int32)
@@ -257,13 +257,13 @@ def truncate(found: Triplets, rank: int, vectors: bool) -> TruncatedSVD:
 
 def _where(keep: jax.Array, vectors: jax.Array) -> jax.Array:
     """Zero the vectors that are not kept; on the host, avoid the copy if all are kept."""
-    xp = namespace(vectors)
+    xp = array_module(vectors)
     return vectors if xp is np and np.all(keep) else xp.where(keep, vectors, xp.zeros_like(vectors))
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
     """Return the `error` of `truncate` from s (S + 1,), which ends in a zero, and residuals (R,)."""
-    xp, rank = namespace(s), residual.shape[0]
+    xp, rank = array_module(s), residual.shape[0]
     residual = xp.maximum(residual, float(xp.finfo(xp.float32).eps) * s[0])
     angles = residual / gaps(s, rank, count, whole, vectors)
     worst = xp.max(xp.where(xp.arange(rank, dtype=xp.int32) < count, angles, 0))
@@ -277,7 +277,7 @@ def gaps(s: jax.Array, rank: int, count: jax.Array, whole: bool, vectors: bool) 
     `s` (S + 1,) ends in a zero. If nothing is cut off (`whole`), the subspace is the whole space, and the other vectors
     determine the last one.
     """
-    xp = namespace(s)
+    xp = array_module(s)
     far = xp.full(1, xp.inf, dtype=s.dtype)
     below = s[:rank] - s[1 : rank + 1]
     below = xp.append(below[:-1], far) if whole else below

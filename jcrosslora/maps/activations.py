@@ -29,7 +29,7 @@ from jcrosslora.maps.method import Plan
 from jcrosslora.relation.pairing import Pair
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
-from jcrosslora.utils.spread import spread_evenly
+from jcrosslora.utils.shard import pick_evenly
 
 # Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4
@@ -186,7 +186,7 @@ def input_rows(base: BaseModel, batches: Sequence[ProbeBatch]) -> Callable[[str]
     CheckpointError if weights cannot be read, or the decoder does not know the model.
     """
     positions = sum(int(batch.valid.sum()) for batch in batches)
-    some = spread_evenly(batches, -(-_INPUTS * len(batches) // positions))
+    some = pick_evenly(batches, -(-_INPUTS * len(batches) // positions))
     read = _reader(base, [batch.tokens_src for batch in some], tuple(sorted(base.architecture.role_shapes)))
     found: dict[str, list[jax.Array]] = {}
     for batch in each(some, "collect inputs", "batches"):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jcrosslora.architectures.blocks import LINEARS
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
-from jcrosslora.linalg import map_on_host, mesh_of, over_layers, spread, stack_rows
+from jcrosslora.linalg import map_on_host, mesh_of, over_layers, shard, stack_rows
 from jcrosslora.maps.evidence import (
     AddEvidence,
     Evidence,
@@ -155,7 +155,7 @@ def _align(
 def _side(stack: ModuleStack, base: BaseModel, names: Sequence[str], weights: Any) -> Side:
     gains = stack.filled([base.residual_gain(name) for name in names])
     found: Any = np.stack(gains)
-    return Side(weights, found if isinstance(weights, np.ndarray) else spread(found), None)
+    return Side(weights, found if isinstance(weights, np.ndarray) else shard(found), None)
 
 
 def _on_host(method: MapMethod | None) -> bool:

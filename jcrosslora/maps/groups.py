@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from jcrosslora.linalg import LinearMap, cosine, dot, namespace, place
+from jcrosslora.linalg import LinearMap, array_module, cosine, dot, to_device
 from jcrosslora.maps.evidence import Evidence, Maps, Terms, Vocabulary
 from jcrosslora.maps.moved import Agreement
 from jcrosslora.relation.pairing import Pair
@@ -51,7 +51,7 @@ class TransportGroup:
     def of(cls, pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Self:
         """Rebuild a group on the local devices; on a CPU the arrays stay those of numpy."""
         on_cpu = jax.default_backend() == "cpu"
-        placed: dict[str, Any] = {name: array if on_cpu else place(array) for name, array in arrays.items()}
+        placed: dict[str, Any] = {name: array if on_cpu else to_device(array) for name, array in arrays.items()}
         terms = tuple(
             tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)
             for term in range(facts["terms"])
@@ -88,7 +88,7 @@ def _similarity(evidence: Evidence, *, stream: bool) -> Any:
     src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
     inner = stream == evidence.reads
     x, y = (src.v, tgt.v) if inner else (src.u, tgt.u)
-    xp = namespace(x)
+    xp = array_module(x)
     size = x.shape[0]
     if size == y.shape[0]:
         ranks = (src.numerical_rank * tgt.numerical_rank).astype(x.dtype)
@@ -107,7 +107,7 @@ def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Arr
     equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
     """
     cross, src, tgt = evidence.token_covariances
-    xp, gain_src, gain_tgt = namespace(cross), evidence.src.gain, evidence.tgt.gain
+    xp, gain_src, gain_tgt = array_module(cross), evidence.src.gain, evidence.tgt.gain
     part = xp.sum(cross**2) / (xp.sum(src) * xp.sum(tgt))
     whole = xp.sum((gain_src[:, None] * vocabulary.cross * gain_tgt) ** 2) / (
         xp.sum(xp.diagonal(vocabulary.gram_src) * gain_src**2) * xp.sum(xp.diagonal(vocabulary.gram_tgt) * gain_tgt**2)

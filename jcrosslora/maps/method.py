@@ -87,7 +87,7 @@ class Plan:
     probe_count: int = 0
     groups: tuple[TransportGroup, ...] | None = None
     reason: str | None = None
-    doubts: tuple[str, ...] = ()
+    mismatch_warnings: tuple[str, ...] = ()
     shared: dict[Any, Any] = field(default_factory=dict)
     states: Path | None = None
     loaded: LoadedBases | None = None

@@ -24,7 +24,7 @@ Module = Annotated[str, msgspec.Meta(pattern=_LAYER)]
 Role = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]{1,40}$")]
 
 
-def defined(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     """Return a figure as rows and reports have it: None in place of NaN."""
     return None if math.isnan(value) else value
 

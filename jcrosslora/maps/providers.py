@@ -19,7 +19,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.weight_stacks import load_on_host, load_stack
 from jcrosslora.evaluate.probes import check_seed
-from jcrosslora.linalg import TruncatedSVD, decompose, spread, stack_rows
+from jcrosslora.linalg import TruncatedSVD, decompose, shard, stack_rows
 from jcrosslora.maps.activations import activations_cost, activations_key, collect_activations
 from jcrosslora.maps.evidence import AddEvidence, ChannelPair, Evidence, EvidenceKind, ModuleStack, Selection
 from jcrosslora.maps.method import Plan
@@ -120,7 +120,7 @@ class FactorCache:
         rows = [found[name][0] for name in names]
         rows += rows[-1:] * (stack.shape[0] - len(names))
         fields: list[Any] = [stack_rows([row[field] for row in rows]) for field in _FIELDS]
-        svd = TruncatedSVD(*(fields if isinstance(stack, np.ndarray) else map(spread, fields)))
+        svd = TruncatedSVD(*(fields if isinstance(stack, np.ndarray) else map(shard, fields)))
         return svd, [found[name][1] for name in names]
 
     def _find(self, names: Sequence[str]) -> dict[str, _Row]:

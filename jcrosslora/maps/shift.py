@@ -14,12 +14,12 @@ from jcrosslora.adapter import Adapter, Carried, LoRAFactors, fit_to_base, updat
 from jcrosslora.adapter.records import as_adapter, left_out, restrict
 from jcrosslora.adapter.save import carried_by
 from jcrosslora.errors import AdapterError, MethodError, PairingError, UsageError
-from jcrosslora.linalg import map_on_host, namespace, product_energy
+from jcrosslora.linalg import array_module, map_on_host, product_energy
 from jcrosslora.maps.align import align_groups
 from jcrosslora.maps.evidence import Terms
 from jcrosslora.maps.groups import TransportGroup
 from jcrosslora.maps.method import Method, Plan
-from jcrosslora.maps.moved import ModuleRow, Moved, UnmappedSource, defined
+from jcrosslora.maps.moved import ModuleRow, Moved, UnmappedSource, none_if_nan
 from jcrosslora.maps.other_changes import carry_experts, carry_tokens
 from jcrosslora.maps.transport import Transport
 from jcrosslora.relation.pairing import Pair
@@ -190,7 +190,7 @@ class _Mapping:
             "norm_before": float(np.sqrt(moved.before)),
             "norm_after": float(np.sqrt(moved.after)) * abs(scale),
         }
-        known: dict[str, Any] = {name: defined(value) for name, value in figures.items()}
+        known: dict[str, Any] = {name: none_if_nan(value) for name, value in figures.items()}
         self.rows.append(ModuleRow(pair.target, pair.source, pair.role, **known))
 
 
@@ -218,7 +218,7 @@ def _add_to_all(mappings: Sequence[_Mapping], group: TransportGroup) -> None:
 
 def _shift_factors(terms: Terms, a: Any, b: Any, *, keep_norm: bool) -> ShiftedFactors:
     """Move a (K, I_src) and b (O_src, K) through every term, and put the terms next to each other (JAX or numpy)."""
-    xp, before = namespace(b), product_energy(b, a)
+    xp, before = array_module(b), product_energy(b, a)
     b_tgt = xp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
     a_tgt = xp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
     mapped = after = product_energy(b_tgt, a_tgt)

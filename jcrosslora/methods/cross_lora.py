@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import LinearMap, TruncatedSVD, complement, dot, low_rank, namespace
+from jcrosslora.linalg import LinearMap, TruncatedSVD, array_module, complement, dot, low_rank
 from jcrosslora.maps import DEFAULT_SVD_RANK, Evidence, EvidenceKind, MapMethod, Maps
 
 
@@ -139,7 +139,7 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
     d comes with the ratio () of the mean squared correlation of the pairs (i, i) to that of the pairs (i, j) nearby
     (1 is chance; NaN without a vocabulary).
     """
-    xp = namespace(evidence.singular_vectors_src.u)
+    xp = array_module(evidence.singular_vectors_src.u)
     if evidence.vocabulary is None:
         src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         return _own_signs(src, evidence.reads) * _own_signs(tgt, evidence.reads), xp.full((), xp.nan, xp.float32)
@@ -152,19 +152,19 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
 
 def _own_signs(svd: TruncatedSVD, reads: bool) -> jax.Array:
     vectors = svd.v if reads else svd.u
-    xp = namespace(vectors)
+    xp = array_module(vectors)
     largest = xp.take_along_axis(vectors, xp.argmax(xp.abs(vectors), axis=0)[None, :], axis=0)[0]
     return xp.where(largest >= 0, 1.0, -1.0).astype(largest.dtype)
 
 
 def _inverse_spread(variance: jax.Array) -> jax.Array:
-    xp = namespace(variance)
+    xp = array_module(variance)
     return xp.where(variance > 0, 1 / xp.sqrt(xp.where(variance > 0, variance, 1)), 0)
 
 
 def _contrast(squared: jax.Array) -> jax.Array:
     """Divide the mean of the diagonal by the mean of the entries at most NEIGHBOURS columns from it."""
-    xp = namespace(squared)
+    xp = array_module(squared)
     index = xp.arange(squared.shape[0])
     apart = xp.abs(index[:, None] - index[None, :])
     near = (apart > 0) & (apart <= NEIGHBOURS)

@@ -70,7 +70,7 @@ class Distill(DistillSettings, Method):
             start,
             adapter=replace(start.adapter, modules=found.adapter.modules),
             fit=found.facts,
-            curve=[(look.completions, look.divergence) for look in found.looks],
+            curve=[(point.completions, point.divergence) for point in found.curve],
             completions=found.completions,
             wrote_prompts=not (plan.prompts or plan.examples),
             chat_template=found.chat_template,

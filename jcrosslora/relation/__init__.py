@@ -7,7 +7,7 @@ from jcrosslora.relation.channels import ChannelScales as ChannelScales
 from jcrosslora.relation.channels import expert_scales as expert_scales
 from jcrosslora.relation.channels import find_channel_scales as find_channel_scales
 from jcrosslora.relation.channels import has_other_gains as has_other_gains
-from jcrosslora.relation.method_selection import Choice as Choice
+from jcrosslora.relation.method_selection import MethodChoice as MethodChoice
 from jcrosslora.relation.method_selection import choose_method as choose_method
 from jcrosslora.relation.method_selection import compare_weights as compare_weights
 from jcrosslora.relation.method_selection import why_not_run as why_not_run
@@ -16,9 +16,9 @@ from jcrosslora.relation.pairing import DEPTH_MAPS as DEPTH_MAPS
 from jcrosslora.relation.pairing import Pairing as Pairing
 from jcrosslora.relation.pairing import pair_modules as pair_modules
 from jcrosslora.relation.pairing import parse_depth as parse_depth
-from jcrosslora.relation.relation import Finding as Finding
-from jcrosslora.relation.relation import Likeness as Likeness
-from jcrosslora.relation.relation import Relation as Relation
+from jcrosslora.relation.relation import PairFinding as PairFinding
+from jcrosslora.relation.relation import PairKind as PairKind
+from jcrosslora.relation.relation import RelationFlag as RelationFlag
 from jcrosslora.relation.relation import TensorComparison as TensorComparison
 from jcrosslora.relation.relation import WeightSimilarity as WeightSimilarity
 from jcrosslora.relation.rounding import infer_rounding as infer_rounding

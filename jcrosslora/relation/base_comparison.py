@@ -17,8 +17,14 @@ from jcrosslora.checkpoint import BaseModel, expert_tensors, open_base
 from jcrosslora.relation.bases import Bases, compare_token_names, stored_rows
 from jcrosslora.relation.channels import has_other_gains
 from jcrosslora.relation.matching import MATRICES
-from jcrosslora.relation.method_selection import Choice, choose_method, equal_files
-from jcrosslora.relation.relation import Relation, TensorComparison, compare_modules, compare_other_tensors, relation_of
+from jcrosslora.relation.method_selection import MethodChoice, choose_method, equal_files
+from jcrosslora.relation.relation import (
+    RelationFlag,
+    TensorComparison,
+    compare_modules,
+    compare_other_tensors,
+    relation_of,
+)
 from jcrosslora.relation.structure import Part, Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
 from jcrosslora.relation.wording import OTHER_GAINS, change_phrases, structure_phrases, unequal_phrase
@@ -49,13 +55,13 @@ class BaseComparison:
         choice: the method that `auto` stands for on the pair, and why.
     """
 
-    words: tuple[Relation, ...]
+    words: tuple[RelationFlag, ...]
     sentence: str
     parts: tuple[Part, ...]
     layers: tuple[int | None, ...]
     compared: tuple[TensorComparison, ...]
     notes: tuple[str, ...]
-    choice: Choice
+    choice: MethodChoice
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -80,7 +86,7 @@ def compare_bases(source: BaseModel | str | Path | Any, target: BaseModel | str 
     choice = choose_method(source, target, (structure, reason), modules)
     if structure is None:
         sentence = f"the two bases are unrelated: {reason}"
-        return BaseComparison((Relation.UNRELATED,), sentence, (), (), (), tuple(notes), choice)
+        return BaseComparison((RelationFlag.UNRELATED,), sentence, (), (), (), tuple(notes), choice)
     parts = count_parts(structure)
     compared = [*modules, *compare_other_tensors(structure)]
     relation = relation_of(parts, compared)
@@ -90,11 +96,11 @@ def compare_bases(source: BaseModel | str | Path | Any, target: BaseModel | str 
         relation.add(same)
     names = compare_token_names(source, target)
     if names is not None and (names.moved or names.contradict):
-        relation = (relation - {Relation.SAME}) | {Relation.OTHER_TOKENIZER}
+        relation = (relation - {RelationFlag.SAME}) | {RelationFlag.OTHER_TOKENIZER}
         sentence += f"; {names.sentence}"
     notes += _notes(structure)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
-    words = tuple(item for item in Relation if item in relation)
+    words = tuple(item for item in RelationFlag if item in relation)
     return BaseComparison(words, sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
@@ -113,14 +119,14 @@ def _notes(structure: Structure) -> Iterator[str]:
         yield f"the configurations differ: {values}"
 
 
-def _compare_fully(bases: Bases) -> tuple[Relation, str]:
+def _compare_fully(bases: Bases) -> tuple[RelationFlag, str]:
     """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
     if equal_files(*bases):
-        return Relation.SAME, "the weight files are equal, byte by byte"
+        return RelationFlag.SAME, "the weight files are equal, byte by byte"
     unequal = _unequal_tensors(bases)
     if not unequal:
-        return Relation.SAME, "all numbers of all tensors are equal, though the files are not"
-    return Relation.TRAINED, unequal_phrase(unequal)
+        return RelationFlag.SAME, "all numbers of all tensors are equal, though the files are not"
+    return RelationFlag.TRAINED, unequal_phrase(unequal)
 
 
 def _unequal_tensors(bases: Bases) -> list[str]:

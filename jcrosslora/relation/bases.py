@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.architectures.blocks import EMBEDDING
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import finite
-from jcrosslora.utils.spread import evenly_spaced
+from jcrosslora.utils.picking import evenly_spaced
 
 _TOKENS, _MIN_COSINE = 512, 0.7  # sampled rows of the embeddings, and the cosine of a row and its copy, see `matching`
 

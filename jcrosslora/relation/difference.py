@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.relation.rounding import HALF_PRECISION, Rounding
+from jcrosslora.relation.rounding import HALF_PRECISION, RoundingIntervals
 
 Side = Literal["source", "target"]
 
@@ -85,7 +85,9 @@ class Difference:
         return self.scale != 1 and self.distance < FLOAT32_NOISE
 
 
-def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> Difference:
+def compare_rows(
+    src: np.ndarray, tgt: np.ndarray, from_src: RoundingIntervals, from_tgt: RoundingIntervals
+) -> Difference:
     """Compare rows of a weight with their counterparts, number by number.
 
     `src` and `tgt` are (n, m); the roundings hold the intervals that they may have been rounded from.
@@ -146,7 +148,7 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     )
 
 
-def _is_coarse(numbers: np.ndarray, rounding: Rounding) -> bool:
+def _is_coarse(numbers: np.ndarray, rounding: RoundingIntervals) -> bool:
     return rounding.coarse and rounding.width > _COARSE_STEP * float(np.sqrt(np.mean(np.square(numbers))))
 
 
@@ -159,13 +161,15 @@ class _Explanation:
     coarse: bool
 
 
-def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> _Explanation:
+def _explain_by_rounding(
+    src: np.ndarray, tgt: np.ndarray, from_src: RoundingIntervals, from_tgt: RoundingIntervals
+) -> _Explanation:
     """Return the best explanation by rounding that fits the size of the difference.
 
     Either one side is a rounding of the other's numbers; or, if its steps are much coarser, both are roundings of
     the same numbers; or both lie on the same levels of a block, apart from a later rounding.
     """
-    sides: tuple[tuple[Side, Rounding, Rounding, np.ndarray], ...] = (
+    sides: tuple[tuple[Side, RoundingIntervals, RoundingIntervals, np.ndarray], ...] = (
         ("target", from_tgt, from_src, src),
         ("source", from_src, from_tgt, tgt),
     )
@@ -190,7 +194,7 @@ def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, f
     return best
 
 
-def _in_steps(delta: np.ndarray, rounding: Rounding) -> float:
+def _in_steps(delta: np.ndarray, rounding: RoundingIntervals) -> float:
     """Return the mean size of the non-zero differences in steps of a rounding; infinity if there are none."""
     width = rounding.high - rounding.low
     some = (width > 0) & (delta != 0)

@@ -6,7 +6,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base import finite
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.relation.bases import Bases, cosine_similarity, some_of
-from jcrosslora.utils.spread import evenly_spaced
+from jcrosslora.utils.picking import evenly_spaced
 
 # Least cosine of a column with its trained or rounded copy, see `relation`. Columns of few rows reach it by chance, so
 # `_threshold` raises it for them.

@@ -12,9 +12,9 @@ from jcrosslora.relation.bases import Bases, compare_token_names, cosine_similar
 from jcrosslora.relation.channels import ChannelScales, has_other_gains
 from jcrosslora.relation.difference import Change
 from jcrosslora.relation.relation import (
-    Finding,
-    Likeness,
-    Relation,
+    PairFinding,
+    PairKind,
+    RelationFlag,
     TensorComparison,
     WeightSimilarity,
     compare_modules,
@@ -23,7 +23,7 @@ from jcrosslora.relation.relation import (
 from jcrosslora.relation.structure import Structure, count_parts
 from jcrosslora.relation.structure_search import find_structure
 from jcrosslora.relation.wording import choice_reason, finding_phrase
-from jcrosslora.utils.spread import evenly_spaced
+from jcrosslora.utils.picking import evenly_spaced
 
 # For different bases: if both can be run on text, and otherwise.
 ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
@@ -39,18 +39,18 @@ FITTED_VARIANT = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select
 _FITTED = FITTED_VARIANT | dict.fromkeys((TRAINED_METHOD, ROUNDED_METHOD), FITTED_VARIANT[COPY_METHOD])
 # The method for bases that can both be run.
 _SUITED = {
-    Likeness.SAME: COPY_METHOD,
-    Likeness.COPY: COPY_METHOD,
-    Likeness.TRAINED_COPY: TRAINED_METHOD,
-    Likeness.MERGED_COPY: TRAINED_METHOD,
-    Likeness.OTHER_GAINS: COPY_METHOD,
-    Likeness.SPARSE_COPY: FITTED_VARIANT[COPY_METHOD],
-    Likeness.COARSE_COPY: FITTED_VARIANT[COPY_METHOD],
-    Likeness.COARSE_SOURCE: ROUNDED_METHOD,
-    Likeness.FEWER_EXPERTS: FITTED_VARIANT[COPY_METHOD],
-    Likeness.PARTS: PARTS_METHOD,
-    Likeness.FEWER_PARTS: FITTED_VARIANT[PARTS_METHOD],
-    Likeness.NONE: ACTIVATION_METHOD,
+    PairKind.SAME: COPY_METHOD,
+    PairKind.COPY: COPY_METHOD,
+    PairKind.TRAINED_COPY: TRAINED_METHOD,
+    PairKind.MERGED_COPY: TRAINED_METHOD,
+    PairKind.OTHER_GAINS: COPY_METHOD,
+    PairKind.SPARSE_COPY: FITTED_VARIANT[COPY_METHOD],
+    PairKind.COARSE_COPY: FITTED_VARIANT[COPY_METHOD],
+    PairKind.COARSE_SOURCE: ROUNDED_METHOD,
+    PairKind.FEWER_EXPERTS: FITTED_VARIANT[COPY_METHOD],
+    PairKind.PARTS: PARTS_METHOD,
+    PairKind.FEWER_PARTS: FITTED_VARIANT[PARTS_METHOD],
+    PairKind.NONE: ACTIVATION_METHOD,
 }
 # The methods that replace those which run bases with the adapter. Theseus, which runs only the bases, lowered the
 # target's scores on ARC-Easy (-0.72 and -0.38 of the lift, README). cross-lora has no effect between unlike bases, and
@@ -66,7 +66,7 @@ _STRAY = 1.25  # ratio of distances up to which parts at another index are taken
 
 
 @dataclass(frozen=True)
-class Choice:
+class MethodChoice:
     """The method that `auto` chooses for a pair of bases.
 
     Attributes:
@@ -85,7 +85,7 @@ def choose_method(
     target: BaseModel,
     found: tuple[Structure | None, str] | None = None,
     compared: Sequence[TensorComparison] | None = None,
-) -> Choice:
+) -> MethodChoice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
@@ -102,22 +102,22 @@ def choose_method(
     structure, _ = found or find_structure(source, target)
     finding, scales = _examine(Bases(source, target), structure, compared), structure and structure.scales
     finding = replace(finding, rescaled=scales is not None)
-    if _SUITED[finding.likeness] == TRAINED_METHOD and has_other_gains(source, target, scales):
-        finding = replace(finding, likeness=Likeness.OTHER_GAINS)
-    method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
-    choice = Choice(method, choice_reason(phrase, method), phrase)
+    if _SUITED[finding.pair_kind] == TRAINED_METHOD and has_other_gains(source, target, scales):
+        finding = replace(finding, pair_kind=PairKind.OTHER_GAINS)
+    method, phrase = _SUITED[finding.pair_kind], finding_phrase(finding)
+    choice = MethodChoice(method, choice_reason(phrase, method), phrase)
     obstacle = why_not_run(source, target) if method in _WITHOUT_RUN else None
-    joint = "and" if finding.likeness is Likeness.NONE else "but"
+    joint = "and" if finding.pair_kind is PairKind.NONE else "but"
     return choice if obstacle is None else _instead(choice, f"{joint} not both can be run on text ({obstacle})")
 
 
-def with_fit(choice: Choice) -> Choice:
+def with_fit(choice: MethodChoice) -> MethodChoice:
     """Replace a method that does not fit the update by its variant that does, if there is one."""
     method = _FITTED.get(choice.method)
-    return choice if method is None else Choice(method, choice_reason(choice.found, method), choice.found)
+    return choice if method is None else MethodChoice(method, choice_reason(choice.found, method), choice.found)
 
 
-def without_fit(choice: Choice, reason: str) -> Choice:
+def without_fit(choice: MethodChoice, reason: str) -> MethodChoice:
     """Replace a method that runs bases with the adapter by one that looks at weights alone.
 
     `reason` says why no update can be fitted to the adapter, as the end of a sentence.
@@ -142,17 +142,17 @@ def why_not_run(*bases: BaseModel) -> str | None:
     return None
 
 
-def _instead(choice: Choice, hindrance: str) -> Choice:
+def _instead(choice: MethodChoice, hindrance: str) -> MethodChoice:
     method = _WITHOUT_RUN[choice.method]
-    return Choice(method, choice_reason(choice.found, method, hindrance), choice.found)
+    return MethodChoice(method, choice_reason(choice.found, method, hindrance), choice.found)
 
 
-def _examine(bases: Bases, structure: Structure | None, compared: Sequence[TensorComparison] | None) -> Finding:
+def _examine(bases: Bases, structure: Structure | None, compared: Sequence[TensorComparison] | None) -> PairFinding:
     scales = None if structure is None else structure.scales
     similarity = compare_weights(bases.source, bases.target, scales=scales)
     if structure is None:
         near = similarity is not None and similarity.near
-        return Finding(Likeness.COPY if near else Likeness.NONE, similarity)
+        return PairFinding(PairKind.COPY if near else PairKind.NONE, similarity)
     parts = [part for part in count_parts(structure) if part.name != "tokens"]
     lacking = [part.name for part in parts if part.used < part.source]
     if not structure.in_place:
@@ -161,37 +161,37 @@ def _examine(bases: Bases, structure: Structure | None, compared: Sequence[Tenso
             # A pruned neuron may resemble another's most: parts in the source's order may explain the target as well.
             most = _STRAY * by_parts.distance
             if similarity is None or not similarity.near or similarity.distance > most:
-                return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
+                return PairFinding(PairKind.FEWER_PARTS if lacking else PairKind.PARTS, by_parts)
     if similarity is None or not similarity.near or structure.lacking:
-        return Finding(Likeness.NONE, similarity, unmatched=structure.lacking)
+        return PairFinding(PairKind.NONE, similarity, unmatched=structure.lacking)
     if "experts" in lacking:
-        return Finding(Likeness.FEWER_EXPERTS, similarity)
+        return PairFinding(PairKind.FEWER_EXPERTS, similarity)
     return _examine_copies(bases, similarity, compared or compare_modules(structure))
 
 
-def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> Finding:
+def _examine_copies(bases: Bases, similarity: WeightSimilarity, compared: Sequence[TensorComparison]) -> PairFinding:
     if not similarity.distance and equal_files(*bases) and compare_token_names(*bases) is None:
-        return Finding(Likeness.SAME, similarity)
+        return PairFinding(PairKind.SAME, similarity)
     relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in bases]
-    by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
+    by_quantiser = {RelationFlag.TRAINED, RelationFlag.QUANTISED} <= relation and any(stated)
     experts = [item.difference.distance for item in compared if item.role == "experts"]
     of_experts = float(np.mean(experts)) if experts else 0.0
-    trained = bool(relation & {Relation.LORA_MERGED, Relation.TRAINED})
+    trained = bool(relation & {RelationFlag.LORA_MERGED, RelationFlag.TRAINED})
     zeroed = sum(item.difference.zeroed > 0 for item in compared)
-    if Relation.SPARSE in relation and (not trained or 2 * zeroed > len(compared)):
-        return Finding(Likeness.SPARSE_COPY, similarity)
-    if Relation.LORA_MERGED in relation:
-        return Finding(Likeness.MERGED_COPY, similarity)
+    if RelationFlag.SPARSE in relation and (not trained or 2 * zeroed > len(compared)):
+        return PairFinding(PairKind.SPARSE_COPY, similarity)
+    if RelationFlag.LORA_MERGED in relation:
+        return PairFinding(PairKind.MERGED_COPY, similarity)
     # What was quantised is then not in the linear modules, the only ones that are interpolated.
-    equal_modules = Relation.QUANTISED in relation and not similarity.distance
-    if Relation.TRAINED in relation and not by_quantiser and not equal_modules:
-        return Finding(Likeness.TRAINED_COPY, similarity)
+    equal_modules = RelationFlag.QUANTISED in relation and not similarity.distance
+    if RelationFlag.TRAINED in relation and not by_quantiser and not equal_modules:
+        return PairFinding(PairKind.TRAINED_COPY, similarity)
     if not relation or max(similarity.distance, of_experts) < _COMPRESSED:
-        return Finding(Likeness.COPY, similarity, by_quantiser)
-    coarse = Likeness.COARSE_SOURCE if _is_coarser_source(compared, stated) else Likeness.COARSE_COPY
-    return Finding(coarse, similarity, by_quantiser, experts=of_experts)
+        return PairFinding(PairKind.COPY, similarity, by_quantiser)
+    coarse = PairKind.COARSE_SOURCE if _is_coarser_source(compared, stated) else PairKind.COARSE_COPY
+    return PairFinding(coarse, similarity, by_quantiser, experts=of_experts)
 
 
 def _is_coarser_source(compared: Sequence[TensorComparison], stated: Sequence[bool]) -> bool:

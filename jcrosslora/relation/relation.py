@@ -17,9 +17,9 @@ from jcrosslora.relation.bases import Both, some_of
 from jcrosslora.relation.channels import expert_scales, name_of
 from jcrosslora.relation.difference import Change, Difference, compare_rows
 from jcrosslora.relation.matching import MATRICES, MIN_MEAN_COSINE, expert_rows
-from jcrosslora.relation.rounding import Rounding, float_rounding, infer_rounding
+from jcrosslora.relation.rounding import RoundingIntervals, float_rounding, infer_rounding
 from jcrosslora.relation.structure import Part, Structure
-from jcrosslora.utils.spread import evenly_spaced
+from jcrosslora.utils.picking import evenly_spaced
 
 _ROWS = 64  # of each module
 # Norms whose features are no dimensions of the stream.
@@ -37,7 +37,7 @@ _NEAR_COSINE, _NEAR_DISTANCE = 0.8, 0.75
 _MOST_ROUNDED = 0.3
 
 
-class Relation(StrEnum):
+class RelationFlag(StrEnum):
     """What a target base is to its source base. Several may hold at once; the most important one comes first."""
 
     UNRELATED = "unrelated"  # alone
@@ -59,7 +59,7 @@ class Relation(StrEnum):
     OTHER_TOKENIZER = "other tokenizer"  # ids of one embedding stand for other tokens
 
 
-class Likeness(Enum):
+class PairKind(Enum):
     """How similar two bases are, in the classes that decide how an update is moved."""
 
     SAME = auto()  # files of equal digests, and tokenizers that agree
@@ -96,7 +96,7 @@ class WeightSimilarity:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PairFinding:
     """What the choice of a method depends on.
 
     Attributes:
@@ -107,7 +107,7 @@ class Finding:
         unmatched: number of target layers whose attention, MLP or experts have no counterpart.
     """
 
-    likeness: Likeness
+    pair_kind: PairKind
     similarity: WeightSimilarity | None
     by_quantiser: bool = False
     rescaled: bool = False
@@ -141,10 +141,10 @@ class TensorComparison:
 
 
 _LINEAR = {*ROLES, "experts"}
-_REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
+_REPLACED = {"embedding": RelationFlag.EMBEDDING_REPLACED, "head": RelationFlag.HEAD_REPLACED}
 
 
-def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
+def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[RelationFlag]:
     """Return the relations that hold; none if all parts and all compared numbers agree."""
     linear = [item.difference for item in compared if item.role in _LINEAR]
     others = [item.difference for item in compared if item.role not in _LINEAR and not item.replaced]
@@ -156,18 +156,18 @@ def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> 
     quantised = any(one.quantised for one in rounded) or ((low_rank or trained) and mostly_quantised)
     unsure = not (low_rank or trained) and Change.TRAINED_OR_ROUNDED in changes | other_changes
     applies = {
-        Relation.PRUNED: any(part.used < part.source for part in parts),
-        Relation.EXTENDED: any(part.found < part.target for part in parts),
-        Relation.UPSCALED: any(part.repeated for part in parts),
-        Relation.PERMUTED: not all(part.in_order or part.repeated for part in parts),
-        Relation.SPARSE: _is_sparse(compared),
-        Relation.LORA_MERGED: low_rank,
-        Relation.TRAINED: trained,
-        Relation.TRAINED_OR_QUANTISED: unsure,
-        Relation.RESCALED: any(item.rescaled for item in compared),
-        Relation.SCALED: any(one.scale != 1 for one in every),
-        Relation.QUANTISED: quantised,
-        Relation.ROUNDED: rounded and not quantised,
+        RelationFlag.PRUNED: any(part.used < part.source for part in parts),
+        RelationFlag.EXTENDED: any(part.found < part.target for part in parts),
+        RelationFlag.UPSCALED: any(part.repeated for part in parts),
+        RelationFlag.PERMUTED: not all(part.in_order or part.repeated for part in parts),
+        RelationFlag.SPARSE: _is_sparse(compared),
+        RelationFlag.LORA_MERGED: low_rank,
+        RelationFlag.TRAINED: trained,
+        RelationFlag.TRAINED_OR_QUANTISED: unsure,
+        RelationFlag.RESCALED: any(item.rescaled for item in compared),
+        RelationFlag.SCALED: any(one.scale != 1 for one in every),
+        RelationFlag.QUANTISED: quantised,
+        RelationFlag.ROUNDED: rounded and not quantised,
     }
     found = {relation for relation, true in applies.items() if true}
     return found | {_REPLACED[item.role] for item in compared if item.replaced}
@@ -290,7 +290,7 @@ def _compare(
     """
     x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
     if np.array_equal(x, y):  # their roundings make no difference
-        return compare_rows(x, y, *(Rounding(x, x, dtype, coarse=False) for dtype in dtypes))
+        return compare_rows(x, y, *(RoundingIntervals(x, x, dtype, coarse=False) for dtype in dtypes))
     sides = zip((src, tgt), dtypes, strict=True)
     roundings = [infer_rounding(rows, dtype).at((slice(None), columns)) for (rows, columns), dtype in sides]
     if factors is not None:

@@ -39,7 +39,7 @@ _GRID_ROWS = 8  # rows from which a grid is inferred
 
 
 @dataclass(frozen=True, eq=False)
-class Rounding:
+class RoundingIntervals:
     """The intervals that the numbers of a matrix may have been rounded from: float64, of the matrix's shape.
 
     Attributes:
@@ -70,19 +70,19 @@ class Rounding:
         return float(np.sqrt(np.mean(np.square(self.high - self.low)))) if self.low.size else 0.0
 
 
-def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
+def infer_rounding(rows: np.ndarray, dtype: str) -> RoundingIntervals:
     """Infer the rounding of rows of a weight from their stored dtype and, for floats, from the numbers.
 
     `rows` are float32 (n, I), whole and in their stored order; `dtype` is as the file states it, e.g. "BF16" or "Q4_K".
     """
     if dtype in _FP8:
         half = np.abs(rows.astype(np.float64)) * _FP8[dtype]
-        return Rounding(rows - half, rows + half, dtype, coarse=True)
+        return RoundingIntervals(rows - half, rows + half, dtype, coarse=True)
     if dtype not in _STORED_FLOATS:
         # A block never extends into the next row.
         block = math.gcd(rows.shape[1], 16 if dtype in _BLOCKS_OF_16 else 32)
         low, high = block_intervals(rows, block, even=dtype not in _UNEVEN)
-        return Rounding(low, high, dtype, coarse=True)
+        return RoundingIntervals(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
     half, find = stored.high - rows, rows[:_GRID_ROWS]
     if (block := _find_absmax_block(find, half[:_GRID_ROWS])) is not None:
@@ -91,16 +91,16 @@ def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
         low, high = block_intervals(rows, block)
     else:
         return stored
-    return Rounding(low - half, high + half, f"a grid in blocks of {block}", coarse=True, declared=False)
+    return RoundingIntervals(low - half, high + half, f"a grid in blocks of {block}", coarse=True, declared=False)
 
 
-def float_rounding(rows: np.ndarray, dtype: str = "F32") -> Rounding:
+def float_rounding(rows: np.ndarray, dtype: str = "F32") -> RoundingIntervals:
     """Return the rounding to the narrowest float format that holds all numbers, at most the stored one."""
     with np.errstate(over="ignore"):
         fits = [name for name, kind in _FLOATS.items() if (rows.astype(kind).astype(np.float32) == rows).all()]
     name = fits[0] if fits else dtype
     half = np.spacing(np.abs(rows).astype(_FLOATS.get(name, np.float32))).astype(np.float64) / 2
-    return Rounding(rows - half, rows + half, name, coarse=False)
+    return RoundingIntervals(rows - half, rows + half, name, coarse=False)
 
 
 def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple[np.ndarray, np.ndarray]:

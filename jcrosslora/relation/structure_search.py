@@ -19,7 +19,7 @@ from jcrosslora.relation.bases import Bases, Both, cosine_similarity, module_row
 from jcrosslora.relation.channels import find_channel_scales
 from jcrosslora.relation.matching import MIN_MEAN_COSINE, match_columns, match_experts, match_heads, same_form
 from jcrosslora.relation.structure import LayerMap, Structure
-from jcrosslora.utils.spread import evenly_spaced
+from jcrosslora.utils.picking import evenly_spaced
 
 # Sampled rows of the embedding, of o_proj and down_proj, and of the modules that confirm a match.
 _TOKENS, _STREAM_ROWS, _CHECKED_ROWS = 512, 128, 16

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.relation.difference import FLOAT32_NOISE, Change
-from jcrosslora.relation.relation import Finding, Likeness, Relation, TensorComparison
+from jcrosslora.relation.relation import PairFinding, PairKind, RelationFlag, TensorComparison
 from jcrosslora.relation.structure import Part
 
 _SHOWN_NAMES = 3  # tensors named in one sentence
@@ -16,18 +16,18 @@ OTHER_GAINS = (
     "the gains of norms differ as if channels had been rescaled, and the weights that read them do not show the scales"
 )
 _FOUND = {
-    Likeness.SAME: "source and target are one and the same base (equal digests), and nothing has to be moved",
-    Likeness.COPY: _COPY,
-    Likeness.TRAINED_COPY: f"{_COPY}, but one is the other {Relation.TRAINED}",
-    Likeness.MERGED_COPY: f"{_COPY}, but one is the other {Relation.LORA_MERGED}",
-    Likeness.OTHER_GAINS: f"{_COPY}, but {OTHER_GAINS}",
-    Likeness.SPARSE_COPY: f"{_COPY}, but numbers of the target were set to zero",
-    Likeness.COARSE_COPY: f"{_COPY}, but the target is rounded coarsely",
-    Likeness.COARSE_SOURCE: f"{_COPY}, but the source is rounded coarsely",
-    Likeness.FEWER_EXPERTS: f"{_COPY}, but the target lacks experts of the source",
-    Likeness.PARTS: _PARTS,
-    Likeness.FEWER_PARTS: f"{_PARTS}, and the target lacks some",
-    Likeness.NONE: "the weights of the two bases differ{}",
+    PairKind.SAME: "source and target are one and the same base (equal digests), and nothing has to be moved",
+    PairKind.COPY: _COPY,
+    PairKind.TRAINED_COPY: f"{_COPY}, but one is the other {RelationFlag.TRAINED}",
+    PairKind.MERGED_COPY: f"{_COPY}, but one is the other {RelationFlag.LORA_MERGED}",
+    PairKind.OTHER_GAINS: f"{_COPY}, but {OTHER_GAINS}",
+    PairKind.SPARSE_COPY: f"{_COPY}, but numbers of the target were set to zero",
+    PairKind.COARSE_COPY: f"{_COPY}, but the target is rounded coarsely",
+    PairKind.COARSE_SOURCE: f"{_COPY}, but the source is rounded coarsely",
+    PairKind.FEWER_EXPERTS: f"{_COPY}, but the target lacks experts of the source",
+    PairKind.PARTS: _PARTS,
+    PairKind.FEWER_PARTS: f"{_PARTS}, and the target lacks some",
+    PairKind.NONE: "the weights of the two bases differ{}",
 }
 _FIT = "and then fitted to what the adapted source predicts (--method {} leaves out the fit, and takes seconds)"
 # What becomes of the update by each method that `auto` stands for; and where no update can be fitted.
@@ -45,7 +45,7 @@ _REMAINS = "the update is copied, and what the compression costs remains"
 _WITHOUT_FIT = {"cross-lora": "only weights are compared", "copy": _REMAINS, "select": _REMAINS}
 
 
-def finding_phrase(finding: Finding) -> str:
+def finding_phrase(finding: PairFinding) -> str:
     """Say how the two bases compare, as the first part of the reason for a method."""
     weights = finding.similarity
     if weights is None:
@@ -57,7 +57,7 @@ def finding_phrase(finding: Finding) -> str:
     figures = f" ({figures})"
     if finding.rescaled:
         figures = f", apart from {_SCALES}, which the update gets as well{figures}"
-    phrase = _FOUND[finding.likeness].format(figures)
+    phrase = _FOUND[finding.pair_kind].format(figures)
     if finding.by_quantiser:
         phrase += ", and its quantiser may have left what looks like further training"
     if finding.unmatched:

@@ -8,7 +8,7 @@ from jcrosslora.report.record import REPORT as REPORT
 from jcrosslora.report.record import Base as Base
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.record import Verdict as Verdict
-from jcrosslora.report.record import cut as cut
 from jcrosslora.report.record import read_report as read_report
+from jcrosslora.report.record import shorten as shorten
 from jcrosslora.report.table import print_report as print_report
 from jcrosslora.report.table import verdict as verdict

@@ -13,17 +13,17 @@ from jcrosslora.adapter.folder import CARD
 from jcrosslora.adapter.origin import other_model
 from jcrosslora.adapter.records import AdapterOrigin
 from jcrosslora.checkpoint.hub import is_on_hub, local_names, public_name, publish
-from jcrosslora.maps.moved import defined
+from jcrosslora.maps.moved import none_if_nan
 from jcrosslora.methods import Method
 from jcrosslora.report.fit import fit_sentences
 from jcrosslora.report.recipe import RECIPE, SERVED, repeat_command
 from jcrosslora.report.record import REPORT, Totals, TransferReport
 from jcrosslora.report.table import diagnostics_title, effect_rows, judge, role_rows
 from jcrosslora.report.usage import usage
-from jcrosslora.utils.spread import spread_evenly
+from jcrosslora.utils.picking import pick_evenly
 from jcrosslora.utils.texts import markdown_code, markdown_prose, markdown_text
 
-PAGE = "report.html"  # which is made from a folder afterwards
+PAGE = "report.html"  # made from the folder later
 _OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 _LOOKS = 10  # points of a fit's curve that the card shows
 _EXAMPLES = "Some of the completions, prompts and answers written by the source with the original adapter:"
@@ -39,8 +39,8 @@ _LICENCE = (
 
 
 def complete(report: TransferReport, method: Method) -> TransferReport:
-    """Fill in what follows from the other fields of a report and from the method: verdict, recipe and totals."""
-    totals = Totals(defined(report.kept), defined(report.left_behind))
+    """Fill in the verdict, the recipe and the totals, which follow from the method and the other fields."""
+    totals = Totals(none_if_nan(report.kept), none_if_nan(report.left_behind))
     recipe = "".join(f"{name} = {_toml(value)}\n" for name, value in _settings(report, method).items())
     return msgspec.structs.replace(report, verdict=judge(report, method), recipe_toml=recipe, totals=totals)
 
@@ -48,7 +48,7 @@ def complete(report: TransferReport, method: Method) -> TransferReport:
 def published(report: TransferReport, **settings: str) -> TransferReport:
     """Return a report, as `complete` returned it, without local paths.
 
-    `settings` (out, profile, dtype) replace those of a transfer in memory in the recipe.
+    `settings` (out, profile, dtype) replace the recipe's defaults for a transfer in memory.
     """
     shown, target = publish(report, replacements(report)), report.target
     return msgspec.structs.replace(
@@ -60,14 +60,14 @@ def published(report: TransferReport, **settings: str) -> TransferReport:
 
 
 def with_settings(report: TransferReport, **settings: str) -> TransferReport:
-    """Return a report with settings in its recipe, in the place of those with the same names."""
+    """Return a report whose recipe has these settings; they replace settings with the same names."""
     named = {line.partition(" = ")[0]: line for line in report.recipe_toml.splitlines(keepends=True)}
     named |= {name: f"{name} = {_toml(value)}\n" for name, value in settings.items()}
     return msgspec.structs.replace(report, recipe_toml="".join(named.values()))
 
 
 def documents(report: TransferReport, profile: str) -> dict[str, str]:
-    """Return the files that are saved with a moved adapter of a format, by name; `published` returned the report."""
+    """Return the texts saved with a moved adapter, by file name; `report` comes from `published`."""
     command, filled = repeat_command(report.recipe_toml)
     head = f"# How this adapter was made. Run it again{filled}:\n# {command}\n"
     head += _OWN if ":" in report.recipe.method else ""
@@ -80,17 +80,17 @@ def report_text(report: TransferReport) -> str:
 
 
 def provenance(report: TransferReport) -> dict[str, str]:
-    """Return the origin of an adapter for the header of its safetensors file; `published` returned the report."""
+    """Return the origin of an adapter for its safetensors header; `report` comes from `published`."""
     data = report.to_json()
     parts = {f"jcrosslora.{name}": json.dumps(data[name]) for name in ("recipe", "source", "target", "adapter")}
     return {"jcrosslora.version": report.version, **parts}
 
 
 def _source_name(report: TransferReport) -> str | None:
-    """Return the hub id that the adapter's configuration states, else the name in the source's file.
+    """Return the hub id of the base that the adapter names, else the public name of the source.
 
-    The `general.name` of a GGUF file is set at training, and often differs from the name of the repository. An adapter
-    that names another model than the source does not count.
+    The hub id is ignored if it names another model than the source. It is preferred because the `general.name` of a
+    GGUF file often differs from the name of the repository.
     """
     stated, name = report.adapter.base_name, report.source.name
     same = is_on_hub(stated) and (name is None or other_model(stated or "", name) is None)
@@ -98,14 +98,14 @@ def _source_name(report: TransferReport) -> str | None:
 
 
 def replacements(report: TransferReport) -> dict[str, str]:
-    """Return the local paths in a report with their public names."""
+    """Return the public name of each local path in a report, by path."""
     ends = report.source, report.target
     files = report.adapter.name, report.recipe.prompts, report.recipe.examples
     return local_names(*files, *(end.ref for end in ends), *(end.name for end in ends))
 
 
 def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
-    """Return what `jcrosslora transfer --recipe` reads; only what differs from the defaults."""
+    """Return what `jcrosslora transfer --recipe` reads; hyper-parameters only if they differ from the defaults."""
     recipe = report.recipe
     settings = {
         "adapter": public_name(report.adapter.name),
@@ -132,7 +132,7 @@ def _settings(report: TransferReport, method: Method) -> dict[str, Any]:
         "target_revision": report.target.revision,
         "target_id": report.target.name if is_on_hub(report.target.name) else None,
     }
-    if SERVED in settings:  # which has its own adapter
+    if SERVED in settings:  # the server has the adapter
         settings |= {"adapter": None, "source": None}
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -156,10 +156,10 @@ def _toml(value: Any) -> str:
 
 
 def model_card(report: TransferReport, profile: str = "portable") -> str:
-    """Return the text of the card, with the front matter that the hub reads; `published` returned the report.
+    """Return the text of the card, with the front matter that the hub reads; `report` comes from `published`.
 
-    A target that is a hub id goes into the front matter; a local name, which the hub refuses there, appears in the text
-    only. `profile` is the file format of the adapter.
+    The target goes into the front matter if it is a hub id. The hub refuses a local name there, so that appears in the
+    text only. `profile` is the file format of the adapter.
     """
     name, base = public_name(report.adapter.name) or "adapter", report.target.name
     library = "peft" if profile in ("portable", "peft") else profile
@@ -196,11 +196,11 @@ def _sections(report: TransferReport) -> Iterator[tuple[str, str]]:
 
 
 def _fit(report: TransferReport) -> Iterator[str]:
-    """Yield what was fitted, the curve of the fit, and some of its completions."""
+    """Yield the facts of the fit, its curve, and some of its completions."""
     if report.fit is not None:
         yield " ".join(map(_sentence, fit_sentences(report.fit)))
     if report.curve:
-        looks = spread_evenly(report.curve, _LOOKS)
+        looks = pick_evenly(report.curve, _LOOKS)
         rows = [(f"{used:,}", "-" if found is None else f"{found:.3f}") for used, found in looks]
         yield _markdown([{"completions used": used, "divergence": found} for used, found in rows])
     if report.examples:
@@ -208,7 +208,7 @@ def _fit(report: TransferReport) -> Iterator[str]:
 
 
 def without_examples(card: str) -> str:
-    """Return a card without the completions that `model_card` shows in it."""
+    """Remove the completions that `model_card` put into a card."""
     return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
@@ -228,7 +228,7 @@ def _front_matter(base: str | None, library: str, adapter: AdapterOrigin) -> str
 
 
 def _module(method: str) -> str:
-    """Say what the command needs for a user's method."""
+    """Return what the command needs for a user's method; "" for others."""
     module, _, own = method.partition(":")
     return f", with `--allow-module {module}` once you have looked at the code of that module" if own else ""
 
@@ -260,6 +260,6 @@ def _listed(sentences: Sequence[str]) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    """Return a text with a capital and a full stop; "" without one."""
+    """Return a text with a capital and a full stop; "" for None or ""."""
     plain = markdown_text(text) if text else ""
     return f"{plain[:1].upper()}{plain[1:]}." if plain else ""

@@ -1,7 +1,7 @@
-"""What a recipe leaves to its reader: the folders of files and the address of a server; and the command that adds them.
+"""The command that repeats a recipe, and adds what recipes leave out: folders of files and the address of a server.
 
-A recipe is somebody else's file. It names files by name alone: paths are left out when one is written, and refused when
-one is read.
+A recipe may come from somebody else. It names files without folders: paths are removed when it is written, and refused
+when it is read.
 """
 
 import os
@@ -16,16 +16,16 @@ from jcrosslora.report.record import AGAIN
 from jcrosslora.report.usage import quoted
 
 RECIPE = "recipe.toml"
-SERVED = "source_model"  # the setting that says that a server was asked
+SERVED = "source_model"  # a recipe with this setting queried a server
 _ON_HUB = ("adapter", "source", "source_tokenizer", "target")
-# Settings that name a file or a folder to read; those of `_ON_HUB` may be hub ids.
+# Settings that name a file or a folder to read; the `_ON_HUB` ones may be hub ids.
 FILES = (*_ON_HUB, "source_template", "target_template", "prompts", "examples")
 
 
 def repeat_command(recipe_toml: str) -> tuple[str, str]:
-    """Return the command that repeats the transfer of a recipe, and how to fill it in, the end of a sentence or "".
+    """Return the command that repeats a recipe, and how to fill it in (the end of a sentence, or "").
 
-    Raises UsageError if a report of somebody else holds another text than a recipe.
+    Raises UsageError if the recipe is not TOML, as a report from somebody else may hold any text.
     """
     lines = [line for line in recipe_toml.splitlines() if line.partition(" = ")[0] in (*FILES, SERVED)]
     try:
@@ -40,9 +40,9 @@ def repeat_command(recipe_toml: str) -> tuple[str, str]:
 
 
 def find_files(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the settings of a recipe with the paths of the files that lie beside it.
+    """Return the settings of a recipe, with paths for the files that are in the recipe's folder.
 
-    Other files keep their names, and are looked for in the current folder. Raises UsageError if one is named by a path.
+    Other files keep their names, which refer to the current folder. Raises UsageError if a file or `out` is a path.
     """
     for name in (*FILES, "out"):
         value = settings.get(name)
@@ -55,16 +55,16 @@ def find_files(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_found(settings: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
-    """Check the files that a transfer takes from a recipe; those that the user named are not checked.
+    """Check the files that a transfer takes from a recipe, but not files that the user named.
 
     Args:
-        settings: of the recipe, from `find_files`.
-        given: those of the transfer.
-        path: of the recipe.
+        settings: the recipe's settings, from `find_files`.
+        given: the transfer's settings.
+        path: the recipe's path.
 
     Raises:
-        UsageError: a file is neither beside the recipe nor in the current folder, or it is a link that leads out of the
-            recipe's folder; or a hub id is the path of something here, which somebody else's recipe may not choose.
+        UsageError: a file is neither in the recipe's folder nor in the current folder; a file is a link that leads out
+            of the recipe's folder; or a hub id is also a path in the current folder, which a recipe may not choose.
     """
     taken = {name: value for name in FILES if isinstance(value := settings.get(name), str) and given.get(name) == value}
     for name, value in taken.items():
@@ -91,7 +91,7 @@ def _local_files(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_name(path: str) -> bool:
-    """Tell whether a path is a name in a folder, on any system."""
+    """Return whether a path is a name without a folder, on any system."""
     return PureWindowsPath(path).name == path and path not in ("", "..") and not path.startswith("~")
 
 

@@ -231,7 +231,7 @@ def read_bytes(path: Path) -> bytes:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): give a folder or file that can be") from error
 
 
-def taken(kind: type[T], given: Any) -> T:
+def copy_fields(kind: type[T], given: Any) -> T:
     """Take the fields of a part of the report from an object that has them."""
     return kind(**{name: getattr(given, name) for name in kind.__annotations__})
 
@@ -248,6 +248,6 @@ def weighted(rows: Sequence[ModuleRow], field: str) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
 
 
-def cut(text: str, most: int = _LONGEST) -> str:
+def shorten(text: str, most: int = _LONGEST) -> str:
     """Cut a text to a number of characters, and say so."""
     return text if len(text) <= most else f"{text[:most]} ..."

@@ -13,7 +13,7 @@ from jcrosslora.maps.moved import ModuleRow
 from jcrosslora.methods import MapMethod, Method
 from jcrosslora.relation import DEPTH_MAPS
 from jcrosslora.report.fit import fit_sentences, fit_verdict
-from jcrosslora.report.record import Level, TransferReport, Verdict, cut, weighted
+from jcrosslora.report.record import Level, TransferReport, Verdict, shorten, weighted
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
@@ -107,7 +107,7 @@ def _notes(report: TransferReport) -> list[str]:
         ("method", report.choice and f"{recipe.method}, because {report.choice}"),
         ("adapter", None if adapter.lost else adapter.read_as),
         *(("fit", sentence) for sentence in (fit_sentences(report.fit) if report.fit is not None else ())),
-        *(("written", cut(" ".join(text.split()))) for text in report.examples),
+        *(("written", shorten(" ".join(text.split()))) for text in report.examples),
         ("rank", report.rank_sentence if report.fit is not None or report.added else None),
         ("added", report.added),
         ("truncation", report.truncation and report.truncation.sentence),

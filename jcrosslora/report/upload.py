@@ -13,7 +13,7 @@ from jcrosslora.adapter.folder import (
     CARD,
     CHAT_TEMPLATE,
     CONFIG,
-    AdapterFiles,
+    AdapterPaths,
     Form,
     find_adapter,
     join_card,
@@ -97,7 +97,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     return Upload(sent, files.weights.name, base, _notes(base, stated, left, several=base is None and len(named) > 1))
 
 
-def _whole_adapter(folder: Path) -> AdapterFiles:
+def _whole_adapter(folder: Path) -> AdapterPaths:
     """Find the files of an adapter and check names, shapes and sizes of its tensors."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer")

@@ -43,7 +43,7 @@ _TUNIX = (
 
 
 def usage(base: Base, profile: str) -> str:
-    """Show how to load the adapter: with peft in Python, or by the command of its engine."""
+    """Return how to load the adapter, in Markdown: Python code for peft or tunix, or the command of another engine."""
     ref, name = base.ref or base.name or "BASE", base.name or "BASE"
     command = {
         "mlx": f"mlx_lm.generate --model {quoted(name)} --adapter-path FOLDER --prompt PROMPT",
@@ -68,5 +68,5 @@ def quoted(name: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Write a text as Python does, in double quotes if that needs no further escapes."""
+    """Return a Python literal of a text: in double quotes, or by `repr` if a character does not print."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)

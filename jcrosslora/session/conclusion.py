@@ -15,7 +15,7 @@ from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evaluate.effect import Effect, adapter_texts, check_effect
 from jcrosslora.maps.method import Plan
-from jcrosslora.maps.moved import ModuleRow, TokenRow, defined
+from jcrosslora.maps.moved import ModuleRow, TokenRow, none_if_nan
 from jcrosslora.maps.record import recipe_of, source_info, warnings_of
 from jcrosslora.methods import Moved
 from jcrosslora.relation import why_not_run
@@ -25,8 +25,8 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils import logs, version
 from jcrosslora.utils.cost import enough_memory
+from jcrosslora.utils.picking import pick_evenly
 from jcrosslora.utils.progress import begin
-from jcrosslora.utils.spread import spread_evenly
 
 EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
 _EXAMPLES = 10  # completions of a fit that the report shows
@@ -59,9 +59,9 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
     report = TransferReport(
         version=version(),
         recipe=recipe_of(plan, moved.kernels or account.kernels),
-        source=record.taken(record.Base, before),
-        target=record.taken(record.Base, described),
-        adapter=record.taken(AdapterOrigin, source.info),
+        source=record.copy_fields(record.Base, before),
+        target=record.copy_fields(record.Base, described),
+        adapter=record.copy_fields(AdapterOrigin, source.info),
         calibration="frobenius" if plan.keeps_norm else "none",
         scale=plan.scale,
         layers=plan.layers,
@@ -72,7 +72,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         # A fit uses the whole adapter, so no source module is left out.
         unmapped_sources=(moved.unmapped or account.unmapped) if moved.fit is None else (),
         energy=sum(energies) if plan.queried is None else None,
-        warnings=tuple(dict.fromkeys((*warnings_of(plan), *notes, *plan.doubts, *found))),
+        warnings=tuple(dict.fromkeys((*warnings_of(plan), *notes, *plan.mismatch_warnings, *found))),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=plan.reason,
         effect=effect,
@@ -80,7 +80,7 @@ def conclude(plan: Plan, moved: Moved, job: Job) -> TransferResult:
         curve=tuple(moved.curve),
         added=moved.added,
         wrote_prompts=moved.wrote_prompts,
-        examples=spread_evenly(texts, _EXAMPLES) if moved.wrote_prompts else (),
+        examples=pick_evenly(texts, _EXAMPLES) if moved.wrote_prompts else (),
         truncation=truncation,
         rank_before=max(_ranks(source).values(), default=None if plan.queried is None else plan.queried.rank),
         ranks=_ranks(adapter),
@@ -140,7 +140,7 @@ def _token_rows(rows: tuple[TokenRow, ...], moved: Adapter) -> tuple[TokenRow, .
 
 def _rows(rows: tuple[ModuleRow, ...], moved: Moved, adapter: Adapter, target: BaseModel) -> tuple[ModuleRow, ...]:
     """Return a report row for each module of the moved adapter, in the target's order."""
-    norms = {name: defined(update_norm(factors)) for name, factors in adapter.modules.items()}
+    norms = {name: none_if_nan(update_norm(factors)) for name, factors in adapter.modules.items()}
     if moved.fit is None:
         return tuple(structs.replace(row, norm_after=norms.get(row.target, 0.0)) for row in rows)
     # The share that the maps kept is undefined for a fitted update.

@@ -125,7 +125,9 @@ def estimate(plan: Plan, options: TransferOptions) -> Estimate:
     if plan.bases is None:  # how fast a queried source answers is not known
         placement = place_bases([plan.target], method, replace(options, effect="never"))
         steps = dict.fromkeys(costs)
-        return Estimate(method, plan.reason, modules, rank, steps, placement.peak, placement, examples, plan.doubts)
+        return Estimate(
+            method, plan.reason, modules, rank, steps, placement.peak, placement, examples, plan.mismatch_warnings
+        )
     memory, placement, bases = _group_memory(plan), None, (plan.pair.source, plan.target)
     if method.runs_bases or options.effect == "always":
         placement = place_bases(bases, method, options)
@@ -134,7 +136,7 @@ def estimate(plan: Plan, options: TransferOptions) -> Estimate:
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = seconds_of(costs, plan.pair, method)
-    return Estimate(method, plan.reason, modules, rank, steps, memory, placement, examples, plan.doubts)
+    return Estimate(method, plan.reason, modules, rank, steps, memory, placement, examples, plan.mismatch_warnings)
 
 
 def costs_of(plan: Plan, options: TransferOptions) -> dict[str, Cost | None]:

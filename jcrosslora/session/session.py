@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import structs
 
 from jcrosslora.adapter import Adapter, find_adapter, fit_to_base, load_adapter
-from jcrosslora.adapter.origin import doubts
+from jcrosslora.adapter.origin import mismatch_warnings
 from jcrosslora.adapter.records import check_always_active, why_idle
 from jcrosslora.adapter.save import check_holds, check_profile
 from jcrosslora.checkpoint import BaseInfo, BaseModel, describe_base
@@ -25,7 +25,7 @@ from jcrosslora.maps.planning import plan_between, plan_through, with_text
 from jcrosslora.maps.shift import checked_adapter, map_together
 from jcrosslora.maps.transport import Transport
 from jcrosslora.methods import METHODS, Auto, Distill, FitFacts, Method, make_chosen
-from jcrosslora.relation import Choice, choose_method, parse_depth, without_fit
+from jcrosslora.relation import MethodChoice, choose_method, parse_depth, without_fit
 from jcrosslora.relation.method_selection import FITTED_VARIANT, with_fit
 from jcrosslora.session.conclusion import conclude
 from jcrosslora.session.estimate import Estimate, costs_of, estimate, place_bases
@@ -60,7 +60,7 @@ class Session:
     def transfer(self, job: Job) -> TransferResult:
         """Move one adapter."""
         plan = self.plan(job, self.load(job))
-        for sentence in plan.doubts if shows_progress() else ():
+        for sentence in plan.mismatch_warnings if shows_progress() else ():
             say(f"warning: {sentence}")
         return self._run(plan, job)
 
@@ -108,7 +108,7 @@ class Session:
         return chosen, reason
 
     @cached_property
-    def _choice(self) -> Choice:
+    def _choice(self) -> MethodChoice:
         assert self.pair is not None
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
@@ -131,7 +131,7 @@ class Session:
         assert self.pair is not None
         adapter, method, reason = self._checked(job, adapter)
         # Maps may come from the cache, and then no weights are read.
-        found = doubts(adapter, self.pair.source, weights=method.runs_bases)
+        found = mismatch_warnings(adapter, self.pair.source, weights=method.runs_bases)
         if reason is None and self.pair.source.store.files and self.pair.source.store.files == self._target.store.files:
             found += ("source and target are one and the same base: nothing has to be moved",)
         if transport is None:
@@ -139,7 +139,7 @@ class Session:
             plan = self._between(job, method, reason, sources=adapter.modules.keys() or None)
         else:
             plan = self._complete(plan_through(self.pair, method, transport), job, reason)
-        return replace(plan, adapter=adapter, doubts=found)
+        return replace(plan, adapter=adapter, mismatch_warnings=found)
 
     def _checked(self, job: Job, adapter: Adapter) -> tuple[Adapter, Method, str | None]:
         """Return the part of an adapter that moves, the method, and why `auto` chose it. For errors see `plan`."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jcrosslora.adapter import Adapter, find_adapter, fit_to_base, load_adapter
-from jcrosslora.adapter.folder import AdapterFiles, is_adapter, stated_licences
+from jcrosslora.adapter.folder import AdapterPaths, is_adapter, stated_licences
 from jcrosslora.adapter.origin import read_header, read_record, text_of
 from jcrosslora.adapter.records import why_idle
 from jcrosslora.checkpoint import BaseInfo, BaseModel, is_hub_id
@@ -195,7 +195,7 @@ def largest_rank(adapter: Adapter) -> int:
     return max((factors.rank for factors in adapter.modules.values()), default=0)
 
 
-def config_digest(files: AdapterFiles) -> str:
+def config_digest(files: AdapterPaths) -> str:
     """Return "sha256:" and hex of the configuration next to the weights; "" without one."""
     if files.config is None:
         return ""

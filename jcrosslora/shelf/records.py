@@ -16,7 +16,7 @@ from jcrosslora.checkpoint import is_hub_id
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import read_prompts
 from jcrosslora.text import COMPLETIONS, Message, Prompt, prompt_text
-from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.picking import from_start
 
 WRITTEN = "completions"  # where samples are from that the source wrote when the adapter was moved
 SAMPLES = 32  # the most that the shelf keeps of an adapter

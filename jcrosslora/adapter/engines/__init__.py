@@ -7,7 +7,7 @@ verdict is a prediction, not a test run.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jcrosslora.adapter.engines.rules import AdapterFacts
+from jcrosslora.adapter.engines.rules import EngineFacts
 from jcrosslora.adapter.engines.rules import read_facts as read_facts
 from jcrosslora.adapter.engines.tables import ENGINES
 from jcrosslora.adapter.folder import Form
@@ -55,7 +55,7 @@ def check_engines(
     return tuple(replace(one, notes=(*one.notes, idle)) if idle and one.reads else one for one in found)
 
 
-def _verdict(name: str, facts: AdapterFacts) -> EngineVerdict:
+def _verdict(name: str, facts: EngineFacts) -> EngineVerdict:
     formats = ENGINES[name]
     if facts.form not in formats:
         reason = f"it does not read the format of {facts.form}: write the adapter with "

@@ -35,7 +35,7 @@ _SILENT = "and would do nothing, without an error"
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
+class EngineFacts:
     """An adapter as the engine rules see it.
 
     Attributes:
@@ -87,12 +87,12 @@ class AdapterFacts:
         return _tensor_fault(self) if self.form in ("PEFT", "GGUF") else None
 
 
-Rule = Callable[[AdapterFacts], str | None]
+Rule = Callable[[EngineFacts], str | None]
 
 
 def read_facts(
     ref: str | Path, family: str | None = None, tied: bool | None = None, base: BaseModel | None = None
-) -> AdapterFacts:
+) -> EngineFacts:
     """Read the facts of an adapter, local or on the hub; `base`, if given, overrides `family` and `tied`.
 
     Raises AdapterError if it is no adapter, or a file of it cannot be read.
@@ -104,23 +104,23 @@ def read_facts(
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
-            return AdapterFacts(config, pickle=True, **known)
+            return EngineFacts(config, pickle=True, **known)
     files = find_adapter(ref)
     if files.form == "Orbax":
         config = {} if files.config is None else read_config(files.config)
-        return AdapterFacts(config, checkpoint_shapes(files.weights), form="Orbax", **known)
+        return EngineFacts(config, checkpoint_shapes(files.weights), form="Orbax", **known)
     if files.config is None:
         header = open_gguf_adapter(files.weights).header
         shapes = {name: info.shape for name, info in header.tensors.items()}
-        return AdapterFacts(header.metadata, shapes, tuple(map(parse_gguf_name, shapes)), form="GGUF", **known)
+        return EngineFacts(header.metadata, shapes, tuple(map(parse_gguf_name, shapes)), form="GGUF", **known)
     config = read_config(files.config)
     shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
     if files.form == "MLX":
-        return AdapterFacts(config, shapes, form="MLX", **known)
-    return AdapterFacts(config, shapes, tuple(map(parse_tensor_name, shapes)), **known)
+        return EngineFacts(config, shapes, form="MLX", **known)
+    return EngineFacts(config, shapes, tuple(map(parse_tensor_name, shapes)), **known)
 
 
-def _tensor_fault(facts: AdapterFacts) -> str | None:
+def _tensor_fault(facts: EngineFacts) -> str | None:
     # The factors of expert parameters hold all experts at once, with further axes.
     of_peft = facts.form == "PEFT"
     if of_peft and (facts.peft_type != "LORA" or is_variant(facts.config, PARAMETERS)):
@@ -141,13 +141,13 @@ def _is_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) >= 2 and len(a) == len(b) and a[0] == b[1] and a[0] > 0
 
 
-def found(find: Callable[[AdapterFacts], Iterable[Any]], sentence: str) -> Rule:
+def found(find: Callable[[EngineFacts], Iterable[Any]], sentence: str) -> Rule:
     """Make a rule that is broken if `find` returns anything.
 
     In the sentence {0} is the first item, {cut} its first 60 characters, {n} the number of items, {all} their list.
     """
 
-    def rule(facts: AdapterFacts) -> str | None:
+    def rule(facts: EngineFacts) -> str | None:
         things = list(find(facts))
         if not things:
             return None
@@ -166,7 +166,7 @@ def no_value(key: str, is_bad: Callable[[Any], Any], sentence: str) -> Rule:
     return found(lambda facts: [value for value in (facts.config.get(key),) if is_bad(value)], sentence)
 
 
-def when(holds: Callable[[AdapterFacts], Any], sentence: str) -> Rule:
+def when(holds: Callable[[EngineFacts], Any], sentence: str) -> Rule:
     """Make a rule that is broken if a condition holds."""
     return lambda facts: sentence if holds(facts) else None
 
@@ -174,7 +174,7 @@ def when(holds: Callable[[AdapterFacts], Any], sentence: str) -> Rule:
 def only_plain_lora(*supported: str) -> Rule:
     """Make the rule for an engine that reads plain LoRA and the `supported` variants, keys of `VARIANTS`."""
 
-    def rule(facts: AdapterFacts) -> str | None:
+    def rule(facts: EngineFacts) -> str | None:
         if facts.peft_type != "LORA":
             return f"it reads only LoRA, this is {facts.peft_type or 'of no type'}"
         kinds = [kind for kind, one in VARIANTS.items() if one.applies(facts.config) and kind not in supported]
@@ -189,7 +189,7 @@ def only_tensors(*kinds: str, skipped: Callable[[TensorName], bool] = lambda _: 
     return no_tensor(lambda tensor: tensor.kind not in kinds and not skipped(tensor), sentence)
 
 
-def alpha_over_rank(facts: AdapterFacts) -> str | None:
+def alpha_over_rank(facts: EngineFacts) -> str | None:
     """Check the scales for an engine that reads one alpha and takes ranks from the tensors."""
     if facts.peft_type != "LORA":
         return None
@@ -200,7 +200,7 @@ def alpha_over_rank(facts: AdapterFacts) -> str | None:
     return f"it scales by lora_alpha / rank alone: wrong for {len(wrong)} of {len(ranks)} modules ({wrong[0]})"
 
 
-def overriding_modules(facts: AdapterFacts) -> list[str]:
+def overriding_modules(facts: EngineFacts) -> list[str]:
     """Return the modules whose rank or alpha differs from `r` or `lora_alpha`."""
     config = facts.config
     if facts.peft_type != "LORA":
@@ -215,7 +215,7 @@ def same_names(*also: str) -> Rule:
     `also` are further prefixes that the engine accepts for a multimodal class.
     """
 
-    def rule(facts: AdapterFacts) -> str | None:
+    def rule(facts: EngineFacts) -> str | None:
         base = facts.base
         if base is None:
             return None
@@ -228,7 +228,7 @@ def same_names(*also: str) -> Rule:
 def same_modules(end: str) -> Rule:
     """Make the rule that every module exists in the base, whatever the prefix before its layer."""
 
-    def rule(facts: AdapterFacts) -> str | None:
+    def rule(facts: EngineFacts) -> str | None:
         if facts.base is None:
             return None
         known = _modules(facts.base)
@@ -237,7 +237,7 @@ def same_modules(end: str) -> Rule:
     return rule
 
 
-def same_mlx_names(facts: AdapterFacts) -> str | None:
+def same_mlx_names(facts: EngineFacts) -> str | None:
     """Check the names in an MLX file, as `same_names` does for PEFT."""
     base = facts.base
     if base is None or facts.config.get("fine_tune_type") == "full":
@@ -246,7 +246,7 @@ def same_mlx_names(facts: AdapterFacts) -> str | None:
     return _missing(facts, base, _class_names(base, prefix).__contains__, _SILENT, prefix)
 
 
-def same_gguf_names(facts: AdapterFacts) -> str | None:
+def same_gguf_names(facts: EngineFacts) -> str | None:
     """Check the names in a GGUF file."""
     base, arch = facts.base, facts.config.get("general.architecture")
     if base is None or arch not in ARCHITECTURES:
@@ -268,7 +268,7 @@ def _class_names(base: BaseModel, *prefixes: str) -> set[str]:
     return {class_module_name(name, prefix) for name in _modules(base) for prefix in prefixes}
 
 
-def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
+def _judged(facts: EngineFacts, base: BaseModel) -> list[str]:
     """Return the modules whose names are checked: not those outside the text model, nor experts and routers.
 
     With `layer_replication` no name is checked, because it renumbers the layers.
@@ -285,7 +285,7 @@ def _judged(facts: AdapterFacts, base: BaseModel) -> list[str]:
 
 
 def _missing(
-    facts: AdapterFacts, base: BaseModel, knows: Callable[[str], bool], end: str, prefix: str | None = None
+    facts: EngineFacts, base: BaseModel, knows: Callable[[str], bool], end: str, prefix: str | None = None
 ) -> str | None:
     """Return a sentence on the modules that an engine does not find and the consequence (`end`); None if it finds all.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from jcrosslora.adapter.config import ALORA, DORA, KNOWN_TYPES, RANDOM_PISSA, is_alpha, is_variant
 from jcrosslora.adapter.engines import rules
-from jcrosslora.adapter.engines.rules import AdapterFacts, Rule, found, no_tensor, no_value, when
+from jcrosslora.adapter.engines.rules import EngineFacts, Rule, found, no_tensor, no_value, when
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.gguf import INVOCATION, TYPE
 from jcrosslora.adapter.jax_trainers import LORA_CONFIG, QWIX, trainer_of
@@ -58,27 +58,27 @@ _OLLAMA_FAMILIES = ("llama", "gemma2")
 _OLLAMA_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _variants_of_parameters(facts: AdapterFacts) -> list[str]:
+def _variants_of_parameters(facts: EngineFacts) -> list[str]:
     named = facts.config.get("target_parameters")
     return [kind for kind in (DORA, ALORA) if named and is_variant(facts.config, kind)]
 
 
-def _changing_init(facts: AdapterFacts) -> list[str]:
+def _changing_init(facts: EngineFacts) -> list[str]:
     init = str(facts.config.get("init_lora_weights")).lower()
     return [init] if init.startswith(("pissa", "olora", "corda", "loftq")) else []
 
 
-def _named_by_module(facts: AdapterFacts) -> list[str]:
+def _named_by_module(facts: EngineFacts) -> list[str]:
     lost = [name for name in facts.factors("A") if is_taken(facts.family, name) and not is_of_experts(name)]
     return [name for name in lost if not is_by_weight(facts.config, name)]
 
 
-def _saved_modules(facts: AdapterFacts) -> list[object]:
+def _saved_modules(facts: EngineFacts) -> list[object]:
     saved = facts.config.get("modules_to_save") or []
     return [name for name in (saved if isinstance(saved, list) else [saved]) if name not in ("classifier", "score")]
 
 
-def _largest_rank(facts: AdapterFacts) -> int:
+def _largest_rank(facts: EngineFacts) -> int:
     # The tensor of all experts has (experts x rank) rows.
     ranks = [
         module_rank(facts.config, name) if holds_all_experts(name) else rank for name, rank in facts.ranks().items()
@@ -88,35 +88,35 @@ def _largest_rank(facts: AdapterFacts) -> int:
     return max(ranks, default=0)
 
 
-def _rank_flag(facts: AdapterFacts) -> str | None:
+def _rank_flag(facts: EngineFacts) -> str | None:
     rank = _largest_rank(facts)
     enough = next((size for size in VLLM_RANKS if size >= rank), None)
     return f"rank {rank} needs --max-lora-rank {enough}" if enough and rank > _DEFAULT_RANK else None
 
 
-def _unlisted_targets(facts: AdapterFacts) -> list[str]:
+def _unlisted_targets(facts: EngineFacts) -> list[str]:
     stated = facts.config.get("target_modules")
     if not isinstance(stated, list):
         return []
     return sorted({ending(module) for module in facts.factors("A")} - {ending(str(name)) for name in stated})
 
 
-def _whole_model(facts: AdapterFacts) -> bool:
+def _whole_model(facts: EngineFacts) -> bool:
     return facts.config.get("fine_tune_type") == "full"
 
 
-def _missing_parameters(facts: AdapterFacts) -> list[str]:
+def _missing_parameters(facts: EngineFacts) -> list[str]:
     stated = facts.config.get("lora_parameters")
     missing = [key for key in ("rank", "scale") if key not in (stated if isinstance(stated, dict) else {})]
     return [" and ".join(missing)] if missing and not _whole_model(facts) else []
 
 
-def _other_mlx_tensors(facts: AdapterFacts) -> list[str]:
+def _other_mlx_tensors(facts: EngineFacts) -> list[str]:
     known = (".lora_a", ".lora_b", ".m")
     return [key for key in facts.shapes if not key.endswith(known) and not _whole_model(facts)]
 
 
-def _one_rank(facts: AdapterFacts) -> str | None:
+def _one_rank(facts: EngineFacts) -> str | None:
     if _missing_parameters(facts) or _whole_model(facts):
         return None
     rank, axes = facts.config["lora_parameters"]["rank"], {"lora_a": -1, "lora_b": 0}
@@ -125,7 +125,7 @@ def _one_rank(facts: AdapterFacts) -> str | None:
     return f"tensor {other[0]!r} is not of rank {str(rank)[:20]}, which the configuration states" if other else None
 
 
-def _lacking_modules(facts: AdapterFacts) -> list[str]:
+def _lacking_modules(facts: EngineFacts) -> list[str]:
     part = _MLX_LACKS.get(facts.family or "")
     return [key for key in facts.shapes if part is not None and part in key]
 
@@ -134,28 +134,28 @@ def _is_norm(tensor: TensorName) -> bool:
     return tensor.kind not in "AB" and "norm" in tensor.module
 
 
-def _latents(facts: AdapterFacts) -> list[str]:
+def _latents(facts: EngineFacts) -> list[str]:
     family = FAMILIES.get(facts.family or ARCHITECTURES.get(str(facts.config.get("general.architecture")), ""))
     ends = _LATENTS if family is None or LatentAttention not in family.blocks else (*_LATENTS, *_QUERIES)
     return [module for module in facts.factors("A") if module.endswith(ends)]
 
 
-def _has_embedding(facts: AdapterFacts) -> bool:
+def _has_embedding(facts: EngineFacts) -> bool:
     return any(tensor.kind == "embedding" for tensor in facts.tensors)
 
 
-def _no_tied_embedding(facts: AdapterFacts) -> str | None:
+def _no_tied_embedding(facts: EngineFacts) -> str | None:
     if facts.tied is False or not _has_embedding(facts):
         return None
     ends = "it aborts on the LoRA of an embedding that is the output head too"
     return ends if facts.tied else f"{ends}: check with --base whether this one is"
 
 
-def _has_head(facts: AdapterFacts) -> bool:
+def _has_head(facts: EngineFacts) -> bool:
     return any(text_module_name(module) in ("lm_head", "output.weight") for module in facts.factors("A"))
 
 
-def _same_architecture(facts: AdapterFacts) -> str | None:
+def _same_architecture(facts: EngineFacts) -> str | None:
     arch, base = facts.config.get("general.architecture"), facts.base
     known = {architecture(facts.family or "", has) for has in ((False, True) if base is None else (base.has_experts,))}
     if None in known or arch in known:

@@ -25,7 +25,7 @@ import numpy as np
 from jcrosslora.adapter import config as keys
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import is_variant
-from jcrosslora.adapter.kinds.kind import AdapterFile, Kind, Update, each_module, full_rank_factors, truncate_product
+from jcrosslora.adapter.kinds.kind import Kind, ParsedAdapter, Update, each_module, full_rank_factors, truncate_product
 from jcrosslora.adapter.kinds.products import PLAIN, read_factors
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
@@ -44,8 +44,8 @@ def _singular_vectors(weight: np.ndarray, rank: int) -> np.ndarray:
 
 def _less_initial(
     kind: str, basis: Callable[[np.ndarray, int], np.ndarray], *, scaled: bool
-) -> Callable[[AdapterFile, str], Update]:
-    def read(file: AdapterFile, module: str) -> Update:
+) -> Callable[[ParsedAdapter, str], Update]:
+    def read(file: ParsedAdapter, module: str) -> Update:
         factors = read_factors(file, module)
         weight = file.weight(module, factors.shape, f"{kind} starts from factors of the base's weights")
         rank = min(factors.rank, *factors.shape)
@@ -72,7 +72,7 @@ OLORA = Kind(
 )
 
 
-def read_stored(file: AdapterFile) -> Iterator[tuple[str, tuple[LoRAFactors, np.ndarray]]]:
+def read_stored(file: ParsedAdapter) -> Iterator[tuple[str, tuple[LoRAFactors, np.ndarray]]]:
     """Yield the factors of s B A and m, float32 (O,), of each module of a DoRA.
 
     If training began from factors of the base (PiSSA, OLoRA), s B A includes what was removed from W for them.
@@ -88,7 +88,7 @@ def read_stored(file: AdapterFile) -> Iterator[tuple[str, tuple[LoRAFactors, np.
         yield module, (update.factors, magnitude)
 
 
-def _read_dora(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+def _read_dora(file: ParsedAdapter) -> Iterator[tuple[str, Update]]:
     for module, (factors, magnitude) in read_stored(file):
         change = full_update(file.weight(module, factors.shape, _NEEDS), factors, magnitude)
         wanted = _RANK_FACTOR * factors.rank if file.rank is None else file.rank

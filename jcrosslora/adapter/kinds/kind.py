@@ -9,7 +9,7 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import Config, check_lora
-from jcrosslora.adapter.contents import Stored, as_adapter_errors
+from jcrosslora.adapter.contents import PeftView, as_adapter_errors
 from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel
@@ -26,7 +26,7 @@ _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "late
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterFile:
+class ParsedAdapter:
     """An opened adapter of a known kind: configuration checked, tensors grouped, updates not read yet.
 
     In several methods `needs` says, for messages, why the base is needed ("DoRA rescales the rows of W + B A").
@@ -44,7 +44,7 @@ class AdapterFile:
 
     kind: "Kind"
     origin: AdapterInfo
-    stored: Stored
+    stored: PeftView
     modules: Mapping[str, Mapping[str, str]]
     others: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]
@@ -208,7 +208,7 @@ class Kind:
 
     name: str
     formula: str
-    read: Callable[[AdapterFile], Iterator[tuple[str, Update]]]
+    read: Callable[[ParsedAdapter], Iterator[tuple[str, Update]]]
     peft_type: str = "LORA"
     check: Callable[[Config, str], None] = check_lora
     applies: Callable[[Config, Collection[str]], bool] = lambda *_: True
@@ -217,8 +217,8 @@ class Kind:
 
 
 def each_module(
-    read: Callable[[AdapterFile, str], Update | None],
-) -> Callable[[AdapterFile], Iterator[tuple[str, Update]]]:
+    read: Callable[[ParsedAdapter, str], Update | None],
+) -> Callable[[ParsedAdapter], Iterator[tuple[str, Update]]]:
     """Make a reader of whole files from a reader of one module, which returns None for a module without an update."""
     return lambda file: ((module, update) for module in file.modules if (update := read(file, module)) is not None)
 

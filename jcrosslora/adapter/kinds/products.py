@@ -35,8 +35,8 @@ from jcrosslora.adapter import config as keys
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import Config, check_lora, check_numbers, check_targets, check_value, is_variant
 from jcrosslora.adapter.kinds.kind import (
-    AdapterFile,
     Kind,
+    ParsedAdapter,
     Update,
     each_module,
     full_rank_factors,
@@ -47,7 +47,7 @@ from jcrosslora.adapter.names import TensorName, file_scale, module_alpha, modul
 from jcrosslora.errors import AdapterError
 
 
-def read_factors(file: AdapterFile, module: str) -> LoRAFactors:
+def read_factors(file: ParsedAdapter, module: str) -> LoRAFactors:
     """Read the stored A (K, I) and B (O, K) of a module, with the rank and scale that the configuration gives it."""
     a, b = _read_pair(file, module)
     if a.shape[0] != b.shape[1]:
@@ -57,14 +57,14 @@ def read_factors(file: AdapterFile, module: str) -> LoRAFactors:
     return LoRAFactors(a=a, b=b, scale=file_scale(file.config, module, a.shape[0]))
 
 
-def _check_rank_of(file: AdapterFile, module: str, rank: int) -> None:
+def _check_rank_of(file: ParsedAdapter, module: str, rank: int) -> None:
     stated = module_rank(file.config, pattern_name(file.config, module))
     if rank != stated:
         msg = f"{file.path}: module {module!r} has rank {rank}, adapter_config.json says {stated}"
         raise AdapterError(msg + ": correct r or rank_pattern, or use the configuration that belongs to the file")
 
 
-def _read_pair(file: AdapterFile, module: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_pair(file: ParsedAdapter, module: str) -> tuple[np.ndarray, np.ndarray]:
     parts = file.modules[module].keys() & {"A", "B"}
     if len(parts) != 2:
         have = min(parts, default="")
@@ -74,7 +74,7 @@ def _read_pair(file: AdapterFile, module: str) -> tuple[np.ndarray, np.ndarray]:
     return file.part(module, "A"), file.part(module, "B")
 
 
-def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> LoRAFactors:
+def read_embedding_factors(file: ParsedAdapter, tensors: Sequence[TensorName]) -> LoRAFactors:
     """Read the LoRA of an embedding as an update of its V rows: a (K, D), b (V, K).
 
     Its tensors are `lora_embedding_A` (K, V) and `lora_embedding_B` (D, K); raises a KeyError if one is missing.
@@ -125,7 +125,7 @@ def _check_adalora(config: Config, where: str) -> None:
     check_targets(config, where)
 
 
-def _read_adalora(file: AdapterFile, module: str) -> Update | None:
+def _read_adalora(file: ParsedAdapter, module: str) -> Update | None:
     stored = file.modules[module]
     if "A" in stored and 0 in file.stored.entries[stored["A"]].shape:
         return None  # all its ranks were pruned
@@ -139,7 +139,7 @@ def _read_adalora(file: AdapterFile, module: str) -> Update | None:
     return Update(LoRAFactors(a=scaled.astype(np.float32), b=b, scale=scale))
 
 
-def _read_beam(file: AdapterFile, module: str) -> Update:
+def _read_beam(file: ParsedAdapter, module: str) -> Update:
     factors = read_factors(file, module)
     gate = file.part(module, "lora_gate").astype(np.float64)
     if gate.size != factors.rank:
@@ -153,7 +153,7 @@ def _read_beam(file: AdapterFile, module: str) -> Update:
     return Update(LoRAFactors(a=a.astype(np.float32), b=np.asarray(factors.b)[:, order], scale=factors.scale))
 
 
-def _read_lora_xs(file: AdapterFile, module: str) -> Update:
+def _read_lora_xs(file: ParsedAdapter, module: str) -> Update:
     if "A" not in file.modules[module]:
         msg = f"{file.path}: module {module!r} of a LoRA-XS adapter has R without its A and B: the signs of the base's "
         msg += "singular vectors that it was trained with are not known; save it with lora_A and lora_B"
@@ -186,18 +186,18 @@ def _check_lycoris(config: Config, where: str) -> None:
     check_targets(config, where)
 
 
-def _scale(file: AdapterFile, module: str) -> float:
+def _scale(file: ParsedAdapter, module: str) -> float:
     name = pattern_name(file.config, module)
     return module_alpha(file.config, name, default="alpha") / module_rank(file.config, name)
 
 
-def _refuse_convolution(file: AdapterFile, module: str, part: str) -> None:
+def _refuse_convolution(file: ParsedAdapter, module: str, part: str) -> None:
     if part in file.modules[module]:
         msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
         raise AdapterError(msg)
 
 
-def _read_loha(file: AdapterFile, module: str) -> Update:
+def _read_loha(file: ParsedAdapter, module: str) -> Update:
     _refuse_convolution(file, module, "hada_t1")
     b1, a1, b2, a2 = (file.part(module, f"hada_{part}").astype(np.float64) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
     rank = a1.shape[0]
@@ -217,7 +217,7 @@ def _read_loha(file: AdapterFile, module: str) -> Update:
     return truncate_product(*full_rank_factors(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
 
 
-def _read_lokr(file: AdapterFile, module: str) -> Update:
+def _read_lokr(file: ParsedAdapter, module: str) -> Update:
     _refuse_convolution(file, module, "lokr_t2")
     (u1, s1, vt1), (u2, s2, vt2) = (_triplets(file, module, f"lokr_{side}") for side in ("w1", "w2"))
     shape = u1.shape[0] * u2.shape[0], vt1.shape[1] * vt2.shape[1]
@@ -238,7 +238,7 @@ def _read_lokr(file: AdapterFile, module: str) -> Update:
     return Update(LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32)), lost)
 
 
-def _triplets(file: AdapterFile, module: str, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _triplets(file: ParsedAdapter, module: str, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the SVD of one side of the Kronecker product."""
     if part in file.modules[module]:
         return np.linalg.svd(file.part(module, part).astype(np.float64), full_matrices=False)

@@ -25,7 +25,7 @@ import numpy as np
 
 from jcrosslora.adapter.changes import LoRAFactors
 from jcrosslora.adapter.config import Config, check_rank, check_targets, check_value
-from jcrosslora.adapter.kinds.kind import INTEGERS, LARGEST, AdapterFile, Kind, Update, each_module
+from jcrosslora.adapter.kinds.kind import INTEGERS, LARGEST, Kind, ParsedAdapter, Update, each_module
 from jcrosslora.adapter.names import is_matchable
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
@@ -45,7 +45,7 @@ def _check(config: Config, where: str, seed: str = "") -> None:
         check_value(config, where, seed, lambda value: type(value) is int and value >= 0, "a seed")
 
 
-def _read_vera(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+def _read_vera(file: ParsedAdapter) -> Iterator[tuple[str, Update]]:
     needs = "VeRA slices its matrices to the shapes of the base's modules"
     shapes = {module: file.shape(module, needs) for module in (*file.modules, *file.others)}
     if not file.modules:
@@ -64,7 +64,7 @@ def _read_vera(file: AdapterFile) -> Iterator[tuple[str, Update]]:
         yield module, Update(factors)
 
 
-def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _projections(file: ParsedAdapter, shapes: Collection[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return A (r, largest I) and B (largest O, r) in float64, from the file or drawn again."""
     if "vera_A" in file.shared or "vera_B" in file.shared:
         a, b = file.common("vera_A"), file.common("vera_B")
@@ -108,7 +108,7 @@ def _check_vblora(config: Config, where: str) -> None:
     check_rank({"topk": _TOP, **config}, where, "topk")
 
 
-def _read_vblora(file: AdapterFile, module: str) -> Update:
+def _read_vblora(file: ParsedAdapter, module: str) -> Update:
     bank = file.common("vblora_vector_bank").astype(np.float64)
     # (r, I / v, v) and (O / v, r, v)
     a, b = (_mixed(file, module, f"vblora_logits_{side}", bank) for side in "AB")
@@ -120,7 +120,7 @@ def _read_vblora(file: AdapterFile, module: str) -> Update:
     return Update(LoRAFactors(a=a.reshape(rank, -1).astype(np.float32), b=rows))
 
 
-def _mixed(file: AdapterFile, module: str, part: str, bank: np.ndarray) -> np.ndarray:
+def _mixed(file: ParsedAdapter, module: str, part: str, bank: np.ndarray) -> np.ndarray:
     """Return the mix of bank vectors that each entry of the logits selects, (.., .., v)."""
     keys = file.modules[module]
     indices_key = f"{part}_topk_indices"
@@ -153,7 +153,7 @@ VBLORA = Kind(
 )
 
 
-def _read_unilora(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+def _read_unilora(file: ParsedAdapter) -> Iterator[tuple[str, Update]]:
     theta = file.common("unilora_theta_d", axes=1).astype(np.float64)
     stated = file.config.get("theta_d_length", _LENGTH)
     if theta.size != stated:
@@ -163,7 +163,7 @@ def _read_unilora(file: AdapterFile) -> Iterator[tuple[str, Update]]:
         yield module, Update(LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32)))
 
 
-def _indexed(file: AdapterFile, theta: np.ndarray) -> Factors:
+def _indexed(file: ParsedAdapter, theta: np.ndarray) -> Factors:
     for module, keys in file.modules.items():
         sides = []
         for side in "AB":
@@ -177,7 +177,7 @@ def _indexed(file: AdapterFile, theta: np.ndarray) -> Factors:
         yield module, sides[0], sides[1]
 
 
-def _drawn(file: AdapterFile, theta: np.ndarray) -> Factors:
+def _drawn(file: ParsedAdapter, theta: np.ndarray) -> Factors:
     base = file.known_base("Uni-LoRA was saved without its indices, which depend on the base's modules")
     shapes = _targeted_shapes(file.config, base, str(file.path))
     rank = int(file.config["r"])

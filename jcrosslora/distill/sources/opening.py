@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights
+from jcrosslora.adapter.folder import AdapterPaths, find_adapter, open_weights
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, is_hub_id
 from jcrosslora.checkpoint.hub import fetch, fetch_companions
 from jcrosslora.checkpoint.opening import read_template
@@ -54,7 +54,7 @@ def _found(ref: str | Path, revision: str | None) -> Path:
     raise CheckpointError(msg)
 
 
-def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
+def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterPaths:
     """Find an adapter; raise AdapterError if it is not of PEFT."""
     found = find_adapter(ref, revision)
     if found.form != "PEFT":
@@ -63,7 +63,7 @@ def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFi
     return found
 
 
-def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
+def load_model(source: TorchModel, adapter: AdapterPaths) -> tuple[Any, str]:
     """Load a base with its adapter, in bfloat16 on a GPU and in float32 on a CPU: a `peft.PeftModel`, and the device.
 
     Raises:

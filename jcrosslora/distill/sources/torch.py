@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import AdapterInfo
-from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences, stated_template
+from jcrosslora.adapter.folder import AdapterPaths, read_config, stated_licences, stated_template
 from jcrosslora.checkpoint import Tokenizer, Vocabulary, pad_right
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.decoder import Written
@@ -273,7 +273,7 @@ class TorchReader:
         return jnp.asarray(torch.log_softmax(scores, -1).cpu().numpy())
 
 
-def _describe(files: AdapterFiles, digest: str, revision: str | None) -> AdapterInfo:
+def _describe(files: AdapterPaths, digest: str, revision: str | None) -> AdapterInfo:
     """Read what an adapter's configuration and card say about it."""
     config = {} if files.config is None else read_config(files.config)
     base = config.get("base_model_name_or_path")

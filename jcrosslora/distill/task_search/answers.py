@@ -24,7 +24,7 @@ _NEAR_DUPLICATES = 0.6  # two texts with more than this share of common pieces
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredAnswer:
     """An answer of the adapted base, with figures in nats, summed over the judged tokens.
 
     They are KL(with adapter || without), the part of the answer that surprises the base (see `score`), and the NLL of
@@ -49,7 +49,7 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class Questioner:
+class AdapterProber:
     """Asks an adapter, and scores its answers.
 
     Attributes:
@@ -76,7 +76,7 @@ class Questioner:
 
     def ask(
         self, requests: Sequence[str], templates: Sequence[PromptTemplate], turn: int, tokens: int | None = None
-    ) -> list[Scored]:
+    ) -> list[ScoredAnswer]:
         """Put requests to the adapter, in templates that take turns; return its answers, the best first.
 
         For the turn, the tokens and errors see `Sampler.answer`.
@@ -90,7 +90,7 @@ class Questioner:
         answered = self.sampler.answer(self.source.alone(), prompts, turn, self.bar, ANSWER_TOKENS)
         return [(template.unwrap(item.prompt), item.answer) for item in answered]
 
-    def score(self, items: Sequence[Completion]) -> list[Scored]:
+    def score(self, items: Sequence[Completion]) -> list[ScoredAnswer]:
         """Score answers by their first tokens, best first; leave out those without finite figures."""
         if not items:
             return []
@@ -99,7 +99,7 @@ class Questioner:
         found = compare(self.source, items, ANSWER_TOKENS)
         figures = found.change * counts, _surprise(found.base_nll) * counts, found.adapted_nll * counts
         scored = [
-            Scored(item, self.named[item.origin], change, surprise, doubt)
+            ScoredAnswer(item, self.named[item.origin], change, surprise, doubt)
             for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
             if np.isfinite([change / surprise, doubt]).all()
         ]
@@ -116,7 +116,7 @@ def prompt_in(text: str, template: PromptTemplate) -> Completion:
     return Completion(template.wrap(text), origin=f"{_ORIGIN}{template.name}")
 
 
-def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
+def choose_templates(answered: Sequence[ScoredAnswer]) -> list[PromptTemplate]:
     """Choose templates for requests: all whose answers score within a tenth of the best, or only the chat template."""
     found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
     scores = {template: common_score(same) for template, same in found.items()}
@@ -140,17 +140,17 @@ def _surprise(base_nll: np.ndarray) -> np.ndarray:
     return base_nll + _LEAST_NLL
 
 
-def common_score(scored: Sequence[Scored]) -> float:
+def common_score(scored: Sequence[ScoredAnswer]) -> float:
     """Return the score of answers taken together, 0 for none: one long answer counts as much as several short ones."""
     return _common(scored, lambda one: one.change)
 
 
-def common_odds(scored: Sequence[Scored]) -> float:
+def common_odds(scored: Sequence[ScoredAnswer]) -> float:
     """Return the odds of answers taken together: change / NLL with the adapter; 0 without answers."""
     return common_score(scored) / (_common(scored, lambda one: one.doubt) + _LEAST_DOUBT)
 
 
-def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
+def best_of(scored: Sequence[ScoredAnswer], count: int) -> list[ScoredAnswer]:
     """Take the best whose requests are no near-duplicates, best first.
 
     First come the answers that score at least as high as all together, ordered by their NLL with the adapter relative
@@ -160,7 +160,7 @@ def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
     """
     common, doubt = common_score(scored), _common(scored, lambda one: one.doubt)
 
-    def drawn(one: Scored) -> tuple[bool, float]:
+    def drawn(one: ScoredAnswer) -> tuple[bool, float]:
         known = (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
         return known < common, (one.doubt + _PRIOR * doubt) / (one.surprise + _PRIOR) if known >= common else -known
 
@@ -168,7 +168,7 @@ def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
     return [ranked[place] for place in distinct([one.text for one in ranked])][:count]
 
 
-def _common(scored: Sequence[Scored], figure: Callable[[Scored], float]) -> float:
+def _common(scored: Sequence[ScoredAnswer], figure: Callable[[ScoredAnswer], float]) -> float:
     surprise = sum(one.surprise for one in scored)
     return sum(figure(one) for one in scored) / surprise if surprise else 0.0
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 import msgspec
 import numpy as np
 
-from jcrosslora.distill.task_search.answers import Scored, common_odds, common_score, overlap, pieces
+from jcrosslora.distill.task_search.answers import ScoredAnswer, common_odds, common_score, overlap, pieces
 
 ANSWERS = 2  # to each request in a turn
 _TURNS = 6  # at most
@@ -96,7 +96,7 @@ class JobKind:
         text = request.removeprefix(next(one for one in known if request.startswith(one)))
         return write_plain(text) if self.records else text
 
-    def answers_in(self, answered: Sequence[Scored]) -> list[Scored]:
+    def answers_in(self, answered: Sequence[ScoredAnswer]) -> list[ScoredAnswer]:
         """Take the answers to the requests of the examples."""
         requests = set(self.requests)
         return [one for one in answered if one.text in requests]
@@ -119,8 +119,8 @@ KINDS = msgspec.json.decode((files("jcrosslora") / "data" / "job_kinds.json").re
 
 
 def choose_kind(
-    probed: Sequence[Scored],
-    ask: Callable[[Sequence[str], int], list[Scored]],
+    probed: Sequence[ScoredAnswer],
+    ask: Callable[[Sequence[str], int], list[ScoredAnswer]],
     ask_base: Callable[[Sequence[str], int], list[tuple[str, str]]],
 ) -> list[tuple[JobKind, float]]:
     """Rank the kinds of tasks by the answers to their requests, the adapter's probable kind first.
@@ -162,7 +162,7 @@ def likeness(first: str, second: str) -> float:
     return overlap(*(pieces(shape, 3) for shape in shapes))
 
 
-def _likeness_gain(kind: JobKind, probed: Sequence[Scored], plain: Sequence[tuple[str, str]]) -> float:
+def _likeness_gain(kind: JobKind, probed: Sequence[ScoredAnswer], plain: Sequence[tuple[str, str]]) -> float:
     """Return how much more the adapter's answers look like those of the examples than the base's do."""
     own = [one.item.answer for one in kind.answers_in(probed)]
     others = [answer for request, answer in plain if request in kind.requests]

@@ -17,7 +17,7 @@ import numpy as np
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.distill.sources import Source, Writer
-from jcrosslora.distill.task_search.answers import Scored, best_of, distinct
+from jcrosslora.distill.task_search.answers import ScoredAnswer, best_of, distinct
 from jcrosslora.distill.task_search.kinds import KINDS, JobKind
 from jcrosslora.distill.task_search.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
 from jcrosslora.distill.templates import compare
@@ -65,7 +65,7 @@ def _nats(source: Source) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
+class SearchState:
     """What the search has learned about the requests of an adapter.
 
     Attributes:
@@ -75,13 +75,13 @@ class Findings:
     """
 
     kind: JobKind
-    answered: Sequence[Scored]
+    answered: Sequence[ScoredAnswer]
     about: Mapping[str, str]
-    examples: Sequence[Scored] = ()
+    examples: Sequence[ScoredAnswer] = ()
     heard: Sequence[tuple[str, str]] = ()
 
 
-def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Track | None = None) -> dict[str, str]:
+def write_inputs(base: Writer, known: SearchState, count: int, seed: int, bar: Track | None = None) -> dict[str, str]:
     """Write at most `count` inputs about topics of the adapter's answers; without topics, inputs like the examples.
 
     Inputs written like other inputs drift away from the adapter's task, because the adapter answers anything. The
@@ -102,19 +102,19 @@ def write_inputs(base: Writer, known: Findings, count: int, seed: int, bar: Trac
     return dict.fromkeys(resemble(base, [text for text, _ in shown], count, seed, bar), "")
 
 
-def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+def choose_examples(kind: JobKind, answered: Sequence[ScoredAnswer], about: Mapping[str, str]) -> list[ScoredAnswer]:
     """Take the best requests; if there are several whose answer is about the requested topic, only these."""
     fitting = _fitting(kind, answered, about)
     return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
 
 
-def _fitting(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+def _fitting(kind: JobKind, answered: Sequence[ScoredAnswer], about: Mapping[str, str]) -> list[ScoredAnswer]:
     """Keep requests whose answer is about their topic."""
     asked = zip(answered, _asked(kind, answered), strict=True)
     return [one for one, (text, answer) in asked if is_about(answer, about.get(text, ""))]
 
 
-def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:
+def _asked(kind: JobKind, answered: Sequence[ScoredAnswer]) -> list[tuple[str, str]]:
     return [(kind.input_of(one.text), one.item.answer) for one in answered]
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from jcrosslora.distill.sources import Writer
 from jcrosslora.distill.task_search.answers import (
     ANSWER_TOKENS,
-    Questioner,
-    Scored,
+    AdapterProber,
+    ScoredAnswer,
     asking_cost,
     choose_templates,
     common_odds,
@@ -22,7 +22,7 @@ from jcrosslora.distill.task_search.answers import (
     prompt_in,
 )
 from jcrosslora.distill.task_search.kinds import ANSWERS, KINDS, JobKind, choose_kind
-from jcrosslora.distill.task_search.request_writer import Findings, choose_examples, requests_cost, write_inputs
+from jcrosslora.distill.task_search.request_writer import SearchState, choose_examples, requests_cost, write_inputs
 from jcrosslora.distill.task_search.topics import amplified_cost, sample_amplified, starts
 from jcrosslora.distill.templates import ChatTemplate, PromptTemplate
 from jcrosslora.text import Completion
@@ -37,7 +37,7 @@ _MOST_PLAIN = 0.3
 
 
 @dataclass(frozen=True, eq=False)
-class FoundTask:
+class DiscoveredTask:
     """The task of an adapter as the search found it; answers are sorted, the best first.
 
     Attributes:
@@ -53,9 +53,9 @@ class FoundTask:
 
     kinds: list[tuple[JobKind, float]]
     said: list[Completion]
-    guessed: list[Scored]
-    further: list[Scored]
-    examples: list[Scored]
+    guessed: list[ScoredAnswer]
+    further: list[ScoredAnswer]
+    examples: list[ScoredAnswer]
     about: dict[str, str]
     templates: list[PromptTemplate]
     share: float
@@ -79,7 +79,7 @@ class FoundTask:
             return []
         kind = self.kinds[0][0]
         answered = [one for one in (*self.guessed, *self.further) if one.template in self.templates]
-        texts = list(write_inputs(writer, Findings(kind, answered, self.about, self.examples), count, seed, bar))
+        texts = list(write_inputs(writer, SearchState(kind, answered, self.about, self.examples), count, seed, bar))
         turns = np.random.default_rng(seed).integers(count, size=(2, len(texts))).tolist()
         return [
             prompt_in(kind.request(text, turn), self.templates[place % len(self.templates)])
@@ -87,7 +87,7 @@ class FoundTask:
         ]
 
 
-NOTHING = FoundTask([], [], [], [], [], {}, [], 0.0)
+NOTHING = DiscoveredTask([], [], [], [], [], {}, [], 0.0)
 
 
 def search_cost(count: int, tokens: int) -> Cost:
@@ -104,7 +104,7 @@ def _kinds_cost() -> Cost:
     return asked + asked
 
 
-def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion], count: int) -> FoundTask:
+def find_task(prober: AdapterProber, writer: Writer, pilot: Sequence[Completion], count: int) -> DiscoveredTask:
     """Find out what an adapter is for.
 
     Args:
@@ -116,16 +116,16 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    bar, templates = questioner.bar, questioner.templates
+    bar, templates = prober.bar, prober.templates
     if not templates:
         return NOTHING
 
     # All in one template, so that only the kinds differ.
-    def probe(requests: Sequence[str], turn: int) -> list[Scored]:
-        return questioner.ask(requests, templates[:1], turn - 1, ANSWER_TOKENS)
+    def probe(requests: Sequence[str], turn: int) -> list[ScoredAnswer]:
+        return prober.ask(requests, templates[:1], turn - 1, ANSWER_TOKENS)
 
     def probe_base(requests: Sequence[str], turn: int) -> list[tuple[str, str]]:
-        return questioner.ask_base(requests, templates[0], turn - 1)
+        return prober.ask_base(requests, templates[0], turn - 1)
 
     behind = 0 if bar is None else bar.done + _kinds_cost().texts
     probed = probe([request for kind in KINDS for request in kind.requests] * ANSWERS, 1)
@@ -135,35 +135,40 @@ def find_task(questioner: Questioner, writer: Writer, pilot: Sequence[Completion
     if bar is not None:
         bar.skip_to(behind)
     kind = kinds[0][0]
-    requests = [questioner.named[item.origin].unwrap(item.prompt) for item in pilot]
-    begun = starts(questioner.source.tokenizer, templates, requests, count)
-    found = _search_topics(questioner, writer, kind, kind.answers_in(probed), begun, count)
-    alike = [item for item in pilot if questioner.named[item.origin] in found.templates] or pilot
-    share = share_of(common_odds(found.further), common_odds(questioner.score(alike)))
+    requests = [prober.named[item.origin].unwrap(item.prompt) for item in pilot]
+    begun = starts(prober.source.tokenizer, templates, requests, count)
+    found = _search_topics(prober, writer, kind, kind.answers_in(probed), begun, count)
+    alike = [item for item in pilot if prober.named[item.origin] in found.templates] or pilot
+    share = share_of(common_odds(found.further), common_odds(prober.score(alike)))
     return replace(found, kinds=kinds, share=min(share, _most(found.templates)))
 
 
 def _search_topics(
-    questioner: Questioner, writer: Writer, kind: JobKind, answered: list[Scored], begun: Sequence[str], count: int
-) -> FoundTask:
+    prober: AdapterProber,
+    writer: Writer,
+    kind: JobKind,
+    answered: list[ScoredAnswer],
+    begun: Sequence[str],
+    count: int,
+) -> DiscoveredTask:
     """Search for requests of a kind, about topics of the adapter's answers and of the text it writes by itself."""
-    seed, bar, templates = questioner.sampler.seed, questioner.bar, questioner.templates
+    seed, bar, templates = prober.sampler.seed, prober.bar, prober.templates
 
-    said = sample_amplified(questioner.source, begun, seed, bar)
+    said = sample_amplified(prober.source, begun, seed, bar)
     # The worse half of it is what the adapter says anyway.
     heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
-    about = write_inputs(writer, Findings(kind, answered, {}, heard=heard), count, seed, bar)
-    guessed = questioner.ask(kind.ask_for(about), templates, 0)
+    about = write_inputs(writer, SearchState(kind, answered, {}, heard=heard), count, seed, bar)
+    guessed = prober.ask(kind.ask_for(about), templates, 0)
     examples = choose_examples(kind, [*guessed, *answered], about)
     templates = choose_templates(guessed) or templates
     answered = [*answered, *(one for one in guessed if one.template in templates)]
-    further: list[Scored] = []
+    further: list[ScoredAnswer] = []
     for turn in range(1, _TURNS + 1):
-        if len(further) >= _most(templates) * questioner.sampler.count:  # more than the fit can use
+        if len(further) >= _most(templates) * prober.sampler.count:  # more than the fit can use
             break
-        later = write_inputs(writer, Findings(kind, answered, about, examples), count, seed + turn, bar)
+        later = write_inputs(writer, SearchState(kind, answered, about, examples), count, seed + turn, bar)
         about |= later
-        answers = questioner.ask(kind.ask_for(later), templates, turn)
+        answers = prober.ask(kind.ask_for(later), templates, turn)
         further += answers
         answered += answers
         examples = choose_examples(kind, [*examples, *answers], about)

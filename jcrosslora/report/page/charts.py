@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Key: TypeAlias = tuple[tuple[str, str], ...]  # the variable of a colour, what it stands for
+Key: TypeAlias = tuple[tuple[str, str], ...]  # (name of a colour in the style sheet, meaning)
 _COLOURS = {"base": BASE, "moved": MOVED, "trained": TRAINED}
 _LONGEST = 22  # letters of a model's name
 _MEANINGS = {
@@ -46,8 +46,8 @@ class Picture:
 
     name: str
     title: str
-    heights: tuple[float, ...]  # of its panels, in inches, one below the other
-    draw: Callable[[list[Axes]], None]  # on that many axes, within `drawing`
+    heights: tuple[float, ...]  # of its panels in inches, from top to bottom
+    draw: Callable[[list[Axes]], None]  # takes an Axes for each panel; call it within `drawing`
     words: str
     key: Key = ()
 
@@ -111,14 +111,14 @@ def _bars(evaluation: Evaluation) -> tuple[str, Key]:
 
 
 def _places(picture: Picture, bottom: float, tall: float) -> list[tuple[float, float, float, float]]:
-    """Place the panels of a picture at a height in inches above the bottom of the sheet, as if it were alone."""
+    """Return the panels' bounds as shares of a sheet that is `tall` inches high; the picture starts at `bottom` inches."""
     share, start = sum(picture.heights) / tall, bottom / tall
     bounds = [axes.get_position().bounds for axes in picture.figure().axes]
     return [(left, start + low * share, width, height * share) for left, low, width, height in bounds]
 
 
 def _draw_bars(evaluation: Evaluation, panels: list[Axes]) -> None:
-    """Draw a panel for each figure: a bar for each model, a whisker for its interval, and both as numbers."""
+    """Draw a panel per figure: a bar per model, a whisker for its interval, and both as numbers."""
     from matplotlib.transforms import blended_transform_factory
 
     for axes, name in zip(panels, main_figures(evaluation), strict=True):

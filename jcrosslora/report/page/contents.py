@@ -15,18 +15,18 @@ from jcrosslora.evaluate import Answers, Interval, Scores, answers_json, scores_
 from jcrosslora.evaluate.bootstrap import Direction, word_of
 from jcrosslora.report.record import REPORT, TransferReport, read_bytes, read_report
 from jcrosslora.text import COMPLETIONS
-from jcrosslora.utils.spread import from_start
+from jcrosslora.utils.picking import from_start
 
 _SHOWN = 10
 _ADVICE = "give the output of `jcrosslora evaluate --json`"
 Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
-# A damaged number must not become a picture that cannot be drawn.
+# Bounded, so that a damaged number is refused and not drawn.
 _Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """A figure of one model with its 95% interval, its difference to the base, its share of a trained one's gain."""
+    """A figure of one model: 95% interval, difference to the base, and share of a trained adapter's gain (`lift`)."""
 
     value: _Number
     low: _Number
@@ -53,7 +53,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class _Output(msgspec.Struct, frozen=True):
-    """The output of the command; of questions with choices `questions`, of answers in writing `examples`."""
+    """The output of `jcrosslora evaluate --json`: it counts `questions` with choices, or `examples` answered in writing."""
 
     models: list[dict[str, str | Figure]]
     not_scored: list[str]
@@ -78,43 +78,43 @@ class Model:
     """A model that was evaluated."""
 
     name: str  # as the page shows it, without a folder
-    part: Part  # "other" for an adapter until `Evaluation.with_parts` says which it is
+    part: Part  # "other" for an adapter until `Evaluation.with_parts` assigns its part
     figures: Mapping[str, Figure]  # by their names, such as "exact" or "accuracy"
     count: int  # of questions or examples
 
     @property
     def title(self) -> str:
-        """Name the model for a newcomer."""
+        """Return a title for a newcomer."""
         return {"base": "without adapter", "other": self.name}.get(self.part, f"{self.part} adapter")
 
     def direction(self, figure: str) -> Direction | None:
-        """Say whether a figure is better or worse than the base's; None if that is not known."""
+        """Return whether a figure is better or worse than the base's; None if unknown."""
         found = self.figures.get(figure)
         return None if found is None or found.minus_base is None else word_of(figure, found.minus_base, self.count)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures and answers of a base, which is first, and its adapters."""
+    """The figures and answers of a base, which comes first, and of its adapters."""
 
     models: tuple[Model, ...]
     count: int  # of questions or examples
-    written: bool  # whether they were answered in writing
+    written: bool  # whether the answers are texts, not choices
     not_scored: tuple[str, ...]  # what the figures leave out, one sentence each
-    examples: tuple[Example, ...]  # some, with the answers of all models, in their order
-    trained: str | None = None  # the adapter whose gain the shares in the figures are of
+    examples: tuple[Example, ...]  # some examples, with the answers of all models in their order
+    trained: str | None = None  # the adapter whose gain `Figure.lift` is a share of
     digest: str | None = None  # of the base
-    guessed: bool = False  # whether the moved adapter is the only one left, under another name
+    guessed: bool = False  # whether the moved adapter has another name, and was taken as the only one left
 
     def of_part(self, part: Part) -> Model | None:
         """Return the model that plays a part; None if there is none."""
         return next((model for model in self.models if model.part == part), None)
 
     def with_parts(self, roles: Roles, own: str) -> "Evaluation":
-        """Say which adapter is which; raise UsageError if there is no such adapter, or several, or one has two parts.
+        """Assign parts to adapters; raise UsageError if a name is unknown or ambiguous, or one adapter gets two parts.
 
-        `own` is the name of the moved adapter if none was given. If no adapter has this name, the only one left is the
-        moved one.
+        `own` is the name of the moved adapter if `roles` gives none. If no adapter has this name and only one is left,
+        that is the moved one.
         """
         names = [model.name for model in self.models[1:]]
         parts: dict[str, Part] = {}
@@ -141,7 +141,7 @@ class Evaluation:
         if roles.moved is None and found is not None:
             parts[found] = "moved"
         models = [dataclasses.replace(one, part=parts.get(one.name, "other")) for one in self.models[1:]]
-        if parts.get(self.trained or "") != "trained":  # shares of a gain are of another adapter
+        if parts.get(self.trained or "") != "trained":  # the shares refer to another adapter's gain
             plain = [{name: msgspec.structs.replace(f, lift=None) for name, f in one.figures.items()} for one in models]
             models = [dataclasses.replace(one, figures=figures) for one, figures in zip(models, plain, strict=True)]
         return dataclasses.replace(self, models=(self.models[0], *models), guessed=guessed)
@@ -149,12 +149,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a page; None and empty parts are left out."""
+    """The contents of a page, without the parts that are None or empty."""
 
-    name: str  # of the folder; of a result in memory that which its recipe writes
+    name: str  # of the folder; "moved" for a result in memory, as in its recipe
     moved: TransferReport | None
     evaluation: Evaluation | None
-    texts: tuple[str, ...] = ()  # some of those that the update was fitted to, as far as the source wrote them itself
+    texts: tuple[str, ...] = ()  # some texts of the fit, if the source wrote their prompts too
 
 
 def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Roles()) -> Contents:
@@ -165,7 +165,7 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
         answers: the output of `jcrosslora evaluate --json`; None takes the one in the folder, if there is one.
 
     Raises:
-        UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no adapter.
+        UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no evaluated adapter.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: is no folder: give one that `jcrosslora transfer` wrote")
@@ -186,13 +186,13 @@ def find_contents(folder: Path, answers: Path | None = None, roles: Roles = Role
 
 
 def contents_of(report: TransferReport, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
-    """Take a transfer, as `documents.published` returned it, and an evaluation of the target that are in memory.
+    """Return the contents for a transfer, as `documents.published` returned it, and an evaluation of the target.
 
-    `own` is the name of the moved adapter, if it was evaluated. A role that names no adapter raises UsageError.
+    `own` is the name of the moved adapter, if it was evaluated. Raises UsageError if a role names no adapter.
     """
     evaluation = None
     if answers is not None:
-        # A name that no adapter has is refused with the other roles.
+        # `with_parts` refuses unknown names.
         shown = {public_name(name) or name: name for name in answers.names[1:]}
         trained = shown.get(_called(roles.trained or "", list(shown)) or "")
         written = isinstance(answers, Answers)
@@ -228,13 +228,13 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
 
 
 def _called(said: str, names: Sequence[str]) -> str | None:
-    """Find a given name among names, or the only one with the same last part; None if there is none."""
+    """Return a name if it is among `names`, else the only one with the same last path part; None if there is none."""
     alike = [name for name in names if PurePath(name).name == PurePath(said).name]
     return said if said in names else alike[0] if len(alike) == 1 else None
 
 
 def _check_unique(said: str, names: Sequence[str], part: Part) -> None:
-    """Raise UsageError if several adapters have the last part of a name, as `evaluate` numbers them."""
+    """Raise UsageError if several adapters have this last path part: `evaluate` adds numbers from " (2)" on."""
     name = PurePath(said).name
     if name in names and (second := f"{name} (2)") in names:
         msg = f"several evaluated adapters are called {name!r}: say which is the {part} one, {name!r} or {second!r}"
@@ -250,7 +250,7 @@ def _model(place: int, entry: Mapping[str, str | Figure], count: int) -> Model:
 
 
 def _only_evaluation(folder: Path) -> Path | None:
-    """Return the file of a folder that looks like an evaluation; None if there is none."""
+    """Return the evaluation in a folder; None if there is none. Raise UsageError if there are several."""
     found = [path for path in sorted(folder.glob("*.json")) if path.is_file() and _is_evaluation(path)]
     if len(found) > 1:
         msg = f"{folder}: holds several evaluations, {', '.join(path.name for path in found)}: name one by --answers"
@@ -267,7 +267,7 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def _texts(path: Path) -> tuple[str, ...]:
-    """Take ten of the texts of a fit, evenly spread; raise UsageError if they cannot be read."""
+    """Return up to ten texts of a fit, evenly spread; raise UsageError if they cannot be read."""
     if not path.exists():
         return ()
     lines = [line for line in read_bytes(path).split(b"\n") if line.strip()]

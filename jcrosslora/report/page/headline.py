@@ -13,7 +13,7 @@ _HALF = 0.5  # of a trained adapter's gain in right answers
 
 Tone = Literal["good", "mixed", "bad", "open"]
 
-# What `jcrosslora.report.table` expects of an adapter that nobody has measured yet.
+# The verdict by the level from `jcrosslora.report.table`, for an adapter without an evaluation.
 _EXPECTED: dict[Level, tuple[Tone, str, str]] = {
     "works": ("good", "Probably works", "The moved adapter repeats many of the original's answers."),
     "partly": ("mixed", "Works in part", "The moved adapter repeats some of the original's answers."),
@@ -34,15 +34,15 @@ class Shown:
     """A figure as the page shows it, with a title for a newcomer."""
 
     title: str
-    top: float | None = 1.0  # the largest value that it can have
+    top: float | None = 1.0  # the largest possible value
     lower: bool = False  # whether a lower value is better
 
     def text(self, value: float, sign: str = "") -> str:
-        """Write a value of the figure."""
+        """Return a value of the figure as text."""
         return f"{value:{sign}.{1 if self.top == 100 else 3}f}"
 
     def interval(self, found: Figure | Interval, sign: str = "") -> str:
-        """Write a value with its interval."""
+        """Return a value with its interval as text."""
         return f"{self.text(found.value, sign)} [{self.text(found.low, sign)}, {self.text(found.high, sign)}]"
 
 
@@ -65,21 +65,21 @@ _MAIN = (*_JOB, "nll_per_char")
 
 
 def present(evaluation: Evaluation) -> list[str]:
-    """Name the figures that every model has."""
+    """Return the names of the figures that every model has."""
     return [name for name in FIGURES if all(name in model.figures for model in evaluation.models)]
 
 
 def main_figures(evaluation: Evaluation) -> list[str]:
-    """Name the figures that the picture shows, if they apply."""
+    """Return the names of the figures that the picture shows."""
     found = present(evaluation)
     return [name for name in found if name in _MAIN and not (name == "exact" and "json" in found)]
 
 
 def _job_figure(evaluation: Evaluation) -> str | None:
-    """Name the figure that says how well the task is done: the first useful one, of right answers or of similarity.
+    """Return the name of the figure that says how well the task is done, of right answers or of similarity.
 
-    A figure is useless if training does not raise it or, without a trained adapter, if it is 0 for all models. Right
-    answers count as well if the moved adapter changes their number.
+    It is the first useful one, or else the first present one. With a trained adapter, a figure is useful if training
+    raises it, and right answers also if the moved adapter changes their number; without one, if any model is above 0.
     """
     found = [name for name in _JOB if name in present(evaluation)]
     trained, moved = evaluation.of_part("trained"), evaluation.of_part("moved")
@@ -106,7 +106,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
 
 
 def _beyond_random(evaluation: Evaluation, name: str) -> bool:
-    """Tell whether the moved adapter does better in a figure than a random one; True if none was evaluated.
+    """Return whether the moved adapter does better in a figure than a random one; True if none was evaluated.
 
     It does if the random one is not better than the base, or if their intervals do not overlap.
     """
@@ -119,7 +119,7 @@ def _beyond_random(evaluation: Evaluation, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Headline:
-    """The verdict in a word or two and in a sentence, with its figures, a sentence each."""
+    """The verdict in a word or two and in a sentence, with its figures as sentences."""
 
     tone: Tone  # decides the colour
     word: str
@@ -128,7 +128,7 @@ class Headline:
 
 
 def headline(contents: Contents) -> Headline:
-    """Judge by the evaluation, or without one by the verdict of the transfer; say what the maps left behind."""
+    """Judge by the moved adapter's evaluation, else by the verdict of the transfer; add what the maps left behind."""
     found, moved = _judge(contents), contents.moved
     if moved is None or not moved.left_behind:
         return found
@@ -218,7 +218,7 @@ def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
 
 
 def _share(evaluation: Evaluation, name: str) -> str:
-    """Write the share of a trained adapter's gain, with its interval if there is one; "" without one, or at a loss."""
+    """Return the share of a trained adapter's gain in words; "" if there is no share, or the moved adapter is worse."""
     moved, share = evaluation.of_part("moved"), gain_share(evaluation, name)
     if moved is None or share is None or moved.direction(name) is Direction.WORSE:
         return ""

@@ -1,6 +1,7 @@
 """The page: one self-contained HTML file, section by section; and the result in a notebook.
 
-By `data/report.css` it is light or dark as the reader's system is, one column on a phone, and light in print.
+The style sheet `data/report.css` makes it light or dark like the reader's system, one column on a phone, and light in
+print.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,19 +16,19 @@ from jcrosslora.report.page.contents import Contents, Evaluation, Example, Model
 from jcrosslora.report.page.headline import FIGURES, headline, present
 from jcrosslora.report.page.next_steps import Step, next_steps, where
 from jcrosslora.report.recipe import RECIPE, repeat_command
-from jcrosslora.report.record import Base, TransferReport, cut
+from jcrosslora.report.record import Base, TransferReport, shorten
 from jcrosslora.report.table import diagnostics_title, effect_rows, role_rows
-from jcrosslora.utils.spread import spread_evenly
+from jcrosslora.utils.picking import pick_evenly
 from jcrosslora.utils.texts import html_page, html_prose, html_table, html_text
 
 _SHOWN = 10
 _TEXTS = 5  # shown in a notebook, evenly spread
 _GOOD, _MIDDLING = "#2e7d32", "#b26a00"
 _COLOURS = {"works": _GOOD, "aligned": _GOOD, **dict.fromkeys(("partly", "weak", "unknown", "control"), _MIDDLING)}
-_BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # there as well
+_BOX = "white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow-y:auto;margin:6px 0"  # of texts in a notebook
 _LONGEST = 4000  # characters of a text
-_ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
-# A random or another adapter answers a newcomer's question no better than the bars do.
+_ROOM = 300_000  # characters of all texts together, so that many adapters do not make a large page
+# Answers of random and other adapters would tell a newcomer no more than the bars do.
 _PARTS = ("base", "moved", "trained")
 _TITLES = {"base": "before", "moved": "after"}
 _ITS_OWN = (
@@ -40,7 +41,8 @@ _SHARE = "share of the trained adapter's gain"
 def report_page(contents: Contents) -> str:
     """Return the whole page; the same contents give the same bytes.
 
-    All texts are escaped. The page loads nothing and holds no script. Raises UsageError without matplotlib.
+    All texts are escaped. The page loads nothing and holds no script. Raises UsageError if the recipe is not TOML, or
+    if there is a picture and matplotlib is not installed.
     """
     title = html_text(_title(contents))
     drawn = {picture.name: _drawn(picture) for picture in pictures(contents)}
@@ -66,7 +68,7 @@ def report_page(contents: Contents) -> str:
 def result_html(report: TransferReport, texts: Sequence[str]) -> str:
     """Return the result of a transfer for a notebook: all text is escaped, and local paths are replaced.
 
-    A few of the texts of the fit are shown.
+    It shows up to five of `texts`, which are the texts of the fit.
     """
     found, names = report.verdict, (public_name(one.name) for one in (report.adapter, report.source, report.target))
     facts = () if report.fit is None else fit_sentences(report.fit)
@@ -79,7 +81,9 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
         html_table(role_rows(report, full=False), diagnostics_title(report)),
         html_table(effect_rows(report.effect), "Effect on text") if report.effect is not None else "",
         _details("Warnings", map(html_prose, report.warnings)),
-        _details("Text that it was made on", [html_text(cut(text, _LONGEST)) for text in spread_evenly(texts, _TEXTS)]),
+        _details(
+            "Text that it was made on", [html_text(shorten(text, _LONGEST)) for text in pick_evenly(texts, _TEXTS)]
+        ),
     ]
     return publish(f"<div>{''.join(parts)}</div>", replacements(report))
 
@@ -115,7 +119,7 @@ def _step(contents: Contents, step: Step) -> str:
 
 
 def _shell(*commands: str) -> str:
-    """Return commands to paste: each is a block, so that a wrapped one is distinct from the next."""
+    """Return commands to paste, each in a block, so that a wrapped command does not look like two."""
     return f"<pre>{''.join(f'<code>{html_text(command)}</code>' for command in commands)}</pre>" if commands else ""
 
 
@@ -133,7 +137,7 @@ def _grid(*parts: str) -> str:
 
 
 def answers_section(evaluation: Evaluation) -> str:
-    """Return up to ten examples, evenly spread over those that the evaluation holds; "" if it holds none."""
+    """Return up to ten evenly spaced examples of the evaluation; "" if it has none."""
     every = evaluation.examples
     count = min(_SHOWN, len(every))
     if not count:
@@ -160,12 +164,12 @@ def _answer(model: Model, written: Written, longest: int) -> str:
 
 
 def _part(title: str, text: str, longest: int, marks: str = "") -> str:
-    shown = html_text(cut(text, longest)) or '<span class="muted">(nothing)</span>'
+    shown = html_text(shorten(text, longest)) or '<span class="muted">(nothing)</span>'
     return f'<div><div class="muted">{html_text(title)} {marks}</div><div class="text">{shown}</div></div>'
 
 
 def _text_section(contents: Contents) -> str:
-    """Return the text that the update was fitted to, or the method's evidence; "" without a transfer."""
+    """Return the section on how the update was made, and from which text; "" without a transfer."""
     moved = contents.moved
     if moved is None:
         return ""
@@ -180,7 +184,7 @@ def _text_section(contents: Contents) -> str:
     elif moved.recipe.probes != "none":
         lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
     said = "".join(f"<p>{html_prose(line)}</p>" for line in lines)
-    texts = (cut(text, _LONGEST) for text in moved.examples or contents.texts)
+    texts = (shorten(text, _LONGEST) for text in moved.examples or contents.texts)
     shown = "".join(f'<div class="text boxed">{html_text(text)}</div>' for text in texts)
     return _section("What was it made from?", said + (f'<div class="all">{shown}</div>' if shown else ""))
 
@@ -211,7 +215,7 @@ def _warnings_section(contents: Contents) -> str:
 
 
 def _figures_section(evaluation: Evaluation) -> str:
-    """Return a table of every figure with its interval, its difference to the base, and whether that is clear."""
+    """Return a table of all figures: interval, difference to the base, and whether that is clear."""
     rows = [_figure(model, name) for model in evaluation.models for name in present(evaluation)]
     names = [f"{model.title}: {model.name}" for model in evaluation.models if model.title != model.name]
     table = f'<div class="wide">{html_table(rows)}</div>'
@@ -257,7 +261,7 @@ def _method(report: TransferReport) -> str:
 
 
 def _details(title: str, items: Iterable[str]) -> str:
-    """Return a section that opens on a click, each item in a box that scrolls; "" without items."""
+    """Return a section that opens on a click, with each item in a scrolling box; "" without items."""
     boxes = [f'<div style="{_BOX}">{item}</div>' for item in items]
     return f"<details><summary>{title} ({len(boxes)})</summary>{''.join(boxes)}</details>" if boxes else ""
 

@@ -40,7 +40,7 @@ class _Names:
         evaluation, moved = contents.evaluation, contents.moved
         if moved is not None:
             return cls(contents.name, moved.target.ref or moved.target.name or "TARGET")
-        assert evaluation is not None  # a page has one of them
+        assert evaluation is not None  # a page shows a transfer, an evaluation or both
         base, *adapters = (model.name for model in evaluation.models)
         return cls(adapters[0] if adapters else "moved", base)
 
@@ -88,7 +88,7 @@ def next_steps(contents: Contents) -> Iterator[Step]:
 
 
 def _tells_enough(evaluation: Evaluation | None) -> bool:
-    """Tell whether an evaluation compares adapters on enough questions, and shows answers if they were written."""
+    """Return whether an evaluation compares adapters on enough questions, with examples if answers were written."""
     if evaluation is None or len(evaluation.models) == 1 or evaluation.count < FEWEST:
         return False
     return bool(evaluation.examples) or not evaluation.written
@@ -97,7 +97,7 @@ def _tells_enough(evaluation: Evaluation | None) -> bool:
 def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> Iterator[str]:
     """Yield the lines that end a transfer: how to load the folder `out`, evaluate it, and see it on a page.
 
-    After a move that is of no use they say what would help instead.
+    If the verdict expects no effect or harm, they say what would help instead.
 
     Args:
         moved: as `documents.published` returned it.
@@ -111,7 +111,7 @@ def first_steps(moved: TransferReport, out: str, target: str, profile: str) -> I
         return
     python = f"python -c {quoted('; '.join(peft_lines(*map(os.path.expanduser, (target, out)))))}"
     trained = Path(target).expanduser()
-    if trained.is_dir() and find_checkpoint(trained) is not None:  # of tunix, which peft cannot load
+    if trained.is_dir() and find_checkpoint(trained) is not None:  # a tunix checkpoint, which peft cannot load
         yield "write it for tunix:"
         ends = f"--base {quoted(target)} --profile tunix --out {quoted(f'{out}-tunix')}"
         yield f"  jcrosslora export {quoted(out)} {ends}"
@@ -134,7 +134,7 @@ def _judging(names: _Names) -> Iterator[str]:
 
 
 def where(contents: Contents, step: Step) -> str:
-    """Say where to run the commands of a step, which name local files without folders; "" if they name none."""
+    """Return where to run a step's commands, which name local files without folders; "" if they name no local file."""
     names, moved, given = _Names.of(contents), contents.moved, f" {' '.join(step.commands)} "
     every = [names.folder, names.base]
     every += [] if moved is None else [moved.adapter.name or "", moved.source.ref or ""]
@@ -146,7 +146,7 @@ def where(contents: Contents, step: Step) -> str:
 
 
 def _another_way(names: _Names, moved: TransferReport) -> Iterator[Step]:
-    """Yield what would help; without commands if the source was queried, as they need its address."""
+    """Yield what would help; for a queried source without commands, which would need its address."""
     fit = moved.fit
     if fit is None and not moved.choice:
         said = f"Try another method than `{moved.recipe.method}`: by default, one is chosen that suits both models."

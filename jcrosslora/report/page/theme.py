@@ -15,8 +15,8 @@ from jcrosslora.utils.texts import html_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Each colour stands for a variable of `data/report.css`, which has a value for light and one for dark. On a sheet,
-# which is always light, the colour itself is drawn.
+# Each colour stands for a variable of `data/report.css`, which has a light and a dark value. A sheet is always light,
+# and is drawn in these colours.
 INK, MUTED, LINE = "#1d2430", "#5b6573", "#c9ced6"
 BASE, MOVED, TRAINED, OTHER = "#8a93a1", "#2f62c9", "#2f8a57", "#b9a3c9"
 _NAMES = "ink", "muted", "line", "base", "moved", "trained", "other"
@@ -43,7 +43,7 @@ _SETTINGS: dict[str, Any] = {
 WIDTH = 5.2  # inches of a picture
 _STEPS = 1, 2, 5, 10, 20, 50, 100, 200
 Format = Literal["svg", "pdf", "png"]
-# What would tell when a file was made.
+# Metadata to leave out, so that the same contents give the same bytes.
 _UNDATED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
 
@@ -56,7 +56,7 @@ def drawing() -> Iterator[None]:
         msg = f"the pictures of a report need matplotlib ({error}): pip install 'jcrosslora[plot]'"
         raise UsageError(msg) from error
     with style.context(["default", _SETTINGS]), warnings.catch_warnings():
-        # A letter that the font lacks; browsers have other fonts.
+        # The font lacks some letters; browsers have other fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
@@ -69,9 +69,9 @@ def new_figure(height: float) -> Figure:
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as an element of a page, in the colours of its style sheet; call it within `drawing`.
+    """Return a figure as an SVG element in the colours of the page's style sheet; call it within `drawing`.
 
-    `name` makes the identifiers differ from those of other pictures; screen readers read `label`.
+    `name` is a prefix that makes identifiers unique on the page; screen readers read `label`.
     """
     text = file_of(figure, "svg").decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -85,14 +85,14 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def file_of(figure: Figure, form: Format) -> bytes:
-    """Return a figure as the content of a file, without a date."""
+    """Return the bytes of a figure as a file, without a date."""
     stream = io.BytesIO()
     figure.savefig(stream, format=form, metadata=_UNDATED[form], dpi=150)
     return stream.getvalue()
 
 
 def settle(figure: Figure) -> None:
-    """Lay out a figure for good, and round the places of its axes: the solver's last digits differ each time."""
+    """Fix the layout of a figure, and round the positions of its axes: the solver's last digits vary between runs."""
     figure.set_layout_engine("constrained")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -102,5 +102,5 @@ def settle(figure: Figure) -> None:
 
 
 def numbered(count: int) -> range:
-    """Choose which of `count` ticks of an axis are numbered, eight at most."""
+    """Return which of `count` ticks of an axis get a number, at most eight."""
     return range(0, count, next((step for step in _STEPS if count <= 8 * step), count))

@@ -193,7 +193,7 @@ class _UnitRun:
         except JCrossLoRAError as error:
             self._run.close(job, "failed", str(error))
             return None
-        for sentence in plan.doubts if shows_progress() else ():
+        for sentence in plan.mismatch_warnings if shows_progress() else ():
             say(f"warning: {job.name}: {sentence}")
         factors = plan.adapter
         size = sum(4 * item.rank * sum(item.shape) for item in factors.modules.values())

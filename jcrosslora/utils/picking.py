@@ -13,7 +13,7 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
-def spread_evenly(items: Sequence[T], count: int) -> tuple[T, ...]:
+def pick_evenly(items: Sequence[T], count: int) -> tuple[T, ...]:
     """Take at most `count` evenly spaced items, including the first and the last."""
     return tuple(items[int(place)] for place in evenly_spaced(len(items), count))
 

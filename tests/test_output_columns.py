@@ -1,4 +1,4 @@
-"""Predictions of one tokenizer in the symbols of another: splits of the same text that differ."""
+"""Predictions of one tokenizer in the columns of another: splits of the same text that differ."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from test_probes_matching import PieceTokenizer
 
 from jcrosslora.distill.batches import DistillationBatch, make_batches
-from jcrosslora.distill.symbols import NO_SPLITS, Moves, Symbols, _count_splits, in_target_symbols
+from jcrosslora.distill.output_columns import NO_SPLITS, MassTransfer, OutputColumns, _count_splits, in_target_columns
 from jcrosslora.text import Completion, read
 
 # Source: int 10, ent 11, in 12, cat 13; target: intent 20, in 22, cat 23, ca 24, t 25. Shared: in, cat.
-SYMBOLS = Symbols(
+COLUMNS = OutputColumns(
     shared=(np.array([12, 13], np.int32), np.array([22, 23], np.int32)),
     own=(np.array([10, 11], np.int32), np.array([20, 24, 25], np.int32)),
 )
@@ -33,14 +33,16 @@ def batch_of(next_src, next_tgt, answer):
 def test_tokens_that_begin_another_split_give_their_probability_to_the_targets_token():
     #        the same token   int -> intent   cat -> ca    inside ca, t   nothing follows   a split in the prompt
     next_src, next_tgt = [13, 10, 13, -1, -1, 10], [23, 20, 24, 25, -1, 20]
-    moves, weight = SYMBOLS.moves(batch_of(next_src, next_tgt, [True] * 5 + [False]))
+    moves, weight = COLUMNS.moves(batch_of(next_src, next_tgt, [True] * 5 + [False]))
     moved, to = moves.moved, moves.to
     assert moved.tolist() == [-1, INT, CAT, -1, -1, -1]
     assert to.tolist() == [-1, INTENT, CA, T, -1, -1]
     assert weight.tolist() == [1, 1, 1, 1, 1, 0]
     p = np.array([0.1, 0.2, 0.4, 0.3])
     source = np.log(np.tile(p, (6, 1))).astype(np.float32)
-    found = np.exp(np.asarray(in_target_symbols(source, Moves(NO_SPLITS, moved, moved, to), (2, 3, False)), np.float64))
+    found = np.exp(
+        np.asarray(in_target_columns(source, MassTransfer(NO_SPLITS, moved, moved, to), (2, 3, False)), np.float64)
+    )
     np.testing.assert_allclose(found[0], np.array([0.1, 0.2, 0, 0, 0]) / 0.3, atol=1e-6)
     np.testing.assert_allclose(found[1], np.array([0.1, 0.2, 0.4, 0, 0]) / 0.7, atol=1e-6)
     np.testing.assert_allclose(found[2], np.array([0.1, 0, 0, 0.2, 0]) / 0.3, atol=1e-6)
@@ -52,13 +54,13 @@ def test_tokens_are_split_as_they_are_elsewhere():
     """Of what begins with "int" all answers go on as "intent", and of four cats one is "ca"."""
     one = batch_of([10, 13, 13, 10, -1, 10], [20, 23, 24, 20, 25, 22], [True] * 5 + [False])
     two = batch_of([13, 13, 11, 99], [23, 23, 99, 25], [True] * 4)
-    found = _count_splits(SYMBOLS, [one, two])
+    found = _count_splits(COLUMNS, [one, two])
     pairs = dict(zip(zip(found.source.tolist(), found.target.tolist(), strict=True), found.share.tolist(), strict=True))
     assert pairs == pytest.approx({(INT, INTENT): 2 / 3, (CAT, CA): 1 / 5})
     p = np.array([0.1, 0.2, 0.4, 0.3])
     source = np.log(np.tile(p, (3, 1))).astype(np.float32)
     said, none = np.array([-1, CAT, INT], np.int32), np.full(3, -1, np.int32)
-    given = in_target_symbols(source, Moves(found, said, none, none), (2, 3, False))
+    given = in_target_columns(source, MassTransfer(found, said, none, none), (2, 3, False))
     other, cat, int_ = np.exp(np.asarray(given, np.float64))
     # The columns: in, cat; intent, ca, t.
     wanted = np.array([0.1, 0.2 * 4 / 5, 0.4 * 2 / 3, 0.2 / 5, 0])
@@ -70,15 +72,15 @@ def test_tokens_are_split_as_they_are_elsewhere():
 
 
 def test_without_splits_nothing_is_counted():
-    assert len(_count_splits(SYMBOLS, [batch_of([13, 12, -1], [23, 22, -1], [True] * 3)]).source) == 0
-    rounded = dataclasses.replace(SYMBOLS, rounded=True)
+    assert len(_count_splits(COLUMNS, [batch_of([13, 12, -1], [23, 22, -1], [True] * 3)]).source) == 0
+    rounded = dataclasses.replace(COLUMNS, rounded=True)
     found = _count_splits(rounded, [batch_of([10], [20], [True])])
     assert len(found.source) == len(found.share) == 512
     assert found.share.sum() == 0.5
 
 
 def test_tokens_without_a_column_are_left_out():
-    moves, weight = SYMBOLS.moves(batch_of([99, 10, -1], [20, 99, 99], [True] * 3))
+    moves, weight = COLUMNS.moves(batch_of([99, 10, -1], [20, 99, 99], [True] * 3))
     moved, to = moves.moved, moves.to
     assert moved.tolist() == to.tolist() == [-1] * 3
     assert weight.tolist() == [0, 0, 0]
@@ -94,7 +96,7 @@ def test_probabilities_stay_those_of_the_text(seed, end):
     moved, to = rng.integers(-1, shared + 2, count), rng.integers(-1, shared + own, count)
     moved = np.where(to < 0, -1, moved).astype(np.int32)
     found = np.asarray(
-        in_target_symbols(source, Moves(NO_SPLITS, moved, moved, to.astype(np.int32)), (shared, own, end)),
+        in_target_columns(source, MassTransfer(NO_SPLITS, moved, moved, to.astype(np.int32)), (shared, own, end)),
         np.float64,
     )
     assert found.shape == (count, shared + own + end)

@@ -1,6 +1,6 @@
-"""Compare the predictions of two bases with different tokenizers over common symbols.
+"""Compare the predictions of two bases with different tokenizers over common output columns.
 
-Most symbols are shared tokens; one is the end of the text. The tokenizers may split the text after a position
+Most columns are shared tokens; one is the end of the text. The tokenizers may split the text after a position
 differently: "int", "ent" in the source, "intent" in the target. Then the probability of the source's next token goes to
 the target's next token; otherwise the target would learn to write "int" instead of "intent". The source's other
 candidates are translated by how often their text is split that way in all answers: if the target always has "intent"
@@ -29,7 +29,7 @@ NEVER = -30.0  # log-probability of a column that one side cannot predict
 
 
 @flax.struct.dataclass
-class Splits:
+class TokenSplits:
     """How answers are split differently: M pairs of source and target columns, int32 (M,), that start together.
 
     The share, float32 (M,), is how often the target has this token where the source has that one. Each count includes
@@ -41,7 +41,7 @@ class Splits:
     share: np.ndarray
 
 
-class Moves(NamedTuple):
+class MassTransfer(NamedTuple):
     """How probability moves from the source's columns to the target's at P positions.
 
     Attributes:
@@ -51,13 +51,13 @@ class Moves(NamedTuple):
         to: int32 (P,), the target's column that receives it, or -1. Without `moved` it receives all of the probability.
     """
 
-    splits: Splits
+    splits: TokenSplits
     said: jax.Array
     moved: jax.Array
     to: jax.Array
 
 
-class Ends(NamedTuple):
+class EosTokens(NamedTuple):
     """Ids of tokens of source and target that end a text.
 
     Attributes:
@@ -69,12 +69,12 @@ class Ends(NamedTuple):
     symbol: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-NO_SPLITS = Splits(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+NO_SPLITS = TokenSplits(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
-class Symbols:
-    """The symbols of a fit. Columns of either side: shared, own, end.
+class OutputColumns:
+    """The output columns of a fit: on either side shared tokens, tokens of this side alone, and the end.
 
     Attributes:
         shared: ids of the shared tokens in source and target, int32 (V,) each.
@@ -89,7 +89,7 @@ class Symbols:
     own: tuple[np.ndarray, np.ndarray]
     ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     rounded: bool = False
-    splits: Splits = NO_SPLITS
+    splits: TokenSplits = NO_SPLITS
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -107,11 +107,11 @@ class Symbols:
         filled = (np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN) for ids, count in columns)
         return np.concatenate([*filled])
 
-    def heads(self, side: int) -> np.ndarray:
+    def head_rows(self, side: int) -> np.ndarray:
         """Return the token ids of a side's output head: one for each column, then the tokens that end a text."""
         return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
 
-    def moves(self, batch: DistillationBatch) -> tuple[Moves, jax.Array]:
+    def moves(self, batch: DistillationBatch) -> tuple[MassTransfer, jax.Array]:
         """Find what moves at each position of a batch, with float32 (P,) weights, 0 where a next token has no column.
 
         Where only the target has a position, all probability goes to its next token: the text itself is the teacher.
@@ -126,7 +126,7 @@ class Symbols:
         moved = np.where(moves & ~lost, src, -1).astype(np.int32)
         to = np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32)
         weight = np.where(lost, 0, batch.weight).astype(np.float32)
-        return Moves(self.splits, *map(jnp.asarray, (src, moved, to))), jnp.asarray(weight)
+        return MassTransfer(self.splits, *map(jnp.asarray, (src, moved, to))), jnp.asarray(weight)
 
     def following(self, batch: DistillationBatch, side: int = 1) -> np.ndarray:
         """Return int32 (P,) the columns of a side's next tokens, -1 where there is none or it has no column."""
@@ -144,23 +144,23 @@ class Symbols:
         return np.where(batch.text_share != 0, found, -1).astype(np.int32)
 
 
-def find_symbols(
+def find_columns(
     source: HasVocabulary,
     target: HasVocabulary,
     batches: Sequence[DistillationBatch],
     commonest: int,
-    ends: Ends = Ends(),  # noqa: B008
+    ends: EosTokens = EosTokens(),  # noqa: B008
     *,
     rounded: bool = False,
-) -> Symbols:
-    """Choose the symbols: shared tokens that are in the batches or common, and tokens of one side in the answers.
+) -> OutputColumns:
+    """Choose the columns: shared tokens that are in the batches or common, and tokens of one side in the answers.
 
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
 
     Args:
         batches: all batches of the fit.
         commonest: how many of the source's lowest ids to take, whether they occur or not.
-        rounded: see `Symbols`; the source's reader then has to know `NO_TOKEN`.
+        rounded: see `OutputColumns`; the source's reader then has to know `NO_TOKEN`.
 
     Raises:
         MethodError: a vocabulary cannot be read, or the two share too few tokens.
@@ -179,20 +179,20 @@ def find_symbols(
     for side in (0, 1):
         tokens = np.concatenate([(batch.next_src, batch.next_tgt)[side][batch.answer] for batch in batches])
         own.append(np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], stops[side]])).astype(np.int32))
-    found = Symbols(shared, (own[0], own[1]), ends.symbol, rounded)
+    found = OutputColumns(shared, (own[0], own[1]), ends.symbol, rounded)
     return replace(found, splits=_count_splits(found, batches))
 
 
-def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Splits:
+def _count_splits(columns: OutputColumns, batches: Sequence[DistillationBatch]) -> TokenSplits:
     """Count, in answers, which target tokens begin at the same character as each source token."""
-    src, tgt = (np.concatenate([symbols.following(batch, side)[batch.answer] for batch in batches]) for side in (0, 1))
+    src, tgt = (np.concatenate([columns.following(batch, side)[batch.answer] for batch in batches]) for side in (0, 1))
     known = (src >= 0) & (tgt >= 0)
     (source, target), counts = np.unique(np.stack([src, tgt])[:, known], axis=1, return_counts=True)
-    whole = np.bincount(src[known], minlength=len(symbols.tokens(0)))
+    whole = np.bincount(src[known], minlength=len(columns.tokens(0)))
     share = counts / (whole[source] + 1)
-    differ = (source != target) | (source >= symbols.sizes[0])
-    empty = -int(differ.sum()) % _SPLITS if symbols.rounded else 0
-    return Splits(
+    differ = (source != target) | (source >= columns.sizes[0])
+    empty = -int(differ.sum()) % _SPLITS if columns.rounded else 0
+    return TokenSplits(
         np.pad(source[differ].astype(np.int32), (0, empty)),
         np.pad(target[differ].astype(np.int32), (0, empty)),
         np.pad(share[differ].astype(np.float32), (0, empty)),
@@ -200,7 +200,7 @@ def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Spl
 
 
 @partial(jax.jit, static_argnames="sizes")
-def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bool]) -> jax.Array:
+def in_target_columns(source: jax.Array, moves: MassTransfer, sizes: tuple[int, int, bool]) -> jax.Array:
     """Translate the source's predictions to the target's columns: float32 (P, shared + own + end).
 
     `source` float32 (P, C) are log-probabilities of the source's columns; `sizes` are the numbers of shared and
@@ -225,11 +225,11 @@ def in_target_symbols(source: jax.Array, moves: Moves, sizes: tuple[int, int, bo
     return jax.nn.log_softmax(jnp.maximum(found, NEVER), axis=-1)
 
 
-def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
+def in_source_columns(target: jax.Array, columns: OutputColumns) -> jax.Array:
     """Translate the target's predictions (P, C) to the source's columns, float32 (P, shared + own + end).
 
     Source-only tokens get no probability.
     """
-    (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
+    (shared, own, _), end = columns.sizes, len(columns.ends[1]) > 0
     never = jnp.full((len(target), own), NEVER, target.dtype)
     return jnp.concatenate([target[:, :shared], never, target[:, target.shape[1] - end :]], axis=1)
